@@ -1,0 +1,45 @@
+"""Finds and loads the compiled libraries, and remembers why one is missing."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Library:
+    """A compiled library: where it is, or why it is not loaded."""
+
+    path: Path | None
+    reason: str | None
+
+
+def _load(name: str) -> Library:
+    path = Path(__file__).parent / f"libbigkernels_{name}.so"
+    if not path.exists():
+        return Library(None, f"{path.name} was not built (no C++ compiler at install time?)")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return Library(path, f"{path.name} does not load: {error}")
+    return Library(path, None)
+
+
+@functools.cache
+def cpu_library() -> Library:
+    """The CPU kernels; loading registers them with the dispatcher."""
+    return _load("cpu")
+
+
+@functools.cache
+def triton_unavailable() -> str | None:
+    """Why Triton kernels cannot run in this process; None if they can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None

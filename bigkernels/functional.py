@@ -1,0 +1,9 @@
+"""The operators as functions."""
+
+from .ops.cross_entropy import cross_entropy
+from .ops.glu import glu
+from .ops.layer_norm import layer_norm
+from .ops.rms_norm import rms_norm
+from .ops.rope import rope
+
+__all__ = ["cross_entropy", "glu", "layer_norm", "rms_norm", "rope"]

@@ -1,0 +1,10 @@
+"""The operators: one file each, holding its whole contract."""
+
+from .._load import cpu_library
+from . import cross_entropy, glu, layer_norm, rms_norm, rope
+from ._registry import OPERATORS, use
+
+# After the definitions: a library only implements schemas that exist.
+cpu_library()
+
+__all__ = ["OPERATORS", "cross_entropy", "glu", "layer_norm", "rms_norm", "rope", "use"]

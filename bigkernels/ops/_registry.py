@@ -1,0 +1,168 @@
+"""The operator recipe's shared half: definition, selection and logging.
+
+An operator is a public function, a reference in plain PyTorch, and two raw operators `bigkernels::<op>_fwd` and
+`bigkernels::<op>_bwd`. The dispatcher knows which kernel implements a raw operator on which device; this module
+decides, before a raw operator is called, whether some kernel serves the given tensors at all, and says why not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._load import cpu_library, triton_unavailable
+
+log = logging.getLogger("bigkernels")
+_LOG_CHOICES = os.environ.get("BIGKERNELS_LOG", "0") not in ("", "0")
+if _LOG_CHOICES and not log.handlers:
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO)
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("cpu", "triton", "cuda", "reference")
+
+OPERATORS: dict[str, Operator] = {}
+
+# The backend forced by `use`, or None. One per process, like torch.backends: the autograd engine runs backward passes
+# in threads of its own, and they must see the same choice.
+_forced: str | None = None
+
+
+def _no_reason() -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operator. `unavailable()` returns why this machine cannot run it, or None."""
+
+    name: str
+    device: str
+    dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
+    unavailable: Callable[[], str | None] = _no_reason
+
+    def refuses(self, device: str, dtype: torch.dtype) -> str | None:
+        """Why this implementation cannot serve tensors of `dtype` on `device`; None if it can."""
+        if device != self.device:
+            return f"runs on {self.device} tensors, not {device}"
+        if dtype not in self.dtypes:
+            return f"no kernel for {str(dtype).removeprefix('torch.')}"
+        return self.unavailable()
+
+
+def cpu_kernel() -> Implementation:
+    return Implementation("cpu", "cpu", unavailable=lambda: cpu_library().reason)
+
+
+def triton_kernel() -> Implementation:
+    return Implementation("triton", "cuda", unavailable=triton_unavailable)
+
+
+class Operator:
+    """The registered half of an operator: its raw schemas, its reference, and its ordered implementations."""
+
+    def __init__(self, name: str, *, reference: Callable, implementations: tuple[Implementation, ...] | None = None):
+        self.name = name
+        self.reference = reference
+        self.implementations = implementations or (cpu_kernel(), triton_kernel())
+        self._choices: dict[tuple, str] = {}
+        OPERATORS[name] = self
+
+    def choose(self, x: Tensor) -> str:
+        """Name of the first implementation that serves tensors like `x`; "reference" if none does."""
+        key = (x.device.type, x.dtype, _forced)
+        choice = self._choices.get(key)
+        return choice if choice is not None else self._first_choice(*key)
+
+    def uses_kernel(self, x: Tensor) -> bool:
+        """Whether a raw operator serves `x`.
+
+        torch.func transforms and forward-mode differentiation see only through plain PyTorch, so the reference
+        serves them; the compiler gets the reference as well, because it fuses that with its neighbours.
+        """
+        if torch.compiler.is_compiling():
+            return _forced is not None and _forced != "reference" and self.choose(x) != "reference"
+        if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+            return False
+        return self.choose(x) != "reference"
+
+    def refusals(self, device: str, dtype: torch.dtype) -> dict[str, str | None]:
+        """For each implementation, why it cannot serve; None where it can."""
+        return {i.name: i.refuses(device, dtype) for i in self.implementations} | {"reference": None}
+
+    def _first_choice(self, device: str, dtype: torch.dtype, forced: str | None) -> str:
+        refusals = self.refusals(device, dtype)
+        if forced is not None:
+            if forced not in refusals:
+                raise RuntimeError(f"bigkernels.{self.name}: there is no {forced!r} implementation")
+            if refusals[forced] is not None:
+                raise RuntimeError(f"bigkernels.{self.name}: {forced!r} was forced but {refusals[forced]}")
+            choice = forced
+        else:
+            choice = next(name for name, reason in refusals.items() if reason is None)
+        refused = "; ".join(f"{name}: {reason}" for name, reason in refusals.items() if reason and name != choice)
+        log.info("%s %s on %s -> %s%s", self.name, dtype, device, choice, f" ({refused})" if refused else "")
+        self._choices[device, dtype, forced] = choice
+        return choice
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Force one implementation, "cpu", "triton", "cuda" or "reference", inside a `with` block.
+
+    An operator that cannot be served by it raises RuntimeError with the reason. The choice holds for the whole
+    process while the block runs.
+    """
+    global _forced
+    if backend not in BACKENDS:
+        raise ValueError(f"bigkernels.use: backend is {backend!r}; accepted are {', '.join(BACKENDS)}")
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def define(schema: str, fake: Callable, fallback: Callable) -> torch._ops.OpOverload:
+    """Define `bigkernels::<schema>` with its fake kernel and its fallback in plain PyTorch; returns the overload.
+
+    The fallback runs wherever no compiled kernel is registered for a tensor's device, so that a graph that holds
+    the operator still runs on a machine without the libraries.
+    """
+    name = "bigkernels::" + schema.split("(")[0]
+    torch.library.define("bigkernels::" + schema[: schema.index("(")], schema[schema.index("(") :],
+                         tags=(torch.Tag.pt2_compliant_tag,))  # fmt: skip
+    torch.library.impl(name, "CompositeExplicitAutograd")(fallback)
+    torch.library.register_fake(name)(fake)
+    return getattr(torch.ops.bigkernels, name.split("::")[1]).default
+
+
+def vjp(fn: Callable, tensors: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients of `fn(*tensors)` by autograd, for the backward fallbacks: None where an input is None."""
+    leaves = [t.detach().requires_grad_() if t is not None else None for t in tensors]
+    with torch.enable_grad():
+        out = fn(*leaves)
+    out = out if isinstance(out, tuple) else (out,)
+    pairs = [(o, g) for o, g in zip(out, grads, strict=True) if g is not None]
+    inputs = [leaf for leaf in leaves if leaf is not None]
+    found = iter(torch.autograd.grad([o for o, _ in pairs], inputs, [g.to(o.dtype) for o, g in pairs], allow_unused=True,
+                                     materialize_grads=True))  # fmt: skip
+    return tuple(next(found) if leaf is not None else None for leaf in leaves)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a call on `tensors` has to record a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which an operator computes: float32 for the 16-bit types, the type itself otherwise."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

@@ -1,0 +1,194 @@
+"""Cross entropy over a large vocabulary without a float32 copy of the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._arguments import check_same_device, check_shape, check_tensor, type_name
+from ._registry import Operator, compute_dtype, define, needs_grad, vjp
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    focal_gamma: float = 0.0,
+    token_weight: Tensor | None = None,
+) -> Tensor:
+    """Cross entropy between logits and target classes, as `torch.nn.functional.cross_entropy` and with more options.
+
+    With ``z = softcap * tanh(logits / softcap)`` (or the logits), ``lse = logsumexp(z)``, ``p = exp(z[target] - lse)``
+    and e the label smoothing, a token's loss is::
+
+        ce   = (1 - e) * weight[target] * (lse - z[target]) + e / V * sum_c weight[c] * (lse - z[c])
+        loss = token_weight * ((1 - p)^focal_gamma * ce + z_loss * lse^2)
+
+    Args:
+        logits: (T, V), floating; rows may be strided.
+        target: (T,), int64 or int32, in [0, V) or equal to `ignore_index`.
+        weight: (V,), floating: a weight a class. Not differentiable.
+        ignore_index: tokens with this target give no loss and no gradient.
+        reduction: "none" (T,), "sum", or "mean": the sum over the number of tokens kept, or over the sum of their
+            class weights where `weight` is given, as PyTorch does. `token_weight` does not enter the divisor.
+        label_smoothing: in [0, 1].
+        z_loss: not negative; the coefficient of ``lse^2`` (PaLM, https://arxiv.org/abs/2204.02311).
+        softcap: positive; bounds the logits (Gemma 2, https://arxiv.org/abs/2408.00118). None leaves them.
+        focal_gamma: not negative (Lin et al. 2017, https://arxiv.org/abs/1708.02002).
+        token_weight: (T,), floating: a weight a token. Not differentiable.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits): the sum over tokens would lose its meaning in 16 bits.
+
+    Raises:
+        TypeError: wrong dtypes.
+        ValueError: shapes, devices or option values do not fit, or, on CPU, a target is outside the vocabulary.
+    """
+    args = (ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma)
+    tensors = (logits, target, weight, token_weight)
+    if not (isinstance(logits, Tensor) and OPERATOR.uses_kernel(logits)) or needs_grad(weight, token_weight):
+        _check(*tensors, *args)
+        return _reference(*tensors, *args)
+    try:
+        numbers = (ignore_index, _REDUCTIONS[reduction], label_smoothing, z_loss, softcap or 0.0, focal_gamma)
+        if softcap is not None and not softcap > 0:
+            raise TypeError
+        if needs_grad(logits):
+            return _CrossEntropy.apply(*tensors, *numbers)
+        return _fwd(*tensors, *numbers)[0]
+    except (RuntimeError, TypeError, KeyError):
+        _check(*tensors, *args)
+        raise
+
+
+def _check(logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma):
+    op = "cross_entropy"
+    check_tensor(op, "logits", logits)
+    check_tensor(op, "weight", weight, optional=True)
+    check_tensor(op, "token_weight", token_weight, optional=True)
+    if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"bigkernels.{op}: target is {type_name(target)}; accepted are int64 and int32 class indices")
+    if logits.dim() != 2:
+        raise ValueError(f"bigkernels.{op}: logits has shape {tuple(logits.shape)}, expected (T, V)")
+    check_same_device(op, "logits", logits, target=target, weight=weight, token_weight=token_weight)
+    check_shape(op, "target", target, logits.shape[:1], "one class a row of logits")
+    check_shape(op, "weight", weight, logits.shape[1:], "one weight a class")
+    check_shape(op, "token_weight", token_weight, logits.shape[:1], "one weight a token")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"bigkernels.{op}: reduction is {reduction!r}; accepted are {', '.join(_REDUCTIONS)}")
+    for name, value, accepted, fits in (
+        ("label_smoothing", label_smoothing, "in [0, 1]", 0 <= label_smoothing <= 1),
+        ("z_loss", z_loss, "not negative", z_loss >= 0),
+        ("softcap", softcap, "positive or None", softcap is None or softcap > 0),
+        ("focal_gamma", focal_gamma, "not negative", focal_gamma >= 0),
+    ):
+        if not fits:
+            raise ValueError(f"bigkernels.{op}: {name} is {value}, expected {accepted}")
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_targets(target, logits.shape[1], ignore_index)
+
+
+def _check_targets(target, vocabulary, ignore_index):
+    # Data-dependent, so on CPU only: on a GPU it would wait for the device.
+    outside = target[(target != ignore_index) & ((target < 0) | (target >= vocabulary))]
+    if outside.numel():
+        raise ValueError(f"bigkernels.cross_entropy: target holds {outside[0].item()}, outside the vocabulary "
+                         f"[0, {vocabulary}) and not ignore_index ({ignore_index})")  # fmt: skip
+
+
+def _token_losses(logits, target, weight, token_weight, ignore_index, label_smoothing, z_loss, softcap, focal_gamma):
+    """(loss a token, divisor weight a token, lse), everything wide."""
+    wide = compute_dtype(logits.dtype)
+    z = logits.to(wide)
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    kept = target != ignore_index
+    index = torch.where(kept, target, 0).long()
+    lse = torch.logsumexp(z, -1)
+    nll = lse - z.gather(1, index.unsqueeze(1)).squeeze(1)
+    divisor = torch.ones_like(nll) if weight is None else weight.to(wide)[index]
+    ce = (1 - label_smoothing) * divisor * nll
+    if label_smoothing:
+        per_class = lse.unsqueeze(1) - z
+        smooth = per_class.sum(1) if weight is None else per_class @ weight.to(wide)
+        ce = ce + label_smoothing / z.shape[1] * smooth
+    if focal_gamma:
+        ce = ce * (-torch.expm1(-nll)).clamp_min(0) ** focal_gamma
+    loss = ce + z_loss * lse.square() if z_loss else ce
+    if token_weight is not None:
+        loss = loss * token_weight.to(wide)
+    return torch.where(kept, loss, 0.0), torch.where(kept, divisor, 0.0), lse
+
+
+def _reference(logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma):
+    loss, divisor, _ = _token_losses(
+        logits, target, weight, token_weight, ignore_index, label_smoothing, z_loss, softcap, focal_gamma
+    )
+    if reduction == "none":
+        return loss
+    return loss.sum() / divisor.sum() if reduction == "mean" else loss.sum()
+
+
+def _fwd_fallback(logits, target, weight, token_weight, ignore_index, reduction, *options):
+    loss, divisor, lse = _token_losses(logits, target, weight, token_weight, ignore_index, *options)
+    divisor = divisor.sum()
+    if reduction:
+        loss = loss.sum() / divisor if reduction == _REDUCTIONS["mean"] else loss.sum()
+    return loss.float(), lse.float().contiguous(), divisor.float()
+
+
+def _fwd_fake(logits, target, weight, token_weight, ignore_index, reduction, *options):
+    rows = logits.shape[:1]
+    loss, lse, divisor = (logits.new_empty(s, dtype=torch.float32) for s in ((() if reduction else rows), rows, ()))
+    return loss, lse, divisor
+
+
+def _bwd_fallback(grad, logits, target, weight, token_weight, lse, divisor, ignore_index, reduction, *options):
+    def total(z):
+        loss, kept, _ = _token_losses(z, target, weight, token_weight, ignore_index, *options)
+        if reduction == _REDUCTIONS["none"]:
+            return loss
+        return loss.sum() / kept.sum() if reduction == _REDUCTIONS["mean"] else loss.sum()
+
+    return vjp(total, (logits,), (grad,))[0].contiguous()
+
+
+def _bwd_fake(grad, logits, *rest):
+    return logits.new_empty(logits.shape)
+
+
+OPERATOR = Operator("cross_entropy", reference=cross_entropy)
+_OPTIONS = "int ignore_index, int reduction, float label_smoothing, float z_loss, float softcap, float focal_gamma"
+_fwd = define(
+    f"cross_entropy_fwd(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor)",
+    _fwd_fake, _fwd_fallback,
+)  # fmt: skip
+_bwd = define(
+    "cross_entropy_bwd(Tensor grad, Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor lse,"
+    f" Tensor divisor, {_OPTIONS}) -> Tensor",
+    _bwd_fake, _bwd_fallback,
+)  # fmt: skip
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, weight, token_weight, *options):
+        loss, lse, divisor = _fwd(logits, target, weight, token_weight, *options)
+        ctx.save_for_backward(logits, target, weight, token_weight, lse, divisor)
+        ctx.options = options
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _bwd(grad, *ctx.saved_tensors, *ctx.options), *[None] * 9

@@ -1,0 +1,104 @@
+"""Gated linear units (Shazeer 2020, https://arxiv.org/abs/2002.05202): the activation and the product in one pass."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor, promote
+from ._registry import Operator, compute_dtype, define, needs_grad, vjp
+
+# The position of a name is the number by which the kernels know it.
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+}
+_NAMES = tuple(ACTIVATIONS)
+_NUMBERS = {name: number for number, name in enumerate(_NAMES)}
+
+
+def glu(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
+    """``activation(gate) * up``, computed in float32 and rounded once.
+
+    Args:
+        gate, up: (..., N), one floating dtype; any strides (the halves of a packed projection need no copy).
+        activation: "silu", "gelu" (by the error function), "gelu_tanh", "relu", "relu2" (squared) or "sigmoid".
+
+    Returns:
+        A contiguous (..., N) tensor in the dtype of `gate`.
+
+    Raises:
+        TypeError: an argument is not a floating tensor, or the dtypes differ outside autocast.
+        ValueError: shapes or devices differ, or the activation is unknown.
+    """
+    if isinstance(gate, Tensor) and isinstance(up, Tensor) and gate.dtype != up.dtype:
+        gate, up = promote(gate, up)
+    if not (isinstance(gate, Tensor) and OPERATOR.uses_kernel(gate)):
+        _check(gate, up, activation)
+        return _reference(gate, up, activation)
+    try:
+        number = _NUMBERS[activation]
+        if needs_grad(gate, up):
+            return _GLU.apply(gate, up, number)
+        return _fwd(gate, up, number)
+    except (RuntimeError, TypeError, KeyError):
+        _check(gate, up, activation)
+        raise
+
+
+def _check(gate, up, activation):
+    check_tensor("glu", "gate", gate)
+    check_tensor("glu", "up", up)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"bigkernels.glu: activation is {activation!r}; accepted are {', '.join(ACTIVATIONS)}")
+    check_same_device("glu", "gate", gate, up=up)
+    check_same_dtype("glu", "gate", gate, up=up)
+    check_shape("glu", "up", up, gate.shape, "the shape of gate")
+
+
+def _reference(gate, up, activation):
+    wide = compute_dtype(gate.dtype)
+    return (ACTIVATIONS[activation](gate.to(wide)) * up.to(wide)).to(gate.dtype)
+
+
+def _fwd_fallback(gate, up, activation):
+    return _reference(gate, up, _NAMES[activation]).contiguous()
+
+
+def _bwd_fallback(grad, gate, up, activation):
+    wide = compute_dtype(gate.dtype)
+    d_gate, d_up = vjp(lambda g, u: _reference(g, u, _NAMES[activation]), (gate.to(wide), up.to(wide)), (grad,))
+    return d_gate.to(gate.dtype).contiguous(), d_up.to(gate.dtype).contiguous()
+
+
+def _fwd_fake(gate, up, activation):
+    return gate.new_empty(gate.shape)
+
+
+def _bwd_fake(grad, gate, up, activation):
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+OPERATOR = Operator("glu", reference=glu)
+_fwd = define("glu_fwd(Tensor gate, Tensor up, int activation) -> Tensor", _fwd_fake, _fwd_fallback)
+_bwd = define("glu_bwd(Tensor grad, Tensor gate, Tensor up, int activation) -> (Tensor, Tensor)", _bwd_fake, _bwd_fallback)
+
+
+class _GLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, activation):
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return _fwd(gate, up, activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return *_bwd(grad, gate, up, ctx.activation), None

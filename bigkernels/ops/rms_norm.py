@@ -1,0 +1,136 @@
+"""RMSNorm (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467), with the residual addition before it fused in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor
+from ._registry import Operator, compute_dtype, define, needs_grad, vjp
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Divide each row of `x` by its root mean square and scale it.
+
+    ``y = x / sqrt(mean(x^2, -1) + eps) * (weight + offset)``, computed in float32 and rounded once.
+
+    Args:
+        x: (..., D), floating, any strides.
+        weight: (D,), any floating dtype; None scales by one.
+        eps: added to the mean square.
+        offset: added to the weight; 1.0 for Gemma, whose checkpoints store weight - 1.
+        residual: (..., D) like `x`. If given, `x + residual` is normalised.
+
+    Returns:
+        The normalised tensor in `x.dtype`; with `residual` the pair (normalised, x + residual).
+
+    Raises:
+        TypeError: `x`, `weight` or `residual` is not a floating tensor, or `residual` has another dtype than `x`.
+        ValueError: shapes or devices do not fit.
+    """
+    if not (isinstance(x, Tensor) and OPERATOR.uses_kernel(x)):
+        _check(x, weight, eps, offset, residual)
+        return _reference(x, weight, eps, offset, residual)
+    try:
+        if needs_grad(x, weight, residual):
+            y, total = _RMSNorm.apply(x, weight, residual, eps, offset)
+        else:
+            y, _, total = _fwd(x, weight, residual, eps, offset)
+    except (RuntimeError, TypeError):
+        _check(x, weight, eps, offset, residual)
+        raise
+    return y if residual is None else (y, total)
+
+
+def _check(x, weight, eps, offset, residual):
+    check_tensor("rms_norm", "x", x)
+    check_tensor("rms_norm", "weight", weight, optional=True)
+    check_tensor("rms_norm", "residual", residual, optional=True)
+    if x.dim() == 0:
+        raise ValueError("bigkernels.rms_norm: x has no dimensions, expected (..., D)")
+    check_same_device("rms_norm", "x", x, weight=weight, residual=residual)
+    check_same_dtype("rms_norm", "x", x, residual=residual)
+    check_shape("rms_norm", "weight", weight, x.shape[-1:], "the last dimension of x")
+    check_shape("rms_norm", "residual", residual, x.shape, "the shape of x")
+
+
+def _reference(x, weight, eps, offset, residual):
+    total = x if residual is None else x + residual
+    wide = total.to(compute_dtype(x.dtype))
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * (weight.to(wide.dtype) + offset)
+    elif offset:
+        y = y * (1.0 + offset)
+    y = y.to(x.dtype)
+    return y if residual is None else (y, total)
+
+
+def _fwd_fallback(x, weight, residual, eps, offset):
+    total = x if residual is None else x + residual
+    rstd = torch.rsqrt(total.float().square().mean(-1) + eps)
+    y = _reference(total, weight, eps, offset, None)
+    return y.contiguous(), rstd.contiguous(), x.new_empty(0) if residual is None else total.contiguous()
+
+
+def _fwd_fake(x, weight, residual, eps, offset):
+    contiguous = x.new_empty(x.shape)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return contiguous, rstd, x.new_empty(0 if residual is None else x.shape)
+
+
+def _bwd_fallback(grad, x, weight, rstd, grad_total, offset):
+    # With rstd given, dx = rstd * (g - xhat * mean(g * xhat)), g the gradient of the normalised row.
+    wide = compute_dtype(x.dtype)
+    scale = rstd.to(wide).unsqueeze(-1)
+    xhat, g = x.to(wide) * scale, grad.to(wide)
+    dweight = x.new_empty(0)
+    if weight is not None:
+        dweight = (g * xhat).flatten(0, -2).sum(0).to(weight.dtype) if x.dim() > 1 else (g * xhat).to(weight.dtype)
+        g = g * (weight.to(wide) + offset)
+    elif offset:
+        g = g * (1.0 + offset)
+    dx = scale * (g - xhat * (g * xhat).mean(-1, keepdim=True))
+    if grad_total is not None:
+        dx = dx + grad_total.to(wide)
+    return dx.to(x.dtype).contiguous(), dweight
+
+
+def _bwd_fake(grad, x, weight, rstd, grad_total, offset):
+    return x.new_empty(x.shape), x.new_empty(0) if weight is None else torch.empty_like(weight)
+
+
+OPERATOR = Operator("rms_norm", reference=rms_norm)
+_fwd = define(
+    "rms_norm_fwd(Tensor x, Tensor? weight, Tensor? residual, float eps, float offset) -> (Tensor, Tensor, Tensor)",
+    _fwd_fake, _fwd_fallback,
+)  # fmt: skip
+_bwd = define(
+    "rms_norm_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor rstd, Tensor? grad_total, float offset) -> (Tensor, Tensor)",
+    _bwd_fake, _bwd_fallback,
+)  # fmt: skip
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, residual, eps, offset):
+        y, rstd, total = _fwd(x, weight, residual, eps, offset)
+        ctx.save_for_backward(x if residual is None else total, weight, rstd)
+        ctx.offset = offset
+        ctx.fused = residual is not None
+        if residual is None:
+            ctx.mark_non_differentiable(total)
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_total):
+        x, weight, rstd = ctx.saved_tensors
+        if grad is None:  # only x + residual was used
+            return grad_total, None, grad_total, None, None
+        dx, dweight = _bwd(grad, x, weight, rstd, grad_total if ctx.fused else None, ctx.offset)
+        return dx, dweight if weight is not None else None, dx if ctx.fused else None, None, None
