@@ -1,7 +1,8 @@
 """bigkernels: kernels that make large models train, fine-tune and run faster in less memory."""
 
 from . import functional, nn
+from ._info import info
 from ._version import __version__
 from .ops import use
 
-__all__ = ["__version__", "functional", "nn", "use"]
+__all__ = ["__version__", "functional", "info", "nn", "use"]

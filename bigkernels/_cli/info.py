@@ -1,0 +1,57 @@
+"""`bigkernels info`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from .._info import info
+from .terminal import gigabytes, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the whole dictionary as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    found = info()
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    table("Machine", ["what", "value"], _machine(found))
+    libraries = [
+        [name, "loaded" if entry["loaded"] else "not loaded", entry["reason"] or entry["path"] or ""]
+        for name, entry in found["libraries"].items()
+    ]
+    table("Libraries", ["library", "state", "path or reason"], libraries)
+    columns = ["operator", "device", "dtypes", "served by", "others"]
+    table("Operators", columns, [row for op, devices in found["operators"].items() for row in _served(op, devices)])
+    return 0
+
+
+def _machine(found: dict) -> list[list[str]]:
+    cpu, memory = found["cpu"], found["memory"]
+    rows = [[name, version or "not installed"] for name, version in found["versions"].items()]
+    rows += [["CPU", cpu["model"]], ["cores, threads used", f"{cpu['cores']}, {cpu['threads']}"]]
+    rows += [["CPU features", " ".join(cpu["features"]) or "none that a kernel uses"]]
+    lowered = cpu["BIGKERNELS_CPU_ISA"]
+    rows += [["ISA level", (cpu["isa"] or "none: no CPU library") + (f" (BIGKERNELS_CPU_ISA={lowered})" if lowered else "")]]
+    if memory:
+        rows += [["memory", f"{gigabytes(memory['total'])}, {gigabytes(memory['available'])} available"]]
+    for gpu in found["gpus"]:
+        rows += [["GPU", f"{gpu['name']}, {gigabytes(gpu['memory'])}, compute capability {gpu['capability']}"]]
+    return rows if found["gpus"] else [*rows, ["GPU", "none"]]
+
+
+def _served(operator: str, devices: dict) -> list[list[str]]:
+    """One row for each group of dtypes that are served alike."""
+    rows = []
+    for device, dtypes in devices.items():
+        groups: dict[tuple, list[str]] = {}
+        for dtype, refusals in dtypes.items():
+            groups.setdefault(tuple(refusals.items()), []).append(dtype)
+        for refusals, names in groups.items():
+            served = next(name for name, reason in refusals if reason is None)
+            others = "; ".join(f"{name}: {reason or 'could serve too'}" for name, reason in refusals if name != served)
+            rows.append([operator, device, ", ".join(names), served, others])
+    return rows

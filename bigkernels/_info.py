@@ -1,0 +1,124 @@
+"""What this machine offers and what bigkernels can use of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from ._load import cpu_library, triton_unavailable
+from ._version import __version__
+from .ops import OPERATORS
+from .ops._registry import KERNEL_DTYPES
+
+_PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "numpy")
+# The features that the CPU kernels' ISA levels are made of.
+_CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16",
+                 "amx_tile", "amx_bf16", "amx_int8", "amx_fp16")  # fmt: skip
+
+
+def info() -> dict:
+    """Versions, processor, memory, GPUs, libraries, and for every operator who can serve it here.
+
+    Returns:
+        A dictionary that `json.dumps` accepts. `["operators"][op][device][dtype]` maps each implementation to None
+        where it can serve and to the reason where it cannot, in the order in which they are tried.
+    """
+    return {
+        "versions": _versions(),
+        "cpu": _cpu(),
+        "memory": _memory(),
+        "gpus": _gpus(),
+        "libraries": _libraries(),
+        "operators": _operators(),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    versions = {"bigkernels": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _cpu() -> dict:
+    fields = _cpuinfo()
+    flags = fields.get("flags", "").split()
+    return {
+        "model": fields.get("model name") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "features": [f for f in _CPU_FEATURES if f in flags],
+        "isa": _isa(),
+        "BIGKERNELS_CPU_ISA": os.environ.get("BIGKERNELS_CPU_ISA"),
+    }
+
+
+def _isa() -> str | None:
+    """The ISA level that the CPU kernels chose; None without the library, which defines the operator."""
+    chosen = getattr(torch.ops.bigkernels, "cpu_isa", None)
+    return chosen() if chosen else None
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The fields of the first processor in /proc/cpuinfo; empty where there is none."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _memory() -> dict[str, int]:
+    """Bytes; empty where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return {}
+    kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    return {"total": kilobytes["MemTotal"] * 1024, "available": kilobytes["MemAvailable"] * 1024}
+
+
+def _gpus() -> list[dict]:
+    if not torch.cuda.is_available():
+        return []
+    properties = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    return [
+        {"name": p.name, "memory": p.total_memory, "capability": f"{p.major}.{p.minor}",
+         "multiprocessors": p.multi_processor_count}
+        for p in properties
+    ]  # fmt: skip
+
+
+def _libraries() -> dict[str, dict]:
+    """For each: whether it can be used, where it is, and why not."""
+    cpu, triton = cpu_library(), triton_unavailable()
+    native = importlib.util.find_spec("bigkernels._native")
+    return {
+        "cpu": {"loaded": cpu.reason is None, "path": str(cpu.path) if cpu.path else None, "reason": cpu.reason},
+        "triton": {"loaded": triton is None, "path": None, "reason": triton},
+        "native": {
+            "loaded": native is not None,
+            "path": native.origin if native else None,
+            "reason": None if native else "only development builds have it",
+        },
+    }
+
+
+def _operators() -> dict:
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {
+        name: {
+            device: {str(dtype).removeprefix("torch."): operator.refusals(device, dtype) for dtype in KERNEL_DTYPES}
+            for device in devices
+        }
+        for name, operator in OPERATORS.items()
+    }
