@@ -1,10 +1,12 @@
 """The operators: one file each, holding its whole contract."""
 
+from .. import triton
 from .._load import cpu_library
 from . import cross_entropy, glu, layer_norm, rms_norm, rope
 from ._registry import OPERATORS, use
 
 # After the definitions: a library only implements schemas that exist.
 cpu_library()
+triton.register()
 
 __all__ = ["OPERATORS", "cross_entropy", "glu", "layer_norm", "rms_norm", "rope", "use"]

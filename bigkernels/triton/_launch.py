@@ -1,0 +1,93 @@
+"""What the launchers share: launching, the shape of a grid, and views of tensors as rows."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..ops._registry import KERNEL_DTYPES
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as the ahead-of-time check compiles it."""
+
+    kernel: Any
+    args: dict[str, Any]
+    num_warps: int
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect launches and run none of them: with meta tensors the launchers need no GPU."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, debug: bool = False, **constants: Any) -> None:
+    """Run `kernel` on the device of its first argument."""
+    if _recorded is not None:
+        named = dict(zip(kernel.arg_names, args, strict=False)) | constants
+        shapes = [tuple(a.shape) for a in args if isinstance(a, Tensor)]
+        _recorded.append(Launch(kernel, named, num_warps, shapes))
+        return
+    device = args[0].device
+    guard = contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+    with guard:
+        kernel[grid](*args, num_warps=num_warps, debug=debug, **constants)
+
+
+def falls_back(fallback: Callable, *, inputs: int = 1) -> Callable[[Callable], Callable]:
+    """Leave calls whose first `inputs` tensors are empty, or have a dtype without kernels, to the fallback in PyTorch."""
+
+    def decorate(launcher: Callable) -> Callable:
+        @functools.wraps(launcher)
+        def call(*args):
+            served = all(x.numel() and x.dtype in KERNEL_DTYPES for x in args[:inputs])
+            return launcher(*args) if served else fallback(*args)
+
+        return call
+
+    return decorate
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of `device`; a small number where kernels are interpreted, a typical one where none is run."""
+    if device.type == "cuda":
+        return _processors(device.index)
+    return 2 if device.type == "cpu" else 132
+
+
+def rows(x: Tensor) -> Tensor:
+    """`x` as (rows, D) with the elements of a row adjacent; a view where the strides allow it."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def require(operator: str, condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(f"bigkernels::{operator}: {message}")
+
+
+def power_of_2(n: int) -> int:
+    return triton.next_power_of_2(max(n, 1))
