@@ -62,9 +62,8 @@ def _cpu() -> dict:
 
 
 def _isa() -> str | None:
-    """The ISA level that the CPU kernels chose; None without the library, which defines the operator."""
-    chosen = getattr(torch.ops.bigkernels, "cpu_isa", None)
-    return chosen() if chosen else None
+    """The ISA level that the CPU kernels chose; None without the library, which implements the operator."""
+    return torch.ops.bigkernels.cpu_isa() if cpu_library().reason is None else None
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -1,9 +1,13 @@
 """The operators: one file each, holding its whole contract."""
 
+import torch
+
 from .. import triton
 from .._load import cpu_library
 from . import cross_entropy, glu, layer_norm, rms_norm, rope
 from ._registry import OPERATORS, use
+
+torch.library.define("bigkernels::cpu_isa", "() -> str")
 
 # After the definitions: a library only implements schemas that exist.
 cpu_library()

@@ -1,0 +1,76 @@
+// Chooses the instruction-set level once, from what the machine has and what BIGKERNELS_CPU_ISA allows.
+#include <bigkernels/table.h>
+
+#include <cstdlib>
+#include <cstring>
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace bigkernels {
+namespace {
+
+const char* const kNames[] = {"default", "avx2", "avx512", "amx"};
+
+#if defined(__x86_64__)
+// Linux gives the tile registers only to a process that asks (ARCH_REQ_XCOMP_PERM for XTILEDATA).
+bool amx_permitted() {
+#if defined(__linux__)
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return false;
+#endif
+}
+
+Isa best() {
+  __builtin_cpu_init();
+#define BK_HAS(feature) __builtin_cpu_supports(feature)
+  if (!(BK_HAS("avx2") && BK_HAS("fma") && BK_HAS("f16c"))) return Isa::base;
+  if (!(BK_HAS("avx512f") && BK_HAS("avx512bw") && BK_HAS("avx512vl") && BK_HAS("avx512dq") && BK_HAS("avx512vnni") &&
+        BK_HAS("avx512bf16")))
+    return Isa::avx2;
+  if (!(BK_HAS("amx-tile") && BK_HAS("amx-bf16") && BK_HAS("amx-int8") && amx_permitted())) return Isa::avx512;
+#undef BK_HAS
+  return Isa::amx;
+}
+#else
+Isa best() { return Isa::base; }
+#endif
+
+Isa choose() {
+  Isa found = best();
+  if ((int)found > BK_MAX_ISA_LEVEL) found = (Isa)BK_MAX_ISA_LEVEL;  // what this compiler could build
+  if (const char* wish = std::getenv("BIGKERNELS_CPU_ISA"))
+    for (int i = 0; i < (int)found; ++i)  // only downwards
+      if (!std::strcmp(wish, kNames[i])) return (Isa)i;
+  return found;
+}
+
+}  // namespace
+
+Isa isa() {
+  static const Isa chosen = choose();
+  return chosen;
+}
+
+const char* isa_name() { return kNames[(int)isa()]; }
+
+const CpuTable& table() {
+  static const CpuTable* const tables[] = {
+      &base::table,
+#if BK_MAX_ISA_LEVEL >= 1
+      &avx2::table,
+#endif
+#if BK_MAX_ISA_LEVEL >= 2
+      &avx512::table,
+#endif
+#if BK_MAX_ISA_LEVEL >= 3
+      &amx::table,
+#endif
+  };
+  static const CpuTable* const chosen = tables[(int)isa()];
+  return *chosen;
+}
+
+}  // namespace bigkernels

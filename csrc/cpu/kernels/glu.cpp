@@ -1,0 +1,140 @@
+// Gated linear units: the activation's value and slope from one evaluation of its exponential.
+#include <bigkernels/math.h>
+
+namespace bigkernels {
+namespace BK_ISA {
+namespace {
+
+// gelu_tanh(x) = x sigmoid(2u), for 0.5 (1 + tanh u) would lose the small values for x << 0. Beyond 30 the sigmoid is
+// 0 or 1, and u would overflow.
+constexpr float kTwoRootTwoOverPi = 1.5957691216f;
+BK_INLINE vf gelu_tanh_sigmoid(vf x, vf* bounded) {
+  *bounded = vmax(splat(-30.0f), vmin(splat(30.0f), x));
+  vf b = *bounded;
+  return vsigmoid(b * (b * b * 0.044715f + 1.0f) * kTwoRootTwoOverPi);
+}
+
+template <Activation kind>
+BK_INLINE vf activate(vf x) {
+  vf unused;
+  if (kind == Activation::silu) return x * vsigmoid(x);
+  if (kind == Activation::gelu) return x * vnormal(x, &unused);
+  if (kind == Activation::gelu_tanh) return x * gelu_tanh_sigmoid(x, &unused);
+  if (kind == Activation::sigmoid) return vsigmoid(x);
+  vf positive = select(x < 0.0f, vf{}, x);  // NaN stays
+  return kind == Activation::relu ? positive : positive * positive;
+}
+
+// The activation at x, and its derivative.
+template <Activation kind>
+BK_INLINE vf activate(vf x, vf* slope) {
+  if (kind == Activation::silu) {
+    vf s = vsigmoid(x);
+    *slope = s * (x * (1.0f - s) + 1.0f);
+    return x * s;
+  }
+  if (kind == Activation::gelu) {
+    vf density, p = vnormal(x, &density);
+    *slope = x * density + p;
+    return x * p;
+  }
+  if (kind == Activation::gelu_tanh) {
+    vf b, s = gelu_tanh_sigmoid(x, &b);
+    *slope = s * (b * (1.0f - s) * (b * b * 0.134145f + 1.0f) * kTwoRootTwoOverPi + 1.0f);
+    return x * s;
+  }
+  if (kind == Activation::sigmoid) {
+    vf s = vsigmoid(x);
+    *slope = s * (1.0f - s);
+    return s;
+  }
+  vf positive = select(x < 0.0f, vf{}, x);
+  if (kind == Activation::relu) {
+    *slope = select(x > 0.0f, splat(1.0f), vf{});
+    return positive;
+  }
+  *slope = positive + positive;
+  return positive * positive;
+}
+
+template <class T, Activation kind>
+void forward(const Glu& a, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    const T* gate = (const T*)a.gate.data + r * a.gate.stride;
+    const T* up = (const T*)a.up.data + r * a.up.stride;
+    T* out = (T*)a.out + r * a.n;
+    int64_t i = 0;
+    if (a.stream) {
+      for (; i + 2 * W <= a.n; i += 2 * W)
+        stream2(out + i, activate<kind>(load(gate + i)) * load(up + i), activate<kind>(load(gate + i + W)) * load(up + i + W));
+    }
+    for (; i + W <= a.n; i += W) store(out + i, activate<kind>(load(gate + i)) * load(up + i));
+    if (i < a.n) store(out + i, activate<kind>(load(gate + i, a.n - i)) * load(up + i, a.n - i), a.n - i);
+  }
+  if (a.stream) fence();
+}
+
+template <class T, Activation kind>
+void backward(const Glu& a, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    const T* gate = (const T*)a.gate.data + r * a.gate.stride;
+    const T* up = (const T*)a.up.data + r * a.up.stride;
+    const T* grad = (const T*)a.grad.data + r * a.grad.stride;
+    T* d_gate = (T*)a.out + r * a.n;
+    T* d_up = (T*)a.out2 + r * a.n;
+    int64_t i = 0;
+    if (a.stream) {
+      for (; i + 2 * W <= a.n; i += 2 * W) {
+        vf slope[2], g[2] = {load(grad + i), load(grad + i + W)};
+        vf value[2] = {activate<kind>(load(gate + i), &slope[0]), activate<kind>(load(gate + i + W), &slope[1])};
+        stream2(d_gate + i, g[0] * load(up + i) * slope[0], g[1] * load(up + i + W) * slope[1]);
+        stream2(d_up + i, g[0] * value[0], g[1] * value[1]);
+      }
+    }
+    for (; i + W <= a.n; i += W) {
+      vf slope, g = load(grad + i), value = activate<kind>(load(gate + i), &slope);
+      store(d_gate + i, g * load(up + i) * slope);
+      store(d_up + i, g * value);
+    }
+    if (i < a.n) {
+      int64_t n = a.n - i;
+      vf slope, g = load(grad + i, n), value = activate<kind>(load(gate + i, n), &slope);
+      store(d_gate + i, g * load(up + i, n) * slope, n);
+      store(d_up + i, g * value, n);
+    }
+  }
+  if (a.stream) fence();
+}
+
+template <class T, bool kBackward>
+void dispatch(const Glu& a, int64_t begin, int64_t end) {
+  switch (a.activation) {
+#define BK_CASE(kind) \
+  case Activation::kind: \
+    return kBackward ? backward<T, Activation::kind>(a, begin, end) : forward<T, Activation::kind>(a, begin, end);
+    BK_CASE(silu)
+    BK_CASE(gelu)
+    BK_CASE(gelu_tanh)
+    BK_CASE(relu)
+    BK_CASE(relu2)
+    BK_CASE(sigmoid)
+#undef BK_CASE
+  }
+}
+
+template <bool kBackward>
+void dispatch_type(const Glu& a, int64_t begin, int64_t end) {
+  switch (a.type) {
+    case Type::f32: return dispatch<float, kBackward>(a, begin, end);
+    case Type::bf16: return dispatch<bf16, kBackward>(a, begin, end);
+    case Type::f16: return dispatch<f16, kBackward>(a, begin, end);
+  }
+}
+
+}  // namespace
+
+void glu_fwd(const Glu& a, int64_t begin, int64_t end) { dispatch_type<false>(a, begin, end); }
+void glu_bwd(const Glu& a, int64_t begin, int64_t end) { dispatch_type<true>(a, begin, end); }
+
+}  // namespace BK_ISA
+}  // namespace bigkernels

@@ -1,0 +1,158 @@
+// RMSNorm of rows. A row is read twice, the second time from the first-level cache.
+#include <bigkernels/vec.h>
+
+namespace bigkernels {
+namespace BK_ISA {
+namespace {
+
+BK_INLINE float rsqrt(float v) { return 1.0f / __builtin_sqrtf(v); }
+
+// sum(x^2), four accumulators deep; with a residual, x + residual is rounded to T, kept in `total` and used instead.
+template <class T, bool kResidual>
+BK_INLINE float sum_of_squares(const T* x, const T* residual, T* total, int64_t d) {
+  vf acc[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= d; i += 4 * W) {
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) {
+      vf v = load(x + i + u * W);
+      if (kResidual) {
+        v = rounded<T>(v + load(residual + i + u * W));
+        store(total + i + u * W, v);
+      }
+      acc[u] += v * v;
+    }
+  }
+  for (; i < d; i += W) {
+    int64_t n = d - i < W ? d - i : W;
+    vf v = load(x + i, n);
+    if (kResidual) {
+      v = rounded<T>(v + load(residual + i, n));
+      store(total + i, v, n);
+    }
+    acc[0] += v * v;
+  }
+  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
+template <class T, class Wt, bool kWeight>
+BK_INLINE void scale_row(const T* x, const Wt* weight, T* y, float rstd, float offset, int64_t d, bool stream) {
+  auto one = [&](vf v, vf w) { return kWeight ? v * rstd * (w + offset) : v * (rstd * (1.0f + offset)); };
+  int64_t i = 0;
+  if (stream) {
+    for (; i + 2 * W <= d; i += 2 * W)
+      stream2(y + i, one(load(x + i), kWeight ? load(weight + i) : vf{}),
+              one(load(x + i + W), kWeight ? load(weight + i + W) : vf{}));
+  }
+  for (; i + W <= d; i += W) store(y + i, one(load(x + i), kWeight ? load(weight + i) : vf{}));
+  if (i < d) store(y + i, one(load(x + i, d - i), kWeight ? load(weight + i, d - i) : vf{}), d - i);
+}
+
+template <class T, class Wt, bool kWeight>
+void forward(const RmsNorm& a, int64_t begin, int64_t end) {
+  const Wt* weight = (const Wt*)a.weight;
+  for (int64_t r = begin; r < end; ++r) {
+    const T* x = (const T*)a.x.data + r * a.x.stride;
+    T* y = (T*)a.out + r * a.d;
+    float squares;
+    if (a.residual.data) {
+      T* total = (T*)a.total + r * a.d;
+      squares = sum_of_squares<T, true>(x, (const T*)a.residual.data + r * a.residual.stride, total, a.d);
+      x = total;
+    } else {
+      squares = sum_of_squares<T, false>(x, nullptr, nullptr, a.d);
+    }
+    float rstd = rsqrt(squares / (float)a.d + a.eps);
+    a.rstd[r] = rstd;
+    scale_row<T, Wt, kWeight>(x, weight, y, rstd, a.offset, a.d, a.stream);
+  }
+  if (a.stream) fence();
+}
+
+// With xhat = x * rstd and g = grad * (weight + offset): dx = rstd * (g - xhat * mean(g * xhat)), dweight = sum grad * xhat.
+template <class T, class Wt, bool kWeight>
+void backward(const RmsNorm& a, int64_t begin, int64_t end, int64_t block) {
+  const Wt* weight = (const Wt*)a.weight;
+  float* dweight = a.dweight + block * a.d;
+  for (int64_t r = begin; r < end; ++r) {
+    const T* x = (const T*)a.x.data + r * a.x.stride;
+    const T* grad = (const T*)a.grad.data + r * a.grad.stride;
+    const T* grad_total = a.grad_total.data ? (const T*)a.grad_total.data + r * a.grad_total.stride : nullptr;
+    T* dx = (T*)a.out + r * a.d;
+    float rstd = a.rstd[r];
+
+    vf acc[2] = {};
+    int64_t i = 0;
+    for (; i + 2 * W <= a.d; i += 2 * W) {
+#pragma GCC unroll 2
+      for (int u = 0; u < 2; ++u) {
+        int64_t j = i + u * W;
+        vf product = load(grad + j) * load(x + j);
+        if (kWeight) {
+          store(dweight + j, load(dweight + j) + product * rstd);
+          product *= load(weight + j) + a.offset;
+        }
+        acc[u] += product;
+      }
+    }
+    for (; i < a.d; i += W) {
+      int64_t n = a.d - i < W ? a.d - i : W;
+      vf product = load(grad + i, n) * load(x + i, n);
+      if (kWeight) {
+        store(dweight + i, load(dweight + i, n) + product * rstd, n);
+        product *= load(weight + i, n) + a.offset;
+      }
+      acc[0] += product;
+    }
+    // The factor on x and not on xhat: rstd^3 * mean(g * x).
+    float scale = kWeight ? rstd : rstd * (1.0f + a.offset);
+    float pull = sum(acc[0] + acc[1]) / (float)a.d * rstd * rstd * scale;
+
+    auto one = [&](int64_t j, int64_t n) {
+      bool whole = n == W;
+      vf g = whole ? load(grad + j) : load(grad + j, n);
+      if (kWeight) g *= (whole ? load(weight + j) : load(weight + j, n)) + a.offset;
+      vf v = g * scale - (whole ? load(x + j) : load(x + j, n)) * pull;
+      if (grad_total) v += whole ? load(grad_total + j) : load(grad_total + j, n);
+      return v;
+    };
+    i = 0;
+    if (a.stream)
+      for (; i + 2 * W <= a.d; i += 2 * W) stream2(dx + i, one(i, W), one(i + W, W));
+    for (; i + W <= a.d; i += W) store(dx + i, one(i, W));
+    if (i < a.d) store(dx + i, one(i, a.d - i), a.d - i);
+  }
+  if (a.stream) fence();
+}
+
+template <class T>
+void forward_of(const RmsNorm& a, int64_t begin, int64_t end) {
+  if (!a.weight) return forward<T, T, false>(a, begin, end);
+  a.weight_type == a.type ? forward<T, T, true>(a, begin, end) : forward<T, float, true>(a, begin, end);
+}
+template <class T>
+void backward_of(const RmsNorm& a, int64_t begin, int64_t end, int64_t block) {
+  if (!a.weight) return backward<T, T, false>(a, begin, end, block);
+  a.weight_type == a.type ? backward<T, T, true>(a, begin, end, block) : backward<T, float, true>(a, begin, end, block);
+}
+
+}  // namespace
+
+void rms_norm_fwd(const RmsNorm& a, int64_t begin, int64_t end) {
+  switch (a.type) {
+    case Type::f32: return forward_of<float>(a, begin, end);
+    case Type::bf16: return forward_of<bf16>(a, begin, end);
+    case Type::f16: return forward_of<f16>(a, begin, end);
+  }
+}
+
+void rms_norm_bwd(const RmsNorm& a, int64_t begin, int64_t end, int64_t block) {
+  switch (a.type) {
+    case Type::f32: return backward_of<float>(a, begin, end, block);
+    case Type::bf16: return backward_of<bf16>(a, begin, end, block);
+    case Type::f16: return backward_of<f16>(a, begin, end, block);
+  }
+}
+
+}  // namespace BK_ISA
+}  // namespace bigkernels

@@ -1,0 +1,74 @@
+// This level's table, and the loops that tests and the benchmark engine call directly.
+#include <bigkernels/math.h>
+
+namespace bigkernels {
+namespace BK_ISA {
+
+void rms_norm_fwd(const RmsNorm&, int64_t, int64_t);
+void rms_norm_bwd(const RmsNorm&, int64_t, int64_t, int64_t);
+void layer_norm_fwd(const LayerNorm&, int64_t, int64_t);
+void layer_norm_bwd(const LayerNorm&, int64_t, int64_t, int64_t);
+void rope(const Rope&, int64_t, int64_t);
+void glu_fwd(const Glu&, int64_t, int64_t);
+void glu_bwd(const Glu&, int64_t, int64_t);
+void cross_entropy_fwd(const CrossEntropy&, int64_t, int64_t);
+void cross_entropy_bwd(const CrossEntropy&, int64_t, int64_t);
+int64_t matrix_loop(int type, int64_t rounds);
+
+namespace {
+
+// function: 0 exp, 1 sigmoid, 2 tanh, 3 normal distribution, 4 normal density
+void vector_math(int function, const float* in, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) {
+    int64_t m = n - i < W ? n - i : W;
+    vf x = load(in + i, m), density, y;
+    switch (function) {
+      case 0: y = vexp(x); break;
+      case 1: y = vsigmoid(x); break;
+      case 2: y = vtanh(x); break;
+      case 3: y = vnormal(x, &density); break;
+      default: vnormal(x, &density), y = density; break;
+    }
+    store(out + i, y, m);
+  }
+}
+
+template <class T>
+void convert_of(bool narrow, const void* in, void* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) {
+    int64_t m = n - i < W ? n - i : W;
+    if (narrow) {
+      store((T*)out + i, load((const float*)in + i, m), m);
+    } else {
+      store((float*)out + i, load((const T*)in + i, m), m);
+    }
+  }
+}
+
+void convert(Type type, bool narrow, const void* in, void* out, int64_t n) {
+  type == Type::bf16 ? convert_of<bf16>(narrow, in, out, n) : convert_of<f16>(narrow, in, out, n);
+}
+
+// What any kernel that reads and writes each byte once is limited by.
+void copy(const void* in, void* out, int64_t bytes, bool stream) {
+  const float* from = (const float*)in;
+  float* to = (float*)out;
+  int64_t n = bytes / 4, i = 0;
+  if (stream) {
+    for (; i + 2 * W <= n; i += 2 * W) stream2(to + i, load(from + i), load(from + i + W));
+    fence();
+  } else {
+    for (; i + 2 * W <= n; i += 2 * W) store(to + i, load(from + i)), store(to + i + W, load(from + i + W));
+  }
+  for (; i < n; ++i) to[i] = from[i];
+}
+
+}  // namespace
+
+extern const CpuTable table = {
+    rms_norm_fwd, rms_norm_bwd, layer_norm_fwd,    layer_norm_bwd,    rope,   glu_fwd,
+    glu_bwd,      cross_entropy_fwd, cross_entropy_bwd, vector_math, convert, copy, matrix_loop,
+};
+
+}  // namespace BK_ISA
+}  // namespace bigkernels

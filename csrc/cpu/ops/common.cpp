@@ -1,0 +1,46 @@
+// What every CPU binding shares and no header needs to hold.
+#include <bigkernels/stable.h>
+
+#include <cstring>
+#include <string>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace bigkernels {
+
+void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 4096;
+  constexpr int64_t huge = int64_t{2} << 20;
+  if (bytes < 2 * huge) return;
+  uintptr_t begin = ((uintptr_t)data + page - 1) & ~(page - 1), end = ((uintptr_t)data + bytes) & ~(page - 1);
+  madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // advice: where it is refused, nothing changes
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+PartialSums::PartialSums(const MaybeTensor& like, int64_t blocks, int64_t d)
+    : like_(like), blocks_(blocks), d_(d), sums_(empty_1d(like ? blocks * d : 0)) {
+  if (!like) return;
+  data_ = (float*)sums_.mutable_data_ptr();
+  std::memset(data_, 0, blocks * d * sizeof(float));
+}
+
+Tensor PartialSums::total() const {
+  if (!like_) return sums_;
+  if (blocks_ > 1)
+    for (int64_t b = 1; b < blocks_; ++b)
+      for (int64_t i = 0; i < d_; ++i) data_[i] += data_[b * d_ + i];
+  if (blocks_ == 1 && like_->scalar_type() == ScalarType::Float) return sums_;
+  Tensor total = empty_1d(d_);
+  std::memcpy(total.mutable_data_ptr(), data_, d_ * sizeof(float));
+  return like_->scalar_type() == ScalarType::Float ? total : torch::stable::to(total, like_->scalar_type());
+}
+
+static std::string cpu_isa() { return isa_name(); }
+
+STABLE_TORCH_LIBRARY_IMPL(bigkernels, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+
+}  // namespace bigkernels

@@ -1,0 +1,121 @@
+#include <bigkernels/stable.h>
+
+namespace bigkernels {
+namespace {
+
+enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
+
+// The arguments as the kernel reads them, with what keeps converted copies alive.
+struct Call {
+  RowView rows;
+  Tensor target;
+  MaybeTensor weight, token_weight;
+  CrossEntropy a = {};
+
+  Call(const Tensor& logits, const Tensor& target_, const MaybeTensor& weight_, const MaybeTensor& token_weight_,
+       int64_t ignore_index, double label_smoothing, double z_loss, double softcap, double focal_gamma)
+      : rows(checked(logits)), target(target_) {
+    check_cpu("cross_entropy", "target", target);
+    STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == logits.size(0),
+                    "bigkernels::cross_entropy: target must hold one class a row of logits");
+    if (target.scalar_type() == ScalarType::Int) target = torch::stable::to(target, ScalarType::Long);
+    STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "bigkernels::cross_entropy: target must be int64 or int32");
+    if (!target.is_contiguous()) target = torch::stable::contiguous(target);
+    weight = floats("weight", weight_, logits.size(1));
+    token_weight = floats("token_weight", token_weight_, logits.size(0));
+    STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1 && z_loss >= 0 && softcap >= 0 && focal_gamma >= 0,
+                    "bigkernels::cross_entropy: an option is out of its range");
+    a.logits = rows.rows;
+    a.target = (const int64_t*)target.const_data_ptr();
+    if (weight) a.weight = (const float*)weight->const_data_ptr();
+    if (token_weight) a.token_weight = (const float*)token_weight->const_data_ptr();
+    a.vocabulary = logits.size(1), a.ignore_index = ignore_index;
+    a.label_smoothing = (float)label_smoothing, a.z_loss = (float)z_loss;
+    a.softcap = (float)softcap, a.focal_gamma = (float)focal_gamma;
+    a.type = type_of(logits);
+    for (int64_t r = 0; r < rows_count(); ++r)
+      STD_TORCH_CHECK(a.target[r] == ignore_index || (a.target[r] >= 0 && a.target[r] < a.vocabulary),
+                      "bigkernels::cross_entropy: target ", a.target[r], " is outside the vocabulary");
+    a.weight_sum = (float)a.vocabulary;
+    if (weight && label_smoothing > 0) {
+      double sum = 0;
+      for (int64_t c = 0; c < a.vocabulary; ++c) sum += a.weight[c];
+      a.weight_sum = (float)sum;
+    }
+  }
+
+  int64_t rows_count() const { return target.size(0); }
+
+ private:
+  static const Tensor& checked(const Tensor& logits) {
+    check_cpu("cross_entropy", "logits", logits);
+    STD_TORCH_CHECK(logits.dim() == 2, "bigkernels::cross_entropy: logits must be (T, V)");
+    return logits;
+  }
+  static MaybeTensor floats(const char* name, const MaybeTensor& t, int64_t size) {
+    if (!t) return t;
+    VectorView view("cross_entropy", name, t, size, Type::f32);
+    return view.holder;
+  }
+};
+
+double sum(const float* values, int64_t n) {
+  double s = 0;
+  for (int64_t i = 0; i < n; ++i) s += values[i];
+  return s;
+}
+
+Tensor scalar(float value) {
+  Tensor t = empty_strided(nullptr, nullptr, 0, ScalarType::Float, 4);
+  *(float*)t.mutable_data_ptr() = value;
+  return t;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor target, MaybeTensor weight, MaybeTensor token_weight,
+                                           int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss,
+                                           double softcap, double focal_gamma) {
+  Call call(logits, target, weight, token_weight, ignore_index, label_smoothing, z_loss, softcap, focal_gamma);
+  int64_t rows = call.rows_count();
+  Tensor loss = empty_1d(rows), lse = empty_1d(rows), divisor = empty_1d(rows);
+  CrossEntropy& a = call.a;
+  a.loss = (float*)loss.mutable_data_ptr(), a.lse = (float*)lse.mutable_data_ptr();
+  a.divisor = (float*)divisor.mutable_data_ptr();
+  auto kernel = table().cross_entropy_fwd;
+  parallel_rows(rows, a.vocabulary * size_of(a.type), [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  double kept = sum(a.divisor, rows);
+  if (reduction == kNone) return {loss, lse, scalar((float)kept)};
+  double total = sum(a.loss, rows);
+  return {scalar((float)(reduction == kMean ? total / kept : total)), lse, scalar((float)kept)};
+}
+
+Tensor backward(Tensor grad, Tensor logits, Tensor target, MaybeTensor weight, MaybeTensor token_weight, Tensor lse,
+                Tensor divisor, int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss,
+                double softcap, double focal_gamma) {
+  Call call(logits, target, weight, token_weight, ignore_index, label_smoothing, z_loss, softcap, focal_gamma);
+  int64_t rows = call.rows_count();
+  CrossEntropy& a = call.a;
+  bool one = reduction != kNone;
+  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && lse.numel() == rows &&
+                      divisor.scalar_type() == ScalarType::Float && divisor.numel() == 1 &&
+                      grad.scalar_type() == ScalarType::Float && grad.dim() == (one ? 0 : 1) &&
+                      grad.numel() == (one ? 1 : rows), "bigkernels::cross_entropy: grad, lse or divisor does not fit");
+  Tensor out = empty_contiguous_like(logits);
+  a.grad = (const float*)grad.const_data_ptr(), a.grad_stride = one ? 0 : grad.stride(0);
+  a.grad_scale = reduction == kMean ? 1.0f / *(const float*)divisor.const_data_ptr() : 1.0f;
+  a.lse = (float*)lse.mutable_data_ptr();
+  a.out = out.mutable_data_ptr();
+  int64_t row_bytes = a.vocabulary * size_of(a.type);
+  a.stream = worth_streaming(out, row_bytes, rows * row_bytes);
+  auto kernel = table().cross_entropy_bwd;
+  parallel_rows(rows, 2 * row_bytes, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bigkernels, CPU, m) {
+  m.impl("cross_entropy_fwd", TORCH_BOX(&forward));
+  m.impl("cross_entropy_bwd", TORCH_BOX(&backward));
+}
+
+}  // namespace bigkernels

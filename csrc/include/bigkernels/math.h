@@ -1,0 +1,88 @@
+// Vector exp, tanh, sigmoid and the normal distribution. Coefficients: tools/fit_vector_math.py.
+//
+// Worst errors seen over all tested floats (tests/test_native.py): exp 1.5 ulp, tanh 3 ulp, sigmoid 3 ulp,
+// the normal distribution's tail 12 ulp.
+#pragma once
+#include "vec.h"
+
+namespace bigkernels {
+namespace BK_ISA {
+namespace {
+
+// e^x = 2^n e^r with |r| <= ln2 / 2, for -150 <= x <= 150: rounds to 0 and to infinity at the ends.
+BK_INLINE vf vexp_in_range(vf x) {
+  const vf shifter = splat(0x1.8p23f);  // adding it rounds to an integer in the low bits
+  vf shifted = x * 0x1.715476p0f + shifter;
+  vf n = shifted - shifter;
+  vf r = x - n * 0x1.62e4p-1f;  // ln2 in two parts; the first has trailing zeros, so n times it is exact
+  r = r - n * 0x1.7f7d1cp-20f;
+  vf p = splat(1.381461276e-03f);
+  p = p * r + 8.368710056e-03f;
+  p = p * r + 4.166838899e-02f;
+  p = p * r + 1.666652113e-01f;
+  p = p * r + 4.999999404e-01f;
+  p = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  // In two factors, so that neither overflows before the product does.
+  vi e = (vi)shifted - (vi)shifter, half = e >> 1;
+  return p * (vf)((half + 127) << 23) * (vf)((e - half + 127) << 23);
+#endif
+}
+
+// The order of the operands matters: NaN is kept.
+BK_INLINE vf vexp(vf x) { return vexp_in_range(vmax(splat(-150.0f), vmin(splat(150.0f), x))); }
+
+// For x <= 0, which is all that a softmax needs.
+BK_INLINE vf vexp_nonpositive(vf x) { return vexp_in_range(vmax(splat(-150.0f), x)); }
+
+BK_INLINE vf vsigmoid(vf x) {
+  // Of -|x| first: 1 / (1 + e^|x|) would lose the small results.
+  vf e = vexp_nonpositive(-vabs(x));
+  vf s = splat(1.0f) / (e + 1.0f);
+  return select(x < 0.0f, e * s, s);
+}
+
+BK_INLINE vf vtanh(vf x) {
+  vf a = vabs(x);
+  vf s = x * x;
+  vf p = splat(2.142962068e-03f);
+  p = p * s - 8.177398704e-03f;
+  p = p * s + 2.170070261e-02f;
+  p = p * s - 5.394676328e-02f;
+  p = p * s + 1.333320588e-01f;
+  p = p * s - 3.333333135e-01f;
+  vf small = p * s * x + x;
+  vf large = splat(1.0f) - splat(2.0f) / (vexp(a + a) + 1.0f);
+  large = (vf)((vi)large | ((vi)x & (int32_t)0x80000000));
+  return select(a < 0.625f, small, select(x != x, x, large));
+}
+
+// The normal distribution: returns Phi(x); density = e^(-x^2/2) / sqrt(2 pi).
+BK_INLINE vf vnormal(vf x, vf* density) {
+  vf a = vmin(splat(15.0f), vabs(x));  // beyond 14.2 the tail is zero in float32
+  // x^2 = h^2 + (a - h)(a + h) with h short enough that h^2 is exact: the rounding of x^2 would be multiplied by x^2.
+  vf h = (vf)((vi)a & (int32_t)0xfffff000);
+  vf y = (a - h) * (a + h) * -0.5f;  // |y| < 0.1: four terms of its exponential
+  vf e = vexp_nonpositive(h * h * -0.5f);
+  e = e + e * y * (y * (y * (y * 0x1.555556p-5f + 0x1.555556p-3f) + 0.5f) + 1.0f);
+  vf t = splat(1.0f) / (a * 0.25f + 1.0f);
+  vf p = splat(1.657962985e-02f);
+  p = p * t - 6.279202551e-02f;
+  p = p * t + 5.165195465e-02f;
+  p = p * t + 2.843650989e-02f;
+  p = p * t + 1.271112636e-02f;
+  p = p * t + 8.665736765e-02f;
+  p = p * t + 7.199921459e-02f;
+  p = p * t + 9.551577270e-02f;
+  p = p * t + 9.949254990e-02f;
+  p = p * t + 9.974790365e-02f;
+  vf tail = e * p * t;
+  *density = e * 0.3989422804f;
+  return select(x < 0.0f, tail, select(x != x, x, splat(1.0f) - tail));
+}
+
+}  // namespace
+}  // namespace BK_ISA
+}  // namespace bigkernels

@@ -1,0 +1,176 @@
+// Helpers over LibTorch's stable ABI: allocation, rows, threads and checks, as the CPU bindings need them.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+
+#include "table.h"
+
+namespace bigkernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// Below this many bytes a second thread costs more than it saves.
+constexpr int64_t kGrainBytes = 64 * 1024;
+// Outputs at least this large do not fit the caches, so they are stored past them.
+constexpr int64_t kStreamBytes = int64_t{1} << 20;
+
+inline Type type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Type::f32;
+    case ScalarType::BFloat16: return Type::bf16;
+    case ScalarType::Half: return Type::f16;
+    default: STD_TORCH_CHECK(false, "bigkernels: the CPU kernels take float32, bfloat16 and float16");
+  }
+}
+
+// Asks for huge pages under a large, untouched allocation: its page faults would cost more than the kernel.
+void prefer_huge_pages(void* data, int64_t bytes);
+
+// Through the C shim: the stable wrappers look their operator up by name, which costs more than the allocation.
+inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype, int64_t bytes) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, (int32_t)dtype, aoti_torch_device_type_cpu(), 0,
+                                                  &handle));
+  Tensor t(handle);
+  prefer_huge_pages(t.mutable_data_ptr(), bytes);
+  return t;
+}
+
+inline Tensor empty_1d(int64_t size) {
+  int64_t one = 1;
+  return empty_strided(&size, &one, 1, ScalarType::Float, size * 4);
+}
+inline Tensor none() { return empty_1d(0); }
+
+constexpr int64_t kMaxDim = 16;
+
+// Contiguous, with the first `dim` sizes of x.
+inline Tensor empty_like_leading(const Tensor& x, int64_t dim, ScalarType dtype) {
+  int64_t sizes[kMaxDim], strides[kMaxDim], stride = 1;
+  STD_TORCH_CHECK(dim <= kMaxDim, "bigkernels: more than 16 dimensions");
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    sizes[i] = x.size(i);
+    strides[i] = stride;
+    stride *= sizes[i];
+  }
+  return empty_strided(sizes, strides, dim, dtype, stride * (dtype == ScalarType::Float ? 4 : 2));
+}
+inline Tensor empty_contiguous_like(const Tensor& x) { return empty_like_leading(x, x.dim(), x.scalar_type()); }
+
+// A tensor as rows of its last dimension at one stride; copied where its strides allow no such view.
+struct RowView {
+  Tensor holder;
+  Rows rows;
+  int64_t count = 0, d = 0;
+
+  explicit RowView(const Tensor& t) : holder(t) {
+    int64_t dim = t.dim();
+    d = t.size(dim - 1);
+    count = d ? t.numel() / d : 0;
+    int64_t stride = d;
+    bool ok = d <= 1 || t.stride(dim - 1) == 1;
+    int64_t inner = -1;  // the innermost leading dimension of more than one row sets the stride
+    for (int64_t i = dim - 2; ok && i >= 0; --i) {
+      if (t.size(i) == 1) continue;
+      if (inner < 0) {
+        stride = t.stride(i);
+        inner = stride * t.size(i);
+      } else {
+        ok = t.stride(i) == inner;
+        inner *= t.size(i);
+      }
+    }
+    if (!ok) {
+      holder = torch::stable::contiguous(t);
+      stride = d;
+    }
+    rows = {holder.const_data_ptr(), stride};
+  }
+};
+
+inline void check_cpu(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu(), "bigkernels::", op, ": ", name, " is not on the CPU");
+}
+inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  check_cpu(op, name, t);
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.dim() == x.dim(), "bigkernels::", op, ": ", name,
+                  " does not have the dtype and dimensions of the first argument");
+  for (int64_t i = 0; i < x.dim(); ++i)
+    STD_TORCH_CHECK(t.size(i) == x.size(i), "bigkernels::", op, ": ", name, " has another shape than the first argument");
+}
+
+// A vector of `size` elements as the kernels read it: contiguous, of type `native` or float32.
+struct VectorView {
+  Tensor holder;
+  const void* data = nullptr;
+  Type type = Type::f32;
+
+  VectorView(const char* op, const char* name, const MaybeTensor& t, int64_t size, Type native)
+      : holder(t ? *t : Tensor()), type(native) {
+    if (!t) return;
+    check_cpu(op, name, *t);
+    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size, "bigkernels::", op, ": ", name, " must have ", size, " elements");
+    ScalarType dtype = t->scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+                        dtype == ScalarType::Double, "bigkernels::", op, ": ", name, " must be floating");
+    bool as_is = dtype == ScalarType::Float || (dtype != ScalarType::Double && type_of(*t) == native);
+    if (!as_is) holder = torch::stable::to(*t, ScalarType::Float);
+    if (size > 1 && holder.stride(0) != 1) holder = torch::stable::contiguous(holder);
+    type = type_of(holder);
+    data = holder.const_data_ptr();
+  }
+};
+
+// Streaming stores want whole, aligned cache lines, and an output that the caches would not keep anyway.
+inline bool worth_streaming(const Tensor& out, int64_t row_bytes, int64_t all_bytes) {
+  return all_bytes >= kStreamBytes && row_bytes % 64 == 0 && (uintptr_t)out.const_data_ptr() % 64 == 0;
+}
+
+// f(begin, end) over `rows` rows in torch's threads; small work stays on the caller's thread.
+template <class F>
+void parallel_rows(int64_t rows, int64_t bytes_a_row, const F& f) {
+  if (rows <= 0) return;
+  if (rows * bytes_a_row < 2 * kGrainBytes) return f(0, rows);
+  int64_t grain = kGrainBytes / (bytes_a_row > 0 ? bytes_a_row : 1);
+  torch::stable::parallel_for(0, rows, grain > 1 ? grain : 1, f);
+}
+
+// f(block, begin, end): the rows cut into one block a thread, each with partial sums of its own, so that the sums'
+// order depends on the thread count alone. Returns the number of blocks.
+inline int64_t block_count(int64_t rows, int64_t bytes_a_row) {
+  int64_t threads = torch::stable::get_num_threads(), most = rows * bytes_a_row / kGrainBytes;
+  int64_t blocks = most < threads ? most : threads;
+  blocks = blocks < rows ? blocks : rows;
+  return blocks > 1 ? blocks : 1;
+}
+template <class F>
+void parallel_blocks(int64_t blocks, int64_t rows, const F& f) {
+  auto run = [&](int64_t b) { f(b, rows * b / blocks, rows * (b + 1) / blocks); };
+  if (blocks == 1) return run(0);
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) run(b);
+  });
+}
+
+// Per-block partial sums of a gradient that all rows share.
+class PartialSums {
+ public:
+  PartialSums(const MaybeTensor& like, int64_t blocks, int64_t d);
+  float* data() const { return data_; }  // (blocks, d) zeros; null where there is no such gradient
+  Tensor total() const;                  // summed over the blocks in order, in the dtype of `like`; empty where null
+
+ private:
+  MaybeTensor like_;
+  int64_t blocks_, d_;
+  Tensor sums_;
+  float* data_ = nullptr;
+};
+
+}  // namespace bigkernels

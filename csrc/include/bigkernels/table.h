@@ -1,0 +1,133 @@
+// The CPU kernels as plain functions, and the table that holds one instruction-set level's copies of them.
+//
+// Kernel files are compiled once per level and include neither torch nor the C++ library: an inline function or template
+// emitted with AVX-512 could otherwise be the copy that the linker keeps for an AVX2 machine.
+#pragma once
+#include <cstdint>
+
+namespace bigkernels {
+
+enum class Isa : int { base = 0, avx2 = 1, avx512 = 2, amx = 3 };
+
+enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+constexpr int64_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
+// Rows of `d` elements, each contiguous, the next one `stride` elements further on.
+struct Rows {
+  const void* data = nullptr;
+  int64_t stride = 0;
+};
+
+struct RmsNorm {
+  Rows x, residual, grad, grad_total;  // residual and grad_total: null when absent
+  const void* weight = nullptr;        // null: ones
+  void* out = nullptr;                 // (rows, d) contiguous: y, or dx
+  void* total = nullptr;               // x + residual
+  float* rstd = nullptr;
+  float* dweight = nullptr;  // (blocks, d) partial sums, zeroed by the caller
+  int64_t d = 0;
+  float eps = 0, offset = 0;
+  Type type = Type::f32, weight_type = Type::f32;
+  bool stream = false;  // outputs larger than the cache: store past it
+};
+
+struct LayerNorm {
+  Rows x, residual, grad, grad_total;
+  const void* weight = nullptr;
+  const void* bias = nullptr;
+  void* out = nullptr;
+  void* total = nullptr;
+  float* mean = nullptr;
+  float* rstd = nullptr;
+  float* dweight = nullptr;
+  float* dbias = nullptr;
+  int64_t d = 0;
+  float eps = 0;
+  Type type = Type::f32, weight_type = Type::f32, bias_type = Type::f32;
+  bool stream = false;
+};
+
+struct Rope {
+  struct Heads {
+    const void* in;
+    void* out;
+    int64_t heads, in_batch, in_head, in_token, out_batch, out_head, out_token;  // strides in elements
+  };
+  Heads q, k;
+  const void* cos;
+  const void* sin;
+  int64_t cos_batch, cos_token, sin_batch, sin_token;
+  int64_t length, d, rotary;
+  Type type, angle_type;
+  bool interleaved, inverse;
+};
+
+enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, relu2 = 4, sigmoid = 5 };
+
+struct Glu {
+  Rows gate, up, grad;
+  void* out;   // activation(gate) * up, or the gradient of gate
+  void* out2;  // the gradient of up
+  int64_t n;   // elements a row
+  Type type;
+  Activation activation;
+  bool stream;
+};
+
+struct CrossEntropy {
+  Rows logits;
+  const int64_t* target;
+  const float* weight;        // (V,) or null
+  const float* token_weight;  // (T,) or null
+  float* loss;                // (T,) forward
+  float* lse;                 // (T,)
+  float* divisor;             // (T,) forward: the class weight of each token kept
+  const float* grad;          // one value, or (T,) with grad_stride 1
+  int64_t grad_stride;
+  float grad_scale;  // 1 / divisor for "mean"
+  float weight_sum;  // of all classes
+  void* out;         // (T, V) gradient
+  int64_t vocabulary, ignore_index;
+  float label_smoothing, z_loss, softcap, focal_gamma;
+  Type type;
+  bool stream;
+};
+
+// A kernel over the rows [begin, end) of its arguments; `block` numbers the partial sums it adds to.
+template <class Args>
+using Kernel = void (*)(const Args&, int64_t begin, int64_t end);
+template <class Args>
+using BlockKernel = void (*)(const Args&, int64_t begin, int64_t end, int64_t block);
+
+struct CpuTable {
+  Kernel<RmsNorm> rms_norm_fwd;
+  BlockKernel<RmsNorm> rms_norm_bwd;
+  Kernel<LayerNorm> layer_norm_fwd;
+  BlockKernel<LayerNorm> layer_norm_bwd;
+  Kernel<Rope> rope;
+  Kernel<Glu> glu_fwd;
+  Kernel<Glu> glu_bwd;
+  Kernel<CrossEntropy> cross_entropy_fwd;
+  Kernel<CrossEntropy> cross_entropy_bwd;
+  // White-box access for tests and the benchmark engine.
+  void (*vector_math)(int function, const float* in, float* out, int64_t n);
+  void (*convert)(Type type, bool narrow, const void* in, void* out, int64_t n);
+  void (*copy)(const void* in, void* out, int64_t bytes, bool stream);
+  int64_t (*matrix_loop)(int type, int64_t rounds);  // operations done; 0 where the level has no such unit
+};
+
+#define BIGKERNELS_LEVELS(X) X(base) X(avx2) X(avx512) X(amx)
+
+#define BIGKERNELS_DECLARE(level) \
+  namespace level {               \
+  extern const CpuTable table;    \
+  }
+BIGKERNELS_LEVELS(BIGKERNELS_DECLARE)
+#undef BIGKERNELS_DECLARE
+
+Isa isa();                // chosen once, from cpuid and BIGKERNELS_CPU_ISA
+const char* isa_name();
+const CpuTable& table();  // the chosen level's
+
+}  // namespace bigkernels

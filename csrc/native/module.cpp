@@ -1,0 +1,132 @@
+// bigkernels._native: the CPU kernels' building blocks and machine probes, for tests and the benchmark engine.
+// Development builds only: the release wheel leaves it out and so stays independent of the Python version.
+#include <bigkernels/table.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace py = pybind11;
+using namespace bigkernels;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+const std::vector<std::string> kFunctions = {"exp", "sigmoid", "tanh", "normal_cdf", "normal_pdf"};
+const std::vector<std::string> kMatrixTypes = {"float32", "bfloat16", "int8"};
+
+int index_of(const std::vector<std::string>& names, const std::string& name, const char* what) {
+  auto at = std::find(names.begin(), names.end(), name);
+  if (at == names.end()) throw std::invalid_argument(std::string(what) + " has no " + name);
+  return (int)(at - names.begin());
+}
+
+Array<float> vector_math(const std::string& function, const Array<float>& x) {
+  int number = index_of(kFunctions, function, "vector_math");
+  Array<float> y(x.size());
+  table().vector_math(number, x.data(), y.mutable_data(), x.size());
+  return y;
+}
+
+Type half_type(const std::string& name) {
+  if (name == "bfloat16") return Type::bf16;
+  if (name == "float16") return Type::f16;
+  throw std::invalid_argument("a 16-bit type is bfloat16 or float16, not " + name);
+}
+
+Array<uint16_t> narrow(const std::string& type, const Array<float>& x) {
+  Array<uint16_t> y(x.size());
+  table().convert(half_type(type), true, x.data(), y.mutable_data(), x.size());
+  return y;
+}
+
+Array<float> widen(const std::string& type, const Array<uint16_t>& x) {
+  Array<float> y(x.size());
+  table().convert(half_type(type), false, x.data(), y.mutable_data(), x.size());
+  return y;
+}
+
+int thread_count(int threads) { return threads > 0 ? threads : std::max(1u, std::thread::hardware_concurrency()); }
+
+// Runs f(thread) in `threads` threads at once; returns the seconds until the last one ended.
+template <class F>
+double timed(int threads, const F& f) {
+  auto begin = std::chrono::steady_clock::now();
+  std::vector<std::thread> pool;
+  for (int t = 1; t < threads; ++t) pool.emplace_back(f, t);
+  f(0);
+  for (auto& t : pool) t.join();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+// Bytes read plus bytes written a second: the best of the passes made in `seconds`, with cached and with streaming stores.
+double copy_bandwidth(int64_t bytes, double seconds, int threads) {
+  threads = thread_count(threads);
+  int64_t share = bytes / threads / 128 * 128;
+  if (share <= 0) throw std::invalid_argument("copy_bandwidth: too few bytes");
+  std::unique_ptr<char, decltype(&std::free)> from((char*)std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096), std::free);
+  std::unique_ptr<char, decltype(&std::free)> to((char*)std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096), std::free);
+  if (!from || !to) throw std::bad_alloc();
+  std::fill_n(from.get(), bytes, 1);
+  std::fill_n(to.get(), bytes, 0);
+  py::gil_scoped_release release;
+  double best = 0, spent = 0;
+  for (int pass = 0; spent < seconds || pass < 4; ++pass) {
+    double t = timed(threads, [&](int i) { table().copy(from.get() + i * share, to.get() + i * share, share, pass % 2); });
+    spent += t;
+    best = std::max(best, 2.0 * share * threads / t);
+  }
+  return best;
+}
+
+// Operations a second of register-only multiply-adds; 0 where this level has no unit for the type.
+double matrix_peak(const std::string& type, double seconds, int threads) {
+  int number = index_of(kMatrixTypes, type, "matrix_peak");
+  threads = thread_count(threads);
+  py::gil_scoped_release release;
+  int64_t rounds = 1 << 16;
+  if (!table().matrix_loop(number, 1)) return 0;
+  double best = 0, spent = 0;
+  for (int pass = 0; spent < seconds || pass < 4; ++pass) {
+    std::atomic<int64_t> operations{0};
+    double t = timed(threads, [&](int) { operations += table().matrix_loop(number, rounds); });
+    spent += t;
+    best = std::max(best, operations / t);
+    if (t < 0.01) rounds *= 2;
+  }
+  return best;
+}
+
+std::vector<std::string> matrix_dtypes() {
+  std::vector<std::string> names;
+  for (size_t i = 0; i < kMatrixTypes.size(); ++i)
+    if (table().matrix_loop((int)i, 1)) names.push_back(kMatrixTypes[i]);
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "White-box access to the CPU kernels and machine probes (development builds only).";
+  m.def("cpu_isa", [] { return std::string(isa_name()); }, "The chosen instruction-set level.");
+  m.def("vector_math", &vector_math, py::arg("function"), py::arg("x"),
+        "exp, sigmoid, tanh, normal_cdf or normal_pdf of float32 values, by the kernels' vector code.");
+  m.def("narrow", &narrow, py::arg("type"), py::arg("x"), "float32 to the bits of bfloat16 or float16.");
+  m.def("widen", &widen, py::arg("type"), py::arg("bits"), "The bits of bfloat16 or float16 to float32.");
+  m.def("copy_bandwidth", &copy_bandwidth, py::arg("bytes"), py::arg("seconds"), py::arg("threads") = 0,
+        "Bytes read and written a second when copying a buffer of `bytes`, in all threads.");
+  m.def("matrix_peak", &matrix_peak, py::arg("dtype"), py::arg("seconds"), py::arg("threads") = 0,
+        "Operations a second (a multiply-add is two) of the level's matrix or vector unit, in all threads.");
+  m.def("matrix_dtypes", &matrix_dtypes, "The types that matrix_peak can measure here.");
+}
