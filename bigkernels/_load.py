@@ -21,7 +21,9 @@ class Library:
 def _load(name: str) -> Library:
     path = Path(__file__).parent / f"libbigkernels_{name}.so"
     if not path.exists():
-        return Library(None, f"{path.name} was not built (no C++ compiler at install time?)")
+        # Left by setup.py where it built nothing; an unbuilt checkout has neither.
+        record = path.with_name("_not_compiled.txt")
+        return Library(None, record.read_text().strip() if record.exists() else f"{path.name} was not built")
     try:
         torch.ops.load_library(path)
     except OSError as error:

@@ -1,0 +1,58 @@
+# Two commands from an empty checkout: `make demo` and `make test`.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV ?= .venv
+
+python = $(VENV)/bin/python
+# Nothing installed later may bring another torch. A CPU torch brings no Triton, which the interpreter and the
+# ahead-of-time tests need; a CUDA torch brings the one that fits it.
+pip = $(python) -m pip install --disable-pip-version-check --constraint $(VENV)/constraints.txt
+TRITON = 3.6.0
+
+.PHONY: demo test build lint wheel clean
+
+demo: build $(VENV)/.demo
+	$(VENV)/bin/bigkernels demo
+
+test: build $(VENV)/.test
+	$(python) -m pytest $(PYTEST_ARGS)
+
+# Incremental: seconds after a change to one kernel.
+build: $(VENV)/.install
+	$(python) setup.py -q build_ext --inplace
+
+wheel: $(VENV)/.torch
+	$(python) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+clean:
+	rm -rf build dist *.egg-info bigkernels/*.so bigkernels/_not_compiled.txt
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	echo "torch==$(TORCH)" > $(VENV)/constraints.txt
+	$(pip) --upgrade pip "setuptools>=77" wheel cmake ninja pybind11
+	$(pip) torch==$(TORCH)
+	touch $@
+
+# Installed once in development mode without isolation, so that `build` goes on with the same tools.
+$(VENV)/.install: $(VENV)/.torch pyproject.toml setup.py
+	$(pip) --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.install
+	$(pip) --no-build-isolation --editable .[demo]
+	touch $@
+
+$(VENV)/.test: $(VENV)/.install
+	$(python) -c "import triton" 2> /dev/null || $(pip) triton==$(TRITON)
+	$(pip) --no-build-isolation --editable .[test]
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.install
+	$(pip) --no-build-isolation --editable .[dev]
+	touch $@

@@ -1,0 +1,133 @@
+"""What the compiled library may contain and depend on: one binary must serve every Python, torch >= 2.10 and processor."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LEVELS = ("default", "avx2", "avx512", "amx")
+
+# What a library may need besides torch: the C++ runtime, and nothing of Python or OpenMP.
+NEEDED = {"libtorch.so", "libtorch_cpu.so", "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"}
+# Newest symbol versions a release may ask for: Ubuntu 22.04 and Debian 12 have them.
+CEILINGS = {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 30), "CXXABI": (1, 3, 13)}
+RELEASE_GLIBC = (2, 36)  # a newer system links against newer versions of the same symbols; releases are not built there
+
+REGISTERS = {
+    "sse": r"%xmm",
+    "avx": r"%ymm",
+    "avx512": r"%(zmm|k[0-7]\b|[xy]mm(1[6-9]|2\d|3[01]))",
+    "amx": r"%tmm",
+}
+HIGHER = {"default": ("avx", "avx512", "amx"), "avx2": ("avx512", "amx"), "avx512": ("amx",), "amx": ()}
+OWN = {"default": "sse", "avx2": "avx", "avx512": "avx512", "amx": "amx"}
+
+x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="levels above the first are for x86-64")
+
+
+def tool(*command: str | Path) -> str:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed (binutils)")
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def kernel_objects(level: str) -> list[Path]:
+    build = Path(os.environ.get("BIGKERNELS_BUILD_DIR", ROOT / "build" / "cmake"))
+    name = "base" if level == "default" else level
+    objects = sorted((build / "CMakeFiles" / f"kernels_{name}.dir").glob("**/*.o"))
+    if not objects:
+        pytest.skip(f"no object files of level {level} under {build}: not a build from this checkout")
+    sources = {path.name for path in (ROOT / "csrc/cpu/kernels").glob("*.cpp")}
+    return [path for path in objects if path.name.removesuffix(".o") in sources]
+
+
+@pytest.mark.parametrize("level", ["default", *(pytest.param(level, marks=x86_only) for level in LEVELS[1:])])
+class TestKernelObjects:
+    def test_no_weak_symbols(self, level: str) -> None:
+        # The linker keeps one copy of a weak symbol for all callers: it could be AVX-512 code on an AVX2 machine.
+        for path in kernel_objects(level):
+            symbols = [line.split() for line in tool("nm", "--format=posix", path).splitlines()]
+            assert len(symbols) > 1
+            assert [name for name, kind, *_ in symbols if kind in "WwVvu"] == [], path
+
+    def test_call_only_c(self, level: str) -> None:
+        # Functions of the C++ library or torch, called from here, could be compiled here as well.
+        for path in kernel_objects(level):
+            undefined = tool("nm", "--format=posix", "--undefined-only", path).splitlines()
+            foreign = [line for line in undefined if line.startswith("_Z") and "10bigkernels" not in line]
+            assert foreign == [], path
+
+    @x86_only
+    def test_no_instructions_of_higher_levels(self, level: str) -> None:
+        code = "".join(tool("objdump", "-d", "--no-show-raw-insn", path) for path in kernel_objects(level))
+        assert re.search(REGISTERS[OWN[level]], code), "the level does not use its own registers"
+        for registers in HIGHER[level]:
+            found = re.search(f".*{REGISTERS[registers]}.*", code)
+            assert found is None, f"{registers} code at level {level}: {found[0]}"
+
+
+CHOSEN = "import torch, bigkernels; print(torch.ops.bigkernels.cpu_isa())"
+
+
+def test_each_level_can_be_chosen(isa) -> None:
+    assert isa.run(CHOSEN).strip() == isa.name
+
+
+def test_the_variable_only_lowers_the_level(library: Path) -> None:
+    def chosen(wish: str) -> str:
+        environment = os.environ | {"BIGKERNELS_CPU_ISA": wish}
+        command = [sys.executable, "-c", CHOSEN]
+        return subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    assert chosen("amx") == chosen("no such level") == chosen("")
+    assert chosen("default").strip() == "default"
+
+
+def test_library_dependencies(library: Path) -> None:
+    dynamic = tool("readelf", "--dynamic", "--wide", library)
+    needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic))
+    assert {"libtorch.so", "libtorch_cpu.so"} <= needed
+    assert {name for name in needed if not name.startswith("ld-linux")} <= NEEDED
+    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+
+
+def test_library_asks_for_no_python_openmp_or_unstable_torch(library: Path) -> None:
+    names = [line.split()[-1] for line in tool("nm", "--dynamic", "--undefined-only", library).splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in names)
+    unwanted = re.compile(r"_?Py[A-Z_]|GOMP_|omp_|__kmpc_|_ZN?K?(2at|3c10|5torch)")
+    assert [name for name in names if unwanted.match(name)] == []
+
+
+def test_library_exports_nothing_of_its_own(library: Path) -> None:
+    # Hidden symbols cannot clash with those of another library, nor be replaced by them.
+    exported = tool("nm", "--dynamic", "--defined-only", library)
+    assert [line for line in exported.splitlines() if "10bigkernels" in line] == []
+
+
+def test_library_symbol_versions(library: Path) -> None:
+    glibc = tuple(map(int, platform.libc_ver()[1].split(".")))
+    if glibc > RELEASE_GLIBC:
+        pytest.skip(f"built against glibc {platform.libc_ver()[1]}; releases are built where it is at most 2.36")
+    symbols = tool("objdump", "--dynamic-syms", library)
+    versions = {(kind, tuple(map(int, v.split(".")))) for kind, v in re.findall(r"\b([A-Z]+)_(\d[\d.]*)\b", symbols)}
+    assert any(kind == "GLIBC" for kind, _ in versions)
+    assert [(kind, version) for kind, version in versions if kind in CEILINGS and version > CEILINGS[kind]] == []
+
+
+def test_abi_audit(library: Path) -> None:
+    pytest.importorskip("torch_abi_audit")
+    command = [sys.executable, "-m", "torch_abi_audit.cli", "--json", str(library)]
+    report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    (audited,) = report["bundled_libs"]
+    assert audited["torch"]["stable"], audited["torch"]["unstable_symbols"]
+    assert audited["torch"]["min_torch_version"] == "2.10.0"
+    assert audited["torch"]["unknown_shim_symbols"] == []
