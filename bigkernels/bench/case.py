@@ -1,0 +1,106 @@
+"""What the engine runs: cases, and the candidates that compete in each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+EAGER = "eager"
+BUILTIN = "builtin"
+COMPILE = "compile"
+OURS = "bigkernels"
+OURS_COMPILED = "bigkernels + compile"
+
+
+class Missing(Exception):
+    """A candidate cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose for a run.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        quick: small shapes and few rounds, without torch.compile: shows that everything runs, measures nothing well.
+        compile: whether torch.compile competes.
+        rounds: how often each candidate of a case is timed at least.
+        seconds: how long the rounds of a case go on, at least.
+        batch, length: of the model family's input.
+    """
+
+    device: str = "cpu"
+    quick: bool = False
+    compile: bool = True
+    rounds: int = 5
+    seconds: float = 3.0
+    batch: int = 1
+    length: int = 512
+
+    @classmethod
+    def quickly(cls, device: str = "cpu") -> Settings:
+        return cls(device, quick=True, compile=False, rounds=3, seconds=0.1, length=64)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to do the work of a case, on inputs of its own or shared ones.
+
+    Attributes:
+        results: does the work once and returns what it computed, by name, to be checked.
+        step: does the work once; this is what is timed. It must not change what the other candidates see.
+    """
+
+    name: str
+    results: Callable[[], dict[str, Tensor]]
+    step: Callable[[], object]
+
+    @property
+    def ours(self) -> bool:
+        return self.name in (OURS, OURS_COMPILED)
+
+
+@dataclass
+class Contest:
+    """A case made ready: allocated inputs and the candidates that work on them.
+
+    Attributes:
+        exact: the results in float64, made when called.
+        plain: the results of the reference in the dtype of the case, made when called.
+        missing: name and reason of each candidate that cannot run here.
+        roundings: how many roundings the criterion allows ours beyond the error of eager.
+    """
+
+    candidates: list[Candidate]
+    exact: Callable[[], dict[str, Tensor]]
+    plain: Callable[[], dict[str, Tensor]]
+    missing: dict[str, str] = field(default_factory=dict)
+    roundings: float = 1.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line-up: what is computed, how much work that is, and how to make it ready.
+
+    Attributes:
+        prepare: makes the case ready; raises `Missing` where none of it can run.
+        metric: what the plots show: "GB/s", "us" or "tokens/s".
+        bytes: that any implementation has to read and write once: inputs, outputs and gradients.
+        flops: of the matrix products in it; 0 for row operators.
+        tokens: processed by a step, for whole models.
+        cold: whether a GPU's cache is flushed between steps.
+    """
+
+    family: str
+    name: str
+    device: str
+    dtype: str
+    backward: bool
+    prepare: Callable[[], Contest]
+    metric: str = "GB/s"
+    bytes: int = 0
+    flops: int = 0
+    tokens: int = 0
+    cold: bool = True

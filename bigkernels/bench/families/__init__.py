@@ -1,0 +1,29 @@
+"""The benchmark families, one file each with `cases(settings)`. A new family adds its name here."""
+
+from __future__ import annotations
+
+import importlib
+
+from ..case import Case, Settings
+
+# What the measured operators do, for tables and plots.
+FAMILIES = {
+    "rms_norm": "RMSNorm, with and without the residual addition",
+    "layer_norm": "LayerNorm, with and without the residual addition",
+    "rope": "rotary position embedding of queries and keys",
+    "glu": "gated linear units",
+    "cross_entropy": "cross entropy over large vocabularies",
+    "small": "one token: the cost of a call",
+    "model": "a Llama model at the size of SmolLM2-135M",
+}
+
+
+def cases(family: str, settings: Settings) -> list[Case]:
+    """The cases of one family.
+
+    Raises:
+        ValueError: there is no such family.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"there is no benchmark family {family!r}; there are {', '.join(FAMILIES)}")
+    return importlib.import_module(f"{__name__}.{family}").cases(settings)

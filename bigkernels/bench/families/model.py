@@ -1,0 +1,164 @@
+"""A whole model: a Llama at the size of SmolLM2-135M with random weights, trained and generating."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..case import COMPILE, EAGER, OURS, OURS_COMPILED, Candidate, Case, Contest, Missing, Settings
+
+_SIZES = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+_QUICK_SIZES = _SIZES | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
+                         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+# Errors add up over the layers, and the error of eager in the single number of the loss can be small by luck.
+_ROUNDINGS = 16.0
+
+
+def _model(sizes: dict, dtype: torch.dtype, device: str) -> nn.Module:
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise Missing(f"transformers is not installed ({error})") from error
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)).to(device, dtype)
+
+
+def _patched(model: nn.Module) -> nn.Module:
+    try:
+        from ...patch import patch
+    except ImportError as error:
+        raise Missing(f"bigkernels.patch is not in this version ({error})") from error
+    copied = copy.deepcopy(model)
+    patch(copied)
+    return copied
+
+
+def _variants(model: nn.Module, compile: bool) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The model plain and patched, each also compiled, with weights of its own; and what is missing."""
+    variants, missing = {EAGER: model}, {}
+    if compile:
+        torch._dynamo.reset()
+        variants[COMPILE] = torch.compile(copy.deepcopy(model), dynamic=False)
+    try:
+        variants[OURS] = _patched(model)
+        if compile:
+            variants[OURS_COMPILED] = torch.compile(_patched(model), dynamic=False)
+    except Missing as reason:
+        missing[OURS] = str(reason)
+    return variants, missing
+
+
+def _tokens(settings: Settings, length: int, vocabulary: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, vocabulary, (settings.batch, length), generator=generator).to(settings.device)
+
+
+def _losses(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def _gradients(model: nn.Module, ids: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The loss, and the gradients of the parameters of a kind, from all layers, as one vector."""
+    loss = _losses(model, ids)
+    loss.backward()
+    kinds: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        kind = re.sub(r"^_orig_mod\.|\.\d+", "", name)
+        kinds.setdefault(f"grad {kind}", []).append(parameter.grad.flatten())
+    found = {"loss": loss.detach().to(dtype)} | {kind: torch.cat(parts) for kind, parts in kinds.items()}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def _training_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        _losses(model, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _training(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
+    def prepare() -> Contest:
+        model = _model(sizes, dtype, settings.device).train()
+        ids = _tokens(settings, settings.length, sizes["vocab_size"])
+        variants, missing = _variants(model, settings.compile)
+        # transformers computes norms and the loss in float32 even here: exact up to those roundings.
+        return Contest(
+            [
+                Candidate(name, lambda m=variant: _gradients(m, ids, dtype), _training_step(variant, ids))
+                for name, variant in variants.items()
+            ],
+            exact=lambda: _gradients(copy.deepcopy(model).double(), ids, torch.float64),
+            plain=lambda: _gradients(model, ids, dtype),
+            missing=missing,
+            roundings=_ROUNDINGS,
+        )
+
+    tokens = settings.batch * settings.length
+    hidden, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
+    # Forward 2 operations a weight and token, backward 4; causal attention half of a full square, three times.
+    flops = 6 * tokens * (_matrix_weights(sizes) + layers * settings.length * hidden)
+    return Case("model", f"training step, B {settings.batch}, S {settings.length}", settings.device, _name(dtype), True,
+                prepare, metric="tokens/s", flops=flops, tokens=tokens, cold=False)  # fmt: skip
+
+
+def _generation(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
+    new = 8 if settings.quick else 32
+
+    def prepare() -> Contest:
+        model = _model(sizes, dtype, settings.device).eval()
+        prompt = _tokens(settings, 32, sizes["vocab_size"])
+        mask = torch.ones_like(prompt)
+        variants, missing = _variants(model, compile=False)
+
+        def logits(variant: nn.Module) -> dict[str, Tensor]:
+            return {"logits": variant(input_ids=prompt, use_cache=False).logits}
+
+        def generate(variant: nn.Module) -> Tensor:
+            return variant.generate(prompt, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+
+        return Contest(
+            [
+                Candidate(name, lambda v=variant: logits(v), lambda v=variant: generate(v))
+                for name, variant in variants.items()
+            ],
+            exact=lambda: logits(copy.deepcopy(model).double()),
+            plain=lambda: logits(model),
+            missing=missing,
+            roundings=_ROUNDINGS,
+        )
+
+    # Every new token reads all weights; the prompt reads them once more.
+    return Case("model", f"generation of {new} tokens, B {settings.batch}", settings.device, _name(dtype), False, prepare,
+                metric="tokens/s", bytes=new * _matrix_weights(sizes) * dtype.itemsize,
+                tokens=settings.batch * new, cold=False)  # fmt: skip
+
+
+def _matrix_weights(sizes: dict) -> int:
+    """Weights that take part in matrix products: all but the norms; the tied embedding counts once, as the head."""
+    hidden, head = sizes["hidden_size"], sizes["hidden_size"] // sizes["num_attention_heads"]
+    attention = 2 * hidden * hidden + 2 * hidden * head * sizes["num_key_value_heads"]
+    layer = attention + 3 * hidden * sizes["intermediate_size"]
+    return sizes["num_hidden_layers"] * layer + sizes["vocab_size"] * hidden
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def cases(settings: Settings) -> list[Case]:
+    sizes = _QUICK_SIZES if settings.quick else _SIZES
+    dtypes = (torch.bfloat16, torch.float32)
+    return [make(settings, sizes, dtype) for make in (_training, _generation) for dtype in dtypes]

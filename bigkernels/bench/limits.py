@@ -1,0 +1,84 @@
+"""What the machine can do at most: copy bandwidth, and matrix products for each dtype.
+
+A development build measures both with its own loops (`bigkernels._native`). Otherwise torch does, and the matrix
+figure is then what torch achieves, which may be well below what the hardware could.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .timing import CpuTimer, CudaTimer
+
+_COPY_BYTES = 256 * 2**20
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_METHODS = {
+    "native": "bigkernels._native",
+    "copy": "torch.Tensor.copy_",
+    "matmul": "torch.matmul, achieved and not a peak",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Measured limits.
+
+    Attributes:
+        copy: bytes a second, reads and writes counted.
+        matrix: FLOP a second by dtype.
+        copy_method, matrix_method: what measured them.
+    """
+
+    device: str
+    copy: float
+    matrix: dict[str, float]
+    copy_method: str
+    matrix_method: str
+
+    def least_seconds(self, *, bytes: int, flops: int, dtype: str) -> float:
+        """The time below which this machine cannot move so many bytes and do so many operations; 0 if unknown."""
+        peak = self.matrix.get(dtype)
+        return max(bytes / self.copy, flops / peak if flops and peak else 0.0)
+
+
+def measure(device: str, *, seconds: float = 1.0) -> Limits:
+    """Measure the limits of "cpu" or "cuda", about `seconds` for each figure."""
+    native = _native() if device == "cpu" else None
+    if native is not None:
+        copy = native.copy_bandwidth(_COPY_BYTES, seconds) * 1e9
+        matrix = {dtype: native.matrix_peak(dtype, seconds) for dtype in native.matrix_dtypes()}
+        return Limits(device, copy, matrix, _METHODS["native"], _METHODS["native"])
+    matrix = {name: _matmul(device, dtype, seconds) for name, dtype in _DTYPES.items()}
+    return Limits(device, _copy(device, seconds), matrix, _METHODS["copy"], _METHODS["matmul"])
+
+
+def _native():
+    try:
+        from .. import _native
+    except ImportError:
+        return None
+    return _native
+
+
+def _best(step, device: str, seconds: float) -> float:
+    """The least time of a step: interruptions only ever add to it."""
+    timer = CudaTimer(cold=False) if device == "cuda" else CpuTimer()
+    step()
+    spent = least = timer(step, 1)
+    while spent < seconds:
+        taken = timer(step, 1)
+        least, spent = min(least, taken), spent + taken
+    return least
+
+
+def _copy(device: str, seconds: float) -> float:
+    source, target = (torch.ones(_COPY_BYTES // 4, dtype=torch.float32, device=device) for _ in range(2))
+    return 2 * _COPY_BYTES / _best(lambda: target.copy_(source), device, seconds)
+
+
+def _matmul(device: str, dtype: torch.dtype, seconds: float) -> float:
+    size = 8192 if device == "cuda" else 2048
+    a, b, out = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
+    return 2 * size**3 / _best(lambda: torch.mm(a, b, out=out), device, seconds)

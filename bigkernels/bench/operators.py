@@ -1,0 +1,131 @@
+"""Makes a case out of the functions that compute one operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from .._samples import Draw, widen
+from ..ops import use
+from .case import BUILTIN, COMPILE, EAGER, OURS, OURS_COMPILED, Candidate, Case, Contest, Missing, Settings
+
+Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
+
+
+class Call:
+    """A function on given inputs, forward or forward and backward, ready to be repeated.
+
+    The upstream gradients are made once: a scalar output gets 1, as from `loss.backward()`, others random values.
+    """
+
+    def __init__(self, function: Function, inputs: Mapping[str, Tensor], differentiable: tuple[str, ...]):
+        self.function = function
+        self.inputs = {k: t.detach().requires_grad_(k in differentiable) for k, t in inputs.items()}
+        self.wanted = {k: self.inputs[k] for k in differentiable}
+        self.upstream: list[Tensor] | None = None
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(bool(self.wanted)):
+            out = self.function(**self.inputs)
+        return out if isinstance(out, tuple) else (out,)
+
+    def results(self) -> dict[str, Tensor]:
+        outputs = self.outputs()
+        found = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
+        if self.wanted:
+            if self.upstream is None:
+                self.upstream = _upstream(outputs)
+            grads = torch.autograd.grad(outputs, list(self.wanted.values()), self.upstream)
+            found |= {f"grad {name}": grad for name, grad in zip(self.wanted, grads, strict=True)}
+        return found
+
+    def forward(self) -> object:
+        return self.function(**self.inputs)
+
+    def forward_backward(self) -> object:
+        out = self.function(**self.inputs)
+        return torch.autograd.grad(out if isinstance(out, tuple) else (out,), tuple(self.wanted.values()), self.upstream)
+
+
+def _upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    draw = Draw(torch.bfloat16, outputs[0].device, seed=1)  # so that the dtypes get the same values
+    return [
+        torch.ones_like(out) if out.dim() == 0 else torch.empty_like(out).copy_(draw.normal(*out.shape))
+        for out in outputs
+    ]
+
+
+def operator_case(
+    family: str,
+    name: str,
+    *,
+    settings: Settings,
+    dtype: torch.dtype,
+    inputs: Callable[[Draw], dict[str, Tensor]],
+    ours: Function,
+    eager: Function,
+    builtin: Function | None = None,
+    peers: Mapping[str, Callable[[str], Function]] | None = None,
+    differentiable: tuple[str, ...] = (),
+    compiled: bool = True,
+    ours_compiled: bool = False,
+    exact: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
+    bytes: int,
+    metric: str = "GB/s",
+    cold: bool = True,
+) -> Case:
+    """A case whose candidates are functions with the same tensor arguments.
+
+    Args:
+        inputs: draws the arguments, by name.
+        ours: the public function; under `use("reference")` in float64 it gives the exact results.
+        eager: as models write it.
+        builtin: PyTorch's fused function.
+        peers: name -> loader; the loader gets the device and returns a function or raises `Missing`.
+        differentiable: the arguments that get gradients; none: forward only.
+        compiled: whether torch.compile of `eager` competes, where the settings allow it.
+        ours_compiled: whether torch.compile of `ours` does.
+        exact: makes the float64 results from the inputs, where the plain way would take too much memory.
+    """
+    compiled = compiled and settings.compile
+
+    def prepare() -> Contest:
+        if compiled:
+            torch._dynamo.reset()  # else the second shape of a function is compiled for any shape
+        made = inputs(Draw(dtype, settings.device))
+        functions = {EAGER: eager}
+        if builtin is not None:
+            functions[BUILTIN] = builtin
+        if compiled:
+            functions[COMPILE] = torch.compile(eager, dynamic=False)
+        missing = {}
+        for peer, load in (peers or {}).items():
+            try:
+                functions[peer] = load(settings.device)
+            except Missing as reason:
+                missing[peer] = str(reason)
+        functions[OURS] = ours
+        if compiled and ours_compiled:
+            functions[OURS_COMPILED] = torch.compile(ours, dynamic=False)
+
+        def reference(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            with use("reference"):
+                return Call(ours, tensors, differentiable).results()
+
+        def candidate(label: str, function: Function) -> Candidate:
+            # Some peers write to their inputs, so they get copies.
+            own = {k: t.clone() for k, t in made.items()} if label in (peers or {}) else made
+            call = Call(function, own, differentiable)
+            return Candidate(label, call.results, call.forward_backward if differentiable else call.forward)
+
+        return Contest(
+            [candidate(label, function) for label, function in functions.items()],
+            exact=lambda: exact(made) if exact else reference(widen(made)),
+            plain=lambda: reference(made),
+            missing=missing,
+        )
+
+    return Case(family, name, settings.device, str(dtype).removeprefix("torch."), bool(differentiable), prepare,
+                metric=metric, bytes=bytes, cold=cold)  # fmt: skip

@@ -1,0 +1,102 @@
+"""Interleaved timing and its statistics."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+_SAMPLE_SECONDS = 1e-3  # a shorter step is repeated within one sample: the clock and the loop around it cost about 0.1 us
+_FLUSH_BYTES = 256 * 2**20  # larger than the last cache of any GPU so far
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Seconds a step: the median, the quartiles, the least, and how many samples they come from."""
+
+    median: float
+    q1: float
+    q3: float
+    least: float
+    rounds: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Statistics:
+        if len(seconds) == 1:
+            return cls(*[seconds[0]] * 4, 1)
+        q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(median, q1, q3, min(seconds), len(seconds))
+
+    @property
+    def spread(self) -> float:
+        """The distance of the quartiles as a part of the median."""
+        return (self.q3 - self.q1) / self.median
+
+
+class CpuTimer:
+    """Times steps that are done when they return."""
+
+    def __call__(self, step: Step, repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        return (time.perf_counter() - start) / repeats
+
+
+class CudaTimer:
+    """Times steps on the current stream by events; with `cold`, caches are flushed before each sample.
+
+    The flush also keeps the GPU busy while the host queues the step, so that launches are not part of a cold sample.
+    """
+
+    def __init__(self, cold: bool):
+        self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda") if cold else None
+
+    def __call__(self, step: Step, repeats: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if self.flush is not None:
+            self.flush.zero_()
+            repeats = 1
+        start.record()
+        for _ in range(repeats):
+            step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+
+
+def interleave(
+    steps: Mapping[str, Step], timer: Callable[[Step, int], float], *, rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Time the steps in turn, A B C A B C ..., so that whatever slows the machine slows them all alike.
+
+    Args:
+        steps: by name; each has run before.
+        timer: `timer(step, repeats)` gives the seconds of one step.
+        rounds: the least number of turns.
+        seconds: turns go on until this long has passed.
+
+    Returns:
+        The seconds of a step, one value a turn, by name.
+    """
+    repeats = {name: max(1, math.ceil(_SAMPLE_SECONDS / max(timer(step, 1), 1e-7))) for name, step in steps.items()}
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start, turn = time.perf_counter(), 0
+        while turn < rounds or time.perf_counter() - start < seconds:
+            for name, step in steps.items():
+                found[name].append(timer(step, repeats[name]))
+            turn += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return found
