@@ -8,10 +8,10 @@ namespace {
 // gelu_tanh(x) = x sigmoid(2u), for 0.5 (1 + tanh u) would lose the small values for x << 0. Beyond 30 the sigmoid is
 // 0 or 1, and u would overflow.
 constexpr float kTwoRootTwoOverPi = 1.5957691216f;
-BK_INLINE vf gelu_tanh_sigmoid(vf x, vf* bounded) {
+BK_INLINE vf gelu_tanh_sigmoid(vf x, vf* bounded, vf* complement) {
   *bounded = vmax(splat(-30.0f), vmin(splat(30.0f), x));
   vf b = *bounded;
-  return vsigmoid(b * (b * b * 0.044715f + 1.0f) * kTwoRootTwoOverPi);
+  return vsigmoid(b * (b * b * 0.044715f + 1.0f) * kTwoRootTwoOverPi, complement);
 }
 
 template <Activation kind>
@@ -19,7 +19,7 @@ BK_INLINE vf activate(vf x) {
   vf unused;
   if (kind == Activation::silu) return x * vsigmoid(x);
   if (kind == Activation::gelu) return x * vnormal(x, &unused);
-  if (kind == Activation::gelu_tanh) return x * gelu_tanh_sigmoid(x, &unused);
+  if (kind == Activation::gelu_tanh) return x * gelu_tanh_sigmoid(x, &unused, &unused);
   if (kind == Activation::sigmoid) return vsigmoid(x);
   vf positive = select(x < 0.0f, vf{}, x);  // NaN stays
   return kind == Activation::relu ? positive : positive * positive;
@@ -29,8 +29,8 @@ BK_INLINE vf activate(vf x) {
 template <Activation kind>
 BK_INLINE vf activate(vf x, vf* slope) {
   if (kind == Activation::silu) {
-    vf s = vsigmoid(x);
-    *slope = s * (x * (1.0f - s) + 1.0f);
+    vf complement, s = vsigmoid(x, &complement);
+    *slope = s * (x * complement + 1.0f);
     return x * s;
   }
   if (kind == Activation::gelu) {
@@ -39,13 +39,13 @@ BK_INLINE vf activate(vf x, vf* slope) {
     return x * p;
   }
   if (kind == Activation::gelu_tanh) {
-    vf b, s = gelu_tanh_sigmoid(x, &b);
-    *slope = s * (b * (1.0f - s) * (b * b * 0.134145f + 1.0f) * kTwoRootTwoOverPi + 1.0f);
+    vf b, complement, s = gelu_tanh_sigmoid(x, &b, &complement);
+    *slope = s * (b * complement * (b * b * 0.134145f + 1.0f) * kTwoRootTwoOverPi + 1.0f);
     return x * s;
   }
   if (kind == Activation::sigmoid) {
-    vf s = vsigmoid(x);
-    *slope = s * (1.0f - s);
+    vf complement, s = vsigmoid(x, &complement);
+    *slope = s * complement;
     return s;
   }
   vf positive = select(x < 0.0f, vf{}, x);

@@ -53,26 +53,28 @@ BK_INLINE float sum_row(const T* x, const T* residual, T* total, int64_t d) {
   return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
+// sum(x - mean) and sum((x - mean)^2). The first is what the rounding of the mean left over.
+struct Moments {
+  float first, second;
+};
 template <class T>
-BK_INLINE float centred_squares(const T* x, float mean, int64_t d) {
-  vf acc[4] = {};
+BK_INLINE Moments centred_moments(const T* x, float mean, int64_t d) {
+  vf one[2] = {}, two[4] = {};
   int64_t i = 0;
   for (; i + 4 * W <= d; i += 4 * W) {
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) {
       vf v = load(x + i + u * W) - mean;
-      acc[u] += v * v;
+      one[u & 1] += v;
+      two[u] += v * v;
     }
   }
-  for (; i + W <= d; i += W) {
-    vf v = load(x + i) - mean;
-    acc[0] += v * v;
+  for (; i < d; i += W) {
+    vf v = (d - i < W ? load_or(x + i, d - i, mean) : load(x + i)) - mean;
+    one[0] += v;
+    two[0] += v * v;
   }
-  if (i < d) {
-    vf v = load_or(x + i, d - i, mean) - mean;
-    acc[1] += v * v;
-  }
-  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  return {sum(one[0] + one[1]), sum((two[0] + two[1]) + (two[2] + two[3]))};
 }
 
 template <class T, class Wt, class Bt>
@@ -91,11 +93,14 @@ void forward(const LayerNorm& a, int64_t begin, int64_t end) {
       total = sum_row<T, false>(x, nullptr, nullptr, a.d);
     }
     float mean = total / (float)a.d;
-    float rstd = 1.0f / __builtin_sqrtf(centred_squares(x, mean, a.d) / (float)a.d + a.eps);
+    Moments m = centred_moments(x, mean, a.d);
+    float left = m.first / (float)a.d;
+    float rstd = 1.0f / __builtin_sqrtf(m.second / (float)a.d - left * left + a.eps);
     a.mean[r] = mean;
     a.rstd[r] = rstd;
+    float shift = -left * rstd;
     auto one = [&](int64_t j, int64_t n) {
-      return (get(x + j, n) - mean) * rstd * get_or(weight, j, n, 1.0f) + get_or(bias, j, n, 0.0f);
+      return ((get(x + j, n) - mean) * rstd + shift) * get_or(weight, j, n, 1.0f) + get_or(bias, j, n, 0.0f);
     };
     int64_t i = 0;
     if (a.stream)

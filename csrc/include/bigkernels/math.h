@@ -37,11 +37,16 @@ BK_INLINE vf vexp(vf x) { return vexp_in_range(vmax(splat(-150.0f), vmin(splat(1
 // For x <= 0, which is all that a softmax needs.
 BK_INLINE vf vexp_nonpositive(vf x) { return vexp_in_range(vmax(splat(-150.0f), x)); }
 
-BK_INLINE vf vsigmoid(vf x) {
-  // Of -|x| first: 1 / (1 + e^|x|) would lose the small results.
+// 1 / (1 + e^-x), and e^-x / (1 + e^-x) with its own digits: 1 - sigmoid would lose them for large x.
+BK_INLINE vf vsigmoid(vf x, vf* complement) {
   vf e = vexp_nonpositive(-vabs(x));
-  vf s = splat(1.0f) / (e + 1.0f);
-  return select(x < 0.0f, e * s, s);
+  vf large = splat(1.0f) / (e + 1.0f), small = e * large;
+  *complement = select(x < 0.0f, large, small);
+  return select(x < 0.0f, small, large);
+}
+BK_INLINE vf vsigmoid(vf x) {
+  vf unused;
+  return vsigmoid(x, &unused);
 }
 
 BK_INLINE vf vtanh(vf x) {
