@@ -4,5 +4,6 @@ from . import functional, nn
 from ._info import info
 from ._version import __version__
 from .ops import use
+from .patch import patch, patched, unpatch
 
-__all__ = ["__version__", "functional", "info", "nn", "use"]
+__all__ = ["__version__", "functional", "info", "nn", "patch", "patched", "unpatch", "use"]

@@ -1,0 +1,196 @@
+"""`patch`, `unpatch` and `patched`."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._generated import rewritten
+from ._report import PatchReport, Row
+from ._rule import Plan, Skip, Write
+from ._source import all_sites, check_rewritable, find_source
+from ._verify import undisturbed
+from .rules import MODULE_RULES, SOURCE_RULES
+
+# Key in a module's __dict__ under which the values that patch wrote and those that were there before are kept.
+_RECORD = "_bigkernels_patch"
+_ABSENT = "absent"
+
+
+def patch(
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    norm: bool = True,
+    rope: bool = True,
+    mlp: bool = True,
+    loss: bool = True,
+    linear: bool = False,
+    verify: bool = True,
+    strict: bool = False,
+) -> PatchReport:
+    """Let bigkernels compute what it can in `model`, in place and for this instance only.
+
+    Candidates are found by what a module holds and computes, not by its name, and each is compared with a kernel
+    before it is touched. Code paths, arguments and dtypes that a kernel does not serve run the model's own code.
+    A model that is already patched is patched anew with the given flags; patching twice changes nothing.
+
+    Args:
+        model: any module; its classes and every other model stay as they are.
+        attention, linear: accepted for the rules that will serve them; there are none yet.
+        norm: RMSNorm and LayerNorm modules, and the residual addition before them where the block's code has it.
+        rope: calls of a rotary embedding function.
+        mlp: products of an activation with another tensor.
+        loss: cross entropies; logits are then not copied to float32.
+        verify: also compare gradients, 16-bit types and large and small inputs. What decides which kernel fits, a
+            comparison of outputs in float32, always runs.
+        strict: raise where a candidate cannot be patched.
+
+    Returns:
+        What was patched, with the largest relative error seen, and which candidates were left alone, with the reason.
+
+    Raises:
+        TypeError: `model` is not a `torch.nn.Module`.
+        RuntimeError: with `strict`, some candidate cannot be patched; nothing is changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"bigkernels.patch: model must be a torch.nn.Module, got {type(model).__name__}")
+    flags = {"attention": attention, "norm": norm, "rope": rope, "mlp": mlp, "loss": loss, "linear": linear}
+    with undisturbed(p.device for p in model.parameters()):
+        writes, report = _plan(model, flags, verify)
+    if strict and report.skipped:
+        reasons = "\n".join(f"  {row.path or '(model)'}: {row.what}" for row in report.skipped)
+        raise RuntimeError(f"bigkernels.patch: strict=True and these cannot be patched:\n{reasons}")
+    unpatch(model)
+    for write in writes:
+        _write(*write)
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo `patch`: every module gets back exactly what it had. A model that is not patched is left as it is.
+
+    Raises:
+        TypeError: `model` is not a `torch.nn.Module`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"bigkernels.unpatch: model must be a torch.nn.Module, got {type(model).__name__}")
+    for path, module in model.named_modules():
+        for key, (value, before) in module.__dict__.pop(_RECORD, {}).items():
+            _restore(path, module, key, value, before)
+
+
+@contextmanager
+def patched(model: nn.Module, **options: bool) -> Iterator[PatchReport]:
+    """`patch(model, **options)` inside a `with` block and `unpatch(model)` after it."""
+    report = patch(model, **options)
+    try:
+        yield report
+    finally:
+        unpatch(model)
+
+
+def _write(module: nn.Module, key: str, value: Any) -> None:
+    record = module.__dict__.setdefault(_RECORD, {})
+    record[key] = (value, module.__dict__.get(key, _ABSENT))
+    module.__dict__[key] = value
+
+
+def _restore(path: str, module: nn.Module, key: str, value: Any, before: Any) -> None:
+    if module.__dict__.get(key, _ABSENT) is value:
+        if isinstance(before, str) and before == _ABSENT:
+            del module.__dict__[key]
+        else:
+            module.__dict__[key] = before
+        return
+    # Someone (accelerate's hooks do) wrapped the patched forward and kept it under another name: restore it there.
+    kept = [name for name, other in module.__dict__.items() if other is value]
+    for name in kept:
+        original = functools.partial(type(module).forward, module) if before == _ABSENT else before
+        module.__dict__[name] = original
+    if not kept:
+        warnings.warn(f"bigkernels.unpatch: {path or '(model)'}.{key} was replaced after patch; it is left as it is",
+                      RuntimeWarning, stacklevel=3)  # fmt: skip
+
+
+def _foreign(module: nn.Module, key: str) -> bool:
+    """Whether the instance has a value of its own under `key` that patch did not write."""
+    value = module.__dict__.get(key, _ABSENT)
+    return value is not _ABSENT and value is not module.__dict__.get(_RECORD, {}).get(key, (_ABSENT,))[0]
+
+
+def _plan(model: nn.Module, flags: dict[str, bool], verify: bool) -> tuple[list[Write], PatchReport]:
+    """What to write and the report about it. Nothing is changed."""
+    plan, report, writes = Plan(verify), PatchReport(), []
+    order: dict[str, int] = {}
+    taken: set[nn.Module] = set()
+    extra: dict[tuple[int, str], Write] = {}
+    for path, module in model.named_modules():
+        order[path] = len(order)
+        for rule in MODULE_RULES:
+            if not flags[rule.flag]:
+                continue
+            found = _attempt(report, path, functools.partial(rule.plan, module, plan))
+            if found is None:
+                continue
+            write, fit = found
+            if _foreign(module, write.key):
+                report.skipped.append(Row(path, f"{write.key} was already replaced on this instance", None))
+                continue
+            writes.append(write)
+            report.patched.append(Row(path, fit.kernel, fit.error))
+            if write.key == "forward":
+                taken.add(module)
+    for path, module in model.named_modules():
+        if module in taken:
+            continue
+        source = find_source(type(module))
+        if source is None or isinstance(module, torch.jit.ScriptModule):
+            continue
+        chosen = []
+        for name, (rule, site) in _sites(type(module)).items():
+            if flags[rule.flag]:
+                fit = _attempt(report, path, functools.partial(_check_site, site, module, source, plan))
+                if fit is not None:
+                    chosen.append(name)
+                    extra.update({(id(w.module), w.key): w for w in fit.writes})
+                    report.patched.append(Row(path, fit.kernel, fit.error))
+        if chosen:
+            writes.append(Write(module, "forward", functools.partial(rewritten(type(module), tuple(chosen)), module)))
+    writes += extra.values()
+    for rows in (report.patched, report.skipped):
+        rows.sort(key=lambda row: order[row.path])
+    return writes, report
+
+
+@functools.lru_cache(maxsize=512)
+def _sites(cls: type) -> dict:
+    return all_sites(find_source(cls).fresh(), SOURCE_RULES)
+
+
+def _check_site(site, module, source, plan):
+    fit = site.check(module, plan)
+    if fit is None:
+        return None
+    if _foreign(module, "forward"):
+        raise Skip("forward was already replaced on this instance")
+    check_rewritable(source)
+    return fit
+
+
+def _attempt(report: PatchReport, path: str, check) -> Any:
+    """The check's result; a refusal, or a failure while checking, becomes a row of the report and None."""
+    try:
+        return check()
+    except Skip as skip:
+        report.skipped.append(Row(path, str(skip), None))
+    except Exception as error:  # noqa: BLE001  a check must never break the user's program
+        message = (str(error).splitlines() or [""])[0][:100]
+        report.skipped.append(Row(path, f"the check failed: {type(error).__name__}: {message}", None))
+    return None

@@ -1,0 +1,47 @@
+"""What `patch` did and what it left alone."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """One place in the model.
+
+    `what` is the kernel that serves it or the reason why it was left alone. `error` is the largest error of the
+    numerical check, relative to the largest value compared; None where nothing was compared.
+    """
+
+    path: str
+    what: str
+    error: float | None
+
+
+@dataclass
+class PatchReport:
+    """The outcome of `patch`: `patched` and `skipped` are lists of `Row`; `str()` is a table with equal rows joined."""
+
+    patched: list[Row] = field(default_factory=list)
+    skipped: list[Row] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = _table("patched", self.patched) + _table("skipped", self.skipped)
+        return "\n".join(lines) if lines else "nothing to patch"
+
+
+def _table(title: str, rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((re.sub(r"\b\d+\b", "*", row.path) or "(model)", row.what), []).append(row)
+    cells = [("count", "module", "kernel" if title == "patched" else "reason", "largest error")]
+    for (path, what), members in groups.items():
+        errors = [row.error for row in members if row.error is not None]
+        path = members[0].path or "(model)" if len(members) == 1 else path
+        cells.append((str(len(members)), path, what, f"{max(errors):.1e}" if errors else "-"))
+    widths = [max(len(line[i]) for line in cells) for i in range(4)]
+    table = [f"{n:>{widths[0]}}  {path:<{widths[1]}}  {what:<{widths[2]}}  {error}" for n, path, what, error in cells]
+    return [f"{title}: {len(rows)}", *("  " + line.rstrip() for line in table)]

@@ -1,0 +1,68 @@
+"""What a rule is made of. Rules live in `rules/`, one file each."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class Skip(Exception):
+    """Raised by a rule's check: the place was recognised and has to be left alone; the message is the reason."""
+
+
+class Write(NamedTuple):
+    """One key of a module's `__dict__` and the value that it gets."""
+
+    module: nn.Module
+    key: str
+    value: Any
+
+
+class Fit(NamedTuple):
+    """A check that succeeded: the kernel's name for the report, the largest error seen, and what else to write."""
+
+    kernel: str
+    error: float | None = None
+    writes: tuple[Write, ...] = ()
+
+
+@dataclass
+class Plan:
+    """What the rules share while one model is planned; nothing is written until the plan is complete."""
+
+    verify: bool
+    norms: dict[nn.Module, Any] = field(default_factory=dict)  # planned norms and their specifications
+    memory: dict[Any, Any] = field(default_factory=dict)  # results of checks, which equal modules share
+
+
+@dataclass
+class Site:
+    """A place in the source of a forward that a rule knows how to rewrite.
+
+    `check(module, plan)` decides for one instance: it returns a Fit, None (not a candidate after all) or raises Skip.
+    `replacements` maps nodes of the tree to the nodes (a statement: or statements) that take their place, and `helpers` names the functions that
+    the new nodes call. A helper has to behave as the original code whenever its kernel does not apply at run time.
+    """
+
+    check: Callable[[nn.Module, Plan], Fit | None]
+    replacements: dict[ast.AST, ast.AST | list[ast.stmt]]
+    helpers: dict[str, Callable]
+
+
+class ModuleRule(NamedTuple):
+    """`plan(module, plan)` returns (Write, Fit), None for a module that is no candidate, or raises Skip."""
+
+    flag: str
+    plan: Callable[[nn.Module, Plan], tuple[Write, Fit] | None]
+
+
+class SourceRule(NamedTuple):
+    """`sites(source)` yields the sites of a forward, always in the same order."""
+
+    flag: str
+    name: str
+    sites: Callable[[Any], Iterator[Site]]

@@ -1,0 +1,160 @@
+"""The product of an activation with another tensor: gated MLPs of every layout, decided by the activation's numbers."""
+
+from __future__ import annotations
+
+import ast
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ... import functional
+from ...ops.glu import ACTIVATIONS
+from .._rule import Fit, Plan, Site, Skip, SourceRule, Write
+from .._source import Source, call, resolve
+from .._verify import Probes, compare, doubled, gradients, plain
+from .add_norm import unobserved
+
+# Module-level functions and the activation that they were found to compute.
+_functions: dict[tuple[Callable, str | None], str] = {}
+
+
+def glu(act: Any, gate: Any, up: Any, approximate: str | None = None) -> Any:
+    """act(gate) * up."""
+    if isinstance(act, nn.Module):
+        name = act.__dict__.get("_bigkernels_activation") if unobserved(act) else None
+    else:
+        name = _functions.get((act, approximate))
+    if (
+        name is not None
+        and plain(gate, up)
+        and gate.shape == up.shape
+        and gate.dtype == up.dtype
+        and gate.device == up.device
+        and gate.is_floating_point()
+    ):
+        return functional.glu(gate, up, activation=name)
+    return (act(gate) if approximate is None else act(gate, approximate=approximate)) * up
+
+
+def _sites(source: Source) -> Iterator[Site]:
+    for node in source.body():
+        match node:
+            case ast.BinOp(left, ast.Mult(), right):
+                pass
+            case _:
+                continue
+        found = _activation(source, left)
+        if found:
+            target, approximate, gate = found
+            # Keywords are evaluated in the order in which they are written: the order of the original.
+            arguments = {"act": left.func, "gate": gate, "up": right}
+        else:
+            found = _activation(source, right)
+            if not found:
+                continue
+            target, approximate, gate = found
+            arguments = {"up": left, "act": right.func, "gate": gate}
+        if approximate is not None:
+            arguments["approximate"] = ast.Constant(approximate)
+        yield Site(_check(target, approximate), {node: call("_bigkernels_glu", **arguments)}, {"_bigkernels_glu": glu})
+
+
+def _activation(source: Source, node: ast.AST) -> tuple[Any, str | None, ast.expr] | None:
+    """(path from self or a function, the value of `approximate`, the argument) of a call that may be an activation."""
+    match node:
+        case ast.Call(function, [gate], []) if not isinstance(gate, ast.Starred):
+            approximate = None
+        case ast.Call(function, [gate], [ast.keyword("approximate", ast.Constant(str(approximate)))]):
+            pass
+        case _:
+            return None
+    path = source.attribute(function)
+    if path:
+        return path, approximate, gate
+    target = source.constant(function)
+    if callable(target) and not isinstance(target, type) and _is_known(target):
+        if (target, approximate) not in _functions:
+            try:
+                _functions[target, approximate] = _name(target, approximate)[0]
+            except Exception:  # noqa: BLE001  any function may be called like an activation; most are none
+                return None
+        return target, approximate, gate
+    return None
+
+
+def _is_known(function: Callable) -> bool:
+    """Whether calling a function to see what it computes is safe: other functions might do anything."""
+    owner = str(getattr(function, "__module__", None) or "torch").split(".")[0]
+    return owner == "torch" and getattr(function, "__name__", "") in ("silu", "gelu", "relu", "sigmoid")
+
+
+def _check(target: Any, approximate: str | None):
+    def check(module: nn.Module, plan: Plan) -> Fit | None:
+        if not isinstance(target, list):
+            name, error = _name(target, approximate)
+            return Fit(f"glu ({name})", error)
+        act = resolve(module, target)
+        if isinstance(act, nn.Module):
+            if approximate is not None or not _is_pointwise(act):
+                return None
+            name, error = (
+                plan.memory[act] if act in plan.memory else plan.memory.setdefault(act, _name(act, approximate))
+            )
+            return Fit(f"glu ({name})", error, (Write(act, "_bigkernels_activation", name),))
+        elif callable(act) and _is_known(act):
+            name, error = _name(act, approximate)
+            _functions[act, approximate] = name
+        elif isinstance(act, types.FunctionType):
+            raise Skip(f"the activation {act.__name__} is not known to be free of side effects")
+        else:
+            return None
+        return Fit(f"glu ({name})", error)
+
+    return check
+
+
+def _is_pointwise(act: nn.Module) -> bool:
+    """Whether a module is a function of one number: no state, no randomness, no look at the neighbours."""
+    if next(act.parameters(), None) is not None or next(act.buffers(), None) is not None:
+        return False
+    x = torch.linspace(-3, 3, 24).view(4, 6)
+    try:
+        y = type(act).forward(act, x)
+        part = type(act).forward(act, x[1:3, ::2])
+        return torch.equal(y[1:3, ::2], part) and not torch.equal(y, x)
+    except Exception:  # noqa: BLE001  whatever it needs, it is no activation
+        return False
+
+
+def _name(act: Callable, approximate: str | None) -> tuple[str, float]:
+    """Which of the operator's activations `act` computes, and the error of the product; Skip if none."""
+    function = act if approximate is None else lambda x: act(x, approximate=approximate)
+    if isinstance(act, nn.Module):
+        function = lambda x: type(act).forward(act, x)  # the class's code, without hooks
+    for name in ACTIVATIONS:
+        worst = 0.0
+        try:
+            for dtype in (torch.float32, torch.bfloat16):
+                probe = Probes(dtype=dtype)
+                values = torch.cat(
+                    (torch.linspace(-30, 30, 301), torch.linspace(-1e-3, 1e-3, 11), torch.tensor([-1e4, 1e4]))
+                )
+                leaves = [values.to(dtype).requires_grad_(), probe(len(values))]
+                ours = gradients(lambda g, u, name=name: functional.glu(g, u, activation=name), leaves)
+                theirs = gradients(lambda g, u: function(g) * u, leaves)
+                exact = gradients(lambda g, u, name=name: functional.glu(g, u, activation=name), doubled(leaves))
+                worst = max(worst, compare(ours, theirs, exact, name))
+            with torch.autocast("cpu", torch.bfloat16):
+                if function(leaves[0].detach()).dtype != torch.bfloat16:
+                    raise Skip(f"{name}: autocast changes its dtype")
+            return name, worst
+        except Skip:
+            continue
+    described = type(act).__name__ if isinstance(act, nn.Module) else getattr(act, "__name__", str(act))
+    raise Skip(f"the activation {described} is none of {', '.join(ACTIVATIONS)}")
+
+
+RULE = SourceRule("mlp", "glu", _sites)
