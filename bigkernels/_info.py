@@ -53,12 +53,17 @@ def _cpu() -> dict:
     flags = fields.get("flags", "").split()
     return {
         "model": fields.get("model name") or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "features": [f for f in _CPU_FEATURES if f in flags],
         "isa": _isa(),
         "BIGKERNELS_CPU_ISA": os.environ.get("BIGKERNELS_CPU_ISA"),
     }
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _isa() -> str | None:

@@ -39,15 +39,16 @@ def run(args: argparse.Namespace) -> int:
         return 2
     tallies: list[Tally] = []
     unserved: dict[tuple[str, str], list[torch.dtype]] = {}  # (operator, why): dtypes
-    with progress(len(SAMPLES) * len(KERNEL_DTYPES)) as advance:
+    with progress(len(SAMPLES) * len(KERNEL_DTYPES)) as steps:
         for name in SAMPLES:
             for dtype in KERNEL_DTYPES:
-                advance(f"{name} {_short(dtype)}")
+                steps.begin(f"{name} {_short(dtype)}")
                 refusals = OPERATORS[name].refusals(device, dtype)
                 serving = [i for i, reason in refusals.items() if reason is None and i != "reference"]
                 tallies += [check(name, dtype, implementation, device) for implementation in serving]
                 if not serving:
-                    unserved.setdefault((name, "; ".join(f"{i}: {r}" for i, r in refusals.items() if r)), []).append(dtype)
+                    why = "; ".join(f"{i}: {reason}" for i, reason in refusals.items() if reason)
+                    unserved.setdefault((name, why), []).append(dtype)
     _report(device, tallies, unserved)
     return 1 if any(t.failures for t in tallies) else 0
 
@@ -74,7 +75,8 @@ def _check_sample(sample: Sample, dtype: torch.dtype, implementation: str, devic
     try:
         ours = sample.results(inputs, backend=implementation)
         # Without gradients the public function takes another path.
-        ours |= {f"{k} without grad": v for k, v in sample.results(inputs, backend=implementation, backward=False).items()}
+        plainly = sample.results(inputs, backend=implementation, backward=False)
+        ours |= {f"{k} without grad": v for k, v in plainly.items()}
     except Exception as error:  # a kernel that raises is a finding, and must not hide the ones after it
         return float("inf"), f"raised {type(error).__name__}: {error}"
     for results in (exact, plain):

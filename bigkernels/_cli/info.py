@@ -34,8 +34,8 @@ def _machine(found: dict) -> list[list[str]]:
     rows = [[name, version or "not installed"] for name, version in found["versions"].items()]
     rows += [["CPU", cpu["model"]], ["cores, threads used", f"{cpu['cores']}, {cpu['threads']}"]]
     rows += [["CPU features", " ".join(cpu["features"]) or "none that a kernel uses"]]
-    lowered = cpu["BIGKERNELS_CPU_ISA"]
-    rows += [["ISA level", (cpu["isa"] or "none: no CPU library") + (f" (BIGKERNELS_CPU_ISA={lowered})" if lowered else "")]]
+    lowered = f" (BIGKERNELS_CPU_ISA={cpu['BIGKERNELS_CPU_ISA']})" if cpu["BIGKERNELS_CPU_ISA"] else ""
+    rows += [["ISA level", (cpu["isa"] or "none: no CPU library") + lowered]]
     if memory:
         rows += [["memory", f"{gigabytes(memory['total'])}, {gigabytes(memory['available'])} available"]]
     for gpu in found["gpus"]:
@@ -52,6 +52,7 @@ def _served(operator: str, devices: dict) -> list[list[str]]:
             groups.setdefault(tuple(refusals.items()), []).append(dtype)
         for refusals, names in groups.items():
             served = next(name for name, reason in refusals if reason is None)
-            others = "; ".join(f"{name}: {reason or 'could serve too'}" for name, reason in refusals if name != served)
+            rest = [(name, reason) for name, reason in refusals if name not in (served, "reference")]
+            others = "; ".join(f"{name}: {reason or 'could serve too'}" for name, reason in rest)
             rows.append([operator, device, ", ".join(names), served, others])
     return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 try:
@@ -47,35 +47,49 @@ def plain_table(
     return "\n".join((title, line(columns), rule, *map(line, rows))) + "\n"
 
 
+class Steps:
+    """A row of steps, each of which is announced when it begins. Here: one line a step, on stderr."""
+
+    def __init__(self, total: int):
+        self.total, self.begun = total, 0
+
+    def begin(self, what: str) -> None:
+        self.begun += 1
+        print(f"[{self.begun}/{self.total}] {what}", file=sys.stderr, flush=True)
+
+    def note(self, what: str) -> None:
+        """Say what the current step is doing now; shown by a bar only."""
+
+
+class _Bar(Steps):
+    def __init__(self, total: int, bar: rich.progress.Progress):
+        super().__init__(total)
+        self.bar, self.task = bar, bar.add_task("", total=total)
+
+    def begin(self, what: str) -> None:
+        self.what = what
+        self.bar.update(self.task, completed=self.begun, description=what)
+        self.begun += 1
+
+    def note(self, what: str) -> None:
+        self.bar.update(self.task, description=f"{self.what}: {what}")
+
+
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Show how many of `total` steps are done, on stderr; yields a function that announces the next step.
-
-    Without rich, or where stderr is no terminal, each step is a line.
-    """
-    done = 0
+def progress(total: int) -> Iterator[Steps]:
+    """A progress bar over `total` steps, on stderr: lines without rich, or where stderr is no terminal."""
     if rich is None or not sys.stderr.isatty():
-
-        def advance(what: str) -> None:
-            nonlocal done
-            done += 1
-            print(f"[{done}/{total}] {what}", file=sys.stderr, flush=True)
-
-        yield advance
+        yield Steps(total)
         return
     columns = (
-        rich.progress.MofNCompleteColumn(), rich.progress.BarColumn(), rich.progress.TimeElapsedColumn(),
-        rich.progress.TimeRemainingColumn(), rich.progress.TextColumn("{task.description}", markup=False),
+        rich.progress.MofNCompleteColumn(), rich.progress.BarColumn(bar_width=20), rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("{task.description}", markup=False),
     )  # fmt: skip
-    with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-
-        def advance(what: str) -> None:
-            nonlocal done
-            bar.update(task, completed=done, description=what)
-            done += 1
-
-        yield advance
+    console = rich.console.Console(stderr=True)
+    # What is printed meanwhile goes above the bar, unless it goes to a file.
+    redirect = sys.stdout.isatty()
+    with rich.progress.Progress(*columns, console=console, transient=True, redirect_stdout=redirect) as bar:
+        yield _Bar(total, bar)
 
 
 def gigabytes(count: float) -> str:

@@ -104,3 +104,11 @@ class Case:
     flops: int = 0
     tokens: int = 0
     cold: bool = True
+
+    @property
+    def direction(self) -> str:
+        return direction(self.backward)
+
+
+def direction(backward: bool) -> str:
+    return "forward + backward" if backward else "forward"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from .._compare import compare_all, worst
-from .case import EAGER, Case, Contest, Missing, Settings
+from .case import EAGER, Case, Contest, Missing, Settings, direction
 from .limits import Limits
 from .memory import extra_peak
 from .timing import CpuTimer, CudaTimer, Statistics, interleave
@@ -55,6 +55,15 @@ class Row:
     extra_bytes: int | None = None
     vs_eager: float | None = None
     vs_best_other: float | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str, bool]:
+        """The same for all candidates of a case."""
+        return self.family, self.case, self.dtype, self.backward
+
+    @property
+    def direction(self) -> str:
+        return direction(self.backward)
 
     def as_dict(self) -> dict:
         return asdict(self)

@@ -47,8 +47,9 @@ def measure(device: str, *, seconds: float = 1.0) -> Limits:
     """Measure the limits of "cpu" or "cuda", about `seconds` for each figure."""
     native = _native() if device == "cpu" else None
     if native is not None:
-        copy = native.copy_bandwidth(_COPY_BYTES, seconds) * 1e9
-        matrix = {dtype: native.matrix_peak(dtype, seconds) for dtype in native.matrix_dtypes()}
+        threads = torch.get_num_threads()
+        copy = native.copy_bandwidth(_COPY_BYTES, seconds, threads)
+        matrix = {dtype: native.matrix_peak(dtype, seconds, threads) for dtype in native.matrix_dtypes()}
         return Limits(device, copy, matrix, _METHODS["native"], _METHODS["native"])
     matrix = {name: _matmul(device, dtype, seconds) for name, dtype in _DTYPES.items()}
     return Limits(device, _copy(device, seconds), matrix, _METHODS["copy"], _METHODS["matmul"])

@@ -1,0 +1,90 @@
+"""`bigkernels bench`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .._info import cores
+from ..bench import engine, limits, report
+from ..bench.case import Settings
+from ..bench.families import FAMILIES, cases
+from .terminal import progress, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"default: all of {', '.join(FAMILIES)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions, limits and every row")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write a PNG for each family (needs matplotlib)")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, without torch.compile: shows that it runs")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--seconds", type=float, help="time the candidates of a case at least so long (default 3)")
+    parser.add_argument("--batch", type=int, help="batch of the model family (default 1)")
+    parser.add_argument("--length", type=int, help="sequence length of the model family (default 512)")
+    parser.add_argument("--list", action="store_true", help="list the cases and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    if unknown := [f for f in args.families if f not in FAMILIES]:
+        return _refuse(f"there is no family {unknown[0]!r}; there are {', '.join(FAMILIES)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        return _refuse("there is no CUDA device here")
+    settings = _settings(args)
+    line_up = {family: cases(family, settings) for family in args.families or FAMILIES}
+    if args.list:
+        rows = [[c.family, c.name, c.dtype, c.direction] for listed in line_up.values() for c in listed]
+        table("Cases", ["family", "case", "dtype", "pass"], rows)
+        return 0
+    if args.plot:
+        try:
+            from ..bench import plots
+        except ImportError as error:
+            return _refuse(f"--plot needs matplotlib (pip install 'bigkernels[bench]'): {error}")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(args.threads or cores())
+        rows, measured = _measure(line_up, settings)
+        content = report.document(rows, measured, settings, shlex.join(("bigkernels", *sys.argv[1:])))
+    finally:
+        torch.set_num_threads(threads)
+    if args.json:
+        report.write_json(args.json, content)
+        print(f"wrote {args.json}")
+    if args.plot:
+        for path in plots.write(content, args.plot):
+            print(f"wrote {path}")
+    return 1 if engine.failed(rows) else 0
+
+
+def _measure(line_up: dict, settings: Settings) -> tuple[list[engine.Row], limits.Limits]:
+    rows = []
+    with progress(1 + sum(map(len, line_up.values()))) as steps:
+        steps.begin("limits of the machine")
+        measured = limits.measure(settings.device, seconds=0.05 if settings.quick else 1.0)
+        report.print_limits(measured)
+        for family, listed in line_up.items():
+            of_family = []
+            for case in listed:
+                steps.begin(f"{case.family} {case.name} {case.dtype} {case.direction}")
+                of_family += engine.run(case, measured, settings, steps.note)
+            report.print_rows(f"{family}: {FAMILIES[family]}", of_family)
+            rows += of_family
+    return rows, measured
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    settings = Settings.quickly(args.device) if args.quick else Settings(args.device)
+    given = {name: getattr(args, name) for name in ("seconds", "batch", "length") if getattr(args, name) is not None}
+    return replace(settings, compile=settings.compile and not args.no_compile, **given)
+
+
+def _refuse(message: str) -> int:
+    print(f"bigkernels bench: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,109 @@
+"""Bar charts of a run, one PNG a family, made from the JSON document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .case import BUILTIN, COMPILE, EAGER, OURS, OURS_COMPILED, direction
+from .families import FAMILIES
+
+_COLOURS = {EAGER: "#9aa0a6", BUILTIN: "#7fb2e5", COMPILE: "#f2a65a", OURS: "#2e8b57", OURS_COMPILED: "#14532d"}
+_PEER_COLOUR = "#a678c8"
+_UNITS = {"GB/s": "GB/s of the bytes that have to move", "us": "microseconds a call (less is better)",
+          "tokens/s": "tokens a second"}  # fmt: skip
+_LOG_RANGE = 30.0  # largest by smallest value from which on a linear axis hides the small ones
+_BAR = 0.24  # inches
+
+
+def write(document: dict, folder: Path) -> list[Path]:
+    """Write `<family>.png` for each family of the document into `folder`; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for family in dict.fromkeys(row["family"] for row in document["rows"]):
+        rows = [row for row in document["rows"] if row["family"] == family and row["seconds"]]
+        if rows:
+            paths.append(folder / f"{family}.png")
+            _figure(family, rows, document).savefig(paths[-1], dpi=110)
+    return paths
+
+
+def value(row: dict) -> float:
+    """What the bar of a row shows."""
+    if row["metric"] == "us":
+        return row["seconds"]["median"] * 1e6
+    return row["gbps"] if row["metric"] == "GB/s" else row["tokens_per_second"]
+
+
+def _figure(family: str, rows: list[dict], document: dict) -> Figure:
+    panels = [part for backward in (False, True) if (part := [r for r in rows if r["backward"] == backward])]
+    lines = max(len(part) + len(list(groupby(part, key=_case))) for part in panels)
+    height = 1.9 + _BAR * lines
+    figure = Figure(figsize=(7.5 * len(panels), height), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.85 / height))
+    machine, limits = document["machine"], document["limits"]
+    where = machine["gpus"][0]["name"] if limits["device"] == "cuda" else machine["cpu"]["model"]
+    threads = "" if limits["device"] == "cuda" else f", {machine['cpu']['threads']} threads, ISA {machine['cpu']['isa']}"
+    figure.suptitle(FAMILIES.get(family, family), x=0.01, y=1 - 0.08 / height, ha="left", va="top", weight="bold")
+    about = f"{where}{threads}, torch {machine['versions']['torch']}, {document['date'][:10]}"
+    figure.text(0.01, 1 - 0.36 / height, about, fontsize=8, va="top", color="#555555")
+    for axes, part in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _panel(axes, part)
+    handles = {}
+    for axes in figure.axes:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(0.005, 1 - 0.52 / height),
+                  ncols=len(handles), frameon=False, fontsize=8)  # fmt: skip
+    return figure
+
+
+def _panel(axes: Axes, rows: Sequence[dict]) -> None:
+    """Horizontal bars, grouped by case; a dashed mark at the limit of each case."""
+    values = [value(row) for row in rows]
+    limits = [limit for row in rows if (limit := _limit(row))]
+    logarithmic = max(values) / min(values) > _LOG_RANGE
+    axes.set_xscale("log" if logarithmic else "linear")
+    position, ticks, labels = 0.0, [], []
+    for _, group in groupby(rows, key=_case):
+        group = list(group)
+        top = position
+        for row in group:
+            colour = _COLOURS.get(row["candidate"], _PEER_COLOUR)
+            bar = axes.barh(position, value(row), height=0.85, color=colour, label=row["candidate"])
+            axes.bar_label(bar, fmt=_number, padding=3, fontsize=8)
+            position += 1
+        ticks.append((top + position - 1) / 2)
+        labels.append(f"{group[0]['case']}\n{group[0]['dtype']}")
+        if limit := _limit(group[0]):
+            axes.plot([limit] * 2, [top - 0.5, position - 0.5], color="#b3261e", linestyle="--", linewidth=1.2,
+                      label="limit measured on this machine")  # fmt: skip
+        position += 1
+    axes.set_yticks(ticks, labels, fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(position - 1, -1)
+    largest = max(values + limits)
+    axes.set_xlim(min(values) / 3 if logarithmic else 0, largest * (2.5 if logarithmic else 1.12))
+    axes.set_xlabel(_UNITS[rows[0]["metric"]] + (", logarithmic" if logarithmic else ""), fontsize=9)
+    axes.set_title(direction(rows[0]["backward"]), fontsize=10, loc="left")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _case(row: dict) -> tuple[str, str]:
+    return row["case"], row["dtype"]
+
+
+def _limit(row: dict) -> float | None:
+    """The value that the machine's limits allow; None for latencies, which they do not bound."""
+    if row["metric"] == "us" or not row["limit_percent"]:
+        return None
+    return value(row) * 100 / row["limit_percent"]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"

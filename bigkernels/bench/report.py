@@ -1,0 +1,134 @@
+"""What a run says: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from .._cli.terminal import table
+from .._info import info
+from .case import Settings
+from .engine import Row
+from .limits import Limits
+
+SCHEMA = 1  # raise it when a field of the JSON changes its meaning
+
+
+def document(rows: Sequence[Row], limits: Limits, settings: Settings, command: str) -> dict:
+    """Everything needed to judge the figures later, as `json.dumps` accepts it.
+
+    Args:
+        command: the command line that made the rows.
+    """
+    machine = info()
+    del machine["operators"]
+    return {
+        "schema": SCHEMA,
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "settings": asdict(settings),
+        "machine": machine,
+        "limits": asdict(limits),
+        "rows": [row.as_dict() for row in rows],
+    }
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def commit() -> str | None:
+    """The commit of the checkout that the package runs from, with "+changes" if files differ; None outside one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head, changes = (
+            subprocess.run(("git", "-C", str(root), *what), capture_output=True, text=True, check=True).stdout.strip()
+            for what in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changes else "")
+
+
+def print_limits(limits: Limits) -> None:
+    rows = [["copy, read + write", f"{limits.copy / 1e9:.1f} GB/s", limits.copy_method]]
+    rows += [[f"matrix product, {d}", f"{v / 1e12:.2f} TFLOP/s", limits.matrix_method] for d, v in limits.matrix.items()]
+    table(f"Limits of this machine ({limits.device})", ["what", "measured", "by"], rows, right=("measured",))
+
+
+def print_rows(title: str, rows: Sequence[Row]) -> None:
+    """One table of a family's rows, a blank line between cases, and what the table does not show below it."""
+    shown = [row for row in rows if row.status != "missing"]
+    # Latencies of small calls are not bounded by bandwidth.
+    columns = {
+        name: text for name, text in _COLUMNS.items() if any(text(r) for r in shown) and not (
+            name in ("GB/s", "of limit") and all(r.metric == "us" for r in shown)
+        )
+    }  # fmt: skip
+    cells: list[list[str]] = []
+    previous = None
+    for row in shown:
+        if previous not in (None, row.key):
+            cells.append([""] * (4 + len(columns)))
+        first = ["", "", ""] if previous == row.key else [row.case, row.dtype, row.direction]
+        cells.append([*first, row.candidate, *(text(row) for text in columns.values())])
+        previous = row.key
+    if cells:
+        table(title, ["case", "dtype", "pass", "candidate", *columns], cells, right=list(columns))
+    for line in remarks(rows):
+        print(line)
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """What the table does not show: candidates that are missing, failed or wrong."""
+    lines = [f"{row.candidate}: missing, {row.reason}" for row in rows if row.status == "missing"]
+    lines += [
+        f"{row.candidate} in {row.case} {row.dtype} {row.direction}: {row.status.upper()}, not timed: {row.reason}"
+        for row in rows
+        if row.status in ("wrong", "failed")
+    ]
+    return list(dict.fromkeys(lines))
+
+
+def _number(value: float | None) -> str:
+    return f"{value:.3g}" if value is not None and value < 100 else f"{value:.0f}" if value is not None else ""
+
+
+def _times(value: float | None) -> str:
+    return f"{value:.2f}x" if value is not None else ""
+
+
+def duration(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def size(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} B"
+
+
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "median": lambda r: duration(r.seconds.median) if r.seconds else r.status.upper(),
+    "spread": lambda r: f"{100 * r.seconds.spread:.0f} %" if r.seconds else "",
+    "GB/s": lambda r: _number(r.gbps),
+    "TFLOP/s": lambda r: _number(r.tflops),
+    "tokens/s": lambda r: _number(r.tokens_per_second),
+    "of limit": lambda r: f"{r.limit_percent:.0f} %" if r.limit_percent else "",
+    "extra memory": lambda r: size(r.extra_bytes) if r.extra_bytes is not None else "",
+    "vs eager": lambda r: _times(r.vs_eager),
+    "vs best other": lambda r: _times(r.vs_best_other),
+    "error / allowed": lambda r: f"{r.error_ratio:.2f}" if r.error_ratio is not None else "",
+}
