@@ -41,7 +41,8 @@ def why_not_compiled() -> str | None:
     if sys.platform != "linux":
         return f"compiled kernels are built on Linux only, not on {sys.platform}"
     if cxx := os.environ.get("CXX"):
-        return None if shutil.which(shlex.split(cxx)[0]) else f"no C++ compiler at install time (CXX={cxx} does not exist)"
+        found = shutil.which(shlex.split(cxx)[0])
+        return None if found else f"no C++ compiler at install time (CXX={cxx} does not exist)"
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         return "no C++ compiler at install time (install g++ or clang++, then bigkernels again)"
     return None
@@ -71,9 +72,9 @@ def torch_dir() -> Path:
             return place
     sys.exit(
         "bigkernels: found no installed torch to build against.\n"
-        "Install it first (pip install 'torch>=2.10'), then bigkernels again. A front end other than pip may also need\n"
-        "--no-build-isolation, or BIGKERNELS_TORCH_DIR=<site-packages>/torch. BIGKERNELS_SKIP_BUILD=1 installs without\n"
-        "compiled kernels."
+        "Install it first (pip install 'torch>=2.10'), then bigkernels again. A front end other than pip may also\n"
+        "need --no-build-isolation, or BIGKERNELS_TORCH_DIR=<site-packages>/torch. BIGKERNELS_SKIP_BUILD=1 installs\n"
+        "without compiled kernels."
     )
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # As BIGKERNELS_CPU_ISA names them, lowest first.
 ISA_LEVELS = ("default", "avx2", "avx512", "amx")
 
-torch.set_num_threads(2)  # results may depend on the number of threads; the machines that run the tests have at least two
+torch.set_num_threads(2)  # some results depend on their number
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""What the compiled library may contain and depend on: one binary must serve every Python, torch >= 2.10 and processor."""
+"""What the compiled library contains and needs: one binary must serve every Python, torch >= 2.10 and processor."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def test_library_dependencies(library: Path) -> None:
     needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic))
     assert {"libtorch.so", "libtorch_cpu.so"} <= needed
     assert {name for name in needed if not name.startswith("ld-linux")} <= NEEDED
-    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
 
 
 def test_library_asks_for_no_python_openmp_or_unstable_torch(library: Path) -> None:

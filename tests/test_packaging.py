@@ -15,6 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+TORCH = Path(torch.__file__).parent
 
 # Run where only the installed package is: forces the compiled kernel, and compares with PyTorch.
 USE_KERNEL = """
@@ -53,7 +54,7 @@ def only_wheel(folder: Path) -> Path:
 class Environment:
     """An environment with nothing of its own, which finds torch where `python` has it."""
 
-    def __init__(self, folder: Path, python: str = sys.executable, torch_site: Path = Path(torch.__file__).parent.parent):
+    def __init__(self, folder: Path, python: str = sys.executable, torch_site: Path = TORCH.parent):
         done = run(python, "-m", "venv", "--without-pip", folder)
         assert done.returncode == 0, done.stderr
         self.python = folder / "bin" / "python"
@@ -88,7 +89,8 @@ def test_one_wheel_for_every_python(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     top = {name.split("/")[0] for name in names}
-    assert len(top) == 2 and "bigkernels" in top  # the other is the metadata: no tests, no sources of the kernels
+    metadata = "-".join(wheel.name.split("-")[:2]) + ".dist-info"
+    assert top == {"bigkernels", metadata}  # no tests, no sources of the kernels
     assert [name for name in names if name.endswith(".so")] == ["bigkernels/libbigkernels_cpu.so"]
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "bigkernels").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
@@ -171,9 +173,10 @@ def test_no_torch_is_said(tmp_path: Path) -> None:
 
 def test_torch_is_found_when_isolation_hides_it(tmp_path: Path) -> None:
     # As pip's isolated builds do: torch is not importable, but sys.prefix is still this environment's.
+    site = [sysconfig.get_path(name) for name in ("platlib", "purelib")]
     hidden = f"""
 import setuptools, sys
-sys.path[:] = [path for path in sys.path if path not in {[sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]!r}]
+sys.path[:] = [path for path in sys.path if path not in {site!r}]
 setuptools.setup = lambda **arguments: None
 sys.path.insert(0, {str(ROOT)!r})
 import setup
@@ -181,4 +184,4 @@ print(setup.torch_dir())
 """
     done = run(sys.executable, "-c", hidden)
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()) == Path(torch.__file__).parent
+    assert Path(done.stdout.strip()) == TORCH

@@ -32,7 +32,7 @@ def main() -> None:
     wheel = options.wheel or max((ROOT / "dist").glob("bigkernels-*.whl"), key=os.path.getmtime, default=None)
     if wheel is None:
         parser.error("there is no wheel in dist/: run `make wheel`, or name one with --wheel")
-    if not wheel.name.split("-")[2:4] == ["py3", "none"]:
+    if wheel.name.split("-")[2:4] != ["py3", "none"]:
         parser.error(f"{wheel.name} is for one Python; a release is py3-none")
 
     name = Path(options.python).resolve().name
