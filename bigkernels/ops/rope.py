@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor, promote
-from ._registry import Operator, compute_dtype, define, needs_grad
+from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
 
 MAX_ROTARY = 1024  # the CPU kernel keeps one position's cos and sin on the stack
 
@@ -27,30 +27,28 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = 
         interleaved: pair neighbours (GPT-J) and not halves (GPT-NeoX, Llama).
 
     Returns:
-        The rotated (q, k): new tensors with the strides of `torch.empty_like`.
+        The rotated (q, k): new tensors with the strides of `torch.empty_like`, contiguous where a head's values are not.
 
     Raises:
         TypeError: an argument is not a floating tensor, or `q` and `k` differ in dtype outside autocast.
         ValueError: shapes or devices do not fit.
     """
-    if isinstance(q, Tensor) and isinstance(k, Tensor) and q.dtype != k.dtype:
-        q, k = promote(q, k)
-    if not (isinstance(q, Tensor) and OPERATOR.uses_kernel(q)) or _needs_reference(cos, sin):
-        _check(q, k, cos, sin)
-        return _reference(q, k, cos, sin, interleaved)
     try:
-        if needs_grad(q, k):
-            return _Rope.apply(q, k, cos, sin, interleaved)
-        return _fwd(q, k, cos, sin, interleaved)
-    except (RuntimeError, TypeError):
+        if q.dtype != k.dtype:
+            q, k = promote(q, k)
+        if OPERATOR.uses_kernel(q, k, cos, sin) and not _needs_reference(cos, sin):
+            if needs_grad(q, k):
+                return _Rope.apply(q, k, cos, sin, interleaved)
+            return _fwd(q, k, cos, sin, interleaved)
+    except REFUSED:
         _check(q, k, cos, sin)
         raise
+    _check(q, k, cos, sin)
+    return _reference(q, k, cos, sin, interleaved)
 
 
 def _needs_reference(cos, sin):
     """The kernels give no gradient for the angles, and hold at most MAX_ROTARY of them."""
-    if not (isinstance(cos, Tensor) and isinstance(sin, Tensor)):
-        return True
     return (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)) or cos.shape[-1] > MAX_ROTARY
 
 
@@ -99,8 +97,15 @@ def _reference(q, k, cos, sin, interleaved):
     return _apply(q, cos, sin, interleaved), _apply(k, cos, sin, interleaved)
 
 
+def _empty(x):
+    """As the kernels allocate: the strides of `x`, or contiguous where its heads are not."""
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(x)
+
+
 def _like(x, out):
-    return torch.empty_like(x).copy_(out)
+    return _empty(x).copy_(out)
 
 
 def _fwd_fallback(q, k, cos, sin, interleaved):
@@ -113,7 +118,7 @@ def _bwd_fallback(grad_q, grad_k, cos, sin, interleaved):
 
 
 def _fake(q, k, cos, sin, interleaved):
-    return torch.empty_like(q), torch.empty_like(k)
+    return _empty(q), _empty(k)
 
 
 OPERATOR = Operator("rope", reference=rope)

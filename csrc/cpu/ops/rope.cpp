@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor> rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, bo
     sin = torch::stable::to(sin, ScalarType::Float);
   }
   a.angle_type = type_of(cos);
-  Tensor q_out = empty_dense_like(q), k_out = empty_dense_like(k);
   q = last_contiguous(q), k = last_contiguous(k), cos = last_contiguous(cos), sin = last_contiguous(sin);
+  Tensor q_out = empty_dense_like(q), k_out = empty_dense_like(k);  // after that: the kernel writes whole heads
   a.q = heads(q, q_out), a.k = heads(k, k_out);
   a.cos = cos.const_data_ptr(), a.sin = sin.const_data_ptr();
   a.cos_batch = cos.size(0) == 1 ? 0 : cos.stride(0), a.cos_token = cos.stride(1);
