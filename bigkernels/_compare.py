@@ -15,6 +15,7 @@ from torch import Tensor
 
 _PART = 2**22
 
+
 @dataclass(frozen=True)
 class Comparison:
     """How far a result is from the exact values, and how far it may be.

@@ -27,15 +27,13 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
     console = rich.console.Console(width=None if sys.stdout.isatty() else _FILE_WIDTH, highlight=False)
     made = rich.table.Table(title=title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD)
     for name in columns:
-        made.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        made.add_column(name, justify="right" if name in right else "left", no_wrap=name in right, overflow="fold")
     for row in cells:
         made.add_row(*map(rich.text.Text, row))
     console.print(made)
 
 
-def plain_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()
-) -> str:
+def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> str:
     """The table as text with aligned columns."""
     widths = [max(len(line[i]) for line in (columns, *rows)) for i in range(len(columns))]
 

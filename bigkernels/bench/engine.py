@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -69,7 +70,9 @@ class Row:
         return asdict(self)
 
 
-def run(case: Case, limits: Limits, settings: Settings, announce: Callable[[str], None] = lambda what: None) -> list[Row]:
+def run(
+    case: Case, limits: Limits, settings: Settings, announce: Callable[[str], None] = lambda what: None
+) -> list[Row]:
     """Run one case.
 
     Args:
@@ -125,8 +128,8 @@ def _check(contest: Contest, rows: dict[str, Row], announce: Callable[[str], Non
         announce(f"{candidate.name}: checking")
         try:
             results = candidate.results()
-        except Exception as error:  # whatever a candidate raises, the others can still be timed
-            row.status, row.reason = "failed", f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others can still be timed
+            row.status, row.reason = "failed", "".join(traceback.format_exception_only(error)).splitlines()[0]
             continue
         roundings = contest.roundings if candidate.ours else _ROUNDINGS_OF_OTHERS
         name, comparison = worst(compare_all(results, plain, exact, roundings=roundings))

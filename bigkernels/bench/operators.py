@@ -24,6 +24,7 @@ class Call:
         self.function = function
         self.inputs = {k: t.detach().requires_grad_(k in differentiable) for k, t in inputs.items()}
         self.wanted = {k: self.inputs[k] for k in differentiable}
+        self.leaves = tuple(self.wanted.values())
         self.upstream: list[Tensor] | None = None
 
     def outputs(self) -> tuple[Tensor, ...]:
@@ -37,7 +38,7 @@ class Call:
         if self.wanted:
             if self.upstream is None:
                 self.upstream = _upstream(outputs)
-            grads = torch.autograd.grad(outputs, list(self.wanted.values()), self.upstream)
+            grads = torch.autograd.grad(outputs, self.leaves, self.upstream)
             found |= {f"grad {name}": grad for name, grad in zip(self.wanted, grads, strict=True)}
         return found
 
@@ -46,7 +47,7 @@ class Call:
 
     def forward_backward(self) -> object:
         out = self.function(**self.inputs)
-        return torch.autograd.grad(out if isinstance(out, tuple) else (out,), tuple(self.wanted.values()), self.upstream)
+        return torch.autograd.grad(out if isinstance(out, tuple) else (out,), self.leaves, self.upstream)
 
 
 def _upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:

@@ -16,7 +16,7 @@ def liger(make: Callable) -> dict[str, Callable[[str], Callable]]:
         if device != "cuda":
             raise Missing("its kernels run on GPUs only")
         try:
-            import liger_kernel.transformers.functional as functional
+            from liger_kernel.transformers import functional
         except ImportError as error:
             raise Missing(f"not installed here: {error}") from error
         try:

@@ -17,6 +17,7 @@ _PEER_COLOUR = "#a678c8"
 _UNITS = {"GB/s": "GB/s of the bytes that have to move", "us": "microseconds a call (less is better)",
           "tokens/s": "tokens a second"}  # fmt: skip
 _LOG_RANGE = 30.0  # largest by smallest value from which on a linear axis hides the small ones
+_FAR = 3.0  # a limit so many times the longest bar is not drawn: it would leave no room for the bars
 _BAR = 0.24  # inches
 
 
@@ -46,9 +47,11 @@ def _figure(family: str, rows: list[dict], document: dict) -> Figure:
     figure = Figure(figsize=(7.5 * len(panels), height), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.85 / height))
     machine, limits = document["machine"], document["limits"]
-    where = machine["gpus"][0]["name"] if limits["device"] == "cuda" else machine["cpu"]["model"]
-    threads = "" if limits["device"] == "cuda" else f", {machine['cpu']['threads']} threads, ISA {machine['cpu']['isa']}"
-    figure.suptitle(FAMILIES.get(family, family), x=0.01, y=1 - 0.08 / height, ha="left", va="top", weight="bold")
+    cpu = machine["cpu"]
+    where = machine["gpus"][0]["name"] if limits["device"] == "cuda" else cpu["model"]
+    threads = "" if limits["device"] == "cuda" else f", {cpu['threads']} threads, ISA {cpu['isa']}"
+    title = FAMILIES.get(family, family)
+    figure.suptitle(title[0].upper() + title[1:], x=0.01, y=1 - 0.08 / height, ha="left", va="top", weight="bold")
     about = f"{where}{threads}, torch {machine['versions']['torch']}, {document['date'][:10]}"
     figure.text(0.01, 1 - 0.36 / height, about, fontsize=8, va="top", color="#555555")
     for axes, part in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -64,7 +67,7 @@ def _figure(family: str, rows: list[dict], document: dict) -> Figure:
 def _panel(axes: Axes, rows: Sequence[dict]) -> None:
     """Horizontal bars, grouped by case; a dashed mark at the limit of each case."""
     values = [value(row) for row in rows]
-    limits = [limit for row in rows if (limit := _limit(row))]
+    marks: list[float] = []
     logarithmic = max(values) / min(values) > _LOG_RANGE
     axes.set_xscale("log" if logarithmic else "linear")
     position, ticks, labels = 0.0, [], []
@@ -74,20 +77,25 @@ def _panel(axes: Axes, rows: Sequence[dict]) -> None:
         for row in group:
             colour = _COLOURS.get(row["candidate"], _PEER_COLOUR)
             bar = axes.barh(position, value(row), height=0.85, color=colour, label=row["candidate"])
-            axes.bar_label(bar, fmt=_number, padding=3, fontsize=8)
+            # Above the mark of the limit, with a background that interrupts it.
+            text = {"fontsize": 8, "zorder": 5, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.6}}
+            axes.bar_label(bar, [_label(row)], padding=4, **text)
             position += 1
         ticks.append((top + position - 1) / 2)
         labels.append(f"{group[0]['case']}\n{group[0]['dtype']}")
-        if limit := _limit(group[0]):
+        limit = _limit(group[0])
+        if limit and (logarithmic or limit < _FAR * max(values)):
+            marks.append(limit)
             axes.plot([limit] * 2, [top - 0.5, position - 0.5], color="#b3261e", linestyle="--", linewidth=1.2,
                       label="limit measured on this machine")  # fmt: skip
         position += 1
     axes.set_yticks(ticks, labels, fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(position - 1, -1)
-    largest = max(values + limits)
-    axes.set_xlim(min(values) / 3 if logarithmic else 0, largest * (2.5 if logarithmic else 1.12))
-    axes.set_xlabel(_UNITS[rows[0]["metric"]] + (", logarithmic" if logarithmic else ""), fontsize=9)
+    largest = max(values + marks)
+    axes.set_xlim(min(values) / 3 if logarithmic else 0, largest * (4 if logarithmic else 1.25))
+    percent = " (per cent of the limit)" if any(map(_limit, rows)) else ""
+    axes.set_xlabel(_UNITS[rows[0]["metric"]] + percent + (", logarithmic" if logarithmic else ""), fontsize=9)
     axes.set_title(direction(rows[0]["backward"]), fontsize=10, loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
@@ -105,5 +113,7 @@ def _limit(row: dict) -> float | None:
     return value(row) * 100 / row["limit_percent"]
 
 
-def _number(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+def _label(row: dict) -> str:
+    shown = value(row)
+    number = f"{shown:.3g}" if shown < 1000 else f"{shown:,.0f}"
+    return f"{number} ({row['limit_percent']:.0f} %)" if _limit(row) else number

@@ -7,6 +7,7 @@ import json
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 
 from .._cli.terminal import table
@@ -60,29 +61,33 @@ def commit() -> str | None:
 
 def print_limits(limits: Limits) -> None:
     rows = [["copy, read + write", f"{limits.copy / 1e9:.1f} GB/s", limits.copy_method]]
-    rows += [[f"matrix product, {d}", f"{v / 1e12:.2f} TFLOP/s", limits.matrix_method] for d, v in limits.matrix.items()]
+    for dtype, peak in limits.matrix.items():
+        rows.append([f"matrix product, {dtype}", f"{peak / 1e12:.2f} TFLOP/s", limits.matrix_method])
     table(f"Limits of this machine ({limits.device})", ["what", "measured", "by"], rows, right=("measured",))
 
 
 def print_rows(title: str, rows: Sequence[Row]) -> None:
-    """One table of a family's rows, a blank line between cases, and what the table does not show below it."""
+    """One table of a family's rows, and below it what is missing or wrong.
+
+    "limit" is the part of the measured limit that was reached, "memory" the peak during a step, "vs best" how many
+    times faster than the best candidate that is not ours, and "error" the part of the allowed error that was used.
+    """
     shown = [row for row in rows if row.status != "missing"]
     # Latencies of small calls are not bounded by bandwidth.
     columns = {
         name: text for name, text in _COLUMNS.items() if any(text(r) for r in shown) and not (
-            name in ("GB/s", "of limit") and all(r.metric == "us" for r in shown)
+            name in ("GB/s", "limit") and all(r.metric == "us" for r in shown)
         )
     }  # fmt: skip
     cells: list[list[str]] = []
-    previous = None
-    for row in shown:
-        if previous not in (None, row.key):
-            cells.append([""] * (4 + len(columns)))
-        first = ["", "", ""] if previous == row.key else [row.case, row.dtype, row.direction]
-        cells.append([*first, row.candidate, *(text(row) for text in columns.values())])
-        previous = row.key
+    for _, group in groupby(shown, key=lambda row: row.key):
+        same_case = list(group)
+        if cells:
+            cells.append([""] * (1 + len(columns)))
+        cells.append([f"{same_case[0].case}, {same_case[0].dtype}, {same_case[0].direction}", *[""] * len(columns)])
+        cells += [[f"  {row.candidate}", *(text(row) for text in columns.values())] for row in same_case]
     if cells:
-        table(title, ["case", "dtype", "pass", "candidate", *columns], cells, right=list(columns))
+        table(title, ["case", *columns], cells, right=list(columns))
     for line in remarks(rows):
         print(line)
 
@@ -126,9 +131,9 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "GB/s": lambda r: _number(r.gbps),
     "TFLOP/s": lambda r: _number(r.tflops),
     "tokens/s": lambda r: _number(r.tokens_per_second),
-    "of limit": lambda r: f"{r.limit_percent:.0f} %" if r.limit_percent else "",
-    "extra memory": lambda r: size(r.extra_bytes) if r.extra_bytes is not None else "",
+    "limit": lambda r: f"{r.limit_percent:.0f} %" if r.limit_percent else "",
+    "memory": lambda r: size(r.extra_bytes) if r.extra_bytes is not None else "",
     "vs eager": lambda r: _times(r.vs_eager),
-    "vs best other": lambda r: _times(r.vs_best_other),
-    "error / allowed": lambda r: f"{r.error_ratio:.2f}" if r.error_ratio is not None else "",
+    "vs best": lambda r: _times(r.vs_best_other),
+    "error": lambda r: f"{r.error_ratio:.2f}" if r.error_ratio is not None else "",
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-_SAMPLE_SECONDS = 1e-3  # a shorter step is repeated within one sample: the clock and the loop around it cost about 0.1 us
+_SAMPLE_SECONDS = 1e-3  # a shorter step is repeated within a sample: the clock and the loop cost about 0.1 us
 _FLUSH_BYTES = 256 * 2**20  # larger than the last cache of any GPU so far
 
 Step = Callable[[], object]

@@ -127,7 +127,8 @@ def _generation(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
             return {"logits": variant(input_ids=prompt, use_cache=False).logits}
 
         def generate(variant: nn.Module) -> Tensor:
-            return variant.generate(prompt, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+            lengths = {"max_new_tokens": new, "min_new_tokens": new}
+            return variant.generate(prompt, attention_mask=mask, do_sample=False, **lengths)
 
         return Contest(
             [
@@ -141,8 +142,8 @@ def _generation(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
         )
 
     # Every new token reads all weights; the prompt reads them once more.
-    return Case("model", f"generation of {new} tokens, B {settings.batch}", settings.device, _name(dtype), False, prepare,
-                metric="tokens/s", bytes=new * _matrix_weights(sizes) * dtype.itemsize,
+    return Case("model", f"generation of {new} tokens, B {settings.batch}", settings.device, _name(dtype), False,
+                prepare, metric="tokens/s", bytes=new * _matrix_weights(sizes) * dtype.itemsize,
                 tokens=settings.batch * new, cold=False)  # fmt: skip
 
 
