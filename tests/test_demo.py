@@ -56,6 +56,8 @@ def test_eager_and_patched_agree(tiny, tmp_path, capsys):
     for run in found["training"]:
         assert {len(losses) for losses in run["losses"].values()} == {3}
         assert run["tokens_per_step"] == 64
+        logits = 64 * 128 * (4 if run["dtype"] == "float32" else 2)
+        assert all(logits < bytes < 100 * 2**20 for bytes in run["working_bytes"].values())
     assert all(check["passed"] for check in found["checks"]) and len(found["checks"]) == 5
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     for name, value in tiny.model.state_dict().items():
@@ -105,15 +107,6 @@ def test_random_batches_are_windows_of_the_text_and_repeat():
     assert torch.equal(batches, measure.random_batches(ids, 4, 3, 10, seed=5))
     assert not torch.equal(batches, measure.random_batches(ids, 4, 3, 10, seed=6))
     assert measure.random_batches(ids, 50, 1, 99).unique().tolist() == list(range(100)), "the last window counts"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_memory_sees_what_is_freed_again():
-    size = 64 * 2**20
-    peak = measure.peak_above_rest(lambda: torch.ones(size // 4).sum(), torch.device("cpu"))
-    if peak is None:
-        pytest.skip("this system hides /proc/self/clear_refs")
-    assert 0.9 * size < peak < 1.5 * size
 
 
 def test_exit_code_2_names_the_package_that_cannot_be_fetched(tmp_path):

@@ -1,4 +1,4 @@
-"""`bigkernels demo`: a pretrained model on real text, eager and patched: the results, the speed and the memory of each."""
+"""`bigkernels demo`: a pretrained model on real text, eager and patched: results, speed and memory of each."""
 
 from __future__ import annotations
 

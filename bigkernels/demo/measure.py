@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from ..bench.memory import extra_peak
 
 VARIANTS = ("eager", "patched")
 
@@ -26,7 +24,7 @@ class Training:
     losses: dict[str, list[float]] = field(default_factory=lambda: {v: [] for v in VARIANTS})
     seconds: dict[str, list[float]] = field(default_factory=lambda: {v: [] for v in VARIANTS})
     resting: int = 0  # bytes: weights and optimizer state
-    working: dict[str, int | None] = field(default_factory=dict)  # bytes: the peak of a step above that
+    working: dict[str, int] = field(default_factory=dict)  # bytes: the peak of a step above that
 
     @property
     def difference(self) -> float:
@@ -114,7 +112,7 @@ def train(models: dict[str, nn.Module], batches: Tensor, *, lr: float, deadline:
         if last:
             record.resting = _resting_bytes(first, optimizers["eager"])
             for name, model in models.items():
-                record.working[name] = peak_above_rest(lambda model=model, ids=ids: _backward(model, ids), device)
+                record.working[name] = extra_peak(lambda model=model, ids=ids: _backward(model, ids), device.type)
                 optimizers[name].zero_grad()
         yield record
         if last:
@@ -136,34 +134,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def peak_above_rest(work: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes by which memory rose at most while `work` ran; None where the system does not tell.
-
-    On a GPU it is the allocator's count, on a CPU the process's resident memory. Freed memory that the C library
-    keeps would hide part of the rise, so it is given back first.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-        before = _status("VmRSS")
-        work()
-        return _status("VmHWM") - before
-    except (OSError, AttributeError, LookupError):  # not Linux, or not glibc, or a container that hides /proc
-        return None
-
-
-def _status(key: str) -> int:
-    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if found is None:
-        raise LookupError(key)
-    return int(found[1]) * 1024

@@ -18,27 +18,24 @@ def print_speed_and_memory(trainings: Sequence[Training], generation: Generation
     for t in trainings:
         for name in VARIANTS:
             losses, working = t.losses[name], t.working[name]
-            total = None if working is None else t.resting + working
             rows.append((f"fine-tuning, {dtype_name(t)}, {name}", len(losses), f"{losses[0]:.3f}", f"{losses[-1]:.3f}",
                          f"{t.speed[name]:.1f}", _times(name, t.speed), _megabytes(working),
-                         _megabytes(total)))  # fmt: skip
+                         _megabytes(t.resting + working)))  # fmt: skip
     for name in VARIANTS:
         rows.append((f"greedy generation, float32, {name}", "", "", "", f"{generation.speed[name]:.1f}",
                      _times(name, generation.speed), "", ""))  # fmt: skip
     columns = ("", "steps", "first loss", "last loss", "tokens/s", "ratio", "memory of a step", "in all")
     table("Speed and memory", columns, rows, right=columns[1:])
-    print("tokens/s: in the fastest step, in the fastest of three generations; memory of a step: the rise while\n"
-          "it runs, gradients included; in all: with weights and optimizer state\n")  # fmt: skip
+    print("tokens/s: in the fastest step, in the fastest of three generations; memory of a step: what torch\n"
+          "allocates at most while it runs, gradients included; in all: plus weights and optimizer\n")  # fmt: skip
 
 
 def gain(generation: Generation, trainings: Sequence[Training], passed: bool) -> str:
     """One line that says what was gained."""
     parts = []
     for t in trainings:
-        text = f"{ratio(t.speed):.2f}x the training speed"
-        if None not in t.working.values():
-            text += f" and {ratio(t.working):.2f}x the memory of a step"
-        parts.append(f"{text} in {dtype_name(t)}")
+        parts.append(f"{ratio(t.speed):.2f}x the training speed and {ratio(t.working):.2f}x the memory of a step in "
+                     f"{dtype_name(t)}")  # fmt: skip
     parts.append(f"{ratio(generation.speed):.2f}x the generation speed")
     result = "the results agree" if passed else "THE RESULTS DO NOT AGREE"
     return f"bigkernels.patch against eager: {', '.join(parts)}; {result}."
@@ -48,20 +45,19 @@ def _times(variant: str, speed: dict[str, float]) -> str:
     return f"{ratio(speed):.2f}x" if variant == "patched" else ""
 
 
-def _megabytes(count: int | None) -> str:
-    return "not measured" if count is None else f"{count / 1e6:.0f} MB"
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.0f} MB"
 
 
 def figure(path: Path, trainings: Sequence[Training], generation: Generation) -> None:
-    """Write a PNG: the loss curves of each run, the speed bars, and the memory of a step where it was measured."""
+    """Write a PNG: the loss curves of each run, the speed bars and the memory of a step."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    measured = [t for t in trainings if all(t.working.get(v) is not None for v in VARIANTS)]
     colours = dict(zip(VARIANTS, ("#9aa5b1", "#1f6fb2"), strict=True))
-    panels = len(trainings) + 1 + bool(measured)
+    panels = len(trainings) + 2
     columns = 2 if panels == 4 else panels
     fig, axes = plt.subplots(panels // columns, columns, figsize=(4.8 * columns, 3.8 * (panels // columns)),
                              layout="constrained", squeeze=False)  # fmt: skip
@@ -79,10 +75,9 @@ def figure(path: Path, trainings: Sequence[Training], generation: Generation) ->
     ratios = {group: {"eager": 1.0, "patched": ratio(values)} for group, values in speeds.items()}
     notes = {group: {v: f"{values[v]:.0f}/s" for v in VARIANTS} for group, values in speeds.items()}
     _bars(axes[len(trainings)], ratios, notes, colours, "Speed, eager = 1 (labels: tokens per second)")
-    if measured:
-        groups = {dtype_name(t): {v: t.working[v] / 1e6 for v in VARIANTS} for t in measured}
-        notes = {group: {v: f"{values[v]:.0f}" for v in VARIANTS} for group, values in groups.items()}
-        _bars(axes[panels - 1], groups, notes, colours, "Working memory of a step (MB)")
+    memory = {dtype_name(t): {v: t.working[v] / 1e6 for v in VARIANTS} for t in trainings}
+    notes = {group: {v: f"{values[v]:.0f}" for v in VARIANTS} for group, values in memory.items()}
+    _bars(axes[panels - 1], memory, notes, colours, "Memory of a step (MB)")
     fig.savefig(path, dpi=130)
     plt.close(fig)
 

@@ -1,0 +1,31 @@
+"""Every example runs to its end, in a process of its own, from any folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# What an example must have printed, beside ending without an error.
+PRINTS = {
+    "custom_model": "[5, 8, 11, 14, 1, 4, 7, 10, 13]",
+    "patch_llm": "step 9: loss",
+    "use_operators": "no gradient for the ignored token: True",
+}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example(path, tmp_path):
+    if path.stem == "patch_llm":
+        pytest.importorskip("transformers")
+    found = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": found, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, str(path)], check=False, env=environment, cwd=tmp_path, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert PRINTS[path.stem] in done.stdout, done.stdout
