@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-OPERATORS = ("rms_norm", "layer_norm", "rope", "glu")
+OPERATORS = ("rms_norm", "layer_norm", "rope", "glu", "cross_entropy")
 
 
 def _launcher(operator: str, direction: str) -> Callable:

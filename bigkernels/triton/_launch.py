@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ class Launch:
     kernel: Any
     args: dict[str, Any]
     num_warps: int
-    shapes: list[tuple[int, ...]] = field(default_factory=list)
 
 
 _recorded: list[Launch] | None = None
@@ -39,12 +38,13 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, debug: bool = False, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, debug: bool = False, **constants: Any
+) -> None:
     """Run `kernel` on the device of its first argument."""
     if _recorded is not None:
         named = dict(zip(kernel.arg_names, args, strict=False)) | constants
-        shapes = [tuple(a.shape) for a in args if isinstance(a, Tensor)]
-        _recorded.append(Launch(kernel, named, num_warps, shapes))
+        _recorded.append(Launch(kernel, named, num_warps))
         return
     device = args[0].device
     guard = contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
@@ -53,7 +53,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, debug
 
 
 def falls_back(fallback: Callable, *, inputs: int = 1) -> Callable[[Callable], Callable]:
-    """Leave calls whose first `inputs` tensors are empty, or have a dtype without kernels, to the fallback in PyTorch."""
+    """Leave calls to the fallback where one of the first `inputs` tensors is empty or of a dtype without kernels."""
 
     def decorate(launcher: Callable) -> Callable:
         @functools.wraps(launcher)

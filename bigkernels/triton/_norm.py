@@ -1,9 +1,9 @@
 """The kernels of rms_norm and layer_norm. Where MEAN is None rows are not centred, and that is RMSNorm.
 
-All are limited by memory: the forward pass reads a row once and keeps it in registers, the backward pass too, adding up
-its share of the weight gradient in registers over all the rows that it walks. Rows too long for that are read twice, the
-second time from cache, and the weight gradient gets a kernel of its own that walks columns. Partial sums go to a float32
-buffer, one line a program, and are added in a fixed order: no atomics, so two runs agree bit for bit.
+All are limited by memory: the forward pass reads a row once and keeps it in registers, the backward pass too, adding
+up its share of the weight gradient in registers over all the rows that it walks. Rows too long for that are read twice,
+the second time from cache, and the weight gradient gets a kernel of its own that walks columns. Partial sums go to a
+float32 buffer, one line a program, and are added in a fixed order: no atomics, so two runs agree bit for bit.
 """
 
 from __future__ import annotations
@@ -71,11 +71,9 @@ def forward_long(
     for start in range(0, D, BLOCK):
         cols = start + lane
         mask = cols < D
-        x = tl.load(X + row * stride_x + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        x = tl.load(X + row * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
         if RESIDUAL is not None:
-            x += tl.load(RESIDUAL + row * stride_residual + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(
-                tl.float32
-            )
+            x += tl.load(RESIDUAL + row * stride_residual + cols, mask=mask, other=0.0).to(tl.float32)
             x = x.to(TOTAL.dtype.element_ty).to(tl.float32)
         if MEAN is not None:
             delta = tl.where(mask, x - mean, 0.0)
@@ -94,11 +92,9 @@ def forward_long(
     for start in range(0, D, BLOCK):
         cols = start + lane
         mask = cols < D
-        x = tl.load(X + row * stride_x + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        x = tl.load(X + row * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
         if RESIDUAL is not None:
-            x += tl.load(RESIDUAL + row * stride_residual + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(
-                tl.float32
-            )
+            x += tl.load(RESIDUAL + row * stride_residual + cols, mask=mask, other=0.0).to(tl.float32)
             total = x.to(TOTAL.dtype.element_ty)
             tl.store(TOTAL + row * D + cols, total, mask=mask)
             x = total.to(tl.float32)
@@ -146,7 +142,8 @@ def backward_rows(
             dx -= (tl.sum(grad, 1) / D)[:, None]
         dx *= rstd
         if GRAD_TOTAL is not None:
-            dx += tl.load(GRAD_TOTAL + (row * stride_total)[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            total = tl.load(GRAD_TOTAL + (row * stride_total)[:, None] + cols[None, :], mask=mask, other=0.0)
+            dx += total.to(tl.float32)
         tl.store(DX + (row * D)[:, None] + cols[None, :], dx.to(DX.dtype.element_ty), mask=mask)
         first += tl.num_programs(0) * ROWS
     line = tl.program_id(0).to(tl.int64) * D
@@ -172,8 +169,8 @@ def backward_long(
     for start in range(0, D, BLOCK):
         cols = start + lane
         mask = cols < D
-        grad = tl.load(GRAD + row * stride_grad + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        x = tl.load(X + row * stride_x + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        grad = tl.load(GRAD + row * stride_grad + cols, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(X + row * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
         if WEIGHT is not None:
             grad *= tl.load(WEIGHT + cols, mask=mask, other=0.0).to(tl.float32) + offset
         else:
@@ -234,30 +231,32 @@ def _warps(elements: int) -> int:
 
 
 def run_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, y: Tensor, total: Tensor | None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor, residual: Tensor | None, total: Tensor | None,
     mean: Tensor | None, rstd: Tensor, eps: float, offset: float,
 ) -> None:  # fmt: skip
     """Normalise the rows of `x` (rows, D), plus `residual`, into `y`; also `total`, `mean` (or None) and `rstd`."""
     count, size = x.shape
     stride_residual = 0 if residual is None else residual.stride(0)
     if size > FORWARD_ROW:
-        launch(forward_long, (count,), x, residual, weight, bias, y, total, mean, rstd, x.stride(0), stride_residual, eps,
-               offset, D=size, BLOCK=8192, num_warps=16)  # fmt: skip
+        launch(forward_long, (count,), x, residual, weight, bias, y, total, mean, rstd, x.stride(0), stride_residual,
+               eps, offset, D=size, BLOCK=4096, num_warps=8)  # fmt: skip
         return
     block = power_of_2(size)
     at_once = max(1, 2048 // block)
-    launch(forward_rows, (triton.cdiv(count, at_once),), x, residual, weight, bias, y, total, mean, rstd, count, x.stride(0),
-           stride_residual, eps, offset, D=size, ROWS=at_once, BLOCK=block, num_warps=_warps(block * at_once))  # fmt: skip
+    launch(forward_rows, (triton.cdiv(count, at_once),), x, residual, weight, bias, y, total, mean, rstd, count,
+           x.stride(0), stride_residual, eps, offset, D=size, ROWS=at_once, BLOCK=block,
+           num_warps=_warps(block * at_once))  # fmt: skip
 
 
 def run_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor, grad_total: Tensor | None, dx: Tensor,
-    offset: float, *, dweight: bool, dbias: bool,
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor, grad_total: Tensor | None,
+    dx: Tensor, offset: float, *, dweight: bool, dbias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Write `dx`; return the float32 gradients of weight and bias where asked for."""
     count, size = x.shape
     stride_total = 0 if grad_total is None else grad_total.stride(0)
-    long = size > BACKWARD_ROW
+    # Rows that are not aligned take more registers: an address for each element.
+    long = size > (BACKWARD_ROW if size % 16 == 0 else BACKWARD_ROW // 2)
     block = 512 if long else power_of_2(size)
     at_once = max(1, 2048 // block)
     warps = _warps(block * at_once)
@@ -270,9 +269,9 @@ def run_backward(
         launch(backward_rows, (groups,), grad, x, weight, mean, rstd, grad_total, dx, *partial, count, grad.stride(0),
                x.stride(0), stride_total, offset, D=size, ROWS=at_once, BLOCK=block, num_warps=warps)  # fmt: skip
     else:
-        launch(backward_long, (count,), grad, x, weight, mean, rstd, grad_total, dx, grad.stride(0), x.stride(0), stride_total,
-               offset, D=size, BLOCK=4096, num_warps=8)  # fmt: skip
+        launch(backward_long, (count,), grad, x, weight, mean, rstd, grad_total, dx, grad.stride(0), x.stride(0),
+               stride_total, offset, D=size, BLOCK=4096, num_warps=8)  # fmt: skip
         if dweight or dbias:
-            launch(backward_columns, (columns, groups), grad, x, mean, rstd, *partial, count, grad.stride(0), x.stride(0),
-                   D=size, ROWS=at_once, BLOCK=block, num_warps=warps)  # fmt: skip
+            launch(backward_columns, (columns, groups), grad, x, mean, rstd, *partial, count, grad.stride(0),
+                   x.stride(0), D=size, ROWS=at_once, BLOCK=block, num_warps=warps)  # fmt: skip
     return tuple(p.sum(0) if p is not None else None for p in partial)

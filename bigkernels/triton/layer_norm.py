@@ -16,13 +16,13 @@ from ._norm import run_backward, run_forward
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    op._check(x, weight, bias, eps, residual)
+    op._check(x, weight, bias, residual)
     y = x.new_empty(x.shape)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     total = x.new_empty(0 if residual is None else x.shape)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    run_forward(rows(x), None if residual is None else rows(residual), weight, bias, y, None if residual is None else total,
-                mean, rstd, eps, 0.0)  # fmt: skip
+    fused = (None, None) if residual is None else (rows(residual), total)
+    run_forward(rows(x), weight, bias, y, *fused, mean, rstd, eps, 0.0)
     return y, mean, rstd, total
 
 
@@ -33,7 +33,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     require("layer_norm_bwd", grad.shape == x.shape and rstd.shape == mean.shape == x.shape[:-1],
             "grad, mean and rstd must fit x")  # fmt: skip
-    op._check(x, weight, bias, 0.0, None if grad_total is None else grad_total.to(x.dtype))
+    require("layer_norm_bwd", grad_total is None or grad_total.shape == x.shape, "grad_total must fit x")
+    op._check(x, weight, bias, None)
     dx = x.new_empty(x.shape)
     sums = run_backward(
         rows(grad), rows(x), None if weight is None else weight.contiguous(), mean.contiguous(), rstd.contiguous(),
@@ -44,8 +45,8 @@ def backward(
 
 
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
-    """Calls whose launches the ahead-of-time check compiles: each kernel, at the ends of its range of sizes."""
-    for size, fused in ((128, False), (4096, True), (5120, False), (8192, True), (16384, True), (65536, True)):
+    """Calls whose launches the ahead-of-time check compiles: the ends of each kernel's range, and unaligned rows."""
+    for size, fused in ((128, False), (5120, False), (4095, True), (8192, True), (16384, True), (65536, True)):
         x = torch.empty(4096, size, dtype=dtype, device="meta")
         mean, weight = x.new_empty(4096, dtype=torch.float32), x.new_empty(size)
         yield forward, (x, weight, weight, x if fused else None, 1e-5)

@@ -16,13 +16,13 @@ from ._norm import run_backward, run_forward
 def forward(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    op._check(x, weight, eps, offset, residual)
+    op._check(x, weight, residual)
     y = x.new_empty(x.shape)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     total = x.new_empty(0 if residual is None else x.shape)
     weight = None if weight is None else weight.contiguous()
-    run_forward(rows(x), None if residual is None else rows(residual), weight, None, y, None if residual is None else total,
-                None, rstd, eps, offset)  # fmt: skip
+    fused = (None, None) if residual is None else (rows(residual), total)
+    run_forward(rows(x), weight, None, y, *fused, None, rstd, eps, offset)
     return y, rstd, total
 
 
@@ -31,7 +31,8 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, grad_total: Tensor | None, offset: float
 ) -> tuple[Tensor, Tensor]:
     require("rms_norm_bwd", grad.shape == x.shape and rstd.shape == x.shape[:-1], "grad and rstd must fit x")
-    op._check(x, weight, 0.0, offset, None if grad_total is None else grad_total.to(x.dtype))
+    require("rms_norm_bwd", grad_total is None or grad_total.shape == x.shape, "grad_total must fit x")
+    op._check(x, weight, None)
     dx = x.new_empty(x.shape)
     dweight, _ = run_backward(
         rows(grad), rows(x), None if weight is None else weight.contiguous(), None, rstd.contiguous(),
@@ -41,8 +42,8 @@ def backward(
 
 
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
-    """Calls whose launches the ahead-of-time check compiles: each kernel, at the ends of its range of sizes."""
-    for size, fused in ((128, False), (4096, True), (5120, False), (8192, True), (16384, True), (65536, True)):
+    """Calls whose launches the ahead-of-time check compiles: the ends of each kernel's range, and unaligned rows."""
+    for size, fused in ((128, False), (5120, False), (4095, True), (8192, True), (16384, True), (65536, True)):
         x = torch.empty(4096, size, dtype=dtype, device="meta")
         rstd, weight = x.new_empty(4096, dtype=torch.float32), x.new_empty(size)
         yield forward, (x, weight, x if fused else None, 1e-6, 0.0)

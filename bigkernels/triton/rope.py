@@ -1,7 +1,7 @@
 """Rotary position embedding on GPUs: one launch rotates the queries and the keys.
 
-A program owns a few tokens of one batch and walks over their heads in blocks, so that it reads the angles once and keeps
-them in registers. The backward pass is the same kernel turning the other way.
+A program owns a few tokens of one batch and walks over their heads in blocks, so that it reads the angles once and
+keeps them in registers. The backward pass is the same kernel turning the other way.
 """
 
 from __future__ import annotations
@@ -82,10 +82,14 @@ def rotate(
     sin_a, sin_b = _load_pairs(SIN, batch * sin_batch + (token * sin_token)[:, None, None], one, R, BLOCK, INTERLEAVED)
     if INVERSE:
         sin_a, sin_b = -sin_b, -sin_a
-    _rotate_heads(Q, Q_OUT, cos_a, cos_b, sin_a, sin_b, batch, token, inside, q_batch, q_head, q_token,
-                  q_out_batch, q_out_head, q_out_token, Q_HEADS, D, R, BLOCK_HEADS, BLOCK, BLOCK_REST, INTERLEAVED)  # fmt: skip
-    _rotate_heads(K, K_OUT, cos_a, cos_b, sin_a, sin_b, batch, token, inside, k_batch, k_head, k_token,
-                  k_out_batch, k_out_head, k_out_token, K_HEADS, D, R, BLOCK_HEADS, BLOCK, BLOCK_REST, INTERLEAVED)  # fmt: skip
+    _rotate_heads(
+        Q, Q_OUT, cos_a, cos_b, sin_a, sin_b, batch, token, inside, q_batch, q_head, q_token, q_out_batch, q_out_head,
+        q_out_token, Q_HEADS, D, R, BLOCK_HEADS, BLOCK, BLOCK_REST, INTERLEAVED,
+    )  # fmt: skip
+    _rotate_heads(
+        K, K_OUT, cos_a, cos_b, sin_a, sin_b, batch, token, inside, k_batch, k_head, k_token, k_out_batch, k_out_head,
+        k_out_token, K_HEADS, D, R, BLOCK_HEADS, BLOCK, BLOCK_REST, INTERLEAVED,
+    )  # fmt: skip
 
 
 def _inner_contiguous(x: Tensor) -> Tensor:
@@ -95,25 +99,20 @@ def _inner_contiguous(x: Tensor) -> Tensor:
 def _run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> tuple[Tensor, Tensor]:
     batch, q_heads, tokens, size = q.shape
     rotary, k_heads = cos.shape[-1], k.shape[1]
-    outs = torch.empty_like(q), torch.empty_like(k)
-    # An output with the layout of an input whose heads are not contiguous is written by a copy.
-    written = tuple(o if o.stride(-1) == 1 else torch.empty(o.shape, dtype=o.dtype, device=o.device) for o in outs)
+    outs = op._empty(q), op._empty(k)
     tensors = tuple(_inner_contiguous(t) for t in (q, k, cos, sin))
     strides = [(t.stride(0) if t.shape[0] > 1 else 0, t.stride(1)) for t in tensors[2:]]
-    strides += [t.stride()[:3] for t in (*tensors[:2], *written)]
+    strides += [t.stride()[:3] for t in (*tensors[:2], *outs)]
     block, rest = power_of_2(rotary // 2), power_of_2(size - rotary)
     # A thread holds 16 pairs, that is two 16-byte loads of 16-bit elements for either half, or 32 elements of the rest.
     tile = max(1, 2048 // max(block, rest // 2))
     block_heads = min(power_of_2(min(q_heads, k_heads)), tile)
     at_once = min(tile // block_heads, power_of_2(tokens))
     launch(
-        rotate, (triton.cdiv(tokens, at_once), batch), *tensors, *written, tokens, *(s for t in strides for s in t),
+        rotate, (triton.cdiv(tokens, at_once), batch), *tensors, *outs, tokens, *(s for t in strides for s in t),
         Q_HEADS=q_heads, K_HEADS=k_heads, D=size, R=rotary, TOKENS=at_once, BLOCK_HEADS=block_heads, BLOCK=block,
         BLOCK_REST=rest, INTERLEAVED=interleaved, INVERSE=inverse, num_warps=4,
     )  # fmt: skip
-    for out, temporary in zip(outs, written, strict=True):
-        if temporary is not out:
-            out.copy_(temporary)
     return outs
 
 
@@ -130,12 +129,10 @@ def backward(grad_q: Tensor, grad_k: Tensor, cos: Tensor, sin: Tensor, interleav
 
 
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
-    """Calls whose launches the ahead-of-time check compiles: usual head sizes and counts, whole and partial rotation."""
+    """Calls whose launches the ahead-of-time check compiles: usual heads, and whole and partial rotation."""
     for q_heads, k_heads, size, rotary, interleaved in (
-        (32, 8, 128, 128, False), (32, 32, 64, 64, False), (32, 32, 80, 32, False), (64, 1, 256, 256, False),
-        (16, 16, 256, 64, True), (32, 2, 128, 64, True),
+        (32, 8, 128, 128, False), (32, 32, 80, 32, False), (64, 1, 256, 256, False), (32, 2, 128, 64, True),
     ):  # fmt: skip
         q, k = (torch.empty(2, 4096, h, size, dtype=dtype, device="meta").transpose(1, 2) for h in (q_heads, k_heads))
         cos = torch.empty(1, 4096, rotary, dtype=dtype, device="meta")
-        yield forward, (q, k, cos, cos, interleaved)
-        yield backward, (q, k, cos, cos, interleaved)
+        yield forward if size == 128 else backward, (q, k, cos, cos, interleaved)

@@ -41,7 +41,7 @@ def _long_norms(operator: str, parameters: str) -> list[Sample]:
     return [
         Sample(operator, f"{size} columns{', residual' * bool(extra)}", _norm_inputs(names + extra, (3, size)), {},
                tuple((names + extra).split()))
-        for size, extra in ((8200, ""), (16999, " residual"), (16999, ""))
+        for size, extra in ((8200, ""), (4099, ""), (16999, " residual"), (16999, ""))
     ]  # fmt: skip
 
 
