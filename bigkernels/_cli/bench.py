@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
     line_up = {family: cases(family, settings) for family in args.families or FAMILIES}
     if args.list:
-        rows = [[c.family, c.name, c.dtype, c.direction] for listed in line_up.values() for c in listed]
-        table("Cases", ["family", "case", "dtype", "pass"], rows)
+        rows = [[c.family, c, ", ".join(c.candidates)] for listed in line_up.values() for c in listed]
+        table("Cases", ["family", "case", "candidates"], rows)
         return 0
     if args.plot:
         try:
@@ -60,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         for path in plots.write(content, args.plot):
             print(f"wrote {path}")
-    return 1 if engine.failed(rows) else 0
+    wrong = engine.failed(rows)
+    for row in wrong:
+        print(f"bigkernels bench: {row.candidate} is {row.status} in {row.family} {row.case}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def _measure(line_up: dict, settings: Settings) -> tuple[list[engine.Row], limits.Limits]:
@@ -72,7 +75,7 @@ def _measure(line_up: dict, settings: Settings) -> tuple[list[engine.Row], limit
         for family, listed in line_up.items():
             of_family = []
             for case in listed:
-                steps.begin(f"{case.family} {case.name} {case.dtype} {case.direction}")
+                steps.begin(f"{case.family} {case}")
                 of_family += engine.run(case, measured, settings, steps.note)
             report.print_rows(f"{family}: {FAMILIES[family]}", of_family)
             rows += of_family

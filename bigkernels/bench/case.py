@@ -85,6 +85,7 @@ class Case:
     """One line-up: what is computed, how much work that is, and how to make it ready.
 
     Attributes:
+        candidates: the names of those that compete, also of peers that may be missing.
         prepare: makes the case ready; raises `Missing` where none of it can run.
         metric: what the plots show: "GB/s", "us" or "tokens/s".
         bytes: that any implementation has to read and write once: inputs, outputs and gradients.
@@ -98,6 +99,7 @@ class Case:
     device: str
     dtype: str
     backward: bool
+    candidates: tuple[str, ...]
     prepare: Callable[[], Contest]
     metric: str = "GB/s"
     bytes: int = 0
@@ -108,6 +110,9 @@ class Case:
     @property
     def direction(self) -> str:
         return direction(self.backward)
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.dtype}, {self.direction}"
 
 
 def direction(backward: bool) -> str:

@@ -9,14 +9,16 @@ from dataclasses import asdict, dataclass
 import torch
 
 from .._compare import compare_all, worst
-from .case import EAGER, Case, Contest, Missing, Settings, direction
+from .case import EAGER, Case, Missing, Settings, direction
 from .limits import Limits
 from .memory import extra_peak
-from .timing import CpuTimer, CudaTimer, Statistics, interleave
+from .timing import CpuTimer, CudaTimer, Statistics, Step, interleave
 
 # How many roundings the candidates of others may add to the criterion: they have to compute the same thing, and may
 # round after every operation. Ours are held to `Contest.roundings`.
 _ROUNDINGS_OF_OTHERS = 16.0
+
+Announce = Callable[[str], None]
 
 
 @dataclass
@@ -70,34 +72,63 @@ class Row:
         return asdict(self)
 
 
-def run(
-    case: Case, limits: Limits, settings: Settings, announce: Callable[[str], None] = lambda what: None
-) -> list[Row]:
+def run(case: Case, limits: Limits, settings: Settings, announce: Announce = lambda what: None) -> list[Row]:
     """Run one case.
 
     Args:
         announce: is told what is being done, for a progress bar.
     """
-    announce("inputs and reference")
-    try:
-        contest = case.prepare()
-    except Missing as reason:
-        return [_missing(case, "all", str(reason))]
-    rows = {c.name: _row(case, c.name, c.ours) for c in contest.candidates}
     with torch.set_grad_enabled(case.backward):
-        _check(contest, rows, announce)
-        steps = {c.name: c.step for c in contest.candidates if rows[c.name].status == "ok"}
+        steps, rows = check(case, announce)
+        by_name = {row.candidate: row for row in rows}
         announce("timing")
-        for step in steps.values():
-            step()
         timer = CudaTimer(case.cold) if case.device == "cuda" else CpuTimer()
         seconds = interleave(steps, timer, rounds=settings.rounds, seconds=settings.seconds) if steps else {}
         announce("memory")
         for name, step in steps.items():
-            rows[name].seconds = Statistics.of(seconds[name])
-            rows[name].extra_bytes = extra_peak(step, case.device)
-    _judge(case, limits, rows)
-    return [*rows.values(), *(_missing(case, name, reason) for name, reason in contest.missing.items())]
+            by_name[name].seconds = Statistics.of(seconds[name])
+            by_name[name].extra_bytes = extra_peak(step, case.device)
+    _judge(case, limits, by_name)
+    return rows
+
+
+def check(case: Case, announce: Announce = lambda what: None) -> tuple[dict[str, Step], list[Row]]:
+    """Make a case ready and compare what each candidate computes with the float64 results.
+
+    Returns:
+        The steps of the candidates that are right, each run once; and a row, not timed yet, for every candidate.
+    """
+    announce("inputs and reference")
+    try:
+        contest = case.prepare()
+        exact, plain = contest.exact(), contest.plain()
+    except Missing as reason:
+        return {}, [_row(case, "all", status="missing", reason=str(reason))]
+    except Exception as error:  # noqa: BLE001 - the other cases can still run
+        return {}, [_row(case, "all", status="failed", reason=_first_line(error), ours=True)]
+    steps, rows = {}, []
+    for candidate in contest.candidates:
+        announce(f"{candidate.name}: checking")
+        row = _row(case, candidate.name, ours=candidate.ours)
+        rows.append(row)
+        try:
+            results = candidate.results()
+            candidate.step()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others can still be timed
+            row.status, row.reason = "failed", _first_line(error)
+            continue
+        roundings = contest.roundings if candidate.ours else _ROUNDINGS_OF_OTHERS
+        name, comparison = worst(compare_all(results, plain, exact, roundings=roundings))
+        row.error_ratio = comparison.ratio
+        if not comparison.ok:
+            row.status, row.reason = "wrong", f"{name}: {comparison}"
+            continue
+        steps[candidate.name] = candidate.step
+        if candidate.name == EAGER:
+            # The criterion's "PyTorch in the same dtype" is what models run; it has been compared with the reference.
+            plain = results
+    rows += [_row(case, name, status="missing", reason=reason) for name, reason in contest.missing.items()]
+    return steps, rows
 
 
 def failed(rows: list[Row]) -> list[Row]:
@@ -105,39 +136,13 @@ def failed(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row.ours and row.status in ("wrong", "failed")]
 
 
-def _row(case: Case, name: str, ours: bool) -> Row:
-    return Row(case.family, case.name, case.device, case.dtype, case.backward, name, ours, case.metric,
-               case.bytes, case.flops)  # fmt: skip
+def _row(case: Case, candidate: str, *, ours: bool = False, status: str = "ok", reason: str | None = None) -> Row:
+    return Row(case.family, case.name, case.device, case.dtype, case.backward, candidate, ours, case.metric,
+               case.bytes, case.flops, status, reason)  # fmt: skip
 
 
-def _missing(case: Case, name: str, reason: str) -> Row:
-    row = _row(case, name, False)
-    row.status, row.reason = "missing", reason
-    return row
-
-
-def _check(contest: Contest, rows: dict[str, Row], announce: Callable[[str], None]) -> None:
-    """Compare what each candidate computes with the float64 results.
-
-    "PyTorch in the same dtype" of the criterion is the eager candidate, which is itself compared with the reference
-    in the same dtype.
-    """
-    exact, plain = contest.exact(), contest.plain()
-    for candidate in contest.candidates:
-        row = rows[candidate.name]
-        announce(f"{candidate.name}: checking")
-        try:
-            results = candidate.results()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the others can still be timed
-            row.status, row.reason = "failed", "".join(traceback.format_exception_only(error)).splitlines()[0]
-            continue
-        roundings = contest.roundings if candidate.ours else _ROUNDINGS_OF_OTHERS
-        name, comparison = worst(compare_all(results, plain, exact, roundings=roundings))
-        row.error_ratio = comparison.ratio
-        if not comparison.ok:
-            row.status, row.reason = "wrong", f"{name}: {comparison}"
-        elif candidate.name == EAGER:
-            plain = results
+def _first_line(error: Exception) -> str:
+    return "".join(traceback.format_exception_only(error)).splitlines()[0]
 
 
 def _judge(case: Case, limits: Limits, rows: dict[str, Row]) -> None:

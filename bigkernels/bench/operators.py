@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -91,42 +92,42 @@ def operator_case(
         exact: makes the float64 results from the inputs, where the plain way would take too much memory.
     """
     compiled = compiled and settings.compile
+    peers = peers or {}
+    functions: dict[str, Callable[[], Function]] = {EAGER: lambda: eager}
+    if builtin is not None:
+        functions[BUILTIN] = lambda: builtin
+    if compiled:
+        functions[COMPILE] = lambda: torch.compile(eager, dynamic=False)
+    functions |= {peer: partial(load, settings.device) for peer, load in peers.items()}
+    functions[OURS] = lambda: ours
+    if compiled and ours_compiled:
+        functions[OURS_COMPILED] = lambda: torch.compile(ours, dynamic=False)
 
     def prepare() -> Contest:
         if compiled:
             torch._dynamo.reset()  # else the second shape of a function is compiled for any shape
         made = inputs(Draw(dtype, settings.device))
-        functions = {EAGER: eager}
-        if builtin is not None:
-            functions[BUILTIN] = builtin
-        if compiled:
-            functions[COMPILE] = torch.compile(eager, dynamic=False)
-        missing = {}
-        for peer, load in (peers or {}).items():
-            try:
-                functions[peer] = load(settings.device)
-            except Missing as reason:
-                missing[peer] = str(reason)
-        functions[OURS] = ours
-        if compiled and ours_compiled:
-            functions[OURS_COMPILED] = torch.compile(ours, dynamic=False)
 
         def reference(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             with use("reference"):
                 return Call(ours, tensors, differentiable).results()
 
-        def candidate(label: str, function: Function) -> Candidate:
+        candidates, missing = [], {}
+        for name, make in functions.items():
             # Some peers write to their inputs, so they get copies.
-            own = {k: t.clone() for k, t in made.items()} if label in (peers or {}) else made
-            call = Call(function, own, differentiable)
-            return Candidate(label, call.results, call.forward_backward if differentiable else call.forward)
-
+            call_inputs = {k: t.clone() for k, t in made.items()} if name in peers else made
+            try:
+                call = Call(make(), call_inputs, differentiable)
+            except Missing as reason:
+                missing[name] = str(reason)
+                continue
+            candidates.append(Candidate(name, call.results, call.forward_backward if differentiable else call.forward))
         return Contest(
-            [candidate(label, function) for label, function in functions.items()],
+            candidates,
             exact=lambda: exact(made) if exact else reference(widen(made)),
             plain=lambda: reference(made),
             missing=missing,
         )
 
-    return Case(family, name, settings.device, str(dtype).removeprefix("torch."), bool(differentiable), prepare,
-                metric=metric, bytes=bytes, cold=cold)  # fmt: skip
+    return Case(family, name, settings.device, str(dtype).removeprefix("torch."), bool(differentiable),
+                tuple(functions), prepare, metric=metric, bytes=bytes, cold=cold)  # fmt: skip

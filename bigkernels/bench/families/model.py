@@ -52,7 +52,7 @@ def _variants(model: nn.Module, compile: bool) -> tuple[dict[str, nn.Module], di
         if compile:
             variants[OURS_COMPILED] = torch.compile(_patched(model), dynamic=False)
     except Missing as reason:
-        missing[OURS] = str(reason)
+        missing = dict.fromkeys((OURS, OURS_COMPILED) if compile else (OURS,), str(reason))
     return variants, missing
 
 
@@ -61,13 +61,13 @@ def _tokens(settings: Settings, length: int, vocabulary: int) -> Tensor:
     return torch.randint(3, vocabulary, (settings.batch, length), generator=generator).to(settings.device)
 
 
-def _losses(model: nn.Module, ids: Tensor) -> Tensor:
+def _loss(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
 def _gradients(model: nn.Module, ids: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """The loss, and the gradients of the parameters of a kind, from all layers, as one vector."""
-    loss = _losses(model, ids)
+    loss = _loss(model, ids)
     loss.backward()
     kinds: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -82,7 +82,7 @@ def _training_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
-        _losses(model, ids).backward()
+        _loss(model, ids).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -110,8 +110,19 @@ def _training(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
     hidden, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
     # Forward 2 operations a weight and token, backward 4; causal attention half of a full square, three times.
     flops = 6 * tokens * (_matrix_weights(sizes) + layers * settings.length * hidden)
-    return Case("model", f"training step, B {settings.batch}, S {settings.length}", settings.device, _name(dtype), True,
-                prepare, metric="tokens/s", flops=flops, tokens=tokens, cold=False)  # fmt: skip
+    return Case(
+        "model",
+        f"training step, B {settings.batch}, S {settings.length}",
+        settings.device,
+        _name(dtype),
+        backward=True,
+        candidates=(EAGER, COMPILE, OURS, OURS_COMPILED) if settings.compile else (EAGER, OURS),
+        prepare=prepare,
+        metric="tokens/s",
+        flops=flops,
+        tokens=tokens,
+        cold=False,
+    )
 
 
 def _generation(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
@@ -142,9 +153,19 @@ def _generation(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
         )
 
     # Every new token reads all weights; the prompt reads them once more.
-    return Case("model", f"generation of {new} tokens, B {settings.batch}", settings.device, _name(dtype), False,
-                prepare, metric="tokens/s", bytes=new * _matrix_weights(sizes) * dtype.itemsize,
-                tokens=settings.batch * new, cold=False)  # fmt: skip
+    return Case(
+        "model",
+        f"generation of {new} tokens, B {settings.batch}",
+        settings.device,
+        _name(dtype),
+        backward=False,
+        candidates=(EAGER, OURS),
+        prepare=prepare,
+        metric="tokens/s",
+        bytes=new * _matrix_weights(sizes) * dtype.itemsize,
+        tokens=settings.batch * new,
+        cold=False,
+    )
 
 
 def _matrix_weights(sizes: dict) -> int:

@@ -1,0 +1,5 @@
+FAMILY = "glu"
+
+
+def test_glu(benchmark, step):
+    benchmark(step)

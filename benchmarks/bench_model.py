@@ -1,0 +1,5 @@
+FAMILY = "model"
+
+
+def test_model(benchmark, step):
+    benchmark(step)

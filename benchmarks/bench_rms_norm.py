@@ -1,0 +1,5 @@
+FAMILY = "rms_norm"
+
+
+def test_rms_norm(benchmark, step):
+    benchmark(step)

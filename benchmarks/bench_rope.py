@@ -1,0 +1,5 @@
+FAMILY = "rope"
+
+
+def test_rope(benchmark, step):
+    benchmark(step)

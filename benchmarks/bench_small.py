@@ -1,0 +1,5 @@
+FAMILY = "small"
+
+
+def test_small(benchmark, step):
+    benchmark(step)
