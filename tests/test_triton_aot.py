@@ -57,10 +57,10 @@ def describe(launch):
     return f"{launch.kernel.__name__} with {launch.num_warps} warps, {sizes}"
 
 
-def compiled(launch, capability):
+def compiled(launch, capability, **options):
     _, signature, constants, attributes, warps = source_of(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps} | options)
 
 
 def resources(cubin, folder):
@@ -102,3 +102,10 @@ def test_spills_are_noticed(tmp_path):
     launch = next(x for x in launches("rms_norm", torch.float32) if x.args["D"] == 8192)
     launch = dataclasses.replace(launch, num_warps=1)
     assert resources(compiled(launch, 90).asm["cubin"], tmp_path)[1] > 0
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_targets_are_asserted_in_debug_mode_alone(check):
+    launch = launches("cross_entropy", torch.float32)[0]
+    launch = dataclasses.replace(launch, args=launch.args | {"CHECK": check})
+    assert ("__assertfail" in compiled(launch, 90, debug=check).asm["ptx"]) == check

@@ -47,7 +47,7 @@ def _one_minus_exp(x):
 @triton.jit
 def _target(LOGITS, TARGET, WEIGHT, row, inside, stride, ignore_index, softcap, V: tl.constexpr, SOFTCAP: tl.constexpr,
             CHECK: tl.constexpr):  # fmt: skip
-    """A row's target, whether it counts, the logit there (NaN for a target outside the vocabulary) and its weight."""
+    """A row's target, whether it counts, the logit there, and its weight: NaN for a target outside the vocabulary."""
     y = tl.load(TARGET + row, mask=inside, other=0).to(tl.int64)
     kept = inside & (y != ignore_index)
     valid = kept & (y >= 0) & (y < V)
@@ -56,12 +56,10 @@ def _target(LOGITS, TARGET, WEIGHT, row, inside, stride, ignore_index, softcap, 
     z = tl.load(LOGITS + row * stride + y, mask=valid, other=0.0).to(tl.float32)
     if SOFTCAP:
         z = softcap * _tanh(z / softcap)
-    z = tl.where(valid | (kept == 0), z, float("nan"))
+    weight = 1.0
     if WEIGHT is not None:
         weight = tl.load(WEIGHT + y, mask=valid, other=0.0).to(tl.float32)
-    else:
-        weight = tl.where(valid, 1.0, 0.0)
-    return y, kept, z, weight
+    return y, kept, z, tl.where(valid, weight, tl.where(kept, float("nan"), 0.0))
 
 
 @triton.jit

@@ -7,12 +7,15 @@ import importlib
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
+from bigkernels import functional, use
 from bigkernels._compare import compare_all, worst
 from bigkernels._samples import SAMPLES, Sample, _norm_inputs, widen
-from bigkernels.ops import OPERATORS
+from bigkernels.ops import OPERATORS, cross_entropy
 from bigkernels.ops._registry import Implementation
 from bigkernels.triton import OPERATORS as KERNELS
+from bigkernels.triton._launch import recording
 
 DTYPES = (torch.float32, torch.float16)
 
@@ -35,19 +38,18 @@ def launchers_serve_cpu_tensors():
     library._destroy()
 
 
-def _long_norms(operator: str, parameters: str) -> list[Sample]:
-    """Rows that no longer fit the registers: of the backward pass, and of the forward pass too."""
-    names = f"x {parameters}"
+def _large_norms(operator: str, parameters: str) -> list[Sample]:
+    """More rows than a wave of programs, and rows that do not fit the registers: backward, and then forward too."""
     return [
-        Sample(operator, f"{size} columns{', residual' * bool(extra)}", _norm_inputs(names + extra, (3, size)), {},
-               tuple((names + extra).split()))
-        for size, extra in ((8200, ""), (4099, ""), (16999, " residual"), (16999, ""))
-    ]  # fmt: skip
+        Sample(operator, f"{rows} x {size}{extra}", _norm_inputs(names, (rows, size)), {}, tuple(names.split()))
+        for rows, size, extra in ((600, 48, ""), (11, 4099, ""), (3, 8208, ""), (3, 16999, " residual"), (2, 16999, ""))
+        for names in (f"x {parameters}{extra}",)
+    ]
 
 
 MORE = {
-    "rms_norm": _long_norms("rms_norm", "weight"),
-    "layer_norm": _long_norms("layer_norm", "weight bias"),
+    "rms_norm": _large_norms("rms_norm", "weight"),
+    "layer_norm": _large_norms("layer_norm", "weight bias"),
 }
 CASES = [sample for name in KERNELS for sample in SAMPLES[name] + MORE.get(name, [])]
 
@@ -62,3 +64,73 @@ def test_matches_the_reference(sample, dtype):
     name, comparison = worst(compare_all(ours, plain, exact))
     assert comparison.ok, f"{name}: {comparison}"
     assert {k: v.dtype for k, v in ours.items()} == {k: v.dtype for k, v in plain.items()}
+
+
+def _defined_kernels() -> set:
+    modules = [importlib.import_module(f"bigkernels.triton.{name}") for name in (*KERNELS, "_norm")]
+    found = [item for module in modules for item in vars(module).items() if isinstance(item[1], InterpretedFunction)]
+    return {fn for name, fn in found if not name.startswith("_")}
+
+
+def test_the_samples_reach_every_kernel():
+    with recording() as launches:
+        for sample in CASES:
+            sample.results(sample.inputs(torch.float32), backend="triton")
+    assert {launch.kernel for launch in launches} == _defined_kernels()
+
+
+@pytest.mark.parametrize("operator", KERNELS)
+def test_repeats_bit_for_bit(operator):
+    sample = CASES[[case.operator for case in CASES].index(operator) + 1]
+    inputs = sample.inputs(torch.float32)
+    first, second = (sample.results(inputs, backend="triton") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _loss(logits, target, **options):
+    with use("triton"):
+        loss = functional.cross_entropy(logits.requires_grad_(), target, **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
+
+
+def test_ignored_tokens_are_not_read():
+    logits, target = torch.randn(5, 300), torch.tensor([3, -100, 299, -100, 0])
+    logits[target == -100] = float("nan")
+    loss, grad = _loss(logits, target, label_smoothing=0.1, focal_gamma=1.5, softcap=20.0)
+    assert loss.isfinite() and grad.isfinite().all()
+    assert not grad[target == -100].any() and grad[target != -100].any(1).all()
+
+
+def test_a_target_outside_the_vocabulary_gives_nan_for_its_token_alone(monkeypatch):
+    # On a GPU nobody looks at the targets: looking would wait for the device.
+    monkeypatch.setattr(cross_entropy, "_check_targets", lambda *args: None)
+    logits, target = torch.randn(4, 65), torch.tensor([1, 65, 64, -7])
+    loss, grad = _loss(logits, target, reduction="none")
+    outside = torch.tensor([False, True, False, True])
+    assert torch.equal(loss.isnan(), outside) and torch.equal(grad.isnan().all(1), outside)
+    assert grad[~outside].isfinite().all()
+
+
+def test_inputs_are_not_written():
+    base = torch.randn(3, 40)
+    before = base.clone()
+    with use("triton"):
+        functional.glu(base[:, :10], base[:, 20:30])
+        functional.rms_norm(base[:, :10], torch.ones(10), residual=base[:, 20:30])
+    assert torch.equal(base, before)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: functional.rms_norm(torch.ones(2, 8), torch.ones(7)),
+        lambda: functional.layer_norm(torch.ones(2, 8), torch.ones(8), torch.ones(9)),
+        lambda: functional.glu(torch.ones(2, 8), torch.ones(2, 9)),
+        lambda: functional.rope(*torch.ones(2, 1, 2, 3, 8), *torch.ones(2, 1, 4, 8)),
+        lambda: functional.cross_entropy(torch.ones(2, 8), torch.ones(3, dtype=torch.int64)),
+        lambda: functional.cross_entropy(torch.ones(2, 8), torch.ones(2, dtype=torch.int64), softcap=0.0),
+    ],
+)
+def test_wrong_arguments_are_named(call):
+    with use("triton"), pytest.raises(ValueError, match="weight|bias|up|cos has|target|softcap is 0"):
+        call()
