@@ -41,7 +41,7 @@ def main() -> None:
     if not python.exists():
         run(options.python, "-m", "venv", environment)
     pip = (python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet")
-    run(*pip, f"torch=={options.torch}")
+    run(*pip, f"torch=={options.torch}", "numpy")  # without numpy torch warns at every start
     run(*pip, "--force-reinstall", "--no-deps", wheel.resolve())
     run(python, "-c", "import torch; assert torch.__version__.split('+')[0] == " + repr(options.torch))
     # From elsewhere than the checkout, whose package would be imported instead.
