@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class Input:
     training_ids: Tensor
     held_out_ids: Tensor
     prompt: Tensor
-    decode: Any
+    decode: Callable[[list[int]], str]
 
 
 @dataclass
@@ -119,7 +120,7 @@ def demonstrate(given: Input, args: argparse.Namespace, started: float | None = 
     """
     started = started or time.perf_counter()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    count, seq, held_out, new_tokens = args.steps, args.seq, 8, 64
+    count, seq, held_out, new_tokens = args.steps, args.seq, 8, 48
     if args.quick:
         count, seq, held_out, new_tokens = min(count, 4), min(seq, 64), 2, 16
 
