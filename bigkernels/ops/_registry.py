@@ -27,6 +27,10 @@ if _LOG_CHOICES and not log.handlers:
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 
+# What a kernel path raises on wrong arguments. The public function then runs its full checks, which raise an error that
+# names the argument: right calls need not pay for them.
+REFUSED = (RuntimeError, TypeError, AttributeError, KeyError)
+
 OPERATORS: dict[str, Operator] = {}
 
 # The backend forced by `use`, or None. One per process, like torch.backends: the autograd engine runs backward passes
@@ -80,14 +84,23 @@ class Operator:
         choice = self._choices.get(key)
         return choice if choice is not None else self._first_choice(*key)
 
-    def uses_kernel(self, x: Tensor) -> bool:
-        """Whether a raw operator serves `x`.
+    def uses_kernel(self, x: Tensor, *others: Tensor | None) -> bool:
+        """Whether a raw operator serves a call on these tensors.
 
         torch.func transforms and forward-mode differentiation see only through plain PyTorch, so the reference
-        serves them; the compiler gets the reference as well, because it fuses that with its neighbours.
+        serves them; the compiler gets the reference as well, because it fuses that with its neighbours. Tensors of
+        several devices are left to the reference, whose checks name them.
         """
         if torch.compiler.is_compiling():
             return _forced is not None and _forced != "reference" and self.choose(x) != "reference"
+        if x.is_cpu:
+            for t in others:
+                if t is not None and not t.is_cpu:
+                    return False
+        else:
+            for t in others:
+                if t is not None and t.device != x.device:
+                    return False
         if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
             return False
         return self.choose(x) != "reference"
@@ -95,6 +108,13 @@ class Operator:
     def refusals(self, device: str, dtype: torch.dtype) -> dict[str, str | None]:
         """For each implementation, why it cannot serve; None where it can."""
         return {i.name: i.refuses(device, dtype) for i in self.implementations} | {"reference": None}
+
+    def prepare(self, backend: str) -> None:
+        """Make the choices of a forced backend ahead of time: the compiler can read them, not make them."""
+        for i in self.implementations:
+            for dtype in i.dtypes:
+                if i.name == backend and i.refuses(i.device, dtype) is None:
+                    self._choices[i.device, dtype, backend] = backend
 
     def _first_choice(self, device: str, dtype: torch.dtype, forced: str | None) -> str:
         refusals = self.refusals(device, dtype)
@@ -122,6 +142,8 @@ def use(backend: str) -> Iterator[None]:
     global _forced
     if backend not in BACKENDS:
         raise ValueError(f"bigkernels.use: backend is {backend!r}; accepted are {', '.join(BACKENDS)}")
+    for operator in OPERATORS.values():
+        operator.prepare(backend)
     before, _forced = _forced, backend
     try:
         yield
@@ -158,9 +180,11 @@ def vjp(fn: Callable, tensors: tuple[Tensor | None, ...], grads: tuple[Tensor | 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a call on `tensors` has to record a gradient."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

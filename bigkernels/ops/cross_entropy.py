@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._arguments import check_same_device, check_shape, check_tensor, type_name
-from ._registry import Operator, compute_dtype, define, needs_grad, vjp
+from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad, vjp
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -53,21 +53,19 @@ def cross_entropy(
         TypeError: wrong dtypes.
         ValueError: shapes, devices or option values do not fit, or, on CPU, a target is outside the vocabulary.
     """
-    args = (ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma)
     tensors = (logits, target, weight, token_weight)
-    if not (isinstance(logits, Tensor) and OPERATOR.uses_kernel(logits)) or needs_grad(weight, token_weight):
-        _check(*tensors, *args)
-        return _reference(*tensors, *args)
+    options = (ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma)
     try:
-        numbers = (ignore_index, _REDUCTIONS[reduction], label_smoothing, z_loss, softcap or 0.0, focal_gamma)
-        if softcap is not None and not softcap > 0:
-            raise TypeError
-        if needs_grad(logits):
-            return _CrossEntropy.apply(*tensors, *numbers)
-        return _fwd(*tensors, *numbers)[0]
-    except (RuntimeError, TypeError, KeyError):
-        _check(*tensors, *args)
+        if OPERATOR.uses_kernel(*tensors) and not needs_grad(weight, token_weight):
+            # The raw operators know "no cap" as 0, which is no cap that a caller may ask for.
+            cap = -1.0 if softcap == 0 else softcap or 0.0
+            numbers = (ignore_index, _REDUCTIONS[reduction], label_smoothing, z_loss, cap, focal_gamma)
+            return _CrossEntropy.apply(*tensors, *numbers) if needs_grad(logits) else _fwd(*tensors, *numbers)[0]
+    except REFUSED:
+        _check(*tensors, *options)
         raise
+    _check(*tensors, *options)
+    return _reference(*tensors, *options)
 
 
 def _check(logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma):

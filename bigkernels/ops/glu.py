@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor, promote
-from ._registry import Operator, compute_dtype, define, needs_grad, vjp
+from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad, vjp
 
 # The position of a name is the number by which the kernels know it.
 ACTIVATIONS = {
@@ -37,19 +37,17 @@ def glu(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
         TypeError: an argument is not a floating tensor, or the dtypes differ outside autocast.
         ValueError: shapes or devices differ, or the activation is unknown.
     """
-    if isinstance(gate, Tensor) and isinstance(up, Tensor) and gate.dtype != up.dtype:
-        gate, up = promote(gate, up)
-    if not (isinstance(gate, Tensor) and OPERATOR.uses_kernel(gate)):
-        _check(gate, up, activation)
-        return _reference(gate, up, activation)
     try:
-        number = _NUMBERS[activation]
-        if needs_grad(gate, up):
-            return _GLU.apply(gate, up, number)
-        return _fwd(gate, up, number)
-    except (RuntimeError, TypeError, KeyError):
+        if gate.dtype != up.dtype:
+            gate, up = promote(gate, up)
+        if OPERATOR.uses_kernel(gate, up):
+            number = _NUMBERS[activation]
+            return _GLU.apply(gate, up, number) if needs_grad(gate, up) else _fwd(gate, up, number)
+    except REFUSED:
         _check(gate, up, activation)
         raise
+    _check(gate, up, activation)
+    return _reference(gate, up, activation)
 
 
 def _check(gate, up, activation):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor
-from ._registry import Operator, compute_dtype, define, needs_grad
+from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
 
 
 def layer_norm(
@@ -38,21 +38,21 @@ def layer_norm(
         TypeError: an argument is not a floating tensor, or `residual` has another dtype than `x`.
         ValueError: shapes or devices do not fit.
     """
-    if not (isinstance(x, Tensor) and OPERATOR.uses_kernel(x)):
-        _check(x, weight, bias, eps, residual)
-        return _reference(x, weight, bias, eps, residual)
     try:
-        if needs_grad(x, weight, bias, residual):
-            y, total = _LayerNorm.apply(x, weight, bias, residual, eps)
-        else:
-            y, _, _, total = _fwd(x, weight, bias, residual, eps)
-    except (RuntimeError, TypeError):
-        _check(x, weight, bias, eps, residual)
+        if OPERATOR.uses_kernel(x, weight, bias, residual):
+            if needs_grad(x, weight, bias, residual):
+                y, total = _LayerNorm.apply(x, weight, bias, residual, eps)
+            else:
+                y, _, _, total = _fwd(x, weight, bias, residual, eps)
+            return y if residual is None else (y, total)
+    except REFUSED:
+        _check(x, weight, bias, residual)
         raise
-    return y if residual is None else (y, total)
+    _check(x, weight, bias, residual)
+    return _reference(x, weight, bias, eps, residual)
 
 
-def _check(x, weight, bias, eps, residual):
+def _check(x, weight, bias, residual):
     check_tensor("layer_norm", "x", x)
     check_tensor("layer_norm", "weight", weight, optional=True)
     check_tensor("layer_norm", "bias", bias, optional=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor
-from ._registry import Operator, compute_dtype, define, needs_grad, vjp
+from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad, vjp
 
 
 def rms_norm(
@@ -31,21 +31,21 @@ def rms_norm(
         TypeError: `x`, `weight` or `residual` is not a floating tensor, or `residual` has another dtype than `x`.
         ValueError: shapes or devices do not fit.
     """
-    if not (isinstance(x, Tensor) and OPERATOR.uses_kernel(x)):
-        _check(x, weight, eps, offset, residual)
-        return _reference(x, weight, eps, offset, residual)
     try:
-        if needs_grad(x, weight, residual):
-            y, total = _RMSNorm.apply(x, weight, residual, eps, offset)
-        else:
-            y, _, total = _fwd(x, weight, residual, eps, offset)
-    except (RuntimeError, TypeError):
-        _check(x, weight, eps, offset, residual)
+        if OPERATOR.uses_kernel(x, weight, residual):
+            if needs_grad(x, weight, residual):
+                y, total = _RMSNorm.apply(x, weight, residual, eps, offset)
+            else:
+                y, _, total = _fwd(x, weight, residual, eps, offset)
+            return y if residual is None else (y, total)
+    except REFUSED:
+        _check(x, weight, residual)
         raise
-    return y if residual is None else (y, total)
+    _check(x, weight, residual)
+    return _reference(x, weight, eps, offset, residual)
 
 
-def _check(x, weight, eps, offset, residual):
+def _check(x, weight, residual):
     check_tensor("rms_norm", "x", x)
     check_tensor("rms_norm", "weight", weight, optional=True)
     check_tensor("rms_norm", "residual", residual, optional=True)

@@ -21,8 +21,8 @@ void prefer_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-PartialSums::PartialSums(const MaybeTensor& like, int64_t blocks, int64_t d)
-    : like_(like), blocks_(blocks), d_(d), sums_(empty_1d(like ? blocks * d : 0)) {
+PartialSums::PartialSums(const Tensor& x, const MaybeTensor& like, int64_t blocks, int64_t d)
+    : like_(like), blocks_(blocks), d_(d), sums_(like ? empty_1d(blocks * d) : none(x)) {
   if (!like) return;
   data_ = (float*)sums_.mutable_data_ptr();
   std::memset(data_, 0, blocks * d * sizeof(float));

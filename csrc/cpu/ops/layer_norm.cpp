@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, MaybeTensor weight,
   Tensor y = empty_contiguous_like(x);
   Tensor mean = empty_like_leading(x, x.dim() - 1, ScalarType::Float);
   Tensor rstd = empty_like_leading(x, x.dim() - 1, ScalarType::Float);
-  Tensor total = residual ? empty_contiguous_like(x) : none();
+  Tensor total = residual ? empty_contiguous_like(x) : none(x);
   std::optional<RowView> added;
   if (residual) a.residual = added.emplace(*residual).rows;
   a.x = rows.rows;
@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, MaybeTensor w
                     "bigkernels::layer_norm: mean and rstd must be float32, one a row");
   Tensor dx = empty_contiguous_like(x);
   int64_t row_bytes = rows.d * size_of(a.type), blocks = block_count(rows.count, 3 * row_bytes);
-  PartialSums dweight(weight, blocks, rows.d), dbias(bias, blocks, rows.d);
+  PartialSums dweight(x, weight, blocks, rows.d), dbias(x, bias, blocks, rows.d);
   std::optional<RowView> totals;
   if (grad_total) a.grad_total = totals.emplace(*grad_total).rows;
   a.x = rows.rows, a.grad = grads.rows;

@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, MaybeTensor weight, MaybeTe
   RowView rows(x);
   VectorView w("rms_norm", "weight", weight, rows.d, a.type);
   Tensor y = empty_contiguous_like(x), rstd = empty_like_leading(x, x.dim() - 1, ScalarType::Float);
-  Tensor total = residual ? empty_contiguous_like(x) : none();
+  Tensor total = residual ? empty_contiguous_like(x) : none(x);
   std::optional<RowView> added;
   if (residual) a.residual = added.emplace(*residual).rows;
   a.x = rows.rows;
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, MaybeTensor weight, T
                   "bigkernels::rms_norm: rstd must be float32, one a row");
   Tensor dx = empty_contiguous_like(x);
   int64_t row_bytes = rows.d * size_of(a.type), blocks = block_count(rows.count, 3 * row_bytes);
-  PartialSums dweight(weight, blocks, rows.d);
+  PartialSums dweight(x, weight, blocks, rows.d);
   std::optional<RowView> totals;
   if (grad_total) a.grad_total = totals.emplace(*grad_total).rows;
   a.x = rows.rows, a.grad = grads.rows;

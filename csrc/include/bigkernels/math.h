@@ -1,7 +1,7 @@
 // Vector exp, tanh, sigmoid and the normal distribution. Coefficients: tools/fit_vector_math.py.
 //
-// Worst errors seen over all tested floats (tests/test_native.py): exp 1.5 ulp, tanh 3 ulp, sigmoid 3 ulp,
-// the normal distribution's tail 12 ulp.
+// Worst errors over a million values each, at every level (tests/test_native.py): exp 1.0 ulp, tanh 1.3 ulp,
+// sigmoid 2.6 ulp, the normal distribution 6.8 ulp, its density 2.8 ulp.
 #pragma once
 #include "vec.h"
 

@@ -43,11 +43,12 @@ inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_
   return t;
 }
 
-inline Tensor empty_1d(int64_t size) {
+inline Tensor empty_1d(int64_t size, ScalarType dtype = ScalarType::Float) {
   int64_t one = 1;
-  return empty_strided(&size, &one, 1, ScalarType::Float, size * 4);
+  return empty_strided(&size, &one, 1, dtype, size * 4);
 }
-inline Tensor none() { return empty_1d(0); }
+// What a raw operator returns for an output that was not asked for.
+inline Tensor none(const Tensor& like) { return empty_1d(0, like.scalar_type()); }
 
 constexpr int64_t kMaxDim = 16;
 
@@ -162,7 +163,7 @@ void parallel_blocks(int64_t blocks, int64_t rows, const F& f) {
 // Per-block partial sums of a gradient that all rows share.
 class PartialSums {
  public:
-  PartialSums(const MaybeTensor& like, int64_t blocks, int64_t d);
+  PartialSums(const Tensor& x, const MaybeTensor& like, int64_t blocks, int64_t d);
   float* data() const { return data_; }  // (blocks, d) zeros; null where there is no such gradient
   Tensor total() const;                  // summed over the blocks in order, in the dtype of `like`; empty where null
 

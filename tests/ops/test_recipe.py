@@ -1,0 +1,301 @@
+"""What every operator promises, run over its samples: adding an operator to SAMPLES adds it here."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+import bigkernels
+from bigkernels._compare import compare_all
+from bigkernels._samples import SAMPLES, Sample, widen
+from bigkernels.ops import OPERATORS
+from bigkernels.ops._registry import KERNEL_DTYPES
+
+ALL = [sample for samples in SAMPLES.values() for sample in samples]
+SMALL = [s for s in ALL if s.name not in ("long", "large vocabulary", "many rows")]
+# One plain call of each operator, for what does not depend on shapes and options.
+PLAIN = [next(s for s in samples if s.differentiable) for samples in SAMPLES.values()]
+# And some that make other graphs.
+COMPILED = PLAIN + [s for s in ALL if s.name in ("residual", "interleaved, partial", "everything")]
+
+
+def named(sample: Sample) -> str:
+    return f"{sample.operator}: {sample.name}"
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check(found: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    wrong = {name: str(c) for name, c in compare_all(found, plain, exact).items() if not c.ok}
+    assert not wrong
+
+
+def test_every_operator_has_samples():
+    assert set(SAMPLES) == set(OPERATORS)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=short)
+@pytest.mark.parametrize("sample", ALL, ids=named)
+def test_kernel(sample: Sample, dtype: torch.dtype, library):
+    inputs = sample.inputs(dtype)
+    given = {name: t.clone() for name, t in inputs.items()}
+    exact = sample.results(widen(inputs), backend="reference")
+    plain = sample.results(inputs, backend="reference")
+    ours = sample.results(inputs, backend="cpu")
+    check(ours, plain, exact)
+    for name, value in ours.items():
+        assert value.dtype == plain[name].dtype, name
+    for name, value in sample.results(inputs, backend="cpu", backward=False).items():
+        assert torch.equal(value.nan_to_num(7.0), ours[name].nan_to_num(7.0)), f"{name} differs without gradients"
+    for name, t in inputs.items():
+        assert torch.equal(t, given[name]), f"{name} was written to"
+
+
+@pytest.mark.slow
+def test_kernel_at_every_level(isa):
+    assert "passed" in isa.pytest("tests/ops/test_recipe.py", "-k", "test_kernel and not every_level")
+
+
+def test_check_at_every_level(isa):
+    """The quick form of the test above: every sample in every dtype, in one process a level."""
+    assert "WRONG" not in isa.run("import sys; from bigkernels._cli import main; sys.exit(main(['check', '--device', 'cpu']))")
+
+
+@pytest.mark.parametrize("sample", SMALL, ids=named)
+def test_gradcheck_of_the_reference(sample: Sample):
+    inputs = widen(sample.inputs(torch.float32))
+    names = list(sample.differentiable)
+    if not names or any(inputs[n].numel() == 0 for n in names):
+        pytest.skip("nothing to differentiate")
+    # gradcheck perturbs each element: a few rows of each input say as much as all of them.
+    if sum(inputs[n].numel() for n in names) > 1500:
+        pytest.skip("too large for finite differences; smaller samples have the same options")
+    if sample.name.endswith("extreme"):
+        inputs["gate"] = torch.where(inputs["gate"] == 0, 0.5, inputs["gate"])  # relu has no slope at zero
+    leaves = [inputs[n].detach().clone().requires_grad_() for n in names]
+
+    def call(*values: Tensor):
+        with bigkernels.use("reference"):
+            return sample.call(inputs | dict(zip(names, values, strict=True)))
+
+    assert torch.autograd.gradcheck(call, leaves, atol=1e-6, fast_mode=True)
+
+
+@pytest.mark.parametrize("sample", ALL, ids=named)
+def test_fallbacks_of_the_raw_operators(sample: Sample, monkeypatch):
+    """A machine without the library runs the raw operators' Python fallbacks: same shapes, same values."""
+    module = __import__(f"bigkernels.ops.{sample.operator}", fromlist=["_"])
+    inputs = sample.inputs(torch.float32)
+    exact = sample.results(widen(inputs), backend="reference")
+    plain = sample.results(inputs, backend="reference")
+    for name in ("_fwd", "_bwd"):
+        monkeypatch.setattr(module, name, getattr(module, f"{name}_fallback"))
+    found = sample.results(inputs, backend="cpu")
+    wrong = {name: str(c) for name, c in compare_all(found, plain, exact, roundings=8).items() if not c.ok}
+    assert not wrong
+
+
+def raw_calls(sample: Sample, dtype: torch.dtype) -> list[tuple]:
+    """The raw operators' arguments in a forward and backward call."""
+    module = __import__(f"bigkernels.ops.{sample.operator}", fromlist=["_"])
+    calls, overloads = [], {}
+
+    def record(name):
+        op = overloads[name] = getattr(module, name)
+
+        def call(*args):
+            calls.append((op, tuple(a.detach() if isinstance(a, Tensor) else a for a in args)))
+            return op(*args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_fwd", "_bwd"):
+            patch.setattr(module, name, record(name))
+        sample.results(sample.inputs(dtype), backend="cpu")
+    return calls
+
+
+@pytest.mark.parametrize("sample", ALL, ids=named)
+def test_opcheck(sample: Sample, library):
+    for op, args in raw_calls(sample, torch.bfloat16):
+        torch.library.opcheck(op, args)
+        fake = torch.library.opcheck(op, args, test_utils="test_faketensor")
+        assert fake["test_faketensor"] == "SUCCESS"
+
+
+@pytest.mark.parametrize("backend", [None, "cpu"], ids=["reference to the compiler", "kernel in the graph"])
+@pytest.mark.parametrize("sample", COMPILED, ids=named)
+def test_compile_full_graph(sample: Sample, backend: str | None, library):
+    inputs = sample.inputs(torch.float32)
+    exact = sample.results(widen(inputs), backend="reference")
+    plain = sample.results(inputs, backend="reference")
+    torch._dynamo.reset()
+    compiled = copy.copy(sample)
+    object.__setattr__(compiled, "call", torch.compile(sample.call, fullgraph=True))
+    check(compiled.results(inputs, backend=backend), plain, exact)
+
+
+@pytest.mark.parametrize("sample", PLAIN, ids=named)
+def test_compile_dynamic_shapes_make_one_graph(sample: Sample, library):
+    if sample.operator == "cross_entropy":
+        sizes = [{"logits": torch.randn(n, 33), "target": torch.randint(33, (n,))} for n in (5, 7, 11)]
+    elif sample.operator == "rope":
+        sizes = [{"q": torch.randn(2, 3, n, 16), "k": torch.randn(2, 1, n, 16), "cos": torch.randn(1, n, 16),
+                  "sin": torch.randn(1, n, 16)} for n in (5, 7, 11)]  # fmt: skip
+    else:
+        inputs = sample.inputs(torch.float32)
+        rows = {"x", "gate", "up"}
+        sizes = [{k: torch.randn(n, 33) if k in rows else torch.randn(33) for k in inputs} for n in (5, 7, 11)]
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    with bigkernels.use("cpu"):
+        compiled = torch.compile(sample.call, fullgraph=True, dynamic=True, backend=backend)
+        for inputs in sizes:
+            torch.testing.assert_close(compiled(inputs), sample.call(inputs))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("sample", ALL, ids=named)
+def test_bitwise_reproducible(sample: Sample, library):
+    inputs = sample.inputs(torch.bfloat16)
+    first, second = (sample.results(inputs, backend="cpu") for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name].nan_to_num(7.0), second[name].nan_to_num(7.0)), name
+
+
+@pytest.mark.parametrize("sample", PLAIN, ids=named)
+def test_without_kernels_the_reference_serves(sample: Sample):
+    operator = OPERATORS[sample.operator]
+    assert operator.choose(torch.empty(1, dtype=torch.float64)) == "reference"
+    assert operator.choose(torch.empty(1, device="meta")) == "reference"
+    inputs = widen(sample.inputs(torch.float32))
+    assert all(t.dtype == torch.float64 for t in sample.results(inputs).values())
+
+
+@pytest.mark.parametrize("sample", PLAIN, ids=named)
+def test_a_backend_that_cannot_serve_raises(sample: Sample):
+    inputs = widen(sample.inputs(torch.float32))
+    with bigkernels.use("cpu"), pytest.raises(RuntimeError, match="forced but no kernel for float64"):
+        sample.call(inputs)
+    with bigkernels.use("triton"), pytest.raises(RuntimeError, match="forced but runs on cuda tensors, not cpu"):
+        sample.call(sample.inputs(torch.float32))
+    with bigkernels.use("cuda"), pytest.raises(RuntimeError, match="no 'cuda' implementation"):
+        sample.call(sample.inputs(torch.float32))
+
+
+def test_use_rejects_unknown_backends_and_restores():
+    with pytest.raises(ValueError, match="backend is 'gpu'; accepted are cpu, triton, cuda, reference"):
+        with bigkernels.use("gpu"):
+            pass
+    operator = OPERATORS["glu"]
+    before = operator.choose(torch.empty(1))
+    with pytest.raises(KeyError), bigkernels.use("reference"):
+        assert operator.choose(torch.empty(1)) == "reference"
+        raise KeyError
+    assert operator.choose(torch.empty(1)) == before
+
+
+@pytest.mark.parametrize("sample", PLAIN, ids=named)
+def test_torch_func_sees_through(sample: Sample):
+    inputs = sample.inputs(torch.float32)
+    name = sample.differentiable[0]
+
+    def loss(value):
+        outputs = sample.call(inputs | {name: value})
+        return (outputs[0] if isinstance(outputs, tuple) else outputs).square().sum()
+
+    leaf = inputs[name].detach().clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    assert torch.allclose(torch.func.grad(loss)(inputs[name]), expected, rtol=1e-4, atol=1e-5)
+    tangent = torch.randn_like(inputs[name])
+    _, directional = torch.func.jvp(loss, (inputs[name],), (tangent,))
+    assert torch.allclose(directional, (expected * tangent).sum(), rtol=1e-3, atol=1e-3)
+    batched = torch.func.vmap(loss)(inputs[name].expand(2, *inputs[name].shape))
+    assert torch.allclose(batched, loss(inputs[name]).expand(2), rtol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("sample", PLAIN, ids=named)
+def test_activation_checkpointing(sample: Sample, reentrant: bool, library):
+    inputs = sample.inputs(torch.float32)
+    names = sample.differentiable
+    leaves = [inputs[n].detach().requires_grad_() for n in names]
+
+    def call(*values):
+        outputs = sample.call(inputs | dict(zip(names, values, strict=True)))
+        return outputs[0] if isinstance(outputs, tuple) else outputs
+
+    expected = torch.autograd.grad(call(*leaves).square().sum(), leaves)
+    for leaf in leaves:
+        leaf.grad = None
+    torch.utils.checkpoint.checkpoint(call, *leaves, use_reentrant=reentrant).square().sum().backward()
+    for leaf, grad in zip(leaves, expected, strict=True):
+        assert torch.equal(leaf.grad, grad)
+
+
+@pytest.mark.parametrize("sample", PLAIN, ids=named)
+def test_backward_twice_through_a_retained_graph(sample: Sample, library):
+    inputs = sample.inputs(torch.float32)
+    leaves = {k: t.detach().requires_grad_(k in sample.differentiable) for k, t in inputs.items()}
+    outputs = sample.call(leaves)
+    total = (outputs[0] if isinstance(outputs, tuple) else outputs).square().sum()
+    wanted = [leaves[n] for n in sample.differentiable]
+    first = torch.autograd.grad(total, wanted, retain_graph=True)
+    second = torch.autograd.grad(total, wanted)
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("sample", PLAIN, ids=named)
+def test_second_derivatives_are_refused(sample: Sample, library):
+    inputs = sample.inputs(torch.float32)
+    leaves = {k: t.detach().requires_grad_(k in sample.differentiable) for k, t in inputs.items()}
+    outputs = sample.call(leaves)
+    total = (outputs[0] if isinstance(outputs, tuple) else outputs).square().sum()
+    (grad,) = torch.autograd.grad(total, leaves[sample.differentiable[0]], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("sample", PLAIN, ids=named)
+def test_autocast_keeps_the_types_of_the_inputs(sample: Sample, library):
+    """The operators compute in float32 whatever they are given, so autocast has nothing to cast."""
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = sample.inputs(dtype)
+        plain = sample.results(inputs, backend="cpu")
+        with torch.autocast("cpu", torch.bfloat16):
+            found = sample.results(inputs, backend="cpu")
+        for name, value in found.items():
+            assert value.dtype == plain[name].dtype and torch.equal(value, plain[name]), name
+
+
+def test_autocast_promotes_mixed_inputs():
+    wide, narrow = torch.randn(4, 8), torch.randn(4, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert bigkernels.functional.glu(narrow, wide).dtype == torch.float32
+        q, k = bigkernels.functional.rope(*(t[None, None] for t in (narrow, wide)), torch.ones(1, 4, 8), torch.zeros(1, 4, 8))
+    assert q.dtype == k.dtype == torch.float32
+    assert torch.equal(q[0, 0], narrow.float()) and torch.equal(k[0, 0], wide)
+
+
+def test_log_names_the_choice_and_the_refusals(isa):
+    out = isa.run(
+        "import os; os.environ['BIGKERNELS_LOG'] = '1'\n"
+        "import sys; sys.stderr = sys.stdout\n"
+        "import torch, bigkernels.functional as F\n"
+        "F.glu(torch.ones(2), torch.ones(2)); F.glu(torch.ones(2).double(), torch.ones(2).double())\n"
+        "F.glu(torch.ones(2), torch.ones(2))"
+    )
+    assert out.count("->") == 2  # the first choice of each kind, once
+    assert "glu torch.float32 on cpu -> cpu" in out
+    assert "glu torch.float64 on cpu -> reference (cpu: no kernel for float64" in out
