@@ -52,14 +52,21 @@ def launch(
         kernel[grid](*args, num_warps=num_warps, debug=debug, **constants)
 
 
-def falls_back(fallback: Callable, *, inputs: int = 1) -> Callable[[Callable], Callable]:
-    """Leave calls to the fallback where one of the first `inputs` tensors is empty or of a dtype without kernels."""
+def falls_back(fallback: Callable, *, inputs: int = 1, empty: Callable | None = None) -> Callable[[Callable], Callable]:
+    """Leave calls to others where one of the first `inputs` tensors is empty or of a dtype without kernels.
+
+    Args:
+        fallback: the operator in plain PyTorch.
+        empty: serves empty tensors in its place. Fallbacks that differentiate by autograd cannot run inside a dispatch
+            mode; the fake kernel is right where there is nothing to compute.
+    """
 
     def decorate(launcher: Callable) -> Callable:
         @functools.wraps(launcher)
         def call(*args):
-            served = all(x.numel() and x.dtype in KERNEL_DTYPES for x in args[:inputs])
-            return launcher(*args) if served else fallback(*args)
+            if not all(x.numel() for x in args[:inputs]):
+                return (empty or fallback)(*args)
+            return (launcher if all(x.dtype in KERNEL_DTYPES for x in args[:inputs]) else fallback)(*args)
 
         return call
 

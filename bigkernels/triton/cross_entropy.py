@@ -243,7 +243,7 @@ def forward(
     return loss, lse, divisor
 
 
-@falls_back(op._bwd_fallback, inputs=2)
+@falls_back(op._bwd_fallback, inputs=2, empty=op._bwd_fake)
 def backward(
     grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None, lse: Tensor,
     divisor: Tensor, ignore_index: int, reduction: int, label_smoothing: float, z_loss: float, softcap: float,

@@ -103,7 +103,7 @@ def forward(gate: Tensor, up: Tensor, activation: int) -> Tensor:
     return y
 
 
-@falls_back(op._bwd_fallback)
+@falls_back(op._bwd_fallback, empty=op._bwd_fake)
 def backward(grad: Tensor, gate: Tensor, up: Tensor, activation: int) -> tuple[Tensor, Tensor]:
     require("glu_bwd", grad.shape == gate.shape, "grad must have the shape of gate")
     op._check(gate, up, op._NAMES[activation])
