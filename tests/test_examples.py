@@ -24,7 +24,7 @@ def test_example(path, tmp_path):
     if path.stem == "patch_llm":
         pytest.importorskip("transformers")
     found = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"PYTHONPATH": found, "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"PYTHONPATH": found, "OMP_NUM_THREADS": "1"}  # tiny tensors
     done = subprocess.run([sys.executable, str(path)], check=False, env=environment, cwd=tmp_path, capture_output=True,
                           text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr

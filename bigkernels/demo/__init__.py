@@ -57,10 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Fine-tune and run SmolLM2-135M-Instruct on Shakespeare, eager and patched, and compare results, speed and "
         "memory. Exit code 0: everything agrees; 1: a check failed; 2: something is missing and cannot be fetched."
     )
-    parser.add_argument("--steps", type=_positive, default=20, help="fine-tuning steps, at most (default %(default)s)")
-    parser.add_argument("--batch", type=_positive, default=2, help="sequences in a step (default %(default)s)")
-    parser.add_argument("--seq", type=_positive, default=256, help="tokens in a sequence (default %(default)s)")
-    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument(
+        "--steps", type=_at_least(1), default=20, help="fine-tuning steps, at most (default %(default)s)"
+    )
+    parser.add_argument("--batch", type=_at_least(1), default=2, help="sequences in a step (default %(default)s)")
+    parser.add_argument("--seq", type=_at_least(2), default=256, help="tokens in a sequence (default %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, otherwise cpu")
     parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="both",
                         help="dtype of the weights in fine-tuning (default %(default)s)")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=240.0,
@@ -74,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo; returns the exit code."""
     started = time.perf_counter()
     try:
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise Unavailable("there is no CUDA device here")
         require_extras()
         given = _real_input()
     except Unavailable as error:
@@ -82,11 +86,13 @@ def run(args: argparse.Namespace) -> int:
     return demonstrate(given, args, started)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+
+    return number
 
 
 def _real_input() -> Input:
