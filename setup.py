@@ -88,8 +88,12 @@ def pybind11_dir() -> str:
 
 
 def program(name: str) -> str:
-    """A build tool on PATH, or beside this Python when the environment is not activated."""
-    if found := shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts")):
+    """A build tool of this environment, activated or not, else one on PATH.
+
+    In this order, so that builds with and without isolation use one version of CMake: another one writes other command
+    lines, and everything would be compiled again.
+    """
+    if found := shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name):
         return found
     sys.exit(f"bigkernels: building needs {name} (pip install cmake ninja), or build with pip's isolation")
 
