@@ -44,8 +44,9 @@ class Site:
     """A place in the source of a forward that a rule knows how to rewrite.
 
     `check(module, plan)` decides for one instance: it returns a Fit, None (not a candidate after all) or raises Skip.
-    `replacements` maps nodes of the tree to the nodes (a statement: or statements) that take their place, and `helpers` names the functions that
-    the new nodes call. A helper has to behave as the original code whenever its kernel does not apply at run time.
+    `replacements` maps nodes of the tree to what takes their place (a statement's may be a list of statements), and
+    `helpers` names the functions that the new nodes call. A helper has to behave as the original code whenever its
+    kernel does not apply at run time.
     """
 
     check: Callable[[nn.Module, Plan], Fit | None]

@@ -54,8 +54,10 @@ def gradients(function: Callable, tensors: Sequence[Tensor | None]) -> list[Tens
     outputs = function(*tensors)
     outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
     # Weights that differ between elements and repeat for every dtype, so that no error can cancel.
-    total = sum((o.double() * torch.linspace(-1, 1.7, o.numel(), dtype=torch.float64, device=o.device).view(o.shape)).sum()
-                for o in outputs)  # fmt: skip
+    total = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
+    for out in outputs:
+        weights = torch.linspace(-1, 1.7, out.numel(), dtype=torch.float64, device=out.device)
+        total = total + (out.double() * weights.view(out.shape)).sum()
     leaves = [t for t in tensors if t is not None and t.requires_grad]
     return [o.detach() for o in outputs] + list(torch.autograd.grad(total, leaves, materialize_grads=True))
 

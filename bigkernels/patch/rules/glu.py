@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,22 +21,41 @@ from .add_norm import unobserved
 _functions: dict[tuple[Callable, str | None], str] = {}
 
 
-def glu(act: Any, gate: Any, up: Any, approximate: str | None = None) -> Any:
-    """act(gate) * up."""
+class Pending(NamedTuple):
+    """A gate whose activation is left to the kernel."""
+
+    act: Any
+    gate: Any
+    approximate: str | None
+    name: str
+
+
+def activate(act: Any, gate: Any, approximate: str | None = None) -> Any:
+    """act(gate), or a Pending where `gated` may compute it: an activation that a kernel knows and nobody observes.
+
+    Two steps, so that whatever the original would have called is called in the original's order.
+    """
     if isinstance(act, nn.Module):
         name = act.__dict__.get("_bigkernels_activation") if unobserved(act) else None
     else:
         name = _functions.get((act, approximate))
-    if (
-        name is not None
-        and plain(gate, up)
-        and gate.shape == up.shape
-        and gate.dtype == up.dtype
-        and gate.device == up.device
-        and gate.is_floating_point()
-    ):
+    if name is not None and plain(gate) and gate.is_floating_point():
+        return Pending(act, gate, approximate, name)
+    return _call(act, gate, approximate)
+
+
+def gated(gate: Any, up: Any) -> Any:
+    """The product with what `activate` gave."""
+    if type(gate) is not Pending:
+        return gate * up
+    act, gate, approximate, name = gate
+    if plain(up) and gate.shape == up.shape and gate.dtype == up.dtype and gate.device == up.device:
         return functional.glu(gate, up, activation=name)
-    return (act(gate) if approximate is None else act(gate, approximate=approximate)) * up
+    return _call(act, gate, approximate) * up
+
+
+def _call(act: Any, gate: Any, approximate: str | None) -> Any:
+    return act(gate) if approximate is None else act(gate, approximate=approximate)
 
 
 def _sites(source: Source) -> Iterator[Site]:
@@ -46,20 +65,17 @@ def _sites(source: Source) -> Iterator[Site]:
                 pass
             case _:
                 continue
-        found = _activation(source, left)
-        if found:
-            target, approximate, gate = found
-            # Keywords are evaluated in the order in which they are written: the order of the original.
-            arguments = {"act": left.func, "gate": gate, "up": right}
-        else:
-            found = _activation(source, right)
-            if not found:
-                continue
-            target, approximate, gate = found
-            arguments = {"up": left, "act": right.func, "gate": gate}
-        if approximate is not None:
-            arguments["approximate"] = ast.Constant(approximate)
-        yield Site(_check(target, approximate), {node: call("_bigkernels_glu", **arguments)}, {"_bigkernels_glu": glu})
+        for product, sides in ((left, ("gate", "up")), (right, ("up", "gate"))):
+            found = _activation(source, product)
+            if found:
+                target, approximate, gate = found
+                extra = {} if approximate is None else {"approximate": ast.Constant(approximate)}
+                # Keywords are evaluated in the order in which they are written: the order of the original.
+                new = call("_bigkernels_gated", **dict(zip(sides, (left, right), strict=True)))
+                replacements = {node: new, product: call("_bigkernels_activate", product.func, gate, **extra)}
+                helpers = {"_bigkernels_gated": gated, "_bigkernels_activate": activate}
+                yield Site(_check(target, approximate), replacements, helpers)
+                break
 
 
 def _activation(source: Source, node: ast.AST) -> tuple[Any, str | None, ast.expr] | None:
@@ -131,9 +147,11 @@ def _is_pointwise(act: nn.Module) -> bool:
 
 def _name(act: Callable, approximate: str | None) -> tuple[str, float]:
     """Which of the operator's activations `act` computes, and the error of the product; Skip if none."""
-    function = act if approximate is None else lambda x: act(x, approximate=approximate)
-    if isinstance(act, nn.Module):
-        function = lambda x: type(act).forward(act, x)  # the class's code, without hooks
+
+    def function(x):
+        # A module's class has the code without the hooks.
+        return type(act).forward(act, x) if isinstance(act, nn.Module) else _call(act, x, approximate)
+
     for name in ACTIVATIONS:
         worst = 0.0
         try:

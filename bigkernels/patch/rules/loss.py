@@ -140,10 +140,10 @@ def _plan_function(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
         return None
     if names[:3] != ["logits", "labels", "vocab_size"] or not {"num_items_in_batch", "ignore_index"} <= set(names):
         raise Skip(f"the loss function {name} takes other arguments: {', '.join(names)}")
-    key = ("loss", function)
-    if key not in plan.memory:
-        plan.memory[key] = _identify(function, "shift_labels" in names)
-    shift, error = plan.memory[key]
+    found = _identify(function, "shift_labels" in names)
+    if isinstance(found, Skip):
+        raise found
+    shift, error = found
     kernel = "cross_entropy (next token)" if shift else "cross_entropy (same token)"
     return Write(module, "_loss_function", functools.partial(token_loss, function, shift)), Fit(kernel, error)
 
@@ -151,14 +151,16 @@ def _plan_function(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
 FUNCTION_RULE = ModuleRule("loss", _plan_function)
 
 
-def _identify(function: Callable, takes_shifted: bool) -> tuple[bool, float]:
+@functools.lru_cache(maxsize=64)
+def _identify(function: Callable, takes_shifted: bool) -> tuple[bool, float] | Skip:
+    """Whether a loss function compares with the next token or the same, and the error; or why it is left alone."""
     reason = None
     for shift in (True, False):
         try:
             return shift, _check_function(function, shift, takes_shifted)
         except Skip as skip:
             reason = skip if reason is None or "kernel" in str(skip) else reason
-    raise reason
+    return reason
 
 
 def _check_function(function: Callable, shift: bool, takes_shifted: bool) -> float:

@@ -105,13 +105,12 @@ def _is_candidate(module: nn.Module) -> bool:
     parameters = {name: p for name, p in module._parameters.items() if p is not None}
     if not set(parameters) <= {"weight", "bias"} or isinstance(module, torch.jit.ScriptModule):
         return False
-    named = "norm" in cls.__name__.lower()
-    return (named or bool(_eps_names(module))) and find_source(cls) is not None
+    named = "norm" in cls.__name__.lower() or any("eps" in name.lower() for name in _floats(module))
+    return named and find_source(cls) is not None
 
 
-def _eps_names(module: nn.Module) -> list[str]:
-    names = [name for name, value in vars(module).items() if isinstance(value, float) and not isinstance(value, bool)]
-    return [name for name in names if "eps" in name.lower()] or names
+def _floats(module: nn.Module) -> list[str]:
+    return [name for name, value in vars(module).items() if isinstance(value, float)]
 
 
 def _fingerprint(module: nn.Module) -> tuple:
@@ -166,11 +165,10 @@ def _hypothesis(module, parameters, device, size, fixed) -> Norm:
     constants = [
         c for c in find_source(type(module)).function.__code__.co_consts if isinstance(c, float) and 0 < c < 0.01
     ]
-    eps = _eps_names(module) + constants + [1e-5, 1e-6, 1e-8, 1e-12]
+    eps = [*sorted(_floats(module), key=lambda name: "eps" not in name.lower()), *constants, 1e-5, 1e-6, 1e-8, 1e-12]
     if getattr(module, "eps", 0.0) is None:
         eps.insert(0, None)
     kinds = [("rms", 0.0), ("rms", 1.0), ("layer", 0.0)] if "bias" not in parameters else [("layer", 0.0)]
-    reason = Skip("computes neither RMSNorm nor LayerNorm")
     for kind, offset in kinds:
         if offset and not parameters:
             continue
@@ -181,7 +179,9 @@ def _hypothesis(module, parameters, device, size, fixed) -> Norm:
                 return norm
             except Skip:
                 continue
-    raise reason
+            except Exception as error:  # noqa: BLE001  it may refuse an input in any way
+                raise Skip(f"does not take rows of {size} values in any shape ({type(error).__name__})") from error
+    raise Skip("computes neither RMSNorm nor LayerNorm of the last dimension")
 
 
 def _twin(module: nn.Module, parameters: dict[str, Tensor], training: bool) -> nn.Module:
