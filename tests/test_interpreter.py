@@ -21,4 +21,4 @@ def test_triton_kernels_in_the_interpreter():
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", summary)
     # That the kernels of every operator were collected and ran, and none was skipped.
-    assert passed and int(passed[1]) >= 60 and "skipped" not in summary, summary
+    assert passed and int(passed[1]) >= 200 and "skipped" not in summary, summary
