@@ -100,7 +100,8 @@ def check(case: Case, announce: Announce = lambda what: None) -> tuple[dict[str,
     """
     announce("inputs and reference")
     try:
-        contest = case.prepare()
+        with torch.enable_grad():  # patching a model also compares gradients
+            contest = case.prepare()
         exact, plain = contest.exact(), contest.plain()
     except Missing as reason:
         return {}, [_row(case, "all", status="missing", reason=str(reason))]
