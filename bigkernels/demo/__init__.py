@@ -213,7 +213,8 @@ def _check_curves(record: Training) -> Check:
 def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads"
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'s' * (threads > 1)}"
 
 
 def _figures(found: dict, generation: Generation, trainings: list[Training], checks: list[Check]) -> dict:
