@@ -115,8 +115,11 @@ def backward(grad: Tensor, gate: Tensor, up: Tensor, activation: int) -> tuple[T
 
 
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
-    """Calls whose launches the ahead-of-time check compiles: every activation on the halves of a projection."""
+    """Calls whose launches the ahead-of-time check compiles: every activation on halves of a projection, and flat."""
     gate, up = torch.empty(4096, 2 * 11008, dtype=dtype, device="meta").chunk(2, -1)
     for activation in range(len(op.ACTIVATIONS)):
         yield forward, (gate, up, activation)
         yield backward, (up, gate, up, activation)
+    flat = gate.contiguous()
+    yield forward, (flat, flat, 0)
+    yield backward, (flat, flat, flat, 0)

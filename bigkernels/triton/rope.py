@@ -74,8 +74,9 @@ def rotate(
     BLOCK_HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    batch = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(tokens, TOKENS)
+    token = (tl.program_id(0) % blocks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
     inside = token < tokens
     one = inside[:, None, None]
     cos_a, cos_b = _load_pairs(COS, batch * cos_batch + (token * cos_token)[:, None, None], one, R, BLOCK, INTERLEAVED)
@@ -109,7 +110,7 @@ def _run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inve
     block_heads = min(power_of_2(min(q_heads, k_heads)), tile)
     at_once = min(tile // block_heads, power_of_2(tokens))
     launch(
-        rotate, (triton.cdiv(tokens, at_once), batch), *tensors, *outs, tokens, *(s for t in strides for s in t),
+        rotate, (triton.cdiv(tokens, at_once) * batch,), *tensors, *outs, tokens, *(s for t in strides for s in t),
         Q_HEADS=q_heads, K_HEADS=k_heads, D=size, R=rotary, TOKENS=at_once, BLOCK_HEADS=block_heads, BLOCK=block,
         BLOCK_REST=rest, INTERLEAVED=interleaved, INVERSE=inverse, num_warps=4,
     )  # fmt: skip
