@@ -10,7 +10,7 @@ import torch
 import bigkernels
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "bert", "torch"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bert", "torch"])
 def test_compiles_to_one_graph(get_case, name, run, assert_close):
     case = get_case(name)
     case.model.train() if name != "bert" else case.model.eval()  # BERT's dropout would draw other numbers
@@ -51,7 +51,7 @@ def test_gradient_checkpointing(llama, run, assert_close, reentrant, first):
     bigkernels.patch(llama.model)
     if first == "patch":
         enable()
-    llama.model.model.layers[0].mlp.register_forward_hook(lambda *a: calls.append(1))
+    llama.model.model.layers[0].mlp.register_forward_pre_hook(lambda *a: calls.append(1))
     assert_close(run(llama.model, llama.inputs), before)
     assert len(calls) == 2  # once forward, once recomputed
 
@@ -128,7 +128,8 @@ def test_autocast(get_case, name, weights, run):
         if patched:
             bigkernels.patch(case.model)
         seen = dtypes.setdefault(patched, {})
-        handles = [m.register_forward_hook(record(p, seen)) for p, m in case.model.named_modules() if "orm" not in p]
+        handles = [m.register_forward_hook(record(path, seen)) for path, m in case.model.named_modules()
+                   if "Norm" not in type(m).__name__]  # fmt: skip
         with torch.autocast("cpu", torch.bfloat16):
             steps.append(run(case.model, case.inputs, weights))
         for handle in handles:

@@ -17,7 +17,7 @@ from torch.nn.modules import module as hooks
 from .._rule import Fit, Plan, Site, SourceRule
 from .._source import Source, call, resolve
 from .._verify import Probes, compare, doubled, gradients, outputs_only
-from .norm import Norm, current
+from .norm import Norm, current, default_eps
 
 _GLOBAL_HOOKS = (hooks._global_forward_hooks, hooks._global_forward_pre_hooks,
                  hooks._global_backward_hooks, hooks._global_backward_pre_hooks)  # fmt: skip
@@ -74,11 +74,13 @@ def _statements(source: Source, block: list[ast.stmt]) -> Iterator[Site]:
                 pass
             case _:
                 continue
+        names = {name}  # of the sum
         for follower in block[first + 1 :]:
             match follower:
-                case ast.Assign([ast.Name(copy)], ast.Name(copied)) if copied == name and copy != name:
+                case ast.Assign([ast.Name(copy)], ast.Name(copied)) if copied in names and copy != name:
+                    names.add(copy)
                     continue
-                case ast.Assign([ast.Name()], ast.Call(function, [ast.Name(argument)], [])) if argument == name:
+                case ast.Assign([ast.Name()], ast.Call(function, [ast.Name(argument)], [])) if argument in names:
                     path = source.attribute(function)
                     if path:
                         normed = f"_bigkernels_normed_{statement.lineno}"
@@ -114,7 +116,7 @@ def _error(module: nn.Module, norm: Norm, verify: bool) -> float:
     worst = 0.0
     for dtype in (torch.float32, torch.bfloat16) if verify else (torch.float32,):
         probe = Probes(device, dtype)
-        value = torch.finfo(dtype).eps if eps is None else eps
+        value = default_eps(dtype) if eps is None else eps
         leaves = [probe(2, 5, size), probe(2, 5, size, shift=0.3)]
         leaves += [probe(size, shift=1.0) if present else None for present in (norm.weight, norm.bias)]
 

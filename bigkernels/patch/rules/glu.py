@@ -65,6 +65,7 @@ def _sites(source: Source) -> Iterator[Site]:
                 pass
             case _:
                 continue
+        earlier = None
         for product, sides in ((left, ("gate", "up")), (right, ("up", "gate"))):
             found = _activation(source, product)
             if found:
@@ -74,8 +75,23 @@ def _sites(source: Source) -> Iterator[Site]:
                 new = call("_bigkernels_gated", **dict(zip(sides, (left, right), strict=True)))
                 replacements = {node: new, product: call("_bigkernels_activate", product.func, gate, **extra)}
                 helpers = {"_bigkernels_gated": gated, "_bigkernels_activate": activate}
-                yield Site(_check(target, approximate), replacements, helpers)
-                break
+                check = _check(target, approximate)
+                yield Site(_unless(earlier, check), replacements, helpers)
+                earlier = check
+
+
+def _unless(earlier: Callable | None, check: Callable) -> Callable:
+    """Of two activations in one product the first that fits is the gate."""
+
+    def second(module: nn.Module, plan: Plan) -> Fit | None:
+        try:
+            if earlier(module, plan) is not None:
+                return None
+        except Skip:
+            pass  # it has a row in the report
+        return check(module, plan)
+
+    return check if earlier is None else second
 
 
 def _activation(source: Source, node: ast.AST) -> tuple[Any, str | None, ast.expr] | None:
@@ -140,7 +156,7 @@ def _is_pointwise(act: nn.Module) -> bool:
     try:
         y = type(act).forward(act, x)
         part = type(act).forward(act, x[1:3, ::2])
-        return torch.equal(y[1:3, ::2], part) and not torch.equal(y, x)
+        return torch.allclose(y[1:3, ::2], part, rtol=1e-5, atol=1e-6) and not torch.equal(y, x)
     except Exception:  # noqa: BLE001  whatever it needs, it is no activation
         return False
 

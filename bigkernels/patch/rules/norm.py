@@ -19,7 +19,7 @@ class Norm(NamedTuple):
 
     kind: str  # "rms" or "layer"
     offset: float  # added to the weight
-    eps: str | float | None  # an attribute's name, a number, or None: the eps of the input's dtype
+    eps: str | float | None  # an attribute's name, a number, or None: `default_eps`
     weight: bool
     bias: bool
     size: int | None  # of the last dimension where no weight tells it; None accepts any
@@ -52,13 +52,18 @@ class Norm(NamedTuple):
     def compute(self, module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Any:
         eps = getattr(module, self.eps) if isinstance(self.eps, str) else self.eps
         if eps is None:
-            eps = torch.finfo(x.dtype).eps
+            eps = default_eps(x.dtype)
         return self.apply(x, module.weight if self.weight else None, module.bias if self.bias else None, eps, residual)
 
     def apply(self, x, weight, bias, eps, residual=None):
         if self.kind == "rms":
             return functional.rms_norm(x, weight, eps, offset=self.offset, residual=residual)
         return functional.layer_norm(x, weight, bias, eps, residual=residual)
+
+
+def default_eps(dtype: torch.dtype) -> float:
+    """What `torch.nn.RMSNorm` takes for eps=None: that of the dtype it computes in."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
 def forward(module: nn.Module, norm: Norm, *args: Any, **kwargs: Any) -> Any:
@@ -211,7 +216,7 @@ def _check(module, parameters, norm, device, dtype, size, observe) -> float:
 
         def ours(x, weight, bias):
             value = getattr(module, norm.eps) if isinstance(norm.eps, str) else norm.eps
-            return norm.apply(x, weight, bias, torch.finfo(dtype).eps if value is None else value)
+            return norm.apply(x, weight, bias, default_eps(dtype) if value is None else value)
 
         results = [observe(f, t) for f, t in ((ours, leaves), (theirs, leaves), (ours, doubled(leaves)))]
         if not torch.equal(leaves[0].detach(), before):
