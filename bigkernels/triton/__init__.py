@@ -1,4 +1,4 @@
-"""The GPU kernels: one file an operator, `forward` and `backward` launching the Triton kernels above them.
+"""The GPU kernels: one file an operator, `forward`, `backward` and `infer` launching the Triton kernels above them.
 
 Importing this package does not import triton: the dispatcher gets functions that load an operator's file when a CUDA
 tensor first reaches it. Nothing here asks whether a GPU exists, because asking initialises the driver, and a process
@@ -28,5 +28,6 @@ def register() -> None:
     if not torch.backends.cuda.is_built() or importlib.util.find_spec("triton") is None:
         return
     for operator in OPERATORS:
-        for suffix, direction in (("fwd", "forward"), ("bwd", "backward")):
-            torch.library.impl(f"bigkernels::{operator}_{suffix}", "CUDA")(_launcher(operator, direction))
+        for suffix, direction in (("_fwd", "forward"), ("_bwd", "backward"), ("", "infer")):
+            if hasattr(torch.ops.bigkernels, operator + suffix):  # not every operator has a form without backward
+                torch.library.impl(f"bigkernels::{operator}{suffix}", "CUDA")(_launcher(operator, direction))

@@ -243,6 +243,10 @@ def forward(
     return loss, lse, divisor
 
 
+def infer(*args) -> Tensor:
+    return forward(*op._with_defaults(*args))[0]
+
+
 @falls_back(op._bwd_fallback, inputs=2, empty=op._bwd_fake)
 def backward(
     grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None, lse: Tensor,
@@ -258,7 +262,7 @@ def backward(
     )
     tokens, vocabulary = logits.shape
     block = min(2048, power_of_2(vocabulary))
-    at_once = 2048 // block
+    at_once = max(1, 1024 // block)
     programs = triton.cdiv(tokens, at_once)
     shares = min(triton.cdiv(vocabulary, block), triton.cdiv(8 * processors(logits.device), programs))
     launch(

@@ -26,6 +26,10 @@ def forward(
     return y, rstd, total
 
 
+def infer(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+    return forward(x, weight, None, eps, offset)[0]
+
+
 @falls_back(op._bwd_fallback)
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, grad_total: Tensor | None, offset: float
