@@ -38,6 +38,11 @@ OPERATORS: dict[str, Operator] = {}
 _forced: str | None = None
 
 
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_transforms = torch._C._functorch.peek_interpreter_stack
+_forward_ad = torch.autograd.forward_ad
+
+
 def _no_reason() -> str | None:
     return None
 
@@ -76,6 +81,7 @@ class Operator:
         self.reference = reference
         self.implementations = implementations or (cpu_kernel(), triton_kernel())
         self._choices: dict[tuple, str] = {}
+        self._on_cpu: dict[tuple, bool] = {}  # (dtype, forced): whether a kernel serves CPU tensors
         OPERATORS[name] = self
 
     def choose(self, x: Tensor) -> str:
@@ -91,19 +97,22 @@ class Operator:
         serves them; the compiler gets the reference as well, because it fuses that with its neighbours. Tensors of
         several devices are left to the reference, whose checks name them.
         """
-        if torch.compiler.is_compiling():
+        if _is_dynamo_compiling():
             return _forced is not None and _forced != "reference" and self.choose(x) != "reference"
         if x.is_cpu:
+            # Kept short: on one token, what happens here takes as long as the kernel.
             for t in others:
                 if t is not None and not t.is_cpu:
                     return False
+            served = self._on_cpu.get((x.dtype, _forced))
+            if served is None:
+                served = self._on_cpu[x.dtype, _forced] = self.choose(x) != "reference"
         else:
             for t in others:
                 if t is not None and t.device != x.device:
                     return False
-        if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
-            return False
-        return self.choose(x) != "reference"
+            served = self.choose(x) != "reference"
+        return served and _transforms() is None and _forward_ad._current_level < 0
 
     def refusals(self, device: str, dtype: torch.dtype) -> dict[str, str | None]:
         """For each implementation, why it cannot serve; None where it can."""
@@ -142,9 +151,9 @@ def use(backend: str) -> Iterator[None]:
     global _forced
     if backend not in BACKENDS:
         raise ValueError(f"bigkernels.use: backend is {backend!r}; accepted are {', '.join(BACKENDS)}")
+    before, _forced = _forced, backend
     for operator in OPERATORS.values():
         operator.prepare(backend)
-    before, _forced = _forced, backend
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ from ._arguments import check_same_device, check_shape, check_tensor, type_name
 from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad, vjp
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_DEFAULTS = (-100, "mean", 0.0, 0.0, None, 0.0)
 
 
 def cross_entropy(
@@ -53,19 +54,22 @@ def cross_entropy(
         TypeError: wrong dtypes.
         ValueError: shapes, devices or option values do not fit, or, on CPU, a target is outside the vocabulary.
     """
-    tensors = (logits, target, weight, token_weight)
     options = (ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma)
     try:
-        if OPERATOR.uses_kernel(*tensors) and not needs_grad(weight, token_weight):
+        if OPERATOR.uses_kernel(logits, target, weight, token_weight) and not needs_grad(weight, token_weight):
+            grad = needs_grad(logits)
+            if not grad and options == _DEFAULTS and weight is None and token_weight is None:
+                return _infer(logits, target)  # each argument that is not passed saves a call on one token some time
             # The raw operators know "no cap" as 0, which is no cap that a caller may ask for.
             cap = -1.0 if softcap == 0 else softcap or 0.0
-            numbers = (ignore_index, _REDUCTIONS[reduction], label_smoothing, z_loss, cap, focal_gamma)
-            return _CrossEntropy.apply(*tensors, *numbers) if needs_grad(logits) else _fwd(*tensors, *numbers)[0]
+            args = (logits, target, weight, token_weight, ignore_index, _REDUCTIONS[reduction], label_smoothing, z_loss,
+                    cap, focal_gamma)  # fmt: skip
+            return _CrossEntropy.apply(*args) if grad else _infer(*args)
     except REFUSED:
-        _check(*tensors, *options)
+        _check(logits, target, weight, token_weight, *options)
         raise
-    _check(*tensors, *options)
-    return _reference(*tensors, *options)
+    _check(logits, target, weight, token_weight, *options)
+    return _reference(logits, target, weight, token_weight, *options)
 
 
 def _check(logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma):
@@ -164,12 +168,22 @@ def _bwd_fake(grad, logits, *rest):
     return logits.new_empty(logits.shape)
 
 
+def _with_defaults(logits, target, *given):
+    """The dispatcher leaves out the last arguments where they have the schema's defaults."""
+    return logits, target, *given, *(None, None, -100, 1, 0.0, 0.0, 0.0, 0.0)[len(given) :]
+
+
 OPERATOR = Operator("cross_entropy", reference=cross_entropy)
 _OPTIONS = "int ignore_index, int reduction, float label_smoothing, float z_loss, float softcap, float focal_gamma"
 _fwd = define(
     f"cross_entropy_fwd(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor)",
     _fwd_fake, _fwd_fallback,
+)  # fmt: skip
+_infer = define(
+    "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, Tensor? token_weight=None, int ignore_index=-100,"
+    " int reduction=1, float label_smoothing=0.0, float z_loss=0.0, float softcap=0.0, float focal_gamma=0.0) -> Tensor",
+    lambda *args: _fwd_fake(*_with_defaults(*args))[0], lambda *args: _fwd_fallback(*_with_defaults(*args))[0],
 )  # fmt: skip
 _bwd = define(
     "cross_entropy_bwd(Tensor grad, Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor lse,"

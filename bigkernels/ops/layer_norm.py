@@ -42,6 +42,8 @@ def layer_norm(
         if OPERATOR.uses_kernel(x, weight, bias, residual):
             if needs_grad(x, weight, bias, residual):
                 y, total = _LayerNorm.apply(x, weight, bias, residual, eps)
+            elif residual is None:
+                return _infer(x, weight, bias, eps)
             else:
                 y, _, _, total = _fwd(x, weight, bias, residual, eps)
             return y if residual is None else (y, total)
@@ -116,6 +118,11 @@ _fwd = define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake, _fwd_fallback,
 )  # fmt: skip
+_infer = define(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    lambda x, *_: x.new_empty(x.shape),
+    lambda x, weight, bias, eps: _reference(x, weight, bias, eps, None).contiguous(),
+)
 _bwd = define(
     "layer_norm_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor? grad_total)"
     " -> (Tensor, Tensor, Tensor)",

@@ -35,6 +35,8 @@ def rms_norm(
         if OPERATOR.uses_kernel(x, weight, residual):
             if needs_grad(x, weight, residual):
                 y, total = _RMSNorm.apply(x, weight, residual, eps, offset)
+            elif residual is None:
+                return _infer(x, weight, eps, offset)
             else:
                 y, _, total = _fwd(x, weight, residual, eps, offset)
             return y if residual is None else (y, total)
@@ -108,6 +110,11 @@ _fwd = define(
     "rms_norm_fwd(Tensor x, Tensor? weight, Tensor? residual, float eps, float offset) -> (Tensor, Tensor, Tensor)",
     _fwd_fake, _fwd_fallback,
 )  # fmt: skip
+_infer = define(
+    "rms_norm(Tensor x, Tensor? weight, float eps, float offset) -> Tensor",
+    lambda x, *_: x.new_empty(x.shape),
+    lambda x, weight, eps, offset: _reference(x, weight, eps, offset, None).contiguous(),
+)
 _bwd = define(
     "rms_norm_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor rstd, Tensor? grad_total, float offset) -> (Tensor, Tensor)",
     _bwd_fake, _bwd_fallback,

@@ -115,10 +115,24 @@ def raw_calls(sample: Sample, dtype: torch.dtype) -> list[tuple]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_fwd", "_bwd"):
-            patch.setattr(module, name, record(name))
+        for name in ("_fwd", "_bwd", "_infer"):
+            if hasattr(module, name):
+                patch.setattr(module, name, record(name))
         sample.results(sample.inputs(dtype), backend="cpu")
+        sample.results(sample.inputs(dtype), backend="cpu", backward=False)
     return calls
+
+
+@pytest.mark.parametrize("sample", PLAIN, ids=named)
+def test_the_form_without_backward_has_a_fallback_too(sample: Sample):
+    op = getattr(torch.ops.bigkernels, sample.operator, None)
+    if op is None:
+        pytest.skip("this operator's forward returns nothing but its output")
+    inputs = sample.inputs(torch.float32)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+    args = list(inputs.values()) + ({"rms_norm": [1e-6, 0.0], "layer_norm": [1e-5], "cross_entropy": []}[sample.operator])
+    found = op.default.redispatch(keys, *args)
+    torch.testing.assert_close(found, sample.results(inputs, backend="reference", backward=False)["out0"])
 
 
 @pytest.mark.parametrize("sample", ALL, ids=named)

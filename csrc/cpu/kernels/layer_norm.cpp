@@ -96,8 +96,7 @@ void forward(const LayerNorm& a, int64_t begin, int64_t end) {
     Moments m = centred_moments(x, mean, a.d);
     float left = m.first / (float)a.d;
     float rstd = 1.0f / __builtin_sqrtf(m.second / (float)a.d - left * left + a.eps);
-    a.mean[r] = mean;
-    a.rstd[r] = rstd;
+    if (a.rstd) a.mean[r] = mean, a.rstd[r] = rstd;
     float shift = -left * rstd;
     auto one = [&](int64_t j, int64_t n) {
       return ((get(x + j, n) - mean) * rstd + shift) * get_or(weight, j, n, 1.0f) + get_or(bias, j, n, 0.0f);

@@ -63,7 +63,7 @@ void forward(const RmsNorm& a, int64_t begin, int64_t end) {
       squares = sum_of_squares<T, false>(x, nullptr, nullptr, a.d);
     }
     float rstd = rsqrt(squares / (float)a.d + a.eps);
-    a.rstd[r] = rstd;
+    if (a.rstd) a.rstd[r] = rstd;
     scale_row<T, Wt, kWeight>(x, weight, y, rstd, a.offset, a.d, a.stream);
   }
   if (a.stream) fence();

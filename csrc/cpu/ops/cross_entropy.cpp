@@ -71,21 +71,56 @@ Tensor scalar(float value) {
   return t;
 }
 
+// Per-token values that no caller sees; a few tokens' worth stays on the stack.
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : data_(n <= kInline ? inline_ : new float[n]) {}
+  ~Scratch() {
+    if (data_ != inline_) delete[] data_;
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* data() { return data_; }
+
+ private:
+  static constexpr int64_t kInline = 64;
+  float inline_[kInline];
+  float* data_;
+};
+
+// The loss; lse and divisor: null where no backward follows.
+Tensor losses(Call& call, int64_t reduction, Tensor* lse, Tensor* divisor) {
+  int64_t rows = call.rows_count();
+  CrossEntropy& a = call.a;
+  Scratch loss_a_token(reduction == kNone ? 0 : rows), lse_a_token(lse ? 0 : rows), divisors(rows);
+  Tensor loss;
+  if (reduction == kNone) loss = empty_1d(rows);
+  if (lse) *lse = empty_1d(rows);
+  a.loss = reduction == kNone ? (float*)loss.mutable_data_ptr() : loss_a_token.data();
+  a.lse = lse ? (float*)lse->mutable_data_ptr() : lse_a_token.data();
+  a.divisor = divisors.data();
+  auto kernel = table().cross_entropy_fwd;
+  parallel_rows(rows, a.vocabulary * size_of(a.type), [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  double kept = sum(a.divisor, rows);
+  if (divisor) *divisor = scalar((float)kept);
+  if (reduction == kNone) return loss;
+  double total = sum(a.loss, rows);
+  return scalar((float)(reduction == kMean ? total / kept : total));
+}
+
+Tensor infer(Tensor logits, Tensor target, MaybeTensor weight, MaybeTensor token_weight, int64_t ignore_index,
+             int64_t reduction, double label_smoothing, double z_loss, double softcap, double focal_gamma) {
+  Call call(logits, target, weight, token_weight, ignore_index, label_smoothing, z_loss, softcap, focal_gamma);
+  return losses(call, reduction, nullptr, nullptr);
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor target, MaybeTensor weight, MaybeTensor token_weight,
                                            int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss,
                                            double softcap, double focal_gamma) {
   Call call(logits, target, weight, token_weight, ignore_index, label_smoothing, z_loss, softcap, focal_gamma);
-  int64_t rows = call.rows_count();
-  Tensor loss = empty_1d(rows), lse = empty_1d(rows), divisor = empty_1d(rows);
-  CrossEntropy& a = call.a;
-  a.loss = (float*)loss.mutable_data_ptr(), a.lse = (float*)lse.mutable_data_ptr();
-  a.divisor = (float*)divisor.mutable_data_ptr();
-  auto kernel = table().cross_entropy_fwd;
-  parallel_rows(rows, a.vocabulary * size_of(a.type), [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
-  double kept = sum(a.divisor, rows);
-  if (reduction == kNone) return {loss, lse, scalar((float)kept)};
-  double total = sum(a.loss, rows);
-  return {scalar((float)(reduction == kMean ? total / kept : total)), lse, scalar((float)kept)};
+  Tensor lse, divisor;
+  Tensor loss = losses(call, reduction, &lse, &divisor);
+  return {loss, lse, divisor};
 }
 
 Tensor backward(Tensor grad, Tensor logits, Tensor target, MaybeTensor weight, MaybeTensor token_weight, Tensor lse,
@@ -114,6 +149,7 @@ Tensor backward(Tensor grad, Tensor logits, Tensor target, MaybeTensor weight, M
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernels, CPU, m) {
+  m.impl("cross_entropy", TORCH_BOX(&infer));
   m.impl("cross_entropy_fwd", TORCH_BOX(&forward));
   m.impl("cross_entropy_bwd", TORCH_BOX(&backward));
 }

@@ -3,8 +3,9 @@
 namespace bigkernels {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, MaybeTensor weight, MaybeTensor bias, MaybeTensor residual,
-                                                   double eps) {
+// The moments and total: null where the caller does not want them.
+Tensor normalise(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, double eps,
+                 Tensor* mean, Tensor* rstd, Tensor* total) {
   check_cpu("layer_norm", "x", x);
   STD_TORCH_CHECK(x.dim() > 0, "bigkernels::layer_norm: x has no dimensions");
   if (residual) check_like("layer_norm", "residual", *residual, x);
@@ -13,22 +14,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, MaybeTensor weight,
   RowView rows(x);
   VectorView w("layer_norm", "weight", weight, rows.d, a.type), b("layer_norm", "bias", bias, rows.d, a.type);
   Tensor y = empty_contiguous_like(x);
-  Tensor mean = empty_like_leading(x, x.dim() - 1, ScalarType::Float);
-  Tensor rstd = empty_like_leading(x, x.dim() - 1, ScalarType::Float);
-  Tensor total = residual ? empty_contiguous_like(x) : none(x);
   std::optional<RowView> added;
-  if (residual) a.residual = added.emplace(*residual).rows;
+  if (residual) {
+    a.residual = added.emplace(*residual).rows;
+    *total = empty_contiguous_like(x);
+    a.total = total->mutable_data_ptr();
+  }
+  if (rstd) {
+    *mean = empty_like_leading(x, x.dim() - 1, ScalarType::Float);
+    *rstd = empty_like_leading(x, x.dim() - 1, ScalarType::Float);
+    a.mean = (float*)mean->mutable_data_ptr(), a.rstd = (float*)rstd->mutable_data_ptr();
+  }
   a.x = rows.rows;
   a.weight = w.data, a.weight_type = w.type;
   a.bias = b.data, a.bias_type = b.type;
-  a.out = y.mutable_data_ptr(), a.total = total.mutable_data_ptr();
-  a.mean = (float*)mean.mutable_data_ptr(), a.rstd = (float*)rstd.mutable_data_ptr();
+  a.out = y.mutable_data_ptr();
   a.d = rows.d, a.eps = (float)eps;
   int64_t row_bytes = rows.d * size_of(a.type);
   a.stream = worth_streaming(y, row_bytes, rows.count * row_bytes);
   auto kernel = table().layer_norm_fwd;
   parallel_rows(rows.count, 2 * row_bytes, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
-  return {y, mean, rstd, total};
+  return y;
+}
+
+Tensor infer(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps) {
+  return normalise(x, weight, bias, std::nullopt, eps, nullptr, nullptr, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, MaybeTensor weight, MaybeTensor bias, MaybeTensor residual,
+                                                   double eps) {
+  Tensor mean, rstd, total;
+  Tensor y = normalise(x, weight, bias, residual, eps, &mean, &rstd, &total);
+  return {y, mean, rstd, residual ? total : none(x)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, MaybeTensor weight, MaybeTensor bias, Tensor mean,
@@ -63,6 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, MaybeTensor w
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernels, CPU, m) {
+  m.impl("layer_norm", TORCH_BOX(&infer));
   m.impl("layer_norm_fwd", TORCH_BOX(&forward));
   m.impl("layer_norm_bwd", TORCH_BOX(&backward));
 }

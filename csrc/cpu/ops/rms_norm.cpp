@@ -3,7 +3,9 @@
 namespace bigkernels {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, MaybeTensor weight, MaybeTensor residual, double eps, double offset) {
+// rstd and total: null where the caller does not want them.
+Tensor normalise(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& residual, double eps, double offset,
+                 Tensor* rstd, Tensor* total) {
   check_cpu("rms_norm", "x", x);
   STD_TORCH_CHECK(x.dim() > 0, "bigkernels::rms_norm: x has no dimensions");
   if (residual) check_like("rms_norm", "residual", *residual, x);
@@ -11,20 +13,36 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, MaybeTensor weight, MaybeTe
   a.type = type_of(x);
   RowView rows(x);
   VectorView w("rms_norm", "weight", weight, rows.d, a.type);
-  Tensor y = empty_contiguous_like(x), rstd = empty_like_leading(x, x.dim() - 1, ScalarType::Float);
-  Tensor total = residual ? empty_contiguous_like(x) : none(x);
+  Tensor y = empty_contiguous_like(x);
   std::optional<RowView> added;
-  if (residual) a.residual = added.emplace(*residual).rows;
+  if (residual) {
+    a.residual = added.emplace(*residual).rows;
+    *total = empty_contiguous_like(x);
+    a.total = total->mutable_data_ptr();
+  }
+  if (rstd) {
+    *rstd = empty_like_leading(x, x.dim() - 1, ScalarType::Float);
+    a.rstd = (float*)rstd->mutable_data_ptr();
+  }
   a.x = rows.rows;
   a.weight = w.data, a.weight_type = w.type;
-  a.out = y.mutable_data_ptr(), a.total = total.mutable_data_ptr();
-  a.rstd = (float*)rstd.mutable_data_ptr();
+  a.out = y.mutable_data_ptr();
   a.d = rows.d, a.eps = (float)eps, a.offset = (float)offset;
   int64_t row_bytes = rows.d * size_of(a.type);
   a.stream = worth_streaming(y, row_bytes, rows.count * row_bytes);
   auto kernel = table().rms_norm_fwd;
   parallel_rows(rows.count, 2 * row_bytes, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
-  return {y, rstd, total};
+  return y;
+}
+
+Tensor infer(Tensor x, MaybeTensor weight, double eps, double offset) {
+  return normalise(x, weight, std::nullopt, eps, offset, nullptr, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, MaybeTensor weight, MaybeTensor residual, double eps, double offset) {
+  Tensor rstd, total;
+  Tensor y = normalise(x, weight, residual, eps, offset, &rstd, &total);
+  return {y, rstd, residual ? total : none(x)};
 }
 
 std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, MaybeTensor weight, Tensor rstd, MaybeTensor grad_total,
@@ -57,6 +75,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, MaybeTensor weight, T
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernels, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&infer));
   m.impl("rms_norm_fwd", TORCH_BOX(&forward));
   m.impl("rms_norm_bwd", TORCH_BOX(&backward));
 }

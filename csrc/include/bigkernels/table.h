@@ -24,8 +24,8 @@ struct RmsNorm {
   const void* weight = nullptr;        // null: ones
   void* out = nullptr;                 // (rows, d) contiguous: y, or dx
   void* total = nullptr;               // x + residual
-  float* rstd = nullptr;
-  float* dweight = nullptr;  // (blocks, d) partial sums, zeroed by the caller
+  float* rstd = nullptr;               // forward: null where no backward follows
+  float* dweight = nullptr;            // (blocks, d) partial sums, zeroed by the caller
   int64_t d = 0;
   float eps = 0, offset = 0;
   Type type = Type::f32, weight_type = Type::f32;
