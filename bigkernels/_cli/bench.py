@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .._info import cores
+from .._memory import reuse_memory
 from ..bench import engine, limits, report
 from ..bench.case import Settings
 from ..bench.families import FAMILIES, cases
@@ -28,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, help="time the candidates of a case at least so long (default 3)")
     parser.add_argument("--batch", type=int, help="batch of the model family (default 1)")
     parser.add_argument("--length", type=int, help="sequence length of the model family (default 512)")
+    parser.add_argument("--fresh-memory", action="store_true",
+                        help="do not keep freed memory for the next tensor (bigkernels.reuse_memory), for any candidate")
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
 
 
@@ -47,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
             from ..bench import plots
         except ImportError as error:
             return _refuse(f"--plot needs matplotlib (pip install 'bigkernels[bench]'): {error}")
+    # Otherwise every large output is paid for in page faults, which hide what the kernels do.
+    if not (settings.fresh_memory or settings.quick or reuse_memory()):
+        settings = replace(settings, fresh_memory=True)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(args.threads or cores())
@@ -85,7 +91,8 @@ def _measure(line_up: dict, settings: Settings) -> tuple[list[engine.Row], limit
 def _settings(args: argparse.Namespace) -> Settings:
     settings = Settings.quickly(args.device) if args.quick else Settings(args.device)
     given = {name: getattr(args, name) for name in ("seconds", "batch", "length") if getattr(args, name) is not None}
-    return replace(settings, compile=settings.compile and not args.no_compile, **given)
+    return replace(settings, compile=settings.compile and not args.no_compile,
+                   fresh_memory=args.fresh_memory, **given)  # fmt: skip
 
 
 def _refuse(message: str) -> int:

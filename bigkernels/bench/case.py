@@ -29,6 +29,7 @@ class Settings:
         rounds: how often each candidate of a case is timed at least.
         seconds: how long the rounds of a case go on, at least.
         batch, length: of the model family's input.
+        fresh_memory: let the process give freed memory back, so that large outputs pay for their page faults.
     """
 
     device: str = "cpu"
@@ -38,6 +39,7 @@ class Settings:
     seconds: float = 3.0
     batch: int = 1
     length: int = 512
+    fresh_memory: bool = False
 
     @classmethod
     def quickly(cls, device: str = "cpu") -> Settings:
