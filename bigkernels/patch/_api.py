@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -96,6 +97,14 @@ def patched(model: nn.Module, **options: bool) -> Iterator[PatchReport]:
         unpatch(model)
 
 
+class Bound(functools.partial):
+    """Like a bound method, but pickled with its function, where a method would be looked up in the class again."""
+
+    @property
+    def __func__(self) -> Callable:  # accelerate takes wrapped forwards apart by it
+        return self.func
+
+
 def _write(module: nn.Module, key: str, value: Any) -> None:
     record = module.__dict__.setdefault(_RECORD, {})
     record[key] = (value, module.__dict__.get(key, _ABSENT))
@@ -103,7 +112,8 @@ def _write(module: nn.Module, key: str, value: Any) -> None:
 
 
 def _restore(path: str, module: nn.Module, key: str, value: Any, before: Any) -> None:
-    if module.__dict__.get(key, _ABSENT) is value:
+    current = module.__dict__.get(key, _ABSENT)
+    if current is value or (isinstance(current, types.MethodType) and current.__func__ in _layers(value)):
         if isinstance(before, str) and before == _ABSENT:
             del module.__dict__[key]
         else:
@@ -117,6 +127,14 @@ def _restore(path: str, module: nn.Module, key: str, value: Any, before: Any) ->
     if not kept:
         warnings.warn(f"bigkernels.unpatch: {path or '(model)'}.{key} was replaced after patch; it is left as it is",
                       RuntimeWarning, stacklevel=3)  # fmt: skip
+
+
+def _layers(value: Any) -> list[Any]:
+    """The function that was written and those that its decorators wrap."""
+    layers = [value.func] if isinstance(value, Bound) else []
+    while layers and hasattr(layers[-1], "__wrapped__"):
+        layers.append(layers[-1].__wrapped__)
+    return layers
 
 
 def _foreign(module: nn.Module, key: str) -> bool:
@@ -162,7 +180,7 @@ def _plan(model: nn.Module, flags: dict[str, bool], verify: bool) -> tuple[list[
                     extra.update({(id(w.module), w.key): w for w in fit.writes})
                     report.patched.append(Row(path, fit.kernel, fit.error))
         if chosen:
-            writes.append(Write(module, "forward", functools.partial(rewritten(type(module), tuple(chosen)), module)))
+            writes.append(Write(module, "forward", Bound(rewritten(type(module), tuple(chosen)), module)))
     writes += extra.values()
     for rows in (report.patched, report.skipped):
         rows.sort(key=lambda row: order[row.path])

@@ -170,3 +170,23 @@ def test_functional_call_uses_the_given_parameters(llama):
     ours = call().logits
     bigkernels.unpatch(llama.model)
     torch.testing.assert_close(ours, call().logits, rtol=1e-4, atol=1e-4)
+
+
+def test_accelerate_wraps_and_unwraps_a_rewritten_forward(get_case, run):
+    """Mixed precision puts a wrapper around the whole model's forward, which here is a rewritten one."""
+    accelerate = pytest.importorskip("accelerate")
+    case = get_case("bert")
+    bigkernels.patch(case.model)
+    assert "forward" in vars(case.model)
+    reset = functools.partial(accelerate.state.AcceleratorState._reset_state, reset_partial_state=True)
+    reset()  # it is one for the process
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    try:
+        wrapped = accelerator.prepare(case.model)
+        loss = run(wrapped, case.inputs).loss
+        unwrapped = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        torch.testing.assert_close(run(unwrapped, case.inputs).loss, loss, rtol=0.02, atol=0)
+    finally:
+        reset()
+    bigkernels.unpatch(case.model)
+    assert "forward" not in vars(case.model)
