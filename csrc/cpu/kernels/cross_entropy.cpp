@@ -5,7 +5,7 @@ namespace bigkernels {
 namespace BK_ISA {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // logits converted at a time: they stay in the first-level cache
+constexpr int64_t kBlock = 2048;  // logits between two looks at the maximum: they stay in the first-level cache
 
 BK_INLINE vf capped(vf x, float cap) { return vtanh(x * (1.0f / cap)) * cap; }
 BK_INLINE float capped(float x, float cap) { return capped(splat(x), cap)[0]; }
@@ -16,57 +16,76 @@ BK_INLINE float logit(const T* row, int64_t i, float cap) {
   return cap > 0 ? capped(z, cap) : z;
 }
 
-// max(z), sum(exp(z - max)) and, where smoothing asks for it, sum(w * z).
+// A shift near max(z), sum(exp(z - shift)) and, where smoothing asks for it, sum(w * z).
 struct RowSums {
-  float max, sum, weighted;
+  float shift, sum, weighted;
 };
 
+// exp(z - shift) of a block summed, and the block's maximum, in one pass. The lanes beyond the end count as -inf.
+struct BlockSums {
+  float max, sum;
+};
+template <class T, bool kCap>
+BK_INLINE BlockSums block_sums(const T* p, int64_t n, float shift, float cap) {
+  const vf minus_inf = splat(-__builtin_inff());
+  vf maxima[2] = {minus_inf, minus_inf}, sums[2] = {};
+  auto take = [&](vf z, int u) {
+    if (kCap) z = capped(z, cap);
+    maxima[u] = vmax(z, maxima[u]);
+    sums[u] += vexp_softmax(z - shift);
+  };
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    prefetch_ahead(p + i);
+    take(load(p + i), 0);
+    take(load(p + i + W), 1);
+  }
+  for (; i + W <= n; i += W) take(load(p + i), 0);
+  if (i < n) {
+    vf z = load(p + i, n - i);
+    if (kCap) z = capped(z, cap);
+    for (int l = 0; l < W; ++l) z[l] = l < n - i ? z[l] : minus_inf[l];
+    maxima[0] = vmax(z, maxima[0]);
+    sums[0] += vexp_softmax(z - shift);
+  }
+  return {max(vmax(maxima[0], maxima[1])), sum(sums[0] + sums[1])};
+}
+
+// The shift of a block's exponentials is a logit that came before, so that one pass serves; a block that exceeds it by
+// much is summed again. It is never above the maximum, so the sum cannot vanish.
 template <class T, bool kCap>
 BK_INLINE RowSums row_sums(const T* row, const CrossEntropy& a, bool smooth) {
-  alignas(64) float z[kBlock];
+  constexpr float kMuch = 8.0f;
   const float minus_inf = -__builtin_inff();
-  float running = minus_inf;
-  vf sums[2] = {}, weighted = {};
+  float running = minus_inf, total = 0.0f;
+  vf weighted = {};
   for (int64_t start = 0; start < a.vocabulary; start += kBlock) {
     int64_t n = a.vocabulary - start < kBlock ? a.vocabulary - start : kBlock;
     const T* p = row + start;
-    vf maxima[2] = {splat(minus_inf), splat(minus_inf)};
-    auto take = [&](int64_t i, vf v, int u) {
-      if (kCap) v = capped(v, a.softcap);
-      maxima[u] = vmax(v, maxima[u]);
-      store(z + i, v);
-    };
-    int64_t i = 0;
-    for (; i + 2 * W <= n; i += 2 * W) take(i, load(p + i), 0), take(i + W, load(p + i + W), 1);
-    for (; i + W <= n; i += W) take(i, load(p + i), 0);
-    if (i < n) {
-      // The lanes beyond add nothing: -inf. (tanh(-inf) is -1, so they are set after the cap.)
-      vf v = load(p + i, n - i);
-      if (kCap) v = capped(v, a.softcap);
-      for (int l = 0; l < W; ++l) v[l] = l < n - i ? v[l] : minus_inf;
-      maxima[0] = vmax(v, maxima[0]);
-      store(z + i, v);
+    if (running == minus_inf) {  // nothing seen yet: the first logits tell as well as any, unless they are masked
+      vf z = n < W ? load_or(p, n, minus_inf) : load(p);
+      running = max(kCap ? capped(z, a.softcap) : z);
+      if (running == minus_inf) running = block_sums<T, kCap>(p, n, 0.0f, a.softcap).max;
     }
-    float top = max(vmax(maxima[0], maxima[1]));
-    if (top > running) {
-      float shrink = vexp(splat(running - top))[0];
-      sums[0] *= shrink;
-      sums[1] *= shrink;
-      running = top;
+    BlockSums block = block_sums<T, kCap>(p, n, running == minus_inf ? 0.0f : running, a.softcap);
+    if (block.max > running + kMuch) {
+      total *= vexp(splat(running - block.max))[0];
+      running = block.max;
+      block = block_sums<T, kCap>(p, n, running, a.softcap);
     }
-    float shift = running == minus_inf ? 0.0f : running;  // a masked block: every exponential is 0
-    int64_t whole = (n + W - 1) / W * W;
-    for (i = 0; i + 2 * W <= whole; i += 2 * W) {
-      sums[0] += vexp_nonpositive(load(z + i) - shift);
-      sums[1] += vexp_nonpositive(load(z + i + W) - shift);
-    }
-    if (i < whole) sums[0] += vexp_nonpositive(load(z + i) - shift);
+    total += block.sum;
     if (smooth) {
-      for (i = 0; i + W <= n; i += W) weighted += load(z + i) * (a.weight ? load(a.weight + start + i) : splat(1.0f));
-      for (; i < n; ++i) weighted[0] += z[i] * (a.weight ? a.weight[start + i] : 1.0f);
+      auto take = [&](vf z, vf w) { weighted += (kCap ? capped(z, a.softcap) : z) * w; };
+      int64_t i = 0;
+      for (; i + W <= n; i += W) take(load(p + i), a.weight ? load(a.weight + start + i) : splat(1.0f));
+      if (i < n) {
+        vf w = a.weight ? load(a.weight + start + i, n - i) : splat(1.0f);
+        for (int l = 0; l < W; ++l) w[l] = l < n - i ? w[l] : 0.0f;
+        take(load(p + i, n - i), w);
+      }
     }
   }
-  return {running, sum(sums[0] + sums[1]), sum(weighted)};
+  return {running, total, sum(weighted)};
 }
 
 template <class T>
@@ -85,7 +104,7 @@ void forward(const CrossEntropy& a, int64_t begin, int64_t end) {
       continue;
     }
     RowSums s = row_sums(row, a, smoothing > 0);
-    float lse = s.max + __builtin_logf(s.sum);
+    float lse = s.shift + __builtin_logf(s.sum);
     float nll = lse - logit(row, y, a.softcap);
     float w = a.weight ? a.weight[y] : 1.0f;
     float ce = (1.0f - smoothing) * w * nll;
@@ -98,24 +117,28 @@ void forward(const CrossEntropy& a, int64_t begin, int64_t end) {
   }
 }
 
-// dz_j = alpha p_j - beta w_j - kappa [j = y], with one value a row each; then through the softcap's slope.
-template <class T, bool kCap>
-BK_INLINE void gradient_row(const T* row, T* out, const CrossEntropy& a, float lse, float alpha, float beta, bool stream) {
+// dz_j = alpha exp(z_j - shift) - beta w_j, with one value a row each; then through the softcap's slope.
+template <class T, bool kCap, bool kSmooth>
+void gradient_row(const T* row, T* out, const CrossEntropy& a, float shift, float alpha, float beta) {
   auto one = [&](vf x, vf w) {
     vf z = kCap ? capped(x, a.softcap) : x;
-    vf d = vexp(z - lse) * alpha - w * beta;
+    vf d = vexp_softmax(z - shift) * alpha;
+    if (kSmooth) d -= w * beta;
     if (kCap) d *= 1.0f - (z * (1.0f / a.softcap)) * (z * (1.0f / a.softcap));
     return d;
   };
-  auto weight = [&](int64_t i) { return beta != 0 && a.weight ? load(a.weight + i) : splat(1.0f); };
+  auto weight = [&](int64_t i) { return kSmooth && a.weight ? load(a.weight + i) : splat(1.0f); };
   int64_t i = 0;
-  if (stream)
-    for (; i + 2 * W <= a.vocabulary; i += 2 * W)
+  if (a.stream) {
+    for (; i + 2 * W <= a.vocabulary; i += 2 * W) {
+      prefetch_ahead(row + i);
       stream2(out + i, one(load(row + i), weight(i)), one(load(row + i + W), weight(i + W)));
+    }
+  }
   for (; i + W <= a.vocabulary; i += W) store(out + i, one(load(row + i), weight(i)));
   if (i < a.vocabulary) {
     int64_t n = a.vocabulary - i;
-    store(out + i, one(load(row + i, n), beta != 0 && a.weight ? load(a.weight + i, n) : splat(1.0f)), n);
+    store(out + i, one(load(row + i, n), kSmooth && a.weight ? load(a.weight + i, n) : splat(1.0f)), n);
   }
 }
 
@@ -132,8 +155,16 @@ void backward(const CrossEntropy& a, int64_t begin, int64_t end) {
     }
     float g = a.grad[r * a.grad_stride] * a.grad_scale * (a.token_weight ? a.token_weight[r] : 1.0f);
     float lse = a.lse[r], w = a.weight ? a.weight[y] : 1.0f;
-    float z = logit(row, y, a.softcap);
-    float nll = lse - z, missing = -__builtin_expm1f(-nll);  // 1 - p[y], with its precision where p[y] is near 1
+    float z = logit(row, y, a.softcap), nll = lse - z;
+    // p = exp(z - shift) * scale. In float32 the rounding of lse would show in the gradient, so the sum is made again.
+    float shift = lse, scale = 1.0f;
+    if (sizeof(T) == sizeof(float)) {
+      RowSums s = row_sums(row, a, false);
+      shift = s.shift, scale = 1.0f / s.sum;
+      nll = (shift - z) + __builtin_logf(s.sum);
+    }
+    float missing = -__builtin_expm1f(-nll);  // 1 - p[y], with its precision where p[y] is near 1
+    // dz_j = alpha p_j - beta w_j - kappa [j = y]
     float kappa = (1.0f - smoothing) * w, beta = share, alpha = kappa + share * a.weight_sum;
     if (a.focal_gamma > 0) {
       float ce = kappa * nll;
@@ -145,11 +176,9 @@ void backward(const CrossEntropy& a, int64_t begin, int64_t end) {
       beta *= focal;
     }
     if (a.z_loss > 0) alpha += 2.0f * a.z_loss * lse;
-    if (a.softcap > 0) {
-      gradient_row<T, true>(row, out, a, lse, g * alpha, g * beta, a.stream);
-    } else {
-      gradient_row<T, false>(row, out, a, lse, g * alpha, g * beta, a.stream);
-    }
+    auto gradient = a.softcap > 0 ? (smoothing > 0 ? gradient_row<T, true, true> : gradient_row<T, true, false>)
+                                  : (smoothing > 0 ? gradient_row<T, false, true> : gradient_row<T, false, false>);
+    gradient(row, out, a, shift, g * alpha * scale, g * beta);
     float slope = a.softcap > 0 ? 1.0f - (z / a.softcap) * (z / a.softcap) : 1.0f;
     // alpha p - kappa, written so that a confident token keeps its digits.
     float d = g * slope * ((alpha - kappa) - alpha * missing - beta * w);

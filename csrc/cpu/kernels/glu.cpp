@@ -21,7 +21,7 @@ BK_INLINE vf activate(vf x) {
   if (kind == Activation::gelu) return x * vnormal(x, &unused);
   if (kind == Activation::gelu_tanh) return x * gelu_tanh_sigmoid(x, &unused, &unused);
   if (kind == Activation::sigmoid) return vsigmoid(x);
-  vf positive = select(x < 0.0f, vf{}, x);  // NaN stays
+  vf positive = select_less(x, vf{}, vf{}, x);  // NaN stays
   return kind == Activation::relu ? positive : positive * positive;
 }
 
@@ -48,9 +48,9 @@ BK_INLINE vf activate(vf x, vf* slope) {
     *slope = s * complement;
     return s;
   }
-  vf positive = select(x < 0.0f, vf{}, x);
+  vf positive = select_less(x, vf{}, vf{}, x);
   if (kind == Activation::relu) {
-    *slope = select(x > 0.0f, splat(1.0f), vf{});
+    *slope = select_less(vf{}, x, splat(1.0f), vf{});
     return positive;
   }
   *slope = positive + positive;
@@ -65,8 +65,12 @@ void forward(const Glu& a, int64_t begin, int64_t end) {
     T* out = (T*)a.out + r * a.n;
     int64_t i = 0;
     if (a.stream) {
-      for (; i + 2 * W <= a.n; i += 2 * W)
-        stream2(out + i, activate<kind>(load(gate + i)) * load(up + i), activate<kind>(load(gate + i + W)) * load(up + i + W));
+      for (; i + 2 * W <= a.n; i += 2 * W) {
+        prefetch_ahead(gate + i);
+        prefetch_ahead(up + i);
+        stream2(out + i, activate<kind>(load(gate + i)) * load(up + i),
+                activate<kind>(load(gate + i + W)) * load(up + i + W));
+      }
     }
     for (; i + W <= a.n; i += W) store(out + i, activate<kind>(load(gate + i)) * load(up + i));
     if (i < a.n) store(out + i, activate<kind>(load(gate + i, a.n - i)) * load(up + i, a.n - i), a.n - i);
@@ -85,6 +89,9 @@ void backward(const Glu& a, int64_t begin, int64_t end) {
     int64_t i = 0;
     if (a.stream) {
       for (; i + 2 * W <= a.n; i += 2 * W) {
+        prefetch_ahead(gate + i);
+        prefetch_ahead(up + i);
+        prefetch_ahead(grad + i);
         vf slope[2], g[2] = {load(grad + i), load(grad + i + W)};
         vf value[2] = {activate<kind>(load(gate + i), &slope[0]), activate<kind>(load(gate + i + W), &slope[1])};
         stream2(d_gate + i, g[0] * load(up + i) * slope[0], g[1] * load(up + i + W) * slope[1]);

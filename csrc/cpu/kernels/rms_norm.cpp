@@ -12,6 +12,12 @@ template <class T, bool kResidual>
 BK_INLINE float sum_of_squares(const T* x, const T* residual, T* total, int64_t d) {
   vf acc[4] = {};
   int64_t i = 0;
+  if (kPairs<T> && !kResidual) {
+    for (; i + 4 * W <= d; i += 4 * W) {
+      acc[0] = add_products(acc[0], x + i, x + i);
+      acc[1] = add_products(acc[1], x + i + 2 * W, x + i + 2 * W);
+    }
+  }
   for (; i + 4 * W <= d; i += 4 * W) {
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) {
@@ -35,24 +41,27 @@ BK_INLINE float sum_of_squares(const T* x, const T* residual, T* total, int64_t 
   return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-template <class T, class Wt, bool kWeight>
-BK_INLINE void scale_row(const T* x, const Wt* weight, T* y, float rstd, float offset, int64_t d, bool stream) {
-  auto one = [&](vf v, vf w) { return kWeight ? v * rstd * (w + offset) : v * (rstd * (1.0f + offset)); };
+// `next`: the row that comes after, asked for while this one is written.
+template <class T, bool kWeight>
+BK_INLINE void scale_row(const T* x, const T* next, const float* weight, T* y, float scale, int64_t d, bool stream) {
+  auto one = [&](vf v, vf w) { return kWeight ? v * scale * w : v * scale; };
+  auto w = [&](int64_t i) { return kWeight ? load(weight + i) : vf{}; };
   int64_t i = 0;
   if (stream) {
-    for (; i + 2 * W <= d; i += 2 * W)
-      stream2(y + i, one(load(x + i), kWeight ? load(weight + i) : vf{}),
-              one(load(x + i + W), kWeight ? load(weight + i + W) : vf{}));
+    for (; i + 2 * W <= d; i += 2 * W) {
+      prefetch(next + i);
+      stream2(y + i, one(load(x + i), w(i)), one(load(x + i + W), w(i + W)));
+    }
   }
-  for (; i + W <= d; i += W) store(y + i, one(load(x + i), kWeight ? load(weight + i) : vf{}));
+  for (; i + W <= d; i += W) store(y + i, one(load(x + i), w(i)));
   if (i < d) store(y + i, one(load(x + i, d - i), kWeight ? load(weight + i, d - i) : vf{}), d - i);
 }
 
-template <class T, class Wt, bool kWeight>
+template <class T, bool kWeight>
 void forward(const RmsNorm& a, int64_t begin, int64_t end) {
-  const Wt* weight = (const Wt*)a.weight;
   for (int64_t r = begin; r < end; ++r) {
     const T* x = (const T*)a.x.data + r * a.x.stride;
+    const T* next = x + a.x.stride;
     T* y = (T*)a.out + r * a.d;
     float squares;
     if (a.residual.data) {
@@ -64,15 +73,14 @@ void forward(const RmsNorm& a, int64_t begin, int64_t end) {
     }
     float rstd = rsqrt(squares / (float)a.d + a.eps);
     if (a.rstd) a.rstd[r] = rstd;
-    scale_row<T, Wt, kWeight>(x, weight, y, rstd, a.offset, a.d, a.stream);
+    scale_row<T, kWeight>(x, next, a.weight, y, kWeight ? rstd : rstd * (1.0f + a.offset), a.d, a.stream);
   }
   if (a.stream) fence();
 }
 
-// With xhat = x * rstd and g = grad * (weight + offset): dx = rstd * (g - xhat * mean(g * xhat)), dweight = sum grad * xhat.
-template <class T, class Wt, bool kWeight>
+// With xhat = x * rstd and g = grad * weight: dx = rstd * (g - xhat * mean(g * xhat)), dweight = sum grad * xhat.
+template <class T, bool kWeight>
 void backward(const RmsNorm& a, int64_t begin, int64_t end, int64_t block) {
-  const Wt* weight = (const Wt*)a.weight;
   float* dweight = a.dweight + block * a.d;
   for (int64_t r = begin; r < end; ++r) {
     const T* x = (const T*)a.x.data + r * a.x.stride;
@@ -90,7 +98,7 @@ void backward(const RmsNorm& a, int64_t begin, int64_t end, int64_t block) {
         vf product = load(grad + j) * load(x + j);
         if (kWeight) {
           store(dweight + j, load(dweight + j) + product * rstd);
-          product *= load(weight + j) + a.offset;
+          product *= load(a.weight + j);
         }
         acc[u] += product;
       }
@@ -100,7 +108,7 @@ void backward(const RmsNorm& a, int64_t begin, int64_t end, int64_t block) {
       vf product = load(grad + i, n) * load(x + i, n);
       if (kWeight) {
         store(dweight + i, load(dweight + i, n) + product * rstd, n);
-        product *= load(weight + i, n) + a.offset;
+        product *= load(a.weight + i, n);
       }
       acc[0] += product;
     }
@@ -111,14 +119,19 @@ void backward(const RmsNorm& a, int64_t begin, int64_t end, int64_t block) {
     auto one = [&](int64_t j, int64_t n) {
       bool whole = n == W;
       vf g = whole ? load(grad + j) : load(grad + j, n);
-      if (kWeight) g *= (whole ? load(weight + j) : load(weight + j, n)) + a.offset;
+      if (kWeight) g *= whole ? load(a.weight + j) : load(a.weight + j, n);
       vf v = g * scale - (whole ? load(x + j) : load(x + j, n)) * pull;
       if (grad_total) v += whole ? load(grad_total + j) : load(grad_total + j, n);
       return v;
     };
     i = 0;
-    if (a.stream)
-      for (; i + 2 * W <= a.d; i += 2 * W) stream2(dx + i, one(i, W), one(i + W, W));
+    if (a.stream) {
+      for (; i + 2 * W <= a.d; i += 2 * W) {
+        prefetch(x + a.x.stride + i);
+        prefetch(grad + a.grad.stride + i);
+        stream2(dx + i, one(i, W), one(i + W, W));
+      }
+    }
     for (; i + W <= a.d; i += W) store(dx + i, one(i, W));
     if (i < a.d) store(dx + i, one(i, a.d - i), a.d - i);
   }
@@ -127,13 +140,11 @@ void backward(const RmsNorm& a, int64_t begin, int64_t end, int64_t block) {
 
 template <class T>
 void forward_of(const RmsNorm& a, int64_t begin, int64_t end) {
-  if (!a.weight) return forward<T, T, false>(a, begin, end);
-  a.weight_type == a.type ? forward<T, T, true>(a, begin, end) : forward<T, float, true>(a, begin, end);
+  a.weight ? forward<T, true>(a, begin, end) : forward<T, false>(a, begin, end);
 }
 template <class T>
 void backward_of(const RmsNorm& a, int64_t begin, int64_t end, int64_t block) {
-  if (!a.weight) return backward<T, T, false>(a, begin, end, block);
-  a.weight_type == a.type ? backward<T, T, true>(a, begin, end, block) : backward<T, float, true>(a, begin, end, block);
+  a.weight ? backward<T, true>(a, begin, end, block) : backward<T, false>(a, begin, end, block);
 }
 
 }  // namespace

@@ -21,6 +21,32 @@ void prefer_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+VectorView::VectorView(const char* op, const char* name, const MaybeTensor& t, int64_t size, float offset) {
+  if (!t) return;
+  check_cpu(op, name, *t);
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size, "bigkernels::", op, ": ", name, " must have ", size, " elements");
+  ScalarType dtype = t->scalar_type();
+  bool kernel_type = dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  STD_TORCH_CHECK(kernel_type || dtype == ScalarType::Double, "bigkernels::", op, ": ", name, " must be floating");
+  holder_ = kernel_type ? *t : torch::stable::to(*t, ScalarType::Float);
+  if (size > 1 && holder_.stride(0) != 1) holder_ = torch::stable::contiguous(holder_);
+  const void* values = holder_.const_data_ptr();
+  Type type = type_of(holder_);
+  if (type == Type::f32 && offset == 0) {
+    data_ = (const float*)values;
+    return;
+  }
+  copy_ = size <= kInline ? inline_ : new float[size];
+  if (type == Type::f32) {
+    std::memcpy(copy_, values, size * sizeof(float));
+  } else {
+    table().convert(type, false, values, copy_, size);
+  }
+  if (offset != 0)
+    for (int64_t i = 0; i < size; ++i) copy_[i] += offset;
+  data_ = copy_;
+}
+
 PartialSums::PartialSums(const Tensor& x, const MaybeTensor& like, int64_t blocks, int64_t d)
     : like_(like), blocks_(blocks), d_(d), sums_(like ? empty_1d(blocks * d) : none(x)) {
   if (!like) return;

@@ -9,26 +9,26 @@ enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 struct Call {
   RowView rows;
   Tensor target;
-  MaybeTensor weight, token_weight;
+  VectorView weight, token_weight;
   CrossEntropy a = {};
 
   Call(const Tensor& logits, const Tensor& target_, const MaybeTensor& weight_, const MaybeTensor& token_weight_,
        int64_t ignore_index, double label_smoothing, double z_loss, double softcap, double focal_gamma)
-      : rows(checked(logits)), target(target_) {
+      : rows(checked(logits)),
+        target(target_),
+        weight("cross_entropy", "weight", weight_, logits.size(1)),
+        token_weight("cross_entropy", "token_weight", token_weight_, logits.size(0)) {
     check_cpu("cross_entropy", "target", target);
     STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == logits.size(0),
                     "bigkernels::cross_entropy: target must hold one class a row of logits");
     if (target.scalar_type() == ScalarType::Int) target = torch::stable::to(target, ScalarType::Long);
     STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "bigkernels::cross_entropy: target must be int64 or int32");
     if (!target.is_contiguous()) target = torch::stable::contiguous(target);
-    weight = floats("weight", weight_, logits.size(1));
-    token_weight = floats("token_weight", token_weight_, logits.size(0));
     STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1 && z_loss >= 0 && softcap >= 0 && focal_gamma >= 0,
                     "bigkernels::cross_entropy: an option is out of its range");
     a.logits = rows.rows;
     a.target = (const int64_t*)target.const_data_ptr();
-    if (weight) a.weight = (const float*)weight->const_data_ptr();
-    if (token_weight) a.token_weight = (const float*)token_weight->const_data_ptr();
+    a.weight = weight.data(), a.token_weight = token_weight.data();
     a.vocabulary = logits.size(1), a.ignore_index = ignore_index;
     a.label_smoothing = (float)label_smoothing, a.z_loss = (float)z_loss;
     a.softcap = (float)softcap, a.focal_gamma = (float)focal_gamma;
@@ -37,7 +37,7 @@ struct Call {
       STD_TORCH_CHECK(a.target[r] == ignore_index || (a.target[r] >= 0 && a.target[r] < a.vocabulary),
                       "bigkernels::cross_entropy: target ", a.target[r], " is outside the vocabulary");
     a.weight_sum = (float)a.vocabulary;
-    if (weight && label_smoothing > 0) {
+    if (a.weight && label_smoothing > 0) {
       double sum = 0;
       for (int64_t c = 0; c < a.vocabulary; ++c) sum += a.weight[c];
       a.weight_sum = (float)sum;
@@ -51,11 +51,6 @@ struct Call {
     check_cpu("cross_entropy", "logits", logits);
     STD_TORCH_CHECK(logits.dim() == 2, "bigkernels::cross_entropy: logits must be (T, V)");
     return logits;
-  }
-  static MaybeTensor floats(const char* name, const MaybeTensor& t, int64_t size) {
-    if (!t) return t;
-    VectorView view("cross_entropy", name, t, size, Type::f32);
-    return view.holder;
   }
 };
 

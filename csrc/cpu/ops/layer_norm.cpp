@@ -12,7 +12,7 @@ Tensor normalise(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& 
   LayerNorm a;
   a.type = type_of(x);
   RowView rows(x);
-  VectorView w("layer_norm", "weight", weight, rows.d, a.type), b("layer_norm", "bias", bias, rows.d, a.type);
+  VectorView w("layer_norm", "weight", weight, rows.d), b("layer_norm", "bias", bias, rows.d);
   Tensor y = empty_contiguous_like(x);
   std::optional<RowView> added;
   if (residual) {
@@ -26,8 +26,7 @@ Tensor normalise(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& 
     a.mean = (float*)mean->mutable_data_ptr(), a.rstd = (float*)rstd->mutable_data_ptr();
   }
   a.x = rows.rows;
-  a.weight = w.data, a.weight_type = w.type;
-  a.bias = b.data, a.bias_type = b.type;
+  a.weight = w.data(), a.bias = b.data();
   a.out = y.mutable_data_ptr();
   a.d = rows.d, a.eps = (float)eps;
   int64_t row_bytes = rows.d * size_of(a.type);
@@ -56,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, MaybeTensor w
   LayerNorm a;
   a.type = type_of(x);
   RowView rows(x), grads(grad);
-  VectorView w("layer_norm", "weight", weight, rows.d, a.type);
+  VectorView w("layer_norm", "weight", weight, rows.d);
   for (const Tensor* t : {&mean, &rstd})
     STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->numel() >= rows.count,
                     "bigkernels::layer_norm: mean and rstd must be float32, one a row");
@@ -66,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, MaybeTensor w
   std::optional<RowView> totals;
   if (grad_total) a.grad_total = totals.emplace(*grad_total).rows;
   a.x = rows.rows, a.grad = grads.rows;
-  a.weight = w.data, a.weight_type = w.type;
+  a.weight = w.data();
   a.out = dx.mutable_data_ptr();
   a.mean = (float*)mean.mutable_data_ptr(), a.rstd = (float*)rstd.mutable_data_ptr();
   a.dweight = dweight.data(), a.dbias = dbias.data();

@@ -12,7 +12,7 @@ Tensor normalise(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& 
   RmsNorm a;
   a.type = type_of(x);
   RowView rows(x);
-  VectorView w("rms_norm", "weight", weight, rows.d, a.type);
+  VectorView w("rms_norm", "weight", weight, rows.d, (float)offset);
   Tensor y = empty_contiguous_like(x);
   std::optional<RowView> added;
   if (residual) {
@@ -25,7 +25,7 @@ Tensor normalise(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& 
     a.rstd = (float*)rstd->mutable_data_ptr();
   }
   a.x = rows.rows;
-  a.weight = w.data, a.weight_type = w.type;
+  a.weight = w.data();
   a.out = y.mutable_data_ptr();
   a.d = rows.d, a.eps = (float)eps, a.offset = (float)offset;
   int64_t row_bytes = rows.d * size_of(a.type);
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, MaybeTensor weight, T
   RmsNorm a;
   a.type = type_of(x);
   RowView rows(x), grads(grad);
-  VectorView w("rms_norm", "weight", weight, rows.d, a.type);
+  VectorView w("rms_norm", "weight", weight, rows.d, (float)offset);
   STD_TORCH_CHECK(rstd.scalar_type() == ScalarType::Float && rstd.is_contiguous() && rstd.numel() >= rows.count,
                   "bigkernels::rms_norm: rstd must be float32, one a row");
   Tensor dx = empty_contiguous_like(x);
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, MaybeTensor weight, T
   std::optional<RowView> totals;
   if (grad_total) a.grad_total = totals.emplace(*grad_total).rows;
   a.x = rows.rows, a.grad = grads.rows;
-  a.weight = w.data, a.weight_type = w.type;
+  a.weight = w.data();
   a.out = dx.mutable_data_ptr();
   a.rstd = (float*)rstd.mutable_data_ptr(), a.dweight = dweight.data();
   a.d = rows.d, a.offset = (float)offset;

@@ -34,15 +34,37 @@ BK_INLINE vf vexp_in_range(vf x) {
 // The order of the operands matters: NaN is kept.
 BK_INLINE vf vexp(vf x) { return vexp_in_range(vmax(splat(-150.0f), vmin(splat(150.0f), x))); }
 
-// For x <= 0, which is all that a softmax needs.
+// For x <= 0.
 BK_INLINE vf vexp_nonpositive(vf x) { return vexp_in_range(vmax(splat(-150.0f), x)); }
+
+// For a softmax, where x is at most the logarithm of the sum: ln2 in one part, which costs |x| * 3e-8 of a result that is
+// itself e^x of the largest.
+BK_INLINE vf vexp_softmax(vf x) {
+  const vf shifter = splat(0x1.8p23f);
+  x = vmax(splat(-120.0f), x);
+  vf shifted = x * 0x1.715476p0f + shifter;
+  vf n = shifted - shifter;
+  vf r = x - n * 0x1.62e43p-1f;
+  vf p = splat(1.381461276e-03f);
+  p = p * r + 8.368710056e-03f;
+  p = p * r + 4.166838899e-02f;
+  p = p * r + 1.666652113e-01f;
+  p = p * r + 4.999999404e-01f;
+  p = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  vi e = (vi)shifted - (vi)shifter, half = e >> 1;
+  return p * (vf)((half + 127) << 23) * (vf)((e - half + 127) << 23);
+#endif
+}
 
 // 1 / (1 + e^-x), and e^-x / (1 + e^-x) with its own digits: 1 - sigmoid would lose them for large x.
 BK_INLINE vf vsigmoid(vf x, vf* complement) {
   vf e = vexp_nonpositive(-vabs(x));
-  vf large = splat(1.0f) / (e + 1.0f), small = e * large;
-  *complement = select(x < 0.0f, large, small);
-  return select(x < 0.0f, small, large);
+  vf large = reciprocal(e + 1.0f), small = e * large;
+  *complement = select_less(x, vf{}, large, small);
+  return select_less(x, vf{}, small, large);
 }
 BK_INLINE vf vsigmoid(vf x) {
   vf unused;
@@ -59,9 +81,10 @@ BK_INLINE vf vtanh(vf x) {
   p = p * s + 1.333320588e-01f;
   p = p * s - 3.333333135e-01f;
   vf small = p * s * x + x;
-  vf large = splat(1.0f) - splat(2.0f) / (vexp(a + a) + 1.0f);
+  vf bounded = vmin(splat(20.0f), a);
+  vf large = 1.0f - 2.0f * reciprocal(vexp_in_range(bounded + bounded) + 1.0f);
   large = (vf)((vi)large | ((vi)x & (int32_t)0x80000000));
-  return select(a < 0.625f, small, select(x != x, x, large));
+  return select_less(a, splat(0.625f), small, large);
 }
 
 // The normal distribution: returns Phi(x); density = e^(-x^2/2) / sqrt(2 pi).
@@ -72,7 +95,7 @@ BK_INLINE vf vnormal(vf x, vf* density) {
   vf y = (a - h) * (a + h) * -0.5f;  // |y| < 0.1: four terms of its exponential
   vf e = vexp_nonpositive(h * h * -0.5f);
   e = e + e * y * (y * (y * (y * 0x1.555556p-5f + 0x1.555556p-3f) + 0.5f) + 1.0f);
-  vf t = splat(1.0f) / (a * 0.25f + 1.0f);
+  vf t = reciprocal(a * 0.25f + 1.0f);
   vf p = splat(1.657962985e-02f);
   p = p * t - 6.279202551e-02f;
   p = p * t + 5.165195465e-02f;
@@ -85,7 +108,7 @@ BK_INLINE vf vnormal(vf x, vf* density) {
   p = p * t + 9.974790365e-02f;
   vf tail = e * p * t;
   *density = e * 0.3989422804f;
-  return select(x < 0.0f, tail, select(x != x, x, splat(1.0f) - tail));
+  return select_less(x, vf{}, tail, 1.0f - tail);
 }
 
 }  // namespace

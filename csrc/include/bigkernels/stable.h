@@ -107,26 +107,24 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
     STD_TORCH_CHECK(t.size(i) == x.size(i), "bigkernels::", op, ": ", name, " has another shape than the first argument");
 }
 
-// A vector of `size` elements as the kernels read it: contiguous, of type `native` or float32.
-struct VectorView {
-  Tensor holder;
-  const void* data = nullptr;
-  Type type = Type::f32;
-
-  VectorView(const char* op, const char* name, const MaybeTensor& t, int64_t size, Type native)
-      : holder(t ? *t : Tensor()), type(native) {
-    if (!t) return;
-    check_cpu(op, name, *t);
-    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size, "bigkernels::", op, ": ", name, " must have ", size, " elements");
-    ScalarType dtype = t->scalar_type();
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
-                        dtype == ScalarType::Double, "bigkernels::", op, ": ", name, " must be floating");
-    bool as_is = dtype == ScalarType::Float || (dtype != ScalarType::Double && type_of(*t) == native);
-    if (!as_is) holder = torch::stable::to(*t, ScalarType::Float);
-    if (size > 1 && holder.stride(0) != 1) holder = torch::stable::contiguous(holder);
-    type = type_of(holder);
-    data = holder.const_data_ptr();
+// A vector of `size` elements as the kernels read it: contiguous float32, with `offset` added. A float32 vector without an
+// offset is read where it is; a short converted one stays on the stack.
+class VectorView {
+ public:
+  VectorView(const char* op, const char* name, const MaybeTensor& t, int64_t size, float offset = 0);
+  ~VectorView() {
+    if (copy_ != inline_) delete[] copy_;
   }
+  VectorView(const VectorView&) = delete;
+  VectorView& operator=(const VectorView&) = delete;
+  const float* data() const { return data_; }  // null where there is no tensor
+
+ private:
+  static constexpr int64_t kInline = 1024;
+  Tensor holder_;
+  const float* data_ = nullptr;
+  float* copy_ = nullptr;
+  float inline_[kInline];
 };
 
 // Streaming stores want whole, aligned cache lines, and an output that the caches would not keep anyway.

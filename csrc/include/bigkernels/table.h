@@ -21,21 +21,21 @@ struct Rows {
 
 struct RmsNorm {
   Rows x, residual, grad, grad_total;  // residual and grad_total: null when absent
-  const void* weight = nullptr;        // null: ones
+  const float* weight = nullptr;       // with the offset added; null: all 1 + offset
   void* out = nullptr;                 // (rows, d) contiguous: y, or dx
   void* total = nullptr;               // x + residual
   float* rstd = nullptr;               // forward: null where no backward follows
   float* dweight = nullptr;            // (blocks, d) partial sums, zeroed by the caller
   int64_t d = 0;
   float eps = 0, offset = 0;
-  Type type = Type::f32, weight_type = Type::f32;
+  Type type = Type::f32;
   bool stream = false;  // outputs larger than the cache: store past it
 };
 
 struct LayerNorm {
   Rows x, residual, grad, grad_total;
-  const void* weight = nullptr;
-  const void* bias = nullptr;
+  const float* weight = nullptr;
+  const float* bias = nullptr;
   void* out = nullptr;
   void* total = nullptr;
   float* mean = nullptr;
@@ -44,7 +44,7 @@ struct LayerNorm {
   float* dbias = nullptr;
   int64_t d = 0;
   float eps = 0;
-  Type type = Type::f32, weight_type = Type::f32, bias_type = Type::f32;
+  Type type = Type::f32;
   bool stream = false;
 };
 

@@ -49,6 +49,24 @@ BK_INLINE void write(void* p, V v) {
 
 BK_INLINE vf splat(float v) { return vf{} + v; }
 BK_INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+// a < b ? x : y, lane by lane.
+BK_INLINE vf select_less(vf a, vf b, vf x, vf y) {
+#if defined(__AVX512F__)
+  __mmask16 less = _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
+  return (vf)_mm512_mask_blend_ps(less, (__m512)y, (__m512)x);
+#else
+  return select(a < b, x, y);
+#endif
+}
+// 1 / x for x in [1, 2^100]: within an ulp, and faster than a division where there is an estimate to start from.
+BK_INLINE vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+  vf r = (vf)_mm512_rcp14_ps((__m512)x);
+  return r + r * (1.0f - x * r);
+#else
+  return 1.0f / x;
+#endif
+}
 BK_INLINE vf vabs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 #if defined(__AVX512F__)
 BK_INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
@@ -76,7 +94,15 @@ BK_INLINE float max(vf v) {
 
 BK_INLINE vf widen(vf v, const float*) { return v; }
 
-BK_INLINE vf widen(vh h, const bf16*) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+BK_INLINE vf widen(vh h, const bf16*) {
+#if defined(__AVX512F__)  // gcc 12 converts in two halves, five instructions instead of one
+  return (vf)((vu)_mm512_cvtepu16_epi32((__m256i)h) << 16);
+#elif defined(__AVX2__)
+  return (vf)((vu)_mm256_cvtepu16_epi32((__m128i)h) << 16);
+#else
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
+}
 
 #if defined(__F16C__)
 BK_INLINE vf widen(vh h, const f16*) {
@@ -176,6 +202,21 @@ BK_INLINE vf rounded(vf v) {
   return widen(narrow(v, (const T*)nullptr), (const T*)nullptr);
 }
 
+// Sums of products of bfloat16 pairs, where one instruction takes 2 W of them.
+#if defined(__AVX512BF16__)
+template <class T>
+constexpr bool kPairs = false;
+template <>
+constexpr bool kPairs<bf16> = true;
+BK_INLINE vf add_products(vf acc, const void* a, const void* b) {
+  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)read<__m512i>(a), (__m512bh)read<__m512i>(b));
+}
+#else
+template <class T>
+constexpr bool kPairs = false;
+BK_INLINE vf add_products(vf acc, const void*, const void*) { return acc; }
+#endif
+
 // Two vectors at once where the caller can: a full cache line in the 16-bit types, which a streaming store needs.
 template <class T>
 BK_INLINE void stream2(T* p, vf a, vf b) {
@@ -200,6 +241,16 @@ BK_INLINE void stream2(T* p, vf a, vf b) {
   write(p, x);
   write(p + W, y);
 #endif
+}
+
+// Asks for the cache line at p: the next row's, while this row's results are written, or this row's further on. The
+// machine's own prefetcher starts anew at each page and serves fewer streams.
+BK_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+constexpr int64_t kAhead = 1024;  // bytes
+template <class T>
+BK_INLINE void prefetch_ahead(const T* p) {
+  prefetch((const char*)p + kAhead);
+  if (2 * W * sizeof(T) > 64) prefetch((const char*)p + kAhead + 64);
 }
 
 // Orders the streaming stores before what follows.
