@@ -88,7 +88,12 @@ def check_conversions() -> None:
         same = (found == exact) | (exact.abs() <= 2.0**-126)  # the AVX-512 instruction flushes bfloat16's subnormals
         assert same.all(), (name, x[~same][:5], found[~same][:5])
         assert (found[~(found == exact)].float().abs() <= 2.0**-126).all()
-        assert torch.from_numpy(native().narrow(name, np.array([math.nan], np.float32)).view(np.int16)).view(dtype).isnan().all()
+        assert (
+            torch.from_numpy(native().narrow(name, np.array([math.nan], np.float32)).view(np.int16))
+            .view(dtype)
+            .isnan()
+            .all()
+        )
 
 
 def check_level() -> None:

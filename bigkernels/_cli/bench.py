@@ -29,8 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, help="time the candidates of a case at least so long (default 3)")
     parser.add_argument("--batch", type=int, help="batch of the model family (default 1)")
     parser.add_argument("--length", type=int, help="sequence length of the model family (default 512)")
-    parser.add_argument("--fresh-memory", action="store_true",
-                        help="do not keep freed memory for the next tensor (bigkernels.reuse_memory), for any candidate")
+    parser.add_argument(
+        "--fresh-memory",
+        action="store_true",
+        help="do not keep freed memory for the next tensor (bigkernels.reuse_memory), for any candidate",
+    )
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
 
 

@@ -8,7 +8,7 @@ from ..ops.cross_entropy import cross_entropy
 
 
 class CrossEntropyLoss(nn.Module):
-    """Cross entropy of logits (T, V) and targets (T,); the options are those of `bigkernels.functional.cross_entropy`."""
+    """Cross entropy of logits (T, V) and targets (T,); options as in `bigkernels.functional.cross_entropy`."""
 
     weight: Tensor | None
 

@@ -22,7 +22,9 @@ class GatedMLP(nn.Module):
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise ValueError(f"bigkernels.nn.GatedMLP: activation is {activation!r}; accepted are {', '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"bigkernels.nn.GatedMLP: activation is {activation!r}; accepted are {', '.join(ACTIVATIONS)}"
+            )
         self.activation = activation
         self.gate_proj = nn.Linear(size, intermediate_size, bias=bias, device=device, dtype=dtype)
         self.up_proj = nn.Linear(size, intermediate_size, bias=bias, device=device, dtype=dtype)

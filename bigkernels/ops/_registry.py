@@ -174,7 +174,9 @@ def define(schema: str, fake: Callable, fallback: Callable) -> torch._ops.OpOver
     return getattr(torch.ops.bigkernels, name.split("::")[1]).default
 
 
-def vjp(fn: Callable, tensors: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def vjp(
+    fn: Callable, tensors: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
     """Gradients of `fn(*tensors)` by autograd, for the backward fallbacks: None where an input is None."""
     leaves = [t.detach().requires_grad_() if t is not None else None for t in tensors]
     with torch.enable_grad():
@@ -182,8 +184,8 @@ def vjp(fn: Callable, tensors: tuple[Tensor | None, ...], grads: tuple[Tensor | 
     out = out if isinstance(out, tuple) else (out,)
     pairs = [(o, g) for o, g in zip(out, grads, strict=True) if g is not None]
     inputs = [leaf for leaf in leaves if leaf is not None]
-    found = iter(torch.autograd.grad([o for o, _ in pairs], inputs, [g.to(o.dtype) for o, g in pairs], allow_unused=True,
-                                     materialize_grads=True))  # fmt: skip
+    outputs, upstream = [o for o, _ in pairs], [g.to(o.dtype) for o, g in pairs]
+    found = iter(torch.autograd.grad(outputs, inputs, upstream, allow_unused=True, materialize_grads=True))
     return tuple(next(found) if leaf is not None else None for leaf in leaves)
 
 

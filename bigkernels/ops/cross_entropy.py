@@ -72,7 +72,9 @@ def cross_entropy(
     return _reference(logits, target, weight, token_weight, *options)
 
 
-def _check(logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma):
+def _check(
+    logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma
+):
     op = "cross_entropy"
     check_tensor(op, "logits", logits)
     check_tensor(op, "weight", weight, optional=True)
@@ -131,7 +133,9 @@ def _token_losses(logits, target, weight, token_weight, ignore_index, label_smoo
     return torch.where(kept, loss, 0.0), torch.where(kept, divisor, 0.0), lse
 
 
-def _reference(logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma):
+def _reference(
+    logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma
+):
     loss, divisor, _ = _token_losses(
         logits, target, weight, token_weight, ignore_index, label_smoothing, z_loss, softcap, focal_gamma
     )
@@ -182,7 +186,8 @@ _fwd = define(
 )  # fmt: skip
 _infer = define(
     "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, Tensor? token_weight=None, int ignore_index=-100,"
-    " int reduction=1, float label_smoothing=0.0, float z_loss=0.0, float softcap=0.0, float focal_gamma=0.0) -> Tensor",
+    " int reduction=1, float label_smoothing=0.0, float z_loss=0.0, float softcap=0.0, float focal_gamma=0.0)"
+    " -> Tensor",
     lambda *args: _fwd_fake(*_with_defaults(*args))[0], lambda *args: _fwd_fallback(*_with_defaults(*args))[0],
 )  # fmt: skip
 _bwd = define(

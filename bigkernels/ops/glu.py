@@ -85,7 +85,9 @@ def _bwd_fake(grad, gate, up, activation):
 
 OPERATOR = Operator("glu", reference=glu)
 _fwd = define("glu_fwd(Tensor gate, Tensor up, int activation) -> Tensor", _fwd_fake, _fwd_fallback)
-_bwd = define("glu_bwd(Tensor grad, Tensor gate, Tensor up, int activation) -> (Tensor, Tensor)", _bwd_fake, _bwd_fallback)
+_bwd = define(
+    "glu_bwd(Tensor grad, Tensor gate, Tensor up, int activation) -> (Tensor, Tensor)", _bwd_fake, _bwd_fallback
+)
 
 
 class _GLU(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""LayerNorm (Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450), with the residual addition before it fused in."""
+"""LayerNorm (Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450), and the residual addition before it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467), with the residual addition before it fused in."""
+"""RMSNorm (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467), and the residual addition before it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor
-from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad, vjp
+from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
 
 
 def rms_norm(
@@ -116,7 +116,8 @@ _infer = define(
     lambda x, weight, eps, offset: _reference(x, weight, eps, offset, None).contiguous(),
 )
 _bwd = define(
-    "rms_norm_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor rstd, Tensor? grad_total, float offset) -> (Tensor, Tensor)",
+    "rms_norm_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor rstd, Tensor? grad_total, float offset)"
+    " -> (Tensor, Tensor)",
     _bwd_fake, _bwd_fallback,
 )  # fmt: skip
 

@@ -27,7 +27,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = 
         interleaved: pair neighbours (GPT-J) and not halves (GPT-NeoX, Llama).
 
     Returns:
-        The rotated (q, k): new tensors with the strides of `torch.empty_like`, contiguous where a head's values are not.
+        The rotated (q, k): new tensors, strided as by `torch.empty_like`, contiguous where a head's values are not.
 
     Raises:
         TypeError: an argument is not a floating tensor, or `q` and `k` differ in dtype outside autocast.
@@ -65,8 +65,8 @@ def _check(q, k, cos, sin):
     check_shape("rope", "k", k, (batch, k.shape[1], length, size), "q with any number of heads")
     check_shape("rope", "sin", sin, cos.shape, "the shape of cos")
     if cos.shape[0] not in (1, batch) or cos.shape[1] != length or cos.shape[2] > size or cos.shape[2] % 2:
-        raise ValueError(f"bigkernels.rope: cos has shape {tuple(cos.shape)}; expected ({batch} or 1, {length}, R) with "
-                         f"R even and at most {size}")  # fmt: skip
+        raise ValueError(f"bigkernels.rope: cos has shape {tuple(cos.shape)}; expected ({batch} or 1, {length}, R) "
+                         f"with R even and at most {size}")  # fmt: skip
 
 
 def _rotate(x, interleaved):

@@ -70,20 +70,24 @@ double timed(int threads, const F& f) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-// Bytes read plus bytes written a second: the best of the passes made in `seconds`, with cached and with streaming stores.
+// Bytes read plus bytes written a second: the best of the passes made in `seconds`, with cached and with streaming
+// stores.
 double copy_bandwidth(int64_t bytes, double seconds, int threads) {
   threads = thread_count(threads);
   int64_t share = bytes / threads / 128 * 128;
   if (share <= 0) throw std::invalid_argument("copy_bandwidth: too few bytes");
-  std::unique_ptr<char, decltype(&std::free)> from((char*)std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096), std::free);
-  std::unique_ptr<char, decltype(&std::free)> to((char*)std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096), std::free);
+  std::unique_ptr<char, decltype(&std::free)> from((char*)std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096),
+                                                   std::free);
+  std::unique_ptr<char, decltype(&std::free)> to((char*)std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096),
+                                                 std::free);
   if (!from || !to) throw std::bad_alloc();
   std::fill_n(from.get(), bytes, 1);
   std::fill_n(to.get(), bytes, 0);
   py::gil_scoped_release release;
   double best = 0, spent = 0;
   for (int pass = 0; spent < seconds || pass < 4; ++pass) {
-    double t = timed(threads, [&](int i) { table().copy(from.get() + i * share, to.get() + i * share, share, pass % 2); });
+    double t =
+        timed(threads, [&](int i) { table().copy(from.get() + i * share, to.get() + i * share, share, pass % 2); });
     spent += t;
     best = std::max(best, 2.0 * share * threads / t);
   }

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (a case a line reads best)
 """Wrong arguments raise before anything is computed, and say what was given and what is accepted."""
 
 from __future__ import annotations

@@ -63,7 +63,9 @@ def test_kernel_at_every_level(isa):
 
 def test_check_at_every_level(isa):
     """The quick form of the test above: every sample in every dtype, in one process a level."""
-    assert "WRONG" not in isa.run("import sys; from bigkernels._cli import main; sys.exit(main(['check', '--device', 'cpu']))")
+    assert "WRONG" not in isa.run(
+        "import sys; from bigkernels._cli import main; sys.exit(main(['check', '--device', 'cpu']))"
+    )
 
 
 @pytest.mark.parametrize("sample", SMALL, ids=named)
@@ -130,7 +132,9 @@ def test_the_form_without_backward_has_a_fallback_too(sample: Sample):
         pytest.skip("this operator's forward returns nothing but its output")
     inputs = sample.inputs(torch.float32)
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
-    args = list(inputs.values()) + ({"rms_norm": [1e-6, 0.0], "layer_norm": [1e-5], "cross_entropy": []}[sample.operator])
+    args = (
+        list(inputs.values()) + ({"rms_norm": [1e-6, 0.0], "layer_norm": [1e-5], "cross_entropy": []}[sample.operator])
+    )
     found = op.default.redispatch(keys, *args)
     torch.testing.assert_close(found, sample.results(inputs, backend="reference", backward=False)["out0"])
 
@@ -297,7 +301,9 @@ def test_autocast_promotes_mixed_inputs():
     wide, narrow = torch.randn(4, 8), torch.randn(4, 8).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         assert bigkernels.functional.glu(narrow, wide).dtype == torch.float32
-        q, k = bigkernels.functional.rope(*(t[None, None] for t in (narrow, wide)), torch.ones(1, 4, 8), torch.zeros(1, 4, 8))
+        q, k = bigkernels.functional.rope(
+            *(t[None, None] for t in (narrow, wide)), torch.ones(1, 4, 8), torch.zeros(1, 4, 8)
+        )
     assert q.dtype == k.dtype == torch.float32
     assert torch.equal(q[0, 0], narrow.float()) and torch.equal(k[0, 0], wide)
 

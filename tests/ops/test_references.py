@@ -82,7 +82,9 @@ def test_cross_entropy_as_pytorch(reduction, smoothing, weighted):
     target[2] = target[5] = -100
     weight = torch.rand(7, dtype=torch.float64) if weighted else None
     options = {"weight": weight, "reduction": reduction, "label_smoothing": smoothing}
-    torch.testing.assert_close(B.cross_entropy(logits, target, **options), F.cross_entropy(logits, target, **options), **CLOSE)
+    torch.testing.assert_close(
+        B.cross_entropy(logits, target, **options), F.cross_entropy(logits, target, **options), **CLOSE
+    )
 
 
 def test_cross_entropy_options_by_their_formulas():

@@ -116,7 +116,7 @@ void backward(const Glu& a, int64_t begin, int64_t end) {
 template <class T, bool kBackward>
 void dispatch(const Glu& a, int64_t begin, int64_t end) {
   switch (a.activation) {
-#define BK_CASE(kind) \
+#define BK_CASE(kind)    \
   case Activation::kind: \
     return kBackward ? backward<T, Activation::kind>(a, begin, end) : forward<T, Activation::kind>(a, begin, end);
     BK_CASE(silu)

@@ -21,9 +21,7 @@ BK_INLINE void put(T* p, vf v, int64_t n) {
   n == W ? store(p, v) : store(p, v, n);
 }
 // A missing weight reads as one, a missing bias as zero.
-BK_INLINE vf get_or(const float* p, int64_t j, int64_t n, float missing) {
-  return p ? get(p + j, n) : splat(missing);
-}
+BK_INLINE vf get_or(const float* p, int64_t j, int64_t n, float missing) { return p ? get(p + j, n) : splat(missing); }
 
 // sum(x - guess) and sum((x - guess)^2); with a residual, of x + residual rounded to T, which is kept in `total`.
 struct Moments {
@@ -112,8 +110,8 @@ void forward(const LayerNorm& a, int64_t begin, int64_t end) {
     }
     float rstd = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + a.eps);
     if (a.rstd) a.mean[r] = mean + left, a.rstd[r] = rstd;
-    // 16-bit rows are never so far from zero that x * rstd would lose digits to the mean; float32 rows are centred first,
-    // with what the mean's rounding left over.
+    // 16-bit rows are never so far from zero that x * rstd would lose digits to the mean; float32 rows are centred
+    // first, with what the mean's rounding left over.
     constexpr bool kCentre = sizeof(T) == sizeof(float);
     float shift = kCentre ? -left * rstd : -(mean + left) * rstd;
     auto one = [&](int64_t j, int64_t n) {
@@ -159,7 +157,8 @@ void backward(const LayerNorm& a, int64_t begin, int64_t end, int64_t block) {
     float mean_gx = sum(sum_gx) / (float)a.d * rstd;
     float slope = -mean_gx * rstd, shift = mean_gx * mean * rstd - sum(sum_g) / (float)a.d * rstd;
     auto one = [&](int64_t j, int64_t n) {
-      vf v = get(grad + j, n) * get_or(a.weight, j, n, 1.0f) * rstd + ((get(x + j, n) - mean) * slope + (shift + slope * mean));
+      vf v = get(grad + j, n) * get_or(a.weight, j, n, 1.0f) * rstd +
+             ((get(x + j, n) - mean) * slope + (shift + slope * mean));
       return grad_total ? v + get(grad_total + j, n) : v;
     };
     int64_t i = 0;

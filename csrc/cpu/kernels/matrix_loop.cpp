@@ -61,7 +61,8 @@ BK_INLINE void repeat(int64_t rounds, vf* acc, Step step) {
 
 }  // namespace
 
-// type: 0 float32, 1 bfloat16, 2 int8. Returns the operations done (a multiply-add is two), 0 where there is no such unit.
+// type: 0 float32, 1 bfloat16, 2 int8. Returns the operations done (a multiply-add is two), 0 where there is no such
+// unit.
 int64_t matrix_loop(int type, int64_t rounds) {
 #if defined(__AMX_BF16__)
   if (type == 1) return tiles<false>(rounds);

@@ -57,7 +57,9 @@ template <class T>
 BK_INLINE void rotate_pairs(const T* in, T* out, const float* cos, const float* sin, int64_t rotary, bool inverse) {
   vf sign;
   for (int i = 0; i < W; ++i) sign[i] = i & 1 ? 1.0f : -1.0f;
-  auto one = [&](vf x, vf c, vf s) { return inverse ? x * c - sign * swap_pairs(x * s) : x * c + sign * swap_pairs(x) * s; };
+  auto one = [&](vf x, vf c, vf s) {
+    return inverse ? x * c - sign * swap_pairs(x * s) : x * c + sign * swap_pairs(x) * s;
+  };
   int64_t i = 0;
   for (; i + W <= rotary; i += W) store(out + i, one(load(in + i), load(cos + i), load(sin + i)));
   if (i < rotary) {
@@ -67,7 +69,8 @@ BK_INLINE void rotate_pairs(const T* in, T* out, const float* cos, const float* 
 }
 
 template <class T>
-BK_INLINE void heads(const Rope& a, const Rope::Heads& h, int64_t batch, int64_t token, const float* cos, const float* sin) {
+BK_INLINE void heads(const Rope& a, const Rope::Heads& h, int64_t batch, int64_t token, const float* cos,
+                     const float* sin) {
   const T* in = (const T*)h.in + batch * h.in_batch + token * h.in_token;
   T* out = (T*)h.out + batch * h.out_batch + token * h.out_token;
   for (int64_t i = 0; i < h.heads; ++i, in += h.in_head, out += h.out_head) {

@@ -66,8 +66,8 @@ void copy(const void* in, void* out, int64_t bytes, bool stream) {
 }  // namespace
 
 extern const CpuTable table = {
-    rms_norm_fwd, rms_norm_bwd, layer_norm_fwd,    layer_norm_bwd,    rope,   glu_fwd,
-    glu_bwd,      cross_entropy_fwd, cross_entropy_bwd, vector_math, convert, copy, matrix_loop,
+    rms_norm_fwd,      rms_norm_bwd,      layer_norm_fwd, layer_norm_bwd, rope, glu_fwd,     glu_bwd,
+    cross_entropy_fwd, cross_entropy_bwd, vector_math,    convert,        copy, matrix_loop,
 };
 
 }  // namespace BK_ISA

@@ -24,7 +24,8 @@ void prefer_huge_pages(void* data, int64_t bytes) {
 VectorView::VectorView(const char* op, const char* name, const MaybeTensor& t, int64_t size, float offset) {
   if (!t) return;
   check_cpu(op, name, *t);
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size, "bigkernels::", op, ": ", name, " must have ", size, " elements");
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size, "bigkernels::", op, ": ", name, " must have ", size,
+                  " elements");
   ScalarType dtype = t->scalar_type();
   bool kernel_type = dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
   STD_TORCH_CHECK(kernel_type || dtype == ScalarType::Double, "bigkernels::", op, ": ", name, " must be floating");

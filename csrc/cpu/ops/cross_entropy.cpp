@@ -22,7 +22,8 @@ struct Call {
     STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == logits.size(0),
                     "bigkernels::cross_entropy: target must hold one class a row of logits");
     if (target.scalar_type() == ScalarType::Int) target = torch::stable::to(target, ScalarType::Long);
-    STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "bigkernels::cross_entropy: target must be int64 or int32");
+    STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long,
+                    "bigkernels::cross_entropy: target must be int64 or int32");
     if (!target.is_contiguous()) target = torch::stable::contiguous(target);
     STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1 && z_loss >= 0 && softcap >= 0 && focal_gamma >= 0,
                     "bigkernels::cross_entropy: an option is out of its range");
@@ -110,8 +111,8 @@ Tensor infer(Tensor logits, Tensor target, MaybeTensor weight, MaybeTensor token
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor target, MaybeTensor weight, MaybeTensor token_weight,
-                                           int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss,
-                                           double softcap, double focal_gamma) {
+                                           int64_t ignore_index, int64_t reduction, double label_smoothing,
+                                           double z_loss, double softcap, double focal_gamma) {
   Call call(logits, target, weight, token_weight, ignore_index, label_smoothing, z_loss, softcap, focal_gamma);
   Tensor lse, divisor;
   Tensor loss = losses(call, reduction, &lse, &divisor);
@@ -128,7 +129,8 @@ Tensor backward(Tensor grad, Tensor logits, Tensor target, MaybeTensor weight, M
   STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && lse.numel() == rows &&
                       divisor.scalar_type() == ScalarType::Float && divisor.numel() == 1 &&
                       grad.scalar_type() == ScalarType::Float && grad.dim() == (one ? 0 : 1) &&
-                      grad.numel() == (one ? 1 : rows), "bigkernels::cross_entropy: grad, lse or divisor does not fit");
+                      grad.numel() == (one ? 1 : rows),
+                  "bigkernels::cross_entropy: grad, lse or divisor does not fit");
   Tensor out = empty_contiguous_like(logits);
   a.grad = (const float*)grad.const_data_ptr(), a.grad_stride = one ? 0 : grad.stride(0);
   a.grad_scale = reduction == kMean ? 1.0f / *(const float*)divisor.const_data_ptr() : 1.0f;

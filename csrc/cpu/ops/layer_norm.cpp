@@ -4,8 +4,8 @@ namespace bigkernels {
 namespace {
 
 // The moments and total: null where the caller does not want them.
-Tensor normalise(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, double eps,
-                 Tensor* mean, Tensor* rstd, Tensor* total) {
+Tensor normalise(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
+                 double eps, Tensor* mean, Tensor* rstd, Tensor* total) {
   check_cpu("layer_norm", "x", x);
   STD_TORCH_CHECK(x.dim() > 0, "bigkernels::layer_norm: x has no dimensions");
   if (residual) check_like("layer_norm", "residual", *residual, x);

@@ -39,7 +39,8 @@ Tensor infer(Tensor x, MaybeTensor weight, double eps, double offset) {
   return normalise(x, weight, std::nullopt, eps, offset, nullptr, nullptr);
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, MaybeTensor weight, MaybeTensor residual, double eps, double offset) {
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, MaybeTensor weight, MaybeTensor residual, double eps,
+                                           double offset) {
   Tensor rstd, total;
   Tensor y = normalise(x, weight, residual, eps, offset, &rstd, &total);
   return {y, rstd, residual ? total : none(x)};

@@ -26,8 +26,8 @@ Tensor last_contiguous(const Tensor& x) {
 }
 
 Rope::Heads heads(const Tensor& in, const Tensor& out) {
-  return {in.const_data_ptr(), out.mutable_data_ptr(), in.size(1), in.stride(0), in.stride(1), in.stride(2),
-          out.stride(0), out.stride(1), out.stride(2)};
+  return {in.const_data_ptr(), out.mutable_data_ptr(), in.size(1),    in.stride(0), in.stride(1),
+          in.stride(2),        out.stride(0),          out.stride(1), out.stride(2)};
 }
 
 std::tuple<Tensor, Tensor> rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse) {
@@ -35,14 +35,16 @@ std::tuple<Tensor, Tensor> rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, bo
   check_cpu("rope", "k", k);
   check_cpu("rope", "cos", cos);
   check_cpu("rope", "sin", sin);
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && k.size(0) == q.size(0) && k.size(2) == q.size(2) && k.size(3) == q.size(3),
-                  "bigkernels::rope: q and k must be (B, H, S, D) with the same B, S and D");
+  STD_TORCH_CHECK(
+      q.dim() == 4 && k.dim() == 4 && k.size(0) == q.size(0) && k.size(2) == q.size(2) && k.size(3) == q.size(3),
+      "bigkernels::rope: q and k must be (B, H, S, D) with the same B, S and D");
   STD_TORCH_CHECK(cos.dim() == 3 && sin.dim() == 3, "bigkernels::rope: cos and sin must be (B or 1, S, R)");
   for (int i = 0; i < 3; ++i)
     STD_TORCH_CHECK(cos.size(i) == sin.size(i), "bigkernels::rope: cos and sin have different shapes");
   int64_t batch = q.size(0), length = q.size(2), d = q.size(3), rotary = cos.size(2);
-  STD_TORCH_CHECK((cos.size(0) == 1 || cos.size(0) == batch) && cos.size(1) == length && rotary <= d && rotary % 2 == 0 &&
-                      rotary <= kMaxRotary, "bigkernels::rope: cos and sin do not fit q");
+  STD_TORCH_CHECK((cos.size(0) == 1 || cos.size(0) == batch) && cos.size(1) == length && rotary <= d &&
+                      rotary % 2 == 0 && rotary <= kMaxRotary,
+                  "bigkernels::rope: cos and sin do not fit q");
   Rope a;
   a.type = type_of(q);
   STD_TORCH_CHECK(type_of(k) == a.type, "bigkernels::rope: q and k have different dtypes");

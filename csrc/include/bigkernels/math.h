@@ -37,8 +37,8 @@ BK_INLINE vf vexp(vf x) { return vexp_in_range(vmax(splat(-150.0f), vmin(splat(1
 // For x <= 0.
 BK_INLINE vf vexp_nonpositive(vf x) { return vexp_in_range(vmax(splat(-150.0f), x)); }
 
-// For a softmax, where x is at most the logarithm of the sum: ln2 in one part, which costs |x| * 3e-8 of a result that is
-// itself e^x of the largest.
+// For a softmax, where x is at most the logarithm of the sum: ln2 in one part, which costs |x| * 3e-8 of a result that
+// is itself e^x of the largest.
 BK_INLINE vf vexp_softmax(vf x) {
   const vf shifter = splat(0x1.8p23f);
   x = vmax(splat(-120.0f), x);

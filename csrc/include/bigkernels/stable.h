@@ -34,10 +34,11 @@ inline Type type_of(const Tensor& t) {
 void prefer_huge_pages(void* data, int64_t bytes);
 
 // Through the C shim: the stable wrappers look their operator up by name, which costs more than the allocation.
-inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype, int64_t bytes) {
+inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype,
+                            int64_t bytes) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, (int32_t)dtype, aoti_torch_device_type_cpu(), 0,
-                                                  &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, (int32_t)dtype, aoti_torch_device_type_cpu(), 0, &handle));
   Tensor t(handle);
   prefer_huge_pages(t.mutable_data_ptr(), bytes);
   return t;
@@ -104,11 +105,12 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.dim() == x.dim(), "bigkernels::", op, ": ", name,
                   " does not have the dtype and dimensions of the first argument");
   for (int64_t i = 0; i < x.dim(); ++i)
-    STD_TORCH_CHECK(t.size(i) == x.size(i), "bigkernels::", op, ": ", name, " has another shape than the first argument");
+    STD_TORCH_CHECK(t.size(i) == x.size(i), "bigkernels::", op, ": ", name,
+                    " has another shape than the first argument");
 }
 
-// A vector of `size` elements as the kernels read it: contiguous float32, with `offset` added. A float32 vector without an
-// offset is read where it is; a short converted one stays on the stack.
+// A vector of `size` elements as the kernels read it: contiguous float32, with `offset` added. A float32 vector without
+// an offset is read where it is; a short converted one stays on the stack.
 class VectorView {
  public:
   VectorView(const char* op, const char* name, const MaybeTensor& t, int64_t size, float offset = 0);

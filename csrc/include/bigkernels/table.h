@@ -1,7 +1,7 @@
 // The CPU kernels as plain functions, and the table that holds one instruction-set level's copies of them.
 //
-// Kernel files are compiled once per level and include neither torch nor the C++ library: an inline function or template
-// emitted with AVX-512 could otherwise be the copy that the linker keeps for an AVX2 machine.
+// Kernel files are compiled once per level and include neither torch nor the C++ library: an inline function or
+// template emitted with AVX-512 could otherwise be the copy that the linker keeps for an AVX2 machine.
 #pragma once
 #include <cstdint>
 
@@ -126,7 +126,7 @@ struct CpuTable {
 BIGKERNELS_LEVELS(BIGKERNELS_DECLARE)
 #undef BIGKERNELS_DECLARE
 
-Isa isa();                // chosen once, from cpuid and BIGKERNELS_CPU_ISA
+Isa isa();  // chosen once, from cpuid and BIGKERNELS_CPU_ISA
 const char* isa_name();
 const CpuTable& table();  // the chosen level's
 
