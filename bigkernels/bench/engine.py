@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from .._compare import compare_all, worst
-from .case import EAGER, Case, Missing, Settings, direction
+from .case import EAGER, OURS, Case, Missing, Settings, direction
 from .limits import Limits
 from .memory import extra_peak
 from .timing import CpuTimer, CudaTimer, Statistics, Step, interleave
@@ -118,7 +118,8 @@ def check(case: Case, announce: Announce = lambda what: None) -> tuple[dict[str,
         except Exception as error:  # noqa: BLE001 - whatever it is, the others can still be timed
             row.status, row.reason = "failed", _first_line(error)
             continue
-        roundings = contest.roundings if candidate.ours else _ROUNDINGS_OF_OTHERS
+        # What the compiler makes of our reference is its own arithmetic.
+        roundings = contest.roundings if candidate.name == OURS else _ROUNDINGS_OF_OTHERS
         name, comparison = worst(compare_all(results, plain, exact, roundings=roundings))
         row.error_ratio = comparison.ratio
         if not comparison.ok:

@@ -135,8 +135,8 @@ void forward(const LayerNorm& a, int64_t begin, int64_t end) {
 // dweight = sum grad * xhat, dbias = sum grad.
 template <class T>
 void backward(const LayerNorm& a, int64_t begin, int64_t end, int64_t block) {
-  float* dweight = a.dweight ? a.dweight + block * a.d : nullptr;
-  float* dbias = a.dbias ? a.dbias + block * a.d : nullptr;
+  float* dweight = a.dweight.recent ? a.dweight.recent + block * a.d : nullptr;
+  float* dbias = a.dbias.recent ? a.dbias.recent + block * a.d : nullptr;
   for (int64_t r = begin; r < end; ++r) {
     const T* x = (const T*)a.x.data + r * a.x.stride;
     const T* grad = (const T*)a.grad.data + r * a.grad.stride;
@@ -171,6 +171,10 @@ void backward(const LayerNorm& a, int64_t begin, int64_t end, int64_t block) {
     }
     for (; i + W <= a.d; i += W) store(dx + i, one(i, W));
     if (i < a.d) store(dx + i, one(i, a.d - i), a.d - i);
+    if ((r - begin) % kRowsAtOnce == kRowsAtOnce - 1 || r == end - 1) {
+      settle(a.dweight, block, a.d);
+      settle(a.dbias, block, a.d);
+    }
   }
   if (a.stream) fence();
 }

@@ -81,7 +81,7 @@ void forward(const RmsNorm& a, int64_t begin, int64_t end) {
 // With xhat = x * rstd and g = grad * weight: dx = rstd * (g - xhat * mean(g * xhat)), dweight = sum grad * xhat.
 template <class T, bool kWeight>
 void backward(const RmsNorm& a, int64_t begin, int64_t end, int64_t block) {
-  float* dweight = a.dweight + block * a.d;
+  float* dweight = kWeight ? a.dweight.recent + block * a.d : nullptr;
   for (int64_t r = begin; r < end; ++r) {
     const T* x = (const T*)a.x.data + r * a.x.stride;
     const T* grad = (const T*)a.grad.data + r * a.grad.stride;
@@ -134,6 +134,7 @@ void backward(const RmsNorm& a, int64_t begin, int64_t end, int64_t block) {
     }
     for (; i + W <= a.d; i += W) store(dx + i, one(i, W));
     if (i < a.d) store(dx + i, one(i, a.d - i), a.d - i);
+    if ((r - begin) % kRowsAtOnce == kRowsAtOnce - 1 || r == end - 1) settle(a.dweight, block, a.d);
   }
   if (a.stream) fence();
 }

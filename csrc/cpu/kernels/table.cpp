@@ -35,13 +35,13 @@ void vector_math(int function, const float* in, float* out, int64_t n) {
 
 template <class T>
 void convert_of(bool narrow, const void* in, void* out, int64_t n) {
-  for (int64_t i = 0; i < n; i += W) {
-    int64_t m = n - i < W ? n - i : W;
-    if (narrow) {
-      store((T*)out + i, load((const float*)in + i, m), m);
-    } else {
-      store((float*)out + i, load((const T*)in + i, m), m);
-    }
+  int64_t i = 0;
+  if (narrow) {
+    for (; i + W <= n; i += W) store((T*)out + i, load((const float*)in + i));
+    if (i < n) store((T*)out + i, load((const float*)in + i, n - i), n - i);
+  } else {
+    for (; i + W <= n; i += W) store((float*)out + i, load((const T*)in + i));
+    if (i < n) store((float*)out + i, load((const T*)in + i, n - i), n - i);
   }
 }
 

@@ -49,21 +49,22 @@ VectorView::VectorView(const char* op, const char* name, const MaybeTensor& t, i
 }
 
 PartialSums::PartialSums(const Tensor& x, const MaybeTensor& like, int64_t blocks, int64_t d)
-    : like_(like), blocks_(blocks), d_(d), sums_(like ? empty_1d(blocks * d) : none(x)) {
+    : like_(like), dtype_(like ? like->scalar_type() : x.scalar_type()), blocks_(blocks), d_(d) {
   if (!like) return;
-  data_ = (float*)sums_.mutable_data_ptr();
-  std::memset(data_, 0, blocks * d * sizeof(float));
+  recent_.resize(blocks * d);
+  total_.resize(blocks * d);
 }
 
 Tensor PartialSums::total() const {
-  if (!like_) return sums_;
-  if (blocks_ > 1)
-    for (int64_t b = 1; b < blocks_; ++b)
-      for (int64_t i = 0; i < d_; ++i) data_[i] += data_[b * d_ + i];
-  if (blocks_ == 1 && like_->scalar_type() == ScalarType::Float) return sums_;
+  if (!like_) return empty_1d(0, dtype_);
   Tensor total = empty_1d(d_);
-  std::memcpy(total.mutable_data_ptr(), data_, d_ * sizeof(float));
-  return like_->scalar_type() == ScalarType::Float ? total : torch::stable::to(total, like_->scalar_type());
+  float* sums = (float*)total.mutable_data_ptr();
+  for (int64_t i = 0; i < d_; ++i) {
+    double sum = 0;
+    for (int64_t b = 0; b < blocks_; ++b) sum += total_[b * d_ + i];
+    sums[i] = (float)sum;
+  }
+  return dtype_ == ScalarType::Float ? total : torch::stable::to(total, dtype_);
 }
 
 static std::string cpu_isa() { return isa_name(); }

@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, MaybeTensor w
   a.weight = w.data();
   a.out = dx.mutable_data_ptr();
   a.mean = (float*)mean.mutable_data_ptr(), a.rstd = (float*)rstd.mutable_data_ptr();
-  a.dweight = dweight.data(), a.dbias = dbias.data();
+  a.dweight = dweight.sums(), a.dbias = dbias.sums();
   a.d = rows.d;
   a.stream = worth_streaming(dx, row_bytes, rows.count * row_bytes);
   auto kernel = table().layer_norm_bwd;

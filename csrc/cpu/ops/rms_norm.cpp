@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, MaybeTensor weight, T
   a.x = rows.rows, a.grad = grads.rows;
   a.weight = w.data();
   a.out = dx.mutable_data_ptr();
-  a.rstd = (float*)rstd.mutable_data_ptr(), a.dweight = dweight.data();
+  a.rstd = (float*)rstd.mutable_data_ptr(), a.dweight = dweight.sums();
   a.d = rows.d, a.offset = (float)offset;
   a.stream = worth_streaming(dx, row_bytes, rows.count * row_bytes);
   auto kernel = table().rms_norm_bwd;

@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "table.h"
 
@@ -160,18 +161,20 @@ void parallel_blocks(int64_t blocks, int64_t rows, const F& f) {
   });
 }
 
-// Per-block partial sums of a gradient that all rows share.
+// The gradient of a vector that all rows share.
 class PartialSums {
  public:
+  // `like`: the vector; none where there is none, or where its gradient is not wanted.
   PartialSums(const Tensor& x, const MaybeTensor& like, int64_t blocks, int64_t d);
-  float* data() const { return data_; }  // (blocks, d) zeros; null where there is no such gradient
-  Tensor total() const;                  // summed over the blocks in order, in the dtype of `like`; empty where null
+  ColumnSums sums() { return {recent_.empty() ? nullptr : recent_.data(), total_.data()}; }
+  Tensor total() const;  // summed over the blocks in order, in the dtype of the vector; empty where there is none
 
  private:
   MaybeTensor like_;
+  ScalarType dtype_;
   int64_t blocks_, d_;
-  Tensor sums_;
-  float* data_ = nullptr;
+  std::vector<float> recent_;
+  std::vector<double> total_;
 };
 
 }  // namespace bigkernels

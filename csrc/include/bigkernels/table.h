@@ -19,13 +19,21 @@ struct Rows {
   int64_t stride = 0;
 };
 
+// Sums over rows, one for each column, of the blocks of rows that threads work on: (blocks, d), zeroed by the caller. A
+// few rows are added up in float32 before they go into the total: adding thousands of rows one by one would lose
+// digits.
+struct ColumnSums {
+  float* recent = nullptr;  // null where the gradient is not wanted
+  double* total = nullptr;
+};
+
 struct RmsNorm {
   Rows x, residual, grad, grad_total;  // residual and grad_total: null when absent
   const float* weight = nullptr;       // with the offset added; null: all 1 + offset
   void* out = nullptr;                 // (rows, d) contiguous: y, or dx
   void* total = nullptr;               // x + residual
   float* rstd = nullptr;               // forward: null where no backward follows
-  float* dweight = nullptr;            // (blocks, d) partial sums, zeroed by the caller
+  ColumnSums dweight;
   int64_t d = 0;
   float eps = 0, offset = 0;
   Type type = Type::f32;
@@ -40,8 +48,8 @@ struct LayerNorm {
   void* total = nullptr;
   float* mean = nullptr;
   float* rstd = nullptr;
-  float* dweight = nullptr;
-  float* dbias = nullptr;
+  ColumnSums dweight;
+  ColumnSums dbias;
   int64_t d = 0;
   float eps = 0;
   Type type = Type::f32;

@@ -253,6 +253,18 @@ BK_INLINE void prefetch_ahead(const T* p) {
   if (2 * W * sizeof(T) > 64) prefetch((const char*)p + kAhead + 64);
 }
 
+// Moves what the last rows added up to into the total.
+constexpr int64_t kRowsAtOnce = 16;
+BK_INLINE void settle(const ColumnSums& sums, int64_t block, int64_t d) {
+  if (!sums.recent) return;
+  float* __restrict recent = sums.recent + block * d;
+  double* __restrict total = sums.total + block * d;
+  for (int64_t i = 0; i < d; ++i) {
+    total[i] += recent[i];
+    recent[i] = 0.0f;
+  }
+}
+
 // Orders the streaming stores before what follows.
 BK_INLINE void fence() {
 #if defined(__x86_64__)
