@@ -12,5 +12,7 @@ torch.library.define("bigkernels::cpu_isa", "() -> str")
 # After the definitions: a library only implements schemas that exist.
 cpu_library()
 triton.register()
+for operator in OPERATORS.values():
+    operator.prepare(None)
 
 __all__ = ["OPERATORS", "cross_entropy", "glu", "layer_norm", "rms_norm", "rope", "use"]

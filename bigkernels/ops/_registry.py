@@ -76,12 +76,22 @@ def triton_kernel() -> Implementation:
 class Operator:
     """The registered half of an operator: its raw schemas, its reference, and its ordered implementations."""
 
-    def __init__(self, name: str, *, reference: Callable, implementations: tuple[Implementation, ...] | None = None):
+    def __init__(
+        self,
+        name: str,
+        *,
+        reference: Callable,
+        implementations: tuple[Implementation, ...] | None = None,
+        in_graphs: bool = False,
+    ):
+        """`in_graphs`: whether compiled graphs hold the CPU kernel, where one serves, and not the reference."""
         self.name = name
+        self.in_graphs = in_graphs
         self.reference = reference
         self.implementations = implementations or (cpu_kernel(), triton_kernel())
         self._choices: dict[tuple, str] = {}
         self._on_cpu: dict[tuple, bool] = {}  # (dtype, forced): whether a kernel serves CPU tensors
+        self._in_graphs: tuple[torch.dtype, ...] = ()  # of the CPU tensors for which compiled graphs hold the kernel
         OPERATORS[name] = self
 
     def choose(self, x: Tensor) -> str:
@@ -94,11 +104,13 @@ class Operator:
         """Whether a raw operator serves a call on these tensors.
 
         torch.func transforms and forward-mode differentiation see only through plain PyTorch, so the reference
-        serves them; the compiler gets the reference as well, because it fuses that with its neighbours. Tensors of
-        several devices are left to the reference, whose checks name them.
+        serves them. The compiler gets the reference too, because it fuses that with its neighbours, unless the
+        operator says otherwise. Tensors of several devices are left to the reference, whose checks name them.
         """
         if _is_dynamo_compiling():
-            return _forced is not None and _forced != "reference" and self.choose(x) != "reference"
+            if _forced is None:
+                return x.is_cpu and x.dtype in self._in_graphs
+            return _forced != "reference" and self.choose(x) != "reference"
         if x.is_cpu:
             # Kept short: on one token, what happens here takes as long as the kernel.
             for t in others:
@@ -118,8 +130,13 @@ class Operator:
         """For each implementation, why it cannot serve; None where it can."""
         return {i.name: i.refuses(device, dtype) for i in self.implementations} | {"reference": None}
 
-    def prepare(self, backend: str) -> None:
-        """Make the choices of a forced backend ahead of time: the compiler can read them, not make them."""
+    def prepare(self, backend: str | None) -> None:
+        """Choose for a forced backend, or for none, ahead of time: the compiler can read them, not make them."""
+        if backend is None:
+            if self.in_graphs:
+                served = (d for d in KERNEL_DTYPES if any(i.refuses("cpu", d) is None for i in self.implementations))
+                self._in_graphs = tuple(served)
+            return
         for i in self.implementations:
             for dtype in i.dtypes:
                 if i.name == backend and i.refuses(i.device, dtype) is None:

@@ -29,8 +29,7 @@ def test_activations_at_the_ends_of_the_line(activation, dtype):
     exact_grad, grad = torch.autograd.grad(exact.sum(), wide)[0], torch.autograd.grad(out.sum(), gate)[0]
     for found, expected in ((out, exact.to(dtype)), (grad, exact_grad.to(dtype))):
         for value, f, e in zip(values.tolist(), found.tolist(), expected.tolist(), strict=True):
-            # -inf has no value by the formula x * s(x), and slopes have none at infinities and NaN; PyTorch gives NaN, 0 or
-            # 1 there, depending on the activation.
+            # No value by the formula x * s(x) at -inf, and no slope at infinities and NaN: PyTorch gives NaN, 0 or 1.
             if value != -INF and (found is out or math.isfinite(value)):
                 assert f == pytest.approx(e, rel=2e-2, abs=1e-6, nan_ok=True), (activation, value)
     assert out[0].isnan()

@@ -53,7 +53,7 @@ def agree(call, tensors: dict[str, Tensor], grads: tuple[str, ...]) -> None:
 
     exact = run({n: v.double() if v.is_floating_point() else v for n, v in tensors.items()}, "reference")
     for ours, plain, wide in zip(run(tensors, "cpu"), run(tensors, "reference"), exact, strict=True):
-        # Of a few values PyTorch may by chance get all nearly exact: eight roundings are what sums of this size may lose.
+        # Of a few values PyTorch may by chance get all nearly exact: eight roundings are what such sums may lose.
         result = compare(ours, plain, wide, roundings=8)
         assert result.ok, result
 
@@ -96,8 +96,8 @@ def test_glu(lead, n, dtype, layout, other, activation, seed):
 
 
 @FEW
-@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(1, 9), st.integers(1, 40), st.integers(1, 40),
-       dtypes, layouts, st.booleans(), st.booleans(), st.booleans(), seeds)  # fmt: skip
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(1, 9), st.integers(1, 40),
+       st.integers(1, 40), dtypes, layouts, st.booleans(), st.booleans(), st.booleans(), seeds)  # fmt: skip
 def test_rope(batch, q_heads, k_heads, length, half, rest, dtype, layout, heads_last, interleaved, per_batch, seed):
     torch.manual_seed(seed)
     d, rotary = 2 * half + rest, 2 * half

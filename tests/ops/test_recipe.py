@@ -147,7 +147,7 @@ def test_opcheck(sample: Sample, library):
         assert fake["test_faketensor"] == "SUCCESS"
 
 
-@pytest.mark.parametrize("backend", [None, "cpu"], ids=["reference to the compiler", "kernel in the graph"])
+@pytest.mark.parametrize("backend", [None, "cpu", "reference"])
 @pytest.mark.parametrize("sample", COMPILED, ids=named)
 def test_compile_full_graph(sample: Sample, backend: str | None, library):
     inputs = sample.inputs(torch.float32)
