@@ -12,9 +12,10 @@ import resource, sys, torch, bigkernels
 if sys.argv[1] == "reuse":
     print(bigkernels.reuse_memory())
 x = torch.ones(80 << 20, dtype=torch.uint8)  # beyond the largest block that glibc keeps by itself
-x.clone(), x.clone()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
+    x.clone()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
     x.clone()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -31,4 +32,4 @@ def test_large_tensors_take_over_freed_pages():
     if not took:
         pytest.skip("the C library here is not glibc")
     _, fresh = page_faults("not")
-    assert faults < fresh / 10, (faults, fresh)
+    assert faults < fresh / 4, (faults, fresh)  # the heap may still grow once

@@ -17,6 +17,8 @@ from bigkernels.ops.glu import ACTIVATIONS
 pytestmark = pytest.mark.usefixtures("library")
 FEW = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
+EPS = torch.finfo(torch.float32).eps
+
 dtypes = st.sampled_from(KERNEL_DTYPES)
 sizes = st.integers(0, 70) | st.sampled_from([1, 15, 16, 17, 31, 33, 64, 127, 576, 1025])
 leading = st.lists(st.integers(1, 5), max_size=3)
@@ -38,8 +40,11 @@ def view(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
 layouts = st.sampled_from(["contiguous", "transposed", "sliced", "expanded"])
 
 
-def agree(call, tensors: dict[str, Tensor], grads: tuple[str, ...]) -> None:
-    """Outputs and gradients of the kernels against the references, by the package's criterion."""
+def agree(call, tensors: dict[str, Tensor], grads: tuple[str, ...], scale: float = 0.0) -> None:
+    """Outputs and gradients of the kernels against the references, by the package's criterion.
+
+    `scale`: of the terms that cancel in a result; their rounding in float32 is allowed whatever the result is.
+    """
 
     def run(values, backend):
         leaves = {n: v.detach().requires_grad_(n in grads) for n, v in values.items()}
@@ -55,7 +60,7 @@ def agree(call, tensors: dict[str, Tensor], grads: tuple[str, ...]) -> None:
     for ours, plain, wide in zip(run(tensors, "cpu"), run(tensors, "reference"), exact, strict=True):
         # Of a few values PyTorch may by chance get all nearly exact: eight roundings are what such sums may lose.
         result = compare(ours, plain, wide, roundings=8)
-        assert result.ok, result
+        assert result.problem is None and result.error <= result.bound + 4 * EPS * scale, result
 
 
 @FEW
@@ -127,4 +132,4 @@ def test_cross_entropy(
     if weights:
         tensors["token_weight"] = torch.rand(tokens).to(dtype) + 0.5
     options = {"reduction": reduction, "label_smoothing": smoothing, "z_loss": z_loss, "softcap": softcap}
-    agree(lambda **t: B.cross_entropy(**t, **options, focal_gamma=gamma), tensors, ("logits",))
+    agree(lambda **t: B.cross_entropy(**t, **options, focal_gamma=gamma), tensors, ("logits",), scale=1.0)

@@ -180,8 +180,9 @@ void backward(const CrossEntropy& a, int64_t begin, int64_t end) {
                                   : (smoothing > 0 ? gradient_row<T, false, true> : gradient_row<T, false, false>);
     gradient(row, out, a, shift, g * alpha * scale, g * beta);
     float slope = a.softcap > 0 ? 1.0f - (z / a.softcap) * (z / a.softcap) : 1.0f;
-    // alpha p - kappa, written so that a confident token keeps its digits.
-    float d = g * slope * ((alpha - kappa) - alpha * missing - beta * w);
+    // alpha p - kappa: by 1 - p where p is near 1, so that a confident token keeps its digits.
+    float pulled = missing < 0.5f ? (alpha - kappa) - alpha * missing : alpha * __builtin_expf(-nll) - kappa;
+    float d = g * slope * (pulled - beta * w);
     store(out + y, splat(d), 1);
   }
   if (a.stream) fence();
