@@ -74,20 +74,18 @@ def triton_kernel() -> Implementation:
 
 
 class Operator:
-    """The registered half of an operator: its raw schemas, its reference, and its ordered implementations."""
+    """The registered half of an operator: its name and its ordered implementations, before the reference."""
 
     def __init__(
         self,
         name: str,
         *,
-        reference: Callable,
         implementations: tuple[Implementation, ...] | None = None,
         in_graphs: bool = False,
     ):
         """`in_graphs`: whether compiled graphs hold the CPU kernel, where one serves, and not the reference."""
         self.name = name
         self.in_graphs = in_graphs
-        self.reference = reference
         self.implementations = implementations or (cpu_kernel(), triton_kernel())
         self._choices: dict[tuple, str] = {}
         self._on_cpu: dict[tuple, bool] = {}  # (dtype, forced): whether a kernel serves CPU tensors

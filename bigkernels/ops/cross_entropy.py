@@ -179,7 +179,7 @@ def _with_defaults(logits, target, *given):
 
 # Logits come from a matrix product and the loss is a number: the compiler has nothing to fuse it with, and makes three
 # times as slow a loop of the reference, with several copies of the logits.
-OPERATOR = Operator("cross_entropy", reference=cross_entropy, in_graphs=True)
+OPERATOR = Operator("cross_entropy", in_graphs=True)
 _OPTIONS = "int ignore_index, int reduction, float label_smoothing, float z_loss, float softcap, float focal_gamma"
 _fwd = define(
     f"cross_entropy_fwd(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, {_OPTIONS})"

@@ -83,7 +83,7 @@ def _bwd_fake(grad, gate, up, activation):
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
-OPERATOR = Operator("glu", reference=glu)
+OPERATOR = Operator("glu")
 _fwd = define("glu_fwd(Tensor gate, Tensor up, int activation) -> Tensor", _fwd_fake, _fwd_fallback)
 _bwd = define(
     "glu_bwd(Tensor grad, Tensor gate, Tensor up, int activation) -> (Tensor, Tensor)", _bwd_fake, _bwd_fallback

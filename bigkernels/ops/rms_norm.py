@@ -105,7 +105,7 @@ def _bwd_fake(grad, x, weight, rstd, grad_total, offset):
     return x.new_empty(x.shape), x.new_empty(0) if weight is None else torch.empty_like(weight)
 
 
-OPERATOR = Operator("rms_norm", reference=rms_norm)
+OPERATOR = Operator("rms_norm")
 _fwd = define(
     "rms_norm_fwd(Tensor x, Tensor? weight, Tensor? residual, float eps, float offset) -> (Tensor, Tensor, Tensor)",
     _fwd_fake, _fwd_fallback,

@@ -76,10 +76,6 @@ def _rotate(x, interleaved):
     return torch.cat((-b, a), -1)
 
 
-def _rotate_inverse(x, interleaved):
-    return -_rotate(x, interleaved)
-
-
 def _apply(x, cos, sin, interleaved, inverse=False):
     rotary = cos.shape[-1]
     wide = compute_dtype(x.dtype)
@@ -121,7 +117,7 @@ def _fake(q, k, cos, sin, interleaved):
     return _empty(q), _empty(k)
 
 
-OPERATOR = Operator("rope", reference=rope)
+OPERATOR = Operator("rope")
 _fwd = define("rope_fwd(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)",
               _fake, _fwd_fallback)  # fmt: skip
 _bwd = define("rope_bwd(Tensor grad_q, Tensor grad_k, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)",
