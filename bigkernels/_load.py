@@ -40,8 +40,13 @@ def cpu_library() -> Library:
 @functools.cache
 def triton_unavailable() -> str | None:
     """Why Triton kernels cannot run in this process; None if they can."""
-    if not torch.cuda.is_available():
-        return "no CUDA device"
+    return triton_missing() if torch.cuda.is_available() else "no CUDA device"
+
+
+def triton_missing() -> str | None:
+    """Why this installation cannot run Triton kernels, whatever the machine has; asks no driver."""
+    if not torch.backends.cuda.is_built():
+        return "this torch is built without CUDA"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None

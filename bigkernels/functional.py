@@ -1,9 +1,11 @@
 """The operators as functions."""
 
+from .ops.attention import attention
 from .ops.cross_entropy import cross_entropy
 from .ops.glu import glu
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
 from .ops.rope import rope
+from .ops.varlen_attention import varlen_attention
 
-__all__ = ["cross_entropy", "glu", "layer_norm", "rms_norm", "rope"]
+__all__ = ["attention", "cross_entropy", "glu", "layer_norm", "rms_norm", "rope", "varlen_attention"]

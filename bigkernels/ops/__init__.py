@@ -4,7 +4,7 @@ import torch
 
 from .. import triton
 from .._load import cpu_library
-from . import cross_entropy, glu, layer_norm, rms_norm, rope
+from . import attention, cross_entropy, glu, layer_norm, rms_norm, rope, varlen_attention
 from ._registry import OPERATORS, use
 
 torch.library.define("bigkernels::cpu_isa", "() -> str")
@@ -15,4 +15,14 @@ triton.register()
 for operator in OPERATORS.values():
     operator.prepare(None)
 
-__all__ = ["OPERATORS", "cross_entropy", "glu", "layer_norm", "rms_norm", "rope", "use"]
+__all__ = [
+    "OPERATORS",
+    "attention",
+    "cross_entropy",
+    "glu",
+    "layer_norm",
+    "rms_norm",
+    "rope",
+    "use",
+    "varlen_attention",
+]

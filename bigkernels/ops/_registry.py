@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._load import cpu_library, triton_unavailable
+from .._load import cpu_library, triton_missing, triton_unavailable
 
 log = logging.getLogger("bigkernels")
 _LOG_CHOICES = os.environ.get("BIGKERNELS_LOG", "0") not in ("", "0")
@@ -83,13 +83,14 @@ class Operator:
         implementations: tuple[Implementation, ...] | None = None,
         in_graphs: bool = False,
     ):
-        """`in_graphs`: whether compiled graphs hold the CPU kernel, where one serves, and not the reference."""
+        """`in_graphs`: whether compiled graphs hold the kernel, where one serves, and not the reference."""
         self.name = name
         self.in_graphs = in_graphs
         self.implementations = implementations or (cpu_kernel(), triton_kernel())
         self._choices: dict[tuple, str] = {}
         self._on_cpu: dict[tuple, bool] = {}  # (dtype, forced): whether a kernel serves CPU tensors
-        self._in_graphs: tuple[torch.dtype, ...] = ()  # of the CPU tensors for which compiled graphs hold the kernel
+        # (device, dtype) of the tensors for which compiled graphs hold the kernel.
+        self._in_graphs: tuple[tuple[str, torch.dtype], ...] = ()
         OPERATORS[name] = self
 
     def choose(self, x: Tensor) -> str:
@@ -107,7 +108,7 @@ class Operator:
         """
         if _is_dynamo_compiling():
             if _forced is None:
-                return x.is_cpu and x.dtype in self._in_graphs
+                return (x.device.type, x.dtype) in self._in_graphs
             return _forced != "reference" and self.choose(x) != "reference"
         if x.is_cpu:
             # Kept short: on one token, what happens here takes as long as the kernel.
@@ -132,8 +133,13 @@ class Operator:
         """Choose for a forced backend, or for none, ahead of time: the compiler can read them, not make them."""
         if backend is None:
             if self.in_graphs:
-                served = (d for d in KERNEL_DTYPES if any(i.refuses("cpu", d) is None for i in self.implementations))
-                self._in_graphs = tuple(served)
+                self._in_graphs = tuple(
+                    (i.device, dtype)
+                    for i in self.implementations
+                    for dtype in i.dtypes
+                    # Asking for a GPU here would initialise its driver; a tensor on one is answer enough.
+                    if (triton_missing() if i.name == "triton" else i.unavailable()) is None
+                )
             return
         for i in self.implementations:
             for dtype in i.dtypes:

@@ -12,7 +12,8 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from bigkernels import functional, use
 from bigkernels._compare import compare_all, worst
-from bigkernels._samples import SAMPLES, Sample, _norm_inputs, widen
+from bigkernels._samples import SAMPLES, Sample, widen
+from bigkernels._samples.rows import norm_inputs
 from bigkernels.ops import OPERATORS, cross_entropy
 from bigkernels.ops._registry import Implementation
 from bigkernels.triton import OPERATORS as KERNELS
@@ -42,7 +43,7 @@ def launchers_serve_cpu_tensors():
 def _large_norms(operator: str, parameters: str) -> list[Sample]:
     """More rows than a wave of programs, and rows that do not fit the registers: backward, and then forward too."""
     return [
-        Sample(operator, f"{rows} x {size}{extra}", _norm_inputs(names, (rows, size)), {}, tuple(names.split()))
+        Sample(operator, f"{rows} x {size}{extra}", norm_inputs(names, (rows, size)), {}, tuple(names.split()))
         for rows, size, extra in ((600, 48, ""), (11, 4099, ""), (3, 8208, ""), (3, 16999, " residual"), (2, 16999, ""))
         for names in (f"x {parameters}{extra}",)
     ]

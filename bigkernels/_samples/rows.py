@@ -1,121 +1,20 @@
-"""Small sample inputs of every operator: what `bigkernels check` and the tests run.
-
-They cover every option, odd sizes, empty tensors and strided inputs. A new operator adds one entry to `SAMPLES`.
-"""
+"""Samples of the row operators: norms, rotary embedding, gated units and the cross entropy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from . import functional
-from .ops import use
-from .ops.glu import ACTIVATIONS
-
-
-class Draw:
-    """Draws tensors; the same seed gives the same values on every device, up to the rounding of the dtype."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0):
-        self.dtype, self.device = dtype, torch.device(device)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
-        values = torch.randn(shape, generator=self.generator, dtype=torch.float32)
-        return (values * scale + mean).to(self.device, self.dtype)
-
-    def positive(self, *shape: int) -> Tensor:
-        return (torch.rand(shape, generator=self.generator) + 0.25).to(self.device, self.dtype)
-
-    def integers(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.randint(high, shape, generator=self.generator, dtype=dtype).to(self.device)
-
-    def angles(self, batch: int, length: int, rotary: int, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:
-        """cos and sin (batch, length, rotary) as models make them: positions from 0, another start a batch."""
-        position = torch.arange(length)[None, :] + 7 * torch.arange(batch)[:, None]
-        rate = 10000.0 ** (-torch.arange(0, rotary, 2) / rotary)
-        half = position[..., None].double() * rate.double()
-        both = half.repeat_interleave(2, -1) if interleaved else torch.cat((half, half), -1)
-        return both.cos().to(self.device, self.dtype), both.sin().to(self.device, self.dtype)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One call of a public function.
-
-    Attributes:
-        name: what is special about the case.
-        make: draws the tensor arguments, by name.
-        options: the other arguments.
-        differentiable: the arguments that get gradients.
-    """
-
-    operator: str
-    name: str
-    make: Callable[[Draw], dict[str, Tensor]]
-    options: dict[str, object] = field(default_factory=dict)
-    differentiable: tuple[str, ...] = ()
-
-    def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Tensor]:
-        return self.make(Draw(dtype, device, seed))
-
-    def call(self, inputs: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
-        """The public function on `inputs`."""
-        return getattr(functional, self.operator)(**inputs, **self.options)
-
-    def results(
-        self, inputs: dict[str, Tensor], *, backend: str | None = None, seed: int = 1, backward: bool = True
-    ) -> dict[str, Tensor]:
-        """Outputs ("out0", ...) and, with `backward`, gradients ("grad x", ...), the upstream gradients being random.
-
-        Args:
-            backend: forced by `bigkernels.use`; None lets the operator choose.
-            seed: of the upstream gradients: rounded to 16 bits, so that every dtype gets the same ones.
-        """
-        leaves = {k: t.detach() for k, t in inputs.items()}
-        if backward:
-            leaves |= {name: leaves[name].requires_grad_() for name in self.differentiable}
-        with use(backend) if backend else nullcontext(), torch.set_grad_enabled(backward):
-            outputs = self.call(leaves)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            found = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
-            if backward and self.differentiable:
-                draw = Draw(torch.float32, outputs[0].device, seed)
-                upstream = [_coarse(draw.normal(*out.shape)).to(out.dtype) for out in outputs]
-                grads = torch.autograd.grad(outputs, [leaves[n] for n in self.differentiable], upstream)
-                found |= {f"grad {n}": g for n, g in zip(self.differentiable, grads, strict=True)}
-        return found
-
-
-def _coarse(values: Tensor) -> Tensor:
-    """Values that bfloat16 and float16 both hold exactly."""
-    return (values * 16).round().clamp(-127, 127) / 16
-
-
-def widen(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same values in float64; integers as they are."""
-    return {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
-
-
-def _strided(t: Tensor) -> Tensor:
-    """The same values as every second element of a wider tensor."""
-    return torch.stack((t, torch.full_like(t, float("nan"))), -1)[..., 0]
-
-
-def _rows_strided(t: Tensor) -> Tensor:
-    """The same values as the first columns of a wider matrix."""
-    return torch.cat((t, torch.full_like(t[..., :3], float("nan"))), -1)[..., : t.shape[-1]]
-
+from ..ops.glu import ACTIVATIONS
+from ._sample import Draw, Sample, rows_strided, strided
 
 _NORM_SHAPES = {"one row": (1, 64), "odd": (5, 3, 129), "one element": (1, 1), "one dimension": (33,), "empty": (0, 16),
                 "long": (3, 5000), "many rows": (131, 48)}  # fmt: skip
 
 
-def _norm_inputs(names: str, shape: tuple[int, ...], arrange=lambda t: t) -> Callable[[Draw], dict[str, Tensor]]:
+def norm_inputs(names: str, shape: tuple[int, ...], arrange=lambda t: t) -> Callable[[Draw], dict[str, Tensor]]:
     def make(draw: Draw) -> dict[str, Tensor]:
         made = {}
         for name in names.split():
@@ -130,7 +29,7 @@ def _norm_inputs(names: str, shape: tuple[int, ...], arrange=lambda t: t) -> Cal
 
 def _norm(operator: str, parameters: str) -> list[Sample]:
     def sample(name, names, shape, options=None, arrange=lambda t: t):
-        make = _norm_inputs(names, shape, arrange)
+        make = norm_inputs(names, shape, arrange)
         return Sample(operator, name, make, options or {}, tuple(names.split()))
 
     return [
@@ -139,8 +38,8 @@ def _norm(operator: str, parameters: str) -> list[Sample]:
         sample("residual", f"x {parameters} residual", (6, 257)),
         sample("residual, no weight", "x residual", (2, 3, 40)),
         sample("eps", f"x {parameters}", (4, 32), {"eps": 0.1}),
-        sample("strided elements", f"x {parameters}", (9, 70), arrange=_strided),
-        sample("strided rows, residual", f"x {parameters} residual", (9, 70), arrange=_rows_strided),
+        sample("strided elements", f"x {parameters}", (9, 70), arrange=strided),
+        sample("strided rows, residual", f"x {parameters} residual", (9, 70), arrange=rows_strided),
         sample("transposed", f"x {parameters}", (9, 70), arrange=lambda t: t.t().contiguous().t()),
     ]
 
@@ -149,19 +48,19 @@ def _mixed_weight(draw: Draw) -> dict[str, Tensor]:
     return {"x": draw.normal(11, 80), "weight": draw.normal(80, mean=1.0).float()}
 
 
-_RMS_NORM = [
+RMS_NORM = [
     *_norm("rms_norm", "weight"),
-    Sample("rms_norm", "offset", _norm_inputs("x weight", (5, 64)), {"offset": 1.0}, ("x", "weight")),
-    Sample("rms_norm", "offset, no weight", _norm_inputs("x", (5, 64)), {"offset": 1.0}, ("x",)),
-    Sample("rms_norm", "offset and residual", _norm_inputs("x weight residual", (5, 65)), {"offset": 1.0},
+    Sample("rms_norm", "offset", norm_inputs("x weight", (5, 64)), {"offset": 1.0}, ("x", "weight")),
+    Sample("rms_norm", "offset, no weight", norm_inputs("x", (5, 64)), {"offset": 1.0}, ("x",)),
+    Sample("rms_norm", "offset and residual", norm_inputs("x weight residual", (5, 65)), {"offset": 1.0},
            ("x", "weight", "residual")),
     Sample("rms_norm", "float32 weight", _mixed_weight, {}, ("x", "weight")),
 ]  # fmt: skip
 
-_LAYER_NORM = [
+LAYER_NORM = [
     *_norm("layer_norm", "weight bias"),
-    Sample("layer_norm", "weight alone", _norm_inputs("x weight", (5, 64)), {}, ("x", "weight")),
-    Sample("layer_norm", "bias alone", _norm_inputs("x bias", (5, 64)), {}, ("x", "bias")),
+    Sample("layer_norm", "weight alone", norm_inputs("x weight", (5, 64)), {}, ("x", "weight")),
+    Sample("layer_norm", "bias alone", norm_inputs("x bias", (5, 64)), {}, ("x", "bias")),
     Sample("layer_norm", "far from zero", lambda d: {"x": d.normal(6, 200, mean=100.0)}, {}, ("x",)),
     Sample("layer_norm", "float32 weight", _mixed_weight, {}, ("x", "weight")),
 ]
@@ -183,7 +82,7 @@ def _rope(
     return Sample("rope", name, make, {"interleaved": interleaved}, ("q", "k"))
 
 
-_ROPE = [
+ROPE = [
     _rope("halves", 2, 4, 4, 9, 64),
     _rope("grouped heads", 1, 9, 3, 17, 64, heads_last=True),
     _rope("prime heads", 2, 7, 1, 5, 32),
@@ -195,7 +94,7 @@ _ROPE = [
     _rope("odd half", 1, 3, 2, 5, 38, rotary=26),
     _rope("one token", 4, 9, 3, 1, 64),
     _rope("empty", 1, 2, 2, 0, 16),
-    _rope("strided elements", 2, 3, 1, 5, 32, arrange=_strided),
+    _rope("strided elements", 2, 3, 1, 5, 32, arrange=strided),
 ]
 
 
@@ -213,14 +112,14 @@ def _extreme(draw: Draw) -> dict[str, Tensor]:
     return {"gate": gate, "up": draw.normal(9)}
 
 
-_GLU = [
+GLU = [
     *(
         Sample("glu", f"{activation}{suffix}", make, {"activation": activation}, ("gate", "up"))
         for activation in ACTIVATIONS
         for suffix, make in (("", _glu_inputs(7, 129)), (", extreme", _extreme))
     ),
     Sample("glu", "halves of a packed projection", _packed, {}, ("gate", "up")),
-    Sample("glu", "strided elements", _glu_inputs(3, 40, arrange=_strided), {}, ("gate", "up")),
+    Sample("glu", "strided elements", _glu_inputs(3, 40, arrange=strided), {}, ("gate", "up")),
     Sample("glu", "empty", _glu_inputs(2, 0, 8), {}, ("gate", "up")),
     Sample("glu", "one element", _glu_inputs(1), {}, ("gate", "up")),
     Sample("glu", "long", _glu_inputs(3, 20011), {}, ("gate", "up")),
@@ -247,7 +146,7 @@ def _ce(
     return Sample("cross_entropy", name, make, options, ("logits",))
 
 
-_CROSS_ENTROPY = [
+CROSS_ENTROPY = [
     *(_ce(f"reduction {r}", reduction=r) for r in ("mean", "sum", "none")),
     _ce("ignored tokens", ignore=-100),
     _ce("another ignore_index", ignore=5, ignore_index=5),
@@ -269,14 +168,6 @@ _CROSS_ENTROPY = [
     _ce("large vocabulary", 3, 32003),
     _ce("confident", scale=30.0),
     _ce("no tokens", 0, 50, reduction="sum"),
-    _ce("strided rows", arrange=_rows_strided),
-    _ce("strided elements", arrange=_strided),
+    _ce("strided rows", arrange=rows_strided),
+    _ce("strided elements", arrange=strided),
 ]  # fmt: skip
-
-SAMPLES: dict[str, list[Sample]] = {
-    "rms_norm": _RMS_NORM,
-    "layer_norm": _LAYER_NORM,
-    "rope": _ROPE,
-    "glu": _GLU,
-    "cross_entropy": _CROSS_ENTROPY,
-}

@@ -1,0 +1,19 @@
+"""Small sample inputs of every operator: what `bigkernels check` and the tests run.
+
+They cover every option, odd sizes, empty tensors and strided inputs. A new operator adds one entry to `SAMPLES`.
+"""
+
+from . import attention, rows
+from ._sample import Draw, Sample, widen
+
+SAMPLES: dict[str, list[Sample]] = {
+    "rms_norm": rows.RMS_NORM,
+    "layer_norm": rows.LAYER_NORM,
+    "rope": rows.ROPE,
+    "glu": rows.GLU,
+    "cross_entropy": rows.CROSS_ENTROPY,
+    "attention": attention.ATTENTION,
+    "varlen_attention": attention.VARLEN_ATTENTION,
+}
+
+__all__ = ["SAMPLES", "Draw", "Sample", "widen"]
