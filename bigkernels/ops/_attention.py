@@ -153,7 +153,7 @@ def attend(
     sinks: Tensor | None, prefix: Tensor | None, keep: Tensor | None, left: int, right: int, scale: float,
     softcap: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The reference, which holds all scores: q (B, H, Sq, D), k and v (B, Hk, Sk, D) to (out, lse) in the wide dtype."""
+    """The reference, which holds all scores. q (B, H, Sq, D), k and v (B, Hk, Sk, D); (out, lse) in the wide dtype."""
     wide = compute_dtype(q.dtype)
     batch, heads, queries, size = q.shape
     groups, keys = k.shape[1], k.shape[2]

@@ -33,8 +33,8 @@ def varlen_attention(
     """`attention` within each of N packed sequences; no query sees another sequence.
 
     Sequence n has the queries ``q[cu_seqlens_q[n] : cu_seqlens_q[n + 1]]`` and the keys and values as
-    `cu_seqlens_k` has them. Lengths may differ between queries and keys (the last query is aligned to the last key) and may be
-    zero. The options are those of `attention`. On a GPU the lengths are never read by the host.
+    `cu_seqlens_k` has them. Lengths may differ between queries and keys (the last query is aligned to the last key)
+    and may be zero. The options are those of `attention`. On a GPU the lengths are never read by the host.
 
     Args:
         q: (Tq, H, D), floating.
