@@ -2,10 +2,21 @@
 
 from .ops.attention import attention
 from .ops.cross_entropy import cross_entropy
+from .ops.decode_attention import append_kv_, decode_attention
 from .ops.glu import glu
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
 from .ops.rope import rope
 from .ops.varlen_attention import varlen_attention
 
-__all__ = ["attention", "cross_entropy", "glu", "layer_norm", "rms_norm", "rope", "varlen_attention"]
+__all__ = [
+    "append_kv_",
+    "attention",
+    "cross_entropy",
+    "decode_attention",
+    "glu",
+    "layer_norm",
+    "rms_norm",
+    "rope",
+    "varlen_attention",
+]

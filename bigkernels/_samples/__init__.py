@@ -3,7 +3,7 @@
 They cover every option, odd sizes, empty tensors and strided inputs. A new operator adds one entry to `SAMPLES`.
 """
 
-from . import attention, rows
+from . import attention, decode_attention, rows
 from ._sample import Draw, Sample, widen
 
 SAMPLES: dict[str, list[Sample]] = {
@@ -14,6 +14,7 @@ SAMPLES: dict[str, list[Sample]] = {
     "cross_entropy": rows.CROSS_ENTROPY,
     "attention": attention.ATTENTION,
     "varlen_attention": attention.VARLEN_ATTENTION,
+    "decode_attention": decode_attention.DECODE_ATTENTION,
 }
 
 __all__ = ["SAMPLES", "Draw", "Sample", "widen"]

@@ -48,6 +48,7 @@ class Sample:
         make: draws the tensor arguments, by name.
         options: the other arguments.
         differentiable: the arguments that get gradients.
+        written: the arguments that the function writes; each call gets copies of them.
     """
 
     operator: str
@@ -55,6 +56,7 @@ class Sample:
     make: Callable[[Draw], dict[str, Tensor]]
     options: dict[str, object] = field(default_factory=dict)
     differentiable: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
 
     def with_options(self, **options: object) -> Sample:
         return replace(self, options=self.options | options)
@@ -66,6 +68,7 @@ class Sample:
         """The public function on `inputs`. What it draws, it draws anew in each call, the same in each."""
         if self.options.get("dropout_p"):
             torch.manual_seed(0)
+        inputs = inputs | {name: inputs[name].clone() for name in self.written}
         return getattr(functional, self.operator)(**inputs, **self.options)
 
     def results(

@@ -4,7 +4,7 @@ import torch
 
 from .. import triton
 from .._load import cpu_library
-from . import attention, cross_entropy, glu, layer_norm, rms_norm, rope, varlen_attention
+from . import attention, cross_entropy, decode_attention, glu, layer_norm, rms_norm, rope, varlen_attention
 from ._registry import OPERATORS, use
 
 torch.library.define("bigkernels::cpu_isa", "() -> str")
@@ -19,6 +19,7 @@ __all__ = [
     "OPERATORS",
     "attention",
     "cross_entropy",
+    "decode_attention",
     "glu",
     "layer_norm",
     "rms_norm",

@@ -17,7 +17,11 @@ from bigkernels.ops._registry import KERNEL_DTYPES
 ALL = [sample for samples in SAMPLES.values() for sample in samples]
 SMALL = [s for s in ALL if s.name not in ("long", "large vocabulary", "many rows")]
 # One plain call of each operator, for what does not depend on shapes and options.
-PLAIN = [next(s for s in samples if s.differentiable) for samples in SAMPLES.values()]
+PLAIN = [next((s for s in samples if s.differentiable), samples[0]) for samples in SAMPLES.values()]
+# Of operators with a backward kernel.
+TRAINED = [s for s in PLAIN if s.differentiable]
+# The raw operators in an operator's module; each module has some of them.
+RAW = ("_fwd", "_bwd", "_infer", "_append")
 # And some that make other graphs.
 COMPILED = PLAIN + [s for s in ALL if s.name in ("residual", "interleaved, partial", "everything")]
 
@@ -95,8 +99,9 @@ def test_fallbacks_of_the_raw_operators(sample: Sample, monkeypatch):
     inputs = sample.inputs(torch.float32)
     exact = sample.results(widen(inputs), backend="reference")
     plain = sample.results(inputs, backend="reference")
-    for name in ("_fwd", "_bwd"):
-        monkeypatch.setattr(module, name, getattr(module, f"{name}_fallback"))
+    for name in RAW:
+        if hasattr(module, f"{name}_fallback"):
+            monkeypatch.setattr(module, name, getattr(module, f"{name}_fallback"))
     found = sample.results(inputs, backend="cpu")
     wrong = {name: str(c) for name, c in compare_all(found, plain, exact, roundings=8).items() if not c.ok}
     assert not wrong
@@ -117,7 +122,7 @@ def raw_calls(sample: Sample, dtype: torch.dtype) -> list[tuple]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_fwd", "_bwd", "_infer"):
+        for name in RAW:
             if hasattr(module, name):
                 patch.setattr(module, name, record(name))
         sample.results(sample.inputs(dtype), backend="cpu")
@@ -130,13 +135,12 @@ def test_the_form_without_backward_has_a_fallback_too(sample: Sample):
     op = getattr(torch.ops.bigkernels, sample.operator, None)
     if op is None:
         pytest.skip("this operator's forward returns nothing but its output")
-    inputs = sample.inputs(torch.float32)
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
-    args = (
-        list(inputs.values()) + ({"rms_norm": [1e-6, 0.0], "layer_norm": [1e-5], "cross_entropy": []}[sample.operator])
-    )
+    args = next(args for called, args in raw_calls(sample, torch.float32) if called is op.default)
     found = op.default.redispatch(keys, *args)
-    torch.testing.assert_close(found, sample.results(inputs, backend="reference", backward=False)["out0"])
+    out = found[0] if isinstance(found, tuple) else found
+    expected = sample.results(sample.inputs(torch.float32), backend="reference", backward=False)
+    torch.testing.assert_close(out, expected["out0"])
 
 
 @pytest.mark.parametrize("sample", ALL, ids=named)
@@ -166,6 +170,10 @@ def test_compile_dynamic_shapes_make_one_graph(sample: Sample, library):
     elif sample.operator == "rope":
         sizes = [{"q": torch.randn(2, 3, n, 16), "k": torch.randn(2, 1, n, 16), "cos": torch.randn(1, n, 16),
                   "sin": torch.randn(1, n, 16)} for n in (5, 7, 11)]  # fmt: skip
+    elif sample.operator == "decode_attention":
+        lengths = torch.tensor([4, 5], dtype=torch.int32)
+        sizes = [{"q": torch.randn(2, 4, 2, 16), "k_cache": torch.randn(2, n, 2, 16),
+                  "v_cache": torch.randn(2, n, 2, 16), "cache_seqlens": lengths} for n in (5, 7, 11)]  # fmt: skip
     else:
         inputs = sample.inputs(torch.float32)
         rows = {"x", "gate", "up"}
@@ -224,7 +232,7 @@ def test_use_rejects_unknown_backends_and_restores():
     assert operator.choose(torch.empty(1)) == before
 
 
-@pytest.mark.parametrize("sample", PLAIN, ids=named)
+@pytest.mark.parametrize("sample", TRAINED, ids=named)
 def test_torch_func_sees_through(sample: Sample):
     inputs = sample.inputs(torch.float32)
     name = sample.differentiable[0]
@@ -244,7 +252,7 @@ def test_torch_func_sees_through(sample: Sample):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("sample", PLAIN, ids=named)
+@pytest.mark.parametrize("sample", TRAINED, ids=named)
 def test_activation_checkpointing(sample: Sample, reentrant: bool, library):
     inputs = sample.inputs(torch.float32)
     names = sample.differentiable
@@ -262,7 +270,7 @@ def test_activation_checkpointing(sample: Sample, reentrant: bool, library):
         assert torch.equal(leaf.grad, grad)
 
 
-@pytest.mark.parametrize("sample", PLAIN, ids=named)
+@pytest.mark.parametrize("sample", TRAINED, ids=named)
 def test_backward_twice_through_a_retained_graph(sample: Sample, library):
     inputs = sample.inputs(torch.float32)
     leaves = {k: t.detach().requires_grad_(k in sample.differentiable) for k, t in inputs.items()}
@@ -274,7 +282,7 @@ def test_backward_twice_through_a_retained_graph(sample: Sample, library):
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("sample", PLAIN, ids=named)
+@pytest.mark.parametrize("sample", TRAINED, ids=named)
 def test_second_derivatives_are_refused(sample: Sample, library):
     inputs = sample.inputs(torch.float32)
     leaves = {k: t.detach().requires_grad_(k in sample.differentiable) for k, t in inputs.items()}
