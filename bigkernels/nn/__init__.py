@@ -1,9 +1,11 @@
 """Drop-in modules over the operators."""
 
+from .attention import Attention
+from .cache import KVCache
 from .cross_entropy import CrossEntropyLoss
 from .glu import GatedMLP
 from .layer_norm import LayerNorm
 from .rms_norm import RMSNorm
 from .rope import RotaryEmbedding
 
-__all__ = ["CrossEntropyLoss", "GatedMLP", "LayerNorm", "RMSNorm", "RotaryEmbedding"]
+__all__ = ["Attention", "CrossEntropyLoss", "GatedMLP", "KVCache", "LayerNorm", "RMSNorm", "RotaryEmbedding"]

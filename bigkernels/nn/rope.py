@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.rope import rope
+from ._constants import KeepsConstants
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(KeepsConstants):
     """Rotates queries and keys by their positions; see `bigkernels.functional.rope`.
 
     Args:

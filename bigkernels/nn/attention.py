@@ -1,0 +1,193 @@
+"""Multi-head attention as a module: projections, rotary embedding, attention, and a cache for generation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import _attention as shared
+from ..ops.attention import attention
+from ..ops.rope import rope as rotate
+from ..ops.varlen_attention import varlen_attention
+from ._constants import KeepsConstants
+from .cache import KVCache
+from .rms_norm import RMSNorm
+from .rope import RotaryEmbedding
+
+
+class Attention(KeepsConstants):
+    """``o_proj(attention(q_proj(x), k_proj(x), v_proj(x)))`` with grouped heads, RoPE and a cache.
+
+    The names of the weights are those of Llama, Qwen and Mistral checkpoints (`q_proj`, `k_proj`, `v_proj`, `o_proj`,
+    `q_norm`, `k_norm`) and of gpt-oss (`sinks`): the part of a state dict below ``self_attn.`` loads as it is.
+
+    Args:
+        dim: the size of the input and the output.
+        heads: H, of the queries.
+        key_heads: Hk, of the keys and values; divides H. H by default; 1 is multi-query attention.
+        head_size: D; ``dim // heads`` by default.
+        bias: whether the projections of queries, keys and values have biases.
+        out_bias: whether the output projection has one; as `bias` by default.
+        rope: a `RotaryEmbedding`, which layers may share, or the base theta of one for whole heads.
+        causal, window, softcap, scale: as in `bigkernels.functional.attention`.
+        sinks: whether each head has a learned logit that takes weight and gives no value.
+        qk_norm: an RMSNorm of each head of the queries and of the keys, with weights (D,), before RoPE (Qwen 3).
+        alibi: subtract distances times the slopes of Press et al. 2022 (https://arxiv.org/abs/2108.12409).
+        dropout: of the attention weights, in training.
+
+    Raises:
+        ValueError: sizes or options do not fit.
+    """
+
+    alibi_slopes: Tensor | None
+
+    def __init__(
+        self, dim: int, heads: int, key_heads: int | None = None, *, head_size: int | None = None, bias: bool = False,
+        out_bias: bool | None = None, rope: RotaryEmbedding | float | None = None, causal: bool = True,
+        window: tuple[int, int] | None = None, softcap: float | None = None, sinks: bool = False, qk_norm: bool = False,
+        alibi: bool = False, dropout: float = 0.0, scale: float | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        key_heads = heads if key_heads is None else key_heads
+        if heads < 1 or key_heads < 1 or heads % key_heads:
+            raise ValueError(f"bigkernels.nn.Attention: heads is {heads}, not a multiple of key_heads {key_heads}")
+        if head_size is None:
+            if dim % heads:
+                raise ValueError(f"bigkernels.nn.Attention: dim is {dim}, not a multiple of heads {heads}; give "
+                                 "head_size")  # fmt: skip
+            head_size = dim // heads
+        shared.options("nn.Attention", head_size, causal, scale, window, softcap, dropout)  # raises on wrong values
+        if rope is not None and not isinstance(rope, nn.Module):
+            rope = RotaryEmbedding(head_size, rope, device=device)
+        if rope is not None and rope.size > head_size:
+            raise ValueError(f"bigkernels.nn.Attention: rope rotates {rope.size} elements of heads of {head_size}")
+        self.dim, self.heads, self.key_heads, self.head_size = dim, heads, key_heads, head_size
+        self.causal, self.window, self.softcap, self.scale, self.dropout = causal, window, softcap, scale, dropout
+        made = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(dim, heads * head_size, bias=bias, **made)
+        self.k_proj = nn.Linear(dim, key_heads * head_size, bias=bias, **made)
+        self.v_proj = nn.Linear(dim, key_heads * head_size, bias=bias, **made)
+        self.o_proj = nn.Linear(heads * head_size, dim, bias=bias if out_bias is None else out_bias, **made)
+        self.q_norm = RMSNorm(head_size, **made) if qk_norm else None
+        self.k_norm = RMSNorm(head_size, **made) if qk_norm else None
+        self.rope = rope
+        self.register_parameter("sinks", nn.Parameter(torch.zeros(heads, **made)) if sinks else None)
+        slopes = torch.tensor(alibi_slopes(heads), device=device, dtype=torch.float32) if alibi else None
+        self.register_buffer("alibi_slopes", slopes, persistent=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        angles: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        cache: KVCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """Attention of x (B, S, dim) over itself, over the cache and itself, or within each of its packed sequences.
+
+        Args:
+            x: (B, S, dim); packed (T, dim).
+            positions: for RoPE, integers (B, S) or (S,), packed (T,). By default tokens count from 0, with a cache
+                from its lengths, packed from 0 in each sequence.
+            angles: what ``self.rope.angles(positions)`` gives, in its place: layers that share it need not compute it
+                again.
+            mask: boolean, broadcastable to (B, H, S, S): True lets a key be seen. With a cache that holds L tokens a
+                sequence, to (B, H, S, L + S).
+            bias: floating, broadcastable likewise: added to the scores. Differentiable.
+            cache: keys and values so far; those of x are added to it. It records no gradients, needs `causal`, and
+                leaves dropout out, so it is refused in training with dropout.
+            cu_seqlens: (N + 1,), int32 or int64, from 0 to T: x holds N sequences, one after the other.
+            max_seqlen: at least the longest of them; T by default, which on a GPU is slower.
+
+        Returns:
+            (B, S, dim), packed (T, dim).
+
+        Raises:
+            TypeError, ValueError: shapes do not fit, or the arguments do not go together.
+            RuntimeError: a cache is given where a gradient is wanted.
+        """
+        packed = cu_seqlens is not None
+        self._check(x, mask, bias, cache, packed, max_seqlen)
+        if packed:
+            x = x.unsqueeze(0)
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None and angles is None:
+            angles = self.rope.angles(self._positions(x, cache, cu_seqlens) if positions is None else positions)
+        options = {"scale": self.scale, "window": self.window, "softcap": self.softcap,
+                   "alibi_slopes": self.alibi_slopes, "sinks": self.sinks}  # fmt: skip
+        if cache is not None:
+            cos, sin = angles or (None, None)
+            out = cache.attend(q, k, v, cos=cos, sin=sin, interleaved=self._interleaved, mask=mask, bias=bias,
+                               **options)  # fmt: skip
+            return self.o_proj(out.transpose(1, 2).flatten(2))
+        options |= {"causal": self.causal, "dropout_p": self.dropout if self.training else 0.0}
+        if angles is not None:
+            q, k = rotate(q, k, *angles, interleaved=self._interleaved)
+        if packed:
+            q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
+            most = x.shape[1] if max_seqlen is None else max_seqlen
+            out = varlen_attention(q, k, v, cu_seqlens, cu_seqlens, most, most, **options)
+            return self.o_proj(out.flatten(1))
+        out = attention(q, k, v, mask=mask, bias=bias, **options)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def make_cache(self, batch: int, length: int, **options: object) -> KVCache:
+        """A `KVCache` for this layer's heads, in the dtype and on the device of its weights.
+
+        Args:
+            options: `page_size`, `pages`, `block_table`, `int8`; and `dtype`, which inside autocast is to be its dtype.
+        """
+        made = {"device": self.k_proj.weight.device, "dtype": self.k_proj.weight.dtype}
+        return KVCache(batch, length, self.key_heads, self.head_size, **made | options)
+
+    @property
+    def _interleaved(self) -> bool:
+        return self.rope is not None and self.rope.interleaved
+
+    def _positions(self, x, cache, cu_seqlens):
+        at = torch.arange(x.shape[1], device=x.device)
+        if cache is not None:
+            return cache.lengths[:, None] + at
+        if cu_seqlens is not None:
+            return at - cu_seqlens[torch.searchsorted(cu_seqlens, at.to(cu_seqlens.dtype), right=True) - 1]
+        return at
+
+    def _check(self, x, mask, bias, cache, packed, max_seqlen):
+        accepted = "(T, dim)" if packed else "(B, S, dim)"
+        if x.dim() != (2 if packed else 3) or x.shape[-1] != self.dim:
+            raise ValueError(f"bigkernels.nn.Attention: x has shape {tuple(x.shape)}, expected {accepted} with dim "
+                             f"{self.dim}")  # fmt: skip
+        if packed and not (mask is bias is cache is None):
+            raise ValueError("bigkernels.nn.Attention: packed sequences (cu_seqlens) take no mask, bias or cache")
+        if max_seqlen is not None and not packed:
+            raise ValueError("bigkernels.nn.Attention: max_seqlen is given without cu_seqlens")
+        if cache is not None and not self.causal:
+            raise ValueError("bigkernels.nn.Attention: a cache needs causal=True")
+        if cache is not None and self.training and self.dropout:
+            raise ValueError("bigkernels.nn.Attention: dropout does not go with a cache; call eval() first")
+
+    def extra_repr(self) -> str:
+        options = {"causal": self.causal, "window": self.window, "softcap": self.softcap, "scale": self.scale,
+                   "dropout": self.dropout or None, "alibi": self.alibi_slopes is not None or None,
+                   "sinks": self.sinks is not None or None}  # fmt: skip
+        given = "".join(f", {name}={value}" for name, value in options.items() if value is not None)
+        return f"heads={self.heads}, key_heads={self.key_heads}, head_size={self.head_size}{given}"
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """A geometric series for a power of two; other counts take every second slope of the next one (Press et al.)."""
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    return slopes + [2 ** (-8 * (i + 0.5) / power) for i in range(heads - power)]
