@@ -23,7 +23,7 @@ namespace {
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
-const std::vector<std::string> kFunctions = {"exp", "sigmoid", "tanh", "normal_cdf", "normal_pdf"};
+const std::vector<std::string> kFunctions = {"exp", "sigmoid", "tanh", "normal_cdf", "normal_pdf", "exp2"};
 const std::vector<std::string> kMatrixTypes = {"float32", "bfloat16", "int8"};
 
 int index_of(const std::vector<std::string>& names, const std::string& name, const char* what) {

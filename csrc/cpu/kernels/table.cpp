@@ -13,11 +13,20 @@ void glu_fwd(const Glu&, int64_t, int64_t);
 void glu_bwd(const Glu&, int64_t, int64_t);
 void cross_entropy_fwd(const CrossEntropy&, int64_t, int64_t);
 void cross_entropy_bwd(const CrossEntropy&, int64_t, int64_t);
+void attention_fwd(const Attention&, const AttentionTask&, void*);
+int64_t attention_fwd_workspace(const Attention&, int64_t);
+void attention_bwd_rows(const Attention&, const AttentionTask&, int64_t, void*);
+void attention_bwd_keys(const Attention&, const AttentionTask&, int64_t, int64_t, void*, void*);
+void attention_bwd_finish(const Attention&, const AttentionTask&, int64_t, void*);
+int64_t attention_bwd_memory(const Attention&, int64_t, int64_t);
+int64_t attention_bwd_workspace(const Attention&);
+void attention_bias_bwd(const Attention&, const AttentionTask&, void*);
+int64_t attention_bias_bwd_workspace(const Attention&, int64_t);
 int64_t matrix_loop(int type, int64_t rounds);
 
 namespace {
 
-// function: 0 exp, 1 sigmoid, 2 tanh, 3 normal distribution, 4 normal density
+// function: 0 exp, 1 sigmoid, 2 tanh, 3 normal distribution, 4 normal density, 5 2^x
 void vector_math(int function, const float* in, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i += W) {
     int64_t m = n - i < W ? n - i : W;
@@ -27,6 +36,7 @@ void vector_math(int function, const float* in, float* out, int64_t n) {
       case 1: y = vsigmoid(x); break;
       case 2: y = vtanh(x); break;
       case 3: y = vnormal(x, &density); break;
+      case 5: y = vexp2(x); break;
       default: vnormal(x, &density), y = density; break;
     }
     store(out + i, y, m);
@@ -66,8 +76,28 @@ void copy(const void* in, void* out, int64_t bytes, bool stream) {
 }  // namespace
 
 extern const CpuTable table = {
-    rms_norm_fwd,      rms_norm_bwd,      layer_norm_fwd, layer_norm_bwd, rope, glu_fwd,     glu_bwd,
-    cross_entropy_fwd, cross_entropy_bwd, vector_math,    convert,        copy, matrix_loop,
+    rms_norm_fwd,
+    rms_norm_bwd,
+    layer_norm_fwd,
+    layer_norm_bwd,
+    rope,
+    glu_fwd,
+    glu_bwd,
+    cross_entropy_fwd,
+    cross_entropy_bwd,
+    attention_fwd,
+    attention_fwd_workspace,
+    attention_bwd_rows,
+    attention_bwd_keys,
+    attention_bwd_finish,
+    attention_bwd_memory,
+    attention_bwd_workspace,
+    attention_bias_bwd,
+    attention_bias_bwd_workspace,
+    vector_math,
+    convert,
+    copy,
+    matrix_loop,
 };
 
 }  // namespace BK_ISA

@@ -1,8 +1,10 @@
 // What every CPU binding shares and no header needs to hold.
 #include <bigkernels/stable.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -19,6 +21,47 @@ void prefer_huge_pages(void* data, int64_t bytes) {
 #else
   (void)data, (void)bytes;
 #endif
+}
+
+namespace {
+
+constexpr int64_t kKept = int64_t{64} << 20;  // larger ones go back to the system
+
+// The workspaces of a thread that no call uses: two, as a call may hold one while another one works.
+struct Idle {
+  struct Block {
+    void* data = nullptr;
+    int64_t size = 0;
+  } blocks[2];
+  ~Idle() {
+    for (Block& b : blocks) std::free(b.data);
+  }
+};
+thread_local Idle idle;
+
+}  // namespace
+
+Scratch::Scratch(int64_t bytes) : data_(nullptr), size_(0) {
+  for (Idle::Block& b : idle.blocks)
+    if (b.size >= bytes && (!data_ || b.size < size_)) {
+      std::swap(b.data, data_);
+      std::swap(b.size, size_);
+    }
+  if (data_) return;
+  size_ = (bytes + 4095) / 4096 * 4096;
+  data_ = std::aligned_alloc(4096, size_);
+  STD_TORCH_CHECK(data_, "bigkernels: no memory for a workspace of ", size_, " bytes");
+  prefer_huge_pages(data_, size_);
+}
+
+Scratch::~Scratch() {
+  if (size_ <= kKept)
+    for (Idle::Block& b : idle.blocks)
+      if (b.size < size_) {  // the larger ones stay
+        std::swap(b.data, data_);
+        std::swap(b.size, size_);
+      }
+  std::free(data_);
 }
 
 VectorView::VectorView(const char* op, const char* name, const MaybeTensor& t, int64_t size, float offset) {

@@ -20,11 +20,6 @@ Tensor empty_dense_like(const Tensor& x) {
   return empty_strided(sizes, strides, 4, x.scalar_type(), dense * size_of(type_of(x)));
 }
 
-Tensor last_contiguous(const Tensor& x) {
-  int64_t last = x.dim() - 1;
-  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
-}
-
 Rope::Heads heads(const Tensor& in, const Tensor& out) {
   return {in.const_data_ptr(), out.mutable_data_ptr(), in.size(1),    in.stride(0), in.stride(1),
           in.stride(2),        out.stride(0),          out.stride(1), out.stride(2)};

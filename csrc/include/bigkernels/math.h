@@ -42,6 +42,31 @@ BK_INLINE vf vexp_nonpositive(vf x) { return vexp_in_range(vmax(splat(-150.0f), 
 // For a softmax, where x is at most about the logarithm of the sum, and large |x| give small terms.
 BK_INLINE vf vexp_softmax(vf x) { return vexp_in_range<false>(vmax(splat(-120.0f), x)); }
 
+// 2^x for x <= 127: 0 below -149 (-126 without AVX-512), NaN kept. For softmax in base 2, where the logarithm of e is
+// already in the scale of the scores: three operations fewer than vexp.
+BK_INLINE vf vexp2(vf x) {
+#if defined(__AVX512F__)
+  vf f = (vf)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x); 0 for the infinities
+#else
+  vf clamped = vmax(splat(-126.0f), x);
+  const vf shifter = splat(0x1.8p23f);
+  vf shifted = clamped - 0.5f + shifter;
+  vf f = clamped - (shifted - shifter);  // in [0, 1]
+#endif
+  vf p = splat(1.877576675e-03f);
+  p = p * f + 8.989340090e-03f;
+  p = p * f + 5.582631825e-02f;
+  p = p * f + 2.401536170e-01f;
+  p = p * f + 6.931530732e-01f;
+  p = p * f + 9.999999251e-01f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // 2^floor(x)
+#else
+  vf y = p * (vf)(((vi)shifted - (vi)shifter + 127) << 23);
+  return select_less(x, splat(-126.0f), vf{}, y);
+#endif
+}
+
 // 1 / (1 + e^-x), and e^-x / (1 + e^-x) with its own digits: 1 - sigmoid would lose them for large x.
 BK_INLINE vf vsigmoid(vf x, vf* complement) {
   vf e = vexp_nonpositive(-vabs(x));

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -66,6 +67,12 @@ inline Tensor empty_like_leading(const Tensor& x, int64_t dim, ScalarType dtype)
   return empty_strided(sizes, strides, dim, dtype, stride * (dtype == ScalarType::Float ? 4 : 2));
 }
 inline Tensor empty_contiguous_like(const Tensor& x) { return empty_like_leading(x, x.dim(), x.scalar_type()); }
+
+// The tensor, or a copy of it, with the elements of its last dimension next to each other.
+inline Tensor last_contiguous(const Tensor& x) {
+  int64_t last = x.dim() - 1;
+  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+}
 
 // A tensor as rows of its last dimension at one stride; copied where its strides allow no such view.
 struct RowView {
@@ -158,6 +165,38 @@ void parallel_blocks(int64_t blocks, int64_t rows, const F& f) {
   if (blocks == 1) return run(0);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) run(b);
+  });
+}
+
+// A workspace on a cache line. Each thread keeps a few of moderate size from call to call: fresh memory is paid for in
+// page faults.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* data() const { return (char*)data_; }
+
+ private:
+  void* data_;
+  int64_t size_;
+};
+
+// f(i) for i in [0, count), each on the first thread that is free: for work of uneven size. What f computes must not
+// depend on the thread.
+template <class F>
+void parallel_tasks(int64_t count, const F& f) {
+  int64_t threads = torch::stable::get_num_threads();
+  if (threads > count) threads = count;
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) f(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
   });
 }
 

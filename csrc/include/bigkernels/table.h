@@ -102,6 +102,45 @@ struct CrossEntropy {
   bool stream;
 };
 
+struct Attention {
+  // (batch, head, token, element) with strides in elements; a head's values are contiguous. Packed sequences have batch
+  // 0.
+  struct Heads {
+    void* data;
+    int64_t batch, head, token;
+  };
+  // (batch, head, query, key), broadcast where a stride is 0.
+  struct Scores {
+    const void* data;
+    int64_t batch, head, query, key;
+  };
+  Heads q, k, v, out;                  // backward reads out
+  Heads grad, grad_q, grad_k, grad_v;  // backward
+  Scores bias, mask;                   // null where absent; the mask is of bytes, 0 hides a key
+  float* lse;                          // (batch, head, query), queries contiguous
+  const float* grad_lse;               // null where absent; strides as lse
+  int64_t lse_batch, lse_head;
+  const float* alibi;       // (H,) or null
+  const float* sinks;       // (H,) or null
+  const int32_t* prefix;    // (B,) or null
+  const int32_t* starts_q;  // (B + 1,) for packed sequences, else null
+  const int32_t* starts_k;
+  double* grad_sinks;  // (batch, head) sums, or null
+  void* grad_bias;     // the gradient of bias, in its type and shape, contiguous
+  int64_t batches, bias_size[4];
+  int64_t heads, groups, queries, keys, d, dv;
+  int64_t left, right;  // of the window; -1 is unlimited
+  uint64_t seed;
+  uint32_t threshold;  // a random word below it drops its weight
+  float scale, softcap, dropout_p;
+  Type type, bias_type;
+};
+
+// The query heads of one key head in one sequence, and rows of them: row r is query r / G of head r % G in the group.
+struct AttentionTask {
+  int64_t batch, group, begin, end;
+};
+
 // A kernel over the rows [begin, end) of its arguments; `block` numbers the partial sums it adds to.
 template <class Args>
 using Kernel = void (*)(const Args&, int64_t begin, int64_t end);
@@ -118,6 +157,20 @@ struct CpuTable {
   Kernel<Glu> glu_bwd;
   Kernel<CrossEntropy> cross_entropy_fwd;
   Kernel<CrossEntropy> cross_entropy_bwd;
+  // Forward: the rows of a task. Bytes of workspace for tasks of so many rows.
+  void (*attention_fwd)(const Attention&, const AttentionTask&, void* workspace);
+  int64_t (*attention_fwd_workspace)(const Attention&, int64_t rows);
+  // Backward of one unit in three steps: its rows made ready in `memory`, its keys, and what is summed over the keys.
+  // The keys may be cut into several tasks, each with a slab of its own in `memory`.
+  void (*attention_bwd_rows)(const Attention&, const AttentionTask& rows, int64_t splits, void* memory);
+  void (*attention_bwd_keys)(const Attention&, const AttentionTask& keys, int64_t split, int64_t splits, void* memory,
+                             void* workspace);
+  void (*attention_bwd_finish)(const Attention&, const AttentionTask& rows, int64_t splits, void* memory);
+  int64_t (*attention_bwd_memory)(const Attention&, int64_t rows, int64_t splits);
+  int64_t (*attention_bwd_workspace)(const Attention&);
+  // The gradient of queries [begin, end) of head `group` and batch `batch` of the bias.
+  void (*attention_bias_bwd)(const Attention&, const AttentionTask&, void* workspace);
+  int64_t (*attention_bias_bwd_workspace)(const Attention&, int64_t queries);
   // White-box access for tests and the benchmark engine.
   void (*vector_math)(int function, const float* in, float* out, int64_t n);
   void (*convert)(Type type, bool narrow, const void* in, void* out, int64_t n);

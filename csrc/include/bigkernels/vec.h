@@ -77,6 +77,11 @@ BK_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
 BK_INLINE vf vmin(vf a, vf b) { return select(a < b, a, b); }
 #endif
 
+// Sum and maximum of the lanes; NaN may get lost in the maximum.
+#if defined(__AVX512F__)
+BK_INLINE float sum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+BK_INLINE float max(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
 BK_INLINE float sum(vf v) {
   float s[W];
   write(s, v);
@@ -89,6 +94,7 @@ BK_INLINE float max(vf v) {
   for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
   return m;
 }
+#endif
 
 // ---- storage types --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,320 @@
+// Attention, backward: a block of keys stays, the rows pass by; five products for each pair. Probabilities come from
+// the saved logsumexp. Gradients of keys and values are held in float32 until all rows have passed; those of the
+// queries are summed in a float32 slab, one for each range of keys that runs on its own, so that the sums have one
+// order.
+#include "attention.h"
+
+namespace bigkernels {
+namespace BK_ISA {
+namespace {
+
+constexpr int64_t kKeys = 256;  // that stay
+constexpr int64_t kRows = 128;  // that pass at once: the depth of the products for the keys' gradients
+constexpr int64_t kKeyBlocks = kKeys / kSide, kRowBlocks = kRows / kSide;
+
+// What is made once of the rows of a unit. Names: q and g (the gradient of the output) as left operands whose depth is
+// the head, and turned ones whose depth is the rows.
+template <class F>
+struct Rows {
+  typedef typename F::Element E;
+  int64_t strips, depth, values, width, splits;
+  E *q, *q_turned, *g, *g_turned;
+  float *lse, *lse_rest, *delta, *grad_q;
+  Rows(const Attention& a, int64_t rows, int64_t splits, void* memory)
+      : strips(blocks(rows)), depth(blocks(a.d)), values(blocks(a.dv)), width(depth * kSide), splits(splits) {
+    Workspace w{(char*)memory};
+    q = w.take<E>(strips * depth * F::kBlock);
+    q_turned = w.take<E>(strips * depth * F::kBlock);
+    g = w.take<E>(strips * values * F::kBlock);
+    g_turned = w.take<E>(strips * values * F::kBlock);
+    lse = w.take<float>(strips * kSide);
+    lse_rest = w.take<float>(strips * kSide);
+    delta = w.take<float>(strips * kSide);
+    grad_q = w.take<float>(splits * strips * kSide * width);
+    end = w.next;
+  }
+  char* end;
+};
+
+template <class F>
+struct Buffers {
+  typedef typename F::Element E;
+  E *k_turned, *k, *v_turned, *p, *ds_left, *ds;
+  float *s, *dp, *grad_k, *grad_v, *slope, *keep, *turned;
+  Buffers(const Attention& a, void* memory) {
+    int64_t depth = blocks(a.d), values = blocks(a.dv), wider = depth > values ? depth : values;
+    Workspace w{(char*)memory};
+    k_turned = w.take<E>(kKeyBlocks * depth * F::kBlock);
+    k = w.take<E>(kKeyBlocks * depth * F::kBlock);
+    v_turned = w.take<E>(kKeyBlocks * values * F::kBlock);
+    p = w.take<E>(kKeyBlocks * kRowBlocks * F::kBlock);
+    ds = w.take<E>(kKeyBlocks * kRowBlocks * F::kBlock);
+    ds_left = w.take<E>(kKeyBlocks * kRowBlocks * F::kBlock);
+    s = w.take<float>(kSide * kKeys);
+    dp = w.take<float>(kSide * kKeys);
+    slope = w.take<float>(2 * kKeys);
+    keep = w.take<float>(2 * kKeys);
+    grad_k = w.take<float>(depth * kSide * kKeys);
+    grad_v = w.take<float>(values * kSide * kKeys);
+    turned = w.take<float>(kSide * wider * kSide);
+    end = w.next;
+  }
+  char* end;
+};
+
+template <class T>
+void prepare(const Attention& a, const AttentionTask& task, int64_t splits, void* memory) {
+  typedef typename FormatOf<T>::type F;
+  typedef typename F::Element E;
+  Unit<T> u(a, task.batch, task.group);
+  Rows<F> n(a, u.rows, splits, memory);
+  int64_t first = task.begin / kSide, count = blocks(task.end) - first;
+  auto queries = u.query_rows(a.q), grads = u.query_rows(a.grad);
+  each_block<F, T>(queries, task.begin, count, a.d, [&](int64_t j, int64_t i, const E* staged) {
+    __builtin_memcpy(n.q + ((first + j) * n.depth + i) * F::kBlock, staged, sizeof(E) * F::kBlock);
+    F::left_turned(n.q_turned + (i * n.strips + first + j) * F::kBlock, staged);
+  });
+  each_block<F, T>(grads, task.begin, count, a.dv, [&](int64_t j, int64_t i, const E* staged) {
+    __builtin_memcpy(n.g + ((first + j) * n.values + i) * F::kBlock, staged, sizeof(E) * F::kBlock);
+    F::left_turned(n.g_turned + (i * n.strips + first + j) * F::kBlock, staged);
+  });
+  row_sums(u, task.begin, padded(task.end), n.lse + task.begin, n.lse_rest + task.begin, n.delta + task.begin);
+  int64_t rows = count * kSide;
+  for (int64_t s = 0; s < splits; ++s)
+    fill(n.grad_q + (s * n.strips * kSide + task.begin) * n.width, 0, rows * n.width, 0.0f);
+}
+
+// Weights and the gradients of scores, of two rows (r and r + 16) from their products.
+template <class F, class T>
+struct Differentiate {
+  const Strip<T>& strip;
+  const Rows<F>& n;
+  const Buffers<F>& w;
+  int64_t block;  // of the strip among the rows that pass at once
+  float factor, keep_scale;
+  bool is_plain, all;
+
+  template <bool kSlope, bool kDropout>
+  inline __attribute__((always_inline)) void rows(int r) const {
+    int64_t row = strip.row + r;
+    float lse[2] = {n.lse[row], n.lse[row + 16]}, delta[2] = {n.delta[row], n.delta[row + 16]};
+    float rest[2] = {n.lse_rest[row], n.lse_rest[row + 16]};
+    for (int64_t c = strip.begin; c < strip.end; c += kSide) {
+      int64_t j = c / kSide;
+      vf p[2][kVectors], ds[2][kVectors];
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const float* x = w.s + (r + 16 * half) * kKeys + c;
+        const float* dp = w.dp + (r + 16 * half) * kKeys + c;
+        for (int v = 0; v < kVectors; ++v) {
+          vf t = load(x + v * W) * factor - lse[half], g = load(dp + v * W);
+          if (sizeof(T) == 4) t -= rest[half];
+          vf e = vexp2(t);
+          p[half][v] = e;
+          if (kDropout) {
+            vf keep = load(w.keep + half * kKeys + c + v * W);
+            p[half][v] = e * keep;
+            g = g * keep * keep_scale;
+          }
+          ds[half][v] = e * (g - delta[half]);
+          if (kSlope) ds[half][v] *= load(w.slope + half * kKeys + c + v * W);
+        }
+      }
+      F::put_right(w.p + (j * kRowBlocks + block) * F::kBlock, r, p[0], p[1]);
+      F::put_right(w.ds + (j * kRowBlocks + block) * F::kBlock, r, ds[0], ds[1]);
+      F::put_left(w.ds_left + (block * kKeyBlocks + j) * F::kBlock, r, ds[0]);
+      F::put_left(w.ds_left + (block * kKeyBlocks + j) * F::kBlock, r + 16, ds[1]);
+    }
+  }
+
+  void operator()() const {
+    const Attention& a = strip.u.a;
+    bool slope = a.softcap > 0;
+    for (int r = 0; r < 16; ++r) {
+      for (int half = 0; half < 2; ++half) {
+        int i = r + 16 * half;
+        if (!is_plain) adjust(strip, i, w.s + i * kKeys, slope ? w.slope + half * kKeys : nullptr);
+        if (!all) hide(strip, i, w.s + i * kKeys);
+        if (a.threshold) kept(strip, i, w.keep + half * kKeys);
+      }
+      if (slope)
+        a.threshold ? rows<true, true>(r) : rows<true, false>(r);
+      else
+        a.threshold ? rows<false, true>(r) : rows<false, false>(r);
+    }
+  }
+};
+
+// Writes the gradient of 32 keys, held as columns, as rows of a tensor.
+template <class T>
+void put_keys(const StridedRows<T>& to, int64_t key, const float* columns, float* turned, int64_t size, float scale) {
+  int64_t width = padded(size);
+  for (int64_t i = 0; i < width; i += 16)
+    for (int64_t j = 0; j < kSide; j += 16)
+      transpose16(columns + i * kKeys + j, kKeys * 4, turned + j * width + i, width * 4);
+  for (int64_t r = 0; r < kSide && key + r < to.count; ++r) {
+    T* out = const_cast<T*>(to.first) + (key + r) * to.stride;
+    int64_t i = 0;
+    for (; i + W <= size; i += W) store(out + i, load(turned + r * width + i) * scale);
+    if (i < size) store(out + i, load(turned + r * width + i) * scale, size - i);
+  }
+}
+
+// The gradients of keys [task.begin, task.end) of a unit, and what these keys give to the queries' gradient.
+template <class T>
+void keys_of(const Attention& a, const AttentionTask& task, int64_t split, int64_t splits, void* memory,
+             void* workspace) {
+  typedef typename FormatOf<T>::type F;
+  typedef typename F::Element E;
+  Unit<T> u(a, task.batch, task.group);
+  Rows<F> n(a, u.rows, splits, memory);
+  Buffers<F> w(a, workspace);
+  float* grad_q = n.grad_q + split * n.strips * kSide * n.width;
+  bool is_plain = plain(a);
+  float factor = is_plain ? a.scale * kLog2e : 1.0f, keep_scale = 1 / (1 - a.dropout_p);
+  auto keys = u.key_rows(a.k), values = u.key_rows(a.v);
+  auto grad_k = u.key_rows(a.grad_k), grad_v = u.key_rows(a.grad_v);
+  F::begin();
+  for (int64_t key = task.begin; key < task.end; key += kKeys) {
+    int64_t last = key + kKeys < task.end ? key + kKeys : task.end, count = blocks(last - key);
+    each_block<F, T>(keys, key, count, a.d, [&](int64_t j, int64_t i, const E* staged) {
+      F::right_turned(w.k_turned + (j * n.depth + i) * F::kBlock, staged);
+      F::right(w.k + (i * kKeyBlocks + j) * F::kBlock, staged);
+    });
+    each_block<F, T>(values, key, count, a.dv, [&](int64_t j, int64_t i, const E* staged) {
+      F::right_turned(w.v_turned + (j * n.values + i) * F::kBlock, staged);
+    });
+    fill(w.grad_k, 0, n.depth * kSide * kKeys, 0.0f);
+    fill(w.grad_v, 0, n.values * kSide * kKeys, 0.0f);
+    for (int64_t first = 0; first < n.strips; first += kRowBlocks) {
+      int64_t passing = n.strips - first < kRowBlocks ? n.strips - first : kRowBlocks;
+      // For each strip the blocks of keys that it sees; for each block of keys the strips that see it.
+      Columns of_strip[kRowBlocks], of_keys[kKeyBlocks];
+      for (int64_t j = 0; j < count; ++j) of_keys[j] = {kRowBlocks, 0};
+      bool any = false;
+      for (int64_t s = 0; s < passing; ++s) {
+        int64_t row = (first + s) * kSide;
+        Columns c = seen_by(u, row, row + kSide, key, last);
+        of_strip[s] = c.begin == c.end ? Columns{0, 0} : Columns{(c.begin - key) / kSide, blocks(c.end - key)};
+        any |= c.begin != c.end;
+        for (int64_t j = of_strip[s].begin; j < of_strip[s].end; ++j) {
+          if (s < of_keys[j].begin) of_keys[j].begin = s;
+          of_keys[j].end = s + 1;
+        }
+      }
+      if (!any) continue;
+      for (int64_t s = 0; s < passing; ++s) {
+        Columns c = of_strip[s];
+        for (int64_t j = 0; j < count; ++j) {
+          if (j < c.begin || j >= c.end) {
+            if (s < of_keys[j].begin || s >= of_keys[j].end) continue;
+            __builtin_memset(w.p + (j * kRowBlocks + s) * F::kBlock, 0, sizeof(E) * F::kBlock);
+            __builtin_memset(w.ds + (j * kRowBlocks + s) * F::kBlock, 0, sizeof(E) * F::kBlock);
+            continue;
+          }
+          F::multiply(w.s + j * kSide, kKeys, n.q + (first + s) * n.depth * F::kBlock,
+                      w.k_turned + j * n.depth * F::kBlock, n.depth, kSide, false);
+          F::multiply(w.dp + j * kSide, kKeys, n.g + (first + s) * n.values * F::kBlock,
+                      w.v_turned + j * n.values * F::kBlock, n.values, kSide, false);
+        }
+        if (c.begin == c.end) continue;
+        Strip<T> strip{u, (first + s) * kSide, key, c.begin * kSide, c.end * kSide};
+        Differentiate<F, T>{strip, n, w, s, factor, keep_scale, is_plain, sees_all(strip)}();
+        for (int64_t i = 0; i < n.depth; ++i)
+          F::multiply(grad_q + (first + s) * kSide * n.width + i * kSide, n.width,
+                      w.ds_left + (s * kKeyBlocks + c.begin) * F::kBlock, w.k + (i * kKeyBlocks + c.begin) * F::kBlock,
+                      c.end - c.begin, a.d - i * kSide > 16 ? 32 : 16, true);
+      }
+      for (int64_t j = 0; j < count; ++j) {
+        int64_t s = of_keys[j].begin, depth = of_keys[j].end - s;
+        if (depth <= 0) continue;
+        for (int64_t i = 0; i < n.values; ++i)
+          F::multiply(w.grad_v + i * kSide * kKeys + j * kSide, kKeys,
+                      n.g_turned + (i * n.strips + first + s) * F::kBlock, w.p + (j * kRowBlocks + s) * F::kBlock,
+                      depth, kSide, true);
+        for (int64_t i = 0; i < n.depth; ++i)
+          F::multiply(w.grad_k + i * kSide * kKeys + j * kSide, kKeys,
+                      n.q_turned + (i * n.strips + first + s) * F::kBlock, w.ds + (j * kRowBlocks + s) * F::kBlock,
+                      depth, kSide, true);
+      }
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      put_keys(grad_k, key + j * kSide, w.grad_k + j * kSide, w.turned, a.d, a.scale);
+      put_keys(grad_v, key + j * kSide, w.grad_v + j * kSide, w.turned, a.dv, keep_scale);
+    }
+  }
+  F::end();
+}
+
+// The slabs' sum, in the order of the keys, as the queries' gradient; the sinks' gradient of the unit's heads.
+template <class T>
+void finish(const Attention& a, const AttentionTask& task, int64_t splits, void* memory) {
+  typedef typename FormatOf<T>::type F;
+  Unit<T> u(a, task.batch, task.group);
+  Rows<F> n(a, u.rows, splits, memory);
+  auto out = u.query_rows(a.grad_q);
+  int64_t slab = n.strips * kSide * n.width;
+  for (int64_t r = task.begin; r < task.end; ++r) {
+    const float* from = n.grad_q + r * n.width;
+    T* to = out.get(out, r);
+    for (int64_t i = 0; i < a.d; i += W) {
+      vf sum = load(from + i);
+      for (int64_t s = 1; s < splits; ++s) sum += load(from + s * slab + i);
+      if (i + W <= a.d)
+        store(to + i, sum * a.scale);
+      else
+        store(to + i, sum * a.scale, a.d - i);
+    }
+    if (a.grad_sinks) {
+      int64_t head = u.head + r % u.group_size;
+      float weight = vexp2(splat(a.sinks[head] * kLog2e - n.lse[r]))[0];
+      a.grad_sinks[u.batch * a.heads + head] -= (double)(weight * n.delta[r]);
+    }
+  }
+}
+
+template <class T>
+int64_t rows_bytes(const Attention& a, int64_t rows, int64_t splits) {
+  return Rows<typename FormatOf<T>::type>(a, rows, splits, nullptr).end - (char*)nullptr;
+}
+template <class T>
+int64_t buffers_bytes(const Attention& a) {
+  return Buffers<typename FormatOf<T>::type>(a, nullptr).end - (char*)nullptr;
+}
+
+}  // namespace
+
+#define BK_BY_TYPE(call)                \
+  switch (a.type) {                     \
+    case Type::f32: return call(float); \
+    case Type::bf16: return call(bf16); \
+    default: return call(f16);          \
+  }
+
+void attention_bwd_rows(const Attention& a, const AttentionTask& task, int64_t splits, void* memory) {
+#define BK_CALL(T) prepare<T>(a, task, splits, memory)
+  BK_BY_TYPE(BK_CALL)
+#undef BK_CALL
+}
+void attention_bwd_keys(const Attention& a, const AttentionTask& task, int64_t split, int64_t splits, void* memory,
+                        void* workspace) {
+#define BK_CALL(T) keys_of<T>(a, task, split, splits, memory, workspace)
+  BK_BY_TYPE(BK_CALL)
+#undef BK_CALL
+}
+void attention_bwd_finish(const Attention& a, const AttentionTask& task, int64_t splits, void* memory){
+#define BK_CALL(T) finish<T>(a, task, splits, memory)
+    BK_BY_TYPE(BK_CALL)
+#undef BK_CALL
+} int64_t attention_bwd_memory(const Attention& a, int64_t rows, int64_t splits){
+#define BK_CALL(T) rows_bytes<T>(a, rows, splits)
+    BK_BY_TYPE(BK_CALL)
+#undef BK_CALL
+} int64_t attention_bwd_workspace(const Attention& a) {
+#define BK_CALL(T) buffers_bytes<T>(a)
+  BK_BY_TYPE(BK_CALL)
+#undef BK_CALL
+}
+
+}  // namespace BK_ISA
+}  // namespace bigkernels

@@ -1,0 +1,199 @@
+// Attention, forward: a task's queries stay, blocks of keys pass by. Keys and values are packed once a block and serve
+// all rows of the task; the softmax reads the scores of 32 rows while they are in the first-level cache.
+#include "attention.h"
+
+namespace bigkernels {
+namespace BK_ISA {
+namespace {
+
+constexpr int64_t kKeys = 256;  // packed at once
+// Weights are relative to the maximum of the first keys seen, which is as good as any until a sum comes near to
+// overflow: then the row's maximum moves, and its weights are made again.
+constexpr float kMost = 0x1p60f;
+
+template <class F>
+struct Sizes {
+  int64_t rows, strips, depth, values;  // in blocks but for rows
+  Sizes(const Attention& a, int64_t n) : rows(padded(n)), strips(blocks(n)), depth(blocks(a.d)), values(blocks(a.dv)) {}
+};
+
+template <class F>
+struct Buffers {
+  typename F::Element *q, *k, *v, *p;
+  float *s, *o, *m, *l, *keep;
+  Buffers(Workspace w, const Sizes<F>& n) {
+    q = w.take<typename F::Element>(n.strips * n.depth * F::kBlock);
+    k = w.take<typename F::Element>(kKeys / kSide * n.depth * F::kBlock);
+    v = w.take<typename F::Element>(kKeys / kSide * n.values * F::kBlock);
+    p = w.take<typename F::Element>(kKeys / kSide * F::kBlock);
+    s = w.take<float>(kSide * kKeys);
+    o = w.take<float>(n.rows * n.values * kSide);
+    m = w.take<float>(n.rows);
+    l = w.take<float>(n.rows);
+    keep = w.take<float>(kKeys);
+    end = w.next;
+  }
+  char* end;
+};
+
+// The weights of a row's columns, relative to its maximum, as a row of the left operand; returns their sum.
+template <class F, bool kDropout>
+BK_INLINE float weigh(const float* x, int64_t begin, int64_t end, float factor, float shift, int r, const float* keep,
+                      typename F::Element* p) {
+  vf sum[kVectors] = {};
+  for (int64_t c = begin; c < end; c += kSide) {
+    vf e[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      e[v] = vexp2(load(x + c + v * W) * factor - shift);
+      sum[v] += e[v];
+      if (kDropout) e[v] *= load(keep + c + v * W);
+    }
+    F::put_left(p + c / kSide * F::kBlock, r, e);
+  }
+  for (int v = 1; v < kVectors; ++v) sum[0] += sum[v];
+  return BK_ISA::sum(sum[0]);
+}
+
+BK_INLINE float largest(const float* x, int64_t begin, int64_t end) {
+  vf m[kVectors];
+  for (int v = 0; v < kVectors; ++v) m[v] = load(x + begin + v * W);
+  for (int64_t c = begin + kSide; c < end; c += kSide)
+    for (int v = 0; v < kVectors; ++v) m[v] = vmax(load(x + c + v * W), m[v]);
+  for (int v = 1; v < kVectors; ++v) m[0] = vmax(m[v], m[0]);
+  return max(m[0]);
+}
+
+// Moves a row's weights and values to a new maximum.
+BK_INLINE void rescale(float* m, float* l, float* o, int64_t width, float highest) {
+  float scale = *m == -kInfinity ? 0.0f : vexp2(splat(*m - highest))[0];
+  for (int64_t i = 0; i < width; i += W) store(o + i, load(o + i) * scale);
+  *l *= scale;
+  *m = highest;
+}
+
+template <class F, class T>
+void softmax(const Strip<T>& strip, const Buffers<F>& w, int64_t at, int64_t width) {
+  const Attention& a = strip.u.a;
+  bool is_plain = plain(a);
+  float factor = is_plain ? a.scale * kLog2e : 1.0f;
+  bool all = sees_all(strip);
+  for (int r = 0; r < kSide; ++r) {
+    float* x = w.s + r * kKeys;
+    float *m = w.m + at + r, *l = w.l + at + r, *o = w.o + (at + r) * width;
+    if (!is_plain) adjust(strip, r, x, nullptr);
+    if (!all) hide(strip, r, x);
+    if (a.threshold) kept(strip, r, w.keep);
+    auto weighed = [&] {
+      float shift = *m == -kInfinity ? 0.0f : *m;
+      return a.threshold ? weigh<F, true>(x, strip.begin, strip.end, factor, shift, r, w.keep, w.p)
+                         : weigh<F, false>(x, strip.begin, strip.end, factor, shift, r, w.keep, w.p);
+    };
+    if (*m == -kInfinity) rescale(m, l, o, width, largest(x, strip.begin, strip.end) * factor);
+    float sum = weighed();
+    if (!(sum < kMost)) {
+      float highest = largest(x, strip.begin, strip.end) * factor;
+      if (highest > *m) rescale(m, l, o, width, highest);
+      sum = weighed();
+    }
+    *l += sum;
+  }
+}
+
+template <class T>
+void finish(const Unit<T>& u, const AttentionTask& task, const float* o, const float* m, const float* l,
+            int64_t width) {
+  const Attention& a = u.a;
+  auto out = u.query_rows(a.out);
+  for (int64_t r = task.begin; r < task.end; ++r) {
+    int64_t at = r - task.begin;
+    float top = m[at], total = l[at], scale = 1;
+    if (a.sinks) {
+      float sink = a.sinks[u.head + r % u.group_size] * kLog2e, higher = sink > top ? sink : top;
+      scale = top == -kInfinity ? 0.0f : vexp2(splat(top - higher))[0];
+      total = total * scale + vexp2(splat(sink - higher))[0];
+      top = higher;
+    }
+    if (a.lse) a.lse[u.lse_at(r)] = total == 0 ? -kInfinity : (float)(((double)top + __builtin_log2(total)) / kLog2e);
+    scale = total == 0 ? 0.0f : scale / (total * (1 - a.dropout_p));
+    T* to = u.query_rows(a.out).get(out, r);
+    const float* from = o + at * width;
+    int64_t i = 0;
+    for (; i + W <= a.dv; i += W) store(to + i, load(from + i) * scale);
+    if (i < a.dv) store(to + i, load(from + i) * scale, a.dv - i);
+  }
+}
+
+template <class T>
+void run(const Attention& a, const AttentionTask& task, void* workspace) {
+  typedef typename FormatOf<T>::type F;
+  Unit<T> u(a, task.batch, task.group);
+  Sizes<F> n(a, task.end - task.begin);
+  Buffers<F> w({(char*)workspace}, n);
+  int64_t width = n.values * kSide;
+  fill(w.o, 0, n.rows * width, 0.0f);
+  fill(w.l, 0, n.rows, 0.0f);
+  fill(w.m, 0, n.rows, -kInfinity);
+  F::begin();
+  auto queries = u.query_rows(a.q);
+  each_block<F, T>(queries, task.begin, n.strips, a.d, [&](int64_t j, int64_t i, const typename F::Element* staged) {
+    __builtin_memcpy(w.q + (j * n.depth + i) * F::kBlock, staged, sizeof(typename F::Element) * F::kBlock);
+  });
+  auto keys = u.key_rows(a.k), values = u.key_rows(a.v);
+  Columns all = seen_by(u, task.begin, task.end, 0, u.keys);
+  for (int64_t key = all.begin / kKeys * kKeys; key < all.end; key += kKeys) {
+    Columns block = seen_by(u, task.begin, task.end, key, key + kKeys < u.keys ? key + kKeys : u.keys);
+    if (block.begin == block.end) continue;
+    int64_t first = (block.begin - key) / kSide, count = blocks(block.end - key);  // of the block's 32s
+    each_block<F, T>(keys, key + first * kSide, count - first, a.d,
+                     [&](int64_t j, int64_t i, const typename F::Element* staged) {
+                       F::right_turned(w.k + ((first + j) * n.depth + i) * F::kBlock, staged);
+                     });
+    each_block<F, T>(values, key + first * kSide, count - first, a.dv,
+                     [&](int64_t j, int64_t i, const typename F::Element* staged) {
+                       F::right(w.v + (i * (kKeys / kSide) + first + j) * F::kBlock, staged);
+                     });
+    for (int64_t s = 0; s < n.strips; ++s) {
+      int64_t row = task.begin + s * kSide;
+      Columns c = seen_by(u, row, row + kSide, key, block.end);
+      if (c.begin == c.end) continue;
+      int64_t begin = (c.begin - key) / kSide, end = blocks(c.end - key);
+      for (int64_t j = begin; j < end; ++j)
+        F::multiply(w.s + j * kSide, kKeys, w.q + s * n.depth * F::kBlock, w.k + j * n.depth * F::kBlock, n.depth,
+                    kSide, false);
+      softmax<F, T>({u, row, key, begin * kSide, end * kSide}, w, s * kSide, width);
+      for (int64_t i = 0; i < n.values; ++i)
+        F::multiply(w.o + s * kSide * width + i * kSide, width, w.p + begin * F::kBlock,
+                    w.v + (i * (kKeys / kSide) + begin) * F::kBlock, end - begin, a.dv - i * kSide > 16 ? 32 : 16,
+                    true);
+    }
+  }
+  F::end();
+  finish(u, task, w.o, w.m, w.l, width);
+}
+
+}  // namespace
+
+void attention_fwd(const Attention& a, const AttentionTask& task, void* workspace) {
+  switch (a.type) {
+    case Type::f32: return run<float>(a, task, workspace);
+    case Type::bf16: return run<bf16>(a, task, workspace);
+    case Type::f16: return run<f16>(a, task, workspace);
+  }
+}
+
+template <class T>
+static int64_t workspace_of(const Attention& a, int64_t rows) {
+  typedef typename FormatOf<T>::type F;
+  return Buffers<F>({nullptr}, Sizes<F>(a, rows)).end - (char*)nullptr;
+}
+
+int64_t attention_fwd_workspace(const Attention& a, int64_t rows) {
+  switch (a.type) {
+    case Type::f32: return workspace_of<float>(a, rows);
+    case Type::bf16: return workspace_of<bf16>(a, rows);
+    default: return workspace_of<f16>(a, rows);
+  }
+}
+
+}  // namespace BK_ISA
+}  // namespace bigkernels
