@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .._compare import compare_all, worst
+from .._compare import worst
 from .._samples import SAMPLES, Sample, widen
 from ..ops import OPERATORS
 from ..ops._registry import KERNEL_DTYPES
@@ -84,7 +84,7 @@ def _check_sample(sample: Sample, dtype: torch.dtype, implementation: str, devic
             return float("inf"), f"wrote to its input {name}"
     for results in (exact, plain):
         results |= {f"{k} without grad": v for k, v in results.items() if k.startswith("out")}
-    name, comparison = worst(compare_all(ours, plain, exact))
+    name, comparison = worst(sample.judge(ours, plain, exact))
     return comparison.ratio, None if comparison.ok else f"{name} {comparison}"
 
 

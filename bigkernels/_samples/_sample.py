@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from .._compare import Comparison, compare_all
 from ..ops import use
 
 
@@ -49,6 +50,8 @@ class Sample:
         options: the other arguments.
         differentiable: the arguments that get gradients.
         written: the arguments that the function writes; each call gets copies of them.
+        gradient_roundings: how many roundings the criterion allows the gradients beyond PyTorch's error: more than one
+            where backward works from rounded results of forward.
     """
 
     operator: str
@@ -57,6 +60,7 @@ class Sample:
     options: dict[str, object] = field(default_factory=dict)
     differentiable: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
+    gradient_roundings: float = 1.0
 
     def with_options(self, **options: object) -> Sample:
         return replace(self, options=self.options | options)
@@ -70,6 +74,16 @@ class Sample:
             torch.manual_seed(0)
         inputs = inputs | {name: inputs[name].clone() for name in self.written}
         return getattr(functional, self.operator)(**inputs, **self.options)
+
+    def judge(
+        self, ours: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]
+    ) -> dict[str, Comparison]:
+        """The criterion of the package for results of this sample; names of gradients start with "grad"."""
+        judged = {}
+        for gradients, roundings in ((False, 1.0), (True, self.gradient_roundings)):
+            some = {name: value for name, value in exact.items() if name.startswith("grad") == gradients}
+            judged |= compare_all(ours, plain, some, roundings=roundings)
+        return judged
 
     def results(
         self, inputs: dict[str, Tensor], *, backend: str | None = None, seed: int = 1, backward: bool = True

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ._sample import Draw, Sample, strided
 
+# Backward works from the output and the logsumexp as forward rounded them; PyTorch without fusion keeps the weights.
+_ROUNDINGS = 6.0
+
 
 def _heads(draw: Draw, batch: int, heads: int, length: int, size: int, *, tokens_first: bool) -> Tensor:
     """(B, H, S, D); with `tokens_first` (B, S, H, D) in memory, as a projection leaves it."""
@@ -46,7 +49,7 @@ def attention_sample(
         return made
 
     differentiable = ("q", "k", "v") + ("bias",) * (bias is not None) + ("sinks",) * sinks
-    return Sample("attention", name, make, options, differentiable)
+    return Sample("attention", name, make, options, differentiable, gradient_roundings=_ROUNDINGS)
 
 
 def _random_mask(draw: Draw, queries: int, keys: int) -> Tensor:
@@ -78,7 +81,8 @@ ATTENTION = [
     attention_sample("fewer keys, causal", queries=53, keys=19, causal=True),
     attention_sample("one query", 2, 8, 2, 1, 130, 64, causal=True),
     attention_sample("few queries", 2, 8, 2, 5, 77, 64, causal=True, return_lse=True),
-    attention_sample("one key", 2, 4, 2, 9, 1, 16),
+    # With a sink: the gradients of q and k would be zero, exactly in PyTorch and but for rounding in a fused kernel.
+    attention_sample("one key", 2, 4, 2, 9, 1, 16, sinks=True),
     attention_sample("no queries", 1, 2, 1, 0, 5, 16),
     attention_sample("no keys", 1, 2, 1, 5, 0, 16, sinks=True),
     attention_sample("head of 8", 1, 2, 2, 40, size=8, causal=True),
@@ -148,7 +152,8 @@ def varlen_sample(
         return made
 
     most = {"max_seqlen_q": max(queries, default=0), "max_seqlen_k": max(keys, default=0)}
-    return Sample("varlen_attention", name, make, most | options, ("q", "k", "v") + ("sinks",) * sinks)
+    differentiable = ("q", "k", "v") + ("sinks",) * sinks
+    return Sample("varlen_attention", name, make, most | options, differentiable, gradient_roundings=_ROUNDINGS)
 
 
 VARLEN_ATTENTION = [

@@ -34,8 +34,8 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check(found: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    wrong = {name: str(c) for name, c in compare_all(found, plain, exact).items() if not c.ok}
+def check(sample: Sample, found: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    wrong = {name: str(c) for name, c in sample.judge(found, plain, exact).items() if not c.ok}
     assert not wrong
 
 
@@ -51,10 +51,14 @@ def test_kernel(sample: Sample, dtype: torch.dtype, library):
     exact = sample.results(widen(inputs), backend="reference")
     plain = sample.results(inputs, backend="reference")
     ours = sample.results(inputs, backend="cpu")
-    check(ours, plain, exact)
+    check(sample, ours, plain, exact)
     for name, value in ours.items():
         assert value.dtype == plain[name].dtype, name
-    for name, value in sample.results(inputs, backend="cpu", backward=False).items():
+    inferred = sample.results(inputs, backend="cpu", backward=False)
+    if sample.operator == "attention":  # few queries take another kernel where no gradient is wanted
+        check(sample, inferred, plain, {name: exact[name] for name in inferred})
+        inferred = {}
+    for name, value in inferred.items():
         assert torch.equal(value.nan_to_num(7.0), ours[name].nan_to_num(7.0)), f"{name} differs without gradients"
     for name, t in inputs.items():
         assert torch.equal(t, given[name]), f"{name} was written to"
@@ -160,7 +164,7 @@ def test_compile_full_graph(sample: Sample, backend: str | None, library):
     torch._dynamo.reset()
     compiled = copy.copy(sample)
     object.__setattr__(compiled, "call", torch.compile(sample.call, fullgraph=True))
-    check(compiled.results(inputs, backend=backend), plain, exact)
+    check(sample, compiled.results(inputs, backend=backend), plain, exact)
 
 
 @pytest.mark.parametrize("sample", PLAIN, ids=named)
