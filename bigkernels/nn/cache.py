@@ -81,8 +81,8 @@ class KVCache:
         )
         self.block_table = block_table
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        # What `lengths` holds, known without waiting for a GPU.
-        self.shortest = self.longest = 0
+        # What `lengths` holds, known without waiting for a GPU: the longest, and whether there are shorter ones.
+        self.longest, self.ragged = 0, False
 
     @property
     def batch(self) -> int:
@@ -97,7 +97,7 @@ class KVCache:
     def reset(self) -> None:
         """Forget everything; the memory stays."""
         self.lengths.zero_()
-        self.shortest = self.longest = 0
+        self.longest, self.ragged = 0, False
 
     def truncate(self, lengths: int | Sequence[int] | Tensor) -> None:
         """Keep the first tokens of each sequence: as many of all, or (B,) of each. A tensor is read by the host.
@@ -110,7 +110,7 @@ class KVCache:
         if len(given) != len(now) or any(not 0 <= want <= have for want, have in zip(given, now, strict=True)):
             raise ValueError(f"bigkernels.nn.KVCache: cannot truncate sequences of {now} tokens to {given}")
         self.lengths.copy_(torch.tensor(given, dtype=torch.int32))
-        self.shortest, self.longest = min(given), max(given)
+        self.longest, self.ragged = max(given), min(given) < max(given)
 
     def append(
         self, k: Tensor, v: Tensor, *, q: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
@@ -162,8 +162,7 @@ class KVCache:
                 lengths.
         """
         options = {"scale": scale, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
-        ragged = self.shortest != self.longest
-        if mask is None and bias is None and (ragged or q.shape[2] <= _FEW):
+        if mask is None and bias is None and (self.ragged or q.shape[2] <= _FEW):
             self._check(k, q, v)
             lengths = self.lengths + k.shape[2]
             out = decode_attention(
@@ -172,7 +171,7 @@ class KVCache:
             )  # fmt: skip
             self._advance(k.shape[2])
             return out
-        if ragged:
+        if self.ragged:
             raise ValueError("bigkernels.nn.KVCache: mask and bias need sequences of one length")
         q = self.append(k, v, q=q, cos=cos, sin=sin, interleaved=interleaved)
         return attention(q, *self.contents(), causal=True, mask=mask, bias=bias, **options)
@@ -188,7 +187,6 @@ class KVCache:
 
     def _advance(self, tokens):
         self.lengths.add_(tokens)
-        self.shortest += tokens
         self.longest += tokens
 
     def _read(self, stored, scales):
