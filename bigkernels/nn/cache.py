@@ -205,7 +205,7 @@ class KVCache:
         kind = "" if self.block_table is None else f", page_size={self.keys.shape[1]}"
         kind += ", int8" if self.key_scales is not None else ""
         return (f"KVCache({self.batch} x {self.capacity} tokens, {heads} heads of {size}{kind}, {self.dtype}, "
-                f"{self.nbytes / 1e6:.1f} MB, {self.longest} tokens in use)")  # fmt: skip
+                f"{self.nbytes:,} bytes, {self.longest} tokens in use)")  # fmt: skip
 
 
 def _table(batch, each, pages, given, device):
