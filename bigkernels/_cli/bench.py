@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--seconds", type=float, help="time the candidates of a case at least so long (default 3)")
     parser.add_argument("--batch", type=int, help="batch of the model family (default 1)")
-    parser.add_argument("--length", type=int, help="sequence length of the model family (default 512)")
+    parser.add_argument("--length", type=int, help="sequence length of the model family (default 1024)")
     parser.add_argument(
         "--fresh-memory",
         action="store_true",

@@ -38,7 +38,7 @@ class Settings:
     rounds: int = 5
     seconds: float = 3.0
     batch: int = 1
-    length: int = 512
+    length: int = 1024
     fresh_memory: bool = False
 
     @classmethod
@@ -61,7 +61,7 @@ class Candidate:
 
     @property
     def ours(self) -> bool:
-        return self.name in (OURS, OURS_COMPILED)
+        return self.name.startswith(OURS)
 
 
 @dataclass
@@ -89,8 +89,9 @@ class Case:
     Attributes:
         candidates: the names of those that compete, also of peers that may be missing.
         prepare: makes the case ready; raises `Missing` where none of it can run.
-        metric: what the plots show: "GB/s", "us" or "tokens/s".
+        metric: what the plots show: "GB/s", "TFLOP/s", "us" or "tokens/s".
         bytes: that any implementation has to read and write once: inputs, outputs and gradients.
+        only_read: whether hardly any of them are written, so that the read bandwidth is the limit.
         flops: of the matrix products in it; 0 for row operators.
         tokens: processed by a step, for whole models.
         cold: whether a GPU's cache is flushed between steps.
@@ -108,6 +109,7 @@ class Case:
     flops: int = 0
     tokens: int = 0
     cold: bool = True
+    only_read: bool = False
 
     @property
     def direction(self) -> str:

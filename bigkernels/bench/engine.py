@@ -151,7 +151,7 @@ def _judge(case: Case, limits: Limits, rows: dict[str, Row]) -> None:
     timed = [row for row in rows.values() if row.seconds is not None]
     others = [row.seconds.median for row in timed if not row.ours]
     eager = rows[EAGER].seconds if EAGER in rows else None
-    least = limits.least_seconds(bytes=case.bytes, flops=case.flops, dtype=case.dtype)
+    least = limits.least_seconds(bytes=case.bytes, flops=case.flops, dtype=case.dtype, only_read=case.only_read)
     for row in timed:
         median = row.seconds.median
         row.gbps = case.bytes / median / 1e9 if case.bytes else None

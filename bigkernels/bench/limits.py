@@ -1,7 +1,8 @@
-"""What the machine can do at most: copy bandwidth, and matrix products for each dtype.
+"""What the machine can do at most: copy and read bandwidth, and matrix products for each dtype.
 
-A development build measures both with its own loops (`bigkernels._native`). Otherwise torch does, and the matrix
-figure is then what torch achieves, which may be well below what the hardware could.
+A development build measures copies and products with its own loops (`bigkernels._native`). Otherwise torch does, and
+the matrix figure is then what torch achieves, which may be well below what the hardware could. Reading is always
+measured by a matrix times a vector in torch: that comes within a few per cent of a plain loop over several streams.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ _METHODS = {
     "native": "bigkernels._native",
     "copy": "torch.Tensor.copy_",
     "matmul": "torch.matmul, achieved and not a peak",
+    "mv": "torch.mv",
 }
 
 
@@ -28,7 +30,8 @@ class Limits:
     Attributes:
         copy: bytes a second, reads and writes counted.
         matrix: FLOP a second by dtype.
-        copy_method, matrix_method: what measured them.
+        copy_method, matrix_method, read_method: what measured them.
+        read: bytes a second where nothing is written; 0 where that was not measured.
     """
 
     device: str
@@ -36,23 +39,27 @@ class Limits:
     matrix: dict[str, float]
     copy_method: str
     matrix_method: str
+    read: float = 0.0
+    read_method: str = _METHODS["mv"]
 
-    def least_seconds(self, *, bytes: int, flops: int, dtype: str) -> float:
+    def least_seconds(self, *, bytes: int, flops: int, dtype: str, only_read: bool = False) -> float:
         """The time below which this machine cannot move so many bytes and do so many operations; 0 if unknown."""
         peak = self.matrix.get(dtype)
-        return max(bytes / self.copy, flops / peak if flops and peak else 0.0)
+        bandwidth = self.read if only_read and self.read else self.copy
+        return max(bytes / bandwidth, flops / peak if flops and peak else 0.0)
 
 
 def measure(device: str, *, seconds: float = 1.0) -> Limits:
     """Measure the limits of "cpu" or "cuda", about `seconds` for each figure."""
     native = _native() if device == "cpu" else None
+    read = _read(device, seconds)
     if native is not None:
         threads = torch.get_num_threads()
         copy = native.copy_bandwidth(_COPY_BYTES, seconds, threads)
         matrix = {dtype: native.matrix_peak(dtype, seconds, threads) for dtype in native.matrix_dtypes()}
-        return Limits(device, copy, matrix, _METHODS["native"], _METHODS["native"])
+        return Limits(device, copy, matrix, _METHODS["native"], _METHODS["native"], read)
     matrix = {name: _matmul(device, dtype, seconds) for name, dtype in _DTYPES.items()}
-    return Limits(device, _copy(device, seconds), matrix, _METHODS["copy"], _METHODS["matmul"])
+    return Limits(device, _copy(device, seconds), matrix, _METHODS["copy"], _METHODS["matmul"], read)
 
 
 def _native():
@@ -77,6 +84,12 @@ def _best(step, device: str, seconds: float) -> float:
 def _copy(device: str, seconds: float) -> float:
     source, target = (torch.ones(_COPY_BYTES // 4, dtype=torch.float32, device=device) for _ in range(2))
     return 2 * _COPY_BYTES / _best(lambda: target.copy_(source), device, seconds)
+
+
+def _read(device: str, seconds: float) -> float:
+    matrix = torch.ones(_COPY_BYTES // 4, dtype=torch.float32, device=device).view(-1, 4096)
+    vector, out = torch.ones(4096, device=device), torch.empty(matrix.shape[0], device=device)
+    return _COPY_BYTES / _best(lambda: torch.mv(matrix, vector, out=out), device, seconds)
 
 
 def _matmul(device: str, dtype: torch.dtype, seconds: float) -> float:

@@ -21,8 +21,14 @@ class Call:
     The upstream gradients are made once: a scalar output gets 1, as from `loss.backward()`, others random values.
     """
 
-    def __init__(self, function: Function, inputs: Mapping[str, Tensor], differentiable: tuple[str, ...]):
-        self.function = function
+    def __init__(
+        self,
+        function: Function,
+        inputs: Mapping[str, Tensor],
+        differentiable: tuple[str, ...],
+        part: Callable[[Tensor], Tensor] = lambda result: result,
+    ):
+        self.function, self.part = function, part
         self.inputs = {k: t.detach().requires_grad_(k in differentiable) for k, t in inputs.items()}
         self.wanted = {k: self.inputs[k] for k in differentiable}
         self.leaves = tuple(self.wanted.values())
@@ -38,10 +44,10 @@ class Call:
         found = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
         if self.wanted:
             if self.upstream is None:
-                self.upstream = _upstream(outputs)
+                self.upstream = upstream(outputs)
             grads = torch.autograd.grad(outputs, self.leaves, self.upstream)
             found |= {f"grad {name}": grad for name, grad in zip(self.wanted, grads, strict=True)}
-        return found
+        return {name: self.part(result) for name, result in found.items()}
 
     def forward(self) -> object:
         return self.function(**self.inputs)
@@ -51,7 +57,7 @@ class Call:
         return torch.autograd.grad(out if isinstance(out, tuple) else (out,), self.leaves, self.upstream)
 
 
-def _upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+def upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     draw = Draw(torch.bfloat16, outputs[0].device, seed=1)  # so that the dtypes get the same values
     return [
         torch.ones_like(out) if out.dim() == 0 else torch.empty_like(out).copy_(draw.normal(*out.shape))
@@ -67,33 +73,39 @@ def operator_case(
     dtype: torch.dtype,
     inputs: Callable[[Draw], dict[str, Tensor]],
     ours: Function,
-    eager: Function,
+    eager: Function | None,
     builtin: Function | None = None,
     peers: Mapping[str, Callable[[str], Function]] | None = None,
     differentiable: tuple[str, ...] = (),
     compiled: bool = True,
     ours_compiled: bool = False,
     exact: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
-    bytes: int,
+    plain: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
+    part: Callable[[Tensor], Tensor] = lambda result: result,
+    bytes: int = 0,
+    flops: int = 0,
     metric: str = "GB/s",
     cold: bool = True,
+    only_read: bool = False,
 ) -> Case:
     """A case whose candidates are functions with the same tensor arguments.
 
     Args:
         inputs: draws the arguments, by name.
         ours: the public function; under `use("reference")` in float64 it gives the exact results.
-        eager: as models write it.
+        eager: as models write it; None where that takes too much memory.
         builtin: PyTorch's fused function.
         peers: name -> loader; the loader gets the device and returns a function or raises `Missing`.
         differentiable: the arguments that get gradients; none: forward only.
         compiled: whether torch.compile of `eager` competes, where the settings allow it.
         ours_compiled: whether torch.compile of `ours` does.
-        exact: makes the float64 results from the inputs, where the plain way would take too much memory.
+        exact, plain: make the results from the inputs, in float64 and in the dtype of the case, where calling `ours` as
+            the reference would take too much memory or time.
+        part: of each result, what is compared: what `exact` and `plain` give, if that is not all.
     """
-    compiled = compiled and settings.compile
+    compiled = compiled and settings.compile and eager is not None
     peers = peers or {}
-    functions: dict[str, Callable[[], Function]] = {EAGER: lambda: eager}
+    functions: dict[str, Callable[[], Function]] = {EAGER: lambda: eager} if eager is not None else {}
     if builtin is not None:
         functions[BUILTIN] = lambda: builtin
     if compiled:
@@ -117,7 +129,7 @@ def operator_case(
             # Some peers write to their inputs, so they get copies.
             call_inputs = {k: t.clone() for k, t in made.items()} if name in peers else made
             try:
-                call = Call(make(), call_inputs, differentiable)
+                call = Call(make(), call_inputs, differentiable, part)
             except Missing as reason:
                 missing[name] = str(reason)
                 continue
@@ -125,9 +137,10 @@ def operator_case(
         return Contest(
             candidates,
             exact=lambda: exact(made) if exact else reference(widen(made)),
-            plain=lambda: reference(made),
+            plain=lambda: plain(made) if plain else reference(made),
             missing=missing,
         )
 
     return Case(family, name, settings.device, str(dtype).removeprefix("torch."), bool(differentiable),
-                tuple(functions), prepare, metric=metric, bytes=bytes, cold=cold)  # fmt: skip
+                tuple(functions), prepare, metric=metric, bytes=bytes, flops=flops, cold=cold,
+                only_read=only_read)  # fmt: skip

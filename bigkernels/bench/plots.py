@@ -15,7 +15,8 @@ from .families import FAMILIES
 _COLOURS = {EAGER: "#9aa0a6", BUILTIN: "#7fb2e5", COMPILE: "#f2a65a", OURS: "#2e8b57", OURS_COMPILED: "#14532d"}
 _PEER_COLOUR = "#a678c8"
 _UNITS = {"GB/s": "GB/s of the bytes that have to move", "us": "microseconds a call (less is better)",
-          "tokens/s": "tokens a second"}  # fmt: skip
+          "tokens/s": "tokens a second", "TFLOP/s": "TFLOP/s"}  # fmt: skip
+_FIELDS = {"GB/s": "gbps", "tokens/s": "tokens_per_second", "TFLOP/s": "tflops"}
 _LOG_RANGE = 30.0  # largest by smallest value from which on a linear axis hides the small ones
 _FAR = 3.0  # a limit so many times the longest bar is not drawn: it would leave no room for the bars
 _BAR = 0.24  # inches
@@ -37,7 +38,7 @@ def value(row: dict) -> float:
     """What the bar of a row shows."""
     if row["metric"] == "us":
         return row["seconds"]["median"] * 1e6
-    return row["gbps"] if row["metric"] == "GB/s" else row["tokens_per_second"]
+    return row[_FIELDS[row["metric"]]]
 
 
 def _figure(family: str, rows: list[dict], document: dict) -> Figure:

@@ -61,6 +61,8 @@ def commit() -> str | None:
 
 def print_limits(limits: Limits) -> None:
     rows = [["copy, read + write", f"{limits.copy / 1e9:.1f} GB/s", limits.copy_method]]
+    if limits.read:
+        rows.append(["read", f"{limits.read / 1e9:.1f} GB/s", limits.read_method])
     for dtype, peak in limits.matrix.items():
         rows.append([f"matrix product, {dtype}", f"{peak / 1e12:.2f} TFLOP/s", limits.matrix_method])
     table(f"Limits of this machine ({limits.device})", ["what", "measured", "by"], rows, right=("measured",))

@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bigkernels import functional
 from bigkernels.bench import engine, limits
-from bigkernels.bench.case import EAGER, OURS, Settings
-from bigkernels.bench.families import FAMILIES, cases, cross_entropy
+from bigkernels.bench.case import BUILTIN, EAGER, OURS, Settings
+from bigkernels.bench.families import FAMILIES, attention, cases, cross_entropy, model
 from bigkernels.bench.operators import Call
-from bigkernels.ops import use
+from bigkernels.bench.peers import FLASH, FLEX, LIGER
+from bigkernels.ops import _registry, use
 
 QUICK = Settings.quickly()
 OPERATOR_FAMILIES = [name for name in FAMILIES if name != "model"]
@@ -20,13 +22,15 @@ OPERATOR_FAMILIES = [name for name in FAMILIES if name != "model"]
 def test_all_candidates_of_a_family_are_right(family):
     for case in cases(family, QUICK):
         steps, rows = engine.check(case)
-        assert {EAGER, OURS} <= set(steps)
+        assert {EAGER, OURS} & set(case.candidates) <= set(steps)
+        assert OURS in steps
         assert [(r.candidate, r.reason) for r in rows if r.status not in ("ok", "missing")] == []
         assert {r.candidate for r in rows} == set(case.candidates)
-        assert [r.candidate for r in rows if r.status == "missing"] == ["liger-kernel"]
+        assert {r.candidate for r in rows if r.status == "missing"} == {LIGER, FLASH, FLEX} & set(case.candidates)
 
 
-@pytest.mark.parametrize("family", [f for f in OPERATOR_FAMILIES if f != "small"])
+# Of attention, the operations count.
+@pytest.mark.parametrize("family", [f for f in OPERATOR_FAMILIES if f not in ("small", "attention")])
 def test_forward_bytes_are_those_of_inputs_and_outputs(family):
     for case in (c for c in cases(family, QUICK) if not c.backward):
         contest = case.prepare()
@@ -48,20 +52,63 @@ def test_the_measured_cases_are_the_ones_of_the_design(family):
         "rope": "S 2048, heads 9/3, D 64, bfloat16, forward + backward",
         "glu": "2048x8192 gelu_tanh, bfloat16, forward + backward",
         "cross_entropy": "2048x128256, bfloat16, forward + backward",
+        "attention": "window 512, S 8192, D 128, bfloat16, forward + backward",
+        "decode": "batch 8, cache 4096, int8, bfloat16, forward",
         "small": "cross_entropy 49152, bfloat16, forward",
-        "model": "training step, B 1, S 512, bfloat16, forward + backward",
+        "model": "training step, B 1, S 1024, bfloat16, forward + backward",
     }
     assert expected[family] in names
 
 
-def test_model_family_trains_and_generates():
+def test_model_family_trains_reads_and_generates(monkeypatch):
     pytest.importorskip("transformers")
-    training, _, generation, _ = cases("model", QUICK)
+    monkeypatch.setattr(model, "_CHECKED", 24)  # fewer tokens than there are, as at full size
     given = limits.Limits("cpu", 1e9, {"bfloat16": 1e12}, "given", "given")
-    for case in (training, generation):
+    for case in cases("model", QUICK):
         rows = engine.run(case, given, replace(QUICK, rounds=1, seconds=0.0))
-        assert [(r.candidate, r.status, r.reason) for r in rows] == [(EAGER, "ok", None), (OURS, "ok", None)]
+        expected = [(name, "ok", None) for name in (EAGER, model.NO_ATTENTION, OURS)]
+        assert [(r.candidate, r.status, r.reason) for r in rows] == expected
+        assert [r.ours for r in rows] == [False, True, True]
         assert all(r.tokens_per_second == pytest.approx(case.tokens / r.seconds.median) for r in rows)
+
+
+@pytest.mark.parametrize(("length", "left"), [(700, -1), (1100, 90), (513, 0), (512, 5000), (3, -1)])
+def test_attention_checked_a_few_queries_at_a_time_is_the_whole(length, left):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(1, 1, length, 8, generator=generator, dtype=torch.float64) for _ in range(4))
+    call = Call(lambda q, k, v: functional.attention(q, k, v, causal=True, window=(left, 0)), {"q": q, "k": k, "v": v},
+                ("q", "k", "v"))  # fmt: skip
+    call.upstream = [grad]
+    with use("reference"):
+        whole = call.results()
+    for part, expected in zip(attention.one_sequence(q, k, v, grad, left), whole.values(), strict=True):
+        assert torch.allclose(part, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("length", "left"), [(1, -1), (37, -1), (37, 0), (37, 5), (37, 36), (37, 100)])
+def test_visible_pairs_are_counted(length, left):
+    at = torch.arange(length)
+    ago = at[:, None] - at
+    seen = (ago >= 0) & (ago <= left if left >= 0 else True)
+    assert attention.visible(length, left) == seen.sum().item()
+
+
+@pytest.mark.parametrize("position", [0, -1], ids=["query of the first part", "last query"])
+def test_attention_that_is_wrong_somewhere_in_the_checked_head_is_found(position, monkeypatch):
+    def wrong(q, k, v, **options):
+        out = right(q, k, v, **options)
+        if _registry._forced == "reference":
+            return out
+        out = out.clone()
+        out[:, 0, position] += 0.1
+        return out
+
+    right = functional.attention
+    monkeypatch.setattr(functional, "attention", wrong)
+    for backward in (False, True):
+        case = attention.windowed(QUICK, 640, 16, torch.bfloat16, window=100, backward=backward)
+        _, rows = engine.check(case)
+        assert {r.candidate: r.status for r in rows if r.status != "missing"} == {BUILTIN: "ok", OURS: "wrong"}
 
 
 def test_exact_cross_entropy_in_parts_is_the_whole():
@@ -86,11 +133,13 @@ def test_limits_by_torch_and_natively(monkeypatch):
         native = limits.measure("cpu", seconds=0.02)
         assert native.copy_method == "bigkernels._native"
         assert 1e8 < native.copy < 1e13
+        assert 1e8 < native.read < 1e13
     monkeypatch.setattr(limits, "_native", lambda: None)
     monkeypatch.setattr(limits, "_COPY_BYTES", 2**22)
     found = limits.measure("cpu", seconds=0.01)
     assert found.matrix_method == "torch.matmul, achieved and not a peak"
     assert 1e8 < found.copy < 1e13
+    assert 1e8 < found.read < 1e13
     assert set(found.matrix) == {"float32", "bfloat16", "float16"}
     assert all(math.isfinite(peak) and peak > 1e6 for peak in found.matrix.values())
 
@@ -100,3 +149,8 @@ def test_the_slower_of_two_limits_counts():
     assert given.least_seconds(bytes=2 * 10**9, flops=10**12, dtype="float32") == 2.0
     assert given.least_seconds(bytes=10**9, flops=3 * 10**12, dtype="float32") == 3.0
     assert given.least_seconds(bytes=0, flops=10**12, dtype="float16") == 0.0  # nobody measured float16
+    # What only reads is held to the read bandwidth, where that was measured.
+    assert given.least_seconds(bytes=10**9, flops=0, dtype="float32", only_read=True) == 1.0
+    given = replace(given, read=2e9)
+    assert given.least_seconds(bytes=10**9, flops=0, dtype="float32", only_read=True) == 0.5
+    assert given.least_seconds(bytes=10**9, flops=0, dtype="float32") == 1.0

@@ -70,9 +70,12 @@ def test_units():
 def test_plots_are_written_for_each_family(document, tmp_path):
     plots = pytest.importorskip("bigkernels.bench.plots")
     document["rows"] += [row | {"family": "small", "metric": "us"} for row in document["rows"]]
+    document["rows"] += [
+        row | {"family": "attention", "metric": "TFLOP/s", "tflops": 0.5} for row in document["rows"] if row["seconds"]
+    ]
     document["rows"].append(document["rows"][0] | {"family": "nobody ran", "seconds": None, "status": "wrong"})
     paths = plots.write(document, tmp_path / "plots")
-    assert [path.name for path in paths] == ["tiny.png", "small.png"]
+    assert [path.name for path in paths] == ["tiny.png", "small.png", "attention.png"]
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 10_000

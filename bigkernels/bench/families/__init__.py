@@ -13,6 +13,8 @@ FAMILIES = {
     "rope": "rotary position embedding of queries and keys",
     "glu": "gated linear units",
     "cross_entropy": "cross entropy over large vocabularies",
+    "attention": "causal attention, 16 heads",
+    "decode": "one new token over a cache, 32 query heads on 8",
     "small": "one token: the cost of a call",
     "model": "a Llama model at the size of SmolLM2-135M",
 }

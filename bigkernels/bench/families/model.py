@@ -1,10 +1,15 @@
-"""A whole model: a Llama at the size of SmolLM2-135M with random weights, trained and generating."""
+"""A whole model: a Llama at the size of SmolLM2-135M with random weights: trained, reading a prompt, generating.
+
+The check needs the model in float64, which is slow, so it looks at the first tokens alone. What a causal model computes
+for them does not depend on those that follow: the candidates run at full length, the float64 model on what is compared.
+"""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +25,8 @@ _QUICK_SIZES = _SIZES | {"vocab_size": 512, "hidden_size": 64, "intermediate_siz
                          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
 # Errors add up over the layers, and the error of eager in the single number of the loss can be small by luck.
 _ROUNDINGS = 16.0
+_CHECKED = 128  # tokens
+NO_ATTENTION = f"{OURS} without attention"  # what the kernels around attention give, patched with attention=False
 
 
 def _model(sizes: dict, dtype: torch.dtype, device: str) -> nn.Module:
@@ -31,13 +38,13 @@ def _model(sizes: dict, dtype: torch.dtype, device: str) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)).to(device, dtype)
 
 
-def _patched(model: nn.Module) -> nn.Module:
+def _patched(model: nn.Module, **options: bool) -> nn.Module:
     try:
         from ...patch import patch
     except ImportError as error:
         raise Missing(f"bigkernels.patch is not in this version ({error})") from error
     copied = copy.deepcopy(model)
-    patch(copied)
+    patch(copied, **options)
     return copied
 
 
@@ -48,11 +55,12 @@ def _variants(model: nn.Module, compile: bool) -> tuple[dict[str, nn.Module], di
         torch._dynamo.reset()
         variants[COMPILE] = torch.compile(copy.deepcopy(model), dynamic=False)
     try:
+        variants[NO_ATTENTION] = _patched(model, attention=False)
         variants[OURS] = _patched(model)
         if compile:
             variants[OURS_COMPILED] = torch.compile(_patched(model), dynamic=False)
     except Missing as reason:
-        missing = dict.fromkeys((OURS, OURS_COMPILED) if compile else (OURS,), str(reason))
+        missing = dict.fromkeys((NO_ATTENTION, OURS, OURS_COMPILED) if compile else (NO_ATTENTION, OURS), str(reason))
     return variants, missing
 
 
@@ -61,13 +69,15 @@ def _tokens(settings: Settings, length: int, vocabulary: int) -> Tensor:
     return torch.randint(3, vocabulary, (settings.batch, length), generator=generator).to(settings.device)
 
 
-def _loss(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, labels=ids, use_cache=False).loss
+def _loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    return model(input_ids=ids, labels=labels, use_cache=False).loss
 
 
 def _gradients(model: nn.Module, ids: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The loss, and the gradients of the parameters of a kind, from all layers, as one vector."""
-    loss = _loss(model, ids)
+    """The loss of the first tokens, and the gradients of the parameters of a kind, from all layers, as one vector."""
+    labels = ids.clone()
+    labels[:, _CHECKED:] = -100
+    loss = _loss(model, ids, labels)
     loss.backward()
     kinds: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -82,7 +92,7 @@ def _training_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
-        _loss(model, ids).backward()
+        _loss(model, ids, ids).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -100,8 +110,8 @@ def _training(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
                 Candidate(name, lambda m=variant: _gradients(m, ids, dtype), _training_step(variant, ids))
                 for name, variant in variants.items()
             ],
-            exact=lambda: _gradients(copy.deepcopy(model).double(), ids, torch.float64),
-            plain=lambda: _gradients(model, ids, dtype),
+            exact=lambda: _gradients(copy.deepcopy(model).double(), ids[:, :_CHECKED], torch.float64),
+            plain=lambda: _gradients(model, ids[:, :_CHECKED], dtype),
             missing=missing,
             roundings=_ROUNDINGS,
         )
@@ -116,10 +126,51 @@ def _training(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
         settings.device,
         _name(dtype),
         backward=True,
-        candidates=(EAGER, COMPILE, OURS, OURS_COMPILED) if settings.compile else (EAGER, OURS),
+        candidates=_names(settings.compile),
         prepare=prepare,
         metric="tokens/s",
         flops=flops,
+        tokens=tokens,
+        cold=False,
+    )
+
+
+def _prefill(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
+    """A prompt goes through the model, fills a new cache, and gives the logits of one token."""
+
+    def prepare() -> Contest:
+        model = _model(sizes, dtype, settings.device).eval()
+        ids = _tokens(settings, settings.length, sizes["vocab_size"])
+        last, checked = (torch.tensor([n - 1], device=ids.device) for n in (ids.shape[1], min(_CHECKED, ids.shape[1])))
+        variants, missing = _variants(model, settings.compile)
+
+        def logits(variant: nn.Module, ids: Tensor, token: Tensor) -> dict[str, Tensor]:
+            return {"logits": variant(input_ids=ids, logits_to_keep=token, use_cache=True).logits}
+
+        return Contest(
+            [
+                Candidate(name, partial(logits, variant, ids, checked), partial(logits, variant, ids, last))
+                for name, variant in variants.items()
+            ],
+            exact=lambda: logits(copy.deepcopy(model).double(), ids[:, :_CHECKED], checked),
+            plain=lambda: logits(model, ids[:, :_CHECKED], checked),
+            missing=missing,
+            roundings=_ROUNDINGS,
+        )
+
+    tokens = settings.batch * settings.length
+    hidden, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
+    weights = _matrix_weights(sizes) - sizes["vocab_size"] * hidden  # the head sees one token a sequence
+    return Case(
+        "model",
+        f"prefill, B {settings.batch}, S {settings.length}",
+        settings.device,
+        _name(dtype),
+        backward=False,
+        candidates=_names(settings.compile),
+        prepare=prepare,
+        metric="tokens/s",
+        flops=2 * tokens * (weights + layers * settings.length * hidden),
         tokens=tokens,
         cold=False,
     )
@@ -159,13 +210,17 @@ def _generation(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
         settings.device,
         _name(dtype),
         backward=False,
-        candidates=(EAGER, OURS),
+        candidates=_names(compile=False),
         prepare=prepare,
         metric="tokens/s",
         bytes=new * _matrix_weights(sizes) * dtype.itemsize,
         tokens=settings.batch * new,
         cold=False,
     )
+
+
+def _names(compile: bool) -> tuple[str, ...]:
+    return (EAGER, COMPILE, NO_ATTENTION, OURS, OURS_COMPILED) if compile else (EAGER, NO_ATTENTION, OURS)
 
 
 def _matrix_weights(sizes: dict) -> int:
@@ -183,4 +238,4 @@ def _name(dtype: torch.dtype) -> str:
 def cases(settings: Settings) -> list[Case]:
     sizes = _QUICK_SIZES if settings.quick else _SIZES
     dtypes = (torch.bfloat16, torch.float32)
-    return [make(settings, sizes, dtype) for make in (_training, _generation) for dtype in dtypes]
+    return [make(settings, sizes, dtype) for make in (_training, _prefill, _generation) for dtype in dtypes]

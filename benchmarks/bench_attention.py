@@ -1,0 +1,5 @@
+FAMILY = "attention"
+
+
+def test_attention(benchmark, step):
+    benchmark(step)

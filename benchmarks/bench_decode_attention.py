@@ -1,0 +1,5 @@
+FAMILY = "decode"
+
+
+def test_decode_attention(benchmark, step):
+    benchmark(step)
