@@ -289,6 +289,25 @@ BK_INLINE void each_block(const Row& rows, int64_t from, int64_t count, int64_t 
     }
 }
 
+// Asks for rows [from, to) of a matrix, into the second-level cache: they lie pages apart, where the machine's own
+// prefetcher does not follow.
+template <class T>
+BK_INLINE void prefetch_rows(const StridedRows<T>& rows, int64_t from, int64_t to, int64_t columns) {
+  if (to > rows.count) to = rows.count;
+  for (int64_t r = from; r < to; ++r) {
+    const char* line = (const char*)(rows.first + r * rows.stride);
+    for (int64_t b = 0; b < columns * (int64_t)sizeof(T); b += 64) __builtin_prefetch(line + b, 0, 2);
+  }
+}
+
+// Packs 32-row strips as a left operand whose depth is the columns: block (j, i) at j * blocks(columns) + i.
+template <class F, class T, class Row>
+BK_INLINE void pack_left(const Row& rows, int64_t from, int64_t count, int64_t columns, typename F::Element* to) {
+  for (int64_t j = 0; j < count; ++j)
+    for (int64_t i = 0; i < blocks(columns); ++i, to += F::kBlock)
+      F::template stage<T>(to, rows, from + j * kSide, i * kSide, columns);
+}
+
 }  // namespace
 }  // namespace BK_ISA
 }  // namespace bigkernels

@@ -39,12 +39,8 @@ void add_head(const Unit<T>& u, int64_t begin, int64_t end, const Buffers<F>& w)
   const Attention& a = u.a;
   int64_t depth = blocks(a.d), values = blocks(a.dv), strips = blocks(end - begin), width = padded(a.keys);
   float keep_scale = 1 / (1 - a.dropout_p);
-  each_block<F, T>(u.query_rows(a.q), begin, strips, a.d, [&](int64_t j, int64_t i, const E* staged) {
-    __builtin_memcpy(w.q + (j * depth + i) * F::kBlock, staged, sizeof(E) * F::kBlock);
-  });
-  each_block<F, T>(u.query_rows(a.grad), begin, strips, a.dv, [&](int64_t j, int64_t i, const E* staged) {
-    __builtin_memcpy(w.g + (j * values + i) * F::kBlock, staged, sizeof(E) * F::kBlock);
-  });
+  pack_left<F, T>(u.query_rows(a.q), begin, strips, a.d, w.q);
+  pack_left<F, T>(u.query_rows(a.grad), begin, strips, a.dv, w.g);
   row_sums(u, begin, begin + strips * kSide, w.lse, w.lse_rest, w.delta);
   Columns all = seen_by(u, begin, end, 0, u.keys);
   for (int64_t key = all.begin / kKeys * kKeys; key < all.end; key += kKeys) {

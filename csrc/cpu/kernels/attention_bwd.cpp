@@ -70,12 +70,12 @@ void prepare(const Attention& a, const AttentionTask& task, int64_t splits, void
   Rows<F> n(a, u.rows, splits, memory);
   int64_t first = task.begin / kSide, count = blocks(task.end) - first;
   auto queries = u.query_rows(a.q), grads = u.query_rows(a.grad);
+  pack_left<F, T>(queries, task.begin, count, a.d, n.q + first * n.depth * F::kBlock);
+  pack_left<F, T>(grads, task.begin, count, a.dv, n.g + first * n.values * F::kBlock);
   each_block<F, T>(queries, task.begin, count, a.d, [&](int64_t j, int64_t i, const E* staged) {
-    __builtin_memcpy(n.q + ((first + j) * n.depth + i) * F::kBlock, staged, sizeof(E) * F::kBlock);
     F::left_turned(n.q_turned + (i * n.strips + first + j) * F::kBlock, staged);
   });
   each_block<F, T>(grads, task.begin, count, a.dv, [&](int64_t j, int64_t i, const E* staged) {
-    __builtin_memcpy(n.g + ((first + j) * n.values + i) * F::kBlock, staged, sizeof(E) * F::kBlock);
     F::left_turned(n.g_turned + (i * n.strips + first + j) * F::kBlock, staged);
   });
   row_sums(u, task.begin, padded(task.end), n.lse + task.begin, n.lse_rest + task.begin, n.delta + task.begin);

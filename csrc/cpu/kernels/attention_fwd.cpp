@@ -6,7 +6,8 @@ namespace bigkernels {
 namespace BK_ISA {
 namespace {
 
-constexpr int64_t kKeys = 256;  // packed at once
+constexpr int64_t kKeys = 256;        // packed at once
+constexpr int64_t kStep = 4 * kSide;  // columns between two products
 // Weights are relative to the maximum of the first keys seen, which is as good as any until a sum comes near to
 // overflow: then the row's maximum moves, and its weights are made again.
 constexpr float kMost = 0x1p60f;
@@ -19,14 +20,14 @@ struct Sizes {
 
 template <class F>
 struct Buffers {
-  typename F::Element *q, *k, *v, *p;
-  float *s, *o, *m, *l, *keep;
+  typename F::Element *q, *k, *v, *p[2];
+  float *s[2], *o, *m, *l, *keep;
   Buffers(Workspace w, const Sizes<F>& n) {
     q = w.take<typename F::Element>(n.strips * n.depth * F::kBlock);
     k = w.take<typename F::Element>(kKeys / kSide * n.depth * F::kBlock);
     v = w.take<typename F::Element>(kKeys / kSide * n.values * F::kBlock);
-    p = w.take<typename F::Element>(kKeys / kSide * F::kBlock);
-    s = w.take<float>(kSide * kKeys);
+    for (auto& one : p) one = w.take<typename F::Element>(kKeys / kSide * F::kBlock);
+    for (auto& one : s) one = w.take<float>(kSide * kKeys);
     o = w.take<float>(n.rows * n.values * kSide);
     m = w.take<float>(n.rows);
     l = w.take<float>(n.rows);
@@ -36,12 +37,27 @@ struct Buffers {
   char* end;
 };
 
-// The weights of a row's columns, relative to its maximum, as a row of the left operand; returns their sum.
+// How many of a strip's vector steps there are for each product that waits.
+template <class F>
+struct Pace {
+  Queue<F>& queue;
+  int64_t steps, passed = 0, total;
+  Pace(Queue<F>& q, int64_t all) : queue(q), steps(all), total(q.left()) {}
+  // Whether a product is due with this step; makes those that should have been before.
+  inline __attribute__((always_inline)) bool due() {
+    if (!Queue<F>::kMixes) return false;
+    ++passed;
+    return (total - queue.left()) * steps < total * passed;
+  }
+};
+
+// The weights of a row's columns, relative to its maximum, as a row of the left operand; returns their sum. Products
+// that wait are made in between.
 template <class F, bool kDropout>
 BK_INLINE float weigh(const float* x, int64_t begin, int64_t end, float factor, float shift, int r, const float* keep,
-                      typename F::Element* p) {
+                      typename F::Element* p, Pace<F>& pace) {
   vf sum[kVectors] = {};
-  for (int64_t c = begin; c < end; c += kSide) {
+  auto block = [&](int64_t c) __attribute__((always_inline)) {
     vf e[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       e[v] = vexp2(load(x + c + v * W) * factor - shift);
@@ -49,7 +65,24 @@ BK_INLINE float weigh(const float* x, int64_t begin, int64_t end, float factor, 
       if (kDropout) e[v] *= load(keep + c + v * W);
     }
     F::put_left(p + c / kSide * F::kBlock, r, e);
+  };
+  int64_t c = begin;
+  if constexpr (Queue<F>::kMixes) {
+    Queue<F>& queue = pace.queue;
+    for (; c + kStep <= end; c += kStep) {
+      bool due = pace.due() && queue.begin();
+      if (due) queue.template quarter<0>();
+      block(c);
+      if (due) queue.template quarter<1>();
+      block(c + kSide);
+      if (due) queue.template quarter<2>();
+      block(c + 2 * kSide);
+      if (due) queue.template quarter<3>();
+      block(c + 3 * kSide);
+      if (due) queue.end();
+    }
   }
+  for (; c < end; c += kSide) block(c);
   for (int v = 1; v < kVectors; ++v) sum[0] += sum[v];
   return BK_ISA::sum(sum[0]);
 }
@@ -72,21 +105,23 @@ BK_INLINE void rescale(float* m, float* l, float* o, int64_t width, float highes
 }
 
 template <class F, class T>
-void softmax(const Strip<T>& strip, const Buffers<F>& w, int64_t at, int64_t width) {
+void softmax(const Strip<T>& strip, const Buffers<F>& w, float* scores, typename F::Element* p, int64_t at,
+             int64_t width, Queue<F>& queue) {
   const Attention& a = strip.u.a;
   bool is_plain = plain(a);
   float factor = is_plain ? a.scale * kLog2e : 1.0f;
   bool all = sees_all(strip);
+  Pace<F> pace(queue, kSide * ((strip.end - strip.begin) / kStep));
   for (int r = 0; r < kSide; ++r) {
-    float* x = w.s + r * kKeys;
+    float* x = scores + r * kKeys;
     float *m = w.m + at + r, *l = w.l + at + r, *o = w.o + (at + r) * width;
     if (!is_plain) adjust(strip, r, x, nullptr);
     if (!all) hide(strip, r, x);
     if (a.threshold) kept(strip, r, w.keep);
     auto weighed = [&] {
       float shift = *m == -kInfinity ? 0.0f : *m;
-      return a.threshold ? weigh<F, true>(x, strip.begin, strip.end, factor, shift, r, w.keep, w.p)
-                         : weigh<F, false>(x, strip.begin, strip.end, factor, shift, r, w.keep, w.p);
+      return a.threshold ? weigh<F, true>(x, strip.begin, strip.end, factor, shift, r, w.keep, p, pace)
+                         : weigh<F, false>(x, strip.begin, strip.end, factor, shift, r, w.keep, p, pace);
     };
     if (*m == -kInfinity) rescale(m, l, o, width, largest(x, strip.begin, strip.end) * factor);
     float sum = weighed();
@@ -102,6 +137,7 @@ void softmax(const Strip<T>& strip, const Buffers<F>& w, int64_t at, int64_t wid
 template <class T>
 void finish(const Unit<T>& u, const AttentionTask& task, const float* o, const float* m, const float* l,
             int64_t width) {
+  constexpr int64_t kAhead = 16;  // rows: each may be on a page of its own
   const Attention& a = u.a;
   auto out = u.query_rows(a.out);
   for (int64_t r = task.begin; r < task.end; ++r) {
@@ -115,7 +151,10 @@ void finish(const Unit<T>& u, const AttentionTask& task, const float* o, const f
     }
     if (a.lse) a.lse[u.lse_at(r)] = total == 0 ? -kInfinity : (float)(((double)top + __builtin_log2(total)) / kLog2e);
     scale = total == 0 ? 0.0f : scale / (total * (1 - a.dropout_p));
-    T* to = u.query_rows(a.out).get(out, r);
+    T* to = out.get(out, r);
+    if (r + kAhead < task.end)
+      for (int64_t i = 0; i < a.dv; i += 64 / (int64_t)sizeof(T))
+        __builtin_prefetch(out.get(out, r + kAhead) + i, 1, 2);
     const float* from = o + at * width;
     int64_t i = 0;
     for (; i + W <= a.dv; i += W) store(to + i, load(from + i) * scale);
@@ -133,11 +172,10 @@ void run(const Attention& a, const AttentionTask& task, void* workspace) {
   fill(w.o, 0, n.rows * width, 0.0f);
   fill(w.l, 0, n.rows, 0.0f);
   fill(w.m, 0, n.rows, -kInfinity);
+  Queue<F> queue;
   F::begin();
   auto queries = u.query_rows(a.q);
-  each_block<F, T>(queries, task.begin, n.strips, a.d, [&](int64_t j, int64_t i, const typename F::Element* staged) {
-    __builtin_memcpy(w.q + (j * n.depth + i) * F::kBlock, staged, sizeof(typename F::Element) * F::kBlock);
-  });
+  pack_left<F, T>(queries, task.begin, n.strips, a.d, w.q);
   auto keys = u.key_rows(a.k), values = u.key_rows(a.v);
   Columns all = seen_by(u, task.begin, task.end, 0, u.keys);
   for (int64_t key = all.begin / kKeys * kKeys; key < all.end; key += kKeys) {
@@ -152,20 +190,49 @@ void run(const Attention& a, const AttentionTask& task, void* workspace) {
                      [&](int64_t j, int64_t i, const typename F::Element* staged) {
                        F::right(w.v + (i * (kKeys / kSide) + first + j) * F::kBlock, staged);
                      });
-    for (int64_t s = 0; s < n.strips; ++s) {
+    // A strip's scores are made, and the one before it is multiplied by the values, while this one's weights are.
+    auto columns = [&](int64_t s) {
       int64_t row = task.begin + s * kSide;
       Columns c = seen_by(u, row, row + kSide, key, block.end);
-      if (c.begin == c.end) continue;
-      int64_t begin = (c.begin - key) / kSide, end = blocks(c.end - key);
-      for (int64_t j = begin; j < end; ++j)
-        F::multiply(w.s + j * kSide, kKeys, w.q + s * n.depth * F::kBlock, w.k + j * n.depth * F::kBlock, n.depth,
-                    kSide, false);
-      softmax<F, T>({u, row, key, begin * kSide, end * kSide}, w, s * kSide, width);
-      for (int64_t i = 0; i < n.values; ++i)
-        F::multiply(w.o + s * kSide * width + i * kSide, width, w.p + begin * F::kBlock,
-                    w.v + (i * (kKeys / kSide) + begin) * F::kBlock, end - begin, a.dv - i * kSide > 16 ? 32 : 16,
-                    true);
+      return c.begin == c.end ? Columns{0, 0} : Columns{(c.begin - key) / kSide, blocks(c.end - key)};
+    };
+    auto score = [&](int64_t s, Columns c) {
+      for (int64_t j = c.begin; j < c.end; ++j)
+        queue.push(w.s[s % 2] + j * kSide, kKeys, w.q + s * n.depth * F::kBlock, w.k + j * n.depth * F::kBlock, n.depth,
+                   kSide, false);
+    };
+    auto add = [&](int64_t s, Columns c) {
+      if (c.begin == c.end) return;
+      for (int64_t i = 0; i < n.values; ++i) {
+        queue.push(w.o + s * kSide * width + i * kSide, width, w.p[s % 2] + c.begin * F::kBlock,
+                   w.v + (i * (kKeys / kSide) + c.begin) * F::kBlock, c.end - c.begin, a.dv - i * kSide > 16 ? 32 : 16,
+                   true);
+      }
+    };
+    Columns before{0, 0}, now = columns(0);
+    queue.clear();
+    score(0, now);
+    queue.finish();
+    for (int64_t s = 0; s < n.strips; ++s) {
+      // The next block of keys, a few with each strip.
+      int64_t next = key + kKeys + kKeys * s / n.strips, last = key + kKeys + kKeys * (s + 1) / n.strips;
+      if (next < all.end) {
+        prefetch_rows(keys, next, last, a.d);
+        prefetch_rows(values, next, last, a.dv);
+      }
+      Columns after = s + 1 < n.strips ? columns(s + 1) : Columns{0, 0};
+      queue.clear();
+      add(s - 1, before);
+      score(s + 1, after);
+      if (now.begin < now.end)
+        softmax<F, T>({u, task.begin + s * kSide, key, now.begin * kSide, now.end * kSide}, w, w.s[s % 2], w.p[s % 2],
+                      s * kSide, width, queue);
+      queue.finish();
+      before = now, now = after;
     }
+    queue.clear();
+    add(n.strips - 1, before);
+    queue.finish();
   }
   F::end();
   finish(u, task, w.o, w.m, w.l, width);

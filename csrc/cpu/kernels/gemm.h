@@ -146,6 +146,7 @@ struct Floats {
   }
   BK_INLINE void begin() {}
   BK_INLINE void end() {}
+  static constexpr bool kInPieces = false;
 };
 
 // ---- bfloat16 pairs -------------------------------------------------------------------------------------------------
@@ -239,51 +240,74 @@ struct Pairs {
   }
 
 #if defined(__AMX_BF16__)
-  static inline void multiply(float* c, int64_t ldc, const uint16_t* a, const uint16_t* b, int64_t depth, int columns,
-                              bool accumulate) {
-    int64_t row = ldc * 4;
-    bool wide = columns == 32;
-    asm volatile("" ::: "memory");  // the compiler does not know what the tile instructions read and write
-    if (accumulate) {
-      _tile_loadd(0, c, row);
-      _tile_loadd(2, c + 16 * ldc, row);
-      if (wide) {
-        _tile_loadd(1, c + 16, row);
-        _tile_loadd(3, c + 16 * ldc + 16, row);
-      }
-    } else {
+  // One product in pieces: `start`, `add` for each block of the depth, `put`. In between, vector code may run.
+  BK_INLINE void start(const float* c, int64_t ldc, int columns, bool accumulate) {
+    if (!accumulate) {
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
+      return;
     }
-    for (int64_t k = 0; k < depth; ++k, a += kBlock, b += kBlock) {
+    _tile_loadd(0, c, ldc * 4);
+    _tile_loadd(2, c + 16 * ldc, ldc * 4);
+    if (columns != kSide) return;
+    _tile_loadd(1, c + 16, ldc * 4);
+    _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+  }
+  BK_INLINE void add(const uint16_t* a, const uint16_t* b, int columns) {
 #pragma GCC unroll 3
-      for (int i = 0; i < P; ++i) {
-        _tile_loadd(4, a + i * kPlane, 64);
-        _tile_loadd(5, a + i * kPlane + kTile, 64);
+    for (int i = 0; i < P; ++i) {
+      _tile_loadd(4, a + i * kPlane, 64);
+      _tile_loadd(5, a + i * kPlane + kTile, 64);
 #pragma GCC unroll 3
-        for (int j = 0; j < kRight - i; ++j) {
-          if (j == P) break;
-          _tile_loadd(6, b + j * kPlane, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(2, 5, 6);
-          if (wide) {
-            _tile_loadd(7, b + j * kPlane + kTile, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
-          }
-        }
+      for (int j = 0; j < kRight - i; ++j) {
+        if (j == P) break;
+        _tile_loadd(6, b + j * kPlane, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(2, 5, 6);
+        if (columns != kSide) continue;
+        _tile_loadd(7, b + j * kPlane + kTile, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
       }
     }
-    _tile_stored(0, c, row);
-    _tile_stored(2, c + 16 * ldc, row);
-    if (wide) {
-      _tile_stored(1, c + 16, row);
-      _tile_stored(3, c + 16 * ldc + 16, row);
-    }
-    asm volatile("" ::: "memory");
   }
+  // A quarter of `add`, so that a few vector instructions fit between two tile instructions.
+  template <int kQuarter>
+  BK_INLINE void add_quarter(const uint16_t* a, const uint16_t* b, int columns) {
+    if (P > 1) {
+      if (kQuarter == 0) add(a, b, columns);
+    } else if (kQuarter == 0) {
+      _tile_loadd(4, a, 64);
+      _tile_loadd(6, b, 64);
+      _tile_dpbf16ps(0, 4, 6);
+    } else if (kQuarter == 1) {
+      _tile_loadd(5, a + kTile, 64);
+      _tile_dpbf16ps(2, 5, 6);
+    } else if (columns != kSide) {
+    } else if (kQuarter == 2) {
+      _tile_loadd(7, b + kTile, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    } else {
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  BK_INLINE void put(float* c, int64_t ldc, int columns) {
+    _tile_stored(0, c, ldc * 4);
+    _tile_stored(2, c + 16 * ldc, ldc * 4);
+    if (columns != kSide) return;
+    _tile_stored(1, c + 16, ldc * 4);
+    _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+  }
+  static inline void multiply(float* c, int64_t ldc, const uint16_t* a, const uint16_t* b, int64_t depth, int columns,
+                              bool accumulate) {
+    asm volatile("" ::: "memory");  // the compiler does not know what the tile instructions read
+    start(c, ldc, columns, accumulate);
+    for (int64_t k = 0; k < depth; ++k) add(a + k * kBlock, b + k * kBlock, columns);
+    put(c, ldc, columns);
+  }
+  static constexpr bool kInPieces = true;
   // The tile registers' shape belongs to the thread: set before the first product and given back after the last.
   BK_INLINE void begin() {
     struct alignas(64) {
@@ -327,9 +351,74 @@ struct Pairs {
   }
   BK_INLINE void begin() {}
   BK_INLINE void end() {}
+  static constexpr bool kInPieces = false;
 #endif
 };
 #endif
+
+// Products that wait to be made while vector code runs. The tile unit works beside the vector units only where its
+// instructions stand among theirs, a few dozen apart: the processor does not look far enough ahead to mix longer runs.
+// Where products come whole, nothing is mixed.
+template <class F>
+class Queue {
+ public:
+  typedef typename F::Element E;
+  static constexpr bool kMixes = F::kInPieces;
+
+  void clear() { count_ = at_ = 0, left_ = 0, k_ = 0; }
+  void push(float* c, int64_t ldc, const E* a, const E* b, int64_t depth, int columns, bool accumulate) {
+    if (count_ == kMost) finish(), clear();
+    jobs_[count_++] = {c, ldc, a, b, depth, columns, accumulate};
+    left_ += depth;
+  }
+  // Blocks of the depth that are left.
+  int64_t left() const { return left_; }
+
+  // One block of the depth in four quarters: begin, quarter<0..3>, end. False where nothing is left.
+  inline __attribute__((always_inline)) bool begin() {
+    if (at_ == count_) return false;
+    if (k_ == 0) F::start(jobs_[at_].c, jobs_[at_].ldc, jobs_[at_].columns, jobs_[at_].accumulate);
+    return true;
+  }
+  template <int kQuarter>
+  inline __attribute__((always_inline)) void quarter() const {
+    F::template add_quarter<kQuarter>(jobs_[at_].a + k_ * F::kBlock, jobs_[at_].b + k_ * F::kBlock, jobs_[at_].columns);
+  }
+  inline __attribute__((always_inline)) void end() {
+    --left_;
+    if (++k_ < jobs_[at_].depth) return;
+    F::put(jobs_[at_].c, jobs_[at_].ldc, jobs_[at_].columns);
+    k_ = 0, ++at_;
+  }
+
+  void finish() {
+    if constexpr (kMixes) {
+      asm volatile("" ::: "memory");
+      while (begin()) {
+        F::add(jobs_[at_].a + k_ * F::kBlock, jobs_[at_].b + k_ * F::kBlock, jobs_[at_].columns);
+        end();
+      }
+    } else {
+      for (; at_ < count_; ++at_) {
+        const Job& j = jobs_[at_];
+        F::multiply(j.c, j.ldc, j.a, j.b, j.depth, j.columns, j.accumulate);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kMost = 64;
+  struct Job {
+    float* c;
+    int64_t ldc;
+    const E *a, *b;
+    int64_t depth;
+    int columns;
+    bool accumulate;
+  } jobs_[kMost];
+  int count_ = 0, at_ = 0;
+  int64_t left_ = 0, k_ = 0;
+};
 
 // The format that serves a storage type best at this level.
 template <class T>

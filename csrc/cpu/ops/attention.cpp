@@ -7,7 +7,10 @@
 namespace bigkernels {
 namespace {
 
-constexpr int64_t kRows = 512;  // of a forward task: enough to pay for packing the keys
+// Of a forward task: many pay for packing the keys, but their float32 outputs have to stay in the second-level cache.
+int64_t rows_of_task(const Attention& a) {
+  return std::min<int64_t>(std::max<int64_t>((int64_t{1} << 17) / std::max(a.d, a.dv) / 32 * 32, 256), 2048);
+}
 
 struct Options {
   int64_t left, right;
@@ -102,13 +105,13 @@ struct Call {
   }
 };
 
-// Tasks of up to kRows rows for all sequences, the longest first; fewer rows where there would be too few tasks.
+// Tasks for the rows of all sequences, the longest first; fewer rows where there would be too few tasks.
 std::vector<AttentionTask> cut(const Attention& a, int64_t sequences) {
   int64_t group_size = a.heads / a.groups, threads = torch::stable::get_num_threads(), all = 0;
   auto rows_of = [&](int64_t b) { return (a.starts_q ? a.starts_q[b + 1] - a.starts_q[b] : a.queries) * group_size; };
   for (int64_t b = 0; b < sequences; ++b) all += rows_of(b) * a.groups;
-  int64_t most = std::min(kRows, (all / (threads * 4) + 31) / 32 * 32);
-  most = threads == 1 ? kRows : std::max<int64_t>(most, 64);
+  int64_t most = rows_of_task(a);
+  if (threads > 1) most = std::max<int64_t>(std::min(most, (all / (threads * 4) + 31) / 32 * 32), 64);
   std::vector<AttentionTask> tasks;
   for (int64_t b = 0; b < sequences; ++b)
     for (int64_t g = 0; g < a.groups; ++g)
