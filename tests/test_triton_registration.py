@@ -25,8 +25,8 @@ import sys, torch
 torch.backends.cuda.is_built = lambda: {built}
 import bigkernels
 from bigkernels.ops import OPERATORS
-from bigkernels.triton import OPERATORS as kernels
-names = [f"bigkernels::{{name}}_{{way}}" for name in OPERATORS for way in ("fwd", "bwd")]
+from bigkernels.triton import OPERATORS as kernels, launchers
+names = [f"bigkernels::{{name}}" for name in launchers()]
 found = [torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in names]
 print(set(kernels) == set(OPERATORS), all(found), any(found), "triton" in sys.modules)
 """

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-OPERATORS = ("rms_norm", "layer_norm", "rope", "glu", "cross_entropy")
+OPERATORS = ("rms_norm", "layer_norm", "rope", "glu", "cross_entropy", "decode_attention")
 
 
 def _launcher(operator: str, direction: str) -> Callable:
@@ -23,11 +23,19 @@ def _launcher(operator: str, direction: str) -> Callable:
     return call
 
 
+def launchers() -> dict[str, Callable]:
+    """The launcher of each raw operator of OPERATORS."""
+    found = {"append_kv_": _launcher("decode_attention", "append")}
+    for operator in OPERATORS:
+        for suffix, direction in (("_fwd", "forward"), ("_bwd", "backward"), ("", "infer")):
+            if hasattr(torch.ops.bigkernels, operator + suffix):  # not every operator has all forms
+                found[operator + suffix] = _launcher(operator, direction)
+    return found
+
+
 def register() -> None:
     """Register the launchers for CUDA tensors, where this torch and this environment could run them."""
     if not torch.backends.cuda.is_built() or importlib.util.find_spec("triton") is None:
         return
-    for operator in OPERATORS:
-        for suffix, direction in (("_fwd", "forward"), ("_bwd", "backward"), ("", "infer")):
-            if hasattr(torch.ops.bigkernels, operator + suffix):  # not every operator has a form without backward
-                torch.library.impl(f"bigkernels::{operator}{suffix}", "CUDA")(_launcher(operator, direction))
+    for name, launcher in launchers().items():
+        torch.library.impl(f"bigkernels::{name}", "CUDA")(launcher)

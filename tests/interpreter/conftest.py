@@ -7,3 +7,20 @@ Triton reads TRITON_INTERPRET when a kernel is defined, so these tests need a pr
 import os
 
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+
+
+def _scalars_can_bound_loops() -> None:
+    """Triton 3.6 turns arrays of one element into integers, in a way that NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if not collect_ignore_glob:
+    _scalars_can_bound_loops()

@@ -17,6 +17,7 @@ from bigkernels._samples.rows import norm_inputs
 from bigkernels.ops import OPERATORS, cross_entropy
 from bigkernels.ops._registry import Implementation
 from bigkernels.triton import OPERATORS as KERNELS
+from bigkernels.triton import launchers
 from bigkernels.triton._launch import recording
 
 DTYPES = (torch.float32, torch.float16)
@@ -27,10 +28,9 @@ def launchers_serve_cpu_tensors():
     """The dispatcher hands CPU tensors to the Triton launchers, and bigkernels.use("triton") accepts them."""
     library = torch.library.Library("bigkernels", "IMPL")
     before = {name: operator.implementations for name, operator in OPERATORS.items()}
+    for name, launcher in launchers().items():
+        library.impl(name, launcher, "CPU", allow_override=True)
     for name in KERNELS:
-        module = importlib.import_module(f"bigkernels.triton.{name}")
-        library.impl(f"{name}_fwd", module.forward, "CPU", allow_override=True)
-        library.impl(f"{name}_bwd", module.backward, "CPU", allow_override=True)
         OPERATORS[name].implementations = (Implementation("triton", "cpu", dtypes=DTYPES),)
         OPERATORS[name]._choices.clear()
     yield
