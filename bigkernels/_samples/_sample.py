@@ -69,9 +69,7 @@ class Sample:
         return self.make(Draw(dtype, device, seed))
 
     def call(self, inputs: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
-        """The public function on `inputs`. What it draws, it draws anew in each call, the same in each."""
-        if self.options.get("dropout_p"):
-            torch.manual_seed(0)
+        """The public function on `inputs`."""
         inputs = inputs | {name: inputs[name].clone() for name in self.written}
         return getattr(functional, self.operator)(**inputs, **self.options)
 
@@ -94,6 +92,8 @@ class Sample:
             backend: forced by `bigkernels.use`; None lets the operator choose.
             seed: of the upstream gradients: rounded to 16 bits, so that every dtype gets the same ones.
         """
+        if self.options.get("dropout_p"):
+            torch.manual_seed(0)  # every backend draws the same
         leaves = {k: t.detach() for k, t in inputs.items()}
         if backward:
             leaves |= {name: leaves[name].requires_grad_() for name in self.differentiable}

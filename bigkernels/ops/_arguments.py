@@ -44,10 +44,18 @@ def check_same_dtype(op: str, first: str, reference: Tensor, **others: Tensor | 
                             "they must have one dtype")  # fmt: skip
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of the autocast that is on for a device; None where none is, or where the device has none."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Inside autocast, mixed floating inputs are widened to one dtype, as autocast does for its promoted operators."""
     dtype = tensors[0].dtype
-    if all(t.dtype == dtype for t in tensors) or not torch.is_autocast_enabled(tensors[0].device.type):
+    if all(t.dtype == dtype for t in tensors) or autocast_dtype(tensors[0].device) is None:
         return tensors
     for t in tensors[1:]:
         dtype = torch.promote_types(dtype, t.dtype)

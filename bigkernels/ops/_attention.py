@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._arguments import check_same_device, check_same_dtype, check_tensor, type_name
+from ._arguments import autocast_dtype, check_same_device, check_same_dtype, check_tensor, type_name
 from ._registry import compute_dtype
 
 # Of the raw operators. `left` and `right` are the window's ends, -1 where there is none; causal is right = 0.
@@ -45,10 +45,9 @@ def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
 
 def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Inside autocast the queries, keys and values get its dtype, as in `scaled_dot_product_attention`."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
@@ -154,6 +153,14 @@ def attend(
     softcap: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The reference, which holds all scores. q (B, H, Sq, D), k and v (B, Hk, Sk, D); (out, lse) in the wide dtype."""
+    args = (q, k, v, bias, mask, alibi_slopes, sinks, prefix, keep, left, right, scale, softcap, dropout_p)
+    if autocast_dtype(q.device) is None:
+        return _attend(*args)
+    with torch.autocast(q.device.type, enabled=False):  # it would lower the products
+        return _attend(*args)
+
+
+def _attend(q, k, v, bias, mask, alibi_slopes, sinks, prefix, keep, left, right, scale, softcap, dropout_p):
     wide = compute_dtype(q.dtype)
     batch, heads, queries, size = q.shape
     groups, keys = k.shape[1], k.shape[2]

@@ -161,6 +161,7 @@ void adjust(const Strip<T>& s, int r, float* x, float* slope) {
   const Unit<T>& u = s.u;
   const Attention& a = u.a;
   int64_t row = s.row + r, query = row / u.group_size, head = u.head + row % u.group_size;
+  if (slope) fill(slope, s.begin, s.end, 0.0f);
   if (row >= u.rows) return fill(x, s.begin, s.end, -kInfinity);
   const Attention::Scores& b = a.bias;
   const char* bias =
