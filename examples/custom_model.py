@@ -1,4 +1,4 @@
-"""A model of one's own from the modules in `bigkernels.nn`: a small decoder that learns a text and writes it down again.
+"""A model of one's own from the modules in `bigkernels.nn`: a small decoder that learns a text and writes it again.
 
 It is trained on characters, then generates with a cache of keys and values, and shows that the cache changes nothing.
 
