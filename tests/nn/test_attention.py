@@ -155,6 +155,12 @@ def test_empty_inputs():
         assert out.shape == x.shape
         out.sum().backward()
         assert x.grad.shape == x.shape
+    module = make("everything")
+    cache = module.make_cache(2, 30)
+    with torch.no_grad():
+        for length in (0, 5, 0):
+            assert module(torch.randn(2, length, DIM), cache=cache).shape == (2, length, DIM)
+    assert cache.lengths.tolist() == [5, 5]
 
 
 @pytest.mark.parametrize("name", ["rope", "rope, interleaved", "everything"])
