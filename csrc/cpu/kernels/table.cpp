@@ -22,6 +22,9 @@ int64_t attention_bwd_memory(const Attention&, int64_t, int64_t);
 int64_t attention_bwd_workspace(const Attention&);
 void attention_bias_bwd(const Attention&, const AttentionTask&, void*);
 int64_t attention_bias_bwd_workspace(const Attention&, int64_t);
+DecodeSizes decode_sizes(const DecodeAttention&, int64_t groups, int64_t queries);
+void decode_attention(const DecodeAttention&, const DecodePart*, int64_t count, void* workspace);
+void decode_merge(const DecodeAttention&, const DecodePart*, int64_t count);
 int64_t matrix_loop(int type, int64_t rounds);
 
 namespace {
@@ -94,6 +97,9 @@ extern const CpuTable table = {
     attention_bwd_workspace,
     attention_bias_bwd,
     attention_bias_bwd_workspace,
+    decode_sizes,
+    decode_attention,
+    decode_merge,
     vector_math,
     convert,
     copy,

@@ -24,16 +24,6 @@ Attention::Heads packed(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), 0, x.stride(1), x.stride(0)};
 }
 
-// As `like` in bigkernels/ops/_attention.py: tokens outside of heads in memory where x has them so.
-Tensor empty_heads(const Tensor& x, int64_t size) {
-  int64_t batch = x.size(0), heads = x.size(1), length = x.size(2);
-  int64_t sizes[4] = {batch, heads, length, size};
-  bool tokens_first = x.stride(1) < x.stride(2);
-  int64_t strides[4] = {heads * length * size, tokens_first ? size : length * size, tokens_first ? heads * size : size,
-                        1};
-  return empty_strided(sizes, strides, 4, x.scalar_type(), batch * heads * length * size * size_of(type_of(x)));
-}
-
 // A tensor of integers as the kernels read it.
 const int32_t* integers(const char* op, const char* name, const MaybeTensor& t, int64_t size, Tensor& holder) {
   if (!t) return nullptr;

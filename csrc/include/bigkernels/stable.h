@@ -74,6 +74,16 @@ inline Tensor last_contiguous(const Tensor& x) {
   return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
 }
 
+// As `like` in bigkernels/ops/_attention.py: tokens outside of heads in memory where x has them so.
+inline Tensor empty_heads(const Tensor& x, int64_t size) {
+  int64_t batch = x.size(0), heads = x.size(1), length = x.size(2);
+  int64_t sizes[4] = {batch, heads, length, size};
+  bool tokens_first = x.stride(1) < x.stride(2);
+  int64_t strides[4] = {heads * length * size, tokens_first ? size : length * size, tokens_first ? heads * size : size,
+                        1};
+  return empty_strided(sizes, strides, 4, x.scalar_type(), batch * heads * length * size * size_of(type_of(x)));
+}
+
 // A tensor as rows of its last dimension at one stride; copied where its strides allow no such view.
 struct RowView {
   Tensor holder;
@@ -199,6 +209,11 @@ void parallel_tasks(int64_t count, const F& f) {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
   });
 }
+
+// Attention of few queries, over torch's threads (ops/decode_attention.cpp): the keys are split as well, so that one
+// sequence keeps all of them busy. Fills out, and lse unless it is null. Arguments that only backward reads are
+// ignored; there is no dropout. The same arguments on the same number of threads give the same bits.
+void decode_attention(const DecodeAttention&);
 
 // The gradient of a vector that all rows share.
 class PartialSums {

@@ -141,6 +141,27 @@ struct AttentionTask {
   int64_t batch, group, begin, end;
 };
 
+// Attention of few queries over many keys, which may lie in pages: then the batches of k and v are pages.
+struct DecodeAttention : Attention {
+  const int32_t* lengths;      // (B,) the keys of each sequence; null: all have `keys`
+  const int32_t* block_table;  // key j of sequence b is token j % page of page block_table[b * table_stride + j / page]
+  int64_t table_stride, page;
+  Heads k_scale, v_scale;  // of an int8 cache: float32, one value a head of a token
+  bool int8;               // k and v; q and out have `type`
+};
+
+// The keys [begin, end) of one sequence, for some of its queries and some heads of k and v. Row r of such a head is
+// query first_query + r / G of its query head r % G.
+struct DecodePart {
+  int64_t batch, group, groups, first_query, queries, begin, end;
+  float* state;  // what the keys add up to, to be merged with other parts; null: this part is all there is
+};
+
+struct DecodeSizes {
+  int64_t workspace;  // bytes a thread
+  int64_t state;      // floats a part
+};
+
 // A kernel over the rows [begin, end) of its arguments; `block` numbers the partial sums it adds to.
 template <class Args>
 using Kernel = void (*)(const Args&, int64_t begin, int64_t end);
@@ -171,6 +192,11 @@ struct CpuTable {
   // The gradient of queries [begin, end) of head `group` and batch `batch` of the bias.
   void (*attention_bias_bwd)(const Attention&, const AttentionTask&, void* workspace);
   int64_t (*attention_bias_bwd_workspace)(const Attention&, int64_t queries);
+  // What a call needs for parts of so many heads and queries; the attention of some parts; several parts of the same
+  // rows, merged in their order and written out.
+  DecodeSizes (*decode_sizes)(const DecodeAttention&, int64_t groups, int64_t queries);
+  void (*decode_attention)(const DecodeAttention&, const DecodePart*, int64_t count, void* workspace);
+  void (*decode_merge)(const DecodeAttention&, const DecodePart*, int64_t count);
   // White-box access for tests and the benchmark engine.
   void (*vector_math)(int function, const float* in, float* out, int64_t n);
   void (*convert)(Type type, bool narrow, const void* in, void* out, int64_t n);

@@ -28,6 +28,7 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef int8_t vb __attribute__((vector_size(W)));
 
 struct bf16 {
   uint16_t bits;
@@ -128,6 +129,16 @@ BK_INLINE vf widen(vh h, const f16*) {
 }
 #endif
 
+BK_INLINE vf widen(vb b, const int8_t*) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(read<int64_t>(&b))));
+#else
+  return __builtin_convertvector(b, vf);
+#endif
+}
+
 BK_INLINE vf narrow(vf v, const float*) { return v; }
 
 BK_INLINE vh narrow(vf v, const bf16*) {
@@ -172,6 +183,10 @@ struct Storage {
 template <>
 struct Storage<float> {
   typedef vf type;
+};
+template <>
+struct Storage<int8_t> {
+  typedef vb type;
 };
 
 template <class T>

@@ -1,0 +1,305 @@
+// Attention of few queries over many keys. Keys and values come from memory once: for a block of keys, head by head,
+// all rows that read the head are served, while the next block is asked for in the order of its addresses.
+#include "decode_tiles.h"
+#include "decode_vectors.h"
+
+namespace bigkernels {
+namespace BK_ISA {
+namespace {
+
+// ---- from products to weights ---------------------------------------------------------------------------------------
+
+BK_INLINE void fill(float* s, int64_t from, int64_t to, float value) {
+  for (int64_t i = from; i < to; ++i) s[i] = value;
+}
+
+template <class B>
+BK_INLINE void add_bias(float* s, const B* bias, int64_t step, int64_t count) {
+  for (int64_t i = 0; i < count; i += W) {
+    vf v;
+    if (step == 1 && count - i >= W) {
+      v = load(bias + i);
+    } else {
+      for (int j = 0; j < W; ++j) v[j] = i + j < count ? load(bias + (i + j) * step, 1)[0] : 0.0f;
+    }
+    store(s + i, load(s + i) + v);
+  }
+}
+
+// Whether scores are products times one factor, but for the keys that are hidden.
+BK_INLINE bool plain(const DecodeAttention& a) {
+  return !a.bias.data && !a.mask.data && !a.alibi && a.softcap == 0 && !a.int8;
+}
+
+// The keys that a query sees are [0, prefix) and [low, high), here counted from a block's first key.
+struct Seen {
+  int64_t position, prefix, low, high;
+
+  Seen(const DecodeAttention& a, const DecodePart& p, const Block& b, int64_t query) {
+    int64_t length = a.lengths ? a.lengths[p.batch] : a.keys;
+    position = query + length - a.queries - b.key;
+    prefix = inside(a.prefix ? a.prefix[p.batch] - b.key : 0, b.count);
+    low = inside(a.left < 0 ? 0 : position - a.left, b.count);
+    high = inside(a.right < 0 ? b.count : position + a.right + 1, b.count);
+  }
+  bool all(int64_t count) const { return prefix == count || (low == 0 && high == count); }
+
+ private:
+  static int64_t inside(int64_t i, int64_t count) { return i < 0 ? 0 : i > count ? count : i; }
+};
+
+// Scores of a row from its products, in place; -inf where it does not see a key, and in the lanes after the last one.
+void finish_scores(const DecodeAttention& a, const DecodePart& p, const Block& b, const Seen& seen, int64_t query,
+                   int64_t head, const float* k_scale, float* s) {
+  float slope = a.alibi ? a.alibi[head] : 0, inverse = a.softcap > 0 ? 1 / a.softcap : 0;
+  vf lanes;
+  for (int i = 0; i < W; ++i) lanes[i] = (float)i;
+  for (int64_t i = 0; i < b.count; i += W) {
+    vf x = load(s + i) * a.scale;
+    if (k_scale) x = x * load(k_scale + i);
+    if (a.softcap > 0) x = a.softcap * vtanh(x * inverse);
+    if (a.alibi) x = x - slope * vabs(lanes + (float)(i - seen.position));
+    store(s + i, x);
+  }
+  if (const Attention::Scores& m = a.bias; m.data) {
+    int64_t at = p.batch * m.batch + head * m.head + query * m.query + b.key * m.key;
+    switch (a.bias_type) {
+      case Type::f32: add_bias(s, (const float*)m.data + at, m.key, b.count); break;
+      case Type::bf16: add_bias(s, (const bf16*)m.data + at, m.key, b.count); break;
+      case Type::f16: add_bias(s, (const f16*)m.data + at, m.key, b.count); break;
+    }
+  }
+  if (const Attention::Scores& m = a.mask; m.data) {
+    const uint8_t* shown = (const uint8_t*)m.data + p.batch * m.batch + head * m.head + query * m.query + b.key * m.key;
+    for (int64_t i = 0; i < b.count; ++i) s[i] = shown[i * m.key] ? s[i] : -kInfinity;
+  }
+  fill(s, seen.prefix, seen.low, -kInfinity);
+  fill(s, seen.high > seen.prefix ? seen.high : seen.prefix, padded(b.count, W), -kInfinity);
+}
+
+BK_INLINE bool any_above(vf x, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)(x > bound)) != 0;
+#else
+  return max(x) > bound;
+#endif
+}
+
+// A weight is the exponential of its score less a shift, which is an earlier maximum as long as no score exceeds it by
+// more than this: then the sums so far seldom change.
+constexpr float kSlack = 8;
+
+// Weights of row r from `by` times s, and in `factor` what its sums so far are to be multiplied with. The shift does
+// not become NaN, so that a NaN shows in what it is a part of.
+template <class E>
+BK_INLINE void weights(const Layout& n, const State& state, int64_t r, int64_t count, float by, const float* v_scale,
+                       float* s, float* w, float* factor) {
+  float* row = s + r * kKeys;
+  vf most = splat(-kInfinity);
+  for (int64_t i = 0; i < count; i += W) most = vmax(load(row + i) * by, most);
+  vf total = load(state.total + r * W);
+  float before = state.most[r];
+  factor[r] = 1;
+  if (any_above(most, before + kSlack)) {
+    float now = max(most);
+    state.most[r] = now;
+    factor[r] = vexp_nonpositive(splat(before - now))[0];
+    total = total * factor[r];
+  }
+  float shift = state.most[r] > -kInfinity ? state.most[r] : 0;
+  for (int64_t i = 0; i < count; i += W) {
+    vf p = vexp_softmax(load(row + i) * by - shift);
+    total += p;
+    if (v_scale) p = p * load(v_scale + i);
+    E::put_weights(n, s, w, r, i, p);
+  }
+  store(state.total + r * W, total);
+}
+
+// ---- in and out -----------------------------------------------------------------------------------------------------
+
+template <class E, class T>
+void read_queries(const DecodeAttention& a, const DecodePart& p, const Layout& n, int64_t group, char* q) {
+  for (int64_t r = 0; r < n.rows; ++r) {
+    const T* from = (const T*)a.q.data + p.batch * a.q.batch + (group * n.group_size + r % n.group_size) * a.q.head +
+                    (p.first_query + r / n.group_size) * a.q.token;
+    int64_t e = 0;
+    for (; e + W <= a.d; e += W) E::put_query(n, q, r, e, load(from + e));
+    if (e < a.d) E::put_query(n, q, r, e, load(from + e, a.d - e)), e += W;
+    for (; e < n.d; e += W) E::put_query(n, q, r, e, vf{});
+  }
+}
+
+template <class E, class T>
+void write_rows(const DecodeAttention& a, const DecodePart& p, const Layout& n, int64_t group, const State& state) {
+  for (int64_t r = 0; r < n.rows; ++r) {
+    int64_t head = group * n.group_size + r % n.group_size, query = p.first_query + r / n.group_size;
+    float most = state.most[r], total = sum(load(state.total + r * W)), factor = 1;
+    if (a.sinks) {
+      float sink = a.sinks[head], larger = sink > most ? sink : most, base = larger > -kInfinity ? larger : 0;
+      factor = vexp_nonpositive(splat(most - base))[0];
+      total = total * factor + vexp_nonpositive(splat(sink - base))[0];
+      most = larger;
+    }
+    float by = total == 0 ? 0 : factor / total;
+    if (a.lse)
+      a.lse[p.batch * a.lse_batch + head * a.lse_head + query] = total == 0 ? -kInfinity : most + __builtin_logf(total);
+    T* to = (T*)a.out.data + p.batch * a.out.batch + head * a.out.head + query * a.out.token;
+    for (int64_t e = 0; e < a.dv; e += E::kVectors * W) {
+      vf x[E::kVectors];
+      E::row(n, state.acc, r, e, x);
+      for (int i = 0; i < E::kVectors; ++i) {
+        int64_t left = a.dv - e - i * W;
+        if (left >= W)
+          store(to + e + i * W, x[i] * by);
+        else if (left > 0)
+          store(to + e + i * W, x[i] * by, left);
+      }
+    }
+  }
+}
+
+template <class E>
+void write_out(const DecodeAttention& a, const DecodePart& p, const Layout& n, float* states) {
+  for (int64_t g = 0; g < p.groups; ++g) {
+    State state(n, states, g);
+    switch (a.type) {
+      case Type::f32: write_rows<E, float>(a, p, n, p.group + g, state); break;
+      case Type::bf16: write_rows<E, bf16>(a, p, n, p.group + g, state); break;
+      case Type::f16: write_rows<E, f16>(a, p, n, p.group + g, state); break;
+    }
+  }
+}
+
+// ---- parts ----------------------------------------------------------------------------------------------------------
+
+template <class E>
+int64_t workspace_of(const Layout& n, int64_t groups) {
+  return groups * n.q_head + n.scores() + n.weights + n.staging +
+         (n.padded_rows + 2 * kKeys + groups * n.state()) * sizeof(float);
+}
+
+template <class E>
+void attend(const DecodeAttention& a, const DecodePart& p, char* workspace) {
+  Layout n = E::layout(a, p.queries);
+  auto take = [&](int64_t bytes) { return workspace += bytes, workspace - bytes; };  // aligned while sizes are
+  char* q = take(p.groups * n.q_head);
+  float* s = (float*)take(n.scores());
+  float* w = (float*)take(n.weights);
+  char* staging = take(n.staging);
+  float* factor = (float*)take(n.padded_rows * sizeof(float));
+  float* k_scale = (float*)take(kKeys * sizeof(float));
+  float* v_scale = (float*)take(kKeys * sizeof(float));
+  float* states = p.state ? p.state : (float*)workspace;
+  for (int64_t g = 0; g < p.groups; ++g) {
+    char* head = q + g * n.q_head;
+    switch (a.type) {
+      case Type::f32: read_queries<E, float>(a, p, n, p.group + g, head); break;
+      case Type::bf16: read_queries<E, bf16>(a, p, n, p.group + g, head); break;
+      case Type::f16: read_queries<E, f16>(a, p, n, p.group + g, head); break;
+    }
+    State state(n, states, g);
+    fill(state.acc, 0, n.acc_rows * n.acc_width, 0);
+    fill(state.most, 0, n.padded_rows, -kInfinity);
+    fill(state.total, 0, n.padded_rows * W, 0);
+  }
+  constexpr int64_t size = sizeof(typename E::Cache);
+  const int64_t k_head = a.k.head * size, v_head = a.v.head * size;
+  const bool simple = plain(a);
+  Block blocks[2], *now = blocks, *next = blocks + 1;
+  now->find(a, p, p.begin, size);
+  if (now->count) E::begin(n);
+  while (now->count) {
+    next->find(a, p, now->key + kKeys, size);
+    Ahead ahead(*next, p.groups, {next->k, k_head, padded(a.d * size, kLine) / kLine},
+                {next->v, v_head, padded(a.dv * size, kLine) / kLine});
+    for (int64_t g = 0; g < p.groups; ++g) {
+      State state(n, states, g);
+      E::scores(n, q + g * n.q_head, *now, g * k_head, a.d, s, staging, ahead);
+      if (a.int8)
+        for (int64_t t = 0; t < padded(now->count, W); ++t) {
+          bool valid = t < now->count;
+          k_scale[t] = valid ? now->k_scale[t][g * a.k_scale.head] : 0;
+          v_scale[t] = valid ? now->v_scale[t][g * a.v_scale.head] : 0;
+        }
+      Ahead::begin(ahead, n.rows);
+      for (int64_t i = 0, r = 0; i < p.queries; ++i) {
+        Seen seen(a, p, *now, p.first_query + i);
+        bool as_it_is = simple && seen.all(now->count) && now->count % W == 0;
+        for (int64_t h = 0; h < n.group_size; ++h, ++r) {
+          Ahead::step(ahead);
+          if (!as_it_is)
+            finish_scores(a, p, *now, seen, p.first_query + i, (p.group + g) * n.group_size + h,
+                          a.int8 ? k_scale : nullptr, s + r * kKeys);
+          weights<E>(n, state, r, now->count, as_it_is ? a.scale : 1, a.int8 ? v_scale : nullptr, s, w, factor);
+        }
+      }
+      E::weigh(n, s, w, *now, g * v_head, a.dv, state.acc, factor, staging, ahead);
+    }
+    Block* done = now;
+    now = next, next = done;
+    if (!now->count) E::end();
+  }
+  if (!p.state) write_out<E>(a, p, n, states);
+}
+
+template <class E>
+void merge(const DecodeAttention& a, const DecodePart* parts, int64_t count) {
+  Layout n = E::layout(a, parts->queries);
+  for (int64_t g = 0; g < parts->groups; ++g) {
+    State all(n, parts->state, g);
+    for (int64_t i = 1; i < count; ++i) {
+      State one(n, parts[i].state, g);
+      for (int64_t r = 0; r < n.rows; ++r) {
+        float most = all.most[r] > one.most[r] ? all.most[r] : one.most[r], base = most > -kInfinity ? most : 0;
+        float x = vexp_nonpositive(splat(all.most[r] - base))[0], y = vexp_nonpositive(splat(one.most[r] - base))[0];
+        all.most[r] = most;
+        store(all.total + r * W, load(all.total + r * W) * x + load(one.total + r * W) * y);
+        for (int64_t m = r; m < E::kRows * n.rows; m += n.rows)
+          for (int64_t e = 0; e < n.acc_width; e += W) {
+            int64_t at = m * n.acc_width + e;
+            store(all.acc + at, load(all.acc + at) * x + load(one.acc + at) * y);
+          }
+      }
+    }
+  }
+  write_out<E>(a, *parts, n, parts->state);
+}
+
+// f(the products that serve the call)
+template <class F>
+BK_INLINE auto by_type(const DecodeAttention& a, F f) {
+#if defined(__AMX_BF16__)
+  if (a.type == Type::bf16) return a.int8 ? f(Tiles<int8_t>()) : f(Tiles<bf16>());
+#endif
+  if (a.int8) return f(Vectors<int8_t>());
+  switch (a.type) {
+    case Type::bf16: return f(Vectors<bf16>());
+    case Type::f16: return f(Vectors<f16>());
+    default: return f(Vectors<float>());
+  }
+}
+
+}  // namespace
+
+DecodeSizes decode_sizes(const DecodeAttention& a, int64_t groups, int64_t queries) {
+  return by_type(a, [&](auto e) {
+    Layout n = decltype(e)::layout(a, queries);
+    return DecodeSizes{workspace_of<decltype(e)>(n, groups), groups * n.state()};
+  });
+}
+
+void decode_attention(const DecodeAttention& a, const DecodePart* parts, int64_t count, void* workspace) {
+  by_type(a, [&](auto e) {
+    for (int64_t i = 0; i < count; ++i) attend<decltype(e)>(a, parts[i], (char*)workspace);
+  });
+}
+
+void decode_merge(const DecodeAttention& a, const DecodePart* parts, int64_t count) {
+  by_type(a, [&](auto e) { merge<decltype(e)>(a, parts, count); });
+}
+
+}  // namespace BK_ISA
+}  // namespace bigkernels
