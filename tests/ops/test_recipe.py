@@ -55,11 +55,7 @@ def test_kernel(sample: Sample, dtype: torch.dtype, library):
     check(sample, ours, plain, exact)
     for name, value in ours.items():
         assert value.dtype == plain[name].dtype, name
-    inferred = sample.results(inputs, backend="cpu", backward=False)
-    if sample.operator == "attention":  # few queries take another kernel where no gradient is wanted
-        check(sample, inferred, plain, {name: exact[name] for name in inferred})
-        inferred = {}
-    for name, value in inferred.items():
+    for name, value in sample.results(inputs, backend="cpu", backward=False).items():
         assert torch.equal(value.nan_to_num(7.0), ours[name].nan_to_num(7.0)), f"{name} differs without gradients"
     for name, t in inputs.items():
         assert torch.equal(t, given[name]), f"{name} was written to"

@@ -189,6 +189,13 @@ void run_backward(const Attention& a, int64_t sequences) {
   });
 }
 
+// With few rows the keys' memory is what takes time: the decode kernel reads it once and packs nothing.
+constexpr int64_t kFewQueries = 16, kFewRows = 128;
+
+bool few_rows(const Attention& a) {
+  return a.queries <= kFewQueries && a.queries * (a.heads / a.groups) <= kFewRows && a.threshold == 0;
+}
+
 using Outputs = std::tuple<Tensor, Tensor>;
 
 Outputs forward(Tensor q, Tensor k, Tensor v, MaybeTensor bias, MaybeTensor mask, MaybeTensor alibi_slopes,
@@ -207,7 +214,14 @@ Outputs forward(Tensor q, Tensor k, Tensor v, MaybeTensor bias, MaybeTensor mask
   a.q = dense(q), a.k = dense(k), a.v = dense(v), a.out = dense(out);
   Tensor lse = with_lse ? empty_like_leading(q, 3, ScalarType::Float) : none(q);
   if (with_lse) a.lse = (float*)lse.mutable_data_ptr(), a.lse_batch = lse.stride(0), a.lse_head = lse.stride(1);
-  run_forward(a, q.size(0));
+  if (few_rows(a)) {
+    DecodeAttention few{};
+    static_cast<Attention&>(few) = a;
+    few.batches = q.size(0);
+    decode_attention(few);
+  } else {
+    run_forward(a, q.size(0));
+  }
   return {out, lse};
 }
 
