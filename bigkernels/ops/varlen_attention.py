@@ -58,7 +58,7 @@ def varlen_attention(
         q, k, v = shared.lowered(q, k, v)
         options = shared.options("varlen_attention", q.shape[-1], causal, scale, window, softcap, dropout_p)
         if OPERATOR.uses_kernel(q, k, v, *tensors) and not needs_grad(alibi_slopes):
-            cu_q, cu_k, prefix = (t if t is None or t.dtype == torch.int32 else t.int()
+            cu_q, cu_k, prefix = (t.int() if t is not None and t.dtype == torch.int64 else t
                                   for t in (cu_seqlens_q, cu_seqlens_k, prefix_lengths))  # fmt: skip
             args = (q, k, v, cu_q, cu_k, alibi_slopes, sinks, prefix, shared.draw_seed(q, dropout_p), max_seqlen_q,
                     max_seqlen_k, *options)  # fmt: skip

@@ -14,6 +14,7 @@ x = torch.randn(3, 8)
 w = torch.ones(8)
 q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
 cos = sin = torch.ones(1, 5, 8)
+p, starts = torch.randn(5, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
 logits, target = torch.randn(3, 8), torch.tensor([0, 7, -100])
 
 CASES = [
@@ -70,6 +71,37 @@ CASES = [
     (lambda: B.cross_entropy(logits, target, softcap=-2.0), ValueError, "softcap is -2.0, expected positive or None"),
     (lambda: B.cross_entropy(logits, target, focal_gamma=-1.0), ValueError, "focal_gamma is -1.0, expected not negative"),
     (lambda: B.cross_entropy(logits, target.to("meta")), ValueError, "target is on meta and logits on cpu"),
+    # attention
+    (lambda: B.attention(q, k, [1]), TypeError, "attention: v must be a tensor, got list"),
+    (lambda: B.attention(q.long(), k.long(), k.long()), TypeError, "attention: q is int64"),
+    (lambda: B.attention(q, k, k.half()), TypeError, "attention: v is float16 and q is float32; they must have one dtype"),
+    (lambda: B.attention(q[0], k, k), ValueError, "attention: q has shape (4, 5, 8), expected (B, H, S, D)"),
+    (lambda: B.attention(q, k[..., :4], k), ValueError, "attention: k has heads of 4 elements and q of 8"),
+    (lambda: B.attention(q, k, k[:, :, :3]), ValueError, "attention: v has shape (2, 2, 3, 8), expected that of k"),
+    (lambda: B.attention(q[:, :3], k, k), ValueError, "attention: q has 3 heads, not a multiple of k's 2"),
+    (lambda: B.attention(q, k[:1], k[:1]), ValueError, "attention: k has a batch of 1 and q of 2"),
+    (lambda: B.attention(q, k, k, mask=torch.zeros(5, 5)), TypeError, "attention: mask is torch.float32; accepted is torch.bool"),
+    (lambda: B.attention(q, k, k, mask=torch.ones(5, 4) > 0), ValueError, "attention: mask has shape (1, 1, 5, 4)"),
+    (lambda: B.attention(q, k, k, bias=torch.zeros(3, 1, 5, 5)), ValueError, "attention: bias has shape (3, 1, 5, 5), which does not"),
+    (lambda: B.attention(q, k, k, bias=torch.zeros(1, 2, 4, 5, 5)), ValueError, "attention: bias has shape (1, 2, 4, 5, 5)"),
+    (lambda: B.attention(q, k, k, bias=torch.ones(5, 5) > 0), TypeError, "attention: bias is bool"),
+    (lambda: B.attention(q, k, k, sinks=torch.zeros(3)), ValueError, "attention: sinks has shape (3,), expected (4,)"),
+    (lambda: B.attention(q, k, k, alibi_slopes=torch.zeros(4, 1)), ValueError, "attention: alibi_slopes has shape (4, 1)"),
+    (lambda: B.attention(q, k, k, prefix_lengths=torch.zeros(2)), TypeError, "attention: prefix_lengths is float32; accepted are"),
+    (lambda: B.attention(q, k, k, prefix_lengths=torch.zeros(3).int()), ValueError, "attention: prefix_lengths has shape (3,)"),
+    (lambda: B.attention(q, k, k, softcap=0.0), ValueError, "attention: softcap is 0.0, expected positive or None"),
+    (lambda: B.attention(q, k, k, dropout_p=1.0), ValueError, "attention: dropout_p is 1.0, expected in [0, 1)"),
+    (lambda: B.attention(q, k, k, window=3), ValueError, "attention: window is 3, expected (left, right)"),
+    (lambda: B.attention(q, k, k, window=(-2, 0)), ValueError, "attention: window is (-2, 0)"),
+    (lambda: B.attention(q, k, k.to("meta")), ValueError, "attention: v is on meta and q on cpu"),
+    # varlen_attention
+    (lambda: B.varlen_attention(q, p, p, starts, starts, 4, 4), ValueError, "varlen_attention: q has shape (2, 4, 5, 8), expected"),
+    (lambda: B.varlen_attention(p, p, p, starts.float(), starts, 4, 4), TypeError, "varlen_attention: cu_seqlens_q is float32"),
+    (lambda: B.varlen_attention(p, p, p, starts, starts[:2], 4, 4), ValueError, "cu_seqlens_k has shape (2,), expected (3,)"),
+    (lambda: B.varlen_attention(p, p, p, starts, starts + 1, 4, 4), ValueError, "cu_seqlens_k must rise from 0 to at most 5"),
+    (lambda: B.varlen_attention(p, p, p, starts, starts, 2, 4), ValueError, "max_seqlen_q is 2, shorter than a sequence of 3"),
+    (lambda: B.varlen_attention(p, p, p, starts, starts, starts, 4), TypeError, "max_seqlen_q is a tensor; expected an int"),
+    (lambda: B.varlen_attention(p, p, p, starts.flip(0), starts, 4, 4), ValueError, "cu_seqlens_q must rise from 0"),
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ namespace {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = __builtin_inff();
+constexpr float kLargest = 0x1.fffffep127f;
 
 // The query heads that read one key head of one sequence. Row r is query r / G of head r % G among them, so that a
 // strip of rows has few positions, and few queries still fill it.
@@ -195,7 +196,8 @@ void adjust(const Strip<T>& s, int r, float* x, float* slope) {
     if (mask)
       for (int i = 0; i < W && i < n; ++i)
         if (!mask[(j + i) * a.mask.key]) v[i] = -kInfinity;
-    store(x + c, v * kLog2e);
+    // Masks of the least number hide nothing where they are all there is: they must not become infinite.
+    store(x + c, select_less(splat(-kInfinity), v, vmax(splat(-kLargest), v * kLog2e), v));
   }
 }
 
