@@ -96,6 +96,7 @@ ATTENTION = [
     attention_sample("scale", scale=3.0, causal=True).with_options(scale=0.3),
     attention_sample("window", 1, 2, 1, 150, size=32, window=(20, 9)),
     attention_sample("causal window", 1, 2, 1, 150, size=32, causal=True, window=(33, -1)),
+    attention_sample("window narrower than a block", 1, 2, 1, 640, size=16, causal=True, window=(20, 0)),
     attention_sample("window, fewer queries", 1, 2, 1, 40, 90, 32, causal=True, window=(7, 0)),
     attention_sample("softcap", softcap=2.0, causal=True, scale=2.0),
     attention_sample("bias", bias=(2, 4, 37, 37)),

@@ -88,19 +88,21 @@ template <class T>
 Columns seen_by(const Unit<T>& u, int64_t begin, int64_t end, int64_t from, int64_t to) {
   int64_t low = to, high = from;
   if (end > u.rows) end = u.rows;
-  // Both ends of what a row sees grow with its number, so without a mask the first and the last row tell.
-  int64_t step = u.a.mask.data || end - begin <= 2 ? 1 : end - begin - 1;
-  for (int64_t r = begin; r < end; r += step) {
+  if (begin >= end) return {from, from};
+  if (!u.a.mask.data) {  // both ends of what a row sees grow with its number
+    int64_t first = seen(u, begin).begin(), last = seen(u, end - 1).end();
+    low = first > from ? first : from, high = last < to ? last : to;
+    return low < high ? Columns{low, high} : Columns{from, from};
+  }
+  for (int64_t r = begin; r < end; ++r) {
     Seen s = seen(u, r);
     int64_t l = s.begin() > from ? s.begin() : from, h = s.end() < to ? s.end() : to;
     if (l >= h) continue;
-    if (u.a.mask.data) {
-      const uint8_t* mask = mask_row(u, r);
-      int64_t next = u.a.mask.key;
-      while (l < h && l < low && !mask[l * next]) ++l;
-      while (h > l && h > high && !mask[(h - 1) * next]) --h;
-      if (l >= h) continue;
-    }
+    const uint8_t* mask = mask_row(u, r);
+    int64_t step = u.a.mask.key;
+    while (l < h && l < low && !mask[l * step]) ++l;
+    while (h > l && h > high && !mask[(h - 1) * step]) --h;
+    if (l >= h) continue;
     low = l < low ? l : low;
     high = h > high ? h : high;
   }
