@@ -43,11 +43,12 @@ def source_of(launch):
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.args[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        special = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         signature[parameter.name] = mangle_type(value)
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (special and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return launch.kernel.__name__, signature, constants, attributes, launch.num_warps
 
@@ -60,7 +61,8 @@ def describe(launch):
 def compiled(launch, capability, **options):
     _, signature, constants, attributes, warps = source_of(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps} | options)
+    options |= {"num_warps": warps, "maxnreg": launch.maxnreg}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def resources(cubin, folder):
@@ -82,9 +84,16 @@ def test_kernels_compile_without_spills_and_load_16_bytes(operator, dtype, capab
         assert stack == 0, f"{describe(launch)}: {registers} registers and {stack} bytes of spills"
         assert registers * 32 * launch.num_warps <= 65536, f"{describe(launch)}: {registers} registers do not fit"
         # Rows that start on 16 bytes are read 16 bytes at a time.
-        row = next(launch.args[name] for name in ("D", "V", "N") if name in launch.args)
-        vectors = re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", kernel.asm["ptx"])
+        row = next(launch.args[name] for name in ("D", "V", "N", "DV") if name in launch.args)
+        vectors = re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.cg.* 0x10", kernel.asm["ptx"])
         assert bool(vectors) == (row % 16 == 0), f"{describe(launch)}: {len(vectors)} loads of 16 bytes"
+
+
+def test_decoding_fits_the_shared_memory_of_every_gpu():
+    """sm_86 and sm_89 run the code of sm_80 with the least of it: 99 KB a program."""
+    for launch in launches("decode_attention", torch.bfloat16):
+        shared = compiled(launch, 80).metadata.shared
+        assert shared <= 99 * 1024, f"{describe(launch)}: {shared} bytes"
 
 
 def test_every_kernel_is_compiled():

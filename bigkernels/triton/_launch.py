@@ -22,6 +22,7 @@ class Launch:
     kernel: Any
     args: dict[str, Any]
     num_warps: int
+    maxnreg: int | None = None
 
 
 _recorded: list[Launch] | None = None
@@ -39,17 +40,22 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, debug: bool = False, **constants: Any
-) -> None:
-    """Run `kernel` on the device of its first argument."""
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, maxnreg: int | None = None, debug: bool = False,
+    **constants: Any,
+) -> None:  # fmt: skip
+    """Run `kernel` on the device of its first argument.
+
+    Args:
+        maxnreg: registers a thread, where the assembler is not to choose: it spills some to fit more programs.
+    """
     if _recorded is not None:
         named = dict(zip(kernel.arg_names, args, strict=False)) | constants
-        _recorded.append(Launch(kernel, named, num_warps))
+        _recorded.append(Launch(kernel, named, num_warps, maxnreg))
         return
     device = args[0].device
     guard = contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
     with guard:
-        kernel[grid](*args, num_warps=num_warps, debug=debug, **constants)
+        kernel[grid](*args, num_warps=num_warps, maxnreg=maxnreg, debug=debug, **constants)
 
 
 def falls_back(fallback: Callable, *, inputs: int = 1, empty: Callable | None = None) -> Callable[[Callable], Callable]:

@@ -55,18 +55,22 @@ class _Tiles:
     resident: int
 
 
-def _tiles(size: int, value_size: int, element: int, pack: int, rows: int) -> _Tiles:
+def _tiles(size: int, value_size: int, element: int, pack: int, rows: int, wide: bool) -> _Tiles:
+    """Tiles for heads of `size` and `value_size` elements of `element` bytes; `wide` where queries are float32."""
     d = max(16, 1 << (size.bit_length() - 1))
     rest = max(16, power_of_2(size - d)) if size > d else 0
     dv = max(16, power_of_2(value_size))
+    key = (d + rest + dv) * element
     widest = pack * max(size, value_size)
-    most = 16 if widest > 256 else 32 if widest > 128 or pack == 2 or element == 4 else 64
+    most = 16 if wide or widest > 256 else 32 if widest > 128 or pack == 2 else 64
     rows = min(most, max(16, power_of_2(rows)))
-    # Larger tiles leave registers for fewer keys.
-    block = _IN_FLIGHT // (4 if rows == 64 or rows == 32 and pack == 2 else 2)
-    keys = min(128, max(16, power_of_2(block // ((d + rest + dv) * element) + 1) // 2))
-    stages = 1 + min(4, max(2, _IN_FLIGHT // (keys * (d + rest + dv) * element)))
-    warps = 4 if rows == 16 and widest <= 256 else 8
+    # Larger tiles leave registers for fewer keys, and so do products without matrix units, above all with both halves
+    # of int16 elements in float32: those forgo bytes in flight.
+    both = wide and pack == 2
+    share = 16 if both else 4 if wide or rows == 64 or rows == 32 and pack == 2 else 2
+    keys = min(128, max(16, power_of_2(_IN_FLIGHT // share // key + 1) // 2))
+    stages = 3 if both else 1 + min(4, max(2, _IN_FLIGHT // (keys * key)))
+    warps = 4 if rows == 16 and widest <= (128 if both else 0 if wide else 256) else 8
     return _Tiles(d, rest, dv, keys, stages, rows, warps, 2 if warps == 4 else 1)
 
 
@@ -89,17 +93,14 @@ def _packed(cache: Tensor) -> Tensor | None:
     return cache.view(torch.int16) if even else None
 
 
-def _readable(k: Tensor, v: Tensor) -> bool:
-    """Whether the kernel takes caches like these, which are what it reads: a block must fit the shared memory twice."""
+def _readable(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernel takes caches like these, which are what it reads: two blocks must fit the shared memory."""
     if k.stride(-1) != 1 or v.stride(-1) != 1:
         return False
-    tiles = _tiles(k.shape[-1], v.shape[-1], k.element_size(), 1, 1)
-    widest = max(abs(n) for t in (k, v) for n in t.stride())
-    return (
-        2 * tiles.keys * (tiles.d + tiles.rest + tiles.dv) * k.element_size() <= 81920
-        and k.shape[1] * max(k.stride(1), v.stride(1)) < 2**31
-        and widest < 2**31
-    )
+    tiles = _tiles(k.shape[-1], v.shape[-1], k.element_size(), 1, 1, q.dtype == torch.float32)
+    fits = 2 * tiles.keys * (tiles.d + tiles.rest + tiles.dv) * k.element_size() <= 81920
+    page = max(k.shape[1] * t.stride(1) for t in (k, v))
+    return fits and max(page, *k.stride(), *v.stride()) < 2**31
 
 
 def _run(
@@ -121,7 +122,8 @@ def _run(
         table = _inner_contiguous(table)
         capacity *= table.shape[1]
 
-    tiles = _tiles(size, value_size, k.element_size(), pack, group * queries)
+    wide = q.dtype == torch.float32
+    tiles = _tiles(size, value_size, k.element_size(), pack, group * queries, wide)
     row_blocks = -(-group * queries // tiles.rows)
     blocks = -(-capacity // tiles.keys)
     if left >= 0:
@@ -142,7 +144,8 @@ def _run(
         HEADS=key_heads, GROUP=group, D=size, DV=value_size, BLOCK_D=tiles.d, BLOCK_REST=tiles.rest, BLOCK_DV=tiles.dv,
         PAGE=0 if table is None else k.shape[1], ROWS=tiles.rows, ROW_BLOCKS=row_blocks, STAGES=tiles.stages,
         CAUSAL=right >= 0 and queries > 1, TWINS=twins, PACK=pack,
-        PRECISION="ieee" if q.dtype == torch.float32 else None, num_warps=tiles.warps, **common,
+        PRECISION="ieee" if wide else None, num_warps=tiles.warps,
+        maxnreg=192 if wide and tiles.warps == 8 else None, **common,
     )  # fmt: skip
     rows = 1 if batch * heads * queries <= 4 * processors(q.device) else 4
     width = power_of_2(pack * value_size)
@@ -166,7 +169,7 @@ def infer(
     k, v = k_cache, v_cache
     if k.dtype == torch.int8:
         k, v = _packed(k), _packed(v)
-    if k is None or v is None or not _readable(k, v):
+    if k is None or v is None or not _readable(q, k, v):
         return op._infer_fallback(*tensors, left, scale, softcap)
     return _run(q, k, v, op._int32(cache_seqlens), op._int32(block_table), k_scale, v_scale, alibi_slopes, sinks, left,
                 0, scale, softcap)  # fmt: skip
@@ -184,7 +187,7 @@ def serve_attention(
     if q.dtype not in KERNEL_DTYPES or not q.numel() or q.shape[1] // k.shape[1] * q.shape[2] > 64:
         return None
     k, v = k.transpose(1, 2), v.transpose(1, 2)
-    if not _readable(k, v):
+    if not _readable(q, k, v):
         return None
     return _run(q, k, v, None, None, None, None, alibi_slopes, sinks, left, right, scale, softcap)
 
@@ -243,14 +246,12 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
         (32, 8, 1, 128, 128, 0, False, True),
         (32, 8, 5, 128, 128, 256, False, False),
         (64, 8, 8, 128, 128, 16, False, True),
-        (64, 8, 1, 64, 64, 16, False, True),
         (32, 32, 1, 80, 80, 16, False, False),
         (8, 4, 1, 256, 256, 0, False, True),
         (128, 128, 1, 192, 128, 64, False, False),
         (128, 1, 1, 576, 512, 64, False, False),
         (32, 8, 1, 128, 128, 16, True, False),
         (64, 8, 8, 128, 128, 256, True, True),
-        (32, 8, 1, 64, 64, 0, True, False),
         (8, 4, 4, 256, 256, 16, True, False),
     ):
         q = torch.empty(4, queries, heads, size, dtype=dtype, device="meta").transpose(1, 2)

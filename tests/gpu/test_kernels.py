@@ -94,7 +94,9 @@ def test_compile_full_graph(sample: Sample, backend: str | None):
 def _step(sample: Sample, leaves: dict[str, Tensor], upstream: list[Tensor]) -> list[Tensor]:
     outputs = sample.call(leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    grads = torch.autograd.grad(outputs, [leaves[n] for n in sample.differentiable], upstream)
+    grads = ()
+    if sample.differentiable:
+        grads = torch.autograd.grad(outputs, [leaves[n] for n in sample.differentiable], upstream)
     return [out.detach() for out in outputs] + list(grads)
 
 
