@@ -44,7 +44,9 @@ def patch(
 
     Args:
         model: any module; its classes and every other model stay as they are.
-        attention, linear: accepted for the rules that will serve them; there are none yet.
+        attention: attention functions of Hugging Face models, calls of `scaled_dot_product_attention`, and
+            `nn.MultiheadAttention`.
+        linear: accepted for the rule that will serve it; there is none yet.
         norm: RMSNorm and LayerNorm modules, and the residual addition before them where the block's code has it.
         rope: calls of a rotary embedding function.
         mlp: products of an activation with another tensor.

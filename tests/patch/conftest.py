@@ -21,16 +21,19 @@ ENCODER = dict(hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=LAYER
 
 
 class TorchTransformer(nn.Module):
-    """A classifier of sequences from plain torch.nn, its blocks with the norm after and before the sum."""
+    """A classifier of sequences from plain torch.nn, its blocks with the norm after and before the sum.
+
+    Its activation is smooth: the gradient of relu jumps where rounding moves a value across zero.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
         self.encoder = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(HIDDEN, 4, 96, dropout=0.0, batch_first=True), LAYERS, enable_nested_tensor=False
+            nn.TransformerEncoderLayer(HIDDEN, 4, 96, 0.0, "gelu", batch_first=True), LAYERS, enable_nested_tensor=False
         )
         self.decoder = nn.TransformerDecoder(
-            nn.TransformerDecoderLayer(HIDDEN, 4, 96, dropout=0.0, batch_first=True, norm_first=True),
+            nn.TransformerDecoderLayer(HIDDEN, 4, 96, 0.0, "gelu", batch_first=True, norm_first=True),
             LAYERS,
             norm=nn.LayerNorm(HIDDEN),
         )
@@ -82,8 +85,9 @@ def _decoder(name: str, model: str, config: str, patched: dict[str, int], **opti
     return Family(name, _hf(model, config, **DECODER | options), _text, patched, generates=True)
 
 
-LLAMA = {"rms_norm": 5, "add + rms_norm": 2, "rope": 2, "glu (silu)": 2, "cross_entropy (next token)": 1}
-GEMMA = {"add + rms_norm (weight + 1)": 2, "rope": 2, "glu (gelu_tanh)": 2, "cross_entropy (next token)": 1}
+ATTENTION = {"attention": 2, "attention mask": 1}
+LLAMA = {"rms_norm": 5, "add + rms_norm": 2, "rope": 2, "glu (silu)": 2, "cross_entropy (next token)": 1} | ATTENTION
+GEMMA = {"add + rms_norm (weight + 1)": 2, "rope": 2, "glu (gelu_tanh)": 2, "cross_entropy (next token)": 1} | ATTENTION
 FAMILIES = {
     family.name: family
     for family in (
@@ -98,27 +102,28 @@ FAMILIES = {
         _decoder("granite", "GraniteForCausalLM", "GraniteConfig", LLAMA, logits_scaling=4.0, residual_multiplier=1.0),
         _decoder("phi3", "Phi3ForCausalLM", "Phi3Config", LLAMA),
         _decoder("olmo2", "Olmo2ForCausalLM", "Olmo2Config",
-                 {"rms_norm": 9, "rope": 2, "glu (silu)": 2, "cross_entropy (next token)": 1}),
+                 {"rms_norm": 9, "rope": 2, "glu (silu)": 2, "cross_entropy (next token)": 1} | ATTENTION),
         _decoder("smollm3", "SmolLM3ForCausalLM", "SmolLM3Config", LLAMA, no_rope_layers=[1, 0]),
         Family("gpt2", _hf("GPT2LMHeadModel", "GPT2Config", vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=LAYERS,
                            n_head=4, n_positions=64, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
                            bos_token_id=1, eos_token_id=2),
-               _text, {"layer_norm": 5, "cross_entropy (next token)": 1}, generates=True),
+               _text, {"layer_norm": 5, "cross_entropy (next token)": 1} | ATTENTION, generates=True),
         Family("gpt_neox", _hf("GPTNeoXForCausalLM", "GPTNeoXConfig", vocab_size=VOCABULARY,
                                max_position_embeddings=64, bos_token_id=1, eos_token_id=2, rotary_pct=0.25,
                                use_parallel_residual=False,
                                **ENCODER),
-               _text, {"layer_norm": 5, "rope": 2, "cross_entropy (next token)": 1}, generates=True),
+               _text, {"layer_norm": 5, "rope": 2, "cross_entropy (next token)": 1} | ATTENTION, generates=True),
         Family("bert", _hf("BertForMaskedLM", "BertConfig", vocab_size=VOCABULARY, max_position_embeddings=64,
                            **ENCODER),
-               _text, {"layer_norm": 6, "add + layer_norm": 5, "cross_entropy": 1}),
+               _text, {"layer_norm": 6, "add + layer_norm": 5, "cross_entropy": 1, "attention": 2}),
         Family("bert_classifier", _hf("BertForSequenceClassification", "BertConfig", vocab_size=VOCABULARY,
                                       num_labels=3, max_position_embeddings=64, **ENCODER),
-               _sentences, {"layer_norm": 5, "add + layer_norm": 5, "cross_entropy": 1}),
+               _sentences, {"layer_norm": 5, "add + layer_norm": 5, "cross_entropy": 1, "attention": 2}),
         Family("vit", _hf("ViTForImageClassification", "ViTConfig", image_size=16, patch_size=8, num_labels=3,
                           **ENCODER),
-               _images, {"layer_norm": 5, "add + layer_norm": 2}),
-        Family("torch", TorchTransformer, _text, {"layer_norm": 11, "add + layer_norm": 10, "cross_entropy": 1}),
+               _images, {"layer_norm": 5, "add + layer_norm": 2} | ATTENTION),
+        Family("torch", TorchTransformer, _text,
+               {"layer_norm": 11, "add + layer_norm": 10, "cross_entropy": 1, "attention": 6}),
     )
 }  # fmt: skip
 

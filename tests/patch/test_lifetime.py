@@ -79,7 +79,8 @@ def test_patching_twice_changes_nothing(case, run, assert_bitwise):
 def test_patching_again_with_other_flags(llama, count):
     before = _attributes(llama.model)
     bigkernels.patch(llama.model)
-    assert count(bigkernels.patch(llama.model, norm=False, mlp=False)) == {"rope": 2, "cross_entropy (next token)": 1}
+    assert count(bigkernels.patch(llama.model, norm=False, mlp=False, attention=False)) == {
+        "rope": 2, "cross_entropy (next token)": 1}  # fmt: skip
     assert "forward" not in vars(llama.model.model.norm)
     assert "forward" not in vars(llama.model.model.layers[0].mlp)
     bigkernels.unpatch(llama.model)
@@ -87,7 +88,8 @@ def test_patching_again_with_other_flags(llama, count):
 
 
 FLAGS = {"norm": ["rms_norm", "add + rms_norm"], "rope": ["rope"], "mlp": ["glu (silu)"],
-         "loss": ["cross_entropy (next token)"], "attention": [], "linear": []}  # fmt: skip
+         "loss": ["cross_entropy (next token)"], "attention": ["attention", "attention mask"],
+         "linear": []}  # fmt: skip
 
 
 @pytest.mark.parametrize("flag", FLAGS)
@@ -318,8 +320,8 @@ def test_nothing_to_patch():
 
 def test_report_joins_equal_rows(get_case):
     lines = str(bigkernels.patch(get_case("llama").model)).splitlines()
-    assert lines[0] == "patched: 12"
-    assert len(lines) == 9  # a title, a heading, and a line for each of the seven kinds
+    assert lines[0] == "patched: 15"
+    assert len(lines) == 11  # a title, a heading, and a line for each of the nine kinds
     assert any(line.split()[:3] == ["2", "model.layers.*.mlp", "glu"] for line in lines)
     columns = {line.rstrip().rindex(" ") for line in lines[2:]}
     assert len(columns) == 1  # aligned

@@ -230,7 +230,8 @@ void row_sums(const Unit<T>& u, int64_t begin, int64_t end, float* lse, float* r
     int64_t at = u.lse_at(r);
     *delta = dot(grads.get(grads, r), outs.get(outs, r), a.dv);
     if (a.grad_lse) *delta -= a.grad_lse[at];
-    if (a.lse[at] == -kInfinity) continue;
+    // Of rows that see masks of the least number alone, the weights are lost in the rounding of the logsumexp.
+    if (a.lse[at] < -1e37f) continue;
     double exact = (double)a.lse[at] * kLog2e;
     *lse = (float)exact, *rest = (float)(exact - *lse);
   }
