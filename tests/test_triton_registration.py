@@ -28,6 +28,6 @@ from bigkernels.ops import OPERATORS
 from bigkernels.triton import OPERATORS as kernels, launchers
 names = [f"bigkernels::{{name}}" for name in launchers()]
 found = [torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in names]
-print(set(kernels) == set(OPERATORS), all(found), any(found), "triton" in sys.modules)
+print(sorted(set(OPERATORS) - set(kernels)), all(found), any(found), "triton" in sys.modules)
 """
-    assert python(snippet) == f"True {built} {built} False"
+    assert python(snippet) == f"['attention', 'varlen_attention'] {built} {built} False"  # these two have none yet

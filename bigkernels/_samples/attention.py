@@ -13,11 +13,13 @@ from ._sample import Draw, Sample, strided
 _ROUNDINGS = 6.0
 
 
-def _heads(draw: Draw, batch: int, heads: int, length: int, size: int, *, tokens_first: bool) -> Tensor:
+def _heads(
+    draw: Draw, batch: int, heads: int, length: int, size: int, *, tokens_first: bool, scale: float = 1.0
+) -> Tensor:
     """(B, H, S, D); with `tokens_first` (B, S, H, D) in memory, as a projection leaves it."""
     if tokens_first:
-        return draw.normal(batch, length, heads, size).transpose(1, 2)
-    return draw.normal(batch, heads, length, size)
+        return draw.normal(batch, length, heads, size, scale=scale).transpose(1, 2)
+    return draw.normal(batch, heads, length, size, scale=scale)
 
 
 def attention_sample(
@@ -31,7 +33,7 @@ def attention_sample(
 
     def make(draw: Draw) -> dict[str, Tensor]:
         made = {
-            "q": _heads(draw, batch, heads, queries, size, tokens_first=tokens_first) * scale,
+            "q": _heads(draw, batch, heads, queries, size, tokens_first=tokens_first, scale=scale),
             "k": _heads(draw, batch, groups, keys, size, tokens_first=tokens_first),
             "v": _heads(draw, batch, groups, keys, value_size or size, tokens_first=tokens_first),
         }
@@ -162,10 +164,10 @@ VARLEN_ATTENTION = [
     varlen_sample("causal", [13, 40, 1, 27], causal=True),
     varlen_sample("one sequence", [129], causal=True, heads=2, groups=1, size=64),
     varlen_sample("empty sequences", [0, 17, 0, 0, 30, 0], causal=True),
-    varlen_sample("other lengths of keys", [5, 30, 0, 8], [20, 30, 7, 0], causal=True, return_lse=True),
+    varlen_sample("other lengths of keys", [5, 30, 0, 8], [20, 30, 7, 0], causal=True),
     varlen_sample("many short ones", [3, 1, 2, 7, 5, 1, 4, 9, 6, 8, 2, 3], causal=True, heads=6, groups=2, size=40),
     varlen_sample("values of another size", [33, 18], size=48, value_size=24, causal=True),
-    varlen_sample("tokens after the last sequence", [12, 20], rest=5, causal=True, return_lse=True),
+    varlen_sample("tokens after the last sequence", [12, 20], rest=5, causal=True),
     varlen_sample("int64", [12, 20], dtype=torch.int64, prefix=[4, 0], causal=True),
     varlen_sample("no tokens", [0, 0]),
     varlen_sample("strided elements", [9, 14], arrange=strided),

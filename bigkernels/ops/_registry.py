@@ -55,6 +55,7 @@ class Implementation:
     device: str
     dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
     unavailable: Callable[[], str | None] = _no_reason
+    written: bool = True
 
     def refuses(self, device: str, dtype: torch.dtype) -> str | None:
         """Why this implementation cannot serve tensors of `dtype` on `device`; None if it can."""
@@ -62,6 +63,8 @@ class Implementation:
             return f"runs on {self.device} tensors, not {device}"
         if dtype not in self.dtypes:
             return f"no kernel for {str(dtype).removeprefix('torch.')}"
+        if not self.written:
+            return "its kernels are not written yet"
         return self.unavailable()
 
 
@@ -69,8 +72,8 @@ def cpu_kernel() -> Implementation:
     return Implementation("cpu", "cpu", unavailable=lambda: cpu_library().reason)
 
 
-def triton_kernel() -> Implementation:
-    return Implementation("triton", "cuda", unavailable=triton_unavailable)
+def triton_kernel(*, written: bool = True) -> Implementation:
+    return Implementation("triton", "cuda", unavailable=triton_unavailable, written=written)
 
 
 class Operator:
@@ -136,6 +139,7 @@ class Operator:
                 self._in_graphs = tuple(
                     (i.device, dtype)
                     for i in self.implementations
+                    if i.written
                     for dtype in i.dtypes
                     # Asking for a GPU here would initialise its driver; a tensor on one is answer enough.
                     if (triton_missing() if i.name == "triton" else i.unavailable()) is None

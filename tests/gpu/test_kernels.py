@@ -13,6 +13,7 @@ from bigkernels import functional, use
 from bigkernels._compare import compare, compare_all
 from bigkernels._samples import SAMPLES, Draw, Sample, widen
 from bigkernels.ops._registry import KERNEL_DTYPES
+from bigkernels.triton import OPERATORS as KERNELS
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +39,7 @@ LARGE = [
         for tokens, vocabulary in ((1100, 32000), (1100, 50257), (20, 128256), (4000, 1000))
     ),
 ]  # fmt: skip
-ALL = [sample for samples in SAMPLES.values() for sample in samples] + LARGE
+ALL = [sample for name in KERNELS if name != "decode_attention" for sample in SAMPLES[name]] + LARGE
 TYPICAL = [s for s in ALL if s.name in ("residual", "grouped heads", "interleaved, partial", "silu", "everything")]
 
 
