@@ -145,7 +145,7 @@ def _run(
         PAGE=0 if table is None else k.shape[1], ROWS=tiles.rows, ROW_BLOCKS=row_blocks, STAGES=tiles.stages,
         CAUSAL=right >= 0 and queries > 1, TWINS=twins, PACK=pack,
         PRECISION="ieee" if wide else None, num_warps=tiles.warps,
-        maxnreg=192 if wide and tiles.warps == 8 else None, **common,
+        maxnreg=240 if wide and tiles.warps == 8 else None, **common,
     )  # fmt: skip
     rows = 1 if batch * heads * queries <= 4 * processors(q.device) else 4
     width = power_of_2(pack * value_size)
