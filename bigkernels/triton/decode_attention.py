@@ -259,9 +259,8 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
         cache = _cache(dtype, 4, key_heads, size, value_size, page, int8)
         yield infer, (q, *cache, vector, vector, 1024 if options else -1, 0.1, 30.0 if options else 0.0)
         new = [torch.empty(4, key_heads, queries, n, dtype=dtype, device="meta") for n in (size, value_size)]
-        angles = (
-            None if size == 64 else torch.empty(1, queries, size if size == 128 else 64, dtype=dtype, device="meta")
-        )
+        rotary = 0 if size == 256 else size if size == 128 else 64
+        angles = torch.empty(1, queries, rotary, dtype=dtype, device="meta") if rotary else None
         yield append, (q, *new, *cache[:4], angles, angles, *cache[4:], size == 80)
     q, k = (torch.empty(2, h, n, 128, dtype=dtype, device="meta") for h, n in ((16, 4), (4, 4096)))
     yield serve_attention, (q, k, k, None, None, -1, -1, 0.1, 0.0)
