@@ -111,8 +111,9 @@ struct Floats {
   BK_INLINE void rows_of(float* c, int64_t ldc, const float* a, const float* b, int64_t depth, bool accumulate) {
     constexpr int V = kColumns / W;
     vf acc[kRows][V];
+    // A call's terms are summed by themselves: float32 keeps more digits of a long sum in two levels.
     for (int i = 0; i < kRows; ++i)
-      for (int v = 0; v < V; ++v) acc[i][v] = accumulate ? load(c + i * ldc + v * W) : vf{};
+      for (int v = 0; v < V; ++v) acc[i][v] = vf{};
     for (int64_t k = 0; k < depth; ++k) {
       const float* ak = a + k * kBlock;
       const float* bk = b + k * kBlock;
@@ -128,7 +129,10 @@ struct Floats {
       }
     }
     for (int i = 0; i < kRows; ++i)
-      for (int v = 0; v < V; ++v) store(c + i * ldc + v * W, acc[i][v]);
+      for (int v = 0; v < V; ++v) {
+        float* at = c + i * ldc + v * W;
+        store(at, accumulate ? load(at) + acc[i][v] : acc[i][v]);
+      }
   }
 
   // C (32, columns) = or += the products over `depth` blocks; columns is 16 or 32.
