@@ -1,0 +1,598 @@
+"""The kernels of attention for training: forward, and a backward whose gradients each come from one program.
+
+Dense and packed calls share the kernels: a packed call (CU_Q) has a batch stride of zero and finds its tokens by the
+ends of the sequences, which the host never reads. Scores are in base 2 within a kernel. A block of keys in which no row
+hides a key skips the tests of visibility: `PARTS` says how many kinds of blocks a call has (1: all are tested; 2: those
+at one edge; 3: those at both).
+
+Backward makes the scores again in each of its kernels, seven products in all and not five, and for that needs neither
+atomics nor a float32 copy of the queries' gradient: the same inputs give the same bits. Programs that own keys compute
+the transposed scores, so that these are operands of the next product as they lie in registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .cross_entropy import _tanh
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _span(CU, length, sequence):
+    """The first token of a sequence and its length, which is `length` where nothing is packed."""
+    first = sequence * 0
+    if CU is not None:
+        first = tl.load(CU + sequence)
+        length = tl.load(CU + sequence + 1) - first
+    return first.to(tl.int64), length
+
+
+@triton.jit
+def _rows(X, at, exists, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, END: tl.constexpr):
+    """Elements FIRST to FIRST + WIDTH of rows; zeros from END on, and for rows that do not exist."""
+    col = FIRST + tl.arange(0, WIDTH)[None, :]
+    mask = exists[:, None]
+    if FIRST + WIDTH > END:
+        mask = mask & (col < END)
+    return tl.load(X + at.to(tl.int64)[:, None] * stride + col, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(X, at, exists, stride, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, END: tl.constexpr):
+    col = FIRST + tl.arange(0, WIDTH)[None, :]
+    mask = exists[:, None] & (col < END)
+    tl.store(X + at.to(tl.int64)[:, None] * stride + col, x.to(X.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _seen(row, key, queries, keys, left, right, MASK, mask_row, mask_key, prefix, LEFT: tl.constexpr,
+          RIGHT: tl.constexpr, PREFIX: tl.constexpr):  # fmt: skip
+    """Whether rows see keys; `row` and `key` broadcast against each other."""
+    inside = (row < queries) & (key < keys)
+    seen = inside
+    if LEFT:
+        seen = seen & (key >= row + (keys - queries) - left)
+    if RIGHT:
+        seen = seen & (key <= row + (keys - queries) + right)
+    if PREFIX:
+        seen = seen | (inside & (key < prefix))
+    if MASK is not None:
+        at = row.to(tl.int64) * mask_row + key.to(tl.int64) * mask_key
+        seen = seen & (tl.load(MASK + at, mask=inside, other=0) != 0)
+    return seen
+
+
+@triton.jit
+def _scores(product, row, key, queries, keys, scale, softcap, BIAS, bias_row, bias_key, slope):
+    """Scores in base 2 and, with a softcap, the derivative by the product (1 without)."""
+    s = product * scale
+    derivative = 1.0
+    if softcap is not None:
+        t = _tanh(s)
+        s = softcap * t
+        derivative = 1.0 - t * t
+    if BIAS is not None:
+        at = row.to(tl.int64) * bias_row + key.to(tl.int64) * bias_key
+        bias = tl.load(BIAS + at, mask=(row < queries) & (key < keys), other=0.0)
+        s += bias.to(tl.float32) * _LOG2E
+    if slope is not None:
+        s -= slope * tl.abs(row + (keys - queries) - key).to(tl.float32)
+    return s, derivative
+
+
+@triton.jit
+def _kept(SEED, head, row, key, threshold):
+    """What dropout keeps, as `bigkernels.ops._attention.keep_mask` defines it."""
+    seed = tl.load(SEED).to(tl.uint64)
+    zero = (row * 0 + key * 0).to(tl.uint32)
+    counter = zero + ((key // 64) * 16 + key % 16).to(tl.uint32)
+    rows = zero + row.to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, counter, rows, zero + tl.cast(head, tl.uint32), zero)
+    word = key % 64 // 16
+    chosen = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+    return chosen >= threshold
+
+
+@triton.jit
+def _slope(SLOPES, head):
+    slope = None
+    if SLOPES is not None:
+        slope = tl.load(SLOPES + head).to(tl.float32) * _LOG2E
+    return slope
+
+
+@triton.jit
+def _limits(first, end, queries, keys, left, right, prefix, BLOCK: tl.constexpr, LEFT: tl.constexpr,
+            RIGHT: tl.constexpr, PREFIX: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """For rows from `first` to before `end`: where their keys begin, where blocks that all rows see whole begin and
+    end, and where keys end. The first three are multiples of BLOCK.
+    """
+    shift = keys - queries
+    low, high = first * 0, keys
+    if LEFT:
+        low = tl.maximum(first + shift - left, 0) // BLOCK * BLOCK
+    if RIGHT:
+        high = tl.minimum(tl.maximum(end + shift + right, 0), keys)
+    if PREFIX:
+        low = tl.where(prefix > 0, 0, low)
+        high = tl.maximum(high, tl.minimum(prefix, keys))
+    inner_low, inner_high = low, low
+    if PARTS > 1:
+        if LEFT:
+            inner_low = tl.cdiv(tl.maximum(end - 1 + shift - left, 0), BLOCK) * BLOCK
+            inner_low = tl.minimum(tl.maximum(inner_low, low), tl.cdiv(high, BLOCK) * BLOCK)
+        inner_high = high
+        if RIGHT:
+            inner_high = tl.minimum(high, tl.maximum(first + shift + right + 1, 0))
+        inner_high = tl.maximum(inner_high // BLOCK * BLOCK, inner_low)
+    return low, inner_low, inner_high, high
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "left", "right", "threshold"])
+def attend(
+    Q, K, V, OUT, LSE, BIAS, MASK, SLOPES, SINKS, PREFIXES, SEED, CU_Q, CU_K,
+    queries, keys, left, right, scale, softcap, threshold, kept_scale,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
+    lse_batch, lse_head, bias_batch, bias_head, bias_row, bias_key, mask_batch, mask_head, mask_row, mask_key,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr, BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PARTS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output and logsumexp of BLOCK_M queries of a head."""
+    PREFIX: tl.constexpr = PREFIXES is not None
+    head = tl.program_id(1) % HEADS
+    sequence = tl.program_id(1) // HEADS
+    wide_head, wide_batch = head.to(tl.int64), sequence.to(tl.int64)
+    q_first, queries = _span(CU_Q, queries, sequence)
+    k_first, keys = _span(CU_K, keys, sequence)
+    # The last rows first: with causal attention they have the most keys, and the short ones fill what is left.
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    if first >= queries:
+        return
+    Q += wide_batch * q_batch + wide_head * q_head + q_first * q_token
+    K += wide_batch * k_batch + (wide_head // GROUP) * k_head + k_first * k_token
+    V += wide_batch * v_batch + (wide_head // GROUP) * v_head + k_first * v_token
+    if BIAS is not None:
+        BIAS += wide_batch * bias_batch + wide_head * bias_head
+    if MASK is not None:
+        MASK += wide_batch * mask_batch + wide_head * mask_head
+    slope = _slope(SLOPES, head)
+    prefix = 0
+    if PREFIX:
+        prefix = tl.load(PREFIXES + sequence)
+
+    at = first + tl.arange(0, BLOCK_M)
+    exists = at < queries
+    row = at[:, None]
+    q = _rows(Q, at, exists, q_token, 0, BLOCK_D, D)
+    q_rest = q
+    if REST_D:
+        q_rest = _rows(Q, at, exists, q_token, BLOCK_D, REST_D, D)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    acc_rest = tl.zeros([BLOCK_M, REST_DV if REST_DV else 1], tl.float32)
+    end = tl.minimum(first + BLOCK_M, queries)
+    low, inner_low, inner_high, high = _limits(
+        first, end, queries, keys, left, right, prefix, BLOCK_N, LEFT, RIGHT, PREFIX, PARTS
+    )
+    for part in tl.static_range(PARTS):
+        begin, stop = low, high
+        if PARTS > 1:
+            if part == 0:
+                begin, stop = inner_low, inner_high
+            elif part == 1:
+                begin = inner_high
+            else:
+                stop = inner_low
+        for start in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
+            key_at = start + tl.arange(0, BLOCK_N)
+            inside = key_at < keys
+            key = key_at[None, :]
+            k = _rows(K, key_at, inside, k_token, 0, BLOCK_D, D)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if REST_D:
+                k_rest = _rows(K, key_at, inside, k_token, BLOCK_D, REST_D, D)
+                s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision=PRECISION)
+            s, _ = _scores(s, row, key, queries, keys, scale, softcap, BIAS, bias_row, bias_key, slope)
+            if PARTS == 1 or part > 0:
+                seen = _seen(row, key, queries, keys, left, right, MASK, mask_row, mask_key, prefix, LEFT, RIGHT,
+                             PREFIX)  # fmt: skip
+                s = tl.where(seen, s, float("-inf"))
+            before, top = top, tl.maximum(top, tl.max(s, 1))
+            shift = tl.where(top == float("-inf"), 0.0, top)
+            weight = tl.exp2(s - shift[:, None])
+            decay = tl.exp2(before - shift)
+            total = total * decay + tl.sum(weight, 1)
+            if DROPOUT:
+                weight = tl.where(_kept(SEED, sequence * HEADS + head, row, key, threshold), weight, 0.0)
+            weight = weight.to(q.dtype)
+            v = _rows(V, key_at, inside, v_token, 0, BLOCK_DV, DV)
+            acc = tl.dot(weight, v, acc * decay[:, None], input_precision=PRECISION)
+            if REST_DV:
+                v_rest = _rows(V, key_at, inside, v_token, BLOCK_DV, REST_DV, DV)
+                acc_rest = tl.dot(weight, v_rest, acc_rest * decay[:, None], input_precision=PRECISION)
+
+    if SINKS is not None:
+        sink = tl.load(SINKS + head).to(tl.float32) * _LOG2E
+        before, top = top, tl.maximum(top, sink)
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        decay = tl.exp2(before - shift)
+        total = total * decay + tl.exp2(sink - shift)
+        acc *= decay[:, None]
+        acc_rest *= decay[:, None]
+    nothing = total == 0.0
+    factor = kept_scale / tl.where(nothing, 1.0, total)
+    lse = tl.where(nothing, float("-inf"), top + tl.log2(total)) * _LN2
+    OUT += wide_batch * out_batch + wide_head * out_head + q_first * out_token
+    _store(OUT, at, exists, out_token, acc * factor[:, None], 0, BLOCK_DV, DV)
+    if REST_DV:
+        _store(OUT, at, exists, out_token, acc_rest * factor[:, None], BLOCK_DV, REST_DV, DV)
+    tl.store(LSE + wide_batch * lse_batch + wide_head * lse_head + q_first + at, lse, mask=exists)
+
+
+@triton.jit
+def delta(
+    GRAD, OUT, GRAD_LSE, DELTA, queries, grad_batch, grad_head, grad_token, out_batch, out_head, out_token, lse_batch,
+    lse_head, HEADS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Of each row, the part of the scores' gradient that all keys share: grad . out, less the gradient of lse."""
+    head = (tl.program_id(1) % HEADS).to(tl.int64)
+    batch = (tl.program_id(1) // HEADS).to(tl.int64)
+    at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = at < queries
+    GRAD += batch * grad_batch + head * grad_head
+    OUT += batch * out_batch + head * out_head
+    grad = _rows(GRAD, at, exists, grad_token, 0, BLOCK_DV, DV).to(tl.float32)
+    out = _rows(OUT, at, exists, out_token, 0, BLOCK_DV, DV).to(tl.float32)
+    found = tl.sum(grad * out, 1)
+    place = batch * lse_batch + head * lse_head + at
+    if GRAD_LSE is not None:
+        found -= tl.load(GRAD_LSE + place, mask=exists, other=0.0)
+    tl.store(DELTA + place, found, mask=exists)
+
+
+@triton.jit
+def _statistics(LSE, DELTA, at, exists):
+    """A row's logsumexp in base 2 and its delta. Rows without keys get infinity, which makes their weights zero."""
+    lse = tl.load(LSE + at, mask=exists, other=float("-inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2E)
+    return lse, tl.load(DELTA + at, mask=exists, other=0.0)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "left", "right", "threshold"])
+def backward_queries(
+    Q, K, V, GRAD, LSE, DELTA, Q_GRAD, BIAS, MASK, SLOPES, PREFIXES, SEED, CU_Q, CU_K,
+    queries, keys, left, right, scale, softcap, threshold, kept_scale, q_scale,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head, grad_token,
+    dq_batch, dq_head, dq_token, lse_batch, lse_head, bias_batch, bias_head, bias_row, bias_key, mask_batch, mask_head,
+    mask_row, mask_key,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr, BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PARTS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of BLOCK_M queries of a head."""
+    PREFIX: tl.constexpr = PREFIXES is not None
+    head = tl.program_id(1) % HEADS
+    sequence = tl.program_id(1) // HEADS
+    wide_head, wide_batch = head.to(tl.int64), sequence.to(tl.int64)
+    q_first, queries = _span(CU_Q, queries, sequence)
+    k_first, keys = _span(CU_K, keys, sequence)
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    if first >= queries:
+        return
+    Q += wide_batch * q_batch + wide_head * q_head + q_first * q_token
+    K += wide_batch * k_batch + (wide_head // GROUP) * k_head + k_first * k_token
+    V += wide_batch * v_batch + (wide_head // GROUP) * v_head + k_first * v_token
+    GRAD += wide_batch * grad_batch + wide_head * grad_head + q_first * grad_token
+    LSE += wide_batch * lse_batch + wide_head * lse_head + q_first
+    DELTA += wide_batch * lse_batch + wide_head * lse_head + q_first
+    if BIAS is not None:
+        BIAS += wide_batch * bias_batch + wide_head * bias_head
+    if MASK is not None:
+        MASK += wide_batch * mask_batch + wide_head * mask_head
+    slope = _slope(SLOPES, head)
+    prefix = 0
+    if PREFIX:
+        prefix = tl.load(PREFIXES + sequence)
+
+    at = first + tl.arange(0, BLOCK_M)
+    exists = at < queries
+    row = at[:, None]
+    q = _rows(Q, at, exists, q_token, 0, BLOCK_D, D)
+    grad = _rows(GRAD, at, exists, grad_token, 0, BLOCK_DV, DV)
+    q_rest, grad_rest = q, grad
+    if REST_D:
+        q_rest = _rows(Q, at, exists, q_token, BLOCK_D, REST_D, D)
+    if REST_DV:
+        grad_rest = _rows(GRAD, at, exists, grad_token, BLOCK_DV, REST_DV, DV)
+    lse, mean = _statistics(LSE, DELTA, at, exists)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dq_rest = tl.zeros([BLOCK_M, REST_D if REST_D else 1], tl.float32)
+    end = tl.minimum(first + BLOCK_M, queries)
+    low, inner_low, inner_high, high = _limits(
+        first, end, queries, keys, left, right, prefix, BLOCK_N, LEFT, RIGHT, PREFIX, PARTS
+    )
+    for part in tl.static_range(PARTS):
+        begin, stop = low, high
+        if PARTS > 1:
+            if part == 0:
+                begin, stop = inner_low, inner_high
+            elif part == 1:
+                begin = inner_high
+            else:
+                stop = inner_low
+        for start in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
+            key_at = start + tl.arange(0, BLOCK_N)
+            inside = key_at < keys
+            key = key_at[None, :]
+            k = _rows(K, key_at, inside, k_token, 0, BLOCK_D, D)
+            v = _rows(V, key_at, inside, v_token, 0, BLOCK_DV, DV)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+            k_rest = k
+            if REST_D:
+                k_rest = _rows(K, key_at, inside, k_token, BLOCK_D, REST_D, D)
+                s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision=PRECISION)
+            if REST_DV:
+                v_rest = _rows(V, key_at, inside, v_token, BLOCK_DV, REST_DV, DV)
+                dp = tl.dot(grad_rest, tl.trans(v_rest), dp, input_precision=PRECISION)
+            s, derivative = _scores(s, row, key, queries, keys, scale, softcap, BIAS, bias_row, bias_key, slope)
+            weight = tl.exp2(s - lse[:, None])
+            if PARTS == 1 or part > 0:
+                seen = _seen(row, key, queries, keys, left, right, MASK, mask_row, mask_key, prefix, LEFT, RIGHT,
+                             PREFIX)  # fmt: skip
+                weight = tl.where(seen, weight, 0.0)
+            if DROPOUT:
+                dp = tl.where(_kept(SEED, sequence * HEADS + head, row, key, threshold), dp * kept_scale, 0.0)
+            ds = (weight * (dp - mean[:, None]) * derivative).to(q.dtype)
+            dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+            if REST_D:
+                dq_rest = tl.dot(ds, k_rest, dq_rest, input_precision=PRECISION)
+    Q_GRAD += wide_batch * dq_batch + wide_head * dq_head + q_first * dq_token
+    _store(Q_GRAD, at, exists, dq_token, dq * q_scale, 0, BLOCK_D, D)
+    if REST_D:
+        _store(Q_GRAD, at, exists, dq_token, dq_rest * q_scale, BLOCK_D, REST_D, D)
+
+
+@triton.jit
+def _row_limits(first, end, queries, keys, left, right, prefix, BLOCK: tl.constexpr, LEFT: tl.constexpr,
+                RIGHT: tl.constexpr, PREFIX: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """As `_limits`, with rows and keys exchanged: the rows that see keys from `first` to before `end`."""
+    shift = keys - queries
+    low, high = first * 0, queries
+    if RIGHT:
+        low = tl.maximum(first - right - shift, 0) // BLOCK * BLOCK
+    if LEFT:
+        high = tl.minimum(tl.maximum(end + left - shift, 0), queries)
+    if PREFIX:
+        low = tl.where(first < prefix, 0, low)
+        high = tl.where(first < prefix, queries, high)
+    inner_low, inner_high = low, low
+    if PARTS > 1:
+        if RIGHT:
+            inner_low = tl.cdiv(tl.maximum(end - 1 - right - shift, 0), BLOCK) * BLOCK
+            inner_low = tl.minimum(tl.maximum(inner_low, low), tl.cdiv(high, BLOCK) * BLOCK)
+        inner_high = tl.cdiv(high, BLOCK) * BLOCK  # rows past the last have no weight in any case
+        if LEFT:
+            inner_high = tl.minimum(inner_high, tl.maximum(first + left - shift + 1, 0))
+        inner_high = tl.maximum(inner_high // BLOCK * BLOCK, inner_low)
+    return low, inner_low, inner_high, high
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "left", "right", "threshold"])
+def backward_keys(
+    Q, K, V, GRAD, LSE, DELTA, K_GRAD, V_GRAD, BIAS, MASK, SLOPES, PREFIXES, SEED, CU_Q, CU_K,
+    queries, keys, left, right, scale, softcap, threshold, kept_scale, q_scale,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head, grad_token,
+    dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token, lse_batch, lse_head, bias_batch, bias_head, bias_row,
+    bias_key, mask_batch, mask_head, mask_row, mask_key,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr, BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PARTS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of BLOCK_N keys and values of a key head, summed over the query heads that read it."""
+    PREFIX: tl.constexpr = PREFIXES is not None
+    key_head = tl.program_id(1) % (HEADS // GROUP)
+    sequence = tl.program_id(1) // (HEADS // GROUP)
+    wide_head, wide_batch = key_head.to(tl.int64), sequence.to(tl.int64)
+    q_first, queries = _span(CU_Q, queries, sequence)
+    k_first, keys = _span(CU_K, keys, sequence)
+    first = tl.program_id(0) * BLOCK_N
+    if first >= keys:
+        return
+    K += wide_batch * k_batch + wide_head * k_head + k_first * k_token
+    V += wide_batch * v_batch + wide_head * v_head + k_first * v_token
+    prefix = 0
+    if PREFIX:
+        prefix = tl.load(PREFIXES + sequence)
+
+    key_at = first + tl.arange(0, BLOCK_N)
+    inside = key_at < keys
+    key = key_at[:, None]
+    k = _rows(K, key_at, inside, k_token, 0, BLOCK_D, D)
+    v = _rows(V, key_at, inside, v_token, 0, BLOCK_DV, DV)
+    k_rest, v_rest = k, v
+    if REST_D:
+        k_rest = _rows(K, key_at, inside, k_token, BLOCK_D, REST_D, D)
+    if REST_DV:
+        v_rest = _rows(V, key_at, inside, v_token, BLOCK_DV, REST_DV, DV)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dk_rest = tl.zeros([BLOCK_N, REST_D if REST_D else 1], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    dv_rest = tl.zeros([BLOCK_N, REST_DV if REST_DV else 1], tl.float32)
+    end = tl.minimum(first + BLOCK_N, keys)
+    low, inner_low, inner_high, high = _row_limits(
+        first, end, queries, keys, left, right, prefix, BLOCK_M, LEFT, RIGHT, PREFIX, PARTS
+    )
+    for member in range(GROUP):
+        head = key_head * GROUP + member
+        wide = head.to(tl.int64)
+        Q_HEAD = Q + wide_batch * q_batch + wide * q_head + q_first * q_token
+        GRAD_HEAD = GRAD + wide_batch * grad_batch + wide * grad_head + q_first * grad_token
+        LSE_HEAD = LSE + wide_batch * lse_batch + wide * lse_head + q_first
+        DELTA_HEAD = DELTA + wide_batch * lse_batch + wide * lse_head + q_first
+        BIAS_HEAD = None
+        if BIAS is not None:
+            BIAS_HEAD = BIAS + wide_batch * bias_batch + wide * bias_head
+        MASK_HEAD = None
+        if MASK is not None:
+            MASK_HEAD = MASK + wide_batch * mask_batch + wide * mask_head
+        slope = _slope(SLOPES, head)
+        for part in tl.static_range(PARTS):
+            begin, stop = low, high
+            if PARTS > 1:
+                if part == 0:
+                    begin, stop = inner_low, inner_high
+                elif part == 1:
+                    stop = inner_low
+                else:
+                    begin = inner_high
+            for start in tl.range(begin, stop, BLOCK_M, num_stages=STAGES):
+                at = start + tl.arange(0, BLOCK_M)
+                exists = at < queries
+                row = at[None, :]
+                q = _rows(Q_HEAD, at, exists, q_token, 0, BLOCK_D, D)
+                grad = _rows(GRAD_HEAD, at, exists, grad_token, 0, BLOCK_DV, DV)
+                lse, mean = _statistics(LSE_HEAD, DELTA_HEAD, at, exists)
+                s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+                q_rest, grad_rest = q, grad
+                if REST_D:
+                    q_rest = _rows(Q_HEAD, at, exists, q_token, BLOCK_D, REST_D, D)
+                    s = tl.dot(k_rest, tl.trans(q_rest), s, input_precision=PRECISION)
+                if REST_DV:
+                    grad_rest = _rows(GRAD_HEAD, at, exists, grad_token, BLOCK_DV, REST_DV, DV)
+                    dp = tl.dot(v_rest, tl.trans(grad_rest), dp, input_precision=PRECISION)
+                s, derivative = _scores(s, row, key, queries, keys, scale, softcap, BIAS_HEAD, bias_row, bias_key,
+                                        slope)  # fmt: skip
+                weight = tl.exp2(s - lse[None, :])
+                if PARTS == 1 or part > 0:
+                    seen = _seen(row, key, queries, keys, left, right, MASK_HEAD, mask_row, mask_key, prefix, LEFT,
+                                 RIGHT, PREFIX)  # fmt: skip
+                    weight = tl.where(seen, weight, 0.0)
+                kept = weight
+                if DROPOUT:
+                    keep = _kept(SEED, sequence * HEADS + head, row, key, threshold)
+                    kept = tl.where(keep, weight * kept_scale, 0.0)
+                    dp = tl.where(keep, dp * kept_scale, 0.0)
+                kept = kept.to(q.dtype)
+                dv = tl.dot(kept, grad, dv, input_precision=PRECISION)
+                ds = (weight * (dp - mean[None, :]) * derivative).to(q.dtype)
+                dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+                if REST_DV:
+                    dv_rest = tl.dot(kept, grad_rest, dv_rest, input_precision=PRECISION)
+                if REST_D:
+                    dk_rest = tl.dot(ds, q_rest, dk_rest, input_precision=PRECISION)
+    K_GRAD += wide_batch * dk_batch + wide_head * dk_head + k_first * dk_token
+    V_GRAD += wide_batch * dv_batch + wide_head * dv_head + k_first * dv_token
+    _store(K_GRAD, key_at, inside, dk_token, dk * q_scale, 0, BLOCK_D, D)
+    _store(V_GRAD, key_at, inside, dv_token, dv, 0, BLOCK_DV, DV)
+    if REST_D:
+        _store(K_GRAD, key_at, inside, dk_token, dk_rest * q_scale, BLOCK_D, REST_D, D)
+    if REST_DV:
+        _store(V_GRAD, key_at, inside, dv_token, dv_rest, BLOCK_DV, REST_DV, DV)
+
+
+@triton.jit(do_not_specialize=["batches", "queries", "keys", "left", "right", "threshold"])
+def backward_bias(
+    Q, K, V, GRAD, LSE, DELTA, BIAS_GRAD, BIAS, MASK, SLOPES, PREFIXES, SEED,
+    batches, queries, keys, left, right, scale, softcap, threshold, kept_scale,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head, grad_token,
+    lse_batch, lse_head, bias_batch, bias_head, bias_row, bias_key, mask_batch, mask_head, mask_row, mask_key,
+    BATCHED: tl.constexpr, HEADED: tl.constexpr, ROWED: tl.constexpr, KEYED: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr, BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile of the bias (contiguous), summed over every dimension in which the bias has one element."""
+    PREFIX: tl.constexpr = PREFIXES is not None
+    bias_heads = HEADS if HEADED else 1
+    bias_batch_at = tl.program_id(2) // bias_heads
+    bias_head_at = tl.program_id(2) % bias_heads
+    b_begin, b_end = bias_batch_at * 0, batches
+    if BATCHED:
+        b_begin, b_end = bias_batch_at, bias_batch_at + 1
+    h_begin, h_end = bias_head_at * 0, HEADS
+    if HEADED:
+        h_begin, h_end = bias_head_at, bias_head_at + 1
+    m_begin, m_end = tl.program_id(0) * 0, queries
+    if ROWED:
+        m_begin, m_end = tl.program_id(0) * BLOCK_M, tl.minimum((tl.program_id(0) + 1) * BLOCK_M, queries)
+    n_begin, n_end = tl.program_id(1) * 0, keys
+    if KEYED:
+        n_begin, n_end = tl.program_id(1) * BLOCK_N, tl.minimum((tl.program_id(1) + 1) * BLOCK_N, keys)
+    found = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for batch in range(b_begin, b_end):
+        prefix = 0
+        if PREFIX:
+            prefix = tl.load(PREFIXES + batch)
+        for head in range(h_begin, h_end):
+            wide_batch, wide_head = tl.cast(batch, tl.int64), tl.cast(head, tl.int64)
+            Q_HEAD = Q + wide_batch * q_batch + wide_head * q_head
+            K_HEAD = K + wide_batch * k_batch + (wide_head // GROUP) * k_head
+            V_HEAD = V + wide_batch * v_batch + (wide_head // GROUP) * v_head
+            GRAD_HEAD = GRAD + wide_batch * grad_batch + wide_head * grad_head
+            BIAS_HEAD = BIAS + wide_batch * bias_batch + wide_head * bias_head
+            MASK_HEAD = None
+            if MASK is not None:
+                MASK_HEAD = MASK + wide_batch * mask_batch + wide_head * mask_head
+            slope = _slope(SLOPES, head)
+            rows_at = wide_batch * lse_batch + wide_head * lse_head
+            for m in range(m_begin, m_end, BLOCK_M):
+                at = m + tl.arange(0, BLOCK_M)
+                exists = at < queries
+                lse, mean = _statistics(LSE + rows_at, DELTA + rows_at, at, exists)
+                q = _rows(Q_HEAD, at, exists, q_token, 0, BLOCK_D, D)
+                grad = _rows(GRAD_HEAD, at, exists, grad_token, 0, BLOCK_DV, DV)
+                q_rest, grad_rest = q, grad
+                if REST_D:
+                    q_rest = _rows(Q_HEAD, at, exists, q_token, BLOCK_D, REST_D, D)
+                if REST_DV:
+                    grad_rest = _rows(GRAD_HEAD, at, exists, grad_token, BLOCK_DV, REST_DV, DV)
+                low, _, _, high = _limits(m, tl.minimum(m + BLOCK_M, queries), queries, keys, left, right, prefix,
+                                          BLOCK_N, LEFT, RIGHT, PREFIX, 1)  # fmt: skip
+                for n in range(tl.maximum(n_begin, low), tl.minimum(n_end, high), BLOCK_N):
+                    key_at = n + tl.arange(0, BLOCK_N)
+                    inside = key_at < keys
+                    row, key = at[:, None], key_at[None, :]
+                    k = _rows(K_HEAD, key_at, inside, k_token, 0, BLOCK_D, D)
+                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                    if REST_D:
+                        k_rest = _rows(K_HEAD, key_at, inside, k_token, BLOCK_D, REST_D, D)
+                        s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision=PRECISION)
+                    v = _rows(V_HEAD, key_at, inside, v_token, 0, BLOCK_DV, DV)
+                    dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+                    if REST_DV:
+                        v_rest = _rows(V_HEAD, key_at, inside, v_token, BLOCK_DV, REST_DV, DV)
+                        dp = tl.dot(grad_rest, tl.trans(v_rest), dp, input_precision=PRECISION)
+                    s, _ = _scores(s, row, key, queries, keys, scale, softcap, BIAS_HEAD, bias_row, bias_key, slope)
+                    seen = _seen(row, key, queries, keys, left, right, MASK_HEAD, mask_row, mask_key, prefix, LEFT,
+                                 RIGHT, PREFIX)  # fmt: skip
+                    weight = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
+                    if DROPOUT:
+                        dp = tl.where(_kept(SEED, batch * HEADS + head, row, key, threshold), dp * kept_scale, 0.0)
+                    found += weight * (dp - mean[:, None])
+    row_at = tl.arange(0, BLOCK_M)
+    key_at = tl.arange(0, BLOCK_N)
+    rows, keys_ = queries, keys
+    if ROWED:
+        row_at += tl.program_id(0) * BLOCK_M
+    else:
+        found = tl.where(row_at[:, None] == 0, tl.sum(found, 0)[None, :], 0.0)
+        rows = 1
+    if KEYED:
+        key_at += tl.program_id(1) * BLOCK_N
+    else:
+        found = tl.where(key_at[None, :] == 0, tl.sum(found, 1)[:, None], 0.0)
+        keys_ = 1
+    place = (tl.program_id(2).to(tl.int64) * rows + row_at[:, None]) * keys_ + key_at[None, :]
+    inside = (row_at < rows)[:, None] & (key_at < keys_)[None, :]
+    tl.store(BIAS_GRAD + place, found.to(BIAS_GRAD.dtype.element_ty), mask=inside)

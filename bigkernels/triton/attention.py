@@ -1,0 +1,283 @@
+"""Attention for training on GPUs: how queries and keys are tiled, and the launches; `varlen_attention` shares them.
+
+The matrix units do almost all the work, so tiles are as large as registers allow: 128 queries by 64 or 128 keys for
+heads of up to 128 elements. float32 has no matrix unit that keeps its digits, and takes small tiles. Sizes stand in one
+table, `_tiles`; nothing is tuned at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops import _attention as shared
+from ..ops import attention as op
+from ..ops._registry import KERNEL_DTYPES
+from ._attention import attend, backward_bias, backward_keys, backward_queries
+from ._attention import delta as delta_kernel
+from ._launch import launch, power_of_2
+from .decode_attention import serve_attention
+from .rope import _inner_contiguous
+
+_LOG2E = 1.4426950408889634
+_LARGEST = 640  # elements of a query and its value together: tiles of more do not fit the registers
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Queries and keys of a program's tile, warps and pipeline stages."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    def constants(self) -> dict[str, int]:
+        return {"BLOCK_M": self.queries, "BLOCK_N": self.keys, "num_warps": self.warps, "STAGES": self.stages}
+
+
+def _tiles(kernel: str, size: int, wide: bool) -> _Tiles:
+    """For heads of `size` elements (the larger of keys and values); `wide` for float32."""
+    table = _WIDE if wide else _NARROW
+    return next(tiles for most, tiles in table[kernel] if size <= most)
+
+
+# Of each kernel, (largest head, tiles), in 16 bits and in float32.
+_NARROW = {
+    "attend": ((64, _Tiles(128, 64, 4, 3)), (128, _Tiles(128, 64, 8, 3)), (256, _Tiles(64, 32, 8, 2)),
+               (_LARGEST, _Tiles(32, 16, 8, 1))),
+    "queries": ((64, _Tiles(128, 64, 8, 2)), (128, _Tiles(64, 64, 8, 2)), (256, _Tiles(64, 32, 8, 1)),
+                (_LARGEST, _Tiles(16, 16, 8, 1))),
+    "keys": ((64, _Tiles(64, 128, 8, 2)), (128, _Tiles(32, 64, 8, 2)), (256, _Tiles(16, 64, 8, 1)),
+             (_LARGEST, _Tiles(16, 16, 8, 1))),
+    "bias": ((128, _Tiles(64, 64, 8, 1)), (_LARGEST, _Tiles(32, 32, 8, 1))),
+}  # fmt: skip
+_WIDE = {
+    "attend": ((64, _Tiles(64, 32, 8, 1)), (128, _Tiles(32, 32, 8, 1)), (_LARGEST, _Tiles(16, 16, 8, 1))),
+    "queries": ((64, _Tiles(32, 32, 8, 1)), (_LARGEST, _Tiles(16, 16, 8, 1))),
+    "keys": ((64, _Tiles(32, 32, 8, 1)), (_LARGEST, _Tiles(16, 16, 8, 1))),
+    "bias": ((64, _Tiles(32, 32, 8, 1)), (_LARGEST, _Tiles(16, 16, 8, 1))),
+}
+
+
+def _parts(size: int) -> tuple[int, int]:
+    """A head as a block and a rest, so that 80 elements are 64 and 16 and not 128."""
+    block = max(16, 1 << (size.bit_length() - 1))
+    return block, max(16, power_of_2(size - block)) if size > block else 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, dense or packed, as the kernels take it: sizes, strides and options by the names of their parameters.
+
+    Attributes:
+        tensors: what forward and backward read besides q, k and v.
+        common: scalars and constants of every kernel.
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    head: int
+    key_heads: int
+    wide: bool
+    tensors: dict[str, Tensor | None]
+    common: dict[str, object]
+    softcap: float
+    scale: float
+
+    def tiles(self, kernel: str) -> dict[str, int]:
+        return _tiles(kernel, self.head, self.wide).constants()
+
+
+def strides(name: str, t: Tensor | None, *, packed: bool) -> dict[str, int]:
+    """Strides of (B, H, S, size), or packed (T, H, size), by the kernels' parameter names."""
+    batch, head, token = (0, t.stride(1), t.stride(0)) if packed else t.stride()[:3]
+    return {f"{name}_batch": batch, f"{name}_head": head, f"{name}_token": token}
+
+
+def lse_strides(lse: Tensor, *, packed: bool) -> dict[str, int]:
+    return {"lse_batch": 0 if packed else lse.stride(0), "lse_head": lse.stride(-2)}
+
+
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, alibi_slopes: Tensor | None,
+    prefix_lengths: Tensor | None, seed: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, batch: int,
+    queries: int, keys: int, left: int, right: int, scale: float, softcap: float, dropout_p: float,
+) -> Call:  # fmt: skip
+    packed = cu_q is not None
+    size, value_size = q.shape[-1], v.shape[-1]
+    heads, key_heads = q.shape[1], k.shape[1]
+    score_strides = {}
+    scores = (batch, heads, queries, keys)
+    for name, t in (("bias", bias), ("mask", mask)):
+        view = (0, 0, 0, 0) if t is None else t.expand(scores).stride()
+        score_strides |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_row", f"{name}_key"), view, strict=True))
+    (block_d, rest_d), (block_dv, rest_dv) = _parts(size), _parts(value_size)
+    dense = mask is not None or prefix_lengths is not None
+    common = {
+        "queries": queries, "keys": keys, "left": left, "right": right,
+        "scale": scale / softcap if softcap else scale * _LOG2E, "softcap": softcap * _LOG2E if softcap else None,
+        "threshold": shared.dropout_threshold(dropout_p), "kept_scale": 1.0 / (1.0 - dropout_p),
+        **strides("q", q, packed=packed), **strides("k", k, packed=packed), **strides("v", v, packed=packed),
+        **score_strides,
+        "HEADS": heads, "GROUP": heads // key_heads, "D": size, "DV": value_size, "BLOCK_D": block_d,
+        "REST_D": rest_d, "BLOCK_DV": block_dv, "REST_DV": rest_dv, "LEFT": left >= 0, "RIGHT": right >= 0,
+        "DROPOUT": dropout_p > 0, "PRECISION": "ieee" if q.dtype == torch.float32 else None,
+    }  # fmt: skip
+    tensors = {
+        "BIAS": bias, "MASK": mask, "SLOPES": alibi_slopes, "PREFIXES": prefix_lengths, "SEED": seed, "CU_Q": cu_q,
+        "CU_K": cu_k,
+    }  # fmt: skip
+    common["PARTS"] = 1 if dense else 3 if left >= 0 else 2
+    return Call(batch, queries, keys, max(size, value_size), key_heads, q.dtype == torch.float32, tensors, common,
+                softcap, scale)  # fmt: skip
+
+
+def run_forward(call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor) -> None:
+    packed = call.tensors["CU_Q"] is not None
+    tiles = call.tiles("attend")
+    launch(
+        attend, (-(-call.queries // tiles["BLOCK_M"]), call.batch * q.shape[1]), q, k, v, out, lse, SINKS=sinks,
+        **call.tensors, **call.common, **strides("out", out, packed=packed), **lse_strides(lse, packed=packed), **tiles,
+    )  # fmt: skip
+
+
+def run_backward(
+    call: Call, grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    sinks: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, dbias: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """Fills dq, dk, dv and dbias; returns the gradient of the sinks."""
+    packed = call.tensors["CU_Q"] is not None
+    heads, value_size = q.shape[1], v.shape[-1]
+    delta = torch.empty_like(lse)
+    tokens = q.shape[0] if packed else call.queries
+    given, rows = strides("grad", grad, packed=packed), lse_strides(lse, packed=packed)
+    block = power_of_2(value_size)
+    per_program = max(1, 4096 // block)
+    launch(
+        delta_kernel, (-(-tokens // per_program), (1 if packed else call.batch) * heads), grad, out, grad_lse, delta,
+        queries=tokens, **given, **strides("out", out, packed=packed), **rows, HEADS=heads, DV=value_size,
+        BLOCK_DV=block, BLOCK_M=per_program, num_warps=4,
+    )  # fmt: skip
+    common = call.common | given | rows
+    inputs = (q, k, v, grad, lse, delta)
+    tiles = call.tiles("queries")
+    launch(
+        backward_queries, (-(-call.queries // tiles["BLOCK_M"]), call.batch * heads), *inputs, dq, q_scale=call.scale,
+        **call.tensors, **common, **strides("dq", dq, packed=packed), **tiles,
+    )  # fmt: skip
+    tiles = call.tiles("keys")
+    launch(
+        backward_keys, (-(-call.keys // tiles["BLOCK_N"]), call.batch * call.key_heads), *inputs, dk, dv,
+        q_scale=call.scale, **call.tensors, **common, **strides("dk", dk, packed=packed),
+        **strides("dv", dv, packed=packed), **tiles,
+    )  # fmt: skip
+    if dbias is not None:
+        tiles = call.tiles("bias")
+        b, h, m, n = dbias.shape
+        grid = (-(-m // tiles["BLOCK_M"]) if m > 1 else 1, -(-n // tiles["BLOCK_N"]) if n > 1 else 1, b * h)
+        options = {name: value for name, value in (common | tiles).items() if name not in ("PARTS", "STAGES")}
+        tensors = {name: value for name, value in call.tensors.items() if not name.startswith("CU_")}
+        launch(
+            backward_bias, grid, *inputs, dbias, batches=call.batch, BATCHED=b > 1, HEADED=h > 1, ROWED=m > 1,
+            KEYED=n > 1, **tensors, **options,
+        )  # fmt: skip
+    if sinks is None:
+        return None
+    # A sink has no value: its scores' gradient is its weight times -delta, summed over all rows of its head.
+    weight = torch.exp(sinks.float()[:, None] - lse) * delta
+    return -(weight.sum(1) if packed else weight.sum((0, 2))).to(sinks.dtype)
+
+
+def _serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return q.dtype in KERNEL_DTYPES and max(q.shape[-1], v.shape[-1]) <= _LARGEST and q.numel() > 0 and k.numel() > 0
+
+
+def _rows(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(t if t is None else _inner_contiguous(t) for t in tensors)
+
+
+def _call(q, k, v, bias, mask, alibi_slopes, prefix_lengths, seed, *options) -> Call:
+    slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
+    prefix = None if prefix_lengths is None else prefix_lengths.contiguous()
+    return prepare(q, k, v, bias, mask, slopes, prefix, seed, None, None, q.shape[0], q.shape[2], k.shape[2], *options)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, alibi_slopes: Tensor | None,
+    sinks: Tensor | None, prefix_lengths: Tensor | None, seed: Tensor | None, left: int, right: int, scale: float,
+    softcap: float, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    op._check(q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths)
+    options = (left, right, scale, softcap, dropout_p)
+    if not _serves(q, k, v):
+        return op._fwd_fallback(q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths, seed, *options)
+    if bias is None and mask is None and prefix_lengths is None and not dropout_p:
+        found = serve_attention(q, k, v, alibi_slopes, sinks, left, right, scale, softcap)
+        if found is not None:
+            return found
+    out = shared.like(q, v.shape[-1])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    q, k, v = _rows(q, k, v)
+    sinks = None if sinks is None else sinks.contiguous()
+    call = _call(q, k, v, bias, mask, alibi_slopes, prefix_lengths, seed, *options)
+    run_forward(call, q, k, v, sinks, out, lse)
+    return out, lse
+
+
+def infer(*args) -> Tensor:
+    return forward(*args)[0]
+
+
+def backward(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    bias: Tensor | None, mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
+    prefix_lengths: Tensor | None, seed: Tensor | None, left: int, right: int, scale: float, softcap: float,
+    dropout_p: float, bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    options = (left, right, scale, softcap, dropout_p)
+    if not _serves(q, k, v):
+        return op._bwd_fallback(grad, grad_lse, q, k, v, out, lse, bias, mask, alibi_slopes, sinks, prefix_lengths,
+                                seed, *options, bias_grad)  # fmt: skip
+    dq, dk, dv = (shared.like(t, t.shape[-1]) for t in (q, k, v))
+    dbias = bias.new_empty(bias.shape) if bias_grad else None
+    grad, q, k, v, out = _rows(grad, q, k, v, out)
+    grad_lse, lse = (t if t is None else t.contiguous() for t in (grad_lse, lse))
+    call = _call(q, k, v, bias, mask, alibi_slopes, prefix_lengths, seed, *options)
+    dsinks = run_backward(call, grad, grad_lse, q, k, v, out, lse, sinks, dq, dk, dv, dbias)
+    return dq, dk, dv, *(q.new_empty(0) if d is None else d for d in (dbias, dsinks))
+
+
+def examples(dtype: torch.dtype) -> Iterator[tuple]:
+    """Calls whose launches the ahead-of-time check compiles: usual heads with usual masks, and all options."""
+    for heads, key_heads, size, value_size, left, everything in (
+        (32, 8, 128, 128, -1, False),
+        (16, 16, 64, 64, -1, False),
+        (32, 8, 128, 128, 1023, False),
+        (16, 4, 64, 64, 255, True),
+        (32, 8, 128, 128, 255, True),
+        (12, 12, 80, 80, -1, False),
+        (16, 16, 96, 96, -1, False),
+        (16, 16, 192, 128, -1, False),
+        (8, 4, 256, 256, -1, False),
+        (8, 8, 256, 256, 255, True),
+        (16, 16, 576, 512, -1, False),
+    ):
+        q, k, v = (torch.empty(2, 2048, h, n, dtype=dtype, device="meta").transpose(1, 2)
+                   for h, n in ((heads, size), (key_heads, size), (key_heads, value_size)))  # fmt: skip
+        out = shared.like(q, value_size)
+        lse = torch.empty(2, heads, 2048, device="meta")
+        vector = torch.empty(heads, device="meta") if everything else None
+        bias = torch.empty(2, heads, 2048, 2048, dtype=dtype, device="meta") if everything else None
+        mask = torch.empty(2, 1, 2048, 2048, dtype=torch.bool, device="meta") if everything else None
+        prefix = torch.empty(2, dtype=torch.int32, device="meta") if everything else None
+        seed = torch.empty(1, dtype=torch.int64, device="meta") if everything else None
+        extra = (bias, mask, vector, vector, prefix, seed)
+        options = (left, 0, 0.1, 30.0 if everything else 0.0, 0.1 if everything else 0.0)
+        yield forward, (q, k, v, *extra, *options)
+        if size <= 256:
+            yield backward, (out, lse if everything else None, q, k, v, out, lse, *extra, *options, everything)
