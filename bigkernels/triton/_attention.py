@@ -512,7 +512,7 @@ def backward_bias(
     REST_D: tl.constexpr, BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile of the bias (contiguous), summed over every dimension in which the bias has one element."""
+    """The gradient of a tile of the bias (contiguous), summed over the dimensions in which the bias has one element."""
     PREFIX: tl.constexpr = PREFIXES is not None
     bias_heads = HEADS if HEADED else 1
     bias_batch_at = tl.program_id(2) // bias_heads
