@@ -134,7 +134,7 @@ def _limits(first, end, queries, keys, left, right, prefix, BLOCK: tl.constexpr,
 
 @triton.jit(do_not_specialize=["queries", "keys", "left", "right", "threshold"])
 def attend(
-    Q, K, V, OUT, LSE, BIAS, MASK, SLOPES, SINKS, PREFIXES, SEED, CU_Q, CU_K,
+    Q, K, V, OUT, LSE, REST, BIAS, MASK, SLOPES, SINKS, PREFIXES, SEED, CU_Q, CU_K,
     queries, keys, left, right, scale, softcap, threshold, kept_scale,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
     lse_batch, lse_head, bias_batch, bias_head, bias_row, bias_key, mask_batch, mask_head, mask_row, mask_key,
@@ -143,7 +143,9 @@ def attend(
     STAGES: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PARTS: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output and logsumexp of BLOCK_M queries of a head."""
+    """Output and logsumexp of BLOCK_M queries of a head; or, with REST, the logsumexp alone: in base 2, and what its
+    rounding left.
+    """
     PREFIX: tl.constexpr = PREFIXES is not None
     head = tl.program_id(1) % HEADS
     sequence = tl.program_id(1) // HEADS
@@ -227,13 +229,19 @@ def attend(
         acc *= decay[:, None]
         acc_rest *= decay[:, None]
     nothing = total == 0.0
-    factor = kept_scale / tl.where(nothing, 1.0, total)
-    lse = tl.where(nothing, float("-inf"), top + tl.log2(total)) * _LN2
-    OUT += wide_batch * out_batch + wide_head * out_head + q_first * out_token
-    _store(OUT, at, exists, out_token, acc * factor[:, None], 0, BLOCK_DV, DV)
-    if REST_DV:
-        _store(OUT, at, exists, out_token, acc_rest * factor[:, None], BLOCK_DV, REST_DV, DV)
-    tl.store(LSE + wide_batch * lse_batch + wide_head * lse_head + q_first + at, lse, mask=exists)
+    place = wide_batch * lse_batch + wide_head * lse_head + q_first + at
+    lse = top + tl.log2(total)
+    lse = tl.where(nothing, float("-inf"), lse)
+    if REST is not None:
+        tl.store(LSE + place, lse, mask=exists)
+        tl.store(REST + place, tl.where(nothing, 0.0, (top - lse) + tl.log2(total)), mask=exists)
+    else:
+        tl.store(LSE + place, lse * _LN2, mask=exists)
+        factor = kept_scale / tl.where(nothing, 1.0, total)
+        OUT += wide_batch * out_batch + wide_head * out_head + q_first * out_token
+        _store(OUT, at, exists, out_token, acc * factor[:, None], 0, BLOCK_DV, DV)
+        if REST_DV:
+            _store(OUT, at, exists, out_token, acc_rest * factor[:, None], BLOCK_DV, REST_DV, DV)
 
 
 @triton.jit
@@ -258,16 +266,28 @@ def delta(
 
 
 @triton.jit
-def _statistics(LSE, DELTA, at, exists):
-    """A row's logsumexp in base 2 and its delta. Rows without keys get infinity, which makes their weights zero."""
+def _statistics(LSE, REST, DELTA, at, exists):
+    """A row's logsumexp in base 2 with its rest, and its delta. Rows without keys get infinity: weights of zero.
+
+    Rounded to float32, a logsumexp of 100 costs every weight of its row 4e-6, which a 16-bit product does not notice.
+    """
     lse = tl.load(LSE + at, mask=exists, other=float("-inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2E)
-    return lse, tl.load(DELTA + at, mask=exists, other=0.0)
+    if REST is not None:
+        rest = tl.load(REST + at, mask=exists, other=0.0)
+    else:
+        rest = lse * 0.0
+        lse *= _LOG2E
+    nothing = lse == float("-inf")
+    return (
+        tl.where(nothing, float("inf"), lse),
+        tl.where(nothing, 0.0, rest),
+        tl.load(DELTA + at, mask=exists, other=0.0),
+    )
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "left", "right", "threshold"])
 def backward_queries(
-    Q, K, V, GRAD, LSE, DELTA, Q_GRAD, BIAS, MASK, SLOPES, PREFIXES, SEED, CU_Q, CU_K,
+    Q, K, V, GRAD, LSE, REST, DELTA, Q_GRAD, BIAS, MASK, SLOPES, PREFIXES, SEED, CU_Q, CU_K,
     queries, keys, left, right, scale, softcap, threshold, kept_scale, q_scale,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head, grad_token,
     dq_batch, dq_head, dq_token, lse_batch, lse_head, bias_batch, bias_head, bias_row, bias_key, mask_batch, mask_head,
@@ -293,6 +313,8 @@ def backward_queries(
     GRAD += wide_batch * grad_batch + wide_head * grad_head + q_first * grad_token
     LSE += wide_batch * lse_batch + wide_head * lse_head + q_first
     DELTA += wide_batch * lse_batch + wide_head * lse_head + q_first
+    if REST is not None:
+        REST += wide_batch * lse_batch + wide_head * lse_head + q_first
     if BIAS is not None:
         BIAS += wide_batch * bias_batch + wide_head * bias_head
     if MASK is not None:
@@ -312,7 +334,7 @@ def backward_queries(
         q_rest = _rows(Q, at, exists, q_token, BLOCK_D, REST_D, D)
     if REST_DV:
         grad_rest = _rows(GRAD, at, exists, grad_token, BLOCK_DV, REST_DV, DV)
-    lse, mean = _statistics(LSE, DELTA, at, exists)
+    lse, rest, mean = _statistics(LSE, REST, DELTA, at, exists)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dq_rest = tl.zeros([BLOCK_M, REST_D if REST_D else 1], tl.float32)
     end = tl.minimum(first + BLOCK_M, queries)
@@ -344,7 +366,7 @@ def backward_queries(
                 v_rest = _rows(V, key_at, inside, v_token, BLOCK_DV, REST_DV, DV)
                 dp = tl.dot(grad_rest, tl.trans(v_rest), dp, input_precision=PRECISION)
             s, derivative = _scores(s, row, key, queries, keys, scale, softcap, BIAS, bias_row, bias_key, slope)
-            weight = tl.exp2(s - lse[:, None])
+            weight = tl.exp2((s - lse[:, None]) - rest[:, None])
             if PARTS == 1 or part > 0:
                 seen = _seen(row, key, queries, keys, left, right, MASK, mask_row, mask_key, prefix, LEFT, RIGHT,
                              PREFIX)  # fmt: skip
@@ -388,7 +410,7 @@ def _row_limits(first, end, queries, keys, left, right, prefix, BLOCK: tl.conste
 
 @triton.jit(do_not_specialize=["queries", "keys", "left", "right", "threshold"])
 def backward_keys(
-    Q, K, V, GRAD, LSE, DELTA, K_GRAD, V_GRAD, BIAS, MASK, SLOPES, PREFIXES, SEED, CU_Q, CU_K,
+    Q, K, V, GRAD, LSE, REST, DELTA, K_GRAD, V_GRAD, BIAS, MASK, SLOPES, PREFIXES, SEED, CU_Q, CU_K,
     queries, keys, left, right, scale, softcap, threshold, kept_scale, q_scale,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head, grad_token,
     dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token, lse_batch, lse_head, bias_batch, bias_head, bias_row,
@@ -439,6 +461,9 @@ def backward_keys(
         GRAD_HEAD = GRAD + wide_batch * grad_batch + wide * grad_head + q_first * grad_token
         LSE_HEAD = LSE + wide_batch * lse_batch + wide * lse_head + q_first
         DELTA_HEAD = DELTA + wide_batch * lse_batch + wide * lse_head + q_first
+        REST_HEAD = None
+        if REST is not None:
+            REST_HEAD = REST + wide_batch * lse_batch + wide * lse_head + q_first
         BIAS_HEAD = None
         if BIAS is not None:
             BIAS_HEAD = BIAS + wide_batch * bias_batch + wide * bias_head
@@ -461,7 +486,7 @@ def backward_keys(
                 row = at[None, :]
                 q = _rows(Q_HEAD, at, exists, q_token, 0, BLOCK_D, D)
                 grad = _rows(GRAD_HEAD, at, exists, grad_token, 0, BLOCK_DV, DV)
-                lse, mean = _statistics(LSE_HEAD, DELTA_HEAD, at, exists)
+                lse, rest, mean = _statistics(LSE_HEAD, REST_HEAD, DELTA_HEAD, at, exists)
                 s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
                 q_rest, grad_rest = q, grad
@@ -473,7 +498,7 @@ def backward_keys(
                     dp = tl.dot(v_rest, tl.trans(grad_rest), dp, input_precision=PRECISION)
                 s, derivative = _scores(s, row, key, queries, keys, scale, softcap, BIAS_HEAD, bias_row, bias_key,
                                         slope)  # fmt: skip
-                weight = tl.exp2(s - lse[None, :])
+                weight = tl.exp2((s - lse[None, :]) - rest[None, :])
                 if PARTS == 1 or part > 0:
                     seen = _seen(row, key, queries, keys, left, right, MASK_HEAD, mask_row, mask_key, prefix, LEFT,
                                  RIGHT, PREFIX)  # fmt: skip
@@ -503,7 +528,7 @@ def backward_keys(
 
 @triton.jit(do_not_specialize=["batches", "queries", "keys", "left", "right", "threshold"])
 def backward_bias(
-    Q, K, V, GRAD, LSE, DELTA, BIAS_GRAD, BIAS, MASK, SLOPES, PREFIXES, SEED,
+    Q, K, V, GRAD, LSE, REST, DELTA, BIAS_GRAD, BIAS, MASK, SLOPES, PREFIXES, SEED,
     batches, queries, keys, left, right, scale, softcap, threshold, kept_scale,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head, grad_token,
     lse_batch, lse_head, bias_batch, bias_head, bias_row, bias_key, mask_batch, mask_head, mask_row, mask_key,
@@ -546,10 +571,13 @@ def backward_bias(
                 MASK_HEAD = MASK + wide_batch * mask_batch + wide_head * mask_head
             slope = _slope(SLOPES, head)
             rows_at = wide_batch * lse_batch + wide_head * lse_head
+            REST_HEAD = None
+            if REST is not None:
+                REST_HEAD = REST + rows_at
             for m in range(m_begin, m_end, BLOCK_M):
                 at = m + tl.arange(0, BLOCK_M)
                 exists = at < queries
-                lse, mean = _statistics(LSE + rows_at, DELTA + rows_at, at, exists)
+                lse, rest, mean = _statistics(LSE + rows_at, REST_HEAD, DELTA + rows_at, at, exists)
                 q = _rows(Q_HEAD, at, exists, q_token, 0, BLOCK_D, D)
                 grad = _rows(GRAD_HEAD, at, exists, grad_token, 0, BLOCK_DV, DV)
                 q_rest, grad_rest = q, grad
@@ -576,7 +604,7 @@ def backward_bias(
                     s, _ = _scores(s, row, key, queries, keys, scale, softcap, BIAS_HEAD, bias_row, bias_key, slope)
                     seen = _seen(row, key, queries, keys, left, right, MASK_HEAD, mask_row, mask_key, prefix, LEFT,
                                  RIGHT, PREFIX)  # fmt: skip
-                    weight = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
+                    weight = tl.where(seen, tl.exp2((s - lse[:, None]) - rest[:, None]), 0.0)
                     if DROPOUT:
                         dp = tl.where(_kept(SEED, batch * HEADS + head, row, key, threshold), dp * kept_scale, 0.0)
                     found += weight * (dp - mean[:, None])

@@ -137,12 +137,17 @@ def prepare(
                 softcap, scale)  # fmt: skip
 
 
-def run_forward(call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor) -> None:
+def run_forward(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor,
+    rest: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fills out and lse; with `rest` not out, but lse in base 2 and the rest of its rounding."""
     packed = call.tensors["CU_Q"] is not None
     tiles = call.tiles("attend")
+    grid = (-(-call.queries // tiles["BLOCK_M"]), call.batch * q.shape[1])
     launch(
-        attend, (-(-call.queries // tiles["BLOCK_M"]), call.batch * q.shape[1]), q, k, v, out, lse, SINKS=sinks,
-        **call.tensors, **call.common, **strides("out", out, packed=packed), **lse_strides(lse, packed=packed), **tiles,
+        attend, grid, q, k, v, out, lse, REST=rest, SINKS=sinks, **call.tensors, **call.common,
+        **strides("out", out, packed=packed), **lse_strides(lse, packed=packed), **tiles,
     )  # fmt: skip
 
 
@@ -164,7 +169,11 @@ def run_backward(
         BLOCK_DV=block, BLOCK_M=per_program, num_warps=4,
     )  # fmt: skip
     common = call.common | given | rows
-    inputs = (q, k, v, grad, lse, delta)
+    base_2, rest = lse, None
+    if call.wide:  # what the logsumexp lost by rounding would show in every digit of float32 gradients
+        base_2, rest = torch.full_like(lse, float("-inf")), torch.zeros_like(lse)
+        run_forward(call, q, k, v, sinks, out, base_2, rest)
+    inputs = (q, k, v, grad, base_2, rest, delta)
     tiles = call.tiles("queries")
     launch(
         backward_queries, (-(-call.queries // tiles["BLOCK_M"]), call.batch * heads), *inputs, dq, q_scale=call.scale,
