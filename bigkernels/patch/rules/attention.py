@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...functional import attention, varlen_attention
+from ...ops._registry import KERNEL_DTYPES
 from ...ops.attention import OPERATOR
 from ...ops.varlen_attention import OPERATOR as PACKED
 from .._verify import plain
@@ -28,7 +29,7 @@ def refusal(q: Any, k: Any, v: Any, mask: Any = None, dropout_p: Any = 0.0, *oth
         return "the tensors are of a kind of their own"
     if not q.dim() == k.dim() == v.dim() == 4 or q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         return "the tensors have no or other dimensions than (batch, heads, length, size)"
-    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point() and q.device == k.device == v.device):
+    if not (_one_dtype(q, k, v) and q.device == k.device == v.device):
         return "query, key and value differ in dtype or device"
     if (
         not q.shape[0] == k.shape[0] == v.shape[0]
@@ -46,6 +47,13 @@ def refusal(q: Any, k: Any, v: Any, mask: Any = None, dropout_p: Any = 0.0, *oth
     if type(mask) is StructuredMask and (mask.shape[0], mask.shape[2], mask.shape[3]) != (scores[0], *scores[2:]):
         return "the mask has another shape than the scores"
     return unserved(dropout_p, q, k, v, *masks)
+
+
+def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    if q.dtype == k.dtype == v.dtype:
+        return q.is_floating_point()
+    # Autocast brings them to one: rotations in float32 leave queries and keys that differ from the values.
+    return torch.is_autocast_enabled(q.device.type) and all(t.dtype in KERNEL_DTYPES for t in (q, k, v))
 
 
 def unserved(dropout_p: Any, q: Tensor, *others: Tensor) -> str | None:
