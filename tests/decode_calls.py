@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -65,3 +67,49 @@ def check_decoded(found: tuple[Tensor, Tensor], args: tuple) -> None:
     for name, ours, p, e in zip(("out", "lse"), found, plain, exact, strict=True):
         comparison = compare(ours, p.to(ours.dtype), e)
         assert comparison.ok, f"{name}: {comparison}"
+
+
+def append_twice(
+    write: Callable[..., Tensor], lengths: list[int], new: int, *, page: int = 0, int8: bool = False, rotary: int = 0,
+    interleaved: bool = False, size: int = 24, value_size: int = 20, dtype: torch.dtype = torch.float32,
+    change: Callable[[Tensor, Tensor], None] = lambda k, v: None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
+    """What `write`, a raw `append_kv_`, and the reference make of the same cache and new tokens, `change`d before."""
+    batch, capacity, heads = len(lengths), max(*lengths, 1) + 3, 3
+    q = torch.randn(batch, new, 2 * heads, size).to(dtype).transpose(1, 2)
+    k, v = torch.randn(batch, heads, new, size).to(dtype), torch.randn(batch, new, heads, value_size).to(dtype)
+    v = v.transpose(1, 2)
+    change(k, v)
+    kind = torch.int8 if int8 else dtype
+    caches = [torch.randint(-99, 99, (batch, capacity, heads, n)).to(kind) for n in (size, value_size)]
+    scales = [torch.rand(batch, capacity, heads) if int8 else None for _ in range(2)]
+    table = None
+    if page:
+        used = batch * (capacity // page + 1)
+        caches = [t.new_zeros(used + 20, page, heads, t.shape[-1]).random_(-99, 99) for t in caches]
+        scales = [None if t is None else torch.rand(used + 20, page, heads) for t in scales]
+        table = torch.randperm(used + 20)[:used].view(batch, -1).int()
+    cos = sin = None
+    if rotary:
+        cos, sin = (torch.randn(1 if new == 2 else batch, new, rotary).to(dtype) for _ in range(2))
+    results = []
+    for append in (write, op._append_fallback):
+        written = [t if t is None else t.clone() for t in (*caches, *scales)]
+        rotated = append(q, k, v, *written[:2], torch.tensor(lengths, dtype=torch.int32), table, cos, sin, *written[2:],
+                         interleaved)  # fmt: skip
+        assert rotated.stride() == op._append_fake(q).stride()
+        results.append((rotated, *(t for t in written if t is not None)))
+    return tuple(results)
+
+
+def same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], *, rotated: bool = False) -> None:
+    """Equal to the last bit; with `rotated` but for a rounding of the rotation, and what int8 makes of that."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        if not rotated:
+            assert torch.equal(a.double().nan_to_num(7e3), b.double().nan_to_num(7e3))
+        elif a.dtype == torch.int8:
+            assert (a.int() - b.int()).abs().max() <= 1
+        else:
+            eps = torch.finfo(a.dtype).eps
+            torch.testing.assert_close(a, b, rtol=eps, atol=4e-6, equal_nan=True)

@@ -83,8 +83,8 @@ def decode_attention(
         if OPERATOR.uses_kernel(q, k_cache, v_cache, cache_seqlens, k, v, cos, sin, *tensors) and not grad:
             cache_seqlens, block_table = _int32(cache_seqlens), _int32(block_table)
             if appends:
-                q = _append(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, k_scale, v_scale,
-                            interleaved)  # fmt: skip
+                q = _appended(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, k_scale, v_scale,
+                              interleaved)  # fmt: skip
             found = _infer(q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, alibi_slopes, sinks,
                            left, *options)  # fmt: skip
             return found if return_lse else found[0]
@@ -141,7 +141,7 @@ def append_kv_(
         args = (q, k, v, k_cache, v_cache, _int32(cache_seqlens), _int32(block_table), cos, sin, k_scale, v_scale)
         grad = needs_grad(q, k, v, k_cache, v_cache, cos, sin, k_scale, v_scale)
         if OPERATOR.uses_kernel(*args) and not grad:
-            return _append(*args, interleaved)
+            return _appended(*args, interleaved)
     except REFUSED:
         _check("append_kv_", q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, None, None, k, v, cos,
                sin)  # fmt: skip
@@ -149,6 +149,17 @@ def append_kv_(
     _check("append_kv_", q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, None, None, k, v, cos, sin)
     _refuse_gradient("append_kv_", grad)
     return _written(*args, interleaved)
+
+
+def _appended(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, k_scale, v_scale, interleaved):
+    """The new tokens written by a kernel, or by the reference where it holds too few angles."""
+    tensors = (k_cache, v_cache, cache_seqlens, block_table, cos, sin, k_scale, v_scale)
+    if cos is not None and cos.shape[-1] > rope.MAX_ROTARY:
+        return _written(q, k, v, *tensors, interleaved)
+    if not torch.compiler.is_dynamo_compiling():
+        # An operator's kernel does not count as a write by itself, and backward could read what it overwrote.
+        torch.autograd.graph.increment_version([t for t in (k_cache, v_cache, k_scale, v_scale) if t is not None])
+    return _append(q, k, v, *tensors, interleaved)
 
 
 def _as_cache(k_cache, *new):

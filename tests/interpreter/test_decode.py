@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decode_calls import check_decoded, decode_arguments
+from decode_calls import append_twice, check_decoded, decode_arguments, same
 from torch import Tensor
 
 from bigkernels._compare import compare
@@ -132,41 +132,8 @@ def test_does_not_serve_attention_of_many_queries():
     assert launchers.serve_attention(q[:, :, :1], k[..., ::2], k, None, None, -1, 0, 0.2, 0.0) is None
 
 
-def append(
-    lengths: list[int], new: int, *, page: int = 0, int8: bool = False, rotary: int = 0, interleaved: bool = False,
-    size: int = 24, value_size: int = 20, dtype: torch.dtype = torch.float32, change=lambda k, v: None,
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
-    """What the launcher and the reference make of the same cache and new tokens."""
-    batch, capacity, heads = len(lengths), max(*lengths, 1) + 3, 3
-    q = torch.randn(batch, new, 2 * heads, size).to(dtype).transpose(1, 2)
-    k, v = torch.randn(batch, heads, new, size).to(dtype), torch.randn(batch, new, heads, value_size).to(dtype)
-    v = v.transpose(1, 2)
-    change(k, v)
-    kind = torch.int8 if int8 else dtype
-    caches = [torch.randint(-99, 99, (batch, capacity, heads, n)).to(kind) for n in (size, value_size)]
-    scales = [torch.rand(batch, capacity, heads) if int8 else None for _ in range(2)]
-    table = None
-    if page:
-        caches = [t.new_zeros(120, page, heads, t.shape[-1]).random_(-99, 99) for t in caches]
-        scales = [None if t is None else torch.rand(120, page, heads) for t in scales]
-        table = torch.randperm(120)[: batch * (capacity // page + 1)].view(batch, -1).int()
-    cos = sin = None
-    if rotary:
-        cos, sin = (torch.randn(1 if new == 2 else batch, new, rotary).to(dtype) for _ in range(2))
-    results = []
-    for write in (launchers.append, op._append_fallback):
-        written = [t if t is None else t.clone() for t in (*caches, *scales)]
-        rotated = write(q, k, v, *written[:2], torch.tensor(lengths, dtype=INT32), table, cos, sin, *written[2:],
-                        interleaved)  # fmt: skip
-        assert rotated.stride() == op._append_fake(q).stride()
-        results.append((rotated, *(t for t in written if t is not None)))
-    return tuple(results)
-
-
-def same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a.nan_to_num(7e3) if a.is_floating_point() else a,
-                           b.nan_to_num(7e3) if b.is_floating_point() else b)  # fmt: skip
+def append(*args: object, **options: object) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return append_twice(launchers.append, *args, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])

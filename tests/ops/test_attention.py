@@ -101,7 +101,7 @@ def test_odd_lengths(queries: int, keys: int, dtype: torch.dtype):
     agree(
         lambda **t: B.attention(**t, causal=True),
         tensors(1, 2, 1, queries, keys, 40, dtype=dtype),
-        scale=float(keys == 1),
+        scale=2.0 * (keys == 1),
     )
 
 

@@ -57,10 +57,10 @@ void add_head(const Unit<T>& u, int64_t begin, int64_t end, const Buffers<F>& w)
       if (c.begin == c.end) continue;
       Strip<T> strip{u, row, key, (c.begin - key) / kSide * kSide, padded(c.end - key)};
       for (int64_t j = strip.begin / kSide; j < strip.end / kSide; ++j) {
-        F::multiply(w.s + j * kSide, kKeys, w.q + s * depth * F::kBlock, w.k + j * depth * F::kBlock, depth, kSide,
+        F::multiply(w.s + j * kSide, kKeys, w.q + s * depth * F::kBlock, w.k + j * depth * F::kBlock, a.d, kSide, kSide,
                     false);
-        F::multiply(w.dp + j * kSide, kKeys, w.g + s * values * F::kBlock, w.v + j * values * F::kBlock, values, kSide,
-                    false);
+        F::multiply(w.dp + j * kSide, kKeys, w.g + s * values * F::kBlock, w.v + j * values * F::kBlock, a.dv, kSide,
+                    kSide, false);
       }
       bool sees = sees_all(strip);
       for (int r = 0; r < kSide && row + r < end; ++r) {

@@ -213,9 +213,9 @@ void keys_of(const Attention& a, const AttentionTask& task, int64_t split, int64
             continue;
           }
           F::multiply(w.s + j * kSide, kKeys, n.q + (first + s) * n.depth * F::kBlock,
-                      w.k_turned + j * n.depth * F::kBlock, n.depth, kSide, false);
+                      w.k_turned + j * n.depth * F::kBlock, a.d, kSide, kSide, false);
           F::multiply(w.dp + j * kSide, kKeys, n.g + (first + s) * n.values * F::kBlock,
-                      w.v_turned + j * n.values * F::kBlock, n.values, kSide, false);
+                      w.v_turned + j * n.values * F::kBlock, a.dv, kSide, kSide, false);
         }
         if (c.begin == c.end) continue;
         Strip<T> strip{u, (first + s) * kSide, key, c.begin * kSide, c.end * kSide};
@@ -223,19 +223,19 @@ void keys_of(const Attention& a, const AttentionTask& task, int64_t split, int64
         for (int64_t i = 0; i < n.depth; ++i)
           F::multiply(grad_q + (first + s) * kSide * n.width + i * kSide, n.width,
                       w.ds_left + (s * kKeyBlocks + c.begin) * F::kBlock, w.k + (i * kKeyBlocks + c.begin) * F::kBlock,
-                      c.end - c.begin, a.d - i * kSide > 16 ? 32 : 16, true);
+                      (c.end - c.begin) * kSide, kSide, a.d - i * kSide, true);
       }
       for (int64_t j = 0; j < count; ++j) {
-        int64_t s = of_keys[j].begin, depth = of_keys[j].end - s;
+        int64_t s = of_keys[j].begin, depth = (of_keys[j].end - s) * kSide;
         if (depth <= 0) continue;
         for (int64_t i = 0; i < n.values; ++i)
           F::multiply(w.grad_v + i * kSide * kKeys + j * kSide, kKeys,
                       n.g_turned + (i * n.strips + first + s) * F::kBlock, w.p + (j * kRowBlocks + s) * F::kBlock,
-                      depth, kSide, true);
+                      depth, a.dv - i * kSide, kSide, true);
         for (int64_t i = 0; i < n.depth; ++i)
           F::multiply(w.grad_k + i * kSide * kKeys + j * kSide, kKeys,
                       n.q_turned + (i * n.strips + first + s) * F::kBlock, w.ds + (j * kRowBlocks + s) * F::kBlock,
-                      depth, kSide, true);
+                      depth, a.d - i * kSide, kSide, true);
       }
     }
     for (int64_t j = 0; j < count; ++j) {

@@ -198,14 +198,14 @@ void run(const Attention& a, const AttentionTask& task, void* workspace) {
     };
     auto score = [&](int64_t s, Columns c) {
       for (int64_t j = c.begin; j < c.end; ++j)
-        queue.push(w.s[s % 2] + j * kSide, kKeys, w.q + s * n.depth * F::kBlock, w.k + j * n.depth * F::kBlock, n.depth,
+        queue.push(w.s[s % 2] + j * kSide, kKeys, w.q + s * n.depth * F::kBlock, w.k + j * n.depth * F::kBlock, a.d,
                    kSide, false);
     };
     auto add = [&](int64_t s, Columns c) {
       if (c.begin == c.end) return;
       for (int64_t i = 0; i < n.values; ++i) {
         queue.push(w.o + s * kSide * width + i * kSide, width, w.p[s % 2] + c.begin * F::kBlock,
-                   w.v + (i * (kKeys / kSide) + c.begin) * F::kBlock, c.end - c.begin, a.dv - i * kSide > 16 ? 32 : 16,
+                   w.v + (i * (kKeys / kSide) + c.begin) * F::kBlock, (c.end - c.begin) * kSide, a.dv - i * kSide,
                    true);
       }
     };

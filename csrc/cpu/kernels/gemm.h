@@ -10,7 +10,8 @@
 //
 // A block on the left is 32 rows by 32 of the depth; on the right 32 of the depth by 32 columns. The order within the
 // depth is free as long as both sides agree: "natural" has pairs (2i, 2i + 1), "split" pairs (i, i + 16), which vector
-// registers of 16 make without shuffling.
+// registers of 16 make without shuffling. A product is told how many elements of the depth, rows and columns are in
+// use, and leaves out what it can of the others: a depth that ends within a block must be in natural order.
 #pragma once
 #include <bigkernels/math.h>
 
@@ -20,6 +21,9 @@ namespace {
 
 constexpr int kSide = 32;
 constexpr int kVectors = kSide / W;  // a row of a block
+
+constexpr int64_t blocks(int64_t n) { return (n + kSide - 1) / kSide; }
+constexpr int64_t padded(int64_t n) { return blocks(n) * kSide; }
 
 // Row r of a matrix whose columns are contiguous; null for a row of zeros.
 template <class T>
@@ -114,15 +118,14 @@ struct Floats {
     // A call's terms are summed by themselves: float32 keeps more digits of a long sum in two levels.
     for (int i = 0; i < kRows; ++i)
       for (int v = 0; v < V; ++v) acc[i][v] = vf{};
-    for (int64_t k = 0; k < depth; ++k) {
-      const float* ak = a + k * kBlock;
-      const float* bk = b + k * kBlock;
-      for (int e = 0; e < kSide; ++e) {
+    for (; depth > 0; depth -= kSide, a += kBlock, b += kBlock) {
+      int64_t elements = depth < kSide ? depth : kSide;
+      for (int64_t e = 0; e < elements; ++e) {
         vf right[V];
-        for (int v = 0; v < V; ++v) right[v] = load(bk + e * kSide + v * W);
+        for (int v = 0; v < V; ++v) right[v] = load(b + e * kSide + v * W);
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
-          vf left = splat(ak[i * kSide + e]);
+          vf left = splat(a[i * kSide + e]);
 #pragma GCC unroll 8
           for (int v = 0; v < V; ++v) acc[i][v] += left * right[v];
         }
@@ -135,13 +138,14 @@ struct Floats {
       }
   }
 
-  // C (32, columns) = or += the products over `depth` blocks; columns is 16 or 32.
-  static inline void multiply(float* c, int64_t ldc, const float* a, const float* b, int64_t depth, int columns,
-                              bool accumulate) {
+  // C (32, 32) = or += the products over `depth` elements. Rows and columns that are not in use may be left as they
+  // are.
+  static inline void multiply(float* c, int64_t ldc, const float* a, const float* b, int64_t depth, int64_t rows,
+                              int64_t columns, bool accumulate) {
     constexpr int R = W == 16 ? 8 : W == 8 ? 4 : 4;
-    for (int r = 0; r < kSide; r += R) {
-      if (W < 16 || columns == 16) {
-        for (int j = 0; j < columns; j += 16)
+    for (int r = 0; r < kSide && r < rows; r += R) {
+      if (W < 16 || columns <= 16) {
+        for (int j = 0; j < kSide && j < columns; j += 16)
           rows_of<R, 16>(c + r * ldc + j, ldc, a + r * kSide, b + j, depth, accumulate);
       } else {
         rows_of<R, 32>(c + r * ldc, ldc, a + r * kSide, b, depth, accumulate);
@@ -304,12 +308,13 @@ struct Pairs {
     _tile_stored(1, c + 16, ldc * 4);
     _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
   }
-  static inline void multiply(float* c, int64_t ldc, const uint16_t* a, const uint16_t* b, int64_t depth, int columns,
-                              bool accumulate) {
+  static inline void multiply(float* c, int64_t ldc, const uint16_t* a, const uint16_t* b, int64_t depth, int64_t,
+                              int64_t columns, bool accumulate) {
     asm volatile("" ::: "memory");  // the compiler does not know what the tile instructions read
-    start(c, ldc, columns, accumulate);
-    for (int64_t k = 0; k < depth; ++k) add(a + k * kBlock, b + k * kBlock, columns);
-    put(c, ldc, columns);
+    int n = columns > 16 ? kSide : 16;
+    start(c, ldc, n, accumulate);
+    for (int64_t k = 0; k < blocks(depth); ++k) add(a + k * kBlock, b + k * kBlock, n);
+    put(c, ldc, n);
   }
   static constexpr bool kInPieces = true;
   // The tile registers' shape belongs to the thread: set before the first product and given back after the last.
@@ -330,8 +335,9 @@ struct Pairs {
     vf acc[R][V];
     for (int i = 0; i < R; ++i)
       for (int v = 0; v < V; ++v) acc[i][v] = accumulate ? load(c + i * ldc + v * W) : vf{};
-    for (int64_t k = 0; k < depth; ++k, a += kBlock, b += kBlock)
-      for (int e = 0; e < 16; ++e) {
+    for (; depth > 0; depth -= kSide, a += kBlock, b += kBlock) {
+      int64_t pairs = depth < kSide ? (depth + 1) / 2 : kSide / 2;
+      for (int64_t e = 0; e < pairs; ++e) {
         __m512bh right[V];
         for (int v = 0; v < V; ++v) right[v] = (__m512bh)read<__m512i>(b + v * kTile + e * 32);
 #pragma GCC unroll 8
@@ -340,14 +346,15 @@ struct Pairs {
           for (int v = 0; v < V; ++v) acc[i][v] = (vf)_mm512_dpbf16_ps((__m512)acc[i][v], left, right[v]);
         }
       }
+    }
     for (int i = 0; i < R; ++i)
       for (int v = 0; v < V; ++v) store(c + i * ldc + v * W, acc[i][v]);
   }
-  static inline void multiply(float* c, int64_t ldc, const uint16_t* a, const uint16_t* b, int64_t depth, int columns,
-                              bool accumulate) {
+  static inline void multiply(float* c, int64_t ldc, const uint16_t* a, const uint16_t* b, int64_t depth, int64_t rows,
+                              int64_t columns, bool accumulate) {
     static_assert(P == 1, "planes pay with tiles only");
-    for (int r = 0; r < kSide; r += 8) {
-      if (columns == 32)
+    for (int r = 0; r < kSide && r < rows; r += 8) {
+      if (columns > 16)
         rows_of<2>(c + r * ldc, ldc, a + r * kSide, b, depth, accumulate);
       else
         rows_of<1>(c + r * ldc, ldc, a + r * kSide, b, depth, accumulate);
@@ -370,10 +377,10 @@ class Queue {
   static constexpr bool kMixes = F::kInPieces;
 
   void clear() { count_ = at_ = 0, left_ = 0, k_ = 0; }
-  void push(float* c, int64_t ldc, const E* a, const E* b, int64_t depth, int columns, bool accumulate) {
+  void push(float* c, int64_t ldc, const E* a, const E* b, int64_t depth, int64_t columns, bool accumulate) {
     if (count_ == kMost) finish(), clear();
-    jobs_[count_++] = {c, ldc, a, b, depth, columns, accumulate};
-    left_ += depth;
+    jobs_[count_++] = {c, ldc, a, b, depth, columns > 16 ? kSide : 16, accumulate};
+    left_ += blocks(depth);
   }
   // Blocks of the depth that are left.
   int64_t left() const { return left_; }
@@ -390,7 +397,7 @@ class Queue {
   }
   inline __attribute__((always_inline)) void end() {
     --left_;
-    if (++k_ < jobs_[at_].depth) return;
+    if (++k_ < blocks(jobs_[at_].depth)) return;
     F::put(jobs_[at_].c, jobs_[at_].ldc, jobs_[at_].columns);
     k_ = 0, ++at_;
   }
@@ -405,7 +412,7 @@ class Queue {
     } else {
       for (; at_ < count_; ++at_) {
         const Job& j = jobs_[at_];
-        F::multiply(j.c, j.ldc, j.a, j.b, j.depth, j.columns, j.accumulate);
+        F::multiply(j.c, j.ldc, j.a, j.b, j.depth, kSide, j.columns, j.accumulate);
       }
     }
   }
@@ -416,8 +423,8 @@ class Queue {
     float* c;
     int64_t ldc;
     const E *a, *b;
-    int64_t depth;
-    int columns;
+    int64_t depth;  // elements
+    int columns;    // 16 or 32
     bool accumulate;
   } jobs_[kMost];
   int count_ = 0, at_ = 0;
@@ -445,9 +452,6 @@ struct FormatOf<bf16> {
   typedef Pairs<1> type;
 };
 #endif
-
-constexpr int64_t blocks(int64_t n) { return (n + kSide - 1) / kSide; }
-constexpr int64_t padded(int64_t n) { return blocks(n) * kSide; }
 
 }  // namespace
 }  // namespace BK_ISA

@@ -25,6 +25,7 @@ int64_t attention_bias_bwd_workspace(const Attention&, int64_t);
 DecodeSizes decode_sizes(const DecodeAttention&, int64_t groups, int64_t queries);
 void decode_attention(const DecodeAttention&, const DecodePart*, int64_t count, void* workspace);
 void decode_merge(const DecodeAttention&, const DecodePart*, int64_t count);
+void append_kv(const AppendKv&, int64_t, int64_t);
 int64_t matrix_loop(int type, int64_t rounds);
 
 namespace {
@@ -100,6 +101,7 @@ extern const CpuTable table = {
     decode_sizes,
     decode_attention,
     decode_merge,
+    append_kv,
     vector_math,
     convert,
     copy,

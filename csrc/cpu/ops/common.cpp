@@ -91,6 +91,50 @@ VectorView::VectorView(const char* op, const char* name, const MaybeTensor& t, i
   data_ = copy_;
 }
 
+Tensor empty_dense_like(const Tensor& x) {
+  int64_t sizes[4], strides[4], dense = 1;
+  for (int i = 0; i < 4; ++i) sizes[i] = x.size(i), strides[i] = x.stride(i);
+  int order[4] = {3, 2, 1, 0};
+  for (int i = 1; i < 4; ++i)  // insertion sort by stride, smallest first
+    for (int j = i; j > 0 && strides[order[j]] < strides[order[j - 1]]; --j) std::swap(order[j], order[j - 1]);
+  for (int i : order) {
+    if (sizes[i] == 1) continue;
+    if (strides[i] != dense) return empty_contiguous_like(x);
+    dense *= sizes[i];
+  }
+  return empty_strided(sizes, strides, 4, x.scalar_type(), dense * size_of(type_of(x)));
+}
+
+AngleView::AngleView(const char* op, const MaybeTensor& cos, const MaybeTensor& sin, const Tensor& q,
+                     bool interleaved) {
+  constexpr int64_t kMaxRotary = 1024;  // as in the kernels and in bigkernels/ops/rope.py
+  if (!cos) return;
+  check_cpu(op, "cos", *cos);
+  check_cpu(op, "sin", *sin);
+  STD_TORCH_CHECK(cos->dim() == 3 && sin->dim() == 3, "bigkernels::", op, ": cos and sin must be (B or 1, S, R)");
+  for (int i = 0; i < 3; ++i)
+    STD_TORCH_CHECK(cos->size(i) == sin->size(i), "bigkernels::", op, ": cos and sin have different shapes");
+  int64_t rotary = cos->size(2);
+  STD_TORCH_CHECK((cos->size(0) == 1 || cos->size(0) == q.size(0)) && cos->size(1) == q.size(2) &&
+                      rotary <= q.size(3) && rotary % 2 == 0 && rotary <= kMaxRotary,
+                  "bigkernels::", op, ": cos and sin do not fit q");
+  STD_TORCH_CHECK(cos->scalar_type() == sin->scalar_type(), "bigkernels::", op, ": cos and sin have different dtypes");
+  auto readable = [](const Tensor& t) {
+    return last_contiguous(t.scalar_type() == ScalarType::Double ? torch::stable::to(t, ScalarType::Float) : t);
+  };
+  cos_ = readable(*cos), sin_ = readable(*sin);
+  auto batch_stride = [](const Tensor& t) { return t.size(0) == 1 ? 0 : t.stride(0); };
+  angles = {cos_.const_data_ptr(),
+            sin_.const_data_ptr(),
+            batch_stride(cos_),
+            cos_.stride(1),
+            batch_stride(sin_),
+            sin_.stride(1),
+            rotary,
+            type_of(cos_),
+            interleaved};
+}
+
 PartialSums::PartialSums(const Tensor& x, const MaybeTensor& like, int64_t blocks, int64_t d)
     : like_(like), dtype_(like ? like->scalar_type() : x.scalar_type()), blocks_(blocks), d_(d) {
   if (!like) return;

@@ -116,76 +116,95 @@ Attention::Heads cache_of(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(2), x.stride(1)};
 }
 
-constexpr const char* kOp = "decode_attention";
+// A cache as the kernels read it: the arguments it sets, and what keeps them alive.
+class CacheView {
+ public:
+  Tensor k, v;
 
-const int32_t* integers(const char* name, const Tensor& t, int64_t dim, int64_t first) {
-  check_cpu(kOp, name, t);
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.dim() == dim && t.size(0) == first, "bigkernels::", kOp, ": ",
-                  name, " must be int32, with one entry a sequence");
-  return (const int32_t*)t.const_data_ptr();
-}
+  // Fills all but q, out and the options of `a`.
+  CacheView(const char* op, DecodeAttention& a, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+            const Tensor& cache_seqlens, const MaybeTensor& block_table, const MaybeTensor& k_scale,
+            const MaybeTensor& v_scale, int64_t left)
+      : op_(op) {
+    check_cpu(op, "q", q);
+    check_cpu(op, "k_cache", k_cache);
+    check_cpu(op, "v_cache", v_cache);
+    STD_TORCH_CHECK(q.dim() == 4 && k_cache.dim() == 4 && v_cache.dim() == 4, "bigkernels::", op,
+                    ": q and the caches must have four dimensions");
+    a.type = type_of(q);
+    a.batches = q.size(0), a.heads = q.size(1), a.queries = q.size(2), a.d = q.size(3);
+    a.groups = k_cache.size(2), a.dv = v_cache.size(3);
+    a.int8 = k_cache.scalar_type() == ScalarType::Char;
+    STD_TORCH_CHECK((a.int8 || k_cache.scalar_type() == q.scalar_type()) &&
+                        v_cache.scalar_type() == k_cache.scalar_type() && a.int8 == k_scale.has_value() &&
+                        a.int8 == v_scale.has_value(),
+                    "bigkernels::", op, ": the dtypes of q, the caches and their scales do not fit");
+    STD_TORCH_CHECK(k_cache.size(3) == a.d && v_cache.size(0) == k_cache.size(0) &&
+                        v_cache.size(1) == k_cache.size(1) && v_cache.size(2) == a.groups && a.groups > 0 &&
+                        a.heads % a.groups == 0 && a.d > 0 && a.dv > 0 && (block_table || k_cache.size(0) == a.batches),
+                    "bigkernels::", op, ": the shapes of q and the caches do not fit");
+    lengths_ = torch::stable::contiguous(cache_seqlens);
+    a.lengths = integers("cache_seqlens", lengths_, 1, a.batches);
+    int64_t capacity = k_cache.size(1);
+    if (block_table) {
+      table_ = last_contiguous(*block_table);
+      a.block_table = integers("block_table", table_, 2, a.batches);
+      a.table_stride = table_.stride(0);
+      a.page = capacity;
+      STD_TORCH_CHECK(a.page > 0, "bigkernels::", op, ": the pages hold no tokens");
+      capacity *= table_.size(1);
+    }
+    check_lengths(a, k_cache.size(0), capacity, left);
+    k = last_contiguous(k_cache), v = last_contiguous(v_cache);
+    a.k = cache_of(k), a.v = cache_of(v);
+    if (!a.int8) return;
+    for (const MaybeTensor& s : {k_scale, v_scale}) {
+      check_cpu(op, "k_scale and v_scale", *s);
+      STD_TORCH_CHECK(s->scalar_type() == ScalarType::Float && s->dim() == 3 && s->size(0) == k_cache.size(0) &&
+                          s->size(1) == k_cache.size(1) && s->size(2) == a.groups,
+                      "bigkernels::", op, ": scales must be float32, one a head of a token");
+    }
+    a.k_scale = cache_of(*k_scale), a.v_scale = cache_of(*v_scale);
+  }
 
-// The lengths and the pages that the keys [oldest, length) of each sequence lie on.
-void check_lengths(const DecodeAttention& a, int64_t pages, int64_t capacity, int64_t left) {
-  for (int64_t b = 0; b < a.batches; ++b) {
-    int64_t length = a.lengths[b];
-    STD_TORCH_CHECK(length == 0 || (length >= a.queries && length >= 0 && length <= capacity), "bigkernels::", kOp,
-                    ": a length is ", length, ", and the capacity ", capacity);
-    if (!a.block_table || length == 0) continue;
-    int64_t oldest = left < 0 ? 0 : std::max<int64_t>(0, length - a.queries - left);
-    for (int64_t i = oldest / a.page; i <= (length - 1) / a.page; ++i) {
-      int64_t page = a.block_table[b * a.table_stride + i];
-      STD_TORCH_CHECK(page >= 0 && page < pages, "bigkernels::", kOp, ": ", page, " is not one of ", pages, " pages");
+ private:
+  const int32_t* integers(const char* name, const Tensor& t, int64_t dim, int64_t first) {
+    check_cpu(op_, name, t);
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.dim() == dim && t.size(0) == first, "bigkernels::", op_,
+                    ": ", name, " must be int32, with one entry a sequence");
+    return (const int32_t*)t.const_data_ptr();
+  }
+
+  // The lengths and the pages that the keys [oldest, length) of each sequence lie on.
+  void check_lengths(const DecodeAttention& a, int64_t pages, int64_t capacity, int64_t left) {
+    for (int64_t b = 0; b < a.batches; ++b) {
+      int64_t length = a.lengths[b];
+      STD_TORCH_CHECK(length == 0 || (length >= a.queries && length >= 0 && length <= capacity), "bigkernels::", op_,
+                      ": a length is ", length, ", and the capacity ", capacity);
+      if (!a.block_table || length == 0) continue;
+      int64_t oldest = left < 0 ? 0 : std::max<int64_t>(0, length - a.queries - left);
+      for (int64_t i = oldest / a.page; i <= (length - 1) / a.page; ++i) {
+        int64_t page = a.block_table[b * a.table_stride + i];
+        STD_TORCH_CHECK(page >= 0 && page < pages, "bigkernels::", op_, ": ", page, " is not one of ", pages, " pages");
+      }
     }
   }
-}
+
+  const char* op_;
+  Tensor lengths_, table_;
+};
 
 std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens,
                                   MaybeTensor block_table, MaybeTensor k_scale, MaybeTensor v_scale,
                                   MaybeTensor alibi_slopes, MaybeTensor sink_logits, int64_t left, double scale,
                                   double softcap) {
-  check_cpu(kOp, "q", q);
-  check_cpu(kOp, "k_cache", k_cache);
-  check_cpu(kOp, "v_cache", v_cache);
-  STD_TORCH_CHECK(q.dim() == 4 && k_cache.dim() == 4 && v_cache.dim() == 4, "bigkernels::", kOp,
-                  ": q and the caches must have four dimensions");
+  constexpr const char* op = "decode_attention";
   DecodeAttention a{};
-  a.type = type_of(q);
-  a.batches = q.size(0), a.heads = q.size(1), a.queries = q.size(2), a.d = q.size(3);
-  a.groups = k_cache.size(2), a.dv = v_cache.size(3);
-  a.int8 = k_cache.scalar_type() == ScalarType::Char;
-  STD_TORCH_CHECK((a.int8 || k_cache.scalar_type() == q.scalar_type()) &&
-                      v_cache.scalar_type() == k_cache.scalar_type() && a.int8 == k_scale.has_value() &&
-                      a.int8 == v_scale.has_value(),
-                  "bigkernels::", kOp, ": the dtypes of q, the caches and their scales do not fit");
-  STD_TORCH_CHECK(k_cache.size(3) == a.d && v_cache.size(0) == k_cache.size(0) && v_cache.size(1) == k_cache.size(1) &&
-                      v_cache.size(2) == a.groups && a.groups > 0 && a.heads % a.groups == 0 && a.d > 0 && a.dv > 0 &&
-                      (block_table || k_cache.size(0) == a.batches) && softcap >= 0,
-                  "bigkernels::", kOp, ": the shapes of q and the caches do not fit");
-  VectorView alibi(kOp, "alibi_slopes", alibi_slopes, a.heads), sinks(kOp, "sinks", sink_logits, a.heads);
-  Tensor lengths = torch::stable::contiguous(cache_seqlens), table;
-  a.lengths = integers("cache_seqlens", lengths, 1, a.batches);
-  int64_t capacity = k_cache.size(1);
-  if (block_table) {
-    table = last_contiguous(*block_table);
-    a.block_table = integers("block_table", table, 2, a.batches);
-    a.table_stride = table.stride(0);
-    a.page = capacity;
-    STD_TORCH_CHECK(a.page > 0, "bigkernels::", kOp, ": the pages hold no tokens");
-    capacity *= table.size(1);
-  }
-  check_lengths(a, k_cache.size(0), capacity, left);
-  q = last_contiguous(q), k_cache = last_contiguous(k_cache), v_cache = last_contiguous(v_cache);
-  a.q = queries_of(q), a.k = cache_of(k_cache), a.v = cache_of(v_cache);
-  if (a.int8) {
-    for (const MaybeTensor& s : {k_scale, v_scale}) {
-      check_cpu(kOp, "k_scale and v_scale", *s);
-      STD_TORCH_CHECK(s->scalar_type() == ScalarType::Float && s->dim() == 3 && s->size(0) == k_cache.size(0) &&
-                          s->size(1) == k_cache.size(1) && s->size(2) == a.groups,
-                      "bigkernels::", kOp, ": scales must be float32, one a head of a token");
-    }
-    a.k_scale = cache_of(*k_scale), a.v_scale = cache_of(*v_scale);
-  }
+  CacheView cache(op, a, q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, left);
+  STD_TORCH_CHECK(softcap >= 0, "bigkernels::", op, ": softcap is negative");
+  VectorView alibi(op, "alibi_slopes", alibi_slopes, a.heads), sinks(op, "sinks", sink_logits, a.heads);
+  q = last_contiguous(q);
+  a.q = queries_of(q);
   Tensor out = empty_heads(q, a.dv), lse = empty_like_leading(q, 3, ScalarType::Float);
   a.out = queries_of(out);
   a.lse = (float*)lse.mutable_data_ptr(), a.lse_batch = lse.stride(0), a.lse_head = lse.stride(1);
@@ -196,8 +215,44 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Tens
   return {out, lse};
 }
 
+void check_new(const char* name, const Tensor& x, const Tensor& q, int64_t groups, int64_t size) {
+  check_cpu("append_kv_", name, x);
+  STD_TORCH_CHECK(x.scalar_type() == q.scalar_type() && x.dim() == 4 && x.size(0) == q.size(0) && x.size(1) == groups &&
+                      x.size(2) == q.size(2) && x.size(3) == size,
+                  "bigkernels::append_kv_: ", name,
+                  " must be the new tokens in the cache's heads, and of the dtype of q");
+}
+
+Tensor append(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens,
+              MaybeTensor block_table, MaybeTensor cos, MaybeTensor sin, MaybeTensor k_scale, MaybeTensor v_scale,
+              bool interleaved) {
+  constexpr const char* op = "append_kv_";
+  for (const MaybeTensor& t : {MaybeTensor(k_cache), MaybeTensor(v_cache), k_scale, v_scale})
+    if (t) t->mutable_data_ptr();  // a lazy copy becomes one of its own
+  AppendKv a{};
+  CacheView cache(op, a, q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, -1);
+  check_new("k", k, q, a.groups, a.d);
+  check_new("v", v, q, a.groups, a.dv);
+  STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "bigkernels::", op, ": cos and sin are given together");
+  AngleView angles(op, cos, sin, q, interleaved);
+  a.angles = angles.angles;
+  q = last_contiguous(q), k = last_contiguous(k), v = last_contiguous(v);
+  Tensor out = empty_dense_like(q);
+  a.q = queries_of(q), a.out = queries_of(out), a.new_k = queries_of(k), a.new_v = queries_of(v);
+  auto kernel = table().append_kv;
+  parallel_rows(a.batches * a.queries, (2 * a.heads * a.d + 2 * a.groups * (a.d + a.dv)) * size_of(a.type),
+                [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  // A cache whose heads are not contiguous was written in a copy.
+  if (cache.k.const_data_ptr() != k_cache.const_data_ptr()) torch::stable::copy_(k_cache, cache.k);
+  if (cache.v.const_data_ptr() != v_cache.const_data_ptr()) torch::stable::copy_(v_cache, cache.v);
+  return out;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernels, CPU, m) { m.impl("decode_attention", TORCH_BOX(&decode)); }
+STABLE_TORCH_LIBRARY_IMPL(bigkernels, CPU, m) {
+  m.impl("decode_attention", TORCH_BOX(&decode));
+  m.impl("append_kv_", TORCH_BOX(&append));
+}
 
 }  // namespace bigkernels

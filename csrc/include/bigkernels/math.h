@@ -42,8 +42,8 @@ BK_INLINE vf vexp_nonpositive(vf x) { return vexp_in_range(vmax(splat(-150.0f), 
 // For a softmax, where x is at most about the logarithm of the sum, and large |x| give small terms.
 BK_INLINE vf vexp_softmax(vf x) { return vexp_in_range<false>(vmax(splat(-120.0f), x)); }
 
-// 2^x: 0 below -149 (-126 without AVX-512), infinity from 128 on, NaN kept. For softmax in base 2, where the logarithm of e is
-// already in the scale of the scores: three operations fewer than vexp.
+// 2^x: 0 below -149 (-126 without AVX-512), infinity from 128 on, NaN kept. For softmax in base 2, where the logarithm
+// of e is already in the scale of the scores: three operations fewer than vexp.
 BK_INLINE vf vexp2(vf x) {
 #if defined(__AVX512F__)
   vf f = (vf)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x); 0 for the infinities

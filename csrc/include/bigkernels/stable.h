@@ -68,6 +68,10 @@ inline Tensor empty_like_leading(const Tensor& x, int64_t dim, ScalarType dtype)
 }
 inline Tensor empty_contiguous_like(const Tensor& x) { return empty_like_leading(x, x.dim(), x.scalar_type()); }
 
+// Like torch.empty_like of (B, H, S, D): x's strides where it is dense in some order of its dimensions, else
+// contiguous.
+Tensor empty_dense_like(const Tensor& x);
+
 // The tensor, or a copy of it, with the elements of its last dimension next to each other.
 inline Tensor last_contiguous(const Tensor& x) {
   int64_t last = x.dim() - 1;
@@ -145,6 +149,16 @@ class VectorView {
   const float* data_ = nullptr;
   float* copy_ = nullptr;
   float inline_[kInline];
+};
+
+// cos and sin, (B or 1, S, R), as the kernels read them for q, (B, H, S, D); no elements where there are none.
+class AngleView {
+ public:
+  AngleView(const char* op, const MaybeTensor& cos, const MaybeTensor& sin, const Tensor& q, bool interleaved);
+  Angles angles{};
+
+ private:
+  Tensor cos_, sin_;
 };
 
 // Streaming stores want whole, aligned cache lines, and an output that the caches would not keep anyway.

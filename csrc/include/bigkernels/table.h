@@ -56,6 +56,16 @@ struct LayerNorm {
   bool stream = false;
 };
 
+// The cosine and sine that turn the first `rotary` elements of a token's heads.
+struct Angles {
+  const void* cos;
+  const void* sin;
+  int64_t cos_batch, cos_token, sin_batch, sin_token;  // strides in elements
+  int64_t rotary;
+  Type type;
+  bool interleaved;
+};
+
 struct Rope {
   struct Heads {
     const void* in;
@@ -63,12 +73,10 @@ struct Rope {
     int64_t heads, in_batch, in_head, in_token, out_batch, out_head, out_token;  // strides in elements
   };
   Heads q, k;
-  const void* cos;
-  const void* sin;
-  int64_t cos_batch, cos_token, sin_batch, sin_token;
-  int64_t length, d, rotary;
-  Type type, angle_type;
-  bool interleaved, inverse;
+  Angles angles;
+  int64_t length, d;
+  Type type;
+  bool inverse;
 };
 
 enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, relu2 = 4, sigmoid = 5 };
@@ -150,6 +158,12 @@ struct DecodeAttention : Attention {
   bool int8;               // k and v; q and out have `type`
 };
 
+// Writes the last `queries` keys and values of each sequence into its cache, k and v, and rotates q into out.
+struct AppendKv : DecodeAttention {
+  Heads new_k, new_v;
+  Angles angles;  // of no elements where nothing is rotated
+};
+
 // The keys [begin, end) of one sequence, for some of its queries and some heads of k and v. Row r of such a head is
 // query first_query + r / G of its query head r % G.
 struct DecodePart {
@@ -197,6 +211,7 @@ struct CpuTable {
   DecodeSizes (*decode_sizes)(const DecodeAttention&, int64_t groups, int64_t queries);
   void (*decode_attention)(const DecodeAttention&, const DecodePart*, int64_t count, void* workspace);
   void (*decode_merge)(const DecodeAttention&, const DecodePart*, int64_t count);
+  Kernel<AppendKv> append_kv;  // rows: the new tokens of all sequences
   // White-box access for tests and the benchmark engine.
   void (*vector_math)(int function, const float* in, float* out, int64_t n);
   void (*convert)(Type type, bool narrow, const void* in, void* out, int64_t n);

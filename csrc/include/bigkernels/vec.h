@@ -176,6 +176,16 @@ BK_INLINE vh narrow(vf v, const f16*) {
 }
 #endif
 
+// To the nearest integer, half to even, of values in [-128, 127].
+BK_INLINE vb narrow(vf v, const int8_t*) {
+#if defined(__AVX512F__)
+  return (vb)_mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)v));
+#else
+  const vf shifter = splat(0x1.8p23f);  // adding it rounds to an integer in the low bits
+  return __builtin_convertvector((vi)(v + shifter) - (vi)shifter, vb);
+#endif
+}
+
 template <class T>
 struct Storage {
   typedef vh type;
