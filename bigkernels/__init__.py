@@ -4,7 +4,18 @@ from . import functional, nn
 from ._info import info
 from ._memory import reuse_memory
 from ._version import __version__
-from .ops import use
+from .ops import allow_nondeterministic, use
 from .patch import patch, patched, unpatch
 
-__all__ = ["__version__", "functional", "info", "nn", "patch", "patched", "reuse_memory", "unpatch", "use"]
+__all__ = [
+    "__version__",
+    "allow_nondeterministic",
+    "functional",
+    "info",
+    "nn",
+    "patch",
+    "patched",
+    "reuse_memory",
+    "unpatch",
+    "use",
+]

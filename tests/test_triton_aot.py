@@ -7,8 +7,10 @@ the launches. `bigkernels.triton._launch.Launch` holds arguments, constants and 
 import dataclasses
 import functools
 import importlib
+import os
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -78,26 +80,23 @@ def resources(cubin, folder):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_kernels_compile_without_spills_and_load_16_bytes(operator, dtype, capability, tmp_path):
-    for launch in launches(operator, DTYPES[dtype]):
-        kernel = compiled(launch, capability)
+    made = launches(operator, DTYPES[dtype])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler lets go of the interpreter
+        kernels = list(pool.map(functools.partial(compiled, capability=capability), made))
+    for launch, kernel in zip(made, kernels, strict=True):
         registers, stack = resources(kernel.asm["cubin"], tmp_path)
         assert stack == 0, f"{describe(launch)}: {registers} registers and {stack} bytes of spills"
         assert registers * 32 * launch.num_warps <= 65536, f"{describe(launch)}: {registers} registers do not fit"
+        if capability == 80:  # sm_86 and sm_89 run its code with the least shared memory: 99 KB a program
+            assert kernel.metadata.shared <= 99 * 1024, f"{describe(launch)}: {kernel.metadata.shared} bytes"
         # Rows that start on 16 bytes are read 16 bytes at a time.
         row = next(launch.args[name] for name in ("D", "V", "N", "DV") if name in launch.args)
         vectors = re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.cg.* 0x10", kernel.asm["ptx"])
         assert bool(vectors) == (row % 16 == 0), f"{describe(launch)}: {len(vectors)} loads of 16 bytes"
 
 
-def test_decoding_fits_the_shared_memory_of_every_gpu():
-    """sm_86 and sm_89 run the code of sm_80 with the least of it: 99 KB a program."""
-    for launch in launches("decode_attention", torch.bfloat16):
-        shared = compiled(launch, 80).metadata.shared
-        assert shared <= 99 * 1024, f"{describe(launch)}: {shared} bytes"
-
-
 def test_every_kernel_is_compiled():
-    modules = [*MODULES.values(), importlib.import_module("bigkernels.triton._norm")]
+    modules = [*MODULES.values(), *(importlib.import_module(f"bigkernels.triton.{n}") for n in ("_norm", "_attention"))]
     # A leading underscore marks a function that kernels call.
     functions = [item for module in modules for item in vars(module).items() if isinstance(item[1], JITFunction)]
     defined = {fn for name, fn in functions if not name.startswith("_")}

@@ -5,7 +5,7 @@ import torch
 from .. import triton
 from .._load import cpu_library
 from . import attention, cross_entropy, decode_attention, glu, layer_norm, rms_norm, rope, varlen_attention
-from ._registry import OPERATORS, use
+from ._registry import OPERATORS, allow_nondeterministic, use
 
 torch.library.define("bigkernels::cpu_isa", "() -> str")
 
@@ -17,6 +17,7 @@ for operator in OPERATORS.values():
 
 __all__ = [
     "OPERATORS",
+    "allow_nondeterministic",
     "attention",
     "cross_entropy",
     "decode_attention",

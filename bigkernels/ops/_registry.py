@@ -36,6 +36,7 @@ OPERATORS: dict[str, Operator] = {}
 # The backend forced by `use`, or None. One per process, like torch.backends: the autograd engine runs backward passes
 # in threads of its own, and they must see the same choice.
 _forced: str | None = None
+_nondeterministic = False
 
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -55,7 +56,6 @@ class Implementation:
     device: str
     dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
     unavailable: Callable[[], str | None] = _no_reason
-    written: bool = True
 
     def refuses(self, device: str, dtype: torch.dtype) -> str | None:
         """Why this implementation cannot serve tensors of `dtype` on `device`; None if it can."""
@@ -63,8 +63,6 @@ class Implementation:
             return f"runs on {self.device} tensors, not {device}"
         if dtype not in self.dtypes:
             return f"no kernel for {str(dtype).removeprefix('torch.')}"
-        if not self.written:
-            return "its kernels are not written yet"
         return self.unavailable()
 
 
@@ -72,8 +70,8 @@ def cpu_kernel() -> Implementation:
     return Implementation("cpu", "cpu", unavailable=lambda: cpu_library().reason)
 
 
-def triton_kernel(*, written: bool = True) -> Implementation:
-    return Implementation("triton", "cuda", unavailable=triton_unavailable, written=written)
+def triton_kernel() -> Implementation:
+    return Implementation("triton", "cuda", unavailable=triton_unavailable)
 
 
 class Operator:
@@ -139,7 +137,6 @@ class Operator:
                 self._in_graphs = tuple(
                     (i.device, dtype)
                     for i in self.implementations
-                    if i.written
                     for dtype in i.dtypes
                     # Asking for a GPU here would initialise its driver; a tensor on one is answer enough.
                     if (triton_missing() if i.name == "triton" else i.unavailable()) is None
@@ -185,6 +182,21 @@ def use(backend: str) -> Iterator[None]:
         _forced = before
 
 
+def allow_nondeterministic(allow: bool = True) -> None:
+    """Let operators use faster kernels whose results may differ in the last bits from run to run; off by default.
+
+    It holds for the process. `torch.use_deterministic_algorithms(True)` goes before it. Today it concerns the backward
+    pass of `attention` and `varlen_attention` on GPUs in 16 bits: the gradient of the queries is then added up by
+    atomics, five matrix products in place of seven.
+    """
+    global _nondeterministic
+    _nondeterministic = allow
+
+
+def nondeterministic() -> bool:
+    return _nondeterministic and not torch.are_deterministic_algorithms_enabled()
+
+
 def define(schema: str, fake: Callable, fallback: Callable) -> torch._ops.OpOverload:
     """Define `bigkernels::<schema>` with its fake kernel and its fallback in plain PyTorch; returns the overload.
 
@@ -207,7 +219,9 @@ def vjp(
     with torch.enable_grad():
         out = fn(*leaves)
     out = out if isinstance(out, tuple) else (out,)
-    pairs = [(o, g) for o, g in zip(out, grads, strict=True) if g is not None]
+    pairs = [(o, g) for o, g in zip(out, grads, strict=True) if g is not None and o.requires_grad]
+    if not pairs:  # outputs without elements may not depend on the inputs
+        return tuple(t if t is None else torch.zeros_like(t) for t in tensors)
     inputs = [leaf for leaf in leaves if leaf is not None]
     outputs, upstream = [o for o, _ in pairs], [g.to(o.dtype) for o, g in pairs]
     found = iter(torch.autograd.grad(outputs, inputs, upstream, allow_unused=True, materialize_grads=True))

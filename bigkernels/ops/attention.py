@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _attention as shared
 from ._arguments import check_tensor
-from ._registry import REFUSED, Operator, cpu_kernel, define, needs_grad, triton_kernel, vjp
+from ._registry import REFUSED, Operator, define, needs_grad, vjp
 
 
 def attention(
@@ -166,7 +166,7 @@ def _bwd_fake(grad, grad_lse, q, k, v, out, lse, bias, mask, alibi_slopes, sinks
 
 
 # A compiler would hold all scores to fuse the reference, so graphs hold the kernels.
-OPERATOR = Operator("attention", implementations=(cpu_kernel(), triton_kernel(written=False)), in_graphs=True)
+OPERATOR = Operator("attention", in_graphs=True)
 _ARGS = (
     "Tensor q, Tensor k, Tensor v, {}Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks,"
     f" Tensor? prefix_lengths, Tensor? seed, {shared.OPTIONS}"

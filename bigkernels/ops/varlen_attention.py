@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _attention as shared
 from ._arguments import check_tensor
-from ._registry import REFUSED, Operator, compute_dtype, cpu_kernel, define, needs_grad, triton_kernel, vjp
+from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad, vjp
 
 
 def varlen_attention(
@@ -162,7 +162,7 @@ def _bwd_fake(grad, grad_lse, q, k, v, out, lse, cu_q, cu_k, alibi_slopes, sinks
     return *(t.new_empty(t.shape) for t in (q, k, v)), q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
 
 
-OPERATOR = Operator("varlen_attention", implementations=(cpu_kernel(), triton_kernel(written=False)), in_graphs=True)
+OPERATOR = Operator("varlen_attention", in_graphs=True)
 _ARGS = (
     "Tensor q, Tensor k, Tensor v, {}Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? sinks,"
     f" Tensor? prefix_lengths, Tensor? seed, SymInt max_seqlen_q, SymInt max_seqlen_k, {shared.OPTIONS}"

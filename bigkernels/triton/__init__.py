@@ -13,7 +13,9 @@ from collections.abc import Callable
 
 import torch
 
-OPERATORS = ("rms_norm", "layer_norm", "rope", "glu", "cross_entropy", "decode_attention")
+OPERATORS = (
+    "rms_norm", "layer_norm", "rope", "glu", "cross_entropy", "attention", "varlen_attention", "decode_attention",
+)  # fmt: skip
 
 
 def _launcher(operator: str, direction: str) -> Callable:

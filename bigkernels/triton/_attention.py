@@ -6,8 +6,9 @@ hides a key skips the tests of visibility: `PARTS` says how many kinds of blocks
 at one edge; 3: those at both).
 
 Backward makes the scores again in each of its kernels, seven products in all and not five, and for that needs neither
-atomics nor a float32 copy of the queries' gradient: the same inputs give the same bits. Programs that own keys compute
-the transposed scores, so that these are operands of the next product as they lie in registers.
+atomics nor a float32 copy of the queries' gradient: the same inputs give the same bits. Where the caller allows other
+bits each time, `backward_keys` adds the queries' gradient up as well, and five products are enough. Programs that own
+keys compute the transposed scores, so that these are operands of the next product as they lie in registers.
 """
 
 from __future__ import annotations
@@ -49,6 +50,13 @@ def _store(X, at, exists, stride, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, E
 
 
 @triton.jit
+def _add(X, at, exists, stride, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, END: tl.constexpr):
+    col = FIRST + tl.arange(0, WIDTH)[None, :]
+    mask = exists[:, None] & (col < END)
+    tl.atomic_add(X + at.to(tl.int64)[:, None] * stride + col, x, mask=mask, sem="relaxed")
+
+
+@triton.jit
 def _seen(row, key, queries, keys, left, right, MASK, mask_row, mask_key, prefix, LEFT: tl.constexpr,
           RIGHT: tl.constexpr, PREFIX: tl.constexpr):  # fmt: skip
     """Whether rows see keys; `row` and `key` broadcast against each other."""
@@ -85,16 +93,26 @@ def _scores(product, row, key, queries, keys, scale, softcap, BIAS, bias_row, bi
 
 
 @triton.jit
-def _kept(SEED, head, row, key, threshold):
-    """What dropout keeps, as `bigkernels.ops._attention.keep_mask` defines it."""
+def _kept(SEED, head, first_row, first_key, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What dropout keeps of a tile (BLOCK_M, BLOCK_N), as `bigkernels.ops._attention.keep_mask` defines it."""
     seed = tl.load(SEED).to(tl.uint64)
-    zero = (row * 0 + key * 0).to(tl.uint32)
-    counter = zero + ((key // 64) * 16 + key % 16).to(tl.uint32)
-    rows = zero + row.to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, counter, rows, zero + tl.cast(head, tl.uint32), zero)
-    word = key % 64 // 16
-    chosen = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
-    return chosen >= threshold
+    row = (first_row + tl.arange(0, BLOCK_M))[:, None]
+    if BLOCK_N % 64 == 0:  # each of the four words of a random number is used
+        lane = tl.arange(0, BLOCK_N // 4)[None, :]
+        zero = (row * 0 + lane * 0).to(tl.uint32)
+        counter = zero + (first_key // 4 + lane).to(tl.uint32)
+        w0, w1, w2, w3 = tl.philox(seed, counter, zero + row.to(tl.uint32), zero + tl.cast(head, tl.uint32), zero)
+        even = tl.join(w0 >= threshold, w2 >= threshold)
+        odd = tl.join(w1 >= threshold, w3 >= threshold)
+        words = tl.reshape(tl.join(even, odd).to(tl.int8), [BLOCK_M, BLOCK_N // 64, 16, 4])
+        return tl.reshape(tl.permute(words, [0, 1, 3, 2]), [BLOCK_M, BLOCK_N]) != 0
+    else:
+        key = (first_key + tl.arange(0, BLOCK_N))[None, :]
+        zero = (row * 0 + key * 0).to(tl.uint32)
+        counter = zero + (key // 64 * 16 + key % 16).to(tl.uint32)
+        w0, w1, w2, w3 = tl.philox(seed, counter, zero + row.to(tl.uint32), zero + tl.cast(head, tl.uint32), zero)
+        word = key % 64 // 16
+        return tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3)) >= threshold
 
 
 @triton.jit
@@ -143,8 +161,8 @@ def attend(
     STAGES: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PARTS: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output and logsumexp of BLOCK_M queries of a head; or, with REST, the logsumexp alone: in base 2, and what its
-    rounding left.
+    """Output and logsumexp of BLOCK_M queries of a head; or, with REST, the logsumexp alone, as backward reads it: in
+    base 2, and what its rounding left.
     """
     PREFIX: tl.constexpr = PREFIXES is not None
     head = tl.program_id(1) % HEADS
@@ -212,7 +230,9 @@ def attend(
             decay = tl.exp2(before - shift)
             total = total * decay + tl.sum(weight, 1)
             if DROPOUT:
-                weight = tl.where(_kept(SEED, sequence * HEADS + head, row, key, threshold), weight, 0.0)
+                weight = tl.where(
+                    _kept(SEED, sequence * HEADS + head, first, start, threshold, BLOCK_M, BLOCK_N), weight, 0.0
+                )
             weight = weight.to(q.dtype)
             v = _rows(V, key_at, inside, v_token, 0, BLOCK_DV, DV)
             acc = tl.dot(weight, v, acc * decay[:, None], input_precision=PRECISION)
@@ -230,10 +250,9 @@ def attend(
         acc_rest *= decay[:, None]
     nothing = total == 0.0
     place = wide_batch * lse_batch + wide_head * lse_head + q_first + at
-    lse = top + tl.log2(total)
-    lse = tl.where(nothing, float("-inf"), lse)
+    lse = tl.where(nothing, float("-inf"), top + tl.log2(total))
     if REST is not None:
-        tl.store(LSE + place, lse, mask=exists)
+        tl.store(LSE + place, tl.where(nothing, float("inf"), lse), mask=exists)
         tl.store(REST + place, tl.where(nothing, 0.0, (top - lse) + tl.log2(total)), mask=exists)
     else:
         tl.store(LSE + place, lse * _LN2, mask=exists)
@@ -246,10 +265,14 @@ def attend(
 
 @triton.jit
 def delta(
-    GRAD, OUT, GRAD_LSE, DELTA, queries, grad_batch, grad_head, grad_token, out_batch, out_head, out_token, lse_batch,
-    lse_head, HEADS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    GRAD, OUT, GRAD_LSE, LSE, DELTA, LSE_2, queries, grad_batch, grad_head, grad_token, out_batch, out_head, out_token,
+    lse_batch, lse_head, HEADS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Of each row, the part of the scores' gradient that all keys share: grad . out, less the gradient of lse."""
+    """Of each row, the part of the scores' gradient that all keys share: grad . out, less the gradient of lse.
+
+    With LSE_2 also the logsumexp in base 2, infinity for rows that see nothing. Float32 gets it from `attend`: rounded,
+    a logsumexp of 100 costs every weight of its row 4e-6, which 16-bit products do not notice.
+    """
     head = (tl.program_id(1) % HEADS).to(tl.int64)
     batch = (tl.program_id(1) // HEADS).to(tl.int64)
     at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -263,26 +286,27 @@ def delta(
     if GRAD_LSE is not None:
         found -= tl.load(GRAD_LSE + place, mask=exists, other=0.0)
     tl.store(DELTA + place, found, mask=exists)
+    if LSE_2 is not None:
+        lse = tl.load(LSE + place, mask=exists, other=0.0)
+        tl.store(LSE_2 + place, tl.where(lse == float("-inf"), float("inf"), lse * _LOG2E), mask=exists)
 
 
 @triton.jit
 def _statistics(LSE, REST, DELTA, at, exists):
-    """A row's logsumexp in base 2 with its rest, and its delta. Rows without keys get infinity: weights of zero.
-
-    Rounded to float32, a logsumexp of 100 costs every weight of its row 4e-6, which a 16-bit product does not notice.
-    """
-    lse = tl.load(LSE + at, mask=exists, other=float("-inf"))
+    """A row's logsumexp in base 2 with its rest, and its delta; a logsumexp of infinity makes weights of zero."""
+    lse = tl.load(LSE + at, mask=exists, other=float("inf"))
+    rest = 0.0
     if REST is not None:
         rest = tl.load(REST + at, mask=exists, other=0.0)
-    else:
-        rest = lse * 0.0
-        lse *= _LOG2E
-    nothing = lse == float("-inf")
-    return (
-        tl.where(nothing, float("inf"), lse),
-        tl.where(nothing, 0.0, rest),
-        tl.load(DELTA + at, mask=exists, other=0.0),
-    )
+    return lse, rest, tl.load(DELTA + at, mask=exists, other=0.0)
+
+
+@triton.jit
+def _weights(s, lse, rest, REST, DIM: tl.constexpr):
+    s -= tl.expand_dims(lse, DIM)
+    if REST is not None:
+        s -= tl.expand_dims(rest, DIM)
+    return tl.exp2(s)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "left", "right", "threshold"])
@@ -366,13 +390,17 @@ def backward_queries(
                 v_rest = _rows(V, key_at, inside, v_token, BLOCK_DV, REST_DV, DV)
                 dp = tl.dot(grad_rest, tl.trans(v_rest), dp, input_precision=PRECISION)
             s, derivative = _scores(s, row, key, queries, keys, scale, softcap, BIAS, bias_row, bias_key, slope)
-            weight = tl.exp2((s - lse[:, None]) - rest[:, None])
+            weight = _weights(s, lse, rest, REST, 1)
             if PARTS == 1 or part > 0:
                 seen = _seen(row, key, queries, keys, left, right, MASK, mask_row, mask_key, prefix, LEFT, RIGHT,
                              PREFIX)  # fmt: skip
                 weight = tl.where(seen, weight, 0.0)
             if DROPOUT:
-                dp = tl.where(_kept(SEED, sequence * HEADS + head, row, key, threshold), dp * kept_scale, 0.0)
+                dp = tl.where(
+                    _kept(SEED, sequence * HEADS + head, first, start, threshold, BLOCK_M, BLOCK_N),
+                    dp * kept_scale,
+                    0.0,
+                )
             ds = (weight * (dp - mean[:, None]) * derivative).to(q.dtype)
             dq = tl.dot(ds, k, dq, input_precision=PRECISION)
             if REST_D:
@@ -410,17 +438,21 @@ def _row_limits(first, end, queries, keys, left, right, prefix, BLOCK: tl.conste
 
 @triton.jit(do_not_specialize=["queries", "keys", "left", "right", "threshold"])
 def backward_keys(
-    Q, K, V, GRAD, LSE, REST, DELTA, K_GRAD, V_GRAD, BIAS, MASK, SLOPES, PREFIXES, SEED, CU_Q, CU_K,
+    Q, K, V, GRAD, LSE, REST, DELTA, Q_SUM, K_GRAD, V_GRAD, BIAS, MASK, SLOPES, PREFIXES, SEED, CU_Q, CU_K,
     queries, keys, left, right, scale, softcap, threshold, kept_scale, q_scale,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head, grad_token,
-    dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token, lse_batch, lse_head, bias_batch, bias_head, bias_row,
-    bias_key, mask_batch, mask_head, mask_row, mask_key,
+    sum_batch, sum_head, sum_token, dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token, lse_batch, lse_head,
+    bias_batch, bias_head, bias_row, bias_key, mask_batch, mask_head, mask_row, mask_key,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     REST_D: tl.constexpr, BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PARTS: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of BLOCK_N keys and values of a key head, summed over the query heads that read it."""
+    """The gradients of BLOCK_N keys and values of a key head, summed over the query heads that read it.
+
+    With Q_SUM, the float32 sum of the queries' gradients (before q_scale), what these keys add to it goes there by
+    atomics, in whatever order the programs come.
+    """
     PREFIX: tl.constexpr = PREFIXES is not None
     key_head = tl.program_id(1) % (HEADS // GROUP)
     sequence = tl.program_id(1) // (HEADS // GROUP)
@@ -454,68 +486,78 @@ def backward_keys(
     low, inner_low, inner_high, high = _row_limits(
         first, end, queries, keys, left, right, prefix, BLOCK_M, LEFT, RIGHT, PREFIX, PARTS
     )
-    for member in range(GROUP):
-        head = key_head * GROUP + member
-        wide = head.to(tl.int64)
-        Q_HEAD = Q + wide_batch * q_batch + wide * q_head + q_first * q_token
-        GRAD_HEAD = GRAD + wide_batch * grad_batch + wide * grad_head + q_first * grad_token
-        LSE_HEAD = LSE + wide_batch * lse_batch + wide * lse_head + q_first
-        DELTA_HEAD = DELTA + wide_batch * lse_batch + wide * lse_head + q_first
-        REST_HEAD = None
-        if REST is not None:
-            REST_HEAD = REST + wide_batch * lse_batch + wide * lse_head + q_first
-        BIAS_HEAD = None
-        if BIAS is not None:
-            BIAS_HEAD = BIAS + wide_batch * bias_batch + wide * bias_head
-        MASK_HEAD = None
-        if MASK is not None:
-            MASK_HEAD = MASK + wide_batch * mask_batch + wide * mask_head
-        slope = _slope(SLOPES, head)
-        for part in tl.static_range(PARTS):
-            begin, stop = low, high
-            if PARTS > 1:
-                if part == 0:
-                    begin, stop = inner_low, inner_high
-                elif part == 1:
-                    stop = inner_low
-                else:
-                    begin = inner_high
-            for start in tl.range(begin, stop, BLOCK_M, num_stages=STAGES):
-                at = start + tl.arange(0, BLOCK_M)
-                exists = at < queries
-                row = at[None, :]
-                q = _rows(Q_HEAD, at, exists, q_token, 0, BLOCK_D, D)
-                grad = _rows(GRAD_HEAD, at, exists, grad_token, 0, BLOCK_DV, DV)
-                lse, rest, mean = _statistics(LSE_HEAD, REST_HEAD, DELTA_HEAD, at, exists)
+    for part in tl.static_range(PARTS):
+        begin, stop = low, high
+        if PARTS > 1:
+            if part == 0:
+                begin, stop = inner_low, inner_high
+            elif part == 1:
+                stop = inner_low
+            else:
+                begin = inner_high
+        # One loop over the blocks of all heads of the group: nested, it would start its loads anew for each head.
+        count = tl.cdiv(tl.maximum(stop - begin, 0), BLOCK_M)
+        for index in tl.range(0, GROUP * count, num_stages=STAGES):
+            head = key_head * GROUP + index // count
+            start = begin + index % count * BLOCK_M
+            at = start + tl.arange(0, BLOCK_M)
+            exists = at < queries
+            row = at[None, :]
+            wide = head.to(tl.int64)
+            Q_HEAD = Q + wide_batch * q_batch + wide * q_head + q_first * q_token
+            GRAD_HEAD = GRAD + wide_batch * grad_batch + wide * grad_head + q_first * grad_token
+            rows_at = wide_batch * lse_batch + wide * lse_head + q_first
+            REST_HEAD = None
+            if REST is not None:
+                REST_HEAD = REST + rows_at
+            BIAS_HEAD = None
+            if BIAS is not None:
+                BIAS_HEAD = BIAS + wide_batch * bias_batch + wide * bias_head
+            MASK_HEAD = None
+            if MASK is not None:
+                MASK_HEAD = MASK + wide_batch * mask_batch + wide * mask_head
+            slope = _slope(SLOPES, head)
+            q = _rows(Q_HEAD, at, exists, q_token, 0, BLOCK_D, D)
+            grad = _rows(GRAD_HEAD, at, exists, grad_token, 0, BLOCK_DV, DV)
+            lse, rest, mean = _statistics(LSE + rows_at, REST_HEAD, DELTA + rows_at, at, exists)
+            if PRECISION is not None:
+                s = tl.trans(tl.dot(q, tl.trans(k), input_precision=PRECISION))
+            else:
                 s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-                dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-                q_rest, grad_rest = q, grad
+            dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+            q_rest, grad_rest = q, grad
+            if REST_D:
+                q_rest = _rows(Q_HEAD, at, exists, q_token, BLOCK_D, REST_D, D)
+                s = tl.dot(k_rest, tl.trans(q_rest), s, input_precision=PRECISION)
+            if REST_DV:
+                grad_rest = _rows(GRAD_HEAD, at, exists, grad_token, BLOCK_DV, REST_DV, DV)
+                dp = tl.dot(v_rest, tl.trans(grad_rest), dp, input_precision=PRECISION)
+            s, derivative = _scores(s, row, key, queries, keys, scale, softcap, BIAS_HEAD, bias_row, bias_key,
+                                    slope)  # fmt: skip
+            weight = _weights(s, lse, rest, REST, 0)
+            if PARTS == 1 or part > 0:
+                seen = _seen(row, key, queries, keys, left, right, MASK_HEAD, mask_row, mask_key, prefix, LEFT,
+                             RIGHT, PREFIX)  # fmt: skip
+                weight = tl.where(seen, weight, 0.0)
+            kept = weight
+            if DROPOUT:
+                keep = tl.trans(_kept(SEED, sequence * HEADS + head, start, first, threshold, BLOCK_M, BLOCK_N))
+                kept = tl.where(keep, weight * kept_scale, 0.0)
+                dp = tl.where(keep, dp * kept_scale, 0.0)
+            kept = kept.to(q.dtype)
+            dv = tl.dot(kept, grad, dv, input_precision=PRECISION)
+            ds = (weight * (dp - mean[None, :]) * derivative).to(q.dtype)
+            dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+            if Q_SUM is not None:
+                SUM = Q_SUM + wide_batch * sum_batch + wide * sum_head + q_first * sum_token
+                _add(SUM, at, exists, sum_token, tl.dot(tl.trans(ds), k, input_precision=PRECISION), 0, BLOCK_D, D)
                 if REST_D:
-                    q_rest = _rows(Q_HEAD, at, exists, q_token, BLOCK_D, REST_D, D)
-                    s = tl.dot(k_rest, tl.trans(q_rest), s, input_precision=PRECISION)
-                if REST_DV:
-                    grad_rest = _rows(GRAD_HEAD, at, exists, grad_token, BLOCK_DV, REST_DV, DV)
-                    dp = tl.dot(v_rest, tl.trans(grad_rest), dp, input_precision=PRECISION)
-                s, derivative = _scores(s, row, key, queries, keys, scale, softcap, BIAS_HEAD, bias_row, bias_key,
-                                        slope)  # fmt: skip
-                weight = tl.exp2((s - lse[None, :]) - rest[None, :])
-                if PARTS == 1 or part > 0:
-                    seen = _seen(row, key, queries, keys, left, right, MASK_HEAD, mask_row, mask_key, prefix, LEFT,
-                                 RIGHT, PREFIX)  # fmt: skip
-                    weight = tl.where(seen, weight, 0.0)
-                kept = weight
-                if DROPOUT:
-                    keep = _kept(SEED, sequence * HEADS + head, row, key, threshold)
-                    kept = tl.where(keep, weight * kept_scale, 0.0)
-                    dp = tl.where(keep, dp * kept_scale, 0.0)
-                kept = kept.to(q.dtype)
-                dv = tl.dot(kept, grad, dv, input_precision=PRECISION)
-                ds = (weight * (dp - mean[None, :]) * derivative).to(q.dtype)
-                dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-                if REST_DV:
-                    dv_rest = tl.dot(kept, grad_rest, dv_rest, input_precision=PRECISION)
-                if REST_D:
-                    dk_rest = tl.dot(ds, q_rest, dk_rest, input_precision=PRECISION)
+                    more = tl.dot(tl.trans(ds), k_rest, input_precision=PRECISION)
+                    _add(SUM, at, exists, sum_token, more, BLOCK_D, REST_D, D)
+            if REST_DV:
+                dv_rest = tl.dot(kept, grad_rest, dv_rest, input_precision=PRECISION)
+            if REST_D:
+                dk_rest = tl.dot(ds, q_rest, dk_rest, input_precision=PRECISION)
     K_GRAD += wide_batch * dk_batch + wide_head * dk_head + k_first * dk_token
     V_GRAD += wide_batch * dv_batch + wide_head * dv_head + k_first * dv_token
     _store(K_GRAD, key_at, inside, dk_token, dk * q_scale, 0, BLOCK_D, D)
@@ -585,8 +627,10 @@ def backward_bias(
                     q_rest = _rows(Q_HEAD, at, exists, q_token, BLOCK_D, REST_D, D)
                 if REST_DV:
                     grad_rest = _rows(GRAD_HEAD, at, exists, grad_token, BLOCK_DV, REST_DV, DV)
-                low, _, _, high = _limits(m, tl.minimum(m + BLOCK_M, queries), queries, keys, left, right, prefix,
-                                          BLOCK_N, LEFT, RIGHT, PREFIX, 1)  # fmt: skip
+                end = tl.minimum(m + BLOCK_M, queries)
+                low, inner_low, inner_high, high = _limits(
+                    m, end, queries, keys, left, right, prefix, BLOCK_N, LEFT, RIGHT, PREFIX, 1
+                )
                 for n in range(tl.maximum(n_begin, low), tl.minimum(n_end, high), BLOCK_N):
                     key_at = n + tl.arange(0, BLOCK_N)
                     inside = key_at < keys
@@ -601,12 +645,16 @@ def backward_bias(
                     if REST_DV:
                         v_rest = _rows(V_HEAD, key_at, inside, v_token, BLOCK_DV, REST_DV, DV)
                         dp = tl.dot(grad_rest, tl.trans(v_rest), dp, input_precision=PRECISION)
-                    s, _ = _scores(s, row, key, queries, keys, scale, softcap, BIAS_HEAD, bias_row, bias_key, slope)
+                    s, derivative = _scores(
+                        s, row, key, queries, keys, scale, softcap, BIAS_HEAD, bias_row, bias_key, slope
+                    )
                     seen = _seen(row, key, queries, keys, left, right, MASK_HEAD, mask_row, mask_key, prefix, LEFT,
                                  RIGHT, PREFIX)  # fmt: skip
-                    weight = tl.where(seen, tl.exp2((s - lse[:, None]) - rest[:, None]), 0.0)
+                    weight = tl.where(seen, _weights(s, lse, rest, REST, 1), 0.0)
                     if DROPOUT:
-                        dp = tl.where(_kept(SEED, batch * HEADS + head, row, key, threshold), dp * kept_scale, 0.0)
+                        dp = tl.where(
+                            _kept(SEED, batch * HEADS + head, m, n, threshold, BLOCK_M, BLOCK_N), dp * kept_scale, 0.0
+                        )
                     found += weight * (dp - mean[:, None])
     row_at = tl.arange(0, BLOCK_M)
     key_at = tl.arange(0, BLOCK_N)

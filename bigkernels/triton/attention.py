@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ops import _attention as shared
 from ..ops import attention as op
-from ..ops._registry import KERNEL_DTYPES
+from ..ops._registry import KERNEL_DTYPES, nondeterministic
 from ._attention import attend, backward_bias, backward_keys, backward_queries
 from ._attention import delta as delta_kernel
 from ._launch import launch, power_of_2
@@ -28,39 +28,58 @@ _LARGEST = 640  # elements of a query and its value together: tiles of more do n
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Queries and keys of a program's tile, warps and pipeline stages."""
+    """Queries and keys of a program's tile, warps, pipeline stages, and registers a thread, where the assembler would
+    take fewer and spill to fit one more program.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
-    def constants(self) -> dict[str, int]:
-        return {"BLOCK_M": self.queries, "BLOCK_N": self.keys, "num_warps": self.warps, "STAGES": self.stages}
-
-
-def _tiles(kernel: str, size: int, wide: bool) -> _Tiles:
-    """For heads of `size` elements (the larger of keys and values); `wide` for float32."""
-    table = _WIDE if wide else _NARROW
-    return next(tiles for most, tiles in table[kernel] if size <= most)
+    def constants(self) -> dict[str, int | None]:
+        return {"BLOCK_M": self.queries, "BLOCK_N": self.keys, "num_warps": self.warps, "STAGES": self.stages,
+                "maxnreg": self.registers}  # fmt: skip
 
 
-# Of each kernel, (largest head, tiles), in 16 bits and in float32.
+# Of each kernel, (largest head, tiles, tiles of calls with more in their registers: dropout, or dense tensors). Eight
+# warps are two groups of the matrix unit, of 64 rows each: fewer rows would be computed twice.
 _NARROW = {
-    "attend": ((64, _Tiles(128, 64, 4, 3)), (128, _Tiles(128, 64, 8, 3)), (256, _Tiles(64, 32, 8, 2)),
-               (_LARGEST, _Tiles(32, 16, 8, 1))),
-    "queries": ((64, _Tiles(128, 64, 8, 2)), (128, _Tiles(64, 64, 8, 2)), (256, _Tiles(64, 32, 8, 1)),
-                (_LARGEST, _Tiles(16, 16, 8, 1))),
-    "keys": ((64, _Tiles(64, 128, 8, 2)), (128, _Tiles(32, 64, 8, 2)), (256, _Tiles(16, 64, 8, 1)),
-             (_LARGEST, _Tiles(16, 16, 8, 1))),
-    "bias": ((128, _Tiles(64, 64, 8, 1)), (_LARGEST, _Tiles(32, 32, 8, 1))),
+    "attend": ((64, _Tiles(128, 64, 4, 3), _Tiles(64, 64, 4, 3)),
+               (128, _Tiles(128, 64, 8, 3), _Tiles(64, 64, 8, 2)),
+               (256, _Tiles(64, 32, 8, 2), _Tiles(32, 32, 8, 2)),
+               (_LARGEST, _Tiles(32, 16, 8, 1), _Tiles(16, 16, 8, 1))),
+    "queries": ((64, _Tiles(128, 64, 8, 2), _Tiles(64, 64, 8, 2)),
+                (128, _Tiles(64, 64, 8, 2), _Tiles(32, 64, 8, 2)),
+                (256, _Tiles(32, 32, 8, 2, 168), _Tiles(32, 32, 8, 2)),
+                (_LARGEST, _Tiles(16, 16, 8, 1), _Tiles(16, 16, 8, 1))),
+    "keys": ((64, _Tiles(64, 128, 8, 2), _Tiles(32, 64, 8, 2)),
+             (128, _Tiles(32, 128, 8, 2), _Tiles(16, 64, 8, 2)),
+             (256, _Tiles(32, 32, 8, 2, 168), _Tiles(16, 32, 8, 2)),
+             (_LARGEST, _Tiles(16, 16, 8, 1), _Tiles(16, 16, 8, 1))),
+    # "keys" that adds up the gradient of the queries too.
+    "sum": ((64, _Tiles(64, 128, 8, 2), _Tiles(16, 64, 8, 2)),
+            (96, _Tiles(16, 64, 8, 1), _Tiles(16, 64, 8, 1)),
+            (128, _Tiles(16, 64, 8, 2), _Tiles(16, 64, 8, 2)),
+            (256, _Tiles(16, 32, 8, 2, 192), _Tiles(16, 32, 8, 2)),
+            (_LARGEST, _Tiles(16, 16, 8, 1), _Tiles(16, 16, 8, 1))),
+    "bias": ((128, _Tiles(64, 32, 8, 1), _Tiles(64, 32, 8, 1)),
+             (_LARGEST, _Tiles(32, 32, 8, 1), _Tiles(32, 32, 8, 1))),
 }  # fmt: skip
-_WIDE = {
-    "attend": ((64, _Tiles(64, 32, 8, 1)), (128, _Tiles(32, 32, 8, 1)), (_LARGEST, _Tiles(16, 16, 8, 1))),
-    "queries": ((64, _Tiles(32, 32, 8, 1)), (_LARGEST, _Tiles(16, 16, 8, 1))),
-    "keys": ((64, _Tiles(32, 32, 8, 1)), (_LARGEST, _Tiles(16, 16, 8, 1))),
-    "bias": ((64, _Tiles(32, 32, 8, 1)), (_LARGEST, _Tiles(16, 16, 8, 1))),
-}
+# float32: the same tiles in all kernels, so that backward finds the scores that forward had, to the last bit.
+_WIDE = (
+    (64, _Tiles(32, 16, 4, 1, 208), _Tiles(32, 16, 4, 1, 208)),
+    (128, _Tiles(32, 16, 8, 1, 208), _Tiles(16, 16, 4, 1, 208)),
+    (256, _Tiles(16, 16, 8, 1), _Tiles(16, 16, 8, 1, 168)),
+    (_LARGEST, _Tiles(16, 16, 8, 1), _Tiles(16, 16, 8, 1)),
+)
+
+
+def _tiles(kernel: str, size: int, wide: bool, heavy: bool) -> _Tiles:
+    """For heads of `size` elements (the larger of keys and values)."""
+    table = _WIDE if wide else _NARROW[kernel]
+    return next(tiles[heavy] for most, *tiles in table if size <= most)
 
 
 def _parts(size: int) -> tuple[int, int]:
@@ -84,17 +103,19 @@ class Call:
     head: int
     key_heads: int
     wide: bool
+    heavy: bool
     tensors: dict[str, Tensor | None]
     common: dict[str, object]
-    softcap: float
     scale: float
 
-    def tiles(self, kernel: str) -> dict[str, int]:
-        return _tiles(kernel, self.head, self.wide).constants()
+    def tiles(self, kernel: str) -> dict[str, int | None]:
+        return _tiles(kernel, self.head, self.wide, self.heavy).constants()
 
 
 def strides(name: str, t: Tensor | None, *, packed: bool) -> dict[str, int]:
-    """Strides of (B, H, S, size), or packed (T, H, size), by the kernels' parameter names."""
+    """Strides of (B, H, S, size), or packed (T, H, size), by the kernels' parameter names; zeros for None."""
+    if t is None:
+        return {f"{name}_batch": 0, f"{name}_head": 0, f"{name}_token": 0}
     batch, head, token = (0, t.stride(1), t.stride(0)) if packed else t.stride()[:3]
     return {f"{name}_batch": batch, f"{name}_head": head, f"{name}_token": token}
 
@@ -133,8 +154,8 @@ def prepare(
         "CU_K": cu_k,
     }  # fmt: skip
     common["PARTS"] = 1 if dense else 3 if left >= 0 else 2
-    return Call(batch, queries, keys, max(size, value_size), key_heads, q.dtype == torch.float32, tensors, common,
-                softcap, scale)  # fmt: skip
+    return Call(batch, queries, keys, max(size, value_size), key_heads, q.dtype == torch.float32,
+                dense or bias is not None or dropout_p > 0, tensors, common, scale)  # fmt: skip
 
 
 def run_forward(
@@ -153,38 +174,43 @@ def run_forward(
 
 def run_backward(
     call: Call, grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    sinks: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, dbias: Tensor | None,
+    sinks: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, dbias: Tensor | None, by_atomics: bool,
 ) -> Tensor | None:  # fmt: skip
-    """Fills dq, dk, dv and dbias; returns the gradient of the sinks."""
+    """Fills dq, dk, dv and dbias; returns the gradient of the sinks. `by_atomics`: dq by `backward_keys` as well."""
     packed = call.tensors["CU_Q"] is not None
     heads, value_size = q.shape[1], v.shape[-1]
-    delta = torch.empty_like(lse)
+    delta, base_2 = torch.empty_like(lse), torch.empty_like(lse)
     tokens = q.shape[0] if packed else call.queries
     given, rows = strides("grad", grad, packed=packed), lse_strides(lse, packed=packed)
     block = power_of_2(value_size)
     per_program = max(1, 4096 // block)
     launch(
-        delta_kernel, (-(-tokens // per_program), (1 if packed else call.batch) * heads), grad, out, grad_lse, delta,
+        delta_kernel, (-(-tokens // per_program), (1 if packed else call.batch) * heads), grad, out, grad_lse, lse,
+        delta, None if call.wide else base_2,
         queries=tokens, **given, **strides("out", out, packed=packed), **rows, HEADS=heads, DV=value_size,
         BLOCK_DV=block, BLOCK_M=per_program, num_warps=4,
     )  # fmt: skip
     common = call.common | given | rows
-    base_2, rest = lse, None
-    if call.wide:  # what the logsumexp lost by rounding would show in every digit of float32 gradients
-        base_2, rest = torch.full_like(lse, float("-inf")), torch.zeros_like(lse)
+    rest = None
+    if call.wide:
+        rest = torch.empty_like(lse)
         run_forward(call, q, k, v, sinks, out, base_2, rest)
     inputs = (q, k, v, grad, base_2, rest, delta)
-    tiles = call.tiles("queries")
+    q_sum = q.new_zeros(q.shape, dtype=torch.float32) if by_atomics and not call.wide else None
+    if q_sum is None:
+        tiles = call.tiles("queries")
+        launch(
+            backward_queries, (-(-call.queries // tiles["BLOCK_M"]), call.batch * heads), *inputs, dq,
+            q_scale=call.scale, **call.tensors, **common, **strides("dq", dq, packed=packed), **tiles,
+        )  # fmt: skip
+    tiles = call.tiles("keys" if q_sum is None else "sum")
     launch(
-        backward_queries, (-(-call.queries // tiles["BLOCK_M"]), call.batch * heads), *inputs, dq, q_scale=call.scale,
-        **call.tensors, **common, **strides("dq", dq, packed=packed), **tiles,
+        backward_keys, (-(-call.keys // tiles["BLOCK_N"]), call.batch * call.key_heads), *inputs, q_sum, dk, dv,
+        q_scale=call.scale, **call.tensors, **common, **strides("sum", q_sum, packed=packed),
+        **strides("dk", dk, packed=packed), **strides("dv", dv, packed=packed), **tiles,
     )  # fmt: skip
-    tiles = call.tiles("keys")
-    launch(
-        backward_keys, (-(-call.keys // tiles["BLOCK_N"]), call.batch * call.key_heads), *inputs, dk, dv,
-        q_scale=call.scale, **call.tensors, **common, **strides("dk", dk, packed=packed),
-        **strides("dv", dv, packed=packed), **tiles,
-    )  # fmt: skip
+    if q_sum is not None:
+        dq.copy_(q_sum.mul_(call.scale))
     if dbias is not None:
         tiles = call.tiles("bias")
         b, h, m, n = dbias.shape
@@ -242,12 +268,17 @@ def infer(*args) -> Tensor:
     return forward(*args)[0]
 
 
-def backward(
-    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+def backward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return backward_by(nondeterministic(), *args)
+
+
+def backward_by(
+    atomics: bool, grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     bias: Tensor | None, mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
     prefix_lengths: Tensor | None, seed: Tensor | None, left: int, right: int, scale: float, softcap: float,
     dropout_p: float, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`backward`, with the queries' gradient added up by atomics or not."""
     options = (left, right, scale, softcap, dropout_p)
     if not _serves(q, k, v):
         return op._bwd_fallback(grad, grad_lse, q, k, v, out, lse, bias, mask, alibi_slopes, sinks, prefix_lengths,
@@ -257,7 +288,7 @@ def backward(
     grad, q, k, v, out = _rows(grad, q, k, v, out)
     grad_lse, lse = (t if t is None else t.contiguous() for t in (grad_lse, lse))
     call = _call(q, k, v, bias, mask, alibi_slopes, prefix_lengths, seed, *options)
-    dsinks = run_backward(call, grad, grad_lse, q, k, v, out, lse, sinks, dq, dk, dv, dbias)
+    dsinks = run_backward(call, grad, grad_lse, q, k, v, out, lse, sinks, dq, dk, dv, dbias, atomics)
     return dq, dk, dv, *(q.new_empty(0) if d is None else d for d in (dbias, dsinks))
 
 
@@ -289,4 +320,7 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
         options = (left, 0, 0.1, 30.0 if everything else 0.0, 0.1 if everything else 0.0)
         yield forward, (q, k, v, *extra, *options)
         if size <= 256:
-            yield backward, (out, lse if everything else None, q, k, v, out, lse, *extra, *options, everything)
+            rest = (out, lse if everything else None, q, k, v, out, lse, *extra, *options, everything)
+            yield backward, rest
+            if not everything:
+                yield backward_by, (True, *rest)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import varlen_attention as op
+from ..ops._registry import nondeterministic
 from .attention import _rows, _serves, prepare, run_backward, run_forward
 
 
@@ -52,7 +53,7 @@ def backward(
     grad, q, k, v, out = _rows(grad, q, k, v, out)
     grad_lse, lse = (t if t is None else t.contiguous() for t in (grad_lse, lse))
     call = _call(q, k, v, cu_q, cu_k, alibi_slopes, prefix_lengths, seed, *options)
-    dsinks = run_backward(call, grad, grad_lse, q, k, v, out, lse, sinks, dq, dk, dv, None)
+    dsinks = run_backward(call, grad, grad_lse, q, k, v, out, lse, sinks, dq, dk, dv, None, nondeterministic())
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 

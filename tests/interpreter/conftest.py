@@ -6,6 +6,8 @@ Triton reads TRITON_INTERPRET when a kernel is defined, so these tests need a pr
 
 import os
 
+import pytest
+
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
 
 
@@ -24,3 +26,34 @@ def _scalars_can_bound_loops() -> None:
 
 if not collect_ignore_glob:
     _scalars_can_bound_loops()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """BIGKERNELS_TEST_PART=i/n runs every n-th test, from the i-th."""
+    first, step = map(int, os.environ.get("BIGKERNELS_TEST_PART", "0/1").split("/"))
+    items[:] = items[first::step]
+
+
+@pytest.fixture(scope="module")
+def launchers_serve_cpu_tensors():
+    """The dispatcher hands CPU tensors to the Triton launchers, and bigkernels.use("triton") accepts them."""
+    import torch
+
+    from bigkernels.ops import OPERATORS
+    from bigkernels.ops._registry import Implementation
+    from bigkernels.triton import OPERATORS as KERNELS
+    from bigkernels.triton import launchers
+
+    library = torch.library.Library("bigkernels", "IMPL")
+    before = {name: operator.implementations for name, operator in OPERATORS.items()}
+    for name, launcher in launchers().items():
+        library.impl(name, launcher, "CPU", allow_override=True)
+    for name in KERNELS:
+        # bfloat16 is left to real GPUs.
+        OPERATORS[name].implementations = (Implementation("triton", "cpu", dtypes=(torch.float32, torch.float16)),)
+        OPERATORS[name]._choices.clear()
+    yield
+    for name, operator in OPERATORS.items():
+        operator.implementations = before[name]
+        operator._choices.clear()
+    library._destroy()

@@ -14,30 +14,14 @@ from bigkernels import functional, use
 from bigkernels._compare import compare_all, worst
 from bigkernels._samples import SAMPLES, Sample, widen
 from bigkernels._samples.rows import norm_inputs
-from bigkernels.ops import OPERATORS, cross_entropy
-from bigkernels.ops._registry import Implementation
+from bigkernels.ops import cross_entropy
 from bigkernels.triton import OPERATORS as KERNELS
-from bigkernels.triton import launchers
 from bigkernels.triton._launch import recording
 
 DTYPES = (torch.float32, torch.float16)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def launchers_serve_cpu_tensors():
-    """The dispatcher hands CPU tensors to the Triton launchers, and bigkernels.use("triton") accepts them."""
-    library = torch.library.Library("bigkernels", "IMPL")
-    before = {name: operator.implementations for name, operator in OPERATORS.items()}
-    for name, launcher in launchers().items():
-        library.impl(name, launcher, "CPU", allow_override=True)
-    for name in KERNELS:
-        OPERATORS[name].implementations = (Implementation("triton", "cpu", dtypes=DTYPES),)
-        OPERATORS[name]._choices.clear()
-    yield
-    for name, operator in OPERATORS.items():
-        operator.implementations = before[name]
-        operator._choices.clear()
-    library._destroy()
+pytestmark = pytest.mark.usefixtures("launchers_serve_cpu_tensors")
 
 
 def _large_norms(operator: str, parameters: str) -> list[Sample]:
@@ -72,7 +56,7 @@ def test_matches_the_reference(sample, dtype):
 
 
 def _defined_kernels() -> set:
-    modules = [importlib.import_module(f"bigkernels.triton.{name}") for name in (*KERNELS, "_norm")]
+    modules = [importlib.import_module(f"bigkernels.triton.{name}") for name in (*KERNELS, "_norm", "_attention")]
     found = [item for module in modules for item in vars(module).items() if isinstance(item[1], InterpretedFunction)]
     return {fn for name, fn in found if not name.startswith("_")}
 

@@ -551,7 +551,7 @@ def test_structures_are_the_masks_they_stand_for(kind, name):
             cache = transformers.DynamicCache(config=config if "sliding" in name else None)
             if past:
                 cache.update(*(torch.zeros(2, 2, past, 16) for _ in range(2)), 0)
-            given["past_key_values"] = cache
+            given[CACHE] = cache
         elif past:
             continue
         if padding:
@@ -574,7 +574,7 @@ def test_structures_are_the_masks_they_stand_for(kind, name):
 def _mask(window: int = 3) -> tuple[StructuredMask, Tensor]:
     config = transformers.MistralConfig(**TEXT, sliding_window=window)
     config._attn_implementation = "sdpa"
-    given = {"config": config, "inputs_embeds": torch.zeros(2, 6, 4), "attention_mask": None, "past_key_values": None}
+    given = {"config": config, "inputs_embeds": torch.zeros(2, 6, 4), "attention_mask": None, CACHE: None}
     create = masking_utils.create_sliding_window_causal_mask
     return attention_mask._structured(create)(**given), create(**given)
 
@@ -670,6 +670,8 @@ def eager_attribute(module, query, key, value, attention_mask, scaling, dropout=
 
 
 INTERFACE = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+# Renamed in transformers 5.24.
+CACHE = "cache" if "cache" in inspect.signature(masking_utils.create_causal_mask).parameters else "past_key_values"
 
 
 class Attention(nn.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import copy
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -320,11 +321,12 @@ def _verified() -> bool:
     padding = torch.ones(2, 7, dtype=torch.bool)
     padding[1, 4:] = False
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 0]])
+    cache = "cache" if "cache" in inspect.signature(masks.create_causal_mask).parameters else "past_key_values"
     calls = [("create_bidirectional_mask", {"attention_mask": padding})]
     for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
-        calls.append((name, {"attention_mask": None, "position_ids": packed, "past_key_values": None}))
-    calls.append(("create_causal_mask", {"attention_mask": padding, "past_key_values": None}))
-    calls.append(("create_sliding_window_causal_mask", {"attention_mask": None, "past_key_values": None}))
+        calls.append((name, {"attention_mask": None, "position_ids": packed, cache: None}))
+    calls.append(("create_causal_mask", {"attention_mask": padding, cache: None}))
+    calls.append(("create_sliding_window_causal_mask", {"attention_mask": None, cache: None}))
     for kind in ("sdpa", "eager"):
         config = types.SimpleNamespace(_attn_implementation=kind, sliding_window=3)
         for name, given in calls:
