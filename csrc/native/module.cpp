@@ -94,6 +94,26 @@ double copy_bandwidth(int64_t bytes, double seconds, int threads) {
   return best;
 }
 
+// Bytes read a second: the best of the passes made in `seconds`, over one, two, four and eight streams a thread.
+double read_bandwidth(int64_t bytes, double seconds, int threads) {
+  threads = thread_count(threads);
+  int64_t share = bytes / threads / 4096 * 4096;
+  if (share <= 0) throw std::invalid_argument("read_bandwidth: too few bytes");
+  std::unique_ptr<char, decltype(&std::free)> from((char*)std::aligned_alloc(4096, share * threads), std::free);
+  if (!from) throw std::bad_alloc();
+  std::fill_n(from.get(), share * threads, 0);
+  py::gil_scoped_release release;
+  std::atomic<float> total{0};
+  double best = 0, spent = 0;
+  for (int pass = 0; spent < seconds || pass < 4; ++pass) {
+    double t =
+        timed(threads, [&](int i) { total = total + table().sum_of(from.get() + i * share, share, 1 << pass % 4); });
+    spent += t;
+    best = std::max(best, share * threads / t);
+  }
+  return best + total;  // zero, but the sums are used
+}
+
 // Operations a second of register-only multiply-adds; 0 where this level has no unit for the type.
 double matrix_peak(const std::string& type, double seconds, int threads) {
   int number = index_of(kMatrixTypes, type, "matrix_peak");
@@ -130,6 +150,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("widen", &widen, py::arg("type"), py::arg("bits"), "The bits of bfloat16 or float16 to float32.");
   m.def("copy_bandwidth", &copy_bandwidth, py::arg("bytes"), py::arg("seconds"), py::arg("threads") = 0,
         "Bytes read and written a second when copying a buffer of `bytes`, in all threads.");
+  m.def("read_bandwidth", &read_bandwidth, py::arg("bytes"), py::arg("seconds"), py::arg("threads") = 0,
+        "Bytes read a second when summing a buffer of `bytes`, in all threads.");
   m.def("matrix_peak", &matrix_peak, py::arg("dtype"), py::arg("seconds"), py::arg("threads") = 0,
         "Operations a second (a multiply-add is two) of the level's matrix or vector unit, in all threads.");
   m.def("matrix_dtypes", &matrix_dtypes, "The types that matrix_peak can measure here.");

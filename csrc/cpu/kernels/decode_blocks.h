@@ -90,7 +90,7 @@ struct Ahead {
   };
   Stream streams[2];
   int64_t count, heads;
-  int64_t token = 0, stream = 0, head = 0, line = 0, lines_a_step = 0;
+  int64_t token = 0, stream = 0, head = 0, lines_a_step = 0, owed = 0;
 
   Ahead(const Block& b, int64_t heads_, Stream k, Stream v) : streams{k, v}, count(b.count), heads(heads_) {}
   // One of three phases of a head begins, and will call step() so many times.
@@ -98,13 +98,14 @@ struct Ahead {
     int64_t share = (a.count * (a.streams[0].lines + a.streams[1].lines) + 2) / 3;
     a.lines_a_step = steps > 0 ? (share + steps - 1) / steps : 0;
   }
+  // Whole heads of tokens: finding out for each line where it is would take longer than reading it.
   BK_INLINE void step(Ahead& a) {
-    for (int64_t n = a.lines_a_step; n > 0 && a.token < a.count; --n) {
+    for (a.owed += a.lines_a_step; a.owed > 0 && a.token < a.count;) {
       const Stream& s = a.streams[a.stream];
+      const char* from = s.tokens[a.token] + a.head * s.head_bytes;
       // Into the second level: a block of all heads is larger than the first.
-      __builtin_prefetch(s.tokens[a.token] + a.head * s.head_bytes + a.line * kLine, 0, 2);
-      if (++a.line < s.lines) continue;
-      a.line = 0;
+      for (int64_t i = 0; i < s.lines; ++i) __builtin_prefetch(from + i * kLine, 0, 2);
+      a.owed -= s.lines;
       if (++a.head < a.heads) continue;
       a.head = 0, a.token += a.stream, a.stream ^= 1;
     }

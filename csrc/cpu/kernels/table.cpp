@@ -77,6 +77,21 @@ void copy(const void* in, void* out, int64_t bytes, bool stream) {
   for (; i < n; ++i) to[i] = from[i];
 }
 
+// What a kernel that only reads is limited by: the sum, over so many streams at once.
+float sum_of(const void* in, int64_t bytes, int streams) {
+  int64_t n = bytes / 4 / streams / (4 * W) * (4 * W);  // of a stream
+  vf acc[4] = {};
+  for (int64_t i = 0; i < n; i += 4 * W)
+    for (int s = 0; s < streams; ++s) {
+      const float* at = (const float*)in + s * n + i;
+      for (int v = 0; v < 4; ++v) {
+        if (v * W % 16 == 0) prefetch(at + 512 + v * W);
+        acc[v] += load(at + v * W);
+      }
+    }
+  return sum(acc[0] + acc[1] + acc[2] + acc[3]);
+}
+
 }  // namespace
 
 extern const CpuTable table = {
@@ -105,6 +120,7 @@ extern const CpuTable table = {
     vector_math,
     convert,
     copy,
+    sum_of,
     matrix_loop,
 };
 

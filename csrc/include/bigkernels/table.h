@@ -216,6 +216,7 @@ struct CpuTable {
   void (*vector_math)(int function, const float* in, float* out, int64_t n);
   void (*convert)(Type type, bool narrow, const void* in, void* out, int64_t n);
   void (*copy)(const void* in, void* out, int64_t bytes, bool stream);
+  float (*sum_of)(const void* in, int64_t bytes, int streams);
   int64_t (*matrix_loop)(int type, int64_t rounds);  // operations done; 0 where the level has no such unit
 };
 
