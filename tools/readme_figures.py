@@ -21,6 +21,8 @@ def time(row: dict | None) -> str:
     if row is None or row["status"] != "ok":
         return "-"
     seconds = row["seconds"]["median"]
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
