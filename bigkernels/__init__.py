@@ -1,20 +1,24 @@
 """bigkernels: kernels that make large models train, fine-tune and run faster in less memory."""
 
-from . import functional, nn
+from . import functional, nn, quantization
 from ._info import info
 from ._memory import reuse_memory
 from ._version import __version__
 from .ops import allow_nondeterministic, use
 from .patch import patch, patched, unpatch
+from .quantization import dequantize, quantize
 
 __all__ = [
     "__version__",
     "allow_nondeterministic",
+    "dequantize",
     "functional",
     "info",
     "nn",
     "patch",
     "patched",
+    "quantization",
+    "quantize",
     "reuse_memory",
     "unpatch",
     "use",

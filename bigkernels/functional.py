@@ -5,9 +5,11 @@ from .ops.cross_entropy import cross_entropy
 from .ops.decode_attention import append_kv_, decode_attention
 from .ops.glu import glu
 from .ops.layer_norm import layer_norm
+from .ops.quantized_linear import quantized_linear
 from .ops.rms_norm import rms_norm
 from .ops.rope import rope
 from .ops.varlen_attention import varlen_attention
+from .quantization import quantize_weight
 
 __all__ = [
     "append_kv_",
@@ -16,6 +18,8 @@ __all__ = [
     "decode_attention",
     "glu",
     "layer_norm",
+    "quantize_weight",
+    "quantized_linear",
     "rms_norm",
     "rope",
     "varlen_attention",

@@ -14,6 +14,7 @@ import torch
 from .timing import CpuTimer, CudaTimer
 
 _COPY_BYTES = 256 * 2**20
+_MATRIX = {"cpu": 2048, "cuda": 8192}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _METHODS = {
     "native": "bigkernels._native",
@@ -93,6 +94,6 @@ def _read(device: str, seconds: float) -> float:
 
 
 def _matmul(device: str, dtype: torch.dtype, seconds: float) -> float:
-    size = 8192 if device == "cuda" else 2048
+    size = _MATRIX[device]
     a, b, out = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
     return 2 * size**3 / _best(lambda: torch.mm(a, b, out=out), device, seconds)

@@ -5,7 +5,17 @@ from .cache import KVCache
 from .cross_entropy import CrossEntropyLoss
 from .glu import GatedMLP
 from .layer_norm import LayerNorm
+from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
 from .rope import RotaryEmbedding
 
-__all__ = ["Attention", "CrossEntropyLoss", "GatedMLP", "KVCache", "LayerNorm", "RMSNorm", "RotaryEmbedding"]
+__all__ = [
+    "Attention",
+    "CrossEntropyLoss",
+    "GatedMLP",
+    "KVCache",
+    "LayerNorm",
+    "QuantizedLinear",
+    "RMSNorm",
+    "RotaryEmbedding",
+]

@@ -4,7 +4,17 @@ import torch
 
 from .. import triton
 from .._load import cpu_library
-from . import attention, cross_entropy, decode_attention, glu, layer_norm, rms_norm, rope, varlen_attention
+from . import (
+    attention,
+    cross_entropy,
+    decode_attention,
+    glu,
+    layer_norm,
+    quantized_linear,
+    rms_norm,
+    rope,
+    varlen_attention,
+)
 from ._registry import OPERATORS, allow_nondeterministic, use
 
 torch.library.define("bigkernels::cpu_isa", "() -> str")
@@ -23,6 +33,7 @@ __all__ = [
     "decode_attention",
     "glu",
     "layer_norm",
+    "quantized_linear",
     "rms_norm",
     "rope",
     "use",

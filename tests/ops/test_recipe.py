@@ -82,6 +82,8 @@ def test_gradcheck_of_the_reference(sample: Sample):
     # gradcheck perturbs each element: a few rows of each input say as much as all of them.
     if sum(inputs[n].numel() for n in names) > 1500:
         pytest.skip("too large for finite differences; smaller samples have the same options")
+    if "int8-dynamic" in sample.name:
+        pytest.skip("the gradient passes the rounding of the tokens by")
     if sample.name.endswith("extreme"):
         inputs["gate"] = torch.where(inputs["gate"] == 0, 0.5, inputs["gate"])  # relu has no slope at zero
     leaves = [inputs[n].detach().clone().requires_grad_() for n in names]
@@ -187,6 +189,9 @@ def test_compile_dynamic_shapes_make_one_graph(sample: Sample, library):
         lengths = torch.tensor([4, 5], dtype=torch.int32)
         sizes = [{"q": torch.randn(2, 4, 2, 16), "k_cache": torch.randn(2, n, 2, 16),
                   "v_cache": torch.randn(2, n, 2, 16), "cache_seqlens": lengths} for n in (5, 7, 11)]  # fmt: skip
+    elif sample.operator == "quantized_linear":
+        inputs = sample.inputs(torch.float32)
+        sizes = [inputs | {"x": torch.randn(n, inputs["x"].shape[-1])} for n in (5, 7, 11)]
     else:
         inputs = sample.inputs(torch.float32)
         rows = {"x", "gate", "up"}
@@ -309,8 +314,8 @@ def test_second_derivatives_are_refused(sample: Sample, library):
 @pytest.mark.parametrize("sample", PLAIN, ids=named)
 def test_autocast_keeps_the_types_of_the_inputs(sample: Sample, library):
     """The operators compute in float32 whatever they are given, so autocast has nothing to cast."""
-    if sample.operator in ("attention", "varlen_attention"):
-        pytest.skip("products are lowered, as in scaled_dot_product_attention")
+    if sample.operator in ("attention", "varlen_attention", "quantized_linear"):
+        pytest.skip("products are lowered, as in scaled_dot_product_attention and linear")
     for dtype in (torch.float32, torch.bfloat16):
         inputs = sample.inputs(dtype)
         plain = sample.results(inputs, backend="cpu")

@@ -26,6 +26,18 @@ DecodeSizes decode_sizes(const DecodeAttention&, int64_t groups, int64_t queries
 void decode_attention(const DecodeAttention&, const DecodePart*, int64_t count, void* workspace);
 void decode_merge(const DecodeAttention&, const DecodePart*, int64_t count);
 void append_kv(const AppendKv&, int64_t, int64_t);
+void quantized_few_prepare(const QuantizedLinear&, void*);
+void quantized_few(const QuantizedLinear&, const void*, int64_t, int64_t);
+int64_t quantized_few_size(const QuantizedLinear&);
+void quantized_pack(const QuantizedLinear&, bool, int64_t, int64_t, void*);
+void quantized_many(const QuantizedLinear&, bool, const void*, int64_t, int64_t, void*);
+int64_t quantized_strip(const QuantizedLinear&, bool);
+int64_t quantized_workspace(const QuantizedLinear&, int64_t);
+void quantized_dynamic_pack(const QuantizedLinear&, int64_t, int64_t, void*, float*, void*);
+void quantized_dynamic(const QuantizedLinear&, const void*, const float*, int64_t, int64_t, void*);
+int64_t quantized_dynamic_strip(const QuantizedLinear&);
+int64_t quantized_dynamic_token(const QuantizedLinear&);
+int64_t quantized_dynamic_workspace(const QuantizedLinear&, int64_t);
 int64_t matrix_loop(int type, int64_t rounds);
 
 namespace {
@@ -117,6 +129,18 @@ extern const CpuTable table = {
     decode_attention,
     decode_merge,
     append_kv,
+    quantized_few_prepare,
+    quantized_few,
+    quantized_few_size,
+    quantized_pack,
+    quantized_many,
+    quantized_strip,
+    quantized_workspace,
+    quantized_dynamic_pack,
+    quantized_dynamic,
+    quantized_dynamic_strip,
+    quantized_dynamic_token,
+    quantized_dynamic_workspace,
     vector_math,
     convert,
     copy,

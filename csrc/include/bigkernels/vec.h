@@ -203,6 +203,17 @@ template <class T>
 BK_INLINE vf load(const T* p) {
   return widen(read<typename Storage<T>::type>(p), p);
 }
+// One value.
+template <class T>
+BK_INLINE float load_one(const T* p) {
+  T part[W] = {*p};
+  return load(part)[0];
+}
+#if defined(__F16C__)
+BK_INLINE float load_one(const f16* p) {
+  return _cvtsh_ss(p->bits);
+}
+#endif
 template <class T>
 BK_INLINE void store(T* p, vf v) {
   write(p, narrow(v, p));

@@ -1,0 +1,53 @@
+"""Samples of linear layers with quantized weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .. import functional
+from ..quantization import NF4, Int4, QuantizedWeight, named, quantize_weight
+from ._sample import Draw, Sample, rows_strided, strided
+
+
+@dataclass(frozen=True)
+class _WeightSample(Sample):
+    """The tensors of a weight stand among the arguments."""
+
+    def call(self, inputs: dict[str, Tensor]) -> Tensor:
+        config, n = named(self.options["config"]), self.options["n"]
+        x = inputs["x"]
+        tensors = {name: t for name, t in inputs.items() if name not in ("x", "bias")}
+        weight = QuantizedWeight(config, (n, x.shape[-1]), x.dtype, tensors)
+        return functional.quantized_linear(x, weight, inputs.get("bias"))
+
+
+def _sample(
+    name: str, config: object, shape: tuple[int, ...], n: int, *, bias: bool = True,
+    arrange: Callable[[Tensor], Tensor] = lambda t: t,
+) -> Sample:  # fmt: skip
+    def make(draw: Draw) -> dict[str, Tensor]:
+        made = {"x": arrange(draw.normal(*shape))}
+        made |= quantize_weight(draw.normal(n, shape[-1], scale=0.05), config).tensors
+        return made | ({"bias": draw.normal(n)} if bias else {})
+
+    return _WeightSample("quantized_linear", name, make, {"config": config, "n": n}, ("x", "bias") if bias else ("x",))
+
+
+_FORMATS = ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8")
+
+QUANTIZED_LINEAR = [
+    *(_sample(f"{name}, one token", name, (1, 192), 40) for name in _FORMATS),
+    *(_sample(f"{name}, many tokens", name, (2, 35, 192), 70) for name in _FORMATS),
+    _sample("groups of 32, odd sizes", Int4(32), (3, 131), 37),
+    _sample("groups of 64, odd sizes, many tokens", Int4(64, "rtn"), (51, 131), 37),
+    _sample("blocks of 128, plain scales", NF4(128, double_quant=False), (5, 300), 33),
+    _sample("no bias", "int4", (4, 64), 16, bias=False),
+    _sample("one element", "nf4", (1, 1), 1),
+    _sample("one dimension", "int8", (48,), 20),
+    _sample("empty", "int4", (0, 64), 8),
+    _sample("strided elements", "int4", (9, 70), 24, arrange=strided),
+    _sample("strided rows", "nf4", (40, 70), 24, arrange=rows_strided),
+]

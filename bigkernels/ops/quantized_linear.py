@@ -1,0 +1,209 @@
+"""Linear layers whose weight is quantized: forward and the gradient of the input, from the codes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._arguments import autocast_dtype, check_same_device, check_tensor
+from ._registry import REFUSED, Implementation, Operator, compute_dtype, cpu_kernel, define, needs_grad
+
+if TYPE_CHECKING:
+    from ..quantization import QuantizedWeight
+
+_transforms = torch._C._functorch.peek_interpreter_stack
+_forward_ad = torch.autograd.forward_ad
+_CHUNK = 2**22  # elements of the weight that the reference dequantizes at once
+_MOST_EXACT = 2**17  # products of 8-bit integers whose sum 32 bits hold
+
+
+def quantized_linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """``x @ qweight.dequantize().T + bias``, without the dequantized weight.
+
+    A few tokens are multiplied with the codes as they are stored; for many, blocks of the weight are decoded into the
+    operands of the matrix units, forward and backward. Products are accumulated in float32 (float64 for float64).
+
+    Args:
+        x: (..., K), floating, any strides.
+        qweight: (N, K), from `quantize_weight`; frozen: it gets no gradient.
+        bias: (N,) or None.
+
+    Returns:
+        (..., N), contiguous, in the dtype of `x`. Gradients reach `x` and `bias`. Inside autocast `x` is cast first.
+
+    With `Int8Dynamic` weights each token of `x` is rounded to 8-bit integers, ``max|x| / 127`` apart, and the products
+    are of integers; the gradient is that of the weight alone, as if `x` had not been rounded (straight-through).
+
+    Raises:
+        TypeError: `x` or `bias` is not a floating tensor, or `qweight` not a `QuantizedWeight`.
+        ValueError: shapes or devices do not fit.
+    """
+    try:
+        dynamic = qweight.config.dynamic
+        operands = qweight.operands()
+        k = qweight.shape[1]
+        lowered = autocast_dtype(x.device)
+        if lowered is not None:
+            x = x.to(lowered)
+        codes, scale, zero, row_scale, book, group = operands
+        if OPERATOR.uses_kernel(x, codes, scale, zero, row_scale, book, bias) and not (dynamic and k > _MOST_EXACT):
+            if needs_grad(x, bias):
+                return _QuantizedLinear.apply(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic)
+            return _fwd(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
+    except REFUSED:
+        _check(x, qweight, bias)
+        raise
+    _check(x, qweight, bias)
+    return _reference(x, bias, *operands, k, dynamic)
+
+
+def _check(x, qweight, bias):
+    from ..quantization import QuantizedWeight
+
+    check_tensor("quantized_linear", "x", x)
+    if not isinstance(qweight, QuantizedWeight):
+        raise TypeError(
+            f"bigkernels.quantized_linear: qweight is {type(qweight).__name__}; accepted is QuantizedWeight"
+        )
+    rows, columns = qweight.shape
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ValueError(f"bigkernels.quantized_linear: x has shape {tuple(x.shape)}, expected (..., {columns})")
+    if bias is not None:
+        check_tensor("quantized_linear", "bias", bias)
+        if bias.shape != (rows,):
+            raise ValueError(f"bigkernels.quantized_linear: bias has shape {tuple(bias.shape)}, expected ({rows},)")
+    check_same_device("quantized_linear", "x", x, qweight=qweight.operands()[0], bias=bias)
+
+
+def dequantize_rows(codes, scale, zero, row_scale, book, group, k, dtype):
+    """Rows of the weight in `dtype`, which is wide enough to hold them."""
+    scale = scale.to(dtype)
+    if group == 0:
+        if codes.dtype == torch.uint8:
+            codes = codes.view(torch.float8_e4m3fn)
+        return codes.to(dtype) * scale[:, None]
+    pairs = torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, :k]
+    if book is not None:
+        return book.to(dtype)[pairs.long()] * _spread(scale, group, k)
+    values = pairs.to(dtype) - _spread(zero.to(dtype), group, k)
+    return values * _spread(scale, group, k) * row_scale.to(dtype)[:, None]
+
+
+def _spread(t, group, k):
+    return t.repeat_interleave(group, 1)[:, :k]
+
+
+def _chunks(codes, scale, zero, row_scale, book, group, k, dtype):
+    """(rows, dequantized rows), a few at a time."""
+    at_once = max(1, _CHUNK // max(k, 1))
+    for begin in range(0, codes.shape[0], at_once):
+        rows = slice(begin, begin + at_once)
+        parts = (t if t is None else t[rows] for t in (codes, scale, zero, row_scale))
+        yield rows, dequantize_rows(*parts, book, group, k, dtype)
+
+
+def _rounded(x):
+    """The tokens of x in integers of 8 bits, as floats, and their scale (..., 1)."""
+    scale = x.abs().amax(-1, keepdim=True) / 127 if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+    safe = torch.where(scale > 0, scale, 1.0)
+    return (x / safe).round().clamp(-127, 127), scale
+
+
+def _forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic):
+    wide = compute_dtype(x.dtype)
+    tokens, factor = x.to(wide), None
+    if dynamic:
+        tokens, factor = _rounded(tokens)
+    return _multiply(x, tokens, factor, codes, scale, zero, row_scale, book, bias, group, k)
+
+
+def _multiply(x, tokens, factor, codes, scale, zero, row_scale, book, bias, group, k):
+    parts = [tokens @ w.T for _, w in _chunks(codes, scale, zero, row_scale, book, group, k, tokens.dtype)]
+    out = torch.cat(parts, -1) if parts else tokens.new_zeros(*x.shape[:-1], 0)
+    if factor is not None:
+        out = out * factor
+    if bias is not None:
+        out = out + bias.to(out.dtype)
+    return out.to(x.dtype)
+
+
+def _transparent(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic):
+    """As `_forward`, with a gradient by plain PyTorch: transforms see through it."""
+    tokens = x.to(compute_dtype(x.dtype))
+    if dynamic:
+        whole, factor = _rounded(tokens)
+        tokens = tokens + (whole * factor - tokens).detach()
+    return _multiply(x, tokens, None, codes, scale, zero, row_scale, book, bias, group, k)
+
+
+def _backward(grad, codes, scale, zero, row_scale, book, group, k):
+    wide = compute_dtype(grad.dtype)
+    found = grad.new_zeros(*grad.shape[:-1], k, dtype=wide)
+    for rows, weight in _chunks(codes, scale, zero, row_scale, book, group, k, wide):
+        found += grad[..., rows].to(wide) @ weight
+    return found.to(grad.dtype)
+
+
+def _grad_bias(grad, bias):
+    return grad.to(compute_dtype(grad.dtype)).reshape(-1, grad.shape[-1]).sum(0).to(bias.dtype)
+
+
+def _reference(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic):
+    if _transforms() is not None or _forward_ad._current_level >= 0:
+        return _transparent(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic)
+    if needs_grad(x, bias):
+        return _Reference.apply(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic)
+    return _forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
+
+
+OPERATOR = Operator(
+    "quantized_linear",
+    implementations=(cpu_kernel(), Implementation("triton", "cuda", unavailable=lambda: "no kernel is written yet")),
+    in_graphs=True,
+)
+_WEIGHT = "Tensor codes, Tensor scale, Tensor? zero, Tensor? row_scale, Tensor? book"
+_fwd = define(
+    f"quantized_linear_fwd(Tensor x, {_WEIGHT}, Tensor? bias, int group, SymInt k, bool dynamic) -> Tensor",
+    lambda x, codes, *rest: x.new_empty(*x.shape[:-1], codes.shape[0]),
+    _forward,
+)
+_bwd = define(
+    f"quantized_linear_bwd(Tensor grad, {_WEIGHT}, int group, SymInt k) -> Tensor",
+    lambda grad, codes, scale, zero, row_scale, book, group, k: grad.new_empty(*grad.shape[:-1], k),
+    _backward,
+)
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """By the raw operators: backward reads the codes, and forward keeps nothing of the size of the tokens."""
+
+    @staticmethod
+    def forward(ctx, x, bias, codes, scale, zero, row_scale, book, group, k, dynamic):
+        ctx.save_for_backward(bias, codes, scale, zero, row_scale, book)
+        ctx.options = group, k
+        return _fwd(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        bias, *weight = ctx.saved_tensors
+        dx = _bwd(grad, *weight, *ctx.options) if ctx.needs_input_grad[0] else None
+        return dx, _grad_bias(grad, bias) if ctx.needs_input_grad[1] else None, *[None] * 8
+
+
+class _Reference(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, codes, scale, zero, row_scale, book, group, k, dynamic):
+        ctx.save_for_backward(bias, codes, scale, zero, row_scale, book)
+        ctx.options = group, k
+        return _forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        bias, *weight = ctx.saved_tensors
+        dx = _backward(grad, *weight, *ctx.options) if ctx.needs_input_grad[0] else None
+        return dx, _grad_bias(grad, bias) if ctx.needs_input_grad[1] else None, *[None] * 8

@@ -1,0 +1,29 @@
+"""Weights in 8 and 4 bits: the formats, and quantizing weights and whole models.
+
+A format is a frozen dataclass: how rows of a weight become named plain tensors, and how the operator reads these. What
+is stored is the same on every device; nothing is packed for a kernel.
+"""
+
+from ._format import Format, named
+from ._model import QuantizeReport, dequantize, quantize
+from ._weight import QuantizedWeight, quantize_weight
+from .book4 import FP4, NF4
+from .fp8 import FP8
+from .int4 import Int4
+from .int8 import Int8, Int8Dynamic
+
+__all__ = [
+    "FP4",
+    "FP8",
+    "NF4",
+    "Format",
+    "Int4",
+    "Int8",
+    "Int8Dynamic",
+    "QuantizeReport",
+    "QuantizedWeight",
+    "dequantize",
+    "named",
+    "quantize",
+    "quantize_weight",
+]

@@ -1,0 +1,82 @@
+"""What a format is, and the formats by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+_FORMATS: dict[str, type[Format]] = {}
+
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int]
+"""codes, scale, zero, row_scale, book and group, as the operator `quantized_linear` takes them."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a weight (N, K) is stored.
+
+    Attributes:
+        name: by which `quantize` knows the format with its default options.
+        dynamic: whether tokens are rounded to 8-bit integers too.
+    """
+
+    name: ClassVar[str]
+    dynamic: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        _FORMATS[cls.name] = cls
+
+    def encode(self, rows: Tensor) -> dict[str, Tensor]:
+        """Finite float32 rows (n, K) as named tensors, each with n rows."""
+        raise NotImplementedError
+
+    def finish(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is stored, from the tensors of all rows."""
+        return tensors
+
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each stored tensor of a weight of this shape."""
+        raise NotImplementedError
+
+    def operands(self, tensors: dict[str, Tensor]) -> Operands:
+        raise NotImplementedError
+
+
+def named(config: str | Format) -> Format:
+    """The format of a name, with its default options; formats as they are.
+
+    Raises:
+        ValueError: no format has this name.
+        TypeError: neither a name nor a format.
+    """
+    if isinstance(config, Format):
+        return config
+    if not isinstance(config, str):
+        raise TypeError(f"bigkernels.quantization: config is {type(config).__name__}; accepted are names and formats")
+    if config not in _FORMATS:
+        raise ValueError(f"bigkernels.quantization: config is {config!r}; accepted are {', '.join(sorted(_FORMATS))}")
+    return _FORMATS[config]()
+
+
+def ratio(values: Tensor, scale: Tensor) -> Tensor:
+    """``values / scale``, zero where the scale is."""
+    return torch.where(scale > 0, values / torch.where(scale > 0, scale, 1.0), 0.0)
+
+
+def in_groups(rows: Tensor, size: int) -> Tensor:
+    """(n, K) as (n, G, size); the last group is filled up with the row's last element, which changes no range."""
+    short = -rows.shape[1] % size
+    if short:
+        rows = torch.cat((rows, rows[:, -1:].expand(-1, short)), 1)
+    return rows.unflatten(1, (-1, size)) if rows.shape[1] else rows.new_zeros(rows.shape[0], 0, size)
+
+
+def pack4(codes: Tensor, k: int) -> Tensor:
+    """Codes (n, >= k) below 16, two in a byte, the first in its low half: (n, ceil(k / 2))."""
+    codes = codes[:, :k].to(torch.uint8)
+    if k % 2:
+        codes = torch.cat((codes, torch.zeros_like(codes[:, :1])), 1)
+    return codes[:, ::2] | codes[:, 1::2] << 4

@@ -1,0 +1,150 @@
+"""Quantizing the linear layers of a model in place, and back."""
+
+from __future__ import annotations
+
+import collections
+import fnmatch
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ._format import Format, named
+from ._weight import quantize_weight
+
+
+class Row(NamedTuple):
+    """One linear layer: what became of it, its bytes before and after, and the error of the weight relative to its size
+    (root mean squares); None where it was skipped.
+    """
+
+    path: str
+    what: str
+    before: int
+    after: int
+    error: float | None
+
+
+@dataclass
+class QuantizeReport:
+    """The outcome of `quantize`: `quantized` and `skipped` are lists of `Row`; `str()` joins equal rows."""
+
+    quantized: list[Row] = field(default_factory=list)
+    skipped: list[Row] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = []
+        for title, rows in (("quantized", self.quantized), ("skipped", self.skipped)):
+            groups = collections.defaultdict(list)
+            for row in rows:
+                groups[re.sub(r"\b\d+\b", "*", row.path), row.what].append(row)
+            if rows:
+                before, after = (sum(getattr(row, name) for row in rows) for name in ("before", "after"))
+                lines.append(f"{title}: {len(rows)}, {_bytes(before)} -> {_bytes(after)}")
+            for (path, what), members in groups.items():
+                errors = [row.error for row in members if row.error is not None]
+                error = f", weight error up to {max(errors):.1e}" if errors else ""
+                lines.append(f"  {len(members):>4}  {path}: {what}{error}")
+        return "\n".join(lines) if lines else "no linear layers"
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e6:.1f} MB" if n >= 1e5 else f"{n} B"
+
+
+def quantize(
+    model: nn.Module,
+    config: str | Format | Mapping[str, str | Format | None],
+    *,
+    skip: tuple[str, ...] = ("lm_head",),
+    filter: Callable[[str, nn.Module], bool] | None = None,
+) -> QuantizeReport:
+    """Replace the linear layers of a model by `bigkernels.nn.QuantizedLinear`, in place; on an error none of them.
+
+    Args:
+        model: any module; layers of class `torch.nn.Linear` are replaced, subclasses are not.
+        config: a format or its name ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8"), for all layers; or a
+            mapping of patterns of names (as in `fnmatch`; the first that matches counts) to formats, names, or None for
+            layers to leave alone.
+        skip: names, or last parts of names, of layers to leave alone.
+        filter: called with the name and the module of each layer; False leaves it alone.
+
+    Returns:
+        What was quantized and what was left alone, and why.
+
+    Raises:
+        ValueError, TypeError: as `quantize_weight`; the model is then as it was.
+    """
+    from ..nn.quantized_linear import QuantizedLinear
+
+    patterns = {"*": config} if isinstance(config, (str, Format)) else dict(config)
+    formats = {pattern: None if value is None else named(value) for pattern, value in patterns.items()}
+    report, made = QuantizeReport(), {}
+    owners = collections.Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            continue
+        if not isinstance(module, nn.Linear):
+            report.skipped += [
+                Row(f"{name}.{key}".lstrip("."), "3-D weights of experts are not served", p.nbytes, p.nbytes, None)
+                for key, p in module.named_parameters(recurse=False)
+                if p.dim() == 3 and p.is_floating_point()
+            ]
+            continue
+        chosen = next((f for pattern, f in formats.items() if fnmatch.fnmatchcase(name, pattern)), None)
+        size = module.weight.nbytes
+        reason = _refusal(name, module, chosen, skip, filter, owners)
+        if reason:
+            report.skipped.append(Row(name, reason, size, size, None))
+            continue
+        quantized = quantize_weight(module.weight, chosen)
+        made[name] = QuantizedLinear(quantized, module.bias).train(module.training)
+        error = _relative_error(module.weight.detach(), quantized.dequantize(torch.float32))
+        report.quantized.append(Row(name, chosen.name, size, quantized.nbytes, error))
+    if "" in made:
+        raise ValueError("bigkernels.quantize: the model is a linear layer itself; use QuantizedLinear.from_linear")
+    for name, module in made.items():
+        model.set_submodule(name, module)
+    return report
+
+
+def dequantize(model: nn.Module) -> None:
+    """Replace each `QuantizedLinear` of a model by the `torch.nn.Linear` that it stands for, in place."""
+    from ..nn.quantized_linear import QuantizedLinear
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedLinear) and name:
+            model.set_submodule(name, module.dequantize())
+
+
+def _refusal(name, module, chosen, skip, filter, owners) -> str | None:
+    if type(module) is not nn.Linear:
+        return f"a {type(module).__name__}, not a torch.nn.Linear"
+    if any(name == part or name.endswith("." + part) for part in skip):
+        return "left out by skip"
+    if filter is not None and not filter(name, module):
+        return "left out by filter"
+    if chosen is None:
+        return "no pattern names a format for it"
+    if owners[id(module.weight)] > 1:
+        return "its weight is shared with another module"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks):
+        return "it has hooks"
+    if module.weight.is_meta:
+        return "its weight has no values (meta device)"
+    return None
+
+
+def _relative_error(weight: Tensor, found: Tensor) -> float:
+    """Root mean square of the error over that of the weight."""
+    error = total = 0.0
+    for a, b in zip(weight.split(1024), found.split(1024), strict=True):
+        error += (a.double() - b.double()).square().sum().item()
+        total += a.double().square().sum().item()
+    return (error / total) ** 0.5 if total else 0.0

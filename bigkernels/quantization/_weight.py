@@ -1,0 +1,85 @@
+"""One weight in a format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..ops.quantized_linear import dequantize_rows
+from ._format import Format, Operands, named
+
+_AT_ONCE = 2**22  # elements: float32 copies and what the formats make of them stay small
+
+
+@dataclass(eq=False)
+class QuantizedWeight:
+    """A weight (N, K) in codes.
+
+    Attributes:
+        config: its format.
+        shape: (N, K).
+        dtype: what it was quantized from, and what `dequantize` makes by default.
+        tensors: what is stored, by name.
+    """
+
+    config: Format
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    tensors: dict[str, Tensor]
+    _read: tuple[tuple, Operands] | None = field(default=None, repr=False)
+
+    def operands(self) -> Operands:
+        """What `quantized_linear` reads; made once as long as the stored tensors stay what they are."""
+        if torch.compiler.is_dynamo_compiling():
+            return self.config.operands(self.tensors)
+        # Inference tensors count no writes, and are not written.
+        key = tuple((id(t), 0 if t.is_inference() else t._version) for t in self.tensors.values())
+        if self._read is None or self._read[0] != key:
+            self._read = key, self.config.operands(self.tensors)
+        return self._read[1]
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight (N, K) that the codes stand for, computed in float32 and rounded once."""
+        dtype = self.dtype if dtype is None else dtype
+        wide = dtype if dtype == torch.float64 else torch.float32
+        return dequantize_rows(*self.operands(), self.shape[1], wide).to(dtype)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_read": None}
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is stored."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+@torch.no_grad()
+def quantize_weight(w: Tensor, config: str | Format) -> QuantizedWeight:
+    """A weight in a format. The same values give the same bits, on every device and number of threads.
+
+    Args:
+        w: (N, K), floating, any strides; every value finite.
+        config: a format, or its name: "int8", "int8-dynamic", "int4", "nf4", "fp4" or "fp8".
+
+    Raises:
+        TypeError: `w` is not a floating tensor.
+        ValueError: `w` is no matrix or holds a value that is not finite (in float32), or there is no such format.
+    """
+    config = named(config)
+    if not isinstance(w, Tensor) or not w.is_floating_point():
+        given = w.dtype if isinstance(w, Tensor) else type(w).__name__
+        raise TypeError(f"bigkernels.quantize_weight: w is {given}; accepted are floating tensors")
+    if w.dim() != 2:
+        raise ValueError(f"bigkernels.quantize_weight: w has shape {tuple(w.shape)}, expected (N, K)")
+    w = w.detach()
+    at_once = max(1, _AT_ONCE // max(w.shape[1], 1))
+    parts = []
+    for rows in w.split(at_once) if w.shape[0] else [w]:
+        rows = rows.float().contiguous()
+        if not rows.isfinite().all():
+            raise ValueError("bigkernels.quantize_weight: w holds a value that is not finite")
+        parts.append(config.encode(rows))
+    tensors = config.finish({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    return QuantizedWeight(config, (w.shape[0], w.shape[1]), w.dtype, tensors)

@@ -1,0 +1,34 @@
+"""8-bit floats (e4m3; Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433), one scale a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ._format import Format, Operands, ratio
+
+_LARGEST = 448.0
+
+
+@dataclass(frozen=True)
+class FP8(Format):
+    """``code * scale``: scale takes the row's largest magnitude to 448, the largest that e4m3 holds.
+
+    Codes are stored as bytes: pickle and many operators do not know torch's floats of 8 bits.
+    """
+
+    name: ClassVar[str] = "fp8"
+
+    def encode(self, rows: Tensor) -> dict[str, Tensor]:
+        scale = rows.abs().amax(1) / _LARGEST if rows.shape[1] else rows.new_zeros(rows.shape[0])
+        codes = ratio(rows, scale[:, None]).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+        return {"codes": codes.view(torch.uint8), "scale": scale}
+
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {"codes": (shape, torch.uint8), "scale": (shape[:1], torch.float32)}
+
+    def operands(self, tensors: dict[str, Tensor]) -> Operands:
+        return tensors["codes"], tensors["scale"], None, None, None, 0

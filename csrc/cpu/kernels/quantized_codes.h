@@ -1,0 +1,109 @@
+// From a quantized weight's codes to numbers.
+#pragma once
+#include <bigkernels/vec.h>
+
+namespace bigkernels {
+namespace BK_ISA {
+namespace {
+
+BK_INLINE bool packed(const QuantizedLinear& a) { return a.kind == Codes::affine4 || a.kind == Codes::book4; }
+
+// float8_e4m3fn: the exponent is rebased by a multiplication, which also normalises the subnormal numbers.
+BK_INLINE vf widen_fp8(vi code) {
+  vi magnitude = code & 0x7f;
+  vf value = (vf)(magnitude << 20) * 0x1p120f;
+  vi nan = (magnitude == 0x7f) & 0x7fc00000;
+  return (vf)((vi)value | nan | ((code & 0x80) << 24));
+}
+
+BK_INLINE vi widen_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  vi v;
+  for (int i = 0; i < W; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+// book[code] for codes of 4 bits; what is above them is not looked at.
+BK_INLINE vf look_up(const float* book, vi code) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_permutexvar_ps((__m512i)code, _mm512_loadu_ps(book));
+#elif defined(__AVX2__)
+  __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(book), (__m256i)code);
+  __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(book + 8), (__m256i)code);
+  return (vf)_mm256_blendv_ps(low, high, (__m256)(code << 28));
+#else
+  vf v;
+  for (int i = 0; i < W; ++i) v[i] = book[code[i] & 15];
+  return v;
+#endif
+}
+
+// The values that the codes of 4 bits stand for in group g of row n.
+BK_INLINE void group_values(const QuantizedLinear& a, int64_t n, int64_t g, float* values) {
+  if (a.kind == Codes::book4) {
+    vf scale = splat(((const float*)a.scale)[n * a.groups + g]);
+    for (int i = 0; i < 16; i += W) store(values + i, load(a.book + i) * scale);
+    return;
+  }
+  int64_t at = n * a.groups + g;
+  float scale = load_one((const f16*)a.scale + at) * a.row_scale[n], zero = load_one((const f16*)a.zero + at);
+  vf code;
+  for (int i = 0; i < W; ++i) code[i] = (float)i;
+  for (int i = 0; i < 16; i += W) store(values + i, (code + (float)i - zero) * scale);
+}
+
+// Elements [k, k + 32) of row n as T, zero from the row's end on; k is a multiple of 32, and so are groups.
+template <class T>
+void decode32(const QuantizedLinear& a, int64_t n, int64_t k, T* to) {
+  int64_t count = a.k - k < 32 ? a.k - k : 32;
+  if (!packed(a)) {
+    const uint8_t* from = a.codes + n * a.code_row + k;
+    uint8_t part[32] = {};
+    if (count < 32) {
+      __builtin_memcpy(part, from, count);
+      from = part;
+    }
+    vf scale = splat(((const float*)a.scale)[n]);
+    for (int i = 0; i < 32; i += W)
+      store(to + i, (a.kind == Codes::int8 ? load((const int8_t*)from + i) : widen_fp8(widen_bytes(from + i))) * scale);
+    return;
+  }
+  const uint8_t* from = a.codes + n * a.code_row + k / 2;
+  uint8_t part[16] = {};
+  if (count < 32) {
+    __builtin_memcpy(part, from, (count + 1) / 2);
+    from = part;
+  }
+  alignas(64) float values[16];
+  group_values(a, n, k / a.group, values);
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == 2) {
+    T narrow[16];
+    store(narrow, load(values));
+    // Bit 4 of an index is a bit of the neighbouring code: the table holds its 16 values twice.
+    __m512i twice = _mm512_broadcast_i64x4(read<__m256i>(narrow));
+    __m512i codes = (__m512i)widen_bytes(from);
+    write(to, _mm512_permutexvar_epi16(_mm512_or_epi32(codes, _mm512_slli_epi32(codes, 12)), twice));
+  } else {
+    __m512i codes = (__m512i)widen_bytes(from);
+    __m512 even = (__m512)look_up(values, (vi)codes), odd = (__m512)look_up(values, (vi)_mm512_srli_epi32(codes, 4));
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    store((float*)to, (vf)_mm512_permutex2var_ps(even, low, odd));
+    store((float*)to + 16, (vf)_mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd));
+  }
+#else
+  T narrow[16];
+  for (int i = 0; i < 16; i += W) store(narrow + i, load(values + i));
+  for (int i = 0; i < 16; ++i) to[2 * i] = narrow[from[i] & 15], to[2 * i + 1] = narrow[from[i] >> 4];
+#endif
+  for (int64_t i = count; i < 32; ++i) to[i] = T{};
+}
+
+}  // namespace
+}  // namespace BK_ISA
+}  // namespace bigkernels

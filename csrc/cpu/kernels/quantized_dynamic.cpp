@@ -1,0 +1,288 @@
+// Linear layers of 8-bit weights whose tokens are rounded to 8 bits as well: products of integers, exact, in the matrix
+// unit's or the vector unit's own format.
+#include "gemm.h"
+
+namespace bigkernels {
+namespace BK_ISA {
+namespace {
+
+constexpr int64_t kStrips = 16;  // of 32 tokens that share a packed piece of the weight
+
+// Left: 32 tokens by kDeep of the depth, token after token. Right: kDeep of the depth by 32 columns, in two tiles of 16
+// columns; a line of a tile holds kGroup neighbours of the depth for each column, in 32 bits.
+
+#if defined(__AVX512VNNI__)
+struct Quads {
+  typedef uint8_t Element;
+  static constexpr int64_t kDeep = 64, kGroup = 4, kTile = 16 * 64, kBlock = 2 * kTile;
+#if defined(__AMX_INT8__)
+  static constexpr uint8_t kZero = 0;
+#else
+  static constexpr uint8_t kZero = 128;  // the vector unit takes one operand without a sign
+#endif
+
+  BK_INLINE void put(uint8_t* row, const int8_t* x) {
+    write(row, _mm512_xor_si512(read<__m512i>(x), _mm512_set1_epi8((char)kZero)));
+  }
+  BK_INLINE void turn(const int8_t* codes, int64_t stride, uint8_t* to) { transpose16(codes, stride, to, 64); }
+
+#if defined(__AMX_INT8__)
+  static void multiply(int32_t* c, int64_t ldc, const uint8_t* a, const uint8_t* b, int64_t count, int64_t,
+                       bool accumulate) {
+    asm volatile("" ::: "memory");
+    if (accumulate) {
+      _tile_loadd(0, c, ldc * 4);
+      _tile_loadd(1, c + 16, ldc * 4);
+      _tile_loadd(2, c + 16 * ldc, ldc * 4);
+      _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (; count > 0; --count, a += kBlock, b += kBlock) {
+      _tile_loadd(4, a, 64);
+      _tile_loadd(5, a + kTile, 64);
+      _tile_loadd(6, b, 64);
+      _tile_loadd(7, b + kTile, 64);
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(1, 4, 7);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    }
+    _tile_stored(0, c, ldc * 4);
+    _tile_stored(1, c + 16, ldc * 4);
+    _tile_stored(2, c + 16 * ldc, ldc * 4);
+    _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+  }
+  BK_INLINE void begin() { ::bigkernels::BK_ISA::Pairs<1>::begin(); }
+  BK_INLINE void end() { _tile_release(); }
+#else
+  static void multiply(int32_t* c, int64_t ldc, const uint8_t* a, const uint8_t* b, int64_t count, int64_t rows,
+                       bool accumulate) {
+    constexpr int R = 8;
+    for (int64_t r = 0; r < kSide && r < rows; r += R, a += R * kDeep, c += R * ldc) {
+      __m512i acc[R][2];
+      for (int i = 0; i < R; ++i)
+        for (int v = 0; v < 2; ++v)
+          acc[i][v] = accumulate ? read<__m512i>(c + i * ldc + v * 16) : _mm512_setzero_si512();
+      const uint8_t *ak = a, *bk = b;
+      for (int64_t k = 0; k < count; ++k, ak += kBlock, bk += kBlock)
+        for (int e = 0; e < 16; ++e) {
+          __m512i right[2] = {read<__m512i>(bk + e * 64), read<__m512i>(bk + kTile + e * 64)};
+#pragma GCC unroll 8
+          for (int i = 0; i < R; ++i) {
+            __m512i left = _mm512_set1_epi32(read<int32_t>(ak + i * kDeep + 4 * e));
+            for (int v = 0; v < 2; ++v) acc[i][v] = _mm512_dpbusd_epi32(acc[i][v], left, right[v]);
+          }
+        }
+      for (int i = 0; i < R; ++i)
+        for (int v = 0; v < 2; ++v) write(c + i * ldc + v * 16, acc[i][v]);
+    }
+  }
+  BK_INLINE void begin() {}
+  BK_INLINE void end() {}
+#endif
+};
+typedef Quads Integers;
+#else
+struct Words {
+  typedef int16_t Element;
+  static constexpr int64_t kDeep = 32, kGroup = 2, kTile = 16 * 32, kBlock = 2 * kTile;
+  static constexpr uint8_t kZero = 0;
+  typedef int32_t vw __attribute__((vector_size(W * 4)));
+
+  BK_INLINE void put(int16_t* row, const int8_t* x) {
+    for (int i = 0; i < kDeep; ++i) row[i] = x[i];
+  }
+  BK_INLINE void turn(const int8_t* codes, int64_t stride, int16_t* to) {
+    int16_t wide[16][32];
+    for (int r = 0; r < 16; ++r) put(wide[r], codes + r * stride);
+    transpose16(wide, 64, to, 64);
+  }
+  BK_INLINE vw multiply_add(vw acc, vw a, vw b) {
+#if defined(__AVX2__)
+    return acc + (vw)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+    return acc + (vw)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    return acc + (a >> 16) * (b >> 16) + (a << 16 >> 16) * (b << 16 >> 16);
+#endif
+  }
+  static void multiply(int32_t* c, int64_t ldc, const int16_t* a, const int16_t* b, int64_t count, int64_t rows,
+                       bool accumulate) {
+    constexpr int R = 4, V = 16 / W;
+    for (int64_t r = 0; r < kSide && r < rows; r += R)
+      for (int half = 0; half < 2; ++half) {
+        int32_t* to = c + r * ldc + half * 16;
+        vw acc[R][V];
+        for (int i = 0; i < R; ++i)
+          for (int v = 0; v < V; ++v) acc[i][v] = accumulate ? read<vw>(to + i * ldc + v * W) : vw{};
+        for (int64_t k = 0; k < count; ++k) {
+          const int16_t *left = a + k * kBlock + r * kDeep, *right = b + k * kBlock + half * kTile;
+          for (int e = 0; e < 16; ++e) {
+            vw columns[V];
+            for (int v = 0; v < V; ++v) columns[v] = read<vw>(right + e * 32 + v * 2 * W);
+#pragma GCC unroll 4
+            for (int i = 0; i < R; ++i) {
+              vw pair = vw{} + read<int32_t>(left + i * kDeep + 2 * e);
+#pragma GCC unroll 4
+              for (int v = 0; v < V; ++v) acc[i][v] = multiply_add(acc[i][v], pair, columns[v]);
+            }
+          }
+        }
+        for (int i = 0; i < R; ++i)
+          for (int v = 0; v < V; ++v) write(to + i * ldc + v * W, acc[i][v]);
+      }
+  }
+  BK_INLINE void begin() {}
+  BK_INLINE void end() {}
+};
+typedef Words Integers;
+#endif
+
+typedef Integers::Element E;
+constexpr int64_t kPiece = 1024 / Integers::kDeep;  // blocks of the depth that are packed at once
+
+constexpr int64_t deep_blocks(int64_t k) { return (k + Integers::kDeep - 1) / Integers::kDeep; }
+constexpr int64_t strip_bytes(int64_t k) { return deep_blocks(k) * Integers::kBlock * (int64_t)sizeof(E); }
+
+// A token rounded to 8 bits: returns its scale, and zeros and NaN where a value is not finite.
+template <class T>
+float round_token(const T* x, int64_t k, int8_t* to) {
+  vi most{};
+  auto each = [&](auto f) __attribute__((always_inline)) {
+    int64_t i = 0;
+    for (; i + W <= k; i += W) f(load(x + i), i, W);
+    if (i < k) f(load(x + i, k - i), i, k - i);
+  };
+  // As integers magnitudes keep their order, those of infinity and NaN too.
+  each([&](vf v, int64_t, int64_t) __attribute__((always_inline)) {
+    vi bits = (vi)vabs(v);
+    most = (vi)select(bits > most, (vf)bits, (vf)most);
+  });
+  int32_t top = 0;
+  for (int i = 0; i < W; ++i) top = most[i] > top ? most[i] : top;
+  float largest;
+  __builtin_memcpy(&largest, &top, sizeof largest);
+  float scale = largest / 127.0f;
+  bool finite = top < 0x7f800000;
+  if (!finite || !(scale > 0)) {
+    __builtin_memset(to, 0, k);
+    return finite ? 0.0f : __builtin_nanf("");
+  }
+  each([&](vf v, int64_t i, int64_t n) __attribute__((always_inline)) {
+    vf q = vmax(splat(-127.0f), vmin(splat(127.0f), v / scale));
+    n == W ? store(to + i, q) : store(to + i, q, n);
+  });
+  return scale;
+}
+
+template <class T>
+void pack(const QuantizedLinear& a, int64_t begin, int64_t end, char* left, float* scales, int8_t* token) {
+  int64_t all = deep_blocks(a.k);
+  __builtin_memset(token, 0, all * Integers::kDeep);
+  for (int64_t row = begin * kSide; row < end * kSide; ++row) {
+    if (row < a.m) {
+      scales[row] = round_token((const T*)a.in.data + row * a.in.stride, a.k, token);
+    } else {
+      __builtin_memset(token, 0, all * Integers::kDeep);
+    }
+    E* to = (E*)(left + row / kSide * strip_bytes(a.k)) + row % kSide * Integers::kDeep;
+    for (int64_t i = 0; i < all; ++i) Integers::put(to + i * Integers::kBlock, token + i * Integers::kDeep);
+  }
+}
+
+// Block (16 rows of the weight from n, kDeep elements from k), and what its columns add up to.
+void pack_right(const QuantizedLinear& a, int64_t n, int64_t k, E* to) {
+  int64_t rows = a.n - n < 16 ? a.n - n : 16, count = a.k - k < Integers::kDeep ? a.k - k : Integers::kDeep;
+  const int8_t* from = (const int8_t*)a.codes + n * a.code_row + k;
+  if (rows == 16 && count == Integers::kDeep) return Integers::turn(from, a.code_row, to);
+  alignas(64) int8_t part[16][Integers::kDeep] = {};
+  for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(part[r], from + r * a.code_row, count);
+  Integers::turn(part[0], Integers::kDeep, to);
+}
+
+template <class T>
+void put(const QuantizedLinear& a, const int32_t* c, float token_scale, const int32_t* sums, int64_t row, int64_t begin,
+         int64_t end) {
+  T* to = (T*)a.out + row * a.n;
+  const float* scale = (const float*)a.scale;
+  for (int64_t i = begin; i < end; i += W) {
+    int64_t n = end - i < W ? end - i : W;
+    vi whole = read<vi>(c + i - begin) - read<vi>(sums + i - begin);
+    vf y = __builtin_convertvector(whole, vf) * token_scale * load(scale + i, n);
+    if (a.bias) y += load(a.bias + i, n);
+    n == W ? store(to + i, y) : store(to + i, y, n);
+  }
+}
+
+}  // namespace
+
+int64_t quantized_dynamic_strip(const QuantizedLinear& a) { return strip_bytes(a.k); }
+int64_t quantized_dynamic_token(const QuantizedLinear& a) { return deep_blocks(a.k) * Integers::kDeep; }
+int64_t quantized_dynamic_workspace(const QuantizedLinear&, int64_t columns) {
+  int64_t width = padded(columns);
+  return kStrips * kSide * width * 4 + width * 4 + width / kSide * kPiece * Integers::kBlock * (int64_t)sizeof(E);
+}
+
+void quantized_dynamic_pack(const QuantizedLinear& a, int64_t begin, int64_t end, void* left, float* scales,
+                            void* token) {
+  switch (a.type) {
+    case Type::f32: return pack<float>(a, begin, end, (char*)left, scales, (int8_t*)token);
+    case Type::bf16: return pack<bf16>(a, begin, end, (char*)left, scales, (int8_t*)token);
+    case Type::f16: return pack<f16>(a, begin, end, (char*)left, scales, (int8_t*)token);
+  }
+}
+
+void quantized_dynamic(const QuantizedLinear& a, const void* left, const float* scales, int64_t begin, int64_t end,
+                       void* memory) {
+  int64_t wide = blocks(end - begin), width = wide * kSide, all = deep_blocks(a.k), strips = blocks(a.m);
+  int32_t* c = (int32_t*)memory;
+  int32_t* sums = c + kStrips * kSide * width;  // what the missing sign adds to each column
+  E* right = (E*)(sums + width);
+  Integers::begin();
+  for (int64_t first = 0; first < strips; first += kStrips) {
+    int64_t some = strips - first < kStrips ? strips - first : kStrips;
+    __builtin_memset(sums, 0, width * 4);
+    for (int64_t d = 0; d < all; d += kPiece) {
+      int64_t deep = all - d < kPiece ? all - d : kPiece;
+      for (int64_t j = 0; j < wide; ++j)
+        for (int64_t i = 0; i < deep; ++i)
+          for (int half = 0; half < 2; ++half) {
+            int64_t column = begin + j * kSide + half * 16;
+            E* to = right + (j * deep + i) * Integers::kBlock + half * Integers::kTile;
+            if (column < a.n) {
+              pack_right(a, column, (d + i) * Integers::kDeep, to);
+            } else {
+              __builtin_memset(to, 0, Integers::kTile * sizeof(E));
+            }
+#if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
+            __m512i sum = read<__m512i>(sums + j * kSide + half * 16);
+            for (int e = 0; e < 16; ++e)
+              sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8((char)Integers::kZero), read<__m512i>(to + e * 64));
+            write(sums + j * kSide + half * 16, sum);
+#endif
+          }
+      for (int64_t s = 0; s < some; ++s)
+        for (int64_t j = 0; j < wide; ++j) {
+          const E* strip = (const E*)((const char*)left + (first + s) * strip_bytes(a.k)) + d * Integers::kBlock;
+          Integers::multiply(c + s * kSide * width + j * kSide, width, strip, right + j * deep * Integers::kBlock, deep,
+                             a.m - (first + s) * kSide, d > 0);
+        }
+    }
+    for (int64_t r = 0; r < some * kSide && first * kSide + r < a.m; ++r) {
+      int64_t row = first * kSide + r;
+      switch (a.type) {
+        case Type::f32: put<float>(a, c + r * width, scales[row], sums, row, begin, end); break;
+        case Type::bf16: put<bf16>(a, c + r * width, scales[row], sums, row, begin, end); break;
+        case Type::f16: put<f16>(a, c + r * width, scales[row], sums, row, begin, end); break;
+      }
+    }
+  }
+  Integers::end();
+}
+
+}  // namespace BK_ISA
+}  // namespace bigkernels
