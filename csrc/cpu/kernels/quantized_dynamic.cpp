@@ -63,18 +63,18 @@ struct Quads {
                        bool accumulate) {
     constexpr int R = 8;
     for (int64_t r = 0; r < kSide && r < rows; r += R, a += R * kDeep, c += R * ldc) {
-      __m512i acc[R][2];
+      vi acc[R][2];  // of 32-bit lanes by type: the compiler copies accumulators whose type is not the instruction's
       for (int i = 0; i < R; ++i)
-        for (int v = 0; v < 2; ++v)
-          acc[i][v] = accumulate ? read<__m512i>(c + i * ldc + v * 16) : _mm512_setzero_si512();
+        for (int v = 0; v < 2; ++v) acc[i][v] = accumulate ? read<vi>(c + i * ldc + v * 16) : vi{};
       const uint8_t *ak = a, *bk = b;
       for (int64_t k = 0; k < count; ++k, ak += kBlock, bk += kBlock)
         for (int e = 0; e < 16; ++e) {
-          __m512i right[2] = {read<__m512i>(bk + e * 64), read<__m512i>(bk + kTile + e * 64)};
+          vi right[2] = {read<vi>(bk + e * 64), read<vi>(bk + kTile + e * 64)};
 #pragma GCC unroll 8
           for (int i = 0; i < R; ++i) {
-            __m512i left = _mm512_set1_epi32(read<int32_t>(ak + i * kDeep + 4 * e));
-            for (int v = 0; v < 2; ++v) acc[i][v] = _mm512_dpbusd_epi32(acc[i][v], left, right[v]);
+            vi left = vi{} + read<int32_t>(ak + i * kDeep + 4 * e);
+            for (int v = 0; v < 2; ++v)
+              acc[i][v] = (vi)_mm512_dpbusd_epi32((__m512i)acc[i][v], (__m512i)left, (__m512i)right[v]);
           }
         }
       for (int i = 0; i < R; ++i)
