@@ -1,0 +1,5 @@
+FAMILY = "quantized"
+
+
+def test_quantized_linear(benchmark, step):
+    benchmark(step)
