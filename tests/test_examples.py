@@ -15,13 +15,14 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PRINTS = {
     "custom_model": "In the forests of the night;",
     "patch_llm": "step 9: loss",
+    "qlora": "merged: loss",
     "use_operators": "no gradient for the ignored token: True",
 }
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path, tmp_path):
-    if path.stem == "patch_llm":
+    if path.stem in ("patch_llm", "qlora"):
         pytest.importorskip("transformers")
     found = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": found, "OMP_NUM_THREADS": "1"}  # tiny tensors

@@ -5,6 +5,7 @@ from .cache import KVCache
 from .cross_entropy import CrossEntropyLoss
 from .glu import GatedMLP
 from .layer_norm import LayerNorm
+from .lora import LoRALinear
 from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
 from .rope import RotaryEmbedding
@@ -15,6 +16,7 @@ __all__ = [
     "GatedMLP",
     "KVCache",
     "LayerNorm",
+    "LoRALinear",
     "QuantizedLinear",
     "RMSNorm",
     "RotaryEmbedding",

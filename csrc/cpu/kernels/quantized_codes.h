@@ -8,14 +8,6 @@ namespace {
 
 BK_INLINE bool packed(const QuantizedLinear& a) { return a.kind == Codes::affine4 || a.kind == Codes::book4; }
 
-// float8_e4m3fn: the exponent is rebased by a multiplication, which also normalises the subnormal numbers.
-BK_INLINE vf widen_fp8(vi code) {
-  vi magnitude = code & 0x7f;
-  vf value = (vf)(magnitude << 20) * 0x1p120f;
-  vi nan = (magnitude == 0x7f) & 0x7fc00000;
-  return (vf)((vi)value | nan | ((code & 0x80) << 24));
-}
-
 BK_INLINE vi widen_bytes(const uint8_t* p) {
 #if defined(__AVX512F__)
   return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
@@ -25,6 +17,24 @@ BK_INLINE vi widen_bytes(const uint8_t* p) {
   vi v;
   for (int i = 0; i < W; ++i) v[i] = p[i];
   return v;
+#endif
+}
+
+// float8_e4m3fn: the exponent is rebased by a multiplication, which also normalises the subnormal numbers.
+BK_INLINE vf load_fp8(const uint8_t* p) {
+#if defined(__AVX512F__)
+  // Extended by its sign: bits 20 to 26 are the magnitude, and bit 31 the sign.
+  __m512i code = _mm512_slli_epi32(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)), 20);
+  __m512i magnitude = _mm512_and_epi32(code, _mm512_set1_epi32(0x07f00000));
+  __m512i bits = _mm512_and_epi32(code, _mm512_set1_epi32((int)0x87f00000));
+  __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x07f00000));
+  __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f));
+  return (vf)_mm512_mask_mov_ps(value, nan, _mm512_set1_ps(__builtin_nanf("")));
+#else
+  vi code = widen_bytes(p), magnitude = code & 0x7f;
+  vf value = (vf)(magnitude << 20) * 0x1p120f;
+  vi nan = (magnitude == 0x7f) & 0x7fc00000;
+  return (vf)((vi)value | nan | ((code & 0x80) << 24));
 #endif
 }
 
@@ -70,7 +80,7 @@ void decode32(const QuantizedLinear& a, int64_t n, int64_t k, T* to) {
     }
     vf scale = splat(((const float*)a.scale)[n]);
     for (int i = 0; i < 32; i += W)
-      store(to + i, (a.kind == Codes::int8 ? load((const int8_t*)from + i) : widen_fp8(widen_bytes(from + i))) * scale);
+      store(to + i, (a.kind == Codes::int8 ? load((const int8_t*)from + i) : load_fp8(from + i)) * scale);
     return;
   }
   const uint8_t* from = a.codes + n * a.code_row + k / 2;

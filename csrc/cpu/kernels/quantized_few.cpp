@@ -59,7 +59,7 @@ struct Reader {
 
   BK_INLINE void read(const QuantizedLinear& a, const uint8_t* codes, float zero, vf* v) {
     if constexpr (kKind == Codes::int8) v[0] = load((const int8_t*)codes);
-    if constexpr (kKind == Codes::fp8) v[0] = widen_fp8(widen_bytes(codes));
+    if constexpr (kKind == Codes::fp8) v[0] = load_fp8(codes);
     if constexpr (kPacked) {
       vi both = widen_bytes(codes), high = (vi)((vu)both >> 4);
       if constexpr (kKind == Codes::book4) {
