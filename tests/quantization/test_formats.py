@@ -42,7 +42,7 @@ def test_layout_and_error(config: Q.Format, shape: tuple[int, int]):
         assert error.numel() == 0 or error.max() <= 0.3 * w.abs().max()
     elif isinstance(config, Int4) and config.algorithm == "hqq":
         plain = quantize_weight(w, Int4(config.group_size, "rtn")).dequantize(torch.float64)
-        assert error.sum() <= (plain - w.double()).abs().sum() * (1 + 1e-6)
+        assert error.square().sum() <= (plain - w.double()).square().sum() * (1 + 1e-5)
     else:
         assert (error <= steps(config, w, found) * 1.002 + 1e-40).all()
 
@@ -147,10 +147,10 @@ def test_hqq_helps():
         errors = []
         for algorithm in ("rtn", "hqq"):
             found = quantize_weight(w, Int4(64, algorithm)).dequantize()
-            parts = (found - w).abs().unflatten(1, (-1, 64)).mean(-1)
+            parts = (found - w).square().unflatten(1, (-1, 64)).mean(-1)
             errors.append(parts)
         assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
-        assert errors[1].mean() < 0.96 * errors[0].mean()
+        assert errors[1].mean() < 0.97 * errors[0].mean()
 
 
 @pytest.mark.parametrize("w, error", [
