@@ -5,6 +5,7 @@ from .ops.cross_entropy import cross_entropy
 from .ops.decode_attention import append_kv_, decode_attention
 from .ops.glu import glu
 from .ops.layer_norm import layer_norm
+from .ops.linear import linear
 from .ops.quantized_linear import quantized_linear
 from .ops.rms_norm import rms_norm
 from .ops.rope import rope
@@ -18,6 +19,7 @@ __all__ = [
     "decode_attention",
     "glu",
     "layer_norm",
+    "linear",
     "quantize_weight",
     "quantized_linear",
     "rms_norm",

@@ -31,4 +31,4 @@ found = [torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name i
 print(sorted(set(OPERATORS) - set(kernels)), all(found), any(found), "triton" in sys.modules)
 """
     # These have none yet.
-    assert python(snippet) == f"['quantized_linear'] {built} {built} False"
+    assert python(snippet) == f"['linear', 'quantized_linear'] {built} {built} False"

@@ -5,6 +5,7 @@ from .cache import KVCache
 from .cross_entropy import CrossEntropyLoss
 from .glu import GatedMLP
 from .layer_norm import LayerNorm
+from .linear import Linear
 from .lora import LoRALinear
 from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
@@ -16,6 +17,7 @@ __all__ = [
     "GatedMLP",
     "KVCache",
     "LayerNorm",
+    "Linear",
     "LoRALinear",
     "QuantizedLinear",
     "RMSNorm",

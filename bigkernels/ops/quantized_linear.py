@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ._arguments import autocast_dtype, check_same_device, check_tensor
 from ._registry import REFUSED, Implementation, Operator, compute_dtype, cpu_kernel, define, needs_grad
+from .linear import sum_rows
 
 if TYPE_CHECKING:
     from ..quantization import QuantizedWeight
@@ -51,7 +52,7 @@ def quantized_linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = 
         codes, scale, zero, row_scale, book, group = operands
         if OPERATOR.uses_kernel(x, codes, scale, zero, row_scale, book, bias) and not (dynamic and k > _MOST_EXACT):
             if needs_grad(x, bias):
-                return _QuantizedLinear.apply(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic)
+                return _QuantizedLinear.apply(True, x, bias, codes, scale, zero, row_scale, book, group, k, dynamic)
             return _fwd(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
     except REFUSED:
         _check(x, qweight, bias)
@@ -147,15 +148,11 @@ def _backward(grad, codes, scale, zero, row_scale, book, group, k):
     return found.to(grad.dtype)
 
 
-def _grad_bias(grad, bias):
-    return grad.to(compute_dtype(grad.dtype)).reshape(-1, grad.shape[-1]).sum(0).to(bias.dtype)
-
-
 def _reference(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic):
     if _transforms() is not None or _forward_ad._current_level >= 0:
         return _transparent(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic)
     if needs_grad(x, bias):
-        return _Reference.apply(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic)
+        return _QuantizedLinear.apply(False, x, bias, codes, scale, zero, row_scale, book, group, k, dynamic)
     return _forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
 
 
@@ -178,32 +175,20 @@ _bwd = define(
 
 
 class _QuantizedLinear(torch.autograd.Function):
-    """By the raw operators: backward reads the codes, and forward keeps nothing of the size of the tokens."""
+    """Backward reads the codes: forward keeps neither tokens nor a dequantized weight for it."""
 
     @staticmethod
-    def forward(ctx, x, bias, codes, scale, zero, row_scale, book, group, k, dynamic):
+    def forward(ctx, kernel, x, bias, codes, scale, zero, row_scale, book, group, k, dynamic):
         ctx.save_for_backward(bias, codes, scale, zero, row_scale, book)
         ctx.options = group, k
-        return _fwd(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
+        ctx.kernel = kernel
+        run = _fwd if kernel else _forward
+        return run(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         bias, *weight = ctx.saved_tensors
-        dx = _bwd(grad, *weight, *ctx.options) if ctx.needs_input_grad[0] else None
-        return dx, _grad_bias(grad, bias) if ctx.needs_input_grad[1] else None, *[None] * 8
-
-
-class _Reference(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, bias, codes, scale, zero, row_scale, book, group, k, dynamic):
-        ctx.save_for_backward(bias, codes, scale, zero, row_scale, book)
-        ctx.options = group, k
-        return _forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        bias, *weight = ctx.saved_tensors
-        dx = _backward(grad, *weight, *ctx.options) if ctx.needs_input_grad[0] else None
-        return dx, _grad_bias(grad, bias) if ctx.needs_input_grad[1] else None, *[None] * 8
+        run = _bwd if ctx.kernel else _backward
+        dx = run(grad, *weight, *ctx.options) if ctx.needs_input_grad[1] else None
+        return None, dx, sum_rows(grad, bias.dtype) if ctx.needs_input_grad[2] else None, *[None] * 8

@@ -55,6 +55,7 @@ def test_the_measured_cases_are_the_ones_of_the_design(family):
         "cross_entropy": "2048x128256, bfloat16, forward + backward",
         "attention": "window 512, S 8192, D 128, bfloat16, forward + backward",
         "decode": "batch 8, cache 4096, int8, bfloat16, forward",
+        "linear": "512 x 4096 to 4096, bfloat16, forward + backward",
         "quantized": "nf4, 512 x 4096 to 4096, bfloat16, forward + backward",
         "small": "cross_entropy 49152, bfloat16, forward",
         "model": "training step, B 1, S 1024, bfloat16, forward + backward",

@@ -89,7 +89,7 @@ def test_patching_again_with_other_flags(llama, count):
 
 FLAGS = {"norm": ["rms_norm", "add + rms_norm"], "rope": ["rope"], "mlp": ["glu (silu)"],
          "loss": ["cross_entropy (next token)"], "attention": ["attention", "attention mask"],
-         "linear": []}  # fmt: skip
+         "linear": ["linear"]}  # fmt: skip
 
 
 @pytest.mark.parametrize("flag", FLAGS)

@@ -15,6 +15,7 @@ FAMILIES = {
     "cross_entropy": "cross entropy over large vocabularies",
     "attention": "causal attention, 16 heads",
     "decode": "one new token over a cache, 32 query heads on 8",
+    "linear": "linear layers",
     "quantized": "linear layers with quantized weights",
     "small": "one token: the cost of a call",
     "model": "a Llama model at the size of SmolLM2-135M",

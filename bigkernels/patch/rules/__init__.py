@@ -1,9 +1,20 @@
 """The rules, in the order in which they are tried. A new rule is one file and one entry here."""
 
-from . import add_norm, attention_interface, attention_mask, attention_multihead, attention_sdpa, glu, loss, norm, rope
+from . import (
+    add_norm,
+    attention_interface,
+    attention_mask,
+    attention_multihead,
+    attention_sdpa,
+    glu,
+    linear,
+    loss,
+    norm,
+    rope,
+)
 
 # A module rule replaces a module's whole forward; it goes first, because source rules ask what it decided.
-MODULE_RULES = (norm.RULE, attention_multihead.RULE, loss.MODULE_RULE, loss.FUNCTION_RULE)
+MODULE_RULES = (norm.RULE, linear.RULE, attention_multihead.RULE, loss.MODULE_RULE, loss.FUNCTION_RULE)
 SOURCE_RULES = (
     add_norm.RULE, glu.RULE, rope.RULE, attention_interface.RULE, attention_mask.RULE, attention_sdpa.RULE,
     loss.SOURCE_RULE,

@@ -26,18 +26,20 @@ DecodeSizes decode_sizes(const DecodeAttention&, int64_t groups, int64_t queries
 void decode_attention(const DecodeAttention&, const DecodePart*, int64_t count, void* workspace);
 void decode_merge(const DecodeAttention&, const DecodePart*, int64_t count);
 void append_kv(const AppendKv&, int64_t, int64_t);
-void quantized_few_prepare(const QuantizedLinear&, void*);
-void quantized_few(const QuantizedLinear&, const void*, int64_t, int64_t);
-int64_t quantized_few_size(const QuantizedLinear&);
-void quantized_pack(const QuantizedLinear&, bool, int64_t, int64_t, void*);
-void quantized_many(const QuantizedLinear&, bool, const void*, int64_t, int64_t, void*);
-int64_t quantized_strip(const QuantizedLinear&, bool);
-int64_t quantized_workspace(const QuantizedLinear&, int64_t);
-void quantized_dynamic_pack(const QuantizedLinear&, int64_t, int64_t, void*, float*, void*);
-void quantized_dynamic(const QuantizedLinear&, const void*, const float*, int64_t, int64_t, void*);
-int64_t quantized_dynamic_strip(const QuantizedLinear&);
-int64_t quantized_dynamic_token(const QuantizedLinear&);
-int64_t quantized_dynamic_workspace(const QuantizedLinear&, int64_t);
+void linear_few_prepare(const Linear&, void*);
+void linear_few(const Linear&, const void*, int64_t, int64_t);
+int64_t linear_few_size(const Linear&);
+void linear_pack_left(const Linear&, bool, int64_t, int64_t, void*);
+void linear_many(const Linear&, bool, const void*, int64_t, int64_t, void*);
+int64_t linear_strip(const Linear&, bool);
+int64_t linear_workspace(const Linear&, int64_t);
+void linear_pack_right(const Linear&, int64_t, int64_t, void*);
+int64_t linear_packed_strip(const Linear&);
+void linear_dynamic_pack(const Linear&, int64_t, int64_t, void*, float*, void*);
+void linear_dynamic(const Linear&, const void*, const float*, int64_t, int64_t, void*);
+int64_t linear_dynamic_strip(const Linear&);
+int64_t linear_dynamic_token(const Linear&);
+int64_t linear_dynamic_workspace(const Linear&, int64_t);
 int64_t matrix_loop(int type, int64_t rounds);
 
 namespace {
@@ -129,18 +131,20 @@ extern const CpuTable table = {
     decode_attention,
     decode_merge,
     append_kv,
-    quantized_few_prepare,
-    quantized_few,
-    quantized_few_size,
-    quantized_pack,
-    quantized_many,
-    quantized_strip,
-    quantized_workspace,
-    quantized_dynamic_pack,
-    quantized_dynamic,
-    quantized_dynamic_strip,
-    quantized_dynamic_token,
-    quantized_dynamic_workspace,
+    linear_few_prepare,
+    linear_few,
+    linear_few_size,
+    linear_pack_left,
+    linear_many,
+    linear_strip,
+    linear_workspace,
+    linear_pack_right,
+    linear_packed_strip,
+    linear_dynamic_pack,
+    linear_dynamic,
+    linear_dynamic_strip,
+    linear_dynamic_token,
+    linear_dynamic_workspace,
     vector_math,
     convert,
     copy,

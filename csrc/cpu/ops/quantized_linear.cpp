@@ -1,6 +1,6 @@
-#include <bigkernels/stable.h>
-
 #include <algorithm>
+
+#include "linear.h"
 
 namespace bigkernels {
 namespace {
@@ -8,13 +8,11 @@ namespace {
 constexpr const char* kOp = "quantized_linear";
 // Tokens up to which reading the weight takes the time, of 4-bit codes and of others.
 constexpr int64_t kFew4 = 16, kFew8 = 8;
-constexpr int64_t kPackedBytes = int64_t{16} << 20;  // of packed tokens at once
-constexpr int64_t kColumns = 128;                    // of the result that a task makes
 
 // The weight and what its kernels read of it, without the tokens.
 class Weight {
  public:
-  QuantizedLinear a{};
+  Linear a{};
 
   Weight(const Tensor& codes, const Tensor& scale, const MaybeTensor& zero, const MaybeTensor& row_scale,
          const MaybeTensor& book, int64_t group, int64_t k)
@@ -58,69 +56,28 @@ class Weight {
   VectorView row_scale_, book_;
 };
 
-// Contiguous, with the leading sizes of x and rows of n elements.
-Tensor empty_rows(const Tensor& x, int64_t n) {
-  int64_t sizes[kMaxDim], strides[kMaxDim], stride = 1, dim = x.dim();
-  STD_TORCH_CHECK(dim >= 1 && dim <= kMaxDim, "bigkernels::", kOp, ": x must have 1 to 16 dimensions");
-  for (int64_t i = dim - 1; i >= 0; --i) {
-    sizes[i] = i == dim - 1 ? n : x.size(i);
-    strides[i] = stride;
-    stride *= sizes[i];
-  }
-  return empty_strided(sizes, strides, dim, x.scalar_type(), stride * size_of(type_of(x)));
-}
-
-void run_few(const QuantizedLinear& a) {
-  const CpuTable& kernels = table();
-  Scratch ready(kernels.quantized_few_size(a));
-  kernels.quantized_few_prepare(a, ready.data());
-  parallel_rows(a.n, a.code_row + a.groups * 4,
-                [&](int64_t begin, int64_t end) { kernels.quantized_few(a, ready.data(), begin, end); });
-}
-
-void run_many(QuantizedLinear a, bool backward) {
-  const CpuTable& kernels = table();
-  int64_t columns = backward ? a.k : a.n, size = size_of(a.type), strip = kernels.quantized_strip(a, backward);
-  int64_t strips = (a.m + 31) / 32, at_once = std::clamp<int64_t>(kPackedBytes / strip / 16 * 16, 16, strips);
-  Scratch left(at_once * strip);
-  int64_t tasks = (columns + kColumns - 1) / kColumns, tokens = a.m;
-  for (int64_t first = 0; first < strips; first += at_once) {
-    QuantizedLinear part = a;
-    part.in.data = (const char*)a.in.data + first * 32 * a.in.stride * size;
-    part.out = (char*)a.out + first * 32 * columns * size;
-    part.m = std::min(at_once * 32, tokens - first * 32);
-    parallel_rows((part.m + 31) / 32, strip,
-                  [&](int64_t begin, int64_t end) { kernels.quantized_pack(part, backward, begin, end, left.data()); });
-    parallel_tasks(tasks, [&](int64_t i) {
-      Scratch memory(kernels.quantized_workspace(part, kColumns));
-      kernels.quantized_many(part, backward, left.data(), i * kColumns, std::min(columns, (i + 1) * kColumns),
-                             memory.data());
-    });
-  }
-}
-
 constexpr int64_t kMostExact = 1 << 17;  // products of 8-bit integers whose sum 32 bits hold
 
-void run_dynamic(const QuantizedLinear& a) {
+void run_dynamic(const Linear& a) {
   const CpuTable& kernels = table();
-  int64_t strips = (a.m + 31) / 32, strip = kernels.quantized_dynamic_strip(a);
+  int64_t strips = (a.m + 31) / 32, strip = kernels.linear_dynamic_strip(a);
   int64_t at_once = std::clamp<int64_t>(kPackedBytes / strip / 16 * 16, 16, std::max<int64_t>(strips, 16));
   Scratch left(at_once * strip);
   std::vector<float> scales(at_once * 32);
   int64_t tasks = (a.n + kColumns - 1) / kColumns, size = size_of(a.type);
   for (int64_t first = 0; first < strips; first += at_once) {
-    QuantizedLinear part = a;
+    Linear part = a;
     part.in.data = (const char*)a.in.data + first * 32 * a.in.stride * size;
     part.out = (char*)a.out + first * 32 * a.n * size;
     part.m = std::min(at_once * 32, a.m - first * 32);
     parallel_rows((part.m + 31) / 32, 2 * strip, [&](int64_t begin, int64_t end) {
-      Scratch token(kernels.quantized_dynamic_token(part));
-      kernels.quantized_dynamic_pack(part, begin, end, left.data(), scales.data(), token.data());
+      Scratch token(kernels.linear_dynamic_token(part));
+      kernels.linear_dynamic_pack(part, begin, end, left.data(), scales.data(), token.data());
     });
     parallel_tasks(tasks, [&](int64_t i) {
-      Scratch memory(kernels.quantized_dynamic_workspace(part, kColumns));
-      kernels.quantized_dynamic(part, left.data(), scales.data(), i * kColumns, std::min(a.n, (i + 1) * kColumns),
-                                memory.data());
+      Scratch memory(kernels.linear_dynamic_workspace(part, kColumns));
+      kernels.linear_dynamic(part, left.data(), scales.data(), i * kColumns, std::min(a.n, (i + 1) * kColumns),
+                             memory.data());
     });
   }
 }
@@ -129,15 +86,15 @@ Tensor forward(Tensor x, Tensor codes, Tensor scale, MaybeTensor zero, MaybeTens
                MaybeTensor bias, int64_t group, int64_t k, bool dynamic) {
   check_cpu(kOp, "x", x);
   Weight w(codes, scale, zero, row_scale, book, group, k);
-  QuantizedLinear& a = w.a;
+  Linear& a = w.a;
   STD_TORCH_CHECK(!dynamic || (a.kind == Codes::int8 && k <= kMostExact), "bigkernels::", kOp,
                   ": tokens are rounded for int8 codes alone, of rows of at most ", kMostExact);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "bigkernels::", kOp, ": x does not have rows of ", k);
-  a.type = type_of(x);
+  a.type = a.out_type = type_of(x);
   VectorView added(kOp, "bias", bias, a.n);
   a.bias = added.data();
   RowView rows(x);
-  Tensor out = empty_rows(x, a.n);
+  Tensor out = empty_rows(kOp, x, a.n);
   a.in = rows.rows, a.out = out.mutable_data_ptr();
   a.m = out.numel() / std::max<int64_t>(a.n, 1);
   if (a.m == 0 || a.n == 0) return out;
@@ -145,9 +102,9 @@ Tensor forward(Tensor x, Tensor codes, Tensor scale, MaybeTensor zero, MaybeTens
   if (dynamic) {
     run_dynamic(a);
   } else if (a.m <= (a.groups ? kFew4 : kFew8)) {
-    run_few(a);
+    linear_few(a);
   } else {
-    run_many(a, false);
+    linear_many(a, false);
   }
   return out;
 }
@@ -156,17 +113,17 @@ Tensor backward(Tensor grad, Tensor codes, Tensor scale, MaybeTensor zero, Maybe
                 int64_t group, int64_t k) {
   check_cpu(kOp, "grad", grad);
   Weight w(codes, scale, zero, row_scale, book, group, k);
-  QuantizedLinear& a = w.a;
+  Linear& a = w.a;
   STD_TORCH_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == a.n, "bigkernels::", kOp,
                   ": grad does not have rows of ", a.n);
-  a.type = type_of(grad);
+  a.type = a.out_type = type_of(grad);
   RowView rows(grad);
-  Tensor out = empty_rows(grad, k);
+  Tensor out = empty_rows(kOp, grad, k);
   a.in = rows.rows, a.out = out.mutable_data_ptr();
   a.m = out.numel() / std::max<int64_t>(k, 1);
   if (a.m == 0 || k == 0) return out;
   if (a.n == 0) return torch::stable::zero_(out);
-  run_many(a, true);
+  linear_many(a, true);
   return out;
 }
 

@@ -176,17 +176,22 @@ struct DecodeSizes {
   int64_t state;      // floats a part
 };
 
-// What a weight's codes are: affine4 and book4 have two in a byte, the first in its low half.
-enum class Codes : int { int8 = 0, fp8 = 1, affine4 = 2, book4 = 3 };
+// What a weight is stored as: numbers of a type, or codes; affine4 and book4 have two in a byte, the first in its low
+// half.
+enum class Codes : int { f32 = 0, bf16 = 1, f16 = 2, int8 = 3, fp8 = 4, affine4 = 5, book4 = 6 };
 
-// y = x w^T + bias, (M, N), or the gradient of x, (M, K), from that of y, with the weight (N, K) in codes:
-//   int8, fp8  code * scale[n]
-//   affine4    (code - zero[n, k / group]) * scale[n, k / group] * row_scale[n], scale and zero in float16
-//   book4      book[code] * scale[n, k / group], scale in float32
-struct QuantizedLinear {
-  Rows in;     // x, or the gradient of y
-  void* out;   // contiguous
-  Type type;   // of both
+// y = x w^T + bias, (M, N), or backward the gradient of x, (M, K), from that of y. What the weight (N, K) holds are
+//   f32, bf16, f16  the numbers themselves
+//   int8, fp8       code * scale[n]
+//   affine4         (code - zero[n, k / group]) * scale[n, k / group] * row_scale[n], scale and zero in float16
+//   book4           book[code] * scale[n, k / group], scale in float32
+// The gradient of a weight is such a backward pass too: of the turned gradient of y, with x for a weight.
+struct Linear {
+  Rows in;         // x, or the gradient of y
+  bool in_turned;  // element i of row m is element m of row i
+  void* out;       // contiguous
+  Type type;       // of in
+  Type out_type;
   int64_t m, n, k;
   Codes kind;
   const uint8_t* codes;
@@ -195,8 +200,9 @@ struct QuantizedLinear {
   const uint16_t* zero;
   const float* row_scale;
   const float* book;
-  const float* bias;       // (N,) or null
+  const float* bias;      // (N,) or null
   int64_t group, groups;  // of elements of a row; 0 where a row has one scale
+  const void* packed;     // the whole weight as linear_pack_right makes it for this type, forward; null: not at hand
 };
 
 // A kernel over the rows [begin, end) of its arguments; `block` numbers the partial sums it adds to.
@@ -236,24 +242,25 @@ struct CpuTable {
   void (*decode_merge)(const DecodeAttention&, const DecodePart*, int64_t count);
   Kernel<AppendKv> append_kv;  // rows: the new tokens of all sequences
   // A few tokens: x made ready once, then rows [begin, end) of the weight. Bytes of what is made ready.
-  void (*quantized_few_prepare)(const QuantizedLinear&, void* ready);
-  void (*quantized_few)(const QuantizedLinear&, const void* ready, int64_t begin, int64_t end);
-  int64_t (*quantized_few_size)(const QuantizedLinear&);
+  void (*linear_few_prepare)(const Linear&, void* ready);
+  void (*linear_few)(const Linear&, const void* ready, int64_t begin, int64_t end);
+  int64_t (*linear_few_size)(const Linear&);
   // Many tokens, forward or backward: strips [begin, end) of 32 tokens packed into `left`, then columns [begin, end) of
   // the result for all of them. Bytes of `left` a strip, and of workspace for so many columns.
-  void (*quantized_pack)(const QuantizedLinear&, bool backward, int64_t begin, int64_t end, void* left);
-  void (*quantized_many)(const QuantizedLinear&, bool backward, const void* left, int64_t begin, int64_t end,
-                         void* workspace);
-  int64_t (*quantized_strip)(const QuantizedLinear&, bool backward);
-  int64_t (*quantized_workspace)(const QuantizedLinear&, int64_t columns);
+  void (*linear_pack_left)(const Linear&, bool backward, int64_t begin, int64_t end, void* left);
+  void (*linear_many)(const Linear&, bool backward, const void* left, int64_t begin, int64_t end, void* workspace);
+  int64_t (*linear_strip)(const Linear&, bool backward);
+  int64_t (*linear_workspace)(const Linear&, int64_t columns);
+  // Strips [begin, end) of 32 rows of the weight, packed for forward; bytes a strip.
+  void (*linear_pack_right)(const Linear&, int64_t begin, int64_t end, void* packed);
+  int64_t (*linear_packed_strip)(const Linear&);
   // The same forward with tokens rounded to 8 bits, and int8 codes; `token` is room for one.
-  void (*quantized_dynamic_pack)(const QuantizedLinear&, int64_t begin, int64_t end, void* left, float* scales,
-                                 void* token);
-  void (*quantized_dynamic)(const QuantizedLinear&, const void* left, const float* scales, int64_t begin, int64_t end,
-                            void* workspace);
-  int64_t (*quantized_dynamic_strip)(const QuantizedLinear&);
-  int64_t (*quantized_dynamic_token)(const QuantizedLinear&);
-  int64_t (*quantized_dynamic_workspace)(const QuantizedLinear&, int64_t columns);
+  void (*linear_dynamic_pack)(const Linear&, int64_t begin, int64_t end, void* left, float* scales, void* token);
+  void (*linear_dynamic)(const Linear&, const void* left, const float* scales, int64_t begin, int64_t end,
+                         void* workspace);
+  int64_t (*linear_dynamic_strip)(const Linear&);
+  int64_t (*linear_dynamic_token)(const Linear&);
+  int64_t (*linear_dynamic_workspace)(const Linear&, int64_t columns);
   // White-box access for tests and the benchmark engine.
   void (*vector_math)(int function, const float* in, float* out, int64_t n);
   void (*convert)(Type type, bool narrow, const void* in, void* out, int64_t n);

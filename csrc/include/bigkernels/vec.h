@@ -210,9 +210,7 @@ BK_INLINE float load_one(const T* p) {
   return load(part)[0];
 }
 #if defined(__F16C__)
-BK_INLINE float load_one(const f16* p) {
-  return _cvtsh_ss(p->bits);
-}
+BK_INLINE float load_one(const f16* p) { return _cvtsh_ss(p->bits); }
 #endif
 template <class T>
 BK_INLINE void store(T* p, vf v) {

@@ -1,4 +1,4 @@
-// From a quantized weight's codes to numbers.
+// From what a weight holds to numbers.
 #pragma once
 #include <bigkernels/vec.h>
 
@@ -6,7 +6,17 @@ namespace bigkernels {
 namespace BK_ISA {
 namespace {
 
-BK_INLINE bool packed(const QuantizedLinear& a) { return a.kind == Codes::affine4 || a.kind == Codes::book4; }
+BK_INLINE bool packed(const Linear& a) { return a.kind == Codes::affine4 || a.kind == Codes::book4; }
+
+BK_INLINE bool plain(const Linear& a) { return a.kind == Codes::f32 || a.kind == Codes::bf16 || a.kind == Codes::f16; }
+
+// What plain weights of a type are marked with.
+template <class T>
+constexpr Codes plain_kind = Codes::f32;
+template <>
+constexpr Codes plain_kind<bf16> = Codes::bf16;
+template <>
+constexpr Codes plain_kind<f16> = Codes::f16;
 
 BK_INLINE vi widen_bytes(const uint8_t* p) {
 #if defined(__AVX512F__)
@@ -54,7 +64,7 @@ BK_INLINE vf look_up(const float* book, vi code) {
 }
 
 // The values that the codes of 4 bits stand for in group g of row n.
-BK_INLINE void group_values(const QuantizedLinear& a, int64_t n, int64_t g, float* values) {
+BK_INLINE void group_values(const Linear& a, int64_t n, int64_t g, float* values) {
   if (a.kind == Codes::book4) {
     vf scale = splat(((const float*)a.scale)[n * a.groups + g]);
     for (int i = 0; i < 16; i += W) store(values + i, load(a.book + i) * scale);
@@ -67,12 +77,22 @@ BK_INLINE void group_values(const QuantizedLinear& a, int64_t n, int64_t g, floa
   for (int i = 0; i < 16; i += W) store(values + i, (code + (float)i - zero) * scale);
 }
 
+template <class S, class T>
+BK_INLINE void convert32(const S* from, int64_t count, T* to) {
+  for (int i = 0; i < 32; i += W)
+    store(to + i, count - i >= W ? load(from + i) : count > i ? load(from + i, count - i) : vf{});
+}
+
 // Elements [k, k + 32) of row n as T, zero from the row's end on; k is a multiple of 32, and so are groups.
 template <class T>
-void decode32(const QuantizedLinear& a, int64_t n, int64_t k, T* to) {
+void decode32(const Linear& a, int64_t n, int64_t k, T* to) {
   int64_t count = a.k - k < 32 ? a.k - k : 32;
+  const uint8_t* row = a.codes + n * a.code_row;
+  if (a.kind == Codes::f32) return convert32((const float*)row + k, count, to);
+  if (a.kind == Codes::bf16) return convert32((const bf16*)row + k, count, to);
+  if (a.kind == Codes::f16) return convert32((const f16*)row + k, count, to);
   if (!packed(a)) {
-    const uint8_t* from = a.codes + n * a.code_row + k;
+    const uint8_t* from = row + k;
     uint8_t part[32] = {};
     if (count < 32) {
       __builtin_memcpy(part, from, count);
@@ -83,7 +103,7 @@ void decode32(const QuantizedLinear& a, int64_t n, int64_t k, T* to) {
       store(to + i, (a.kind == Codes::int8 ? load((const int8_t*)from + i) : load_fp8(from + i)) * scale);
     return;
   }
-  const uint8_t* from = a.codes + n * a.code_row + k / 2;
+  const uint8_t* from = row + k / 2;
   uint8_t part[16] = {};
   if (count < 32) {
     __builtin_memcpy(part, from, (count + 1) / 2);

@@ -180,7 +180,7 @@ float round_token(const T* x, int64_t k, int8_t* to) {
 }
 
 template <class T>
-void pack(const QuantizedLinear& a, int64_t begin, int64_t end, char* left, float* scales, int8_t* token) {
+void pack(const Linear& a, int64_t begin, int64_t end, char* left, float* scales, int8_t* token) {
   int64_t all = deep_blocks(a.k);
   __builtin_memset(token, 0, all * Integers::kDeep);
   for (int64_t row = begin * kSide; row < end * kSide; ++row) {
@@ -195,7 +195,7 @@ void pack(const QuantizedLinear& a, int64_t begin, int64_t end, char* left, floa
 }
 
 // Block (16 rows of the weight from n, kDeep elements from k), and what its columns add up to.
-void pack_right(const QuantizedLinear& a, int64_t n, int64_t k, E* to) {
+void pack_right(const Linear& a, int64_t n, int64_t k, E* to) {
   int64_t rows = a.n - n < 16 ? a.n - n : 16, count = a.k - k < Integers::kDeep ? a.k - k : Integers::kDeep;
   const int8_t* from = (const int8_t*)a.codes + n * a.code_row + k;
   if (rows == 16 && count == Integers::kDeep) return Integers::turn(from, a.code_row, to);
@@ -205,7 +205,7 @@ void pack_right(const QuantizedLinear& a, int64_t n, int64_t k, E* to) {
 }
 
 template <class T>
-void put(const QuantizedLinear& a, const int32_t* c, float token_scale, const int32_t* sums, int64_t row, int64_t begin,
+void put(const Linear& a, const int32_t* c, float token_scale, const int32_t* sums, int64_t row, int64_t begin,
          int64_t end) {
   T* to = (T*)a.out + row * a.n;
   const float* scale = (const float*)a.scale;
@@ -220,15 +220,14 @@ void put(const QuantizedLinear& a, const int32_t* c, float token_scale, const in
 
 }  // namespace
 
-int64_t quantized_dynamic_strip(const QuantizedLinear& a) { return strip_bytes(a.k); }
-int64_t quantized_dynamic_token(const QuantizedLinear& a) { return deep_blocks(a.k) * Integers::kDeep; }
-int64_t quantized_dynamic_workspace(const QuantizedLinear&, int64_t columns) {
+int64_t linear_dynamic_strip(const Linear& a) { return strip_bytes(a.k); }
+int64_t linear_dynamic_token(const Linear& a) { return deep_blocks(a.k) * Integers::kDeep; }
+int64_t linear_dynamic_workspace(const Linear&, int64_t columns) {
   int64_t width = padded(columns);
   return kStrips * kSide * width * 4 + width * 4 + width / kSide * kPiece * Integers::kBlock * (int64_t)sizeof(E);
 }
 
-void quantized_dynamic_pack(const QuantizedLinear& a, int64_t begin, int64_t end, void* left, float* scales,
-                            void* token) {
+void linear_dynamic_pack(const Linear& a, int64_t begin, int64_t end, void* left, float* scales, void* token) {
   switch (a.type) {
     case Type::f32: return pack<float>(a, begin, end, (char*)left, scales, (int8_t*)token);
     case Type::bf16: return pack<bf16>(a, begin, end, (char*)left, scales, (int8_t*)token);
@@ -236,8 +235,7 @@ void quantized_dynamic_pack(const QuantizedLinear& a, int64_t begin, int64_t end
   }
 }
 
-void quantized_dynamic(const QuantizedLinear& a, const void* left, const float* scales, int64_t begin, int64_t end,
-                       void* memory) {
+void linear_dynamic(const Linear& a, const void* left, const float* scales, int64_t begin, int64_t end, void* memory) {
   int64_t wide = blocks(end - begin), width = wide * kSide, all = deep_blocks(a.k), strips = blocks(a.m);
   int32_t* c = (int32_t*)memory;
   int32_t* sums = c + kStrips * kSide * width;  // what the missing sign adds to each column

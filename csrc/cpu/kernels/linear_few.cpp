@@ -1,6 +1,6 @@
-// Linear layers with quantized weights, a few tokens: the weight is read once, as it is stored, and that is what takes
-// the time. Rows of the weight lie along the vectors, so that a row's scales come one a group and its sum one a row.
-#include "quantized_codes.h"
+// Linear layers, a few tokens: the weight is read once, as it is stored, and that is what takes the time. Rows of the
+// weight lie along the vectors, so that a row's scales come one a group and its sum one a row.
+#include "linear_codes.h"
 
 namespace bigkernels {
 namespace BK_ISA {
@@ -17,23 +17,27 @@ template <int R, int T>
 struct Tile {
   vf total[R][T] = {};
 
-  template <class Type>
-  BK_INLINE void put(const QuantizedLinear& a, const Tile& tile, int64_t n, int64_t token) {
+  BK_INLINE void put(const Linear& a, const Tile& tile, int64_t n, int64_t token) {
     for (int t = 0; t < T; ++t)
       for (int r = 0; r < R; ++r) {
         float y = sum(tile.total[r][t]);
         if (a.bias) y += a.bias[n + r];
-        store((Type*)a.out + (token + t) * a.n + n + r, splat(y), 1);
+        int64_t at = (token + t) * a.n + n + r;
+        switch (a.out_type) {
+          case Type::f32: ((float*)a.out)[at] = y; break;
+          case Type::bf16: store((bf16*)a.out + at, splat(y), 1); break;
+          case Type::f16: store((f16*)a.out + at, splat(y), 1); break;
+        }
       }
   }
 };
 
-// ---- float32 multiply-adds: any codes, any level --------------------------------------------------------------------
+// ---- float32 multiply-adds: any weight, any level -------------------------------------------------------------------
 
 // x in float32, zero from the end of a row on. For 4-bit codes each 2 W elements are those of even number, then the odd
 // ones: a vector of bytes gives both kinds without a shuffle.
 template <class X>
-void widen_tokens(const QuantizedLinear& a, float* to) {
+void widen_tokens(const Linear& a, float* to) {
   constexpr int64_t step = 2 * W;
   for (int64_t m = 0; m < a.m; ++m) {
     const X* x = (const X*)a.in.data + m * a.in.stride;
@@ -51,13 +55,20 @@ void widen_tokens(const QuantizedLinear& a, float* to) {
   }
 }
 
-// The codes of a row from element k on, before their scale.
+// What a row holds from element k on, before its scale.
 template <Codes kKind>
 struct Reader {
   static constexpr bool kPacked = kKind == Codes::affine4 || kKind == Codes::book4;
+  static constexpr bool kScaled = kKind > Codes::f16;
   static constexpr int kVectors = kPacked ? 2 : 1, kStep = kVectors * W;
 
-  BK_INLINE void read(const QuantizedLinear& a, const uint8_t* codes, float zero, vf* v) {
+  static constexpr int64_t bytes(int64_t elements) {
+    return kPacked ? (elements + 1) / 2 : kKind == Codes::f32 ? 4 * elements : kScaled ? elements : 2 * elements;
+  }
+  BK_INLINE void read(const Linear& a, const uint8_t* codes, float zero, vf* v) {
+    if constexpr (kKind == Codes::f32) v[0] = load((const float*)codes);
+    if constexpr (kKind == Codes::bf16) v[0] = load((const bf16*)codes);
+    if constexpr (kKind == Codes::f16) v[0] = load((const f16*)codes);
     if constexpr (kKind == Codes::int8) v[0] = load((const int8_t*)codes);
     if constexpr (kKind == Codes::fp8) v[0] = load_fp8(codes);
     if constexpr (kPacked) {
@@ -71,17 +82,16 @@ struct Reader {
   }
 };
 
-template <Codes kKind, class X, int R, int T>
-void floats_tile(const QuantizedLinear& a, const float* x, int64_t n, int64_t token) {
+template <Codes kKind, int R, int T>
+void floats_tile(const Linear& a, const float* x, int64_t n, int64_t token) {
   typedef Reader<kKind> Read;
-  constexpr int64_t shift = Read::kPacked ? 2 : 1;
   Tile<R, T> tile;
   x += token * padded(a.k);
   int64_t groups = a.group ? a.groups : 1, size = a.group ? a.group : a.k;
   for (int64_t g = 0; g < groups; ++g) {
     int64_t begin = g * size, end = begin + size < a.k ? begin + size : a.k, k = begin;
     float scale[R], zero[R] = {};
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R && Read::kScaled; ++r) {
       int64_t at = a.group ? (n + r) * a.groups + g : n + r;
       if (kKind == Codes::affine4) {
         scale[r] = load_one((const f16*)a.scale + at) * a.row_scale[n + r];
@@ -102,26 +112,59 @@ void floats_tile(const QuantizedLinear& a, const float* x, int64_t n, int64_t to
       }
     };
     for (; k + Read::kStep <= end; k += Read::kStep)
-      step([&](int r) __attribute__((always_inline)) { return a.codes + (n + r) * a.code_row + k / shift; });
+      step([&](int r) __attribute__((always_inline)) { return a.codes + (n + r) * a.code_row + Read::bytes(k); });
     if (k < end) {  // the end of the row; x is zero beyond it
-      uint8_t part[R][W] = {};
+      uint8_t part[R][Read::bytes(Read::kStep)] = {};
       for (int r = 0; r < R; ++r)
-        __builtin_memcpy(part[r], a.codes + (n + r) * a.code_row + k / shift, (end - k + shift - 1) / shift);
+        __builtin_memcpy(part[r], a.codes + (n + r) * a.code_row + Read::bytes(k), Read::bytes(end - k));
       step([&](int r) __attribute__((always_inline)) { return part[r]; });
     }
     for (int r = 0; r < R; ++r)
-      for (int t = 0; t < T; ++t) tile.total[r][t] += acc[r][t] * scale[r];
+      for (int t = 0; t < T; ++t)
+        if constexpr (Read::kScaled) {
+          tile.total[r][t] += acc[r][t] * scale[r];
+        } else {
+          tile.total[r][t] = acc[r][t];
+        }
   }
-  Tile<R, T>::template put<X>(a, tile, n, token);
+  Tile<R, T>::put(a, tile, n, token);
 }
 
-// ---- pairs of bfloat16: 4-bit codes where one instruction looks up 32 of them
-// -----------------------------------------
+// ---- pairs of bfloat16: as they are, or 4-bit codes of which one instruction looks up 32 ---------------------------
 
 #if defined(__AVX512BF16__)
 
-BK_INLINE bool by_pairs(const QuantizedLinear& a) {
-  return packed(a) && a.type == Type::bf16 && (a.group == 32 || a.group == 64 || a.group == 128);
+BK_INLINE bool by_pairs(const Linear& a) {
+  return a.type == Type::bf16 &&
+         (a.kind == Codes::bf16 || (packed(a) && (a.group == 32 || a.group == 64 || a.group == 128)));
+}
+
+// Rows of bfloat16 with tokens of bfloat16: both are read where they are.
+template <int R, int T>
+void plain_tile(const Linear& a, int64_t n, int64_t token) {
+  Tile<R, T> tile;
+  const uint16_t* rows = (const uint16_t*)a.codes + n * (a.code_row / 2);
+  const uint16_t* tokens = (const uint16_t*)a.in.data + token * a.in.stride;
+  auto step = [&](int64_t k, auto get) __attribute__((always_inline)) {
+    __m512bh x[T];
+    for (int t = 0; t < T; ++t) x[t] = (__m512bh)get(tokens + t * a.in.stride + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      __m512bh w = (__m512bh)get(rows + r * (a.code_row / 2) + k);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) tile.total[r][t] = (vf)_mm512_dpbf16_ps((__m512)tile.total[r][t], w, x[t]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + 32 <= a.k; k += 32) {
+    for (int r = 0; r < R; ++r) prefetch(rows + (r + R) * (a.code_row / 2) + k);  // the next tile's rows
+    step(k, [](const uint16_t* p) __attribute__((always_inline)) { return read<__m512i>(p); });
+  }
+  if (k < a.k) {
+    __mmask32 some = ((__mmask32)1 << (a.k - k)) - 1;
+    step(k, [some](const uint16_t* p) __attribute__((always_inline)) { return _mm512_maskz_loadu_epi16(some, p); });
+  }
+  Tile<R, T>::put(a, tile, n, token);
 }
 
 // Of each token: blocks of 128 elements, element 4 w + j at j * 32 + w, as the nibbles of 32 words give them; then the
@@ -131,14 +174,14 @@ struct Pairs {
   const float* sums;
   int64_t row, groups;
 
-  Pairs(const QuantizedLinear& a, const void* ready) {
+  Pairs(const Linear& a, const void* ready) {
     row = padded(a.k), groups = (a.groups + 15) / 16 * 16;
     x = (const uint16_t*)ready;
     sums = (const float*)(x + a.m * row);
   }
 };
 
-void pair_tokens(const QuantizedLinear& a, void* ready) {
+void pair_tokens(const Linear& a, void* ready) {
   Pairs p(a, ready);
   uint16_t* to = (uint16_t*)p.x;
   float* sums = (float*)p.sums;
@@ -185,7 +228,7 @@ BK_INLINE vf lane_scales(const void* scale, int64_t at) {
 }
 
 template <bool kAffine, int kGroups, int R, int T>
-void pairs_tile(const QuantizedLinear& a, const Pairs& p, int64_t n, int64_t token) {
+void pairs_tile(const Linear& a, const Pairs& p, int64_t n, int64_t token) {
   Tile<R, T> tile;
   alignas(64) float values[16];
   for (int i = 0; i < 16; ++i) values[i] = kAffine ? (float)i : a.book[i];
@@ -236,10 +279,10 @@ void pairs_tile(const QuantizedLinear& a, const Pairs& p, int64_t n, int64_t tok
       }
       for (int t = 0; t < T; ++t) tile.total[r][t] *= a.row_scale[n + r];
     }
-  Tile<R, T>::template put<bf16>(a, tile, n, token);
+  Tile<R, T>::put(a, tile, n, token);
 }
 #else
-BK_INLINE bool by_pairs(const QuantizedLinear&) { return false; }
+BK_INLINE bool by_pairs(const Linear&) { return false; }
 #endif
 
 // ---- tiles of rows and tokens ---------------------------------------------------------------------------------------
@@ -252,7 +295,7 @@ struct Number {
 // f(Number<R>, n, Number<T>, token) over rows [begin, end) of the weight and all tokens; rows stay in the cache
 // meanwhile.
 template <class F>
-BK_INLINE void for_tiles(const QuantizedLinear& a, int64_t begin, int64_t end, F f) {
+BK_INLINE void for_tiles(const Linear& a, int64_t begin, int64_t end, F f) {
   for (int64_t n = begin; n < end;) {
     auto tokens = [&](auto rows) __attribute__((always_inline)) {
       int64_t m = 0;
@@ -270,16 +313,16 @@ BK_INLINE void for_tiles(const QuantizedLinear& a, int64_t begin, int64_t end, F
   }
 }
 
-template <Codes kKind, class X>
-void floats(const QuantizedLinear& a, const void* ready, int64_t begin, int64_t end) {
+template <Codes kKind>
+void floats(const Linear& a, const void* ready, int64_t begin, int64_t end) {
   for_tiles(a, begin, end, [&](auto rows, int64_t n, auto tokens, int64_t token) __attribute__((always_inline)) {
-    floats_tile<kKind, X, decltype(rows)::value, decltype(tokens)::value>(a, (const float*)ready, n, token);
+    floats_tile<kKind, decltype(rows)::value, decltype(tokens)::value>(a, (const float*)ready, n, token);
   });
 }
 
 #if defined(__AVX512BF16__)
 template <bool kAffine, int kGroups>
-void pairs_of(const QuantizedLinear& a, const void* ready, int64_t begin, int64_t end) {
+void pairs_of(const Linear& a, const void* ready, int64_t begin, int64_t end) {
   Pairs p(a, ready);
   for_tiles(a, begin, end, [&](auto rows, int64_t n, auto tokens, int64_t token) __attribute__((always_inline)) {
     pairs_tile<kAffine, kGroups, decltype(rows)::value, decltype(tokens)::value>(a, p, n, token);
@@ -287,34 +330,35 @@ void pairs_of(const QuantizedLinear& a, const void* ready, int64_t begin, int64_
 }
 
 template <bool kAffine>
-void pairs(const QuantizedLinear& a, const void* ready, int64_t begin, int64_t end) {
+void pairs(const Linear& a, const void* ready, int64_t begin, int64_t end) {
   switch (a.group) {
     case 32: return pairs_of<kAffine, 4>(a, ready, begin, end);
     case 64: return pairs_of<kAffine, 2>(a, ready, begin, end);
     default: return pairs_of<kAffine, 1>(a, ready, begin, end);
   }
 }
-#endif
 
-template <class X>
-void by_kind(const QuantizedLinear& a, const void* ready, int64_t begin, int64_t end) {
-  switch (a.kind) {
-    case Codes::int8: return floats<Codes::int8, X>(a, ready, begin, end);
-    case Codes::fp8: return floats<Codes::fp8, X>(a, ready, begin, end);
-    case Codes::affine4: return floats<Codes::affine4, X>(a, ready, begin, end);
-    case Codes::book4: return floats<Codes::book4, X>(a, ready, begin, end);
-  }
+void all_pairs(const Linear& a, const void* ready, int64_t begin, int64_t end) {
+  if (a.kind == Codes::affine4) return pairs<true>(a, ready, begin, end);
+  if (a.kind == Codes::book4) return pairs<false>(a, ready, begin, end);
+  for_tiles(a, begin, end, [&](auto rows, int64_t n, auto tokens, int64_t token) __attribute__((always_inline)) {
+    plain_tile<decltype(rows)::value, decltype(tokens)::value>(a, n, token);
+  });
 }
+#endif
 
 }  // namespace
 
-int64_t quantized_few_size(const QuantizedLinear& a) {
+int64_t linear_few_size(const Linear& a) {
   return a.m * (padded(a.k) + (a.groups + 15) / 16 * 16) * (int64_t)sizeof(float);
 }
 
-void quantized_few_prepare(const QuantizedLinear& a, void* ready) {
+void linear_few_prepare(const Linear& a, void* ready) {
 #if defined(__AVX512BF16__)
-  if (by_pairs(a)) return pair_tokens(a, ready);
+  if (by_pairs(a)) {
+    if (packed(a)) pair_tokens(a, ready);
+    return;
+  }
 #endif
   switch (a.type) {
     case Type::f32: return widen_tokens<float>(a, (float*)ready);
@@ -323,15 +367,18 @@ void quantized_few_prepare(const QuantizedLinear& a, void* ready) {
   }
 }
 
-void quantized_few(const QuantizedLinear& a, const void* ready, int64_t begin, int64_t end) {
+void linear_few(const Linear& a, const void* ready, int64_t begin, int64_t end) {
 #if defined(__AVX512BF16__)
-  if (by_pairs(a))
-    return a.kind == Codes::affine4 ? pairs<true>(a, ready, begin, end) : pairs<false>(a, ready, begin, end);
+  if (by_pairs(a)) return all_pairs(a, ready, begin, end);
 #endif
-  switch (a.type) {
-    case Type::f32: return by_kind<float>(a, ready, begin, end);
-    case Type::bf16: return by_kind<bf16>(a, ready, begin, end);
-    case Type::f16: return by_kind<f16>(a, ready, begin, end);
+  switch (a.kind) {
+    case Codes::f32: return floats<Codes::f32>(a, ready, begin, end);
+    case Codes::bf16: return floats<Codes::bf16>(a, ready, begin, end);
+    case Codes::f16: return floats<Codes::f16>(a, ready, begin, end);
+    case Codes::int8: return floats<Codes::int8>(a, ready, begin, end);
+    case Codes::fp8: return floats<Codes::fp8>(a, ready, begin, end);
+    case Codes::affine4: return floats<Codes::affine4>(a, ready, begin, end);
+    case Codes::book4: return floats<Codes::book4>(a, ready, begin, end);
   }
 }
 

@@ -1,0 +1,5 @@
+FAMILY = "linear"
+
+
+def test_linear(benchmark, step):
+    benchmark(step)

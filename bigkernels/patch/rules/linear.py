@@ -1,0 +1,63 @@
+"""Linear layers: `torch.nn.Linear` itself, whose subclasses may compute anything."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ... import functional
+from ...nn.linear import linear_by_packed
+from .._rule import Fit, ModuleRule, Plan, Skip, Write
+from .._verify import Probes, compare, doubled, gradients, outputs_only, plain
+
+
+def _fits(module: nn.Linear, x: Any) -> bool:
+    weight, bias = module.weight, module.bias
+    if not isinstance(x, Tensor) or not plain(x, weight) or (bias is not None and not plain(bias)):
+        return False
+    if x.dim() == 0 or not x.is_cpu or not weight.is_cpu or x.shape[-1] != weight.shape[-1]:
+        return False
+    same = x.dtype == weight.dtype and (bias is None or bias.dtype == weight.dtype)
+    return same and (not torch.is_autocast_enabled("cpu") or x.dtype != torch.float64)
+
+
+def forward(module: nn.Linear, *args: Any, **kwargs: Any) -> Any:
+    """Takes the place of a linear layer's forward: the kernel where it serves the call, the layer's own elsewhere."""
+    if len(args) != 1 or kwargs or not _fits(module, args[0]):
+        return nn.Linear.forward(module, *args, **kwargs)
+    return linear_by_packed(args[0], module.weight, module.bias)
+
+
+def _plan(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
+    if type(module) is not nn.Linear:
+        return None
+    weight, bias = module.weight, module.bias
+    if not plain(weight) or (bias is not None and not plain(bias)):
+        raise Skip("its parameters are not plain tensors")
+    if weight.is_meta or not weight.is_cpu:
+        raise Skip(f"its weight is on {weight.device.type}, where PyTorch's product is as good")
+    key = "linear", bias is not None, weight.dtype
+    if key not in plan.memory:
+        plan.memory[key] = _error(bias is not None, weight.dtype, plan.verify)
+    return Write(module, "forward", functools.partial(forward, module)), Fit("linear", plan.memory[key])
+
+
+def _error(bias: bool, own: torch.dtype, verify: bool) -> float:
+    """The kernel against PyTorch's: what this class computes is known, so that a small layer stands for all."""
+    worst = 0.0
+    for dtype in {torch.float32, own, torch.bfloat16} if verify else (torch.float32,):
+        for tokens, scale in ((3, 1.0), (70, 1e-3)):
+            probe = Probes("cpu", dtype)
+            leaves = [probe(2, tokens, 70, scale=scale), probe(50, 70), probe(50) if bias else None]
+            observe = gradients if verify else outputs_only
+            tried = ((functional.linear, leaves), (F.linear, leaves), (F.linear, doubled(leaves)))
+            results = [observe(f, t) for f, t in tried]
+            worst = max(worst, compare(*results, f"in {str(dtype).removeprefix('torch.')}"))
+    return worst
+
+
+RULE = ModuleRule("linear", _plan)
