@@ -9,8 +9,8 @@ from bigkernels._compare import compare
 
 
 def check_product(ours: Tensor, plain: Tensor, exact: Tensor, terms: Tensor) -> None:
-    """As near to `exact` as PyTorch's, or as a few roundings of the sum of the terms' magnitudes: where a product has few
-    elements, PyTorch may be exact by luck.
+    """As near to `exact` as PyTorch's, or as a few roundings of the sum of the terms' magnitudes: where a product has
+    few elements, PyTorch may be exact by luck.
     """
     assert ours.dtype == plain.dtype
     comparison = compare(ours, plain, exact, roundings=2.0)

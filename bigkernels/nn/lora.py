@@ -97,7 +97,8 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put the update into the weight; a quantized one is quantized again, with the error that this brings.
+        """Put the update into the weight; a quantized one is quantized again, with the error that this brings (where its
+        format is calibrated, in the one that needs no data).
 
         The base is kept aside, so that `unmerge` gives it back bit by bit; a state dict of a merged layer holds both.
         """
@@ -106,7 +107,7 @@ class LoRALinear(nn.Module):
         base = self.base
         if isinstance(base, QuantizedLinear):
             weight = base.qweight.dequantize(torch.float32) + self.delta()
-            made = QuantizedLinear(quantize_weight(weight.to(base.dtype), base.config), base.bias)
+            made = QuantizedLinear(quantize_weight(weight.to(base.dtype), base.config.blind()), base.bias)
         else:
             made = nn.Linear(base.in_features, base.out_features, base.bias is not None, "meta", base.weight.dtype)
             made.weight = nn.Parameter((base.weight.float() + self.delta()).to(base.weight.dtype))

@@ -49,6 +49,8 @@ def quantized_linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = 
         lowered = autocast_dtype(x.device)
         if lowered is not None:
             x = x.to(lowered)
+        if qweight.channel is not None:
+            x = x * qweight.channel.to(x.dtype)
         codes, scale, zero, row_scale, book, group = operands
         if OPERATOR.uses_kernel(x, codes, scale, zero, row_scale, book, bias) and not (dynamic and k > _MOST_EXACT):
             if needs_grad(x, bias):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, in
 
 
 @dataclass(frozen=True)
-class Format:
+class Format(abc.ABC):
     """How a weight (N, K) is stored.
 
     Attributes:
@@ -29,20 +30,35 @@ class Format:
     def __init_subclass__(cls) -> None:
         _FORMATS[cls.name] = cls
 
-    def encode(self, rows: Tensor) -> dict[str, Tensor]:
-        """Finite float32 rows (n, K) as named tensors, each with n rows."""
-        raise NotImplementedError
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs to know the inputs of the layer."""
+        return False
 
-    def finish(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def blind(self) -> Format:
+        """The format itself or, where it is calibrated, the one nearest to it that needs no data."""
+        return self
+
+    def prepare(self, w: Tensor, gram: Tensor) -> Any:
+        """What `encode` takes for data, from a whole weight and the second moments (K, K) of its inputs; of formats
+        that are calibrated.
+        """
+
+    @abc.abstractmethod
+    def encode(self, rows: Tensor, data: Any = None) -> dict[str, Tensor]:
+        """Finite float32 rows (n, K) as named tensors, each with n rows."""
+
+    def finish(self, tensors: dict[str, Tensor], data: Any = None) -> dict[str, Tensor]:
         """What is stored, from the tensors of all rows."""
         return tensors
 
+    @abc.abstractmethod
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each stored tensor of a weight of this shape."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def operands(self, tensors: dict[str, Tensor]) -> Operands:
-        raise NotImplementedError
+        """What the kernels read of the stored tensors."""
 
 
 def named(config: str | Format) -> Format:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import collections
 import fnmatch
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ._calibration import grams, groups
 from ._format import Format, named
 from ._weight import quantize_weight
 
@@ -61,6 +62,7 @@ def quantize(
     *,
     skip: tuple[str, ...] = ("lm_head",),
     filter: Callable[[str, nn.Module], bool] | None = None,
+    calibration: Iterable[Any] | None = None,
 ) -> QuantizeReport:
     """Replace the linear layers of a model by `bigkernels.nn.QuantizedLinear`, in place; on an error none of them.
 
@@ -71,18 +73,25 @@ def quantize(
             layers to leave alone.
         skip: names, or last parts of names, of layers to leave alone.
         filter: called with the name and the module of each layer; False leaves it alone.
+        calibration: batches for formats that are calibrated (`Int4` by "gptq" or "awq"): each a tensor, a tuple of
+            arguments or a mapping of keyword arguments of the model. A few dozen sequences like those to come are
+            enough. Layers are quantized in the model's order, as many at once as 2 GiB of statistics allow; those that
+            follow see what these make of the batches, which are run once for each such group.
 
     Returns:
         What was quantized and what was left alone, and why.
 
     Raises:
-        ValueError, TypeError: as `quantize_weight`; the model is then as it was.
+        ValueError, TypeError: as `quantize_weight`, or a calibrated format without batches; the model is then as it
+            was.
     """
     from ..nn.quantized_linear import QuantizedLinear
 
     patterns = {"*": config} if isinstance(config, (str, Format)) else dict(config)
     formats = {pattern: None if value is None else named(value) for pattern, value in patterns.items()}
-    report, made = QuantizeReport(), {}
+    report = QuantizeReport()
+    blind: dict[str, Format] = {}
+    measured: dict[str, Format] = {}
     owners = collections.Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
@@ -100,14 +109,41 @@ def quantize(
         if reason:
             report.skipped.append(Row(name, reason, size, size, None))
             continue
-        quantized = quantize_weight(module.weight, chosen)
-        made[name] = QuantizedLinear(quantized, module.bias).train(module.training)
-        error = _relative_error(module.weight.detach(), quantized.dequantize(torch.float32))
-        report.quantized.append(Row(name, chosen.name, size, quantized.nbytes, error))
-    if "" in made:
-        raise ValueError("bigkernels.quantize: the model is a linear layer itself; use QuantizedLinear.from_linear")
-    for name, module in made.items():
-        model.set_submodule(name, module)
+        if not name:
+            raise ValueError("bigkernels.quantize: the model is a linear layer itself; use QuantizedLinear.from_linear")
+        (measured if chosen.calibrated else blind)[name] = chosen
+    if measured and calibration is None:
+        config = next(iter(measured.values()))
+        raise ValueError(f"bigkernels.quantize: {config} is calibrated; give calibration batches")
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    before: dict[str, nn.Linear] = {}
+
+    def replace(name: str, config: Format, gram: Tensor | None = None) -> None:
+        module = before[name] = model.get_submodule(name)
+        quantized = quantize_weight(module.weight, config, gram)
+        model.set_submodule(name, QuantizedLinear(quantized, module.bias).train(module.training))
+        size, error = module.weight.nbytes, _relative_error(module.weight.detach(), quantized.dequantize(torch.float32))
+        report.quantized.append(Row(name, config.name, size, quantized.nbytes, error))
+
+    try:
+        for name, config in blind.items():
+            replace(name, config)
+        if measured:
+            batches = calibration if isinstance(calibration, Sequence) else list(calibration)
+            for some in groups({name: model.get_submodule(name) for name in measured}):
+                found = grams(model, some, batches)
+                for name, module in some.items():
+                    if name in found:
+                        replace(name, measured[name], found[name])
+                    else:
+                        size = module.weight.nbytes
+                        report.skipped.append(Row(name, "no calibration batch reaches it", size, size, None))
+    except BaseException:
+        for name, module in before.items():
+            model.set_submodule(name, module)
+        raise
+    for rows in (report.quantized, report.skipped):
+        rows.sort(key=lambda row: order.get(row.path, order.get(row.path.rpartition(".")[0], 0)))
     return report
 
 

@@ -44,7 +44,13 @@ class QuantizedWeight:
         """The weight (N, K) that the codes stand for, computed in float32 and rounded once."""
         dtype = self.dtype if dtype is None else dtype
         wide = dtype if dtype == torch.float64 else torch.float32
-        return dequantize_rows(*self.operands(), self.shape[1], wide).to(dtype)
+        values = dequantize_rows(*self.operands(), self.shape[1], wide)
+        return (values if self.channel is None else values * self.channel.to(wide)).to(dtype)
+
+    @property
+    def channel(self) -> Tensor | None:
+        """(K,) powers of two by which inputs are multiplied before the codes are, or None."""
+        return self.tensors.get("channel")
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_read": None}
@@ -56,16 +62,19 @@ class QuantizedWeight:
 
 
 @torch.no_grad()
-def quantize_weight(w: Tensor, config: str | Format) -> QuantizedWeight:
+def quantize_weight(w: Tensor, config: str | Format, gram: Tensor | None = None) -> QuantizedWeight:
     """A weight in a format. The same values give the same bits, on every device and number of threads.
 
     Args:
         w: (N, K), floating, any strides; every value finite.
         config: a format, or its name: "int8", "int8-dynamic", "int4", "nf4", "fp4" or "fp8".
+        gram: (K, K), the sum or mean of ``x x^T`` over inputs x of the layer; for formats that are calibrated, and of
+            no use to others.
 
     Raises:
         TypeError: `w` is not a floating tensor.
-        ValueError: `w` is no matrix or holds a value that is not finite (in float32), or there is no such format.
+        ValueError: `w` is no matrix or holds a value that is not finite (in float32), there is no such format, or `gram`
+            is missing, of another shape, or not finite.
     """
     config = named(config)
     if not isinstance(w, Tensor) or not w.is_floating_point():
@@ -74,12 +83,27 @@ def quantize_weight(w: Tensor, config: str | Format) -> QuantizedWeight:
     if w.dim() != 2:
         raise ValueError(f"bigkernels.quantize_weight: w has shape {tuple(w.shape)}, expected (N, K)")
     w = w.detach()
+    data = None
+    if config.calibrated:
+        _check_gram(config, gram, w.shape[1])
+        data = config.prepare(w, gram.to(w.device))
     at_once = max(1, _AT_ONCE // max(w.shape[1], 1))
     parts = []
     for rows in w.split(at_once) if w.shape[0] else [w]:
         rows = rows.float().contiguous()
         if not rows.isfinite().all():
             raise ValueError("bigkernels.quantize_weight: w holds a value that is not finite")
-        parts.append(config.encode(rows))
-    tensors = config.finish({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        parts.append(config.encode(rows, data))
+    tensors = config.finish({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, data)
     return QuantizedWeight(config, (w.shape[0], w.shape[1]), w.dtype, tensors)
+
+
+def _check_gram(config: Format, gram: Tensor | None, k: int) -> None:
+    if gram is None:
+        raise ValueError(
+            f"bigkernels.quantize_weight: {config} is calibrated: give gram, or `calibration` to `quantize`"
+        )
+    if gram.shape != (k, k):
+        raise ValueError(f"bigkernels.quantize_weight: gram has shape {tuple(gram.shape)}, expected ({k}, {k})")
+    if not gram.isfinite().all():
+        raise ValueError("bigkernels.quantize_weight: gram holds a value that is not finite")

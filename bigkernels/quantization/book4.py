@@ -63,13 +63,13 @@ class NF4(Format):
             raise ValueError(f"bigkernels.quantization.{type(self).__name__}: block_size is {self.block_size!r}; "
                              "accepted are 32, 64, 128")  # fmt: skip
 
-    def encode(self, rows: Tensor) -> dict[str, Tensor]:
+    def encode(self, rows: Tensor, data: None = None) -> dict[str, Tensor]:
         blocks = in_groups(rows, self.block_size)
         scale = blocks.abs().amax(-1)
         codes = _nearest(ratio(blocks, scale.unsqueeze(-1)), self.values)
         return {"codes": pack4(codes.flatten(1), rows.shape[1]), "scale": scale}
 
-    def finish(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def finish(self, tensors: dict[str, Tensor], data: None = None) -> dict[str, Tensor]:
         if not self.double_quant:
             return tensors
         scale = tensors.pop("scale")

@@ -22,7 +22,7 @@ class FP8(Format):
 
     name: ClassVar[str] = "fp8"
 
-    def encode(self, rows: Tensor) -> dict[str, Tensor]:
+    def encode(self, rows: Tensor, data: None = None) -> dict[str, Tensor]:
         scale = rows.abs().amax(1) / _LARGEST if rows.shape[1] else rows.new_zeros(rows.shape[0])
         codes = ratio(rows, scale[:, None]).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
         return {"codes": codes.view(torch.uint8), "scale": scale}

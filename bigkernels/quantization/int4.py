@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import awq, gptq
 from ._format import Format, Operands, in_groups, pack4, ratio
 
-_ALGORITHMS = ("rtn", "hqq")
+_ALGORITHMS = ("rtn", "hqq", "gptq", "awq")
 _SIZES = (32, 64, 128)
+_PARTS = tuple(1 - i / 20 for i in range(1, 9))  # of a group's range that clipping tries
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,11 @@ class Int4(Format):
         group_size: 32, 64 or 128 elements; the last group of a row may be shorter.
         algorithm: "rtn" rounds to nearest, with whole zero points. "hqq" then moves the zero points for a smaller
             error: half-quadratic quantization (Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog/), which needs
-            no data. No group's squared error gets larger.
+            no data. No group's squared error gets larger. The other two are calibrated: they lower the error of the
+            layer's outputs on inputs like those given. "gptq" rounds element after element and moves the error of each
+            to those that follow (Frantar et al. 2022, https://arxiv.org/abs/2210.17323). "awq" scales the elements that
+            meet large inputs up (Lin et al. 2023, https://arxiv.org/abs/2306.00978), by powers of two, which are stored
+            and divide the inputs, and then moves zero points as "hqq" does.
 
     Raises:
         ValueError: another size or algorithm.
@@ -41,37 +47,106 @@ class Int4(Format):
                 f"bigkernels.quantization.Int4: group_size is {self.group_size!r}; accepted are 32, 64, 128"
             )
         if self.algorithm not in _ALGORITHMS:
-            raise ValueError(f"bigkernels.quantization.Int4: algorithm is {self.algorithm!r}; accepted are rtn, hqq")
+            raise ValueError(f"bigkernels.quantization.Int4: algorithm is {self.algorithm!r}; accepted are "
+                             f"{', '.join(_ALGORITHMS)}")  # fmt: skip
 
-    def encode(self, rows: Tensor) -> dict[str, Tensor]:
+    @property
+    def calibrated(self) -> bool:
+        return self.algorithm in ("gptq", "awq")
+
+    def blind(self) -> Int4:
+        return Int4(self.group_size) if self.calibrated else self
+
+    def prepare(self, w: Tensor, gram: Tensor) -> Any:
+        if self.algorithm == "gptq":
+            return gptq.Order.of(gram)
+        return awq.channel_scales(w, gram, lambda rows, importance: self._rounded(rows, importance))
+
+    def _rounded(self, rows: Tensor, importance: Tensor) -> Tensor:
+        """The values of rows to the nearest, with the ranges that fit inputs of the given second moments."""
+        found = fit(in_groups(rows, self.group_size), self._weights(rows, importance), clip=True)
+        groups = in_groups(rows, self.group_size)
+        values = (_codes(groups, found.step, found.zero) - found.zero.unsqueeze(-1)) * found.step
+        return values.flatten(1)[:, : rows.shape[1]]
+
+    def _weights(self, rows: Tensor, importance: Tensor | None = None) -> Tensor:
+        """(1, G, size): how much the error of each element counts; the copies that fill up the last group count none."""
         k = rows.shape[1]
+        each = torch.ones(k, device=rows.device) if importance is None else importance.float()
+        return torch.nn.functional.pad(each, (0, -k % self.group_size)).view(1, -1, self.group_size)
+
+    def encode(self, rows: Tensor, data: Any = None) -> dict[str, Tensor]:
+        k = rows.shape[1]
+        if self.algorithm == "awq":
+            rows = rows * data.up
         groups = in_groups(rows, self.group_size)
         if not groups.shape[1]:
             empty = rows.new_zeros(rows.shape[0], 0)
             return {"codes": empty.to(torch.uint8), "scale": empty.half(), "zero": empty.half(),
                     "row_scale": torch.ones(rows.shape[0], device=rows.device)}  # fmt: skip
-        low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
-        wanted = high / 15 - low / 15  # divided first: the difference may be infinite
-        row_scale = _power_above(wanted.amax(1))
-        scale = _half_not_below(wanted / row_scale[:, None])
-        step = (scale.float() * row_scale[:, None]).unsqueeze(-1)
-        zero = ratio(-low, step[..., 0]).round().clamp(0, 15)
-        if self.algorithm == "hqq":
-            # The copies that fill up the last group have no weight of their own.
-            counted = in_groups(torch.ones(1, k, device=rows.device), self.group_size)
-            counted[0, -1, self.group_size - -k % self.group_size :] = 0
-            zero = _half_quadratic(groups, step, zero, counted)
-        codes = _codes(groups, step, zero)
-        return {"codes": pack4(codes.flatten(1), k), "scale": scale, "zero": zero.half(), "row_scale": row_scale}
+        weights = self._weights(rows, data.importance if self.calibrated else None)
+        found = fit(groups, weights, clip=self.calibrated)
+        zero = found.zero
+        if self.algorithm in ("hqq", "awq"):
+            zero = _half_quadratic(groups, found.step, zero, weights)
+        if self.algorithm == "gptq":
+            codes = gptq.codes(rows, found.step[..., 0], zero, self.group_size, data)
+        else:
+            codes = _codes(groups, found.step, zero).flatten(1)
+        return {"codes": pack4(codes, k), "scale": found.scale, "zero": zero.half(), "row_scale": found.row_scale}
+
+    def finish(self, tensors: dict[str, Tensor], data: Any = None) -> dict[str, Tensor]:
+        return tensors | {"channel": data.down} if self.algorithm == "awq" else tensors
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         n, k = shape
         groups = (n, -(-k // self.group_size))
-        return {"codes": ((n, (k + 1) // 2), torch.uint8), "scale": (groups, torch.float16),
-                "zero": (groups, torch.float16), "row_scale": ((n,), torch.float32)}  # fmt: skip
+        stored = {"codes": ((n, (k + 1) // 2), torch.uint8), "scale": (groups, torch.float16),
+                  "zero": (groups, torch.float16), "row_scale": ((n,), torch.float32)}  # fmt: skip
+        return stored | {"channel": ((k,), torch.float32)} if self.algorithm == "awq" else stored
 
     def operands(self, tensors: dict[str, Tensor]) -> Operands:
         return tensors["codes"], tensors["scale"], tensors["zero"], tensors["row_scale"], None, self.group_size
+
+
+class Fit(NamedTuple):
+    """The scales and whole zero points of groups: scale (n, G) in float16, row_scale (n,), and their product `step`
+    (n, G, 1).
+    """
+
+    scale: Tensor
+    row_scale: Tensor
+    step: Tensor
+    zero: Tensor
+
+
+def fit(groups: Tensor, weights: Tensor, *, clip: bool) -> Fit:
+    """Scales that cover the range of each group; with `clip`, the fraction of it whose weighted error is the least."""
+    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+    wanted = high / 15 - low / 15  # divided first: the difference may be infinite
+    row_scale = _power_above(wanted.amax(1))
+
+    def at(part: float) -> tuple[Fit, Tensor]:
+        scale = _half_not_below(wanted * part / row_scale[:, None])
+        step = (scale.float() * row_scale[:, None]).unsqueeze(-1)
+        zero = ratio(-low * part, step[..., 0]).round().clamp(0, 15)
+        return Fit(scale, row_scale, step, zero), _error(groups, step, zero, weights)[1] * step[..., 0].square()
+
+    best, least = at(1.0)
+    for part in _PARTS if clip else ():
+        other, error = at(part)
+        better = error < least
+        best = Fit(torch.where(better, other.scale, best.scale), row_scale,
+                   torch.where(better.unsqueeze(-1), other.step, best.step),
+                   torch.where(better, other.zero, best.zero))  # fmt: skip
+        least = torch.where(better, error, least)
+    return best
+
+
+def _error(groups: Tensor, step: Tensor, zero: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, and the weighted squared error of each group in steps: the square of a small weight would vanish."""
+    codes = _codes(groups, step, zero)
+    return codes, (ratio(groups - (codes - zero.unsqueeze(-1)) * step, step).square() * weights).sum(-1)
 
 
 def _power_above(x: Tensor) -> Tensor:
@@ -89,7 +164,7 @@ def _codes(groups: Tensor, step: Tensor, zero: Tensor) -> Tensor:
     return (ratio(groups, step) + zero.unsqueeze(-1)).round().clamp(0, 15)
 
 
-def _half_quadratic(groups: Tensor, step: Tensor, zero: Tensor, counted: Tensor) -> Tensor:
+def _half_quadratic(groups: Tensor, step: Tensor, zero: Tensor, weights: Tensor) -> Tensor:
     """Zero points (rounded to float16) that lower the squared error of a group, or the given ones.
 
     Codes and zero points are found in turn, each as the other asks for: with the mean of what codes and weights ask for
@@ -97,19 +172,13 @@ def _half_quadratic(groups: Tensor, step: Tensor, zero: Tensor, counted: Tensor)
     constants, and made the perplexity of a model worse where it was scaled to count.
     """
 
-    def error(zero: Tensor) -> tuple[Tensor, Tensor]:
-        codes = _codes(groups, step, zero)
-        missed = groups - (codes - zero.unsqueeze(-1)) * step
-        relative = ratio(missed, step)  # in steps: the square of a small weight would vanish
-        return codes, (relative.square() * counted).sum(-1)
-
-    total = counted.sum(-1)
+    total = weights.sum(-1)
     wanted = ratio(groups, step)
-    best, (codes, least) = zero, error(zero)
+    best, (codes, least) = zero, _error(groups, step, zero, weights)
     better = torch.ones_like(best, dtype=torch.bool)
     for _ in range(20):
-        zero = (((codes - wanted) * counted).sum(-1) / total).half().float()
-        codes, now = error(zero)
+        zero = ratio(((codes - wanted) * weights).sum(-1), total).half().float()
+        codes, now = _error(groups, step, zero, weights)
         better = better & (now < least)  # a group is done where it gets no better, whatever the others do
         if not better.any():
             break

@@ -17,7 +17,7 @@ class Int8(Format):
 
     name: ClassVar[str] = "int8"
 
-    def encode(self, rows: Tensor) -> dict[str, Tensor]:
+    def encode(self, rows: Tensor, data: None = None) -> dict[str, Tensor]:
         scale = rows.abs().amax(1) / 127 if rows.shape[1] else rows.new_zeros(rows.shape[0])
         codes = ratio(rows, scale[:, None]).round().clamp(-127, 127).to(torch.int8)
         return {"codes": codes, "scale": scale}

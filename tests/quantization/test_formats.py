@@ -164,7 +164,7 @@ def test_weights_that_are_refused(w, error):
 
 
 def test_formats_that_are_refused():
-    for make in (lambda: Int4(48), lambda: Int4(algorithm="gptq"), lambda: NF4(16), lambda: Q.named("int3")):
+    for make in (lambda: Int4(48), lambda: Int4(algorithm="spqr"), lambda: NF4(16), lambda: Q.named("int3")):
         with pytest.raises(ValueError, match="accepted are"):
             make()
     with pytest.raises(TypeError, match="accepted are"):

@@ -1,0 +1,73 @@
+"""What the inputs of layers look like on a few batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_BYTES = 2**31  # of second moments held at once
+
+
+def groups(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
+    """The layers in their order, as many at once as the memory for their second moments allows, but at least one."""
+    some, size = {}, 0
+    for name, layer in layers.items():
+        needed = 4 * layer.in_features**2
+        if some and size + needed > _BYTES:
+            yield some
+            some, size = {}, 0
+        some[name] = layer
+        size += needed
+    if some:
+        yield some
+
+
+@torch.no_grad()
+def grams(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Iterable[Any]) -> dict[str, Tensor]:
+    """The sum of ``x x^T`` over the inputs x (K,) of each layer that the batches reach."""
+    found: dict[str, Tensor] = {}
+    last: list[tuple[Tensor, Tensor]] = []  # layers beside each other read the same input
+
+    def record(name: str):
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            if not last or last[0][0] is not x:
+                rows = x.detach().reshape(-1, x.shape[-1]).float()
+                last[:] = [(x, rows.T @ rows)]
+            found[name] = found[name] + last[0][1] if name in found else last[0][1].clone()
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
+    try:
+        with _evaluating(model):
+            for batch in batches:
+                _call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        model(*batch)
+    else:
+        model(batch)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,52 @@
+"""AWQ: elements that meet large inputs are scaled up before they are rounded, and the inputs down.
+
+Lin et al. 2023, https://arxiv.org/abs/2306.00978. The scales are powers of two, so that dividing inputs rounds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_STEPS = 10  # exponents tried
+_AT_ONCE = 2**22
+
+
+class Channels(NamedTuple):
+    """By what the elements of rows are multiplied, by what inputs are, and the second moments of the latter: (K,)."""
+
+    up: Tensor
+    down: Tensor
+    importance: Tensor
+
+
+def channel_scales(w: Tensor, gram: Tensor, rounded: Callable[[Tensor, Tensor], Tensor]) -> Channels:
+    """The scales, powers of the inputs' sizes, whose rounded weight changes the outputs least.
+
+    Args:
+        w: (N, K).
+        gram: (K, K), second moments of inputs.
+        rounded: float32 rows and the second moments of their inputs to the values that they are stored as.
+    """
+    gram = gram.float()
+    moments = gram.diagonal().clamp_min(0)
+    mean = moments.mean() if moments.numel() else moments.new_ones(())
+    size = (moments / torch.where(mean > 0, mean, 1.0)).clamp_min(1e-4).sqrt()
+    best, least = None, None
+    for i in range(4 * _STEPS):
+        up = torch.exp2((size.log2() * (i // 4) / _STEPS + i % 4 / 4).round())
+        found = Channels(up, 1 / up, moments / up.square())
+        error = sum(
+            _output_error(rows.float(), found, gram, rounded) for rows in w.split(max(1, _AT_ONCE // max(len(up), 1)))
+        )
+        if least is None or error < least:
+            best, least = found, error
+    return best
+
+
+def _output_error(rows: Tensor, channels: Channels, gram: Tensor, rounded) -> float:
+    missed = rows - rounded(rows * channels.up, channels.importance) * channels.down
+    return ((missed @ gram) * missed).sum().item()
