@@ -97,8 +97,8 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put the update into the weight; a quantized one is quantized again, with the error that this brings (where its
-        format is calibrated, in the one that needs no data).
+        """Put the update into the weight; a quantized one is quantized again, with the error that this brings, and
+        where its format is calibrated in the one that needs no data.
 
         The base is kept aside, so that `unmerge` gives it back bit by bit; a state dict of a merged layer holds both.
         """

@@ -43,6 +43,7 @@ class Format(abc.ABC):
         """What `encode` takes for data, from a whole weight and the second moments (K, K) of its inputs; of formats
         that are calibrated.
         """
+        raise NotImplementedError(f"{self} needs no data")
 
     @abc.abstractmethod
     def encode(self, rows: Tensor, data: Any = None) -> dict[str, Tensor]:

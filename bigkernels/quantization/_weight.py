@@ -73,8 +73,8 @@ def quantize_weight(w: Tensor, config: str | Format, gram: Tensor | None = None)
 
     Raises:
         TypeError: `w` is not a floating tensor.
-        ValueError: `w` is no matrix or holds a value that is not finite (in float32), there is no such format, or `gram`
-            is missing, of another shape, or not finite.
+        ValueError: `w` is no matrix or holds a value that is not finite (in float32), there is no such format, or
+            `gram` is missing, of another shape, or not finite.
     """
     config = named(config)
     if not isinstance(w, Tensor) or not w.is_floating_point():

@@ -5,6 +5,7 @@ Lin et al. 2023, https://arxiv.org/abs/2306.00978. The scales are powers of two,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 _STEPS = 10  # exponents tried
+_PHASES = 4  # ways tried to round the scales to powers of two
+_DAMP = 0.01  # of the mean second moment, added to all
 _AT_ONCE = 2**22
 
 
@@ -31,17 +34,21 @@ def channel_scales(w: Tensor, gram: Tensor, rounded: Callable[[Tensor, Tensor], 
         gram: (K, K), second moments of inputs.
         rounded: float32 rows and the second moments of their inputs to the values that they are stored as.
     """
+    ones = torch.ones(w.shape[1], device=w.device)
+    if not w.numel():
+        return Channels(ones, ones, ones)
     gram = gram.float()
-    moments = gram.diagonal().clamp_min(0)
-    mean = moments.mean() if moments.numel() else moments.new_ones(())
-    size = (moments / torch.where(mean > 0, mean, 1.0)).clamp_min(1e-4).sqrt()
+    mean = gram.diagonal().mean()
+    # Inputs that were always zero may not always be.
+    gram = gram + _DAMP * torch.where(mean > 0, mean, 1.0) * torch.eye(len(ones), device=w.device)
+    moments = gram.diagonal()
+    size = (moments / moments.mean()).sqrt()
+    at_once = max(1, _AT_ONCE // len(ones))
     best, least = None, None
-    for i in range(4 * _STEPS):
-        up = torch.exp2((size.log2() * (i // 4) / _STEPS + i % 4 / 4).round())
+    for i, phase in itertools.product(range(_STEPS), range(_PHASES)):
+        up = torch.exp2((size.log2() * i / _STEPS + phase / _PHASES).round())
         found = Channels(up, 1 / up, moments / up.square())
-        error = sum(
-            _output_error(rows.float(), found, gram, rounded) for rows in w.split(max(1, _AT_ONCE // max(len(up), 1)))
-        )
+        error = sum(_output_error(rows.float(), found, gram, rounded) for rows in w.split(at_once))
         if least is None or error < least:
             best, least = found, error
     return best

@@ -70,7 +70,7 @@ class Int4(Format):
         return values.flatten(1)[:, : rows.shape[1]]
 
     def _weights(self, rows: Tensor, importance: Tensor | None = None) -> Tensor:
-        """(1, G, size): how much the error of each element counts; the copies that fill up the last group count none."""
+        """(1, G, size): how much the error of each element counts; the copies that fill up a group count nothing."""
         k = rows.shape[1]
         each = torch.ones(k, device=rows.device) if importance is None else importance.float()
         return torch.nn.functional.pad(each, (0, -k % self.group_size)).view(1, -1, self.group_size)
