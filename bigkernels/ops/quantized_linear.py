@@ -108,7 +108,7 @@ def _chunks(codes, scale, zero, row_scale, book, group, k, dtype):
         yield rows, dequantize_rows(*parts, book, group, k, dtype)
 
 
-def _rounded(x):
+def round_tokens(x):
     """The tokens of x in integers of 8 bits, as floats, and their scale (..., 1)."""
     scale = x.abs().amax(-1, keepdim=True) / 127 if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
     safe = torch.where(scale > 0, scale, 1.0)
@@ -119,7 +119,7 @@ def _forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic):
     wide = compute_dtype(x.dtype)
     tokens, factor = x.to(wide), None
     if dynamic:
-        tokens, factor = _rounded(tokens)
+        tokens, factor = round_tokens(tokens)
     return _multiply(x, tokens, factor, codes, scale, zero, row_scale, book, bias, group, k)
 
 
@@ -137,7 +137,7 @@ def _transparent(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic
     """As `_forward`, with a gradient by plain PyTorch: transforms see through it."""
     tokens = x.to(compute_dtype(x.dtype))
     if dynamic:
-        whole, factor = _rounded(tokens)
+        whole, factor = round_tokens(tokens)
         tokens = tokens + (whole * factor - tokens).detach()
     return _multiply(x, tokens, None, codes, scale, zero, row_scale, book, bias, group, k)
 

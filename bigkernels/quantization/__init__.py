@@ -11,11 +11,13 @@ from .book4 import FP4, NF4
 from .fp8 import FP8
 from .int4 import Int4
 from .int8 import Int8, Int8Dynamic
+from .qat import FakeQuantizedLinear, fake_quantize, prepare_qat
 
 __all__ = [
     "FP4",
     "FP8",
     "NF4",
+    "FakeQuantizedLinear",
     "Format",
     "Int4",
     "Int8",
@@ -23,7 +25,9 @@ __all__ = [
     "QuantizeReport",
     "QuantizedWeight",
     "dequantize",
+    "fake_quantize",
     "named",
+    "prepare_qat",
     "quantize",
     "quantize_weight",
 ]

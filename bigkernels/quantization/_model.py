@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ._calibration import grams, groups
 from ._format import Format, named
 from ._weight import quantize_weight
+from .qat import FakeQuantizedLinear
 
 
 class Row(NamedTuple):
@@ -157,7 +158,7 @@ def dequantize(model: nn.Module) -> None:
 
 
 def _refusal(name, module, chosen, skip, filter, owners) -> str | None:
-    if type(module) is not nn.Linear:
+    if type(module) not in (nn.Linear, FakeQuantizedLinear):
         return f"a {type(module).__name__}, not a torch.nn.Linear"
     if any(name == part or name.endswith("." + part) for part in skip):
         return "left out by skip"

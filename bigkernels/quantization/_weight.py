@@ -56,6 +56,10 @@ class QuantizedWeight:
         return self.__dict__ | {"_read": None}
 
     @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    @property
     def nbytes(self) -> int:
         """Of what is stored."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())

@@ -171,7 +171,7 @@ def test_tokens_rounded_to_8_bits(case):
     x = (torch.randn(case["m"], case["k"]) * 10.0 ** torch.randint(-3, 3, (case["m"], 1))).to(DTYPES[case["dtype"]])
     bias = torch.randn(case["n"]).to(x.dtype) if case["bias"] else None
     found = fwd(x, *operands[:5], bias, *operands[5:], True)
-    tokens, scale = op._rounded(x.float())
+    tokens, scale = op.round_tokens(x.float())
     exact = (tokens.double() @ dense(operands).T) * scale.double()
     exact = exact if bias is None else exact + bias.double()
     check_product(found, exact.to(x.dtype), exact, torch.zeros(()))
