@@ -48,11 +48,13 @@ def test_training_makes_up_for_the_rounding():
     def error_after(steps: int) -> float:
         model = nn.Sequential(copy.deepcopy(original))
         assert prepare_qat(model, config) == ["0"]
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 300)
         for _ in range(steps):
             nn.functional.mse_loss(model(x), target).backward()
             optimizer.step()
             optimizer.zero_grad()
+            schedule.step()
         bigkernels.quantize(model, config)
         return nn.functional.mse_loss(model(x), target).item()
 
