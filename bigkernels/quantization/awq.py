@@ -5,15 +5,13 @@ Lin et al. 2023, https://arxiv.org/abs/2306.00978. The scales are powers of two,
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_STEPS = 10  # exponents tried
-_PHASES = 4  # ways tried to round the scales to powers of two
+_STEPS = 20  # exponents tried
 _DAMP = 0.01  # of the mean second moment, added to all
 _AT_ONCE = 2**22
 
@@ -45,8 +43,8 @@ def channel_scales(w: Tensor, gram: Tensor, rounded: Callable[[Tensor, Tensor], 
     size = (moments / moments.mean()).sqrt()
     at_once = max(1, _AT_ONCE // len(ones))
     best, least = None, None
-    for i, phase in itertools.product(range(_STEPS), range(_PHASES)):
-        up = torch.exp2((size.log2() * i / _STEPS + phase / _PHASES).round())
+    for i in range(_STEPS):
+        up = torch.exp2((size.log2() * i / _STEPS).round())
         found = Channels(up, 1 / up, moments / up.square())
         error = sum(_output_error(rows.float(), found, gram, rounded) for rows in w.split(at_once))
         if least is None or error < least:

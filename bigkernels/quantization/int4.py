@@ -64,7 +64,7 @@ class Int4(Format):
 
     def _rounded(self, rows: Tensor, importance: Tensor) -> Tensor:
         """The values of rows to the nearest, with the ranges that fit inputs of the given second moments."""
-        found = fit(in_groups(rows, self.group_size), self._weights(rows, importance), clip=False)
+        found = fit(in_groups(rows, self.group_size), self._weights(rows, importance), clip=True)
         groups = in_groups(rows, self.group_size)
         values = (_codes(groups, found.step, found.zero) - found.zero.unsqueeze(-1)) * found.step
         return values.flatten(1)[:, : rows.shape[1]]
