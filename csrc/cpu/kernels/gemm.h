@@ -91,15 +91,22 @@ struct Floats {
         store(to + v * W, n >= W ? load(from + column + v * W) : n > 0 ? load(from + column + v * W, n) : vf{});
     }
   }
-  BK_INLINE void turn(float* to, const float* from) {
+  // Whether staging is no more than copying.
+  template <class T>
+  static constexpr bool holds() {
+    return sizeof(T) == sizeof(float);
+  }
+  BK_INLINE void turn(float* to, const float* from, int64_t line) {
     for (int i = 0; i < kSide; i += 16)
-      for (int j = 0; j < kSide; j += 16) transpose16(from + i * kSide + j, kSide * 4, to + j * kSide + i, kSide * 4);
+      for (int j = 0; j < kSide; j += 16) transpose16(from + i * line + j, line * 4, to + j * kSide + i, kSide * 4);
   }
   // From a staged block X (32 tokens, 32 elements): X^T on the right (depth: elements), X on the right, X^T on the left
-  // (depth: tokens, split order).
-  BK_INLINE void right_turned(float* to, const float* staged) { turn(to, staged); }
-  BK_INLINE void right(float* to, const float* staged) { __builtin_memcpy(to, staged, kBlock * 4); }
-  BK_INLINE void left_turned(float* to, const float* staged) { turn(to, staged); }
+  // (depth: tokens, split order). `line` is from row to row: a format that holds a type takes blocks where they are.
+  BK_INLINE void right_turned(float* to, const float* staged, int64_t line = kSide) { turn(to, staged, line); }
+  BK_INLINE void right(float* to, const float* staged, int64_t line = kSide) {
+    for (int r = 0; r < kSide; ++r) __builtin_memcpy(to + r * kSide, staged + r * line, kSide * 4);
+  }
+  BK_INLINE void left_turned(float* to, const float* staged) { turn(to, staged, kSide); }
 
   // Row r of a block on the left, depth in split order.
   BK_INLINE void put_left(float* block, int r, const vf* x) {
@@ -213,16 +220,20 @@ struct Pairs {
       }
     }
   }
-  BK_INLINE void right_turned(uint16_t* to, const uint16_t* staged) {
-    for (int t = 0; t < 2 * P; ++t) transpose16(staged + t * kTile, 64, to + t * kTile, 64);
+  template <class T>
+  static constexpr bool holds() {
+    return P == 1;
   }
-  BK_INLINE void right(uint16_t* to, const uint16_t* staged) {
+  BK_INLINE void right_turned(uint16_t* to, const uint16_t* staged, int64_t line = kSide) {
+    for (int t = 0; t < 2 * P; ++t) transpose16(staged + t * 16 * line, line * 2, to + t * kTile, 64);
+  }
+  BK_INLINE void right(uint16_t* to, const uint16_t* staged, int64_t line = kSide) {
     for (int p = 0; p < P; ++p)
       for (int t = 0; t < 2; ++t)
         for (int i = 0; i < 16; ++i) {
-          const uint16_t* from = staged + p * kPlane + i * kSide + 16 * t;
+          const uint16_t* from = staged + p * kPlane + i * line + 16 * t;
           __m512i x = _mm512_cvtepu16_epi32(read<__m256i>(from)),
-                  y = _mm512_cvtepu16_epi32(read<__m256i>(from + kTile));
+                  y = _mm512_cvtepu16_epi32(read<__m256i>(from + 16 * line));
           write(to + p * kPlane + t * kTile + i * 32, _mm512_or_epi32(x, _mm512_slli_epi32(y, 16)));
         }
   }

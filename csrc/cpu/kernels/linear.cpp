@@ -9,7 +9,7 @@ namespace BK_ISA {
 namespace {
 
 constexpr int64_t kDepth = 256;  // decoded at once
-constexpr int64_t kStrips = 16;  // of 32 tokens that share what was decoded
+constexpr int64_t kDeep = kDepth / kSide;
 
 struct Sizes {
   int64_t depth, columns;
@@ -21,22 +21,34 @@ struct Many {
   typedef typename FormatOf<T>::type F;
   typedef typename F::Element E;
 
+  // Where block i of strip s is on the left. What is read together lies together, a piece of the depth after the other:
+  // strips as wide as the depth, often a power of two apart, would fall into the same few sets of the cache.
+  static int64_t left_at(int64_t s, int64_t i, int64_t strips, int64_t all) {
+    int64_t piece = i / kDeep * kDeep, deep = all - piece < kDeep ? all - piece : kDeep;
+    return (piece * strips + s * deep + i - piece) * F::kBlock;
+  }
+
   // Strips [begin, end) of `in` as left operands. Where the rows of the weight are the depth, as in backward, it is in
   // the split order, in which straight blocks on the right come.
   static void pack_left(const Linear& a, bool backward, int64_t begin, int64_t end, E* left) {
     Sizes n(a, backward);
+    int64_t strips = blocks(a.m), all = blocks(n.depth);
     StridedRows<T> rows{(const T*)a.in.data, a.in.stride, a.in_turned ? n.depth : a.m};
     alignas(64) E staged[F::kBlock];
-    left += begin * blocks(n.depth) * F::kBlock;
     for (int64_t s = begin; s < end; ++s)
-      for (int64_t i = 0; i < blocks(n.depth); ++i, left += F::kBlock) {
+      for (int64_t i = 0; i < all; ++i) {
+        E* to = left + left_at(s, i, strips, all);
         if (a.in_turned) {
           F::template stage<T>(staged, rows, i * kSide, s * kSide, a.m);
-          F::left_turned(left, staged);
+          F::left_turned(to, staged);
         } else if (!backward) {
-          F::template stage<T>(left, rows, s * kSide, i * kSide, n.depth);
+          for (int r = 0; r < kSide; ++r) {  // the rows lie pages apart
+            const T* row = rows.get(rows, s * kSide + r);
+            if (row) prefetch(row + (i + 8) * kSide);
+          }
+          F::template stage<T>(to, rows, s * kSide, i * kSide, n.depth);
         } else {
-          split_order(rows, s * kSide, i * kSide, n.depth, left);
+          split_order(rows, s * kSide, i * kSide, n.depth, to);
         }
       }
   }
@@ -54,18 +66,30 @@ struct Many {
   // Block (rows of the weight from n, elements from k) as a right operand.
   static void decode(const Linear& a, bool backward, int64_t n, int64_t k, E* to) {
     alignas(64) E staged[F::kBlock];
+    const E* from = staged;
+    int64_t line = kSide;
     if (a.kind == plain_kind<T>) {
-      F::template stage<T>(staged, StridedRows<T>{(const T*)a.codes, a.code_row / (int64_t)sizeof(T), a.n}, n, k, a.k);
+      const T* rows = (const T*)a.codes;
+      int64_t stride = a.code_row / (int64_t)sizeof(T);
+      if (F::template holds<T>() && n + kSide <= a.n && k + kSide <= a.k) {
+        from = (const E*)(rows + n * stride + k), line = stride;
+      } else {
+        F::template stage<T>(staged, StridedRows<T>{rows, stride, a.n}, n, k, a.k);
+      }
     } else {
       alignas(64) T tile[kSide * kSide];
       int64_t rows = a.n - n < kSide ? a.n - n : kSide;
       for (int64_t r = 0; r < rows; ++r) decode32(a, n + r, k, tile + r * kSide);
-      F::template stage<T>(staged, StridedRows<T>{tile, kSide, rows}, 0, 0, kSide);
+      if (F::template holds<T>() && rows == kSide) {
+        from = (const E*)tile;
+      } else {
+        F::template stage<T>(staged, StridedRows<T>{tile, kSide, rows}, 0, 0, kSide);
+      }
     }
     if (backward) {
-      F::right(to, staged);
+      F::right(to, from, line);
     } else {
-      F::right_turned(to, staged);
+      F::right_turned(to, from, line);
     }
   }
   static void pack_right(const Linear& a, int64_t begin, int64_t end, E* to) {
@@ -75,67 +99,107 @@ struct Many {
       for (int64_t i = 0; i < all; ++i, to += F::kBlock) decode(a, false, j * kSide, i * kSide, to);
   }
 
+  // Columns [begin, end) of the result, in contiguous blocks of their own until they are written. A column of blocks
+  // meets one piece of the weight, which stays in the first-level cache while the strips pass by; the next piece is on
+  // its way to the second level meanwhile. (The strips are not asked for: into the first level, it costs more than it
+  // gives wherever the tile unit has its core to itself.)
   static void columns(const Linear& a, bool backward, const E* left, int64_t begin, int64_t end, void* memory) {
     Sizes n(a, backward);
-    int64_t wide = blocks(end - begin), all = blocks(n.depth), strips = blocks(a.m), ldc = wide * kSide;
+    int64_t wide = blocks(end - begin), all = blocks(n.depth), strips = blocks(a.m);
+    const float* bias = backward ? nullptr : a.bias;
     float* c = (float*)memory;
-    E* right = (E*)(c + kStrips * kSide * ldc);
+    E* right = (E*)(c + strips * wide * kSide * kSide);
     F::begin();
-    for (int64_t first = 0; first < strips; first += kStrips) {
-      int64_t some = strips - first < kStrips ? strips - first : kStrips;
-      for (int64_t d = 0; d < all; d += kDepth / kSide) {
-        int64_t deep = all - d < kDepth / kSide ? all - d : kDepth / kSide;
-        int64_t elements = n.depth - d * kSide < kDepth ? n.depth - d * kSide : kDepth;
-        if (backward) elements = deep * kSide;  // the split order has its zeros anywhere
+    for (int64_t d = 0; d < all; d += kDeep) {
+      int64_t deep = all - d < kDeep ? all - d : kDeep;
+      int64_t elements = n.depth - d * kSide < kDepth ? n.depth - d * kSide : kDepth;
+      if (backward) elements = deep * kSide;  // the split order has its zeros anywhere
+      for (int64_t j = 0; j < wide; ++j) {
+        int64_t column = begin + j * kSide;
         const E* operand = right;
-        int64_t pitch = deep;
         if (a.packed) {
-          operand = (const E*)a.packed + (begin / kSide * all + d) * F::kBlock;
-          pitch = all;
-        }
-        for (int64_t j = 0; j < wide && !a.packed; ++j)
+          operand = (const E*)a.packed + (column / kSide * all + d) * F::kBlock;
+        } else {
           for (int64_t i = 0; i < deep; ++i) {
-            int64_t column = begin + j * kSide, at = (d + i) * kSide;
-            decode(a, backward, backward ? at : column, backward ? column : at, right + (j * deep + i) * F::kBlock);
+            int64_t at = (d + i) * kSide;
+            decode(a, backward, backward ? at : column, backward ? column : at, right + i * F::kBlock);
           }
-        for (int64_t s = 0; s < some; ++s)
-          for (int64_t j = 0; j < wide; ++j)
-            F::multiply(c + s * kSide * ldc + j * kSide, ldc, left + ((first + s) * all + d) * F::kBlock,
-                        operand + j * pitch * F::kBlock, elements, a.m - (first + s) * kSide, end - begin - j * kSide,
-                        d > 0);
+        }
+        Coming next(a, backward, j + 1 < wide ? d : d + kDeep, j + 1 < wide ? column + kSide : begin);
+        for (int64_t s = 0; s < strips; ++s) {
+          next.prefetch(s, strips);
+          float* block = c + (j * strips + s) * kSide * kSide;
+          F::multiply(block, kSide, left + left_at(s, d, strips, all), operand, elements, a.m - s * kSide, end - column,
+                      d > 0);
+          if (d + kDeep < all) continue;
+          if (a.out_type == Type::f32) {
+            write_out(a, block, bias, (float*)a.out, n.columns, s * kSide, column);
+          } else {
+            write_out(a, block, bias, (T*)a.out, n.columns, s * kSide, column);
+          }
+        }
       }
-      for (int64_t r = first * kSide; r < (first + some) * kSide && r < a.m; ++r)
-        put(a, c + (r - first * kSide) * ldc, r * n.columns, backward ? nullptr : a.bias, begin, end);
     }
     F::end();
+    if (a.stream) fence();
   }
 
-  static void put(const Linear& a, const float* c, int64_t row, const float* bias, int64_t begin, int64_t end) {
-    if (a.out_type == Type::f32) {
-      put(c, bias, (float*)a.out + row, begin, end);
-    } else {
-      put(c, bias, (T*)a.out + row, begin, end);
+  // A piece of the weight that is needed soon: `lines` runs of bytes.
+  struct Coming {
+    const char* first = nullptr;
+    int64_t lines = 0, stride = 0, bytes = 0;
+
+    Coming(const Linear& a, bool backward, int64_t d, int64_t column) {
+      int64_t all = blocks(Sizes(a, backward).depth);
+      if (d >= all) return;
+      int64_t deep = all - d < kDeep ? all - d : kDeep;
+      if (a.packed) {
+        first = (const char*)((const E*)a.packed + (column / kSide * all + d) * F::kBlock);
+        stride = bytes = 64, lines = deep * F::kBlock * sizeof(E) / 64;
+        return;
+      }
+      int64_t row = backward ? d * kSide : column, at = backward ? column : d * kSide;
+      int64_t rows = backward ? deep * kSide : kSide, elements = backward ? kSide : deep * kSide;
+      lines = a.n - row < rows ? a.n - row : rows;
+      first = (const char*)a.codes + row * a.code_row + code_bytes(a.kind, at);
+      stride = a.code_row, bytes = code_bytes(a.kind, elements);
     }
-  }
+    // Part s of so many.
+    inline __attribute__((always_inline)) void prefetch(int64_t s, int64_t parts) const {
+      for (int64_t l = lines * s / parts; l < lines * (s + 1) / parts; ++l)
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + l * stride + i, 0, 2);
+    }
+  };
+
+  // A block of the result, at (row, column), to where it belongs.
   template <class To>
-  static void put(const float* c, const float* bias, To* to, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += W) {
-      int64_t left = end - i;
-      vf v = load(c + i - begin);
-      if (bias) v += left >= W ? load(bias + i) : load(bias + i, left);
-      if (left >= W)
-        store(to + i, v);
-      else
-        store(to + i, v, left);
+  BK_INLINE void write_out(const Linear& a, const float* c, const float* bias, To* out, int64_t width, int64_t row,
+                           int64_t column) {
+    int64_t rows = a.m - row < kSide ? a.m - row : kSide, count = width - column;
+    vf added[kVectors];
+    for (int v = 0; v < kVectors; ++v, count -= W)
+      added[v] = !bias || count <= 0 ? vf{} : count >= W ? load(bias + column + v * W) : load(bias + column + v * W, count);
+    out += row * width + column;
+    if (a.stream) {  // a third of the time that plain stores take, which fetch their lines first
+      for (int64_t r = 0; r < rows; ++r, out += width, c += kSide)
+        for (int v = 0; v < kVectors && column + v * W < width; v += 2)
+          stream2(out + v * W, load(c + v * W) + added[v], load(c + v * W + W) + added[v + 1]);
+      return;
+    }
+    for (int64_t r = 0; r < rows; ++r, out += width, c += kSide) {
+      count = width - column;
+      for (int v = 0; v < kVectors && count > 0; ++v, count -= W) {
+        vf y = load(c + v * W) + added[v];
+        count >= W ? store(out + v * W, y) : store(out + v * W, y, count);
+      }
     }
   }
 
   static int64_t strip(const Linear& a, bool backward) {
     return blocks(Sizes(a, backward).depth) * F::kBlock * sizeof(E);
   }
-  static int64_t workspace(int64_t columns) {
-    int64_t wide = blocks(columns);
-    return kStrips * kSide * wide * kSide * sizeof(float) + wide * (kDepth / kSide) * F::kBlock * sizeof(E);
+  static int64_t workspace(const Linear& a, int64_t columns) {
+    return blocks(a.m) * blocks(columns) * kSide * kSide * sizeof(float) + kDeep * F::kBlock * sizeof(E);
   }
 };
 
@@ -162,7 +226,7 @@ int64_t linear_strip(const Linear& a, bool backward) {
   return by_type(a.type, [&](auto many) { return many.strip(a, backward); });
 }
 int64_t linear_workspace(const Linear& a, int64_t columns) {
-  return by_type(a.type, [&](auto many) { return many.workspace(columns); });
+  return by_type(a.type, [&](auto many) { return many.workspace(a, columns); });
 }
 void linear_pack_right(const Linear& a, int64_t begin, int64_t end, void* packed) {
   by_type(a.type, [&](auto many) { many.pack_right(a, begin, end, (typename decltype(many)::E*)packed); });

@@ -10,6 +10,17 @@ BK_INLINE bool packed(const Linear& a) { return a.kind == Codes::affine4 || a.ki
 
 BK_INLINE bool plain(const Linear& a) { return a.kind == Codes::f32 || a.kind == Codes::bf16 || a.kind == Codes::f16; }
 
+BK_INLINE int64_t code_bytes(Codes kind, int64_t elements) {
+  switch (kind) {
+    case Codes::f32: return 4 * elements;
+    case Codes::bf16:
+    case Codes::f16: return 2 * elements;
+    case Codes::affine4:
+    case Codes::book4: return elements / 2;
+    default: return elements;
+  }
+}
+
 // What plain weights of a type are marked with.
 template <class T>
 constexpr Codes plain_kind = Codes::f32;

@@ -5,7 +5,8 @@
 namespace bigkernels {
 
 constexpr int64_t kPackedBytes = int64_t{16} << 20;  // of packed tokens at once
-constexpr int64_t kColumns = 128;                    // of the result that a task makes
+// Tokens and columns of the result that a task makes.
+constexpr int64_t kTokens = 512, kColumns = 256;
 
 // Contiguous, with the leading sizes of x and rows of n elements.
 Tensor empty_rows(const char* op, const Tensor& x, int64_t n);

@@ -162,8 +162,11 @@ class AngleView {
 };
 
 // Streaming stores want whole, aligned cache lines, and an output that the caches would not keep anyway.
+inline bool worth_streaming(const void* out, int64_t row_bytes, int64_t all_bytes) {
+  return all_bytes >= kStreamBytes && row_bytes % 64 == 0 && (uintptr_t)out % 64 == 0;
+}
 inline bool worth_streaming(const Tensor& out, int64_t row_bytes, int64_t all_bytes) {
-  return all_bytes >= kStreamBytes && row_bytes % 64 == 0 && (uintptr_t)out.const_data_ptr() % 64 == 0;
+  return worth_streaming(out.const_data_ptr(), row_bytes, all_bytes);
 }
 
 // f(begin, end) over `rows` rows in torch's threads; small work stays on the caller's thread.

@@ -202,6 +202,7 @@ struct Linear {
   const float* book;
   const float* bias;      // (N,) or null
   int64_t group, groups;  // of elements of a row; 0 where a row has one scale
+  bool stream;            // write past the caches
   const void* packed;     // the whole weight as linear_pack_right makes it for this type, forward; null: not at hand
 };
 
