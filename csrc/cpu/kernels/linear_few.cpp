@@ -1,6 +1,7 @@
 // Linear layers, a few tokens: the weight is read once, as it is stored, and that is what takes the time. Rows of the
 // weight lie along the vectors, so that a row's scales come one a group and its sum one a row.
 #include "linear_codes.h"
+#include "linear_tiles.h"
 
 namespace bigkernels {
 namespace BK_ISA {
@@ -10,7 +11,7 @@ constexpr int64_t kBlock = 128;  // elements: what 64 bytes of 4-bit codes hold
 constexpr int kRows = 4;         // of the weight, and tokens, that share a pass
 constexpr int kTokens = 4;
 
-constexpr int64_t padded(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
+constexpr int64_t whole(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
 
 // y for R rows of the weight and T tokens.
 template <int R, int T>
@@ -41,7 +42,7 @@ void widen_tokens(const Linear& a, float* to) {
   constexpr int64_t step = 2 * W;
   for (int64_t m = 0; m < a.m; ++m) {
     const X* x = (const X*)a.in.data + m * a.in.stride;
-    for (int64_t k = 0; k < padded(a.k); k += step, to += step) {
+    for (int64_t k = 0; k < whole(a.k); k += step, to += step) {
       float part[step] = {};
       for (int i = 0; i < step; i += W) {
         int64_t left = a.k - k - i;
@@ -86,7 +87,7 @@ template <Codes kKind, int R, int T>
 void floats_tile(const Linear& a, const float* x, int64_t n, int64_t token) {
   typedef Reader<kKind> Read;
   Tile<R, T> tile;
-  x += token * padded(a.k);
+  x += token * whole(a.k);
   int64_t groups = a.group ? a.groups : 1, size = a.group ? a.group : a.k;
   for (int64_t g = 0; g < groups; ++g) {
     int64_t begin = g * size, end = begin + size < a.k ? begin + size : a.k, k = begin;
@@ -108,7 +109,7 @@ void floats_tile(const Linear& a, const float* x, int64_t n, int64_t token) {
         Read::read(a, code(r), zero[r], v);
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t)
-          for (int i = 0; i < Read::kVectors; ++i) acc[r][t] += v[i] * load(x + t * padded(a.k) + k + i * W);
+          for (int i = 0; i < Read::kVectors; ++i) acc[r][t] += v[i] * load(x + t * whole(a.k) + k + i * W);
       }
     };
     for (; k + Read::kStep <= end; k += Read::kStep)
@@ -169,20 +170,20 @@ void plain_tile(const Linear& a, int64_t n, int64_t token) {
 
 // Of each token: blocks of 128 elements, element 4 w + j at j * 32 + w, as the nibbles of 32 words give them; then the
 // sums of the groups, by which the zero points count.
-struct Pairs {
+struct PairTokens {
   const uint16_t* x;
   const float* sums;
   int64_t row, groups;
 
-  Pairs(const Linear& a, const void* ready) {
-    row = padded(a.k), groups = (a.groups + 15) / 16 * 16;
+  PairTokens(const Linear& a, const void* ready) {
+    row = whole(a.k), groups = (a.groups + 15) / 16 * 16;
     x = (const uint16_t*)ready;
     sums = (const float*)(x + a.m * row);
   }
 };
 
 void pair_tokens(const Linear& a, void* ready) {
-  Pairs p(a, ready);
+  PairTokens p(a, ready);
   uint16_t* to = (uint16_t*)p.x;
   float* sums = (float*)p.sums;
   __builtin_memset(sums, 0, a.m * p.groups * sizeof(float));
@@ -228,7 +229,7 @@ BK_INLINE vf lane_scales(const void* scale, int64_t at) {
 }
 
 template <bool kAffine, int kGroups, int R, int T>
-void pairs_tile(const Linear& a, const Pairs& p, int64_t n, int64_t token) {
+void pairs_tile(const Linear& a, const PairTokens& p, int64_t n, int64_t token) {
   Tile<R, T> tile;
   alignas(64) float values[16];
   for (int i = 0; i < 16; ++i) values[i] = kAffine ? (float)i : a.book[i];
@@ -323,7 +324,7 @@ void floats(const Linear& a, const void* ready, int64_t begin, int64_t end) {
 #if defined(__AVX512BF16__)
 template <bool kAffine, int kGroups>
 void pairs_of(const Linear& a, const void* ready, int64_t begin, int64_t end) {
-  Pairs p(a, ready);
+  PairTokens p(a, ready);
   for_tiles(a, begin, end, [&](auto rows, int64_t n, auto tokens, int64_t token) __attribute__((always_inline)) {
     pairs_tile<kAffine, kGroups, decltype(rows)::value, decltype(tokens)::value>(a, p, n, token);
   });
@@ -349,11 +350,24 @@ void all_pairs(const Linear& a, const void* ready, int64_t begin, int64_t end) {
 
 }  // namespace
 
+int64_t linear_few_most(const Linear& a) {
+#if defined(__AMX_BF16__)
+  if (tiles::serves(a)) return tiles::kMost;
+#endif
+  return plain(a) || packed(a) ? 16 : 8;
+}
+
 int64_t linear_few_size(const Linear& a) {
-  return a.m * (padded(a.k) + (a.groups + 15) / 16 * 16) * (int64_t)sizeof(float);
+#if defined(__AMX_BF16__)
+  if (tiles::serves(a)) return tiles::ready_bytes(a);
+#endif
+  return a.m * (whole(a.k) + (a.groups + 15) / 16 * 16) * (int64_t)sizeof(float);
 }
 
 void linear_few_prepare(const Linear& a, void* ready) {
+#if defined(__AMX_BF16__)
+  if (tiles::serves(a)) return tiles::prepare(a, (uint16_t*)ready);
+#endif
 #if defined(__AVX512BF16__)
   if (by_pairs(a)) {
     if (packed(a)) pair_tokens(a, ready);
@@ -368,6 +382,9 @@ void linear_few_prepare(const Linear& a, void* ready) {
 }
 
 void linear_few(const Linear& a, const void* ready, int64_t begin, int64_t end) {
+#if defined(__AMX_BF16__)
+  if (tiles::serves(a)) return tiles::run(a, (const uint16_t*)ready, begin, end);
+#endif
 #if defined(__AVX512BF16__)
   if (by_pairs(a)) return all_pairs(a, ready, begin, end);
 #endif

@@ -29,6 +29,7 @@ void append_kv(const AppendKv&, int64_t, int64_t);
 void linear_few_prepare(const Linear&, void*);
 void linear_few(const Linear&, const void*, int64_t, int64_t);
 int64_t linear_few_size(const Linear&);
+int64_t linear_few_most(const Linear&);
 void linear_pack_left(const Linear&, bool, int64_t, int64_t, void*);
 void linear_many(const Linear&, bool, const void*, int64_t, int64_t, void*);
 int64_t linear_strip(const Linear&, bool);
@@ -134,6 +135,7 @@ extern const CpuTable table = {
     linear_few_prepare,
     linear_few,
     linear_few_size,
+    linear_few_most,
     linear_pack_left,
     linear_many,
     linear_strip,

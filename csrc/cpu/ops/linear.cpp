@@ -62,7 +62,6 @@ void linear_many(const Linear& call, bool backward) {
 namespace {
 
 constexpr const char* kOp = "linear";
-constexpr int64_t kFew = 16;  // tokens up to which reading the weight takes the time
 
 Codes plain_kind(const Tensor& t) {
   switch (type_of(t)) {
@@ -108,7 +107,7 @@ Tensor forward(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor packed) {
   }
   if (a.m == 0 || a.n == 0) return out;
   if (a.k == 0) return bias ? torch::stable::copy_(out, *bias) : torch::stable::zero_(out);
-  if (a.m <= kFew) {
+  if (a.m <= table().linear_few_most(a)) {
     linear_few(a);
   } else {
     linear_many(a, false);

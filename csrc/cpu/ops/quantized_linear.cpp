@@ -6,8 +6,6 @@ namespace bigkernels {
 namespace {
 
 constexpr const char* kOp = "quantized_linear";
-// Tokens up to which reading the weight takes the time, of 4-bit codes and of others.
-constexpr int64_t kFew4 = 16, kFew8 = 8;
 
 // The weight and what its kernels read of it, without the tokens.
 class Weight {
@@ -101,7 +99,7 @@ Tensor forward(Tensor x, Tensor codes, Tensor scale, MaybeTensor zero, MaybeTens
   if (k == 0) return bias ? torch::stable::copy_(out, *bias) : torch::stable::zero_(out);
   if (dynamic) {
     run_dynamic(a);
-  } else if (a.m <= (a.groups ? kFew4 : kFew8)) {
+  } else if (a.m <= table().linear_few_most(a)) {
     linear_few(a);
   } else {
     linear_many(a, false);

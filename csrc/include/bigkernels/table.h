@@ -246,6 +246,7 @@ struct CpuTable {
   void (*linear_few_prepare)(const Linear&, void* ready);
   void (*linear_few)(const Linear&, const void* ready, int64_t begin, int64_t end);
   int64_t (*linear_few_size)(const Linear&);
+  int64_t (*linear_few_most)(const Linear&);  // tokens up to which this is the faster way
   // Many tokens, forward or backward: strips [begin, end) of 32 tokens packed into `left`, then columns [begin, end) of
   // the result for all of them. Bytes of `left` a strip, and of workspace for so many columns.
   void (*linear_pack_left)(const Linear&, bool backward, int64_t begin, int64_t end, void* left);
