@@ -63,40 +63,52 @@ struct Many {
     }
   }
 
-  // Block (rows of the weight from n, elements from k) as a right operand.
-  static void decode(const Linear& a, bool backward, int64_t n, int64_t k, E* to) {
-    alignas(64) E staged[F::kBlock];
-    const E* from = staged;
-    int64_t line = kSide;
-    if (a.kind == plain_kind<T>) {
-      const T* rows = (const T*)a.codes;
-      int64_t stride = a.code_row / (int64_t)sizeof(T);
-      if (F::template holds<T>() && n + kSide <= a.n && k + kSide <= a.k) {
-        from = (const E*)(rows + n * stride + k), line = stride;
-      } else {
-        F::template stage<T>(staged, StridedRows<T>{rows, stride, a.n}, n, k, a.k);
+  // Rows [n, n + rows) and elements [k, k + span) of a weight as T, decoded or where they are.
+  struct Part {
+    const T* first = nullptr;
+    int64_t n = 0, k = 0, stride = 0;
+
+    // Into `memory` where the weight is not of this type itself.
+    void decode(const Linear& a, int64_t from_n, int64_t rows, int64_t from_k, int64_t span, T* memory) {
+      if (a.kind == plain_kind<T>) {
+        first = (const T*)a.codes, stride = a.code_row / (int64_t)sizeof(T);
+        return;
       }
-    } else {
-      alignas(64) T tile[kSide * kSide];
-      int64_t rows = a.n - n < kSide ? a.n - n : kSide;
-      for (int64_t r = 0; r < rows; ++r) decode32(a, n + r, k, tile + r * kSide);
-      if (F::template holds<T>() && rows == kSide) {
-        from = (const E*)tile;
+      first = memory, n = from_n, k = from_k, stride = span;
+      for (int64_t r = 0; r < rows && n + r < a.n; ++r) decode_row(a, n + r, k, span, memory + r * span);
+    }
+    // Block (rows of the weight from row, elements from at) as a right operand.
+    void put(const Linear& a, bool backward, int64_t row, int64_t at, E* to) const {
+      alignas(64) E staged[F::kBlock];
+      const T* from = first + (row - n) * stride + at - k;
+      const E* block = staged;
+      int64_t line = kSide;
+      if (F::template holds<T>() && row + kSide <= a.n && at + kSide <= a.k) {
+        block = (const E*)from, line = stride;
       } else {
-        F::template stage<T>(staged, StridedRows<T>{tile, kSide, rows}, 0, 0, kSide);
+        F::template stage<T>(staged, StridedRows<T>{from, stride, a.n - row}, 0, 0, a.k - at);
+      }
+      if (backward) {
+        F::right(to, block, line);
+      } else {
+        F::right_turned(to, block, line);
       }
     }
-    if (backward) {
-      F::right(to, from, line);
-    } else {
-      F::right_turned(to, from, line);
-    }
-  }
+  };
+  // What is decoded at once: forward the rows of a block and a piece of the depth, backward a piece of the depth and
+  // kWide columns, so that a group's numbers are made once for many of its codes.
+  static constexpr int64_t kWide = 4 * kSide;
+
   static void pack_right(const Linear& a, int64_t begin, int64_t end, E* to) {
     int64_t all = blocks(a.k);
+    alignas(64) T memory[kSide * kDepth];
+    Part part;
     to += begin * all * F::kBlock;
     for (int64_t j = begin; j < end; ++j)
-      for (int64_t i = 0; i < all; ++i, to += F::kBlock) decode(a, false, j * kSide, i * kSide, to);
+      for (int64_t i = 0; i < all; ++i, to += F::kBlock) {
+        if (i % kDeep == 0) part.decode(a, j * kSide, kSide, i * kSide, kDepth, memory);
+        part.put(a, false, j * kSide, i * kSide, to);
+      }
   }
 
   // Columns [begin, end) of the result, in contiguous blocks of their own until they are written. A column of blocks
@@ -109,6 +121,8 @@ struct Many {
     const float* bias = backward ? nullptr : a.bias;
     float* c = (float*)memory;
     E* right = (E*)(c + strips * wide * kSide * kSide);
+    T* decoded = (T*)(right + kDeep * F::kBlock);
+    Part part;
     F::begin();
     for (int64_t d = 0; d < all; d += kDeep) {
       int64_t deep = all - d < kDeep ? all - d : kDeep;
@@ -120,9 +134,14 @@ struct Many {
         if (a.packed) {
           operand = (const E*)a.packed + (column / kSide * all + d) * F::kBlock;
         } else {
+          if (!backward) {
+            part.decode(a, column, kSide, d * kSide, deep * kSide, decoded);
+          } else if (j * kSide % kWide == 0) {
+            part.decode(a, d * kSide, deep * kSide, column, kWide, decoded);
+          }
           for (int64_t i = 0; i < deep; ++i) {
             int64_t at = (d + i) * kSide;
-            decode(a, backward, backward ? at : column, backward ? column : at, right + i * F::kBlock);
+            part.put(a, backward, backward ? at : column, backward ? column : at, right + i * F::kBlock);
           }
         }
         Coming next(a, backward, j + 1 < wide ? d : d + kDeep, j + 1 < wide ? column + kSide : begin);
@@ -199,7 +218,8 @@ struct Many {
     return blocks(Sizes(a, backward).depth) * F::kBlock * sizeof(E);
   }
   static int64_t workspace(const Linear& a, int64_t columns) {
-    return blocks(a.m) * blocks(columns) * kSide * kSide * sizeof(float) + kDeep * F::kBlock * sizeof(E);
+    return blocks(a.m) * blocks(columns) * kSide * kSide * sizeof(float) + kDeep * F::kBlock * sizeof(E) +
+           kDepth * kWide * sizeof(T);
   }
 };
 

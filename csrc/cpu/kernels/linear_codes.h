@@ -94,55 +94,92 @@ BK_INLINE void convert32(const S* from, int64_t count, T* to) {
     store(to + i, count - i >= W ? load(from + i) : count > i ? load(from + i, count - i) : vf{});
 }
 
-// Elements [k, k + 32) of row n as T, zero from the row's end on; k is a multiple of 32, and so are groups.
+// The 16 numbers that codes of 4 bits stand for, as T, and 32 codes turned into them.
 template <class T>
-void decode32(const Linear& a, int64_t n, int64_t k, T* to) {
-  int64_t count = a.k - k < 32 ? a.k - k : 32;
-  const uint8_t* row = a.codes + n * a.code_row;
-  if (a.kind == Codes::f32) return convert32((const float*)row + k, count, to);
-  if (a.kind == Codes::bf16) return convert32((const bf16*)row + k, count, to);
-  if (a.kind == Codes::f16) return convert32((const f16*)row + k, count, to);
-  if (!packed(a)) {
-    const uint8_t* from = row + k;
-    uint8_t part[32] = {};
-    if (count < 32) {
-      __builtin_memcpy(part, from, count);
-      from = part;
-    }
-    vf scale = splat(((const float*)a.scale)[n]);
-    for (int i = 0; i < 32; i += W)
-      store(to + i, (a.kind == Codes::int8 ? load((const int8_t*)from + i) : load_fp8(from + i)) * scale);
-    return;
-  }
-  const uint8_t* from = row + k / 2;
-  uint8_t part[16] = {};
-  if (count < 32) {
-    __builtin_memcpy(part, from, (count + 1) / 2);
-    from = part;
-  }
-  alignas(64) float values[16];
-  group_values(a, n, k / a.group, values);
+struct Values {
 #if defined(__AVX512BF16__)
-  if constexpr (sizeof(T) == 2) {
-    T narrow[16];
-    store(narrow, load(values));
-    // Bit 4 of an index is a bit of the neighbouring code: the table holds its 16 values twice.
-    __m512i twice = _mm512_broadcast_i64x4(read<__m256i>(narrow));
-    __m512i codes = (__m512i)widen_bytes(from);
-    write(to, _mm512_permutexvar_epi16(_mm512_or_epi32(codes, _mm512_slli_epi32(codes, 12)), twice));
-  } else {
-    __m512i codes = (__m512i)widen_bytes(from);
-    __m512 even = (__m512)look_up(values, (vi)codes), odd = (__m512)look_up(values, (vi)_mm512_srli_epi32(codes, 4));
-    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    store((float*)to, (vf)_mm512_permutex2var_ps(even, low, odd));
-    store((float*)to + 16, (vf)_mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd));
-  }
-#else
-  T narrow[16];
-  for (int i = 0; i < 16; i += W) store(narrow + i, load(values + i));
-  for (int i = 0; i < 16; ++i) to[2 * i] = narrow[from[i] & 15], to[2 * i + 1] = narrow[from[i] >> 4];
+  __m512i twice;  // of 2 bytes: bit 4 of an index is a bit of the neighbouring code
 #endif
-  for (int64_t i = count; i < 32; ++i) to[i] = T{};
+  T each[16];
+
+  Values(const Linear& a, int64_t n, int64_t g) {
+    alignas(64) float values[16];
+    group_values(a, n, g, values);
+    for (int i = 0; i < 16; i += W) store(each + i, load(values + i));
+#if defined(__AVX512BF16__)
+    if (sizeof(T) == 2) twice = _mm512_broadcast_i64x4(read<__m256i>(each));
+#endif
+  }
+  BK_INLINE void decode(const Values& v, const uint8_t* from, T* to) {
+#if defined(__AVX512BF16__)
+    __m512i codes = (__m512i)widen_bytes(from);
+    if constexpr (sizeof(T) == 2) {
+      write(to, _mm512_permutexvar_epi16(_mm512_or_epi32(codes, _mm512_slli_epi32(codes, 12)), v.twice));
+    } else {
+      __m512 even = (__m512)look_up((const float*)v.each, (vi)codes),
+             odd = (__m512)look_up((const float*)v.each, (vi)_mm512_srli_epi32(codes, 4));
+      const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      store((float*)to, (vf)_mm512_permutex2var_ps(even, low, odd));
+      store((float*)to + 16, (vf)_mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd));
+    }
+#else
+    for (int i = 0; i < 16; ++i) to[2 * i] = v.each[from[i] & 15], to[2 * i + 1] = v.each[from[i] >> 4];
+#endif
+  }
+};
+
+// Elements [k, k + span) of row n as T, zero from the row's end on; k and span are multiples of 32, and so are groups.
+template <class T>
+void decode_row(const Linear& a, int64_t n, int64_t k, int64_t span, T* to) {
+  const uint8_t* row = a.codes + n * a.code_row;
+  for (int64_t end = k + span; k < end;) {
+    int64_t last = packed(a) ? (k / a.group + 1) * a.group : end;
+    if (last > end) last = end;
+    auto each = [&](auto f) __attribute__((always_inline)) {
+      for (; k < last; k += 32, to += 32) f(row + code_bytes(a.kind, k), a.k - k);
+    };
+    if (k >= a.k) {
+      __builtin_memset(to, 0, (end - k) * sizeof(T));
+      return;
+    }
+    switch (a.kind) {
+      case Codes::f32:
+        each([&](const uint8_t* from, int64_t count) { convert32((const float*)from, count, to); });
+        break;
+      case Codes::bf16:
+        each([&](const uint8_t* from, int64_t count) { convert32((const bf16*)from, count, to); });
+        break;
+      case Codes::f16:
+        each([&](const uint8_t* from, int64_t count) { convert32((const f16*)from, count, to); });
+        break;
+      case Codes::int8:
+      case Codes::fp8: {
+        vf scale = splat(((const float*)a.scale)[n]);
+        each([&](const uint8_t* from, int64_t count) __attribute__((always_inline)) {
+          uint8_t part[32] = {};
+          if (count < 32) {
+            if (count > 0) __builtin_memcpy(part, from, count);
+            from = part;
+          }
+          for (int i = 0; i < 32; i += W)
+            store(to + i, (a.kind == Codes::int8 ? load((const int8_t*)from + i) : load_fp8(from + i)) * scale);
+        });
+        break;
+      }
+      default: {
+        Values<T> values(a, n, k / a.group);
+        each([&](const uint8_t* from, int64_t count) __attribute__((always_inline)) {
+          uint8_t part[16] = {};
+          if (count < 32) {
+            if (count > 0) __builtin_memcpy(part, from, (count + 1) / 2);
+            from = part;
+          }
+          Values<T>::decode(values, from, to);
+          for (int64_t i = count < 0 ? 0 : count; i < 32; ++i) to[i] = T{};
+        });
+      }
+    }
+  }
 }
 
 }  // namespace

@@ -162,7 +162,9 @@ struct Nibbles {
     }();
     const __m512i mine = read<__m512i>(groups.of), nibble = _mm512_set1_epi16(15);
     for (int j = 0; j < 4; ++j) {
-      __m512i index = _mm512_ternarylogic_epi64(j ? _mm512_srli_epi16(codes, 4 * j) : codes, nibble, mine, 0xea);
+      __m512i index = j ? _mm512_srli_epi16(codes, 4 * j) : codes;
+      // With one group both halves of the register hold its values, and bit 4 may be anything.
+      if (kGroups > 1) index = _mm512_ternarylogic_epi64(index, nibble, mine, 0xea);
       write(to + j * 32, kGroups == 4 ? _mm512_permutex2var_epi16(low, index, high) : _mm512_permutexvar_epi16(index, low));
     }
   }
@@ -259,14 +261,12 @@ void coded(const Linear& a, const uint16_t* ready, int64_t begin, int64_t end) {
   alignas(64) uint16_t staged[2][16 * R][kPiece];
   int64_t all = pieces(a.k), pitch = all * kBlocks * kTile;
   Decoder with(a);
-  __builtin_memset(staged, 0, sizeof staged);  // rows after the last
   for (int64_t n = begin; n < end; n += 16 * R) {
     int64_t rows = end - n < 16 * R ? end - n : 16 * R;
     const uint8_t* first = a.codes + n * a.code_row;
     auto decode = [&](int64_t p, int64_t r) __attribute__((always_inline)) {
-      if (r >= rows) return;
       int64_t k = p * kPiece, count = a.k - k < kPiece ? a.k - k : kPiece;
-      const uint8_t* row = first + r * a.code_row;
+      const uint8_t* row = first + (r < rows ? r : rows - 1) * a.code_row;
       for (int64_t i = 0; i < code_bytes(a.kind, kPiece); i += 64) prefetch(row + code_bytes(a.kind, k + 4 * kPiece) + i);
       Decoder::decode(row, k, count, with, r, staged[p & 1][r]);
     };
