@@ -6,8 +6,6 @@ namespace bigkernels {
 namespace BK_ISA {
 namespace {
 
-constexpr int64_t kStrips = 16;  // of 32 tokens that share a packed piece of the weight
-
 // Left: 32 tokens by kDeep of the depth, token after token. Right: kDeep of the depth by 32 columns, in two tiles of 16
 // columns; a line of a tile holds kGroup neighbours of the depth for each column, in 32 bits.
 
@@ -143,7 +141,7 @@ typedef Words Integers;
 #endif
 
 typedef Integers::Element E;
-constexpr int64_t kPiece = 1024 / Integers::kDeep;  // blocks of the depth that are packed at once
+constexpr int64_t kPiece = 512 / Integers::kDeep;  // blocks of the depth that are packed at once
 
 constexpr int64_t deep_blocks(int64_t k) { return (k + Integers::kDeep - 1) / Integers::kDeep; }
 constexpr int64_t strip_bytes(int64_t k) { return deep_blocks(k) * Integers::kBlock * (int64_t)sizeof(E); }
@@ -179,9 +177,15 @@ float round_token(const T* x, int64_t k, int8_t* to) {
   return scale;
 }
 
+// Where block i of strip s is on the left: a piece of the depth after the other, as in linear.cpp.
+BK_INLINE int64_t left_at(int64_t s, int64_t i, int64_t strips, int64_t all) {
+  int64_t piece = i / kPiece * kPiece, deep = all - piece < kPiece ? all - piece : kPiece;
+  return (piece * strips + s * deep + i - piece) * Integers::kBlock;
+}
+
 template <class T>
-void pack(const Linear& a, int64_t begin, int64_t end, char* left, float* scales, int8_t* token) {
-  int64_t all = deep_blocks(a.k);
+void pack(const Linear& a, int64_t begin, int64_t end, E* left, float* scales, int8_t* token) {
+  int64_t all = deep_blocks(a.k), strips = blocks(a.m);
   __builtin_memset(token, 0, all * Integers::kDeep);
   for (int64_t row = begin * kSide; row < end * kSide; ++row) {
     if (row < a.m) {
@@ -189,8 +193,9 @@ void pack(const Linear& a, int64_t begin, int64_t end, char* left, float* scales
     } else {
       __builtin_memset(token, 0, all * Integers::kDeep);
     }
-    E* to = (E*)(left + row / kSide * strip_bytes(a.k)) + row % kSide * Integers::kDeep;
-    for (int64_t i = 0; i < all; ++i) Integers::put(to + i * Integers::kBlock, token + i * Integers::kDeep);
+    for (int64_t i = 0; i < all; ++i)
+      Integers::put(left + left_at(row / kSide, i, strips, all) + row % kSide * Integers::kDeep,
+                    token + i * Integers::kDeep);
   }
 }
 
@@ -204,82 +209,105 @@ void pack_right(const Linear& a, int64_t n, int64_t k, E* to) {
   Integers::turn(part[0], Integers::kDeep, to);
 }
 
+// The block of the result at (row, column), whose columns are too large by `sums`, to where it belongs.
 template <class T>
-void put(const Linear& a, const int32_t* c, float token_scale, const int32_t* sums, int64_t row, int64_t begin,
-         int64_t end) {
-  T* to = (T*)a.out + row * a.n;
-  const float* scale = (const float*)a.scale;
-  for (int64_t i = begin; i < end; i += W) {
-    int64_t n = end - i < W ? end - i : W;
-    vi whole = read<vi>(c + i - begin) - read<vi>(sums + i - begin);
-    vf y = __builtin_convertvector(whole, vf) * token_scale * load(scale + i, n);
-    if (a.bias) y += load(a.bias + i, n);
-    n == W ? store(to + i, y) : store(to + i, y, n);
+void write_out(const Linear& a, const int32_t* c, const int32_t* sums, const float* scales, int64_t row,
+               int64_t column) {
+  const float* scale = (const float*)a.scale + column;
+  vf by[kVectors], bias[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    int64_t count = a.n - column - v * W;
+    by[v] = count >= W ? load(scale + v * W) : count > 0 ? load(scale + v * W, count) : vf{};
+    bias[v] = !a.bias || count <= 0 ? vf{} : load(a.bias + column + v * W, count < W ? count : W);
   }
+  T* to = (T*)a.out + row * a.n + column;
+  for (int64_t r = row; r < row + kSide && r < a.m; ++r, to += a.n, c += kSide) {
+    auto y = [&](int v) __attribute__((always_inline)) {
+      vi whole = read<vi>(c + v * W) - read<vi>(sums + v * W);
+      return __builtin_convertvector(whole, vf) * scales[r] * by[v] + bias[v];
+    };
+    if (a.stream) {
+      for (int v = 0; v < kVectors && column + v * W < a.n; v += 2) stream2(to + v * W, y(v), y(v + 1));
+    } else {
+      for (int v = 0; v < kVectors; ++v) {
+        int64_t count = a.n - column - v * W;
+        if (count >= W)
+          store(to + v * W, y(v));
+        else if (count > 0)
+          store(to + v * W, y(v), count);
+      }
+    }
+  }
+}
+
+// Block `half` of a column of blocks: 16 rows of the weight from n on, and what its columns are too large by.
+BK_INLINE void pack_half(const Linear& a, int64_t n, int64_t k, E* to, int32_t* sums) {
+  if (n < a.n) {
+    pack_right(a, n, k, to);
+  } else {
+    __builtin_memset(to, 0, Integers::kTile * sizeof(E));
+  }
+#if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
+  __m512i sum = read<__m512i>(sums);
+  for (int e = 0; e < 16; ++e)
+    sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8((char)Integers::kZero), read<__m512i>(to + e * 64));
+  write(sums, sum);
+#else
+  (void)sums;
+#endif
 }
 
 }  // namespace
 
 int64_t linear_dynamic_strip(const Linear& a) { return strip_bytes(a.k); }
 int64_t linear_dynamic_token(const Linear& a) { return deep_blocks(a.k) * Integers::kDeep; }
-int64_t linear_dynamic_workspace(const Linear&, int64_t columns) {
+int64_t linear_dynamic_workspace(const Linear& a, int64_t columns) {
   int64_t width = padded(columns);
-  return kStrips * kSide * width * 4 + width * 4 + width / kSide * kPiece * Integers::kBlock * (int64_t)sizeof(E);
+  return padded(a.m) * width * 4 + width * 4 + kPiece * Integers::kBlock * (int64_t)sizeof(E);
 }
 
 void linear_dynamic_pack(const Linear& a, int64_t begin, int64_t end, void* left, float* scales, void* token) {
   switch (a.type) {
-    case Type::f32: return pack<float>(a, begin, end, (char*)left, scales, (int8_t*)token);
-    case Type::bf16: return pack<bf16>(a, begin, end, (char*)left, scales, (int8_t*)token);
-    case Type::f16: return pack<f16>(a, begin, end, (char*)left, scales, (int8_t*)token);
+    case Type::f32: return pack<float>(a, begin, end, (E*)left, scales, (int8_t*)token);
+    case Type::bf16: return pack<bf16>(a, begin, end, (E*)left, scales, (int8_t*)token);
+    case Type::f16: return pack<f16>(a, begin, end, (E*)left, scales, (int8_t*)token);
   }
 }
 
 void linear_dynamic(const Linear& a, const void* left, const float* scales, int64_t begin, int64_t end, void* memory) {
-  int64_t wide = blocks(end - begin), width = wide * kSide, all = deep_blocks(a.k), strips = blocks(a.m);
+  int64_t wide = blocks(end - begin), all = deep_blocks(a.k), strips = blocks(a.m);
   int32_t* c = (int32_t*)memory;
-  int32_t* sums = c + kStrips * kSide * width;  // what the missing sign adds to each column
-  E* right = (E*)(sums + width);
+  int32_t* sums = c + strips * wide * kSide * kSide;  // what the missing sign adds to each column
+  E* right = (E*)(sums + wide * kSide);
+  __builtin_memset(sums, 0, wide * kSide * 4);
   Integers::begin();
-  for (int64_t first = 0; first < strips; first += kStrips) {
-    int64_t some = strips - first < kStrips ? strips - first : kStrips;
-    __builtin_memset(sums, 0, width * 4);
-    for (int64_t d = 0; d < all; d += kPiece) {
-      int64_t deep = all - d < kPiece ? all - d : kPiece;
-      for (int64_t j = 0; j < wide; ++j)
-        for (int64_t i = 0; i < deep; ++i)
-          for (int half = 0; half < 2; ++half) {
-            int64_t column = begin + j * kSide + half * 16;
-            E* to = right + (j * deep + i) * Integers::kBlock + half * Integers::kTile;
-            if (column < a.n) {
-              pack_right(a, column, (d + i) * Integers::kDeep, to);
-            } else {
-              __builtin_memset(to, 0, Integers::kTile * sizeof(E));
-            }
-#if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
-            __m512i sum = read<__m512i>(sums + j * kSide + half * 16);
-            for (int e = 0; e < 16; ++e)
-              sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8((char)Integers::kZero), read<__m512i>(to + e * 64));
-            write(sums + j * kSide + half * 16, sum);
-#endif
-          }
-      for (int64_t s = 0; s < some; ++s)
-        for (int64_t j = 0; j < wide; ++j) {
-          const E* strip = (const E*)((const char*)left + (first + s) * strip_bytes(a.k)) + d * Integers::kBlock;
-          Integers::multiply(c + s * kSide * width + j * kSide, width, strip, right + j * deep * Integers::kBlock, deep,
-                             a.m - (first + s) * kSide, d > 0);
+  for (int64_t d = 0; d < all; d += kPiece) {
+    int64_t deep = all - d < kPiece ? all - d : kPiece;
+    for (int64_t j = 0; j < wide; ++j) {
+      int64_t column = begin + j * kSide;
+      for (int64_t i = 0; i < deep; ++i)
+        for (int half = 0; half < 2; ++half)
+          pack_half(a, column + half * 16, (d + i) * Integers::kDeep, right + i * Integers::kBlock + half * Integers::kTile,
+                    sums + j * kSide + half * 16);
+      for (int64_t s = 0; s < strips; ++s) {
+        int32_t* block = c + (s * wide + j) * kSide * kSide;
+        for (int64_t r = kSide * s / strips; r < kSide * (s + 1) / strips; ++r) {  // the next piece is on its way
+          const uint8_t* row = a.codes + (column + kSide + r) * a.code_row + d * Integers::kDeep;
+          if (j + 1 < wide && column + kSide + r < a.n)
+            for (int64_t i = 0; i < deep * Integers::kDeep; i += 64) __builtin_prefetch(row + i, 0, 2);
         }
-    }
-    for (int64_t r = 0; r < some * kSide && first * kSide + r < a.m; ++r) {
-      int64_t row = first * kSide + r;
-      switch (a.type) {
-        case Type::f32: put<float>(a, c + r * width, scales[row], sums, row, begin, end); break;
-        case Type::bf16: put<bf16>(a, c + r * width, scales[row], sums, row, begin, end); break;
-        case Type::f16: put<f16>(a, c + r * width, scales[row], sums, row, begin, end); break;
+        Integers::multiply(block, kSide, (const E*)left + left_at(s, d, strips, all), right, deep, a.m - s * kSide, d > 0);
+        if (d + kPiece < all) continue;
+        switch (a.type) {
+          case Type::f32: write_out<float>(a, block, sums + j * kSide, scales, s * kSide, column); break;
+          case Type::bf16: write_out<bf16>(a, block, sums + j * kSide, scales, s * kSide, column); break;
+          case Type::f16: write_out<f16>(a, block, sums + j * kSide, scales, s * kSide, column); break;
+        }
       }
     }
   }
   Integers::end();
+  if (a.stream) fence();
 }
 
 }  // namespace BK_ISA

@@ -23,40 +23,17 @@ void linear_few(const Linear& a) {
                 [&](int64_t begin, int64_t end) { kernels.linear_few(a, ready.data(), begin, end); });
 }
 
-void linear_many(const Linear& call, bool backward) {
+void linear_many(const Linear& a, bool backward) {
   const CpuTable& kernels = table();
-  Linear a = call;
-  int64_t columns = backward ? a.k : a.n, row_bytes = columns * size_of(a.out_type);
-  a.stream = worth_streaming(a.out, row_bytes, a.m * row_bytes);
-  int64_t strip = kernels.linear_strip(a, backward), group = kTokens / 32 * strip;
-  int64_t all = (a.m + kTokens - 1) / kTokens, at_once = std::clamp<int64_t>(kPackedBytes / group, 1, all);
-  auto part_of = [&](int64_t g) {
-    Linear part = a;
-    part.in.data = (const char*)a.in.data + g * kTokens * (a.in_turned ? 1 : a.in.stride) * size_of(a.type);
-    part.out = (char*)a.out + g * kTokens * columns * size_of(a.out_type);
-    part.m = std::min(kTokens, a.m - g * kTokens);
-    return part;
-  };
-  Scratch left(std::min(at_once * group, (a.m + 31) / 32 * strip));
-  int64_t tasks = (columns + kColumns - 1) / kColumns;
-  for (int64_t first = 0; first < all; first += at_once) {
-    int64_t groups = std::min(at_once, all - first);
-    parallel_rows((std::min(groups * kTokens, a.m - first * kTokens) + 31) / 32, strip,
-                  [&](int64_t begin, int64_t end) {
-                    for (int64_t s = begin; s < end;) {
-                      int64_t g = s * 32 / kTokens, at = g * kTokens / 32, next = std::min(end, at + kTokens / 32);
-                      kernels.linear_pack_left(part_of(first + g), backward, s - at, next - at, left.data() + g * group);
-                      s = next;
-                    }
-                  });
-    parallel_tasks(groups * tasks, [&](int64_t i) {
-      Linear part = part_of(first + i / tasks);
-      int64_t begin = i % tasks * kColumns;
-      Scratch memory(kernels.linear_workspace(part, kColumns));
-      kernels.linear_many(part, backward, left.data() + i / tasks * group, begin, std::min(columns, begin + kColumns),
-                          memory.data());
-    });
-  }
+  for_groups(
+      a, backward ? a.k : a.n, kernels.linear_strip(a, backward),
+      [&](const Linear& part, int64_t begin, int64_t end, char* left, float*) {
+        kernels.linear_pack_left(part, backward, begin, end, left);
+      },
+      [&](const Linear& part, const char* left, const float*, int64_t begin, int64_t end) {
+        Scratch memory(kernels.linear_workspace(part, kColumns));
+        kernels.linear_many(part, backward, left, begin, end, memory.data());
+      });
 }
 
 namespace {

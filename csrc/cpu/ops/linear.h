@@ -2,11 +2,49 @@
 #pragma once
 #include <bigkernels/stable.h>
 
+#include <algorithm>
+#include <vector>
+
 namespace bigkernels {
 
 constexpr int64_t kPackedBytes = int64_t{16} << 20;  // of packed tokens at once
 // Tokens and columns of the result that a task makes.
 constexpr int64_t kTokens = 512, kColumns = 256;
+
+// The tokens of a call in groups of kTokens, its columns in runs of kColumns: pack(part, begin, end, left, scales) for
+// strips [begin, end) of 32 tokens of a group, `strip` bytes each, then run(part, left, scales, begin, end) for columns.
+template <class Pack, class Run>
+void for_groups(const Linear& call, int64_t columns, int64_t strip, const Pack& pack, const Run& run) {
+  Linear a = call;
+  int64_t row_bytes = columns * size_of(a.out_type), group = kTokens / 32 * strip;
+  int64_t all = (a.m + kTokens - 1) / kTokens, at_once = std::clamp<int64_t>(kPackedBytes / group, 1, all);
+  int64_t tasks = (columns + kColumns - 1) / kColumns;
+  a.stream = worth_streaming(a.out, row_bytes, a.m * row_bytes);
+  auto part_of = [&](int64_t g) {
+    Linear part = a;
+    part.in.data = (const char*)a.in.data + g * kTokens * (a.in_turned ? 1 : a.in.stride) * size_of(a.type);
+    part.out = (char*)a.out + g * kTokens * row_bytes;
+    part.m = std::min(kTokens, a.m - g * kTokens);
+    return part;
+  };
+  Scratch left(std::min(at_once * group, (a.m + 31) / 32 * strip));
+  std::vector<float> scales(at_once * kTokens);  // of the tokens, where they have any
+  for (int64_t first = 0; first < all; first += at_once) {
+    int64_t groups = std::min(at_once, all - first), tokens = std::min(groups * kTokens, a.m - first * kTokens);
+    parallel_rows((tokens + 31) / 32, strip, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end;) {
+        int64_t g = s * 32 / kTokens, at = g * kTokens / 32, next = std::min(end, at + kTokens / 32);
+        pack(part_of(first + g), s - at, next - at, left.data() + g * group, scales.data() + g * kTokens);
+        s = next;
+      }
+    });
+    parallel_tasks(groups * tasks, [&](int64_t i) {
+      int64_t g = i / tasks, begin = i % tasks * kColumns;
+      run(part_of(first + g), left.data() + g * group, scales.data() + g * kTokens, begin,
+          std::min(columns, begin + kColumns));
+    });
+  }
+}
 
 // Contiguous, with the leading sizes of x and rows of n elements.
 Tensor empty_rows(const char* op, const Tensor& x, int64_t n);

@@ -58,26 +58,17 @@ constexpr int64_t kMostExact = 1 << 17;  // products of 8-bit integers whose sum
 
 void run_dynamic(const Linear& a) {
   const CpuTable& kernels = table();
-  int64_t strips = (a.m + 31) / 32, strip = kernels.linear_dynamic_strip(a);
-  int64_t at_once = std::clamp<int64_t>(kPackedBytes / strip / 16 * 16, 16, std::max<int64_t>(strips, 16));
-  Scratch left(at_once * strip);
-  std::vector<float> scales(at_once * 32);
-  int64_t tasks = (a.n + kColumns - 1) / kColumns, size = size_of(a.type);
-  for (int64_t first = 0; first < strips; first += at_once) {
-    Linear part = a;
-    part.in.data = (const char*)a.in.data + first * 32 * a.in.stride * size;
-    part.out = (char*)a.out + first * 32 * a.n * size;
-    part.m = std::min(at_once * 32, a.m - first * 32);
-    parallel_rows((part.m + 31) / 32, 2 * strip, [&](int64_t begin, int64_t end) {
-      Scratch token(kernels.linear_dynamic_token(part));
-      kernels.linear_dynamic_pack(part, begin, end, left.data(), scales.data(), token.data());
-    });
-    parallel_tasks(tasks, [&](int64_t i) {
-      Scratch memory(kernels.linear_dynamic_workspace(part, kColumns));
-      kernels.linear_dynamic(part, left.data(), scales.data(), i * kColumns, std::min(a.n, (i + 1) * kColumns),
-                             memory.data());
-    });
-  }
+  int64_t strip = kernels.linear_dynamic_strip(a);
+  for_groups(
+      a, a.n, strip,
+      [&](const Linear& part, int64_t begin, int64_t end, char* left, float* scales) {
+        Scratch token(kernels.linear_dynamic_token(part));
+        kernels.linear_dynamic_pack(part, begin, end, left, scales, token.data());
+      },
+      [&](const Linear& part, const char* left, const float* scales, int64_t begin, int64_t end) {
+        Scratch memory(kernels.linear_dynamic_workspace(part, kColumns));
+        kernels.linear_dynamic(part, left, scales, begin, end, memory.data());
+      });
 }
 
 Tensor forward(Tensor x, Tensor codes, Tensor scale, MaybeTensor zero, MaybeTensor row_scale, MaybeTensor book,
