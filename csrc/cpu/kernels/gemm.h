@@ -182,8 +182,7 @@ struct Pairs {
   static constexpr int64_t kBlock = P * kPlane;
   // A plane of a block is two tiles of 16 lines of 64 bytes: on the left rows 0-15 and 16-31, on the right columns.
   static constexpr int64_t kTile = 512;
-  // Plane i on the left meets the planes before kRight - i on the right: what is left out is below float32's rounding.
-  static constexpr int kRight = P == 2 ? 3 : P;
+  // Of three planes six of nine products are made: the others are below float32's rounding.
 
   // Planes of x, in the upper halves of the lanes. Three of them are cut off and not rounded: nothing overflows.
   BK_INLINE void split(vf x, __m512i* planes) {
@@ -274,22 +273,37 @@ struct Pairs {
     _tile_loadd(1, c + 16, ldc * 4);
     _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
   }
+  BK_INLINE void left_tiles(const uint16_t* a) {
+    _tile_loadd(4, a, 64);
+    _tile_loadd(5, a + kTile, 64);
+  }
+  BK_INLINE void right_tiles(const uint16_t* b, int columns) {
+    _tile_loadd(6, b, 64);
+    if (columns == kSide) _tile_loadd(7, b + kTile, 64);
+  }
+  BK_INLINE void products(int columns) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(2, 5, 6);
+    if (columns != kSide) return;
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+  }
   BK_INLINE void add(const uint16_t* a, const uint16_t* b, int columns) {
-#pragma GCC unroll 3
-    for (int i = 0; i < P; ++i) {
-      _tile_loadd(4, a + i * kPlane, 64);
-      _tile_loadd(5, a + i * kPlane + kTile, 64);
-#pragma GCC unroll 3
-      for (int j = 0; j < kRight - i; ++j) {
-        if (j == P) break;
-        _tile_loadd(6, b + j * kPlane, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(2, 5, 6);
-        if (columns != kSide) continue;
-        _tile_loadd(7, b + j * kPlane + kTile, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-      }
+    // From product to product one operand stays: loads take as long as products where neighbours share the core.
+    if constexpr (P == 1) {
+      left_tiles(a), right_tiles(b, columns), products(columns);
+    } else if constexpr (P == 2) {
+      left_tiles(a), right_tiles(b + kPlane, columns), products(columns);
+      left_tiles(a + kPlane), products(columns);
+      right_tiles(b, columns), products(columns);
+      left_tiles(a), products(columns);
+    } else {
+      left_tiles(a), right_tiles(b + 2 * kPlane, columns), products(columns);
+      right_tiles(b + kPlane, columns), products(columns);
+      left_tiles(a + kPlane), products(columns);
+      right_tiles(b, columns), products(columns);
+      left_tiles(a + 2 * kPlane), products(columns);
+      left_tiles(a), products(columns);
     }
   }
   // A quarter of `add`, so that a few vector instructions fit between two tile instructions.
@@ -323,9 +337,16 @@ struct Pairs {
                               int64_t columns, bool accumulate) {
     asm volatile("" ::: "memory");  // the compiler does not know what the tile instructions read
     int n = columns > 16 ? kSide : 16;
-    start(c, ldc, n, accumulate);
+    // A call's terms are summed by themselves where digits count, as in Floats.
+    bool apart = P > 1 && accumulate;
+    start(c, ldc, n, accumulate && !apart);
     for (int64_t k = 0; k < blocks(depth); ++k) add(a + k * kBlock, b + k * kBlock, n);
-    put(c, ldc, n);
+    if (!apart) return put(c, ldc, n);
+    alignas(64) float sums[kSide * kSide];
+    put(sums, kSide, n);
+    asm volatile("" ::: "memory");
+    for (int r = 0; r < kSide; ++r, c += ldc)
+      for (int v = 0; v < n; v += W) store(c + v, load(c + v) + load(sums + r * kSide + v));
   }
   static constexpr bool kInPieces = true;
   // The tile registers' shape belongs to the thread: set before the first product and given back after the last.

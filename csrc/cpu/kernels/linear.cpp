@@ -197,7 +197,9 @@ struct Many {
     int64_t rows = a.m - row < kSide ? a.m - row : kSide, count = width - column;
     vf added[kVectors];
     for (int v = 0; v < kVectors; ++v, count -= W)
-      added[v] = !bias || count <= 0 ? vf{} : count >= W ? load(bias + column + v * W) : load(bias + column + v * W, count);
+      added[v] = !bias || count <= 0 ? vf{}
+                 : count >= W        ? load(bias + column + v * W)
+                                     : load(bias + column + v * W, count);
     out += row * width + column;
     if (a.stream) {  // a third of the time that plain stores take, which fetch their lines first
       for (int64_t r = 0; r < rows; ++r, out += width, c += kSide)

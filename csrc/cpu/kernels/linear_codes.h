@@ -149,9 +149,7 @@ void decode_row(const Linear& a, int64_t n, int64_t k, int64_t span, T* to) {
       case Codes::bf16:
         each([&](const uint8_t* from, int64_t count) { convert32((const bf16*)from, count, to); });
         break;
-      case Codes::f16:
-        each([&](const uint8_t* from, int64_t count) { convert32((const f16*)from, count, to); });
-        break;
+      case Codes::f16: each([&](const uint8_t* from, int64_t count) { convert32((const f16*)from, count, to); }); break;
       case Codes::int8:
       case Codes::fp8: {
         vf scale = splat(((const float*)a.scale)[n]);

@@ -287,8 +287,8 @@ void linear_dynamic(const Linear& a, const void* left, const float* scales, int6
       int64_t column = begin + j * kSide;
       for (int64_t i = 0; i < deep; ++i)
         for (int half = 0; half < 2; ++half)
-          pack_half(a, column + half * 16, (d + i) * Integers::kDeep, right + i * Integers::kBlock + half * Integers::kTile,
-                    sums + j * kSide + half * 16);
+          pack_half(a, column + half * 16, (d + i) * Integers::kDeep,
+                    right + i * Integers::kBlock + half * Integers::kTile, sums + j * kSide + half * 16);
       for (int64_t s = 0; s < strips; ++s) {
         int32_t* block = c + (s * wide + j) * kSide * kSide;
         for (int64_t r = kSide * s / strips; r < kSide * (s + 1) / strips; ++r) {  // the next piece is on its way
@@ -296,7 +296,8 @@ void linear_dynamic(const Linear& a, const void* left, const float* scales, int6
           if (j + 1 < wide && column + kSide + r < a.n)
             for (int64_t i = 0; i < deep * Integers::kDeep; i += 64) __builtin_prefetch(row + i, 0, 2);
         }
-        Integers::multiply(block, kSide, (const E*)left + left_at(s, d, strips, all), right, deep, a.m - s * kSide, d > 0);
+        Integers::multiply(block, kSide, (const E*)left + left_at(s, d, strips, all), right, deep, a.m - s * kSide,
+                           d > 0);
         if (d + kPiece < all) continue;
         switch (a.type) {
           case Type::f32: write_out<float>(a, block, sums + j * kSide, scales, s * kSide, column); break;

@@ -1,5 +1,5 @@
-// Linear layers, a few tokens, on tile units: rows of the weight stand on the left as they are stored, or decoded a piece
-// at a time, and sums stay in the tile registers for the whole depth. What is left is to read the weight once.
+// Linear layers, a few tokens, on tile units: rows of the weight stand on the left as they are stored, or decoded a
+// piece at a time, and sums stay in the tile registers for the whole depth. What is left is to read the weight once.
 #pragma once
 #include "gemm.h"
 #include "linear_codes.h"
@@ -28,7 +28,8 @@ BK_INLINE int64_t ready_bytes(const Linear& a) {
 // Element 4 w + j of a piece at j * 32 + w: the order in which the nibbles of 32 words give 4-bit codes.
 BK_INLINE void to_nibble_order(const __m512i* quarter, uint16_t* to) {
   for (int j = 0; j < 4; ++j)
-    for (int i = 0; i < 4; ++i) write(to + j * 32 + i * 8, _mm512_cvtepi64_epi16(_mm512_srli_epi64(quarter[i], 16 * j)));
+    for (int i = 0; i < 4; ++i)
+      write(to + j * 32 + i * 8, _mm512_cvtepi64_epi16(_mm512_srli_epi64(quarter[i], 16 * j)));
 }
 
 BK_INLINE __mmask32 first_of(int64_t n) { return n >= 32 ? ~__mmask32{0} : n > 0 ? ((__mmask32)1 << n) - 1 : 0; }
@@ -53,7 +54,8 @@ void prepare(const Linear& a, uint16_t* to) {
     }
 }
 
-// ---- rows of codes to rows of bfloat16, a piece at a time. 8-bit codes stay without their scale, which is the row's. ---
+// ---- rows of codes to rows of bfloat16, a piece at a time. 8-bit codes stay without their scale, which is the row's.
+// ---
 
 BK_INLINE __m512i load_codes(const uint8_t* p, int64_t bytes) {
   return bytes >= 64 ? read<__m512i>(p) : _mm512_maskz_loadu_epi8(((__mmask64)1 << bytes) - 1, p);
@@ -105,7 +107,8 @@ struct Fp8 {
       for (int h = 0; h < 2; ++h) {
         __m512i wide = _mm512_cvtepi8_epi16(h ? _mm512_extracti64x4_epi64(codes, 1) : _mm512_castsi512_si256(codes));
         __m512i half = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16((short)0xbf80));
-        __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(half, _mm512_set1_epi16(0x3f80)), _mm512_set1_epi16(0x3f80));
+        __mmask32 nan =
+            _mm512_cmpeq_epi16_mask(_mm512_and_si512(half, _mm512_set1_epi16(0x3f80)), _mm512_set1_epi16(0x3f80));
         half = _mm512_mask_mov_epi16(half, nan, _mm512_set1_epi16(0x7e00));
         put32(to + i * 64 + h * 32, _mm512_cvtph_ps(_mm512_castsi512_si256(half)),
               _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)));
@@ -156,7 +159,9 @@ struct Nibbles {
     if (kGroups == 4) high = (__m512i)_mm512_cvtne2ps_pbh(values(s, r, kGroups - 1), values(s, r, kGroups - 2));
     // Bits 4 and 5 of a lane's index: its group.
     alignas(64) static constexpr auto groups = [] {
-      struct { uint16_t of[32]; } x{};
+      struct {
+        uint16_t of[32];
+      } x{};
       for (int i = 0; i < 32; ++i) x.of[i] = i * kGroups / 32 * 16;
       return x;
     }();
@@ -165,7 +170,8 @@ struct Nibbles {
       __m512i index = j ? _mm512_srli_epi16(codes, 4 * j) : codes;
       // With one group both halves of the register hold its values, and bit 4 may be anything.
       if (kGroups > 1) index = _mm512_ternarylogic_epi64(index, nibble, mine, 0xea);
-      write(to + j * 32, kGroups == 4 ? _mm512_permutex2var_epi16(low, index, high) : _mm512_permutexvar_epi16(index, low));
+      write(to + j * 32,
+            kGroups == 4 ? _mm512_permutex2var_epi16(low, index, high) : _mm512_permutexvar_epi16(index, low));
     }
   }
 };
@@ -267,7 +273,8 @@ void coded(const Linear& a, const uint16_t* ready, int64_t begin, int64_t end) {
     auto decode = [&](int64_t p, int64_t r) __attribute__((always_inline)) {
       int64_t k = p * kPiece, count = a.k - k < kPiece ? a.k - k : kPiece;
       const uint8_t* row = first + (r < rows ? r : rows - 1) * a.code_row;
-      for (int64_t i = 0; i < code_bytes(a.kind, kPiece); i += 64) prefetch(row + code_bytes(a.kind, k + 4 * kPiece) + i);
+      for (int64_t i = 0; i < code_bytes(a.kind, kPiece); i += 64)
+        prefetch(row + code_bytes(a.kind, k + 4 * kPiece) + i);
       Decoder::decode(row, k, count, with, r, staged[p & 1][r]);
     };
     Decoder::reach(with, a, n, rows, 0);

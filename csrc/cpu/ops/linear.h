@@ -12,7 +12,8 @@ constexpr int64_t kPackedBytes = int64_t{16} << 20;  // of packed tokens at once
 constexpr int64_t kTokens = 512, kColumns = 256;
 
 // The tokens of a call in groups of kTokens, its columns in runs of kColumns: pack(part, begin, end, left, scales) for
-// strips [begin, end) of 32 tokens of a group, `strip` bytes each, then run(part, left, scales, begin, end) for columns.
+// strips [begin, end) of 32 tokens of a group, `strip` bytes each, then run(part, left, scales, begin, end) for
+// columns.
 template <class Pack, class Run>
 void for_groups(const Linear& call, int64_t columns, int64_t strip, const Pack& pack, const Run& run) {
   Linear a = call;
