@@ -7,6 +7,7 @@ from .glu import GatedMLP
 from .layer_norm import LayerNorm
 from .linear import Linear
 from .lora import LoRALinear
+from .quantized_experts import QuantizedExperts
 from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
 from .rope import RotaryEmbedding
@@ -19,6 +20,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LoRALinear",
+    "QuantizedExperts",
     "QuantizedLinear",
     "RMSNorm",
     "RotaryEmbedding",

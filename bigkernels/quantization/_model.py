@@ -68,7 +68,9 @@ def quantize(
     """Replace the linear layers of a model by `bigkernels.nn.QuantizedLinear`, in place; on an error none of them.
 
     Args:
-        model: any module; layers of class `torch.nn.Linear` are replaced, subclasses are not.
+        model: any module; layers of class `torch.nn.Linear` are replaced, subclasses are not. So are 3-D weights of
+            experts, parameters of a module that says how many it has (`num_experts`) or is called one of experts: by
+            `bigkernels.nn.QuantizedExperts` under the parameter's name.
         config: a format or its name ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8"), for all layers; or a
             mapping of patterns of names (as in `fnmatch`; the first that matches counts) to formats, names, or None for
             layers to leave alone.
@@ -86,25 +88,35 @@ def quantize(
         ValueError, TypeError: as `quantize_weight`, or a calibrated format without batches; the model is then as it
             was.
     """
-    from ..nn.quantized_linear import QuantizedLinear
+    from ..nn import QuantizedExperts, QuantizedLinear
 
     patterns = {"*": config} if isinstance(config, (str, Format)) else dict(config)
     formats = {pattern: None if value is None else named(value) for pattern, value in patterns.items()}
+
+    def format_of(name: str) -> Format | None:
+        return next((f for pattern, f in formats.items() if fnmatch.fnmatchcase(name, pattern)), None)
+
     report = QuantizeReport()
     blind: dict[str, Format] = {}
     measured: dict[str, Format] = {}
+    experts: dict[str, Format] = {}
     owners = collections.Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, (QuantizedLinear, QuantizedExperts)):
             continue
         if not isinstance(module, nn.Linear):
-            report.skipped += [
-                Row(f"{name}.{key}".lstrip("."), "3-D weights of experts are not served", p.nbytes, p.nbytes, None)
-                for key, p in module.named_parameters(recurse=False)
-                if p.dim() == 3 and p.is_floating_point()
-            ]
+            for key, p in module.named_parameters(recurse=False):
+                if p.dim() != 3 or not p.is_floating_point():
+                    continue
+                path = f"{name}.{key}".lstrip(".")
+                chosen = format_of(path)
+                reason = _refusal_of_experts(path, module, p, chosen, skip, filter, owners)
+                if reason:
+                    report.skipped.append(Row(path, reason, p.nbytes, p.nbytes, None))
+                else:
+                    experts[path] = chosen
             continue
-        chosen = next((f for pattern, f in formats.items() if fnmatch.fnmatchcase(name, pattern)), None)
+        chosen = format_of(name)
         size = module.weight.nbytes
         reason = _refusal(name, module, chosen, skip, filter, owners)
         if reason:
@@ -118,6 +130,7 @@ def quantize(
         raise ValueError(f"bigkernels.quantize: {config} is calibrated; give calibration batches")
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     before: dict[str, nn.Linear] = {}
+    parameters: dict[str, nn.Parameter] = {}
 
     def replace(name: str, config: Format, gram: Tensor | None = None) -> None:
         module = before[name] = model.get_submodule(name)
@@ -126,7 +139,19 @@ def quantize(
         size, error = module.weight.nbytes, _relative_error(module.weight.detach(), quantized.dequantize(torch.float32))
         report.quantized.append(Row(name, config.name, size, quantized.nbytes, error))
 
+    def replace_experts(path: str, config: Format) -> None:
+        owner, _, key = path.rpartition(".")
+        module = model.get_submodule(owner)
+        weight = parameters[path] = getattr(module, key)
+        made = QuantizedExperts.from_parameter(weight, config, turned=getattr(module, "is_transposed", False))
+        delattr(module, key)
+        setattr(module, key, made.train(module.training))
+        error = _relative_error(weight.detach().flatten(0, 1), made.dequantize(torch.float32).flatten(0, 1))
+        report.quantized.append(Row(path, config.name, weight.nbytes, made.qweight.nbytes, error))
+
     try:
+        for path, config in experts.items():
+            replace_experts(path, config)
         for name, config in blind.items():
             replace(name, config)
         if measured:
@@ -142,6 +167,8 @@ def quantize(
     except BaseException:
         for name, module in before.items():
             model.set_submodule(name, module)
+        for path, weight in parameters.items():
+            _set_parameter(model, path, weight)
         raise
     for rows in (report.quantized, report.skipped):
         rows.sort(key=lambda row: order.get(row.path, order.get(row.path.rpartition(".")[0], 0)))
@@ -149,12 +176,42 @@ def quantize(
 
 
 def dequantize(model: nn.Module) -> None:
-    """Replace each `QuantizedLinear` of a model by the `torch.nn.Linear` that it stands for, in place."""
-    from ..nn.quantized_linear import QuantizedLinear
+    """Replace each `QuantizedLinear` of a model by the `torch.nn.Linear` that it stands for, and `QuantizedExperts` by
+    their parameter, in place.
+    """
+    from ..nn import QuantizedExperts, QuantizedLinear
 
     for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedExperts) and name:
+            _set_parameter(model, name, nn.Parameter(module.dequantize()))
         if isinstance(module, QuantizedLinear) and name:
             model.set_submodule(name, module.dequantize())
+
+
+def _set_parameter(model: nn.Module, path: str, weight: nn.Parameter) -> None:
+    owner, _, key = path.rpartition(".")
+    module = model.get_submodule(owner)
+    module._modules.pop(key, None)
+    setattr(module, key, weight)
+
+
+def _refusal_of_experts(path, module, weight, chosen, skip, filter, owners) -> str | None:
+    name = type(module).__name__
+    if getattr(module, "num_experts", None) != weight.shape[0] and "expert" not in name.lower():
+        return f"a 3-D weight of a {name}"
+    if any(path == part or path.endswith("." + part) for part in skip):
+        return "left out by skip"
+    if filter is not None and not filter(path, module):
+        return "left out by filter"
+    if chosen is None:
+        return "no pattern names a format for it"
+    if chosen.calibrated:
+        return "calibration measures the inputs of linear layers alone"
+    if owners[id(weight)] > 1:
+        return "it is shared with another module"
+    if weight.is_meta:
+        return "it has no values (meta device)"
+    return None
 
 
 def _refusal(name, module, chosen, skip, filter, owners) -> str | None:

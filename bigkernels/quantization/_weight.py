@@ -40,6 +40,10 @@ class QuantizedWeight:
             self._read = key, self.config.operands(self.tensors)
         return self._read[1]
 
+    def rows(self, begin: int, end: int) -> QuantizedWeight:
+        """Rows [begin, end) as a weight of their own, in the same memory."""
+        return _Rows(self.config, (end - begin, self.shape[1]), self.dtype, self.tensors, whole=self, begin=begin)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (N, K) that the codes stand for, computed in float32 and rounded once."""
         dtype = self.dtype if dtype is None else dtype
@@ -63,6 +67,19 @@ class QuantizedWeight:
     def nbytes(self) -> int:
         """Of what is stored."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+@dataclass(eq=False)
+class _Rows(QuantizedWeight):
+    """Some rows of a weight: its tensors are those of the whole weight, what kernels read of them is its own."""
+
+    whole: QuantizedWeight = field(kw_only=True)
+    begin: int = field(kw_only=True)
+
+    def operands(self) -> Operands:
+        mine = slice(self.begin, self.begin + self.shape[0])
+        *rows, book, group = self.whole.operands()
+        return *(t if t is None else t[mine] for t in rows), book, group
 
 
 @torch.no_grad()

@@ -159,14 +159,9 @@ def test_what_is_left_alone_and_why():
     class Special(nn.Linear):
         pass
 
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(3, 4, 5))
-
     model = nn.ModuleDict({
         "plain": nn.Linear(8, 8), "special": Special(8, 8), "tied": nn.Linear(8, 8), "embedding": nn.Embedding(8, 8),
-        "hooked": nn.Linear(8, 8), "meta": nn.Linear(8, 8, device="meta"), "experts": Experts(),
+        "hooked": nn.Linear(8, 8), "meta": nn.Linear(8, 8, device="meta"), "conv": nn.Conv1d(4, 5, 3),
         "normed": nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "done": layer(),
     })  # fmt: skip
     model["tied"].weight = model["embedding"].weight
@@ -178,7 +173,7 @@ def test_what_is_left_alone_and_why():
         "special": "a Special, not a torch.nn.Linear", "tied": "its weight is shared with another module",
         "hooked": "it has hooks", "meta": "its weight has no values (meta device)",
         "normed": "a ParametrizedLinear, not a torch.nn.Linear",
-        "experts.weight": "3-D weights of experts are not served",
+        "conv.weight": "a 3-D weight of a Conv1d",
     }  # fmt: skip
 
 

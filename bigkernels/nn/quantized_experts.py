@@ -1,0 +1,232 @@
+"""The weights of a mixture's experts, quantized and frozen, in the place of the parameter that held them."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.quantized_linear import quantized_linear
+from ..quantization import Format, QuantizedWeight, quantize_weight
+from ._quantized import Quantized
+
+_linear = nn.functional.linear
+_TURNS = {Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes}
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm}
+_GROUPED = {getattr(torch, "_grouped_mm", None), getattr(nn.functional, "grouped_mm", None)} - {None}
+
+
+class QuantizedExperts(Quantized):
+    """Weights (E, N, K) of E experts in codes, for code that reads them as it would a parameter.
+
+    ``w[i]``, with a number or a tensor of one, is a `QuantizedExpert`, which linear layers and matrix products multiply
+    with without the dequantized weight; ``w.transpose(-2, -1)`` is the same weights turned, which
+    `torch.nn.functional.grouped_mm` multiplies with expert by expert. Whatever else is asked of it is answered by the
+    dequantized weights, or those of them that an index picks.
+
+    Args:
+        qweight: the experts one below the other, (E * N, K).
+        experts: E.
+        turned: the parameter held (E, K, N), what tokens are multiplied with from the left.
+    """
+
+    def __init__(self, qweight: QuantizedWeight, experts: int, turned: bool = False) -> None:
+        super().__init__(qweight, experts=experts, turned=int(turned))
+        self.experts, self.turned = experts, turned
+
+    @classmethod
+    def from_parameter(cls, weight: Tensor, config: str | Format, turned: bool = False) -> QuantizedExperts:
+        """Of weights (E, N, K), or (E, K, N) if turned."""
+        rows = (weight.transpose(1, 2) if turned else weight).reshape(-1, weight.shape[1 if turned else 2])
+        return cls(quantize_weight(rows, config), weight.shape[0], turned)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weights in the shape that the parameter had."""
+        values = self.qweight.dequantize(dtype).view(self.experts, -1, self.in_features)
+        return values.transpose(1, 2) if self.turned else values
+
+    def expert(self, i: int) -> QuantizedExpert:
+        """Weights i, which may count from the end."""
+        if not -self.experts <= i < self.experts:
+            raise IndexError(f"expert {i} of {self.experts}")
+        n = self.out_features // self.experts
+        return QuantizedExpert(self.qweight.rows(i % self.experts * n, (i % self.experts + 1) * n), self.turned)
+
+    def __getitem__(self, index):
+        if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0 and index.dtype != torch.bool):
+            return self.expert(operator.index(index))
+        if isinstance(index, Tensor) and index.dim() == 1 and not index.dtype.is_floating_point:
+            picked, where = torch.unique(index.nonzero()[:, 0] if index.dtype == torch.bool else index,
+                                         return_inverse=True)  # fmt: skip
+            return torch.stack([self.expert(i).dequantize() for i in picked.tolist()])[where]
+        return self.dequantize()[index]
+
+    def __len__(self) -> int:
+        return self.experts
+
+    def __iter__(self):
+        return (self.expert(i) for i in range(self.experts))
+
+    @property
+    def shape(self) -> torch.Size:
+        n = self.out_features // self.experts
+        return torch.Size((self.experts, *((self.in_features, n) if self.turned else (n, self.in_features))))
+
+    @property
+    def ndim(self) -> int:
+        return 3
+
+    def dim(self) -> int:
+        return 3
+
+    def size(self, dim: int | None = None):
+        return self.shape if dim is None else self.shape[dim]
+
+    @property
+    def device(self) -> torch.device:
+        return self.qweight.device
+
+    def transpose(self, a: int, b: int) -> _Turned | Tensor:
+        if {a % 3, b % 3} == {1, 2}:
+            return _Turned(self)
+        return self.dequantize().transpose(a, b)
+
+    swapaxes = transpose
+
+    @property
+    def mT(self) -> _Turned:
+        return _Turned(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x @ w``, batched over the experts: x (E, T, K) to (E, T, N)."""
+        return torch.stack([quantized_linear(part, self.expert(i).qweight) for i, part in enumerate(x.unbind(0))])
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, shape={tuple(self.shape)}, {self.config}"
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _GROUPED and isinstance(args[1], cls) and args[1].turned and not isinstance(args[0], cls):
+            return _grouped(args[1], *args, **kwargs)
+        return _plainly(func, args, kwargs)
+
+
+class QuantizedExpert:
+    """The weight (N, K) of one expert, or (K, N) if turned; see `QuantizedExperts`."""
+
+    def __init__(self, qweight: QuantizedWeight, turned: bool) -> None:
+        self.qweight, self.turned = qweight, turned
+
+    def dequantize(self) -> Tensor:
+        values = self.qweight.dequantize()
+        return values.T if self.turned else values
+
+    def t(self) -> QuantizedExpert:
+        return QuantizedExpert(self.qweight, not self.turned)
+
+    T = mT = property(t)
+
+    def transpose(self, a: int, b: int) -> QuantizedExpert:
+        return self if a % 2 == b % 2 else self.t()
+
+    @property
+    def shape(self) -> torch.Size:
+        n, k = self.qweight.shape
+        return torch.Size((k, n) if self.turned else (n, k))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.qweight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.qweight.device
+
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        return torch.matmul(x, self)
+
+    def __getattr__(self, name: str):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.dequantize(), name)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is _linear and len(args) > 1 and isinstance(args[1], cls) and not args[1].turned:
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            if isinstance(args[0], Tensor):
+                return quantized_linear(args[0], args[1].qweight, bias)
+        if func in _PRODUCTS and len(args) == 2 and not kwargs:
+            x, weight = (args[1], args[0]) if func is Tensor.__rmatmul__ else args
+            if isinstance(weight, cls) and weight.turned and isinstance(x, Tensor):
+                return quantized_linear(x, weight.qweight)
+        return _plainly(func, args, kwargs)
+
+
+class _Turned:
+    """`QuantizedExperts` seen with its last two dimensions exchanged."""
+
+    def __init__(self, weights: QuantizedExperts) -> None:
+        self.weights = weights
+
+    def dequantize(self) -> Tensor:
+        return self.weights.dequantize().transpose(1, 2)
+
+    def __getitem__(self, index):
+        found = self.weights[index]
+        return found.transpose(-2, -1) if isinstance(index, (int, Tensor)) else self.dequantize()[index]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    @property
+    def shape(self) -> torch.Size:
+        e, a, b = self.weights.shape
+        return torch.Size((e, b, a))
+
+    def __getattr__(self, name: str):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.dequantize(), name)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _GROUPED and isinstance(args[1], cls) and not args[1].weights.turned and isinstance(args[0], Tensor):
+            return _grouped(args[1].weights, *args, **kwargs)
+        return _plainly(func, args, kwargs)
+
+
+def _grouped(weights: QuantizedExperts, x: Tensor, _, *, offs: Tensor, bias: Tensor | None = None, out_dtype=None):
+    """As `torch.nn.functional.grouped_mm` of tokens (T, K) in the order of their experts."""
+    ends = offs.tolist()
+    parts = [
+        quantized_linear(x[begin:end], weights.expert(i).qweight)
+        for i, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
+        if end > begin
+    ]
+    n = weights.out_features // weights.experts
+    rest = x.shape[0] - (ends[-1] if ends else 0)
+    out = torch.cat([*parts, x.new_zeros(rest, n)])
+    if bias is not None:
+        out = out + bias
+    return out if out_dtype is None else out.to(out_dtype)
+
+
+def _plainly(func, args, kwargs):
+    """With the weights dequantized."""
+
+    def plain(value):
+        if isinstance(value, (QuantizedExperts, QuantizedExpert, _Turned)):
+            return value.dequantize()
+        return type(value)(plain(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+    return func(*plain(tuple(args)), **{key: plain(value) for key, value in kwargs.items()})
