@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import bigkernels
-from bigkernels import demo
-from bigkernels.demo import assets, measure
+from bigkernels import _cli, demo
+from bigkernels.demo import assets, formats, measure
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,6 +33,24 @@ def tiny() -> demo.Input:
     model = transformers.LlamaForCausalLM(config).eval()
     ids = torch.randint(0, 128, (2000,), generator=torch.Generator().manual_seed(1))
     return demo.Input(model, ids, ids[:300], ids[None, :5], lambda tokens: " ".join(map(str, tokens)))
+
+
+def test_formats_are_compared(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(formats, "_real_input", lambda: tiny)
+    monkeypatch.setattr(formats, "reuse_memory", lambda: True)  # of the whole process
+    chosen = [name for name in formats.FORMATS if name not in ("fp4", "fp8")]
+    path = tmp_path / "rows.json"
+    small = ["--windows", "2", "--length", "32", "--tokens", "4", "--rounds", "1", "--json", str(path)]
+    assert _cli.main(["formats", "--markdown", *small, "--only", *chosen]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in printed if line.startswith("|")] == ["weights", "---", *chosen]
+    rows = {row["name"]: row for row in json.loads(path.read_text())}
+    assert list(rows) == chosen
+    assert rows["bfloat16"]["perplexity"] == rows["bfloat16, eager"]["perplexity"] > 1
+    assert rows["int4, hqq"]["file"] < rows["int8"]["file"] < rows["bfloat16"]["file"]
+    assert rows["int4, hqq"]["peak"] < rows["bfloat16"]["peak"]
+    assert all(row["prefill"][0] > 0 and row["decode"][0] > 0 for row in rows.values())
+    assert all((row["quantized"] > 0) == (name not in chosen[:2]) for name, row in rows.items())
 
 
 def options(*arguments: object) -> argparse.Namespace:

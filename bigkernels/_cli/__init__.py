@@ -14,6 +14,10 @@ COMMANDS = {
     "info": ("bigkernels._cli.info", "versions, CPU and GPUs, and which implementations can serve on this machine"),
     "check": ("bigkernels._cli.check", "run every operator here and compare it with its float64 reference"),
     "bench": ("bigkernels._cli.bench", "time the operators against PyTorch, torch.compile and installed peers"),
+    "formats": (
+        "bigkernels.demo.formats",
+        "a pretrained language model in every weight format: perplexity, size, speed",
+    ),
     "demo": ("bigkernels.demo", "fine-tune and run a pretrained language model, plain and patched"),
 }
 
