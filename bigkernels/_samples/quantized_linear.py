@@ -44,6 +44,8 @@ QUANTIZED_LINEAR = [
     _sample("groups of 32, odd sizes", Int4(32), (3, 131), 37),
     _sample("groups of 64, odd sizes, many tokens", Int4(64, "rtn"), (51, 131), 37),
     _sample("blocks of 128, plain scales", NF4(128, double_quant=False), (5, 300), 33),
+    _sample("int4, one token of a long row", "int4", (1, 1300), 24),
+    _sample("int8, one token of a long row", "int8", (1, 1300), 24),
     _sample("no bias", "int4", (4, 64), 16, bias=False),
     _sample("one element", "nf4", (1, 1), 1),
     _sample("one dimension", "int8", (48,), 20),

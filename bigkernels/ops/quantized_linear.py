@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._arguments import autocast_dtype, check_same_device, check_tensor
-from ._registry import REFUSED, Implementation, Operator, compute_dtype, cpu_kernel, define, needs_grad
+from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
 from .linear import sum_rows
 
 if TYPE_CHECKING:
@@ -158,11 +158,7 @@ def _reference(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic):
     return _forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
 
 
-OPERATOR = Operator(
-    "quantized_linear",
-    implementations=(cpu_kernel(), Implementation("triton", "cuda", unavailable=lambda: "no kernel is written yet")),
-    in_graphs=True,
-)
+OPERATOR = Operator("quantized_linear", in_graphs=True)
 _WEIGHT = "Tensor codes, Tensor scale, Tensor? zero, Tensor? row_scale, Tensor? book"
 _fwd = define(
     f"quantized_linear_fwd(Tensor x, {_WEIGHT}, Tensor? bias, int group, SymInt k, bool dynamic) -> Tensor",

@@ -15,6 +15,7 @@ import torch
 
 OPERATORS = (
     "rms_norm", "layer_norm", "rope", "glu", "cross_entropy", "attention", "varlen_attention", "decode_attention",
+    "quantized_linear",
 )  # fmt: skip
 
 
