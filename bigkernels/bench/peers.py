@@ -12,6 +12,7 @@ from .case import Missing, Settings
 LIGER = "liger-kernel"
 FLASH = "flash-attn"
 FLEX = "flex_attention"
+BITSANDBYTES = "bitsandbytes"
 
 
 def liger(make: Callable) -> dict[str, Callable[[str], Callable]]:
@@ -56,3 +57,16 @@ def flex(settings: Settings, make: Callable[[Callable], Callable]) -> dict[str, 
         return make(torch.compile(flex_attention, dynamic=False))
 
     return {FLEX: load}
+
+
+def bitsandbytes(make: Callable) -> dict[str, Callable[[str], Callable]]:
+    """The peer entry of bitsandbytes: `make(bitsandbytes)` returns the function to run."""
+
+    def load(device: str) -> Callable:
+        try:
+            import bitsandbytes as package
+        except ImportError as error:
+            raise Missing(f"not installed here: {error}") from error
+        return make(package)
+
+    return {BITSANDBYTES: load}

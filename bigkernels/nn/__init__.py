@@ -7,6 +7,7 @@ from .glu import GatedMLP
 from .layer_norm import LayerNorm
 from .linear import Linear
 from .lora import LoRALinear
+from .quantized_embedding import QuantizedEmbedding
 from .quantized_experts import QuantizedExperts
 from .quantized_linear import QuantizedLinear
 from .rms_norm import RMSNorm
@@ -20,6 +21,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LoRALinear",
+    "QuantizedEmbedding",
     "QuantizedExperts",
     "QuantizedLinear",
     "RMSNorm",

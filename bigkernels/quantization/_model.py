@@ -63,6 +63,7 @@ def quantize(
     *,
     skip: tuple[str, ...] = ("lm_head",),
     filter: Callable[[str, nn.Module], bool] | None = None,
+    embeddings: bool = False,
     calibration: Iterable[Any] | None = None,
 ) -> QuantizeReport:
     """Replace the linear layers of a model by `bigkernels.nn.QuantizedLinear`, in place; on an error none of them.
@@ -76,6 +77,9 @@ def quantize(
             layers to leave alone.
         skip: names, or last parts of names, of layers to leave alone.
         filter: called with the name and the module of each layer; False leaves it alone.
+        embeddings: whether embeddings are quantized too, and with them the layers that share their weight, where all of
+            these may be (``skip=()`` for a head) and to the same format; a calibrated one gives way to what needs no
+            data.
         calibration: batches for formats that are calibrated (`Int4` by "gptq" or "awq"): each a tensor, a tuple of
             arguments or a mapping of keyword arguments of the model. A few dozen sequences like those to come are
             enough. Layers are quantized in the model's order, as many at once as 2 GiB of statistics allow; those that
@@ -88,7 +92,7 @@ def quantize(
         ValueError, TypeError: as `quantize_weight`, or a calibrated format without batches; the model is then as it
             was.
     """
-    from ..nn import QuantizedExperts, QuantizedLinear
+    from ..nn import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 
     patterns = {"*": config} if isinstance(config, (str, Format)) else dict(config)
     formats = {pattern: None if value is None else named(value) for pattern, value in patterns.items()}
@@ -100,11 +104,14 @@ def quantize(
     blind: dict[str, Format] = {}
     measured: dict[str, Format] = {}
     experts: dict[str, Format] = {}
-    owners = collections.Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    candidates: dict[str, Format] = {}
+    owners: dict[int, list[str]] = collections.defaultdict(list)
+    for path, p in model.named_parameters(remove_duplicate=False):
+        owners[id(p)].append(path.rpartition(".")[0])
     for name, module in model.named_modules():
-        if isinstance(module, (QuantizedLinear, QuantizedExperts)):
+        if isinstance(module, (QuantizedLinear, QuantizedExperts, QuantizedEmbedding)):
             continue
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
             for key, p in module.named_parameters(recurse=False):
                 if p.dim() != 3 or not p.is_floating_point():
                     continue
@@ -118,18 +125,32 @@ def quantize(
             continue
         chosen = format_of(name)
         size = module.weight.nbytes
-        reason = _refusal(name, module, chosen, skip, filter, owners)
+        reason = _refusal(name, module, chosen, skip, filter)
+        if isinstance(module, nn.Embedding) and not embeddings:
+            reason = "an embedding (embeddings=True quantizes it)"
         if reason:
             report.skipped.append(Row(name, reason, size, size, None))
             continue
         if not name:
             raise ValueError("bigkernels.quantize: the model is a linear layer itself; use QuantizedLinear.from_linear")
-        (measured if chosen.calibrated else blind)[name] = chosen
+        candidates[name] = chosen
+    shared: dict[int, list[str]] = collections.defaultdict(list)
+    for name, chosen in candidates.items():
+        module = model.get_submodule(name)
+        others = owners[id(module.weight)]
+        if isinstance(module, nn.Embedding) or len(others) > 1:
+            if not embeddings or any(candidates.get(other) != chosen for other in others):
+                size = module.weight.nbytes
+                report.skipped.append(Row(name, "its weight is shared with another module", size, size, None))
+            else:
+                shared[id(module.weight)].append(name)
+        else:
+            (measured if chosen.calibrated else blind)[name] = chosen
     if measured and calibration is None:
         config = next(iter(measured.values()))
         raise ValueError(f"bigkernels.quantize: {config} is calibrated; give calibration batches")
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    before: dict[str, nn.Linear] = {}
+    before: dict[str, nn.Module] = {}
     parameters: dict[str, nn.Parameter] = {}
 
     def replace(name: str, config: Format, gram: Tensor | None = None) -> None:
@@ -138,6 +159,22 @@ def quantize(
         model.set_submodule(name, QuantizedLinear(quantized, module.bias).train(module.training))
         size, error = module.weight.nbytes, _relative_error(module.weight.detach(), quantized.dequantize(torch.float32))
         report.quantized.append(Row(name, config.name, size, quantized.nbytes, error))
+
+    def replace_shared(names: list[str]) -> None:
+        weight, config = model.get_submodule(names[0]).weight, candidates[names[0]].blind()
+        quantized = quantize_weight(weight, config)
+        error = _relative_error(weight.detach(), quantized.dequantize(torch.float32))
+        sizes = weight.nbytes, quantized.nbytes
+        for name in names:
+            module = before[name] = model.get_submodule(name)
+            if isinstance(module, nn.Embedding):
+                made = QuantizedEmbedding(quantized)
+            else:
+                made = QuantizedLinear(quantized, module.bias)
+            model.set_submodule(name, made.train(module.training))
+            what = config.name if name == names[0] else f"{config.name}, the weight of {names[0]}"
+            report.quantized.append(Row(name, what, *sizes, error))
+            sizes = 0, 0
 
     def replace_experts(path: str, config: Format) -> None:
         owner, _, key = path.rpartition(".")
@@ -152,6 +189,8 @@ def quantize(
     try:
         for path, config in experts.items():
             replace_experts(path, config)
+        for names in shared.values():
+            replace_shared(names)
         for name, config in blind.items():
             replace(name, config)
         if measured:
@@ -176,16 +215,21 @@ def quantize(
 
 
 def dequantize(model: nn.Module) -> None:
-    """Replace each `QuantizedLinear` of a model by the `torch.nn.Linear` that it stands for, and `QuantizedExperts` by
-    their parameter, in place.
+    """Replace each `QuantizedLinear` and `QuantizedEmbedding` of a model by the module that it stands for, and
+    `QuantizedExperts` by their parameter, in place. What shared a weight shares it again.
     """
-    from ..nn import QuantizedExperts, QuantizedLinear
+    from ..nn import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 
+    found: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedExperts) and name:
             _set_parameter(model, name, nn.Parameter(module.dequantize()))
-        if isinstance(module, QuantizedLinear) and name:
-            model.set_submodule(name, module.dequantize())
+        elif isinstance(module, (QuantizedLinear, QuantizedEmbedding)) and name:
+            made = module.dequantize()
+            made.weight = found.setdefault(
+                next(iter(module.qweight.tensors.values())).data_ptr() or id(module), made.weight
+            )
+            model.set_submodule(name, made)
 
 
 def _set_parameter(model: nn.Module, path: str, weight: nn.Parameter) -> None:
@@ -207,15 +251,15 @@ def _refusal_of_experts(path, module, weight, chosen, skip, filter, owners) -> s
         return "no pattern names a format for it"
     if chosen.calibrated:
         return "calibration measures the inputs of linear layers alone"
-    if owners[id(weight)] > 1:
+    if len(owners[id(weight)]) > 1:
         return "it is shared with another module"
     if weight.is_meta:
         return "it has no values (meta device)"
     return None
 
 
-def _refusal(name, module, chosen, skip, filter, owners) -> str | None:
-    if type(module) not in (nn.Linear, FakeQuantizedLinear):
+def _refusal(name, module, chosen, skip, filter) -> str | None:
+    if type(module) not in (nn.Linear, nn.Embedding, FakeQuantizedLinear):
         return f"a {type(module).__name__}, not a torch.nn.Linear"
     if any(name == part or name.endswith("." + part) for part in skip):
         return "left out by skip"
@@ -223,8 +267,8 @@ def _refusal(name, module, chosen, skip, filter, owners) -> str | None:
         return "left out by filter"
     if chosen is None:
         return "no pattern names a format for it"
-    if owners[id(module.weight)] > 1:
-        return "its weight is shared with another module"
+    if getattr(module, "max_norm", None) is not None:
+        return "it changes its weight (max_norm)"
     if "forward" in module.__dict__:
         return "its forward was replaced"
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from ...quantization import FP8, NF4, Int4, Int8, QuantizedWeight, quantize_weig
 from ...quantization._format import Format
 from ..case import Case, Settings
 from ..operators import operator_case, upstream
+from ..peers import bitsandbytes
 
 _FORMATS: tuple[Format, ...] = (Int8(), Int4(64), NF4(), FP8())
 
@@ -45,6 +47,13 @@ def case(settings: Settings, tokens: int, n: int, k: int, config: Format, *, bac
         grad = upstream((made["x"].new_empty(tokens, n),))[0].to(dtype)
         return {"out0": out} | ({"grad x": grad @ w} if backward else {})
 
+    def theirs(package: ModuleType) -> Callable[..., Tensor]:
+        """The same codes and scales, with the nibbles of a byte the other way round."""
+        codes, scale, _, _, book, group = held[0].operands()
+        packed = ((codes & 15) << 4 | codes >> 4).view(-1, 1)
+        state = package.functional.QuantState(scale.flatten(), (n, k), book, group, "nf4", torch.bfloat16)
+        return lambda x, **rest: package.matmul_4bit(x, packed.t(), quant_state=state)
+
     size = sum(t.nbytes for t in _meta(config, n, k)) + 2 * tokens * (n + k)
     return operator_case(
         "quantized",
@@ -55,6 +64,7 @@ def case(settings: Settings, tokens: int, n: int, k: int, config: Format, *, bac
         ours=ours,
         eager=dequantized,
         builtin=dense,
+        peers=bitsandbytes(theirs) if isinstance(config, NF4) else None,
         compiled=False,
         differentiable=("x",) if backward else (),
         exact=lambda made: results(made, weight(made).dequantize(torch.float64), torch.float64),
