@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -29,6 +30,20 @@ from bigkernels.triton._launch import recording  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODULES = {name: importlib.import_module(f"bigkernels.triton.{name}") for name in OPERATORS}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread_parses():
+    """CPython 3.11 loses count of its depth where two threads make syntax trees at once, and raises SystemError."""
+    lock, parse = threading.Lock(), JITFunction.parse
+
+    def locked(self):
+        with lock:
+            return parse(self)
+
+    JITFunction.parse = locked
+    yield
+    JITFunction.parse = parse
 
 
 @functools.cache
