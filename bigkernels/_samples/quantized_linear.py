@@ -24,7 +24,7 @@ class _WeightSample(Sample):
         return functional.quantized_linear(x, weight, inputs.get("bias"))
 
 
-def _sample(
+def weight_sample(
     name: str, config: object, shape: tuple[int, ...], n: int, *, bias: bool = True,
     arrange: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> Sample:  # fmt: skip
@@ -39,17 +39,17 @@ def _sample(
 _FORMATS = ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8")
 
 QUANTIZED_LINEAR = [
-    *(_sample(f"{name}, one token", name, (1, 192), 40) for name in _FORMATS),
-    *(_sample(f"{name}, many tokens", name, (2, 35, 192), 70) for name in _FORMATS),
-    _sample("groups of 32, odd sizes", Int4(32), (3, 131), 37),
-    _sample("groups of 64, odd sizes, many tokens", Int4(64, "rtn"), (51, 131), 37),
-    _sample("blocks of 128, plain scales", NF4(128, double_quant=False), (5, 300), 33),
-    _sample("int4, one token of a long row", "int4", (1, 1300), 24),
-    _sample("int8, one token of a long row", "int8", (1, 1300), 24),
-    _sample("no bias", "int4", (4, 64), 16, bias=False),
-    _sample("one element", "nf4", (1, 1), 1),
-    _sample("one dimension", "int8", (48,), 20),
-    _sample("empty", "int4", (0, 64), 8),
-    _sample("strided elements", "int4", (9, 70), 24, arrange=strided),
-    _sample("strided rows", "nf4", (40, 70), 24, arrange=rows_strided),
+    *(weight_sample(f"{name}, one token", name, (1, 192), 40) for name in _FORMATS),
+    *(weight_sample(f"{name}, many tokens", name, (2, 35, 192), 70) for name in _FORMATS),
+    weight_sample("groups of 32, odd sizes", Int4(32), (3, 131), 37),
+    weight_sample("groups of 64, odd sizes, many tokens", Int4(64, "rtn"), (51, 131), 37),
+    weight_sample("blocks of 128, plain scales", NF4(128, double_quant=False), (5, 300), 33),
+    weight_sample("int4, one token of a long row", "int4", (1, 1300), 24),
+    weight_sample("int8, one token of a long row", "int8", (1, 1300), 24),
+    weight_sample("no bias", "int4", (4, 64), 16, bias=False),
+    weight_sample("one element", "nf4", (1, 1), 1),
+    weight_sample("one dimension", "int8", (48,), 20),
+    weight_sample("empty", "int4", (0, 64), 8),
+    weight_sample("strided elements", "int4", (9, 70), 24, arrange=strided),
+    weight_sample("strided rows", "nf4", (40, 70), 24, arrange=rows_strided),
 ]

@@ -12,9 +12,9 @@ from ..quantization import Format, QuantizedWeight, quantize_weight
 from ._quantized import Quantized
 
 _linear = nn.functional.linear
-_TURNS = {Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm}
 _GROUPED = {getattr(torch, "_grouped_mm", None), getattr(nn.functional, "grouped_mm", None)} - {None}
+_BATCHED = {torch.bmm, Tensor.bmm}
 
 
 class QuantizedExperts(Quantized):
@@ -108,12 +108,25 @@ class QuantizedExperts(Quantized):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _GROUPED and isinstance(args[1], cls) and args[1].turned and not isinstance(args[0], cls):
-            return _grouped(args[1], *args, **kwargs)
+        weights = args[1] if len(args) > 1 else None
+        if isinstance(weights, cls) and weights.turned and isinstance(args[0], Tensor):
+            if func in _GROUPED:
+                return _grouped(weights, *args, **kwargs)
+            if func in _BATCHED and not kwargs:
+                return weights(args[0])
         return _plainly(func, args, kwargs)
 
 
-class QuantizedExpert:
+class _View:
+    """What is seen of quantized weights: other methods than its own are those of the dequantized tensor."""
+
+    def __getattr__(self, name: str):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.dequantize(), name)
+
+
+class QuantizedExpert(_View):
     """The weight (N, K) of one expert, or (K, N) if turned; see `QuantizedExperts`."""
 
     def __init__(self, qweight: QuantizedWeight, turned: bool) -> None:
@@ -147,11 +160,6 @@ class QuantizedExpert:
     def __rmatmul__(self, x: Tensor) -> Tensor:
         return torch.matmul(x, self)
 
-    def __getattr__(self, name: str):
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.dequantize(), name)
-
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -166,7 +174,7 @@ class QuantizedExpert:
         return _plainly(func, args, kwargs)
 
 
-class _Turned:
+class _Turned(_View):
     """`QuantizedExperts` seen with its last two dimensions exchanged."""
 
     def __init__(self, weights: QuantizedExperts) -> None:
@@ -192,16 +200,12 @@ class _Turned:
         e, a, b = self.weights.shape
         return torch.Size((e, b, a))
 
-    def __getattr__(self, name: str):
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.dequantize(), name)
-
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _GROUPED and isinstance(args[1], cls) and not args[1].weights.turned and isinstance(args[0], Tensor):
-            return _grouped(args[1].weights, *args, **kwargs)
+        weights = args[1].weights if len(args) > 1 and isinstance(args[1], cls) else None
+        if func in _GROUPED and weights is not None and not weights.turned and isinstance(args[0], Tensor):
+            return _grouped(weights, *args, **kwargs)
         return _plainly(func, args, kwargs)
 
 

@@ -239,16 +239,22 @@ def _set_parameter(model: nn.Module, path: str, weight: nn.Parameter) -> None:
     setattr(module, key, weight)
 
 
+def _left_out(name, module, chosen, skip, filter) -> str | None:
+    if any(name == part or name.endswith("." + part) for part in skip):
+        return "left out by skip"
+    if filter is not None and not filter(name, module):
+        return "left out by filter"
+    if chosen is None:
+        return "no pattern names a format for it"
+    return None
+
+
 def _refusal_of_experts(path, module, weight, chosen, skip, filter, owners) -> str | None:
     name = type(module).__name__
     if getattr(module, "num_experts", None) != weight.shape[0] and "expert" not in name.lower():
         return f"a 3-D weight of a {name}"
-    if any(path == part or path.endswith("." + part) for part in skip):
-        return "left out by skip"
-    if filter is not None and not filter(path, module):
-        return "left out by filter"
-    if chosen is None:
-        return "no pattern names a format for it"
+    if reason := _left_out(path, module, chosen, skip, filter):
+        return reason
     if chosen.calibrated:
         return "calibration measures the inputs of linear layers alone"
     if len(owners[id(weight)]) > 1:
@@ -261,12 +267,8 @@ def _refusal_of_experts(path, module, weight, chosen, skip, filter, owners) -> s
 def _refusal(name, module, chosen, skip, filter) -> str | None:
     if type(module) not in (nn.Linear, nn.Embedding, FakeQuantizedLinear):
         return f"a {type(module).__name__}, not a torch.nn.Linear"
-    if any(name == part or name.endswith("." + part) for part in skip):
-        return "left out by skip"
-    if filter is not None and not filter(name, module):
-        return "left out by filter"
-    if chosen is None:
-        return "no pattern names a format for it"
+    if reason := _left_out(name, module, chosen, skip, filter):
+        return reason
     if getattr(module, "max_norm", None) is not None:
         return "it changes its weight (max_norm)"
     if "forward" in module.__dict__:

@@ -12,6 +12,7 @@ from torch import Tensor
 from bigkernels import functional, use
 from bigkernels._compare import compare, compare_all
 from bigkernels._samples import SAMPLES, Draw, Sample, widen
+from bigkernels._samples.quantized_linear import weight_sample
 from bigkernels.ops._registry import KERNEL_DTYPES
 from bigkernels.triton import OPERATORS as KERNELS
 
@@ -38,6 +39,8 @@ LARGE = [
         }, {"label_smoothing": 0.1, "z_loss": 1e-4}, ("logits",))
         for tokens, vocabulary in ((1100, 32000), (1100, 50257), (20, 128256), (4000, 1000))
     ),
+    *(weight_sample(f"{name}, {tokens} x 4096", name, (tokens, 4096), 1024)
+      for name in ("int8", "int8-dynamic", "int4", "nf4", "fp8") for tokens in (1, 16, 48, 300)),
 ]  # fmt: skip
 ALL = [sample for name in KERNELS if name != "decode_attention" for sample in SAMPLES[name]] + LARGE
 TYPICAL = [s for s in ALL if s.name in ("residual", "grouped heads", "interleaved, partial", "silu", "everything")]

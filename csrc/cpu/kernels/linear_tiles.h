@@ -73,47 +73,38 @@ struct Plain {
   }
 };
 
-struct Int8 {
+// Codes of 8 bits: widen(32 codes, to).
+template <class Codes>
+struct Bytes {
   static constexpr bool kRowScale = true;
-  static constexpr float kUnit = 1.0f;
-  explicit Int8(const Linear&) {}
-  BK_INLINE void reach(Int8&, const Linear&, int64_t, int64_t, int64_t) {}
-  BK_INLINE void decode(const uint8_t* row, int64_t k, int64_t count, const Int8&, int64_t, uint16_t* to) {
-    for (int i = 0; i < 2; ++i, count -= 64) {
-      if (count <= 0) {
-        __builtin_memset(to + i * 64, 0, 128);
-        continue;
-      }
-      __m512i codes = load_codes(row + k + i * 64, count);
-      auto widen = [](__m128i x) __attribute__((always_inline)) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)); };
-      put32(to + i * 64, widen(_mm512_extracti32x4_epi32(codes, 0)), widen(_mm512_extracti32x4_epi32(codes, 1)));
-      put32(to + i * 64 + 32, widen(_mm512_extracti32x4_epi32(codes, 2)), widen(_mm512_extracti32x4_epi32(codes, 3)));
+  static constexpr float kUnit = Codes::kUnit;
+  explicit Bytes(const Linear&) {}
+  BK_INLINE void reach(Bytes&, const Linear&, int64_t, int64_t, int64_t) {}
+  BK_INLINE void decode(const uint8_t* row, int64_t k, int64_t count, const Bytes&, int64_t, uint16_t* to) {
+    for (int i = 0; i < kPiece; i += 32) {
+      const uint8_t* from = row + k + i;  // a mask only where the row ends
+      Codes::widen(count >= kPiece ? read<__m256i>(from) : _mm256_maskz_loadu_epi8(first_of(count - i), from), to + i);
     }
   }
 };
 
+struct Int8 {
+  static constexpr float kUnit = 1.0f;
+  BK_INLINE void widen(__m256i codes, uint16_t* to) {
+    put32(to, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes))),
+          _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1))));
+  }
+};
+
 struct Fp8 {
-  static constexpr bool kRowScale = true;
   static constexpr float kUnit = 256.0f;  // of float8's exponent in float16's place
-  explicit Fp8(const Linear&) {}
-  BK_INLINE void reach(Fp8&, const Linear&, int64_t, int64_t, int64_t) {}
-  BK_INLINE void decode(const uint8_t* row, int64_t k, int64_t count, const Fp8&, int64_t, uint16_t* to) {
-    for (int i = 0; i < 2; ++i, count -= 64) {
-      if (count <= 0) {
-        __builtin_memset(to + i * 64, 0, 128);
-        continue;
-      }
-      __m512i codes = load_codes(row + k + i * 64, count);
-      for (int h = 0; h < 2; ++h) {
-        __m512i wide = _mm512_cvtepi8_epi16(h ? _mm512_extracti64x4_epi64(codes, 1) : _mm512_castsi512_si256(codes));
-        __m512i half = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16((short)0xbf80));
-        __mmask32 nan =
-            _mm512_cmpeq_epi16_mask(_mm512_and_si512(half, _mm512_set1_epi16(0x3f80)), _mm512_set1_epi16(0x3f80));
-        half = _mm512_mask_mov_epi16(half, nan, _mm512_set1_epi16(0x7e00));
-        put32(to + i * 64 + h * 32, _mm512_cvtph_ps(_mm512_castsi512_si256(half)),
-              _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)));
-      }
-    }
+  BK_INLINE void widen(__m256i codes, uint16_t* to) {
+    const __m512i magnitude = _mm512_set1_epi16(0x3f80);
+    __m512i half =
+        _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7), _mm512_set1_epi16((short)0xbf80));
+    __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(half, magnitude), magnitude);
+    half = _mm512_mask_mov_epi16(half, nan, _mm512_set1_epi16(0x7e00));
+    put32(to, _mm512_cvtph_ps(_mm512_castsi512_si256(half)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)));
   }
 };
 
@@ -315,8 +306,8 @@ template <int R, int T>
 void rows_of(const Linear& a, const uint16_t* ready, int64_t begin, int64_t end) {
   switch (a.kind) {
     case Codes::bf16: return coded<Plain, R, T>(a, ready, begin, end);
-    case Codes::int8: return coded<Int8, R, T>(a, ready, begin, end);
-    case Codes::fp8: return coded<Fp8, R, T>(a, ready, begin, end);
+    case Codes::int8: return coded<Bytes<Int8>, R, T>(a, ready, begin, end);
+    case Codes::fp8: return coded<Bytes<Fp8>, R, T>(a, ready, begin, end);
     case Codes::affine4:
       return a.group == 32   ? coded<Nibbles<true, 4, 16 * R>, R, T>(a, ready, begin, end)
              : a.group == 64 ? coded<Nibbles<true, 2, 16 * R>, R, T>(a, ready, begin, end)
