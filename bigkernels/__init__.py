@@ -1,6 +1,6 @@
 """bigkernels: kernels that make large models train, fine-tune and run faster in less memory."""
 
-from . import functional, nn, quantization
+from . import functional, nn, optim, quantization
 from ._info import info
 from ._memory import reuse_memory
 from ._version import __version__
@@ -15,6 +15,7 @@ __all__ = [
     "functional",
     "info",
     "nn",
+    "optim",
     "patch",
     "patched",
     "quantization",

@@ -38,6 +38,12 @@ def cpu_library() -> Library:
 
 
 @functools.cache
+def cuda_library() -> Library:
+    """The CUDA kernels; the library loads beside a torch without CUDA too, which then never calls it."""
+    return _load("cuda")
+
+
+@functools.cache
 def triton_unavailable() -> str | None:
     """Why Triton kernels cannot run in this process; None if they can."""
     return triton_missing() if torch.cuda.is_available() else "no CUDA device"

@@ -3,7 +3,7 @@
 import torch
 
 from .. import triton
-from .._load import cpu_library
+from .._load import cpu_library, cuda_library
 from . import (
     attention,
     cross_entropy,
@@ -11,6 +11,7 @@ from . import (
     glu,
     layer_norm,
     linear,
+    optimizer,
     quantized_linear,
     rms_norm,
     rope,
@@ -22,6 +23,7 @@ torch.library.define("bigkernels::cpu_isa", "() -> str")
 
 # After the definitions: a library only implements schemas that exist.
 cpu_library()
+cuda_library()
 triton.register()
 for operator in OPERATORS.values():
     operator.prepare(None)
@@ -35,6 +37,7 @@ __all__ = [
     "glu",
     "layer_norm",
     "linear",
+    "optimizer",
     "quantized_linear",
     "rms_norm",
     "rope",

@@ -41,6 +41,11 @@ void linear_dynamic(const Linear&, const void*, const float*, int64_t, int64_t, 
 int64_t linear_dynamic_strip(const Linear&);
 int64_t linear_dynamic_token(const Linear&);
 int64_t linear_dynamic_workspace(const Linear&, int64_t);
+void optimizer_step(Algorithm, const OptimizerTensor&, const OptimizerGrad&, const OptimizerScalars&,
+                    const OptimizerChunk&);
+void optimizer_measure(const OptimizerTensor&, const OptimizerGrad&, const OptimizerScalars&, const OptimizerChunk&,
+                       double*);
+double optimizer_norm(const OptimizerGrad&, const OptimizerChunk&, bool infinity);
 int64_t matrix_loop(int type, int64_t rounds);
 
 namespace {
@@ -147,6 +152,9 @@ extern const CpuTable table = {
     linear_dynamic_strip,
     linear_dynamic_token,
     linear_dynamic_workspace,
+    optimizer_step,
+    optimizer_measure,
+    optimizer_norm,
     vector_math,
     convert,
     copy,

@@ -5,6 +5,8 @@
 #pragma once
 #include <cstdint>
 
+#include "optimizer.h"
+
 namespace bigkernels {
 
 enum class Isa : int { base = 0, avx2 = 1, avx512 = 2, amx = 3 };
@@ -263,6 +265,13 @@ struct CpuTable {
   int64_t (*linear_dynamic_strip)(const Linear&);
   int64_t (*linear_dynamic_token)(const Linear&);
   int64_t (*linear_dynamic_workspace)(const Linear&, int64_t columns);
+  // A chunk of a parameter; LAMB's first pass over it, with the sums of squares of parameter and direction; the sum of
+  // squares or the largest magnitude of a gradient.
+  void (*optimizer_step)(Algorithm, const OptimizerTensor&, const OptimizerGrad&, const OptimizerScalars&,
+                         const OptimizerChunk&);
+  void (*optimizer_measure)(const OptimizerTensor&, const OptimizerGrad&, const OptimizerScalars&,
+                            const OptimizerChunk&, double* sums);
+  double (*optimizer_norm)(const OptimizerGrad&, const OptimizerChunk&, bool infinity);
   // White-box access for tests and the benchmark engine.
   void (*vector_math)(int function, const float* in, float* out, int64_t n);
   void (*convert)(Type type, bool narrow, const void* in, void* out, int64_t n);

@@ -1,0 +1,211 @@
+"""The optimizers: arguments and defaults of their torch namesakes, and those that all share (`_optimizer.Optimizer`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _reference
+from ._optimizer import Optimizer
+
+Betas = tuple[float | Tensor, float | Tensor]
+
+
+def _options(given: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
+    """The defaults of the groups from a constructor's local variables, and the norm to clip to."""
+    found = {k: v for k, v in given.items() if k not in ("self", "params", "max_grad_norm", "__class__")}
+    return found, given["max_grad_norm"]
+
+
+class Adam(Optimizer):
+    """Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980), as torch.optim.Adam.
+
+    Args:
+        params: parameters, named parameters, or groups of them.
+        lr: learning rate; a tensor on the parameters' GPU is read there.
+        betas: decays of the averages of the gradient and of its square.
+        eps: added to the root of the second average.
+        weight_decay: added to the gradient times the parameter, or decoupled.
+        amsgrad: divide by the largest second average so far (Reddi et al. 2018).
+        maximize: ascend.
+        foreach, fused, capturable: accepted for torch's sake: every step is fused, and can be captured in a CUDA graph.
+        differentiable: not supported.
+
+    The other arguments: see `Optimizer`.
+    """
+
+    _rule = _reference.RULES["adam"]
+    _torch_options = ("decoupled_weight_decay",)
+
+    def __init__(
+        self, params: Iterable, lr: float | Tensor = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0, amsgrad: bool = False, *, foreach: bool | None = None, maximize: bool = False,
+        capturable: bool = False, differentiable: bool = False, fused: bool | None = None,
+        decoupled_weight_decay: bool = False, cautious: bool = False, state_dtype: torch.dtype | str = torch.float32,
+        rounding: str = "nearest", max_grad_norm: float | None = None, ema_decay: float | None = None,
+    ):  # fmt: skip
+        options, norm = _options(locals())
+        super().__init__(params, options, max_grad_norm=norm)
+
+
+class AdamW(Adam):
+    """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101), as torch.optim.AdamW: Adam with decoupled
+    weight decay. The arguments: see `Adam` and `Optimizer`."""
+
+    def __init__(
+        self, params: Iterable, lr: float | Tensor = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 1e-2, amsgrad: bool = False, *, maximize: bool = False, foreach: bool | None = None,
+        capturable: bool = False, differentiable: bool = False, fused: bool | None = None, cautious: bool = False,
+        state_dtype: torch.dtype | str = torch.float32, rounding: str = "nearest", max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+    ):  # fmt: skip
+        options, _ = _options(locals())
+        super().__init__(params, **options, max_grad_norm=max_grad_norm, decoupled_weight_decay=True)
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum, as torch.optim.SGD.
+
+    Args:
+        params: parameters, named parameters, or groups of them.
+        lr: learning rate.
+        momentum: decay of the sum of past gradients; 0 keeps none.
+        dampening: the part of a gradient that does not enter the momentum.
+        weight_decay: added to the gradient times the parameter, or decoupled.
+        nesterov: look ahead by one momentum.
+        maximize: ascend.
+        foreach, fused, differentiable: see `Adam`. Sparse gradients are made dense.
+
+    The other arguments: see `Optimizer`.
+    """
+
+    _rule = _reference.RULES["sgd"]
+    _takes_sparse = True
+
+    def __init__(
+        self, params: Iterable, lr: float | Tensor = 1e-3, momentum: float = 0, dampening: float = 0,
+        weight_decay: float | Tensor = 0, nesterov: bool = False, *, maximize: bool = False, foreach: bool | None = None,
+        differentiable: bool = False, fused: bool | None = None, decoupled_weight_decay: bool = False,
+        cautious: bool = False, state_dtype: torch.dtype | str = torch.float32, rounding: str = "nearest",
+        max_grad_norm: float | None = None, ema_decay: float | None = None,
+    ):  # fmt: skip
+        options, norm = _options(locals())
+        super().__init__(params, options, max_grad_norm=norm)
+
+
+class RMSprop(Optimizer):
+    """RMSprop (Hinton, lecture 6e, 2012), as torch.optim.RMSprop.
+
+    Args:
+        params: parameters, named parameters, or groups of them.
+        lr: learning rate.
+        alpha: decay of the average of squared gradients.
+        eps: added to its root.
+        weight_decay: added to the gradient times the parameter, or decoupled.
+        momentum: decay of the sum of past steps; 0 keeps none.
+        centered: divide by an estimate of the variance (Graves 2013, https://arxiv.org/abs/1308.0850).
+        maximize: ascend.
+        foreach, capturable, differentiable: see `Adam`.
+
+    The other arguments: see `Optimizer`.
+    """
+
+    _rule = _reference.RULES["rmsprop"]
+
+    def __init__(
+        self, params: Iterable, lr: float | Tensor = 1e-2, alpha: float = 0.99, eps: float = 1e-8,
+        weight_decay: float = 0, momentum: float = 0, centered: bool = False, capturable: bool = False,
+        foreach: bool | None = None, maximize: bool = False, differentiable: bool = False, *,
+        decoupled_weight_decay: bool = False, cautious: bool = False, state_dtype: torch.dtype | str = torch.float32,
+        rounding: str = "nearest", max_grad_norm: float | None = None, ema_decay: float | None = None,
+    ):  # fmt: skip
+        options, norm = _options(locals())
+        super().__init__(params, options, max_grad_norm=norm)
+
+
+class Adagrad(Optimizer):
+    """Adagrad (Duchi, Hazan and Singer 2011), as torch.optim.Adagrad.
+
+    Args:
+        params: parameters, named parameters, or groups of them.
+        lr: learning rate.
+        lr_decay: step t has lr / (1 + (t - 1) lr_decay).
+        weight_decay: added to the gradient times the parameter, or decoupled.
+        initial_accumulator_value: where the sums of squares start.
+        eps: added to their root.
+        maximize: ascend.
+        foreach, fused, differentiable: see `Adam`. Sparse gradients are made dense.
+
+    The other arguments: see `Optimizer`.
+    """
+
+    _rule = _reference.RULES["adagrad"]
+    _takes_sparse = True
+
+    def __init__(
+        self, params: Iterable, lr: float | Tensor = 1e-2, lr_decay: float = 0, weight_decay: float = 0,
+        initial_accumulator_value: float = 0, eps: float = 1e-10, foreach: bool | None = None, *, maximize: bool = False,
+        differentiable: bool = False, fused: bool | None = None, decoupled_weight_decay: bool = False,
+        cautious: bool = False, state_dtype: torch.dtype | str = torch.float32, rounding: str = "nearest",
+        max_grad_norm: float | None = None, ema_decay: float | None = None,
+    ):  # fmt: skip
+        options, norm = _options(locals())
+        super().__init__(params, options, max_grad_norm=norm)
+
+
+class Lion(Optimizer):
+    """Lion (Chen et al. 2023, https://arxiv.org/abs/2302.06675): steps of one size, in the direction of a sign.
+
+    Args:
+        params: parameters, named parameters, or groups of them.
+        lr: learning rate; a third to a tenth of AdamW's.
+        betas: decays for the step and for what is kept.
+        weight_decay: decoupled unless `decoupled_weight_decay` is False; three to ten times AdamW's.
+        maximize: ascend.
+
+    The other arguments: see `Optimizer`.
+    """
+
+    _rule = _reference.RULES["lion"]
+
+    def __init__(
+        self, params: Iterable, lr: float | Tensor = 1e-4, betas: Betas = (0.9, 0.99), weight_decay: float = 0.0, *,
+        maximize: bool = False, decoupled_weight_decay: bool = True, cautious: bool = False,
+        state_dtype: torch.dtype | str = torch.float32, rounding: str = "nearest", max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+    ):  # fmt: skip
+        options, norm = _options(locals())
+        super().__init__(params, options, max_grad_norm=norm)
+
+
+class LAMB(Optimizer):
+    """LAMB (You et al. 2020, https://arxiv.org/abs/1904.00962): Adam's direction, as long as the parameter is.
+
+    The decay is part of the direction; each tensor's step has the norm of the tensor times lr. The second pass reads the
+    states as they are stored, so in 16 and 8 bits it takes their rounding in.
+
+    Args:
+        params: parameters, named parameters, or groups of them.
+        lr: learning rate.
+        betas: decays of the averages of the gradient and of its square.
+        eps: added to the root of the second average.
+        weight_decay: the part of the parameter in the direction.
+        maximize: ascend.
+
+    The other arguments: see `Optimizer`.
+    """
+
+    _rule = _reference.RULES["lamb"]
+
+    def __init__(
+        self, params: Iterable, lr: float | Tensor = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-6,
+        weight_decay: float = 0.01, *, maximize: bool = False, cautious: bool = False,
+        state_dtype: torch.dtype | str = torch.float32, rounding: str = "nearest", max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+    ):  # fmt: skip
+        options, norm = _options(locals())
+        options["decoupled_weight_decay"] = True
+        super().__init__(params, options, max_grad_norm=norm)

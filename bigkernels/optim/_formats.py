@@ -1,0 +1,128 @@
+"""How optimizer states are stored, in plain PyTorch: what the kernels' formats (csrc/cpu/kernels/optimizer_formats.h)
+are compared with, and what runs where there is no kernel."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+BLOCK = 256  # elements that share a scale in 8 bits
+LEAST_8BIT = 4096  # smaller tensors keep float32 states: nothing to save, and norms and biases are sensitive
+
+STATE_DTYPES = (torch.float32, torch.bfloat16, "int8")
+
+
+def blocks(n: int) -> int:
+    return -(-n // BLOCK)
+
+
+@functools.cache
+def code_book(sign: bool, device: torch.device) -> Tensor:
+    """(256,) float32: what a code stands for, as a part of its block's largest magnitude.
+
+    The dynamic tree code (Dettmers 2016, https://arxiv.org/abs/1511.04561): of the magnitude's bits, 7 beside a sign and
+    8 without, the leading one tells the decade, and the bits below it count equal cells of [0.1, 1] in that decade. A
+    code stands for the middle of its cell, scaled so that the largest is 1.
+    """
+    return _book(sign)[0].to(device, torch.float32)
+
+
+@functools.cache
+def _book(sign: bool) -> tuple[Tensor, Tensor]:
+    """Of all codes their values; of the magnitudes from 1 on where their cells begin. In float64."""
+    bits = 7 if sign else 8
+    u = torch.arange(1, 2**bits, dtype=torch.float64)
+    p = u.log2().floor()
+    decade, cells = 10.0 ** (p - bits + 1), 2.0**p
+    top = 1 - 0.45 / 2 ** (bits - 1)
+    begin = decade * (0.1 + 0.9 * (u - cells) / cells) / top
+    value = torch.cat([torch.zeros(1, dtype=torch.float64), begin + 0.45 * decade / cells / top])
+    return (torch.cat([value, -value]) if sign else value), begin
+
+
+@functools.cache
+def _cells(sign: bool, device: torch.device) -> Tensor:
+    return _book(sign)[1].to(device, torch.float32)
+
+
+def flat(x: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order in which they lie in memory, as a view."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def encode8(x: Tensor, sign: bool) -> tuple[Tensor, Tensor]:
+    """Codes (n,) uint8 and scales (blocks,) float32 of a flat tensor. A positive value without a sign is never 0."""
+    padded = torch.nn.functional.pad(x.float(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+    scale = padded.abs().amax(1)
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
+    relative = (padded.abs() / torch.where(scale > 0, scale, 1.0)[:, None]) * (scale > 0)[:, None]
+    codes = torch.bucketize(relative, _cells(sign, x.device), right=True).clamp(max=127 if sign else 255)
+    codes = codes + 128 * (padded.signbit()) if sign else codes.where((padded <= 0) | (scale == 0)[:, None], codes.clamp(min=1))
+    return codes.to(torch.uint8).view(-1)[: x.numel()], scale
+
+
+def decode8(codes: Tensor, scale: Tensor, sign: bool) -> Tensor:
+    """(n,) float32."""
+    scales = scale.repeat_interleave(BLOCK)[: codes.numel()]
+    return code_book(sign, codes.device)[codes.long()] * scales
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 as a bfloat16 and the 16-bit remainder: bits = (parameter << 16) + remainder, exactly.
+
+    The parameter is rounded half up in magnitude, not to even, so that the remainder fits. NaN keeps no remainder.
+    """
+    nan = master.isnan()
+    bits = master.view(torch.int32)
+    bits = torch.where(nan, (bits | 0x400000) & ~0xFFFF, bits)
+    high = (bits.to(torch.int64) + 0x8000) >> 16
+    rest = bits.to(torch.int64) - (high << 16)
+    return high.to(torch.int16).view(torch.bfloat16), rest.to(torch.int16)
+
+
+def join(param: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 that `split` took apart."""
+    bits = (param.view(torch.int16).to(torch.int64) << 16) + remainder.to(torch.int64)
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """update.h's `mix` of 32-bit words, held in int64."""
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0xD35A2D97)):
+        x = x ^ (x >> shift)
+        # In two halves: the product of two 32-bit words does not fit a signed 64-bit one.
+        low, high = x & 0xFFFF, x >> 16
+        x = (low * factor + ((high * factor) << 16)) & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+def key(seed: int, step: int) -> int:
+    """The key of a step's random words, as update.h's `scalars_of` makes it."""
+    def mix(x: int) -> int:
+        return int(_mix(torch.tensor(x & 0xFFFFFFFF)))
+
+    return mix(seed ^ mix((seed >> 32) ^ mix(step))) ^ mix(step >> 32)
+
+
+def random_16(seed: int, step: int, n: int, device: torch.device) -> Tensor:
+    """(n,) int64 in [0, 2^16): what stochastic rounding adds to element i. Elements i and i + 16 share a word."""
+    element = torch.arange(n, device=device)
+    position = (element // 32) * 32 + element % 16
+    words = _mix((position & 0xFFFFFFFF) ^ key(seed, step) ^ _mix(position >> 32))
+    return torch.where((element // 16) % 2 == 0, words & 0xFFFF, words >> 16)
+
+
+def stochastic(x: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
+    """Flat float32 `x` rounded up with the probability that it lies above the lower neighbour; inf and NaN stay."""
+    if dtype == torch.bfloat16:
+        bits = (x.view(torch.int32).to(torch.int64) + random) >> 16
+        rounded = bits.to(torch.int16).view(torch.bfloat16)
+    else:
+        sign = torch.where(x.signbit(), -1.0, 1.0)
+        normal = ((x.view(torch.int32).to(torch.int64) + (random & 0x1FFF)) & ~0x1FFF).to(torch.int32).view(torch.float32)
+        fraction = ((random << 7) | 0x3F800000).to(torch.int32).view(torch.float32) - 1.0
+        subnormal = (x.abs() * 2.0**24 + fraction).floor() * 2.0**-24 * sign
+        rounded = torch.where(x.abs() < 2.0**-14, subnormal, normal).to(torch.float16)
+    return torch.where(x.isfinite(), rounded, x.to(dtype))

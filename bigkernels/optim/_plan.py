@@ -1,0 +1,180 @@
+"""The records that the kernels work from (csrc/include/bigkernels/optimizer.h), for the parameters of one device.
+
+A plan is made when a parameter gets its first state, and holds while parameters and states stay where they are: a step
+then writes the addresses of the gradients and nothing else. It holds on to all tensors that its addresses point into.
+"""
+
+from __future__ import annotations
+
+import operator
+import struct
+from array import array
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from ._reference import Rule
+
+CHUNK = 128 * 256  # kChunk
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STATE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+ROUNDINGS = {"nearest": 0, "stochastic": 1, "kahan": 2}
+_FLAGS = (("maximize", 1), ("decoupled_weight_decay", 2), ("cautious", 4), ("amsgrad", 8), ("nesterov", 16),
+          ("momentum", 32), ("centered", 64))  # fmt: skip
+
+
+def real(t: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, a view."""
+    return torch.view_as_real(t) if t.is_complex() else t
+
+
+def local(t: Tensor) -> Tensor:
+    """The part of a distributed tensor that is here; the elements as real numbers."""
+    t = t.detach()
+    return real(t.to_local() if hasattr(t, "to_local") else t)
+
+
+def dense(t: Tensor) -> bool:
+    """Whether a tensor's elements fill a piece of memory, in whatever order."""
+    if t.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def strides(t: Tensor) -> tuple[int, ...]:
+    """The strides that say something about the order of elements."""
+    return tuple(stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1)
+
+
+class Plan:
+    """Records of parameters with their states; all on one device."""
+
+    def __init__(self, rule: Rule, entries: list[tuple[Tensor, int, dict]]):
+        """entries: (parameter, number of its group, its state)."""
+        self.params = [p for p, _, _ in entries]
+        self.states = [state for _, _, state in entries]
+        self.device = local(self.params[0]).device
+        self._locals = [local(p) for p in self.params]
+        # A view with gaps is worked on as a copy, which goes back into the view.
+        self.copies = [(i, t, torch.empty_like(t)) for i, t in enumerate(self._locals) if not dense(t)]
+        work = list(self._locals)
+        for i, _, copy in self.copies:
+            work[i] = copy
+        self._work = work
+        self._contiguous = all(t.is_contiguous() for t in work)
+        self._strides = None if self._contiguous else [strides(t) for t in work]
+        self._distributed = any(hasattr(p, "to_local") for p in self.params)
+        self._complex = any(p.is_complex() for p in self.params)
+
+        keys = (*rule.states, *(f"{k}_scale" for k in rule.states), "remainder", "ema", "step")
+        self._kept = [(k, [s.get(k) for s in self.states]) for k in keys]
+        rows, chunks = array("q"), array("q")
+        for index, (t, (_, group, state)) in enumerate(zip(work, entries, strict=True)):
+            first = next((state[k] for k in rule.states if k in state), None)
+            address = lambda k: local(state[k]).data_ptr() if k in state else 0  # noqa: B023, E731
+            given = [address(k) for k in rule.states]
+            scales = [address(f"{k}_scale") for k in rule.states]
+            pad = [0] * (3 - len(rule.states))
+            rows.extend([t.data_ptr(), *given, *pad, *scales, *pad, address("remainder"), address("ema"),
+                         address("step"), t.numel(), group, TYPES[t.dtype],
+                         STATE_TYPES[real(first).dtype] if first is not None else 0])  # fmt: skip
+            for begin in range(0, t.numel(), CHUNK):
+                chunks.extend([index, begin, min(begin + CHUNK, t.numel())])
+        self.tensors = _to(rows, self.device, (len(entries), 14))
+        self.chunks = _to(chunks, self.device, (-1, 3))
+        self._addresses = [t.data_ptr() for t in self._locals]
+        self._written: tuple[array, Tensor] | None = None
+
+    def holds(self) -> bool:
+        """Whether parameters and states are where they were."""
+        now = self.params
+        if self._distributed or self._complex:
+            now = [local(p) for p in now]
+        if list(map(Tensor.data_ptr, now)) != self._addresses:
+            return False
+        for key, kept in self._kept:
+            if not all(map(operator.is_, [s.get(key) for s in self.states], kept)):
+                return False
+        return True
+
+    def gradients(self, given: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
+        """The records of the gradients, None for those that have none, and tensors to hold on to until the step ran."""
+        grads, copies = given, []
+        if self._distributed or self._complex:
+            grads = [None if g is None else local(g) for g in grads]
+        if not (self._contiguous and all(map(_contiguous, grads))):
+            grads = list(grads)
+            for i, g in enumerate(grads):
+                if g is not None and not self._fits(i, g):
+                    grads[i] = torch.empty_like(self._work[i], dtype=g.dtype).copy_(g)
+                    copies.append(grads[i])
+        rows = array("q", chain.from_iterable([(0, 0) if g is None else (g.data_ptr(), TYPES[g.dtype]) for g in grads]))
+        if self._written is None or self._written[0] != rows:
+            self._written = rows, _to(rows, self.device, (len(self.params), 2))
+        return self._written[1], copies
+
+    def _fits(self, i: int, g: Tensor) -> bool:
+        if self._strides is None:
+            return g.is_contiguous()
+        return strides(g) == self._strides[i] and dense(g)
+
+    def before(self) -> None:
+        for _, t, copy in self.copies:
+            copy.copy_(t)
+
+    def after(self) -> None:
+        for _, t, copy in self.copies:
+            t.copy_(copy)
+
+
+def _contiguous(g: Tensor | None) -> bool:
+    return g is None or g.is_contiguous()
+
+
+def _to(numbers: array, device: torch.device, shape: tuple[int, ...]) -> Tensor:
+    """The numbers as an int64 tensor on the device; the copy to a GPU waits for nothing."""
+    if not numbers:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    t = torch.frombuffer(numbers, dtype=torch.int64).view(shape)
+    if device.type == "cpu":
+        return t
+    return t.pin_memory().to(device, non_blocking=True)
+
+
+def groups(options: list[dict], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """The records of parameter groups, and tensors they point to."""
+    packed, held = bytearray(), []
+    for o in options:
+        beta1, beta2 = o.get("betas", (0.0, o.get("alpha", 0.0)))
+        lr, address, wide = o["lr"], 0, 0
+        if isinstance(lr, Tensor):
+            if device.type != "cpu" and lr.device == device and lr.dtype in (torch.float32, torch.float64):
+                held.append(lr)
+                address, wide, lr = lr.data_ptr(), int(lr.dtype == torch.float64), 0.0
+            else:
+                lr = float(lr)
+        flags = sum(bit for name, bit in _FLAGS if o.get(name))
+        packed += struct.pack(
+            "9d4qQ", lr, float(beta1), float(beta2), o.get("eps", 0.0), float(o["weight_decay"]),
+            o.get("momentum", 0.0), o.get("dampening", 0.0), o.get("lr_decay", 0.0), o["ema_decay"] or 0.0,
+            address, wide, flags, ROUNDINGS[o["rounding"]], o["seed"],
+        )  # fmt: skip
+    t = torch.frombuffer(packed, dtype=torch.uint8)
+    return (t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)), held
+
+
+def only_gradients(grads: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Records of gradients, dense ones, that belong to no parameter: for their norm."""
+    rows, sizes, chunks = array("q"), array("q"), array("q")
+    for index, g in enumerate(grads):
+        rows.extend([g.data_ptr(), TYPES[g.dtype]])
+        sizes.extend([0] * 10 + [g.numel(), 0, 0, 0])
+        for begin in range(0, g.numel(), CHUNK):
+            chunks.extend([index, begin, min(begin + CHUNK, g.numel())])
+    return _to(sizes, device, (-1, 14)), _to(rows, device, (-1, 2)), _to(chunks, device, (-1, 3))

@@ -1,0 +1,159 @@
+// Optimizer steps over a flat list of chunks of all parameters, in one parallel region. The records come from
+// bigkernels/optim/_plan.py, which has checked what they point to and keeps it alive.
+#include <bigkernels/stable.h>
+#include <bigkernels/update.h>
+
+#include <algorithm>
+
+namespace bigkernels {
+namespace {
+
+template <class T>
+const T* records(const char* name, const Tensor& t, int64_t* count) {
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), "bigkernels::optimizer_step: ", name, " is no list of records");
+  int64_t bytes = t.numel() * t.element_size();
+  STD_TORCH_CHECK(bytes % sizeof(T) == 0, "bigkernels::optimizer_step: ", name, " has half a record");
+  *count = bytes / (int64_t)sizeof(T);
+  return (const T*)t.const_data_ptr();
+}
+
+struct Lists {
+  const OptimizerTensor* tensors;
+  const OptimizerGrad* grads;
+  const OptimizerChunk* chunks;
+  int64_t tensor_count, grad_count, chunk_count;
+
+  Lists(const Tensor& t, const Tensor& g, const Tensor& c) {
+    tensors = records<OptimizerTensor>("tensors", t, &tensor_count);
+    grads = records<OptimizerGrad>("grads", g, &grad_count);
+    chunks = records<OptimizerChunk>("chunks", c, &chunk_count);
+    STD_TORCH_CHECK(tensor_count == grad_count, "bigkernels::optimizer_step: not one gradient a tensor");
+  }
+
+  // f(chunk number) for the chunks of tensors that have a gradient, on the first thread that is free; small chunks go
+  // together.
+  template <class F>
+  void for_chunks(const F& f) const {
+    std::vector<int64_t> tasks{0};
+    int64_t elements = 0;
+    for (int64_t i = 0; i < chunk_count; ++i) {
+      if (grads[chunks[i].tensor].data) elements += chunks[i].end - chunks[i].begin;
+      if (elements >= kChunk) tasks.push_back(i + 1), elements = 0;
+    }
+    if (tasks.back() != chunk_count) tasks.push_back(chunk_count);
+    parallel_tasks((int64_t)tasks.size() - 1, [&](int64_t task) {
+      for (int64_t i = tasks[task]; i < tasks[task + 1]; ++i)
+        if (grads[chunks[i].tensor].data) f(i);
+    });
+  }
+};
+
+double value_of(const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1, "bigkernels::optimizer_step: not one number on the CPU");
+  return t.scalar_type() == ScalarType::Double ? *(const double*)t.const_data_ptr() : *(const float*)t.const_data_ptr();
+}
+
+// What gradients are multiplied with: the loss scale and the divisor taken out, the norm of the result clipped.
+double grad_factor(const MaybeTensor& scale, const MaybeTensor& divisor, const MaybeTensor& norm, double max_norm) {
+  double factor = 1.0;
+  if (scale) factor /= value_of(*scale);
+  if (divisor) factor /= value_of(*divisor);
+  if (norm) {
+    // In float32, as clip_grad_norm_ has it.
+    float clip = (float)max_norm / ((float)value_of(*norm) + 1e-6f);
+    factor *= clip > 1.0f ? 1.0f : clip;
+  }
+  return factor;
+}
+
+std::vector<OptimizerScalars> scalars_for(Algorithm algorithm, const Lists& lists, const Tensor& groups, double factor,
+                                          bool advance) {
+  int64_t group_count;
+  const OptimizerGroup* group = records<OptimizerGroup>("groups", groups, &group_count);
+  std::vector<OptimizerScalars> scalars(lists.tensor_count);
+  int64_t last = -1;  // its scalars serve the next tensor of its group and step
+  for (int64_t i = 0; i < lists.tensor_count; ++i) {
+    if (!lists.grads[i].data) continue;
+    const OptimizerTensor& t = lists.tensors[i];
+    STD_TORCH_CHECK(t.group >= 0 && t.group < group_count, "bigkernels::optimizer_step: no such group");
+    if (advance) *t.step += 1.0;
+    if (last >= 0 && lists.tensors[last].group == t.group && *lists.tensors[last].step == *t.step)
+      scalars[i] = scalars[last];
+    else
+      scalars[i] = scalars_of(algorithm, group[t.group], *t.step, factor);
+    last = i;
+  }
+  return scalars;
+}
+
+void step(int64_t algorithm, Tensor tensors, Tensor grads, Tensor chunks, Tensor groups, MaybeTensor grad_scale,
+          MaybeTensor found_inf, MaybeTensor divisor, MaybeTensor norm, double max_norm, MaybeTensor trust) {
+  if (found_inf && value_of(*found_inf) != 0.0) return;
+  Lists lists(tensors, grads, chunks);
+  Algorithm a = (Algorithm)algorithm;
+  // With trust ratios this is the second pass: the first has counted the step.
+  auto scalars = scalars_for(a, lists, groups, grad_factor(grad_scale, divisor, norm, max_norm), !trust);
+  if (trust) {
+    STD_TORCH_CHECK(trust->is_cpu() && trust->scalar_type() == ScalarType::Float && trust->is_contiguous() &&
+                        trust->numel() == lists.tensor_count,
+                    "bigkernels::optimizer_step: trust must be float32, one a tensor");
+    for (int64_t i = 0; i < lists.tensor_count; ++i) scalars[i].trust = ((const float*)trust->const_data_ptr())[i];
+  }
+  auto kernel = table().optimizer_step;
+  lists.for_chunks([&](int64_t i) {
+    int64_t t = lists.chunks[i].tensor;
+    kernel(a, lists.tensors[t], lists.grads[t], scalars[t], lists.chunks[i]);
+  });
+}
+
+// (tensors, 2) float64: added up over the chunks of each tensor in their order.
+void measure(Tensor tensors, Tensor grads, Tensor chunks, Tensor groups, MaybeTensor grad_scale, MaybeTensor found_inf,
+             MaybeTensor divisor, MaybeTensor norm, double max_norm, Tensor sums) {
+  if (found_inf && value_of(*found_inf) != 0.0) return;
+  Lists lists(tensors, grads, chunks);
+  STD_TORCH_CHECK(sums.is_cpu() && sums.scalar_type() == ScalarType::Double && sums.is_contiguous() &&
+                      sums.numel() == 2 * lists.tensor_count,
+                  "bigkernels::optimizer_measure: sums must be float64, two a tensor");
+  auto scalars =
+      scalars_for(Algorithm::lamb, lists, groups, grad_factor(grad_scale, divisor, norm, max_norm), true);
+  std::vector<double> parts(2 * lists.chunk_count);
+  auto kernel = table().optimizer_measure;
+  lists.for_chunks([&](int64_t i) {
+    int64_t t = lists.chunks[i].tensor;
+    kernel(lists.tensors[t], lists.grads[t], scalars[t], lists.chunks[i], &parts[2 * i]);
+  });
+  double* out = (double*)sums.mutable_data_ptr();
+  std::fill(out, out + 2 * lists.tensor_count, 0.0);
+  for (int64_t i = 0; i < lists.chunk_count; ++i)
+    for (int k = 0; k < 2; ++k) out[2 * lists.chunks[i].tensor + k] += parts[2 * i + k];
+}
+
+// (tensors,) float64: of each gradient the sum of squares, or the largest magnitude.
+void norms(Tensor tensors, Tensor grads, Tensor chunks, Tensor out, bool infinity) {
+  Lists lists(tensors, grads, chunks);
+  STD_TORCH_CHECK(out.is_cpu() && out.scalar_type() == ScalarType::Double && out.is_contiguous() &&
+                      out.numel() == lists.tensor_count,
+                  "bigkernels::optimizer_norm: out must be float64, one a tensor");
+  std::vector<double> parts(lists.chunk_count);
+  auto kernel = table().optimizer_norm;
+  lists.for_chunks([&](int64_t i) { parts[i] = kernel(lists.grads[lists.chunks[i].tensor], lists.chunks[i], infinity); });
+  double* values = (double*)out.mutable_data_ptr();
+  std::fill(values, values + lists.tensor_count, 0.0);
+  for (int64_t i = 0; i < lists.chunk_count; ++i) {
+    double& total = values[lists.chunks[i].tensor];
+    if (!infinity)
+      total += parts[i];
+    else if (parts[i] > total || parts[i] != parts[i])  // NaN wins
+      total = parts[i];
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bigkernels, CPU, m) {
+  m.impl("optimizer_step", TORCH_BOX(&step));
+  m.impl("optimizer_measure", TORCH_BOX(&measure));
+  m.impl("optimizer_norm", TORCH_BOX(&norms));
+}
+
+}  // namespace bigkernels
