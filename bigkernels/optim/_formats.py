@@ -3,8 +3,6 @@ are compared with, and what runs where there is no kernel."""
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -18,33 +16,14 @@ def blocks(n: int) -> int:
     return -(-n // BLOCK)
 
 
-@functools.cache
-def code_book(sign: bool, device: torch.device) -> Tensor:
-    """(256,) float32: what a code stands for, as a part of its block's largest magnitude.
-
-    The dynamic tree code (Dettmers 2016, https://arxiv.org/abs/1511.04561): of the magnitude's bits, 7 beside a sign and
-    8 without, the leading one tells the decade, and the bits below it count equal cells of [0.1, 1] in that decade. A
-    code stands for the middle of its cell, scaled so that the largest is 1.
-    """
-    return _book(sign)[0].to(device, torch.float32)
+# For codes beside a sign and without one: what the bits of a code as a float, quartered, are short of those of its value.
+_TOP = {True: 0x42FF0000, False: 0x437F8000}  # 127.5 and 255.5 as floats
+_ONE = 0x3F800000
 
 
-@functools.cache
-def _book(sign: bool) -> tuple[Tensor, Tensor]:
-    """Of all codes their values; of the magnitudes from 1 on where their cells begin. In float64."""
-    bits = 7 if sign else 8
-    u = torch.arange(1, 2**bits, dtype=torch.float64)
-    p = u.log2().floor()
-    decade, cells = 10.0 ** (p - bits + 1), 2.0**p
-    top = 1 - 0.45 / 2 ** (bits - 1)
-    begin = decade * (0.1 + 0.9 * (u - cells) / cells) / top
-    value = torch.cat([torch.zeros(1, dtype=torch.float64), begin + 0.45 * decade / cells / top])
-    return (torch.cat([value, -value]) if sign else value), begin
-
-
-@functools.cache
-def _cells(sign: bool, device: torch.device) -> Tensor:
-    return _book(sign)[1].to(device, torch.float32)
+def _value(magnitude: Tensor, sign: bool) -> Tensor:
+    bits = (magnitude.float() + 0.5).view(torch.int32) - (_TOP[sign] - (_ONE >> 2))
+    return (bits << 2).view(torch.float32)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -53,20 +32,31 @@ def flat(x: Tensor) -> Tensor:
 
 
 def encode8(x: Tensor, sign: bool) -> tuple[Tensor, Tensor]:
-    """Codes (n,) uint8 and scales (blocks,) float32 of a flat tensor. A positive value without a sign is never 0."""
+    """Codes, (n,) int8 or without a sign uint8, and scales, (blocks,) float32, of a flat tensor.
+
+    A dynamic code like that of 8-bit optimizers (Dettmers et al. 2022, https://arxiv.org/abs/2110.02861): where the
+    leading one of a code's magnitude is tells the order of magnitude, here four octaves, and the bits below it share
+    that out. A magnitude u stands for u + 1/2, whose bits as a float are a quarter of those of the value it stands for,
+    as a part of the block's largest, which is exact. Beside a sign 0 stands for zero; without one nothing does.
+    """
     padded = torch.nn.functional.pad(x.float(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
     scale = padded.abs().amax(1)
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
-    relative = (padded.abs() / torch.where(scale > 0, scale, 1.0)[:, None]) * (scale > 0)[:, None]
-    codes = torch.bucketize(relative, _cells(sign, x.device), right=True).clamp(max=127 if sign else 255)
-    codes = codes + 128 * (padded.signbit()) if sign else codes.where((padded <= 0) | (scale == 0)[:, None], codes.clamp(min=1))
-    return codes.to(torch.uint8).view(-1)[: x.numel()], scale
+    inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
+    y = padded * inverse[:, None]
+    bits = (y.abs() if sign else y.clamp(min=0)).view(torch.int32)
+    u = ((bits >> 2) + (_TOP[sign] - (_ONE >> 2))).view(torch.float32).nan_to_num(0.0).to(torch.int32)
+    codes = torch.where(y.signbit(), -u, u).to(torch.int8) if sign else u.to(torch.uint8)
+    return codes.view(-1)[: x.numel()], scale
 
 
-def decode8(codes: Tensor, scale: Tensor, sign: bool) -> Tensor:
+def decode8(codes: Tensor, scale: Tensor) -> Tensor:
     """(n,) float32."""
-    scales = scale.repeat_interleave(BLOCK)[: codes.numel()]
-    return code_book(sign, codes.device)[codes.long()] * scales
+    if codes.dtype == torch.int8:
+        value = (_value(codes.int().abs(), True) - _value(torch.zeros_like(codes), True)) * torch.where(codes < 0, -1.0, 1.0)
+    else:
+        value = _value(codes, False)
+    return value * scale.repeat_interleave(BLOCK)[: codes.numel()]
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from . import _formats, _norm, _plan, _reference
 from ._plan import Plan, dense, local
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
+_CODES = (torch.int8, torch.uint8)  # with a sign and without
 # What torch.optim's classes take and these have no use for.
 _OF_TORCH = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
 # What a state_dict does not decide: the formats are those that this optimizer was made with.
@@ -130,17 +131,18 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---- states -----------------------------------------------------------------------------------------------------
 
-    def _state_dtype(self, p: Tensor, o: dict) -> torch.dtype:
+    def _state_dtype(self, p: Tensor, key: str, o: dict) -> torch.dtype:
         if p.dtype in (torch.float64, torch.complex64, torch.complex128):
             return p.dtype
         if o["state_dtype"] == "int8":
-            return torch.uint8 if p.numel() >= _formats.LEAST_8BIT else torch.float32
+            sign = key not in self._rule.unsigned
+            return torch.float32 if p.numel() < _formats.LEAST_8BIT else torch.int8 if sign else torch.uint8
         return o["state_dtype"]
 
     def _expected(self, p: Tensor, o: dict) -> dict[str, torch.dtype]:
         """The tensors of the shape of `p` in its state, with their dtypes."""
-        dtype = self._state_dtype(p, o)
-        found = {k: dtype for k, there in zip(self._rule.states, self._rule.needs(o), strict=True) if there}
+        needed = [k for k, there in zip(self._rule.states, self._rule.needs(o), strict=True) if there]
+        found = {k: self._state_dtype(p, k, o) for k in needed}
         if o["rounding"] == "kahan" and p.dtype == torch.bfloat16:
             found["remainder"] = torch.int16
         if o["ema_decay"] is not None:
@@ -161,7 +163,7 @@ class Optimizer(torch.optim.Optimizer):
                 continue
             state[key] = torch.zeros_like(p, dtype=dtype, requires_grad=False, **like)
             fill = float(o.get("initial_accumulator_value", 0.0)) if key == "sum" else 0.0
-            if dtype == torch.uint8:
+            if dtype in _CODES:
                 here = local(state[key])
                 state[key + "_scale"] = torch.full((_formats.blocks(here.numel()),), fill, device=here.device)
                 if fill:
@@ -176,7 +178,7 @@ class Optimizer(torch.optim.Optimizer):
             state[key] = torch.empty_like(p, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format)
         there = local(state[key])
         value = local(value)
-        if there.dtype != torch.uint8:
+        if there.dtype not in _CODES:
             there.copy_(value)
             return
         wide = torch.empty_like(there, dtype=torch.float32).copy_(value)
@@ -190,11 +192,11 @@ class Optimizer(torch.optim.Optimizer):
     def _read(self, key: str, state: dict) -> Tensor:
         """A state as floats, where it is 8-bit; as it is otherwise."""
         value = state[key]
-        if value.dtype != torch.uint8:
+        if value.dtype not in _CODES:
             return value
         here = local(value)
         wide = torch.empty_like(value, dtype=torch.float32)
-        decoded = _formats.decode8(_formats.flat(here), state[key + "_scale"], key not in self._rule.unsigned)
+        decoded = _formats.decode8(_formats.flat(here), state[key + "_scale"])
         _formats.flat(local(wide)).copy_(decoded)
         return wide
 
@@ -378,7 +380,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         found = super().state_dict()
         for index, state in found["state"].items():
-            coded = [k for k, v in state.items() if _is_tensor(v) and v.dtype == torch.uint8 and hasattr(v, "to_local")]
+            coded = [k for k, v in state.items() if _is_tensor(v) and v.dtype in _CODES and hasattr(v, "to_local")]
             if coded:
                 found["state"][index] = {
                     k: self._read(k, state) if k in coded else v
@@ -434,7 +436,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"bigkernels.optim.{type(self).__name__}: the saved {key} is {given}; its parameter is {tuple(p.shape)}"
                 )
             value = value.to(p.device)
-            if value.dtype == torch.uint8:
+            if value.dtype in _CODES:
                 value = self._checked_codes(key, value, saved)
             elif key == "remainder" and value.dtype != torch.int16:
                 raise ValueError(f"bigkernels.optim.{type(self).__name__}: the saved remainder is {value.dtype}")
@@ -500,7 +502,7 @@ def _is_tensor(value: object) -> bool:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """What a dtype is averaged and computed in."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16, torch.uint8) else dtype
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16, *_CODES) else dtype
 
 
 def _scaled(x: Tensor, scale: Tensor | None, divisor: float | Tensor | None) -> Tensor:

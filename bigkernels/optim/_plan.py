@@ -18,7 +18,7 @@ from ._reference import Rule
 
 CHUNK = 128 * 256  # kChunk
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-STATE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+STATE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 ROUNDINGS = {"nearest": 0, "stochastic": 1, "kahan": 2}
 _FLAGS = (("maximize", 1), ("decoupled_weight_decay", 2), ("cautious", 4), ("amsgrad", 8), ("nesterov", 16),
           ("momentum", 32), ("centered", 64))  # fmt: skip

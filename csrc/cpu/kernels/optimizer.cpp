@@ -7,10 +7,23 @@ namespace BK_ISA {
 namespace {
 
 struct VectorMath {
-  BK_INLINE vf sqrt(vf x) {
 #if defined(__AVX512F__)
-    return (vf)_mm512_sqrt_ps((__m512)x);
-#elif defined(__AVX2__)
+  // From the machine's estimates with one Newton step each: within 4 ulp, in half the time of a root and a division. b
+  // counts as at least 2^-126, whose root no eps notices, and a is divided by infinity where b is above 2^120.
+  BK_INLINE vf over_root(vf a, vf b, float scale, float eps) {
+    vf c = vmin(splat(0x1p120f), vmax(splat(0x1p-126f), b));
+    vf y = (vf)_mm512_rsqrt14_ps((__m512)c);
+    vf root = c * y, half = y * 0.5f;
+    root = root + root * (0.5f - root * half);
+    vf d = root * scale + eps;
+    vf r = (vf)_mm512_rcp14_ps((__m512)d);
+    r = r * (2.0f - d * r);
+    return a * select_less(splat(0x1p120f), b, vf{}, r);
+  }
+#else
+  BK_INLINE vf over_root(vf a, vf b, float scale, float eps) { return a / (root(b) * scale + eps); }
+  BK_INLINE vf root(vf x) {
+#if defined(__AVX2__)
     return (vf)_mm256_sqrt_ps((__m256)x);
 #elif defined(__SSE__)
     return (vf)_mm_sqrt_ps((__m128)x);
@@ -19,6 +32,7 @@ struct VectorMath {
     return x;
 #endif
   }
+#endif
   BK_INLINE vf max(vf a, vf b) { return vmax(a, b); }
   BK_INLINE vf sign(vf x) {
     vf negative = select_less(x, vf{}, splat(-1.0f), x);  // zero and NaN stay
@@ -27,75 +41,22 @@ struct VectorMath {
   BK_INLINE vf where_nonnegative(vf condition, vf value) { return select(condition >= 0.0f, value, vf{}); }
 };
 
-// The buffers of a block that is not float32, or not whole.
-struct Buffers {
-  alignas(64) float param[kBlock], grad[kBlock], state[kStates][kBlock];
-};
-
-// Elements of a block are worked on in groups of so many: the random words of stochastic rounding come in such.
-constexpr int64_t kGroup = 4 * W > 32 ? 4 * W : 32;
-
-// The n floats at `in`, or their copy in `buffer` with zeros up to the end of the group.
-BK_INLINE float* floats(void* in, float* buffer, int64_t n, int64_t padded) {
-  if (n == padded) return (float*)in;
-  __builtin_memcpy(buffer, in, n * 4);
-  for (int64_t i = n; i < padded; ++i) buffer[i] = 0.0f;
-  return buffer;
-}
-BK_INLINE void put_back(void* out, const float* floats, int64_t n) {
-  if (out != floats) __builtin_memcpy(out, floats, n * 4);
-}
-
-// 8 or 16 bits likewise: whole where they are, else through a copy of the last ones.
-template <class T>
-struct Part {
-  T copy[kBlock];
-  T* data;
-  Part(T* in, int64_t n, int64_t padded) : data(in) {
-    if (n == padded) return;
-    data = copy;
-    __builtin_memcpy(copy, in, n * sizeof(T));
-    __builtin_memset(copy + n, 0, (padded - n) * sizeof(T));
-  }
-  void put_back(T* out, int64_t n) const {
-    if (data != out) __builtin_memcpy(out, data, n * sizeof(T));
+// For states of 8 bits, whose own error is a hundred times that of the machine's estimates (2^-12).
+struct RoughMath : VectorMath {
+  BK_INLINE vf over_root(vf a, vf b, float scale, float eps) {
+#if defined(__AVX512F__)
+    vf c = vmax(splat(0x1p-126f), b);
+    vf root = c * (vf)_mm512_rsqrt14_ps((__m512)c);
+    return a * (vf)_mm512_rcp14_ps((__m512)(root * scale + eps));
+#elif defined(__AVX2__)
+    vf c = vmax(splat(0x1p-126f), b);
+    vf root = c * (vf)_mm256_rsqrt_ps((__m256)c);
+    return a * (vf)_mm256_rcp_ps((__m256)(root * scale + eps));
+#else
+    return VectorMath::over_root(a, b, scale, eps);
+#endif
   }
 };
-
-float* open_16(Type type, const void* in, float* buffer, int64_t n, int64_t padded) {
-  Part<uint16_t> part((uint16_t*)in, n, padded);
-  type == Type::bf16 ? widen_block<bf16>(part.data, buffer, padded) : widen_block<f16>(part.data, buffer, padded);
-  return buffer;
-}
-
-float* open_floats(Type type, const void* in, int64_t at, float* buffer, int64_t n, int64_t padded) {
-  if (type == Type::f32) return floats((float*)in + at, buffer, n, padded);
-  return open_16(type, (const uint16_t*)in + at, buffer, n, padded);
-}
-
-float* open_param(const OptimizerTensor& t, int64_t at, float* buffer, int64_t n, int64_t padded) {
-  if (!t.remainder) return open_floats((Type)t.param_type, t.param, at, buffer, n, padded);
-  Part<uint16_t> high((uint16_t*)t.param + at, n, padded);
-  Part<int16_t> rest(t.remainder + at, n, padded);
-  join_block(high.data, rest.data, buffer, padded);
-  return buffer;
-}
-
-void close_param(const OptimizerTensor& t, const OptimizerScalars& s, int64_t at, float* x, int64_t n, int64_t padded) {
-  if ((Type)t.param_type == Type::f32) return put_back((float*)t.param + at, x, n);
-  uint16_t* out = (uint16_t*)t.param + at;
-  Part<uint16_t> high(out, n, padded);
-  if (t.remainder) {
-    Part<int16_t> rest(t.remainder + at, n, padded);
-    split_block(x, high.data, rest.data, padded);
-    rest.put_back(t.remainder + at, n);
-  } else if ((Type)t.param_type == Type::bf16) {
-    narrow_bf16(x, high.data, padded, s, at);
-  } else {
-    narrow_f16(x, (f16*)high.data, padded, s, at);
-  }
-  high.put_back(out, n);
-}
 
 // Only second moments and sums of squares have no sign.
 constexpr bool has_sign(Algorithm a, int state) {
@@ -103,50 +64,74 @@ constexpr bool has_sign(Algorithm a, int state) {
            (a == Algorithm::rmsprop && state == 0) || a == Algorithm::adagrad);
 }
 
-float* open_state(const OptimizerTensor& t, int k, bool sign, int64_t at, float* buffer, int64_t n, int64_t padded) {
-  switch ((StateType)t.state_type) {
-    case StateType::f32: return floats((float*)t.state[k] + at, buffer, n, padded);
-    case StateType::bf16: return open_16(Type::bf16, (uint16_t*)t.state[k] + at, buffer, n, padded);
-    case StateType::int8: {
-      Part<uint8_t> codes((uint8_t*)t.state[k] + at, n, padded);
-      float scale = t.scale[k][at / kBlock];
-      sign ? decode8<true>(codes.data, scale, buffer, padded) : decode8<false>(codes.data, scale, buffer, padded);
-      return buffer;
-    }
+// Elements of a block are worked on in groups of so many: the random words of stochastic rounding come in such, and 8
+// bits are stored four vectors at once.
+constexpr int64_t kGroup = 4 * W > 32 ? 4 * W : 32;
+
+// One block of a chunk.
+struct Block {
+  int64_t at, n, padded;
+  Block(const OptimizerChunk& chunk, int64_t at)
+      : at(at), n(chunk.end - at < kBlock ? chunk.end - at : kBlock), padded((n + kGroup - 1) / kGroup * kGroup) {}
+};
+
+// A block of an array where it lies, if it is whole groups; else a copy with zeros up to the end of the group, which
+// `put_back` returns.
+template <class T>
+struct Part {
+  T *home, *data;
+  __attribute__((always_inline)) Part(T* array, const Block& b, void* copy) : home(array + b.at), data(home) {
+    if (b.n == b.padded) return;
+    data = (T*)copy;
+    __builtin_memcpy(data, home, b.n * sizeof(T));
+    __builtin_memset(data + b.n, 0, (b.padded - b.n) * sizeof(T));
   }
+  __attribute__((always_inline)) void put_back(const Block& b) const {
+    if (data != home) __builtin_memcpy(home, data, b.n * sizeof(T));
+  }
+};
+
+const float* open_grad(const OptimizerGrad& grad, const Block& b, float* buffer) {
+  if ((Type)grad.type == Type::f32) return Part<float>((float*)grad.data, b, buffer).data;
+  uint16_t copy[kBlock];
+  const Part<uint16_t> part((uint16_t*)grad.data, b, copy);
+  if ((Type)grad.type == Type::bf16)
+    widen_block<bf16>((const bf16*)part.data, buffer, b.padded);
+  else
+    widen_block<f16>((const f16*)part.data, buffer, b.padded);
   return buffer;
 }
 
-void close_state(const OptimizerTensor& t, int k, bool sign, int64_t at, float* x, int64_t n, int64_t padded) {
-  switch ((StateType)t.state_type) {
-    case StateType::f32: return put_back((float*)t.state[k] + at, x, n);
-    case StateType::bf16: {
-      Part<uint16_t> part((uint16_t*)t.state[k] + at, n, padded);
-      const OptimizerScalars nearest = {};
-      narrow_bf16(x, part.data, padded, nearest, at);
-      return part.put_back((uint16_t*)t.state[k] + at, n);
-    }
-    case StateType::int8: {
-      for (int64_t i = n; i < padded; ++i) x[i] = 0.0f;
-      Part<uint8_t> codes((uint8_t*)t.state[k] + at, n, padded);
-      t.scale[k][at / kBlock] =
-          sign ? encode8<true>(x, codes.data, padded) : encode8<false>(x, codes.data, padded);
-      return codes.put_back((uint8_t*)t.state[k] + at, n);
-    }
+// The parameter, in whatever format, as floats, and back.
+void open_param(const OptimizerTensor& t, const Block& b, float* x) {
+  if (!t.remainder) {
+    const float* read = open_grad({t.param, t.param_type}, b, x);
+    if (read != x) __builtin_memcpy(x, read, b.padded * sizeof(float));
+    return;
   }
+  uint16_t copies[2][kBlock];
+  const Part<uint16_t> high((uint16_t*)t.param, b, copies[0]);
+  const Part<int16_t> rest(t.remainder, b, copies[1]);
+  join_block(high.data, rest.data, x, b.padded);
 }
 
-template <Algorithm A>
-void step_block(float* __restrict p, const float* __restrict g, float* __restrict a, float* __restrict b,
-                float* __restrict c, int64_t n, const OptimizerScalars& s) {
-  const OptimizerScalars scalars = s;
-  for (int64_t i = 0; i < n; i += W) {
-    vf x = a ? load(a + i) : vf{}, y = b ? load(b + i) : vf{}, z = c ? load(c + i) : vf{};
-    write(p + i, Update<A>::template apply<VectorMath>(scalars, load(p + i), load(g + i), x, y, z));
-    if (a) write(a + i, x);
-    if (b) write(b + i, y);
-    if (c) write(c + i, z);
+void close_param(const OptimizerTensor& t, const OptimizerScalars& s, const Block& b, float* x) {
+  if ((Type)t.param_type == Type::f32) {
+    __builtin_memcpy((float*)t.param + b.at, x, b.n * sizeof(float));
+    return;
   }
+  uint16_t copies[2][kBlock];
+  const Part<uint16_t> high((uint16_t*)t.param, b, copies[0]);
+  if (t.remainder) {
+    const Part<int16_t> rest(t.remainder, b, copies[1]);
+    split_block(x, high.data, rest.data, b.padded);
+    rest.put_back(b);
+  } else if ((Type)t.param_type == Type::bf16) {
+    narrow_bf16(x, high.data, b.padded, s, b.at);
+  } else {
+    narrow_f16(x, (f16*)high.data, b.padded, s, b.at);
+  }
+  high.put_back(b);
 }
 
 void average_block(float* ema, const float* p, int64_t n, float weight) {
@@ -158,23 +143,136 @@ void average_block(float* ema, const float* p, int64_t n, float weight) {
   for (; i < n; ++i) ema[i] += (p[i] - ema[i]) * weight;
 }
 
-template <Algorithm A>
+// One block of a state in the loop over vectors: read, and written in pairs. S: what it is made of in memory, Code8 for
+// 8 bits. `copy` is room for a block of it, `buffer` for a block of floats.
+struct Code8 {};
+
+template <class S>
+struct MathOf {
+  typedef VectorMath type;
+};
+template <>
+struct MathOf<Code8> {
+  typedef RoughMath type;
+};
+
+template <class S, bool kSign>
+struct State {
+  Part<S> part;
+  BK_METHOD State(const OptimizerTensor& t, int k, const Block& b, void* copy, float*)
+      : part((S*)t.state[k], b, copy) {}
+  BK_METHOD vf read(int64_t i) const { return load(part.data + i); }
+  BK_METHOD void write2(int64_t i, vf x, vf y) { store_pair(part.data + i, x, y); }
+  BK_METHOD void close(const OptimizerTensor&, int, const Block& b) { part.put_back(b); }
+};
+
+template <bool kSign>
+struct State<Code8, kSign> {  // the new values wait in the buffer until the scale of their block is known
+  Part<uint8_t> part;
+  Decoder<kSign> decoder;
+  float* buffer;
+  Largest largest;
+  BK_METHOD State(const OptimizerTensor& t, int k, const Block& b, void* copy, float* buffer)
+      : part((uint8_t*)t.state[k], b, copy), decoder(part.data, t.scale[k][b.at / kBlock]), buffer(buffer) {}
+  BK_METHOD vf read(int64_t i) const { return decoder[i]; }
+  BK_METHOD void write2(int64_t i, vf x, vf y) {
+    write(buffer + i, x), write(buffer + i + W, y);
+    largest.see(x), largest.see(y);
+  }
+  BK_METHOD void close(const OptimizerTensor& t, int k, const Block& b) {
+    if (b.n != b.padded) {  // elements beyond the end were zeros, and may be anything now
+      for (int64_t i = b.n; i < b.padded; ++i) buffer[i] = 0.0f;
+      largest = {};
+      for (int64_t i = 0; i < b.padded; i += W) largest.see(load(buffer + i));
+    }
+    float scale = t.scale[k][b.at / kBlock] = largest.scale();
+    encode8<kSign>(buffer, scale, part.data, b.padded);
+    part.put_back(b);
+  }
+};
+
+struct Absent {
+  BK_METHOD Absent(const OptimizerTensor&, int, const Block&, void*, float*) {}
+  BK_METHOD vf read(int64_t) const { return vf{}; }
+  BK_METHOD void write2(int64_t, vf, vf) {}
+  BK_METHOD void close(const OptimizerTensor&, int, const Block&) {}
+};
+template <bool kThere, class S, bool kSign>
+struct StateOf {
+  typedef State<S, kSign> type;
+};
+template <class S, bool kSign>
+struct StateOf<false, S, kSign> {
+  typedef Absent type;
+};
+
+// kPlain: of the flags only those that follow from the states, and no decay that is added to the gradient: then the
+// loop has no branches.
+template <Algorithm A, int kThere, bool kPlain, class Math, class P, class X, class Y, class Z>
+BK_INLINE void step_block(const OptimizerScalars& given, const P* p, const P* g, P* out, int64_t n, X& x, Y& y, Z& z) {
+  OptimizerScalars s = given;
+  if (kPlain) s.flags = Update<A>::flags(kThere), s.l2 = 0.0f;
+  for (int64_t i = 0; i < n; i += 2 * W) {
+    vf p0 = load(p + i), p1 = load(p + i + W), g0 = load(g + i), g1 = load(g + i + W);
+    vf x0 = x.read(i), x1 = x.read(i + W), y0 = y.read(i), y1 = y.read(i + W), z0 = z.read(i), z1 = z.read(i + W);
+    p0 = Update<A>::template apply<Math>(s, p0, g0, x0, y0, z0);
+    p1 = Update<A>::template apply<Math>(s, p1, g1, x1, y1, z1);
+    store_pair(out + i, p0, p1);
+    x.write2(i, x0, x1), y.write2(i, y0, y1), z.write2(i, z0, z1);
+  }
+}
+
+// kThere: bits of the states that there are. P: the type of parameters and gradients that the loop reads and writes
+// where they lie, rounding to nearest; all others pass through buffers.
+template <Algorithm A, int kThere, class P, class S, bool kPlain>
 void step_chunk(const OptimizerTensor& t, const OptimizerGrad& grad, const OptimizerScalars& s,
                 const OptimizerChunk& chunk) {
-  Buffers buffers;
+  constexpr bool kFloat = sizeof(P) == 4;
+  constexpr int64_t type = (int64_t)(kFloat ? Type::f32 : Type::bf16);
+  const bool direct = t.param_type == type && grad.type == type && !t.remainder &&
+                      (kFloat || (s.rounding == (int)Rounding::nearest && !t.ema));
+  alignas(64) float param[kBlock], gradient[kBlock], copies[kStates][kBlock], buffers[kStates][kBlock];
   for (int64_t at = chunk.begin; at < chunk.end; at += kBlock) {
-    int64_t n = chunk.end - at < kBlock ? chunk.end - at : kBlock;
-    int64_t padded = (n + kGroup - 1) / kGroup * kGroup;
-    float* p = open_param(t, at, buffers.param, n, padded);
-    const float* g = open_floats((Type)grad.type, grad.data, at, buffers.grad, n, padded);
-    float* states[kStates] = {};
-    for (int k = 0; k < Update<A>::states; ++k)
-      if (t.state[k]) states[k] = open_state(t, k, has_sign(A, k), at, buffers.state[k], n, padded);
-    step_block<A>(p, g, states[0], states[1], states[2], padded, s);
-    for (int k = 0; k < Update<A>::states; ++k)
-      if (t.state[k]) close_state(t, k, has_sign(A, k), at, states[k], n, padded);
-    close_param(t, s, at, p, n, padded);
-    if (t.ema) average_block(t.ema + at, p, n, s.ema);
+    const Block b(chunk, at);
+    typename StateOf<(kThere & 1) != 0, S, has_sign(A, 0)>::type x(t, 0, b, copies[0], buffers[0]);
+    typename StateOf<(kThere & 2) != 0, S, has_sign(A, 1)>::type y(t, 1, b, copies[1], buffers[1]);
+    typename StateOf<(kThere & 4) != 0, S, has_sign(A, 2)>::type z(t, 2, b, copies[2], buffers[2]);
+    if (direct) {
+      const Part<P> p((P*)t.param, b, param), g((P*)grad.data, b, gradient);
+      step_block<A, kThere, kPlain, typename MathOf<S>::type>(s, p.data, g.data, p.data, b.padded, x, y, z);
+      p.put_back(b);
+      if (kFloat && t.ema) average_block(t.ema + at, (const float*)p.data, b.n, s.ema);
+    } else if (kFloat) {
+      open_param(t, b, param);
+      step_block<A, kThere, kPlain, typename MathOf<S>::type>(s, (const float*)param, open_grad(grad, b, gradient), param, b.padded, x, y, z);
+      close_param(t, s, b, param);
+      if (t.ema) average_block(t.ema + at, param, b.n, s.ema);
+    }
+    x.close(t, 0, b), y.close(t, 1, b), z.close(t, 2, b);
+  }
+}
+
+template <Algorithm A, int kThere, class S>
+void step_by_type(const OptimizerTensor& t, const OptimizerGrad& grad, const OptimizerScalars& s,
+                  const OptimizerChunk& chunk) {
+  constexpr int64_t type = (int64_t)Type::bf16;
+  const bool plain = s.l2 == 0.0f && !(s.flags & (kCautious | kNesterov));
+  const bool direct = !t.remainder && !t.ema && s.rounding == (int)Rounding::nearest;
+  if (direct && t.param_type == type && grad.type == type)
+    plain ? step_chunk<A, kThere, bf16, S, true>(t, grad, s, chunk)
+          : step_chunk<A, kThere, bf16, S, false>(t, grad, s, chunk);
+  else
+    plain ? step_chunk<A, kThere, float, S, true>(t, grad, s, chunk)
+          : step_chunk<A, kThere, float, S, false>(t, grad, s, chunk);
+}
+
+template <Algorithm A, int kThere>
+void step_by_state(const OptimizerTensor& t, const OptimizerGrad& grad, const OptimizerScalars& s,
+                   const OptimizerChunk& chunk) {
+  switch (kThere ? (StateType)t.state_type : StateType::f32) {
+    case StateType::f32: return step_by_type<A, kThere, float>(t, grad, s, chunk);
+    case StateType::bf16: return step_by_type<A, kThere, bf16>(t, grad, s, chunk);
+    case StateType::int8: return step_by_type<A, kThere, Code8>(t, grad, s, chunk);
   }
 }
 
@@ -192,40 +290,52 @@ BK_INLINE double squares(const float* x, int64_t n) {
 
 void optimizer_step(Algorithm algorithm, const OptimizerTensor& t, const OptimizerGrad& grad, const OptimizerScalars& s,
                     const OptimizerChunk& chunk) {
+#define BK_STEP(name, there) step_by_state<Algorithm::name, there>(t, grad, s, chunk)
   switch (algorithm) {
-    case Algorithm::adam: return step_chunk<Algorithm::adam>(t, grad, s, chunk);
-    case Algorithm::sgd: return step_chunk<Algorithm::sgd>(t, grad, s, chunk);
-    case Algorithm::rmsprop: return step_chunk<Algorithm::rmsprop>(t, grad, s, chunk);
-    case Algorithm::adagrad: return step_chunk<Algorithm::adagrad>(t, grad, s, chunk);
-    case Algorithm::lion: return step_chunk<Algorithm::lion>(t, grad, s, chunk);
-    case Algorithm::lamb: return step_chunk<Algorithm::lamb>(t, grad, s, chunk);
-    case Algorithm::muon: return step_chunk<Algorithm::muon>(t, grad, s, chunk);
+    case Algorithm::adam: return t.state[2] ? BK_STEP(adam, 7) : BK_STEP(adam, 3);
+    case Algorithm::sgd: return t.state[0] ? BK_STEP(sgd, 1) : BK_STEP(sgd, 0);
+    case Algorithm::rmsprop:
+      if (t.state[1]) return t.state[2] ? BK_STEP(rmsprop, 7) : BK_STEP(rmsprop, 3);
+      return t.state[2] ? BK_STEP(rmsprop, 5) : BK_STEP(rmsprop, 1);
+    case Algorithm::adagrad: return BK_STEP(adagrad, 1);
+    case Algorithm::lion: return BK_STEP(lion, 1);
+    case Algorithm::lamb: return BK_STEP(lamb, 3);
+    case Algorithm::muon: return BK_STEP(muon, 1);
   }
+#undef BK_STEP
 }
 
 // LAMB's first pass: the states, and the sums of squares of the parameter and of the direction.
-void optimizer_measure(const OptimizerTensor& t, const OptimizerGrad& grad, const OptimizerScalars& s,
-                       const OptimizerChunk& chunk, double* sums) {
+template <class S>
+static void measure_chunk(const OptimizerTensor& t, const OptimizerGrad& grad, const OptimizerScalars& s,
+                   const OptimizerChunk& chunk, double* sums) {
   constexpr Algorithm A = Algorithm::lamb;
-  Buffers buffers;
+  alignas(64) float param[kBlock], gradient[kBlock], direction[kBlock], copies[2][kBlock], buffers[2][kBlock];
   sums[0] = sums[1] = 0.0;
   for (int64_t at = chunk.begin; at < chunk.end; at += kBlock) {
-    int64_t n = chunk.end - at < kBlock ? chunk.end - at : kBlock;
-    int64_t padded = (n + kGroup - 1) / kGroup * kGroup;
-    alignas(64) float direction[kBlock];
-    const float* p = open_param(t, at, buffers.param, n, padded);
-    const float* g = open_floats((Type)grad.type, grad.data, at, buffers.grad, n, padded);
-    float* m = open_state(t, 0, has_sign(A, 0), at, buffers.state[0], n, padded);
-    float* v = open_state(t, 1, has_sign(A, 1), at, buffers.state[1], n, padded);
-    for (int64_t i = 0; i < padded; i += W) {
-      vf x = load(m + i), y = load(v + i);
-      write(direction + i, Update<A>::measure<VectorMath>(s, load(p + i), load(g + i), x, y));
-      write(m + i, x), write(v + i, y);
+    const Block b(chunk, at);
+    State<S, has_sign(A, 0)> x(t, 0, b, copies[0], buffers[0]);
+    State<S, has_sign(A, 1)> y(t, 1, b, copies[1], buffers[1]);
+    open_param(t, b, param);
+    const float* g = open_grad(grad, b, gradient);
+    for (int64_t i = 0; i < b.padded; i += 2 * W) {
+      vf x0 = x.read(i), x1 = x.read(i + W), y0 = y.read(i), y1 = y.read(i + W);
+      write(direction + i, Update<A>::measure<VectorMath>(s, load(param + i), load(g + i), x0, y0));
+      write(direction + i + W, Update<A>::measure<VectorMath>(s, load(param + i + W), load(g + i + W), x1, y1));
+      x.write2(i, x0, x1), y.write2(i, y0, y1);
     }
-    for (int64_t i = n; i < padded; ++i) direction[i] = 0.0f;  // 0 / 0 where eps is 0
-    sums[0] += squares(p, padded), sums[1] += squares(direction, padded);
-    close_state(t, 0, has_sign(A, 0), at, m, n, padded);
-    close_state(t, 1, has_sign(A, 1), at, v, n, padded);
+    for (int64_t i = b.n; i < b.padded; ++i) direction[i] = 0.0f;  // 0 / 0 where eps is 0
+    sums[0] += squares(param, b.padded), sums[1] += squares(direction, b.padded);
+    x.close(t, 0, b), y.close(t, 1, b);
+  }
+}
+
+void optimizer_measure(const OptimizerTensor& t, const OptimizerGrad& grad, const OptimizerScalars& s,
+                       const OptimizerChunk& chunk, double* sums) {
+  switch ((StateType)t.state_type) {
+    case StateType::f32: return measure_chunk<float>(t, grad, s, chunk, sums);
+    case StateType::bf16: return measure_chunk<bf16>(t, grad, s, chunk, sums);
+    case StateType::int8: return measure_chunk<Code8>(t, grad, s, chunk, sums);
   }
 }
 
@@ -235,15 +345,14 @@ double optimizer_norm(const OptimizerGrad& grad, const OptimizerChunk& chunk, bo
   double total = 0.0;
   int32_t largest = 0;
   for (int64_t at = chunk.begin; at < chunk.end; at += kBlock) {
-    int64_t n = chunk.end - at < kBlock ? chunk.end - at : kBlock;
-    int64_t padded = (n + kGroup - 1) / kGroup * kGroup;
-    const float* g = open_floats((Type)grad.type, grad.data, at, buffer, n, padded);
+    const Block b(chunk, at);
+    const float* g = open_grad(grad, b, buffer);
     if (infinity) {
       vi most = {};
-      for (int64_t i = 0; i < padded; i += W) most = vmax_int(most, read<vi>(g + i) & 0x7fffffff);
+      for (int64_t i = 0; i < b.padded; i += W) most = vmax_int(most, read<vi>(g + i) & 0x7fffffff);
       for (int i = 0; i < W; ++i) largest = most[i] > largest ? most[i] : largest;
     } else {
-      total += squares(g, padded);
+      total += squares(g, b.padded);
     }
   }
   if (!infinity) return total;

@@ -12,6 +12,8 @@ namespace {
 
 constexpr int64_t kBlock = kStateBlock;
 
+#define BK_METHOD __attribute__((always_inline))
+
 BK_INLINE vi vmax_int(vi a, vi b) {
 #if defined(__AVX512F__)
   return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
@@ -34,152 +36,87 @@ BK_INLINE vi to_int(vf x) {  // towards zero
 #endif
 }
 
-// A table of 8 floats, looked up by the low 3 bits of the index.
-struct Table8 {
-#if defined(__AVX512F__)
-  __m512 values;
-  BK_INLINE Table8 of(const float* t, float factor) {
-    return {_mm512_mul_ps(_mm512_broadcast_f32x8(_mm256_loadu_ps(t)), _mm512_set1_ps(factor))};
-  }
-  __attribute__((always_inline)) vf operator[](vi i) const {
-    return (vf)_mm512_permutexvar_ps((__m512i)i, values);  // of 16, both halves alike
-  }
-#elif defined(__AVX2__)
-  __m256 values;
-  BK_INLINE Table8 of(const float* t, float factor) {
-    return {_mm256_mul_ps(_mm256_loadu_ps(t), _mm256_set1_ps(factor))};
-  }
-  __attribute__((always_inline)) vf operator[](vi i) const {
-    return (vf)_mm256_permutevar8x32_ps(values, (__m256i)i);
-  }
-#else
-  float values[8];
-  BK_INLINE Table8 of(const float* t, float factor) {
-    Table8 r;
-    for (int i = 0; i < 8; ++i) r.values[i] = t[i] * factor;
-    return r;
-  }
-  __attribute__((always_inline)) vf operator[](vi i) const {
-    vf v = {};
-    for (int j = 0; j < W; ++j) v[j] = values[i[j] & 7];
-    return v;
-  }
-#endif
-};
-
 // ---- 8 bits ---------------------------------------------------------------------------------------------------------
 //
-// The dynamic tree code of Dettmers (2016, https://arxiv.org/abs/1511.04561), as 8-bit optimizers use it (Dettmers et
-// al. 2022, https://arxiv.org/abs/2110.02861). The magnitude u has L bits, 7 beside a sign and 8 without. Where its
-// leading one is, p, tells the decade, 10^(p - L + 1), and the p bits below count equal cells of [0.1, 1] in it; a code
-// stands for the middle of its cell. Scaled so that the largest code is 1: then the largest value of a block is exact,
-// and both signs have it.
-
-template <int L>
-struct Tree {
-  float slope[8], offset[8];      // value = slope[p] u + offset[p]
-  float inverse[8], shift[8];     // u = inverse[p] value + shift[p], rounded down
-  float next[8];                  // where the decade after p begins
-  float log_scale, log_offset;    // p from the bits of a value: at most one too low
-  constexpr Tree() : slope(), offset(), inverse(), shift(), next(), log_scale(), log_offset() {
-    double top = 1.0, cells = 1.0, decade = 1.0;
-    for (int p = 1; p < L; ++p) cells *= 2, decade /= 10;
-    top -= 0.45 / cells;
-    cells = 1.0;
-    for (int p = 0; p < L; ++p, cells *= 2, decade *= 10) {
-      double width = 0.9 * decade / cells;
-      slope[p] = (float)(width / top), offset[p] = (float)((0.5 * width - 0.8 * decade) / top);
-      inverse[p] = (float)(top / width), shift[p] = (float)(0.8 * decade / width);
-      next[p] = p + 1 < L ? (float)(decade / top) : 3e38f;
-    }
-    const double log10_2 = 0.301029995663981195;
-    log_scale = (float)(log10_2 / 8388608.0);
-    log_offset = (float)(L - 127 * log10_2 - 0.45 / 128 / 2.302585092994);
-  }
-};
-constexpr Tree<7> kSigned;
-constexpr Tree<8> kUnsigned;
-
-// The exponent of u + 1/2 as a float is p; its low 3 bits are the place in the table.
-template <int L>
-BK_INLINE void rotated(const float* t, float* r) {
-  for (int p = 0; p < 8; ++p) r[(127 + p) & 7] = p < L ? t[p] : 0.0f;
-}
+// A dynamic code like the dynamic tree of Dettmers (2016, https://arxiv.org/abs/1511.04561) and of 8-bit optimizers
+// (Dettmers et al. 2022, https://arxiv.org/abs/2110.02861): where the leading one of a code's magnitude is tells the
+// order of magnitude, and the bits below it share that out. Here an order of magnitude is four octaves instead of a
+// decade, and shared out as floats are, so that the bits of a code as a float are a quarter of those of its value: no
+// table, and a third of the operations. In effect codes are the fourth root of values: a step is 4 / code of the value,
+// 3 % at the top and 13 % at a hundredth of it, where the decimal tree has 1.4 % and 28 %.
+//
+// The magnitude u stands for u + 1/2; scaled so that the largest one stands for 1, the block's largest magnitude is
+// exact. Beside a sign there are 127 magnitudes and a zero, without one 256 and none: what is divided by never gets
+// zero.
+template <bool kSign>
+constexpr int32_t kFourth = (kSign ? 0x42ff0000 : 0x437f8000) - (0x3f800000 >> 2);  // of 127.5 or 255.5, and of 1
+constexpr float kZeroCode = 0x1.08p-32f;  // what u = 0 would stand for beside a sign
 
 template <bool kSign>
-void decode8(const uint8_t* codes, float scale, float* out, int64_t n) {
-  constexpr int L = kSign ? 7 : 8;
-  const Tree<L>& tree = *(const Tree<L>*)(kSign ? (const void*)&kSigned : (const void*)&kUnsigned);
-  float slopes[8], offsets[8];
-  rotated<L>(tree.slope, slopes), rotated<L>(tree.offset, offsets);
-  // value = slope (u + 1/2) + offset - slope / 2
-  for (int i = 0; i < 8; ++i) offsets[i] -= 0.5f * slopes[i];
-  const Table8 slope = Table8::of(slopes, scale), offset = Table8::of(offsets, scale);
-  for (int64_t i = 0; i < n; i += W) {
+struct Decoder {
+  const uint8_t* codes;
+  vf scale;
+  BK_METHOD Decoder(const uint8_t* codes, float scale) : codes(codes), scale(splat(scale)) {}
+  BK_METHOD vf operator[](int64_t i) const {
     vi code;
 #if defined(__AVX512F__)
     __m128i bytes = _mm_loadu_si128((const __m128i*)(codes + i));
     code = (vi)(kSign ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+    vi u = kSign ? (vi)_mm512_abs_epi32((__m512i)code) : code;
 #elif defined(__AVX2__)
     __m128i bytes = _mm_loadl_epi64((const __m128i*)(codes + i));
     code = (vi)(kSign ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+    vi u = kSign ? (vi)_mm256_abs_epi32((__m256i)code) : code;
 #else
     for (int j = 0; j < W; ++j) code[j] = kSign ? (int8_t)codes[i + j] : codes[i + j];
+    vi u = kSign ? (code ^ (code >> 31)) - (code >> 31) : code;
 #endif
-    vf u = to_float(kSign ? code & 0x7f : code) + 0.5f;
-    vi p = (vi)((vu)u >> 23);
-    vf value = u * slope[p] + offset[p];
-    // Of u = 0 the exponent is that of p = 7: which there is none of beside a sign, and gives less than zero without.
-    if (kSign)
-      value = (vf)((vi)value | (code & (int32_t)0x80000000));
-    else
-      value = vmax(vf{}, value);
-    write(out + i, value);
+    vf value = (vf)(((vi)(to_float(u) + 0.5f) - kFourth<kSign>) << 2);
+    if (kSign) value = (vf)((vi)(value - kZeroCode) | (code & (int32_t)0x80000000));
+    return value * scale;
   }
-}
+};
 
-// The scale of a block: its largest magnitude. Compared as integers, so that infinity and NaN win; values that have no
-// reciprocal count as zero.
-BK_INLINE float scale_of(const float* x, int64_t n) {
-  vi largest[2] = {};
-  for (int64_t i = 0; i < n; i += 2 * W) {
-    largest[0] = vmax_int(largest[0], read<vi>(x + i) & 0x7fffffff);
-    largest[1] = vmax_int(largest[1], read<vi>(x + i + W) & 0x7fffffff);
+// The largest magnitude seen. Compared as integers, so that infinity and NaN win.
+struct Largest {
+  vi bits = {};
+  BK_METHOD void see(vf x) { bits = vmax_int(bits, (vi)x & 0x7fffffff); }
+  // As the scale of a block: what has no reciprocal counts as zero.
+  BK_METHOD float scale() const {
+    int32_t most = 0;
+    for (int i = 0; i < W; ++i) most = bits[i] > most ? bits[i] : most;
+    float scale;
+    __builtin_memcpy(&scale, &most, 4);
+    return most < 0x00800000 ? 0.0f : scale;
   }
-  vi both = vmax_int(largest[0], largest[1]);
-  int32_t bits = 0;
-  for (int i = 0; i < W; ++i) bits = both[i] > bits ? both[i] : bits;
-  float scale;
-  __builtin_memcpy(&scale, &bits, 4);
-  return bits < 0x00800000 ? 0.0f : scale;
-}
+};
 
-// x: whole groups of 4 W floats, zero beyond the end.
+// x: whole groups of 4 W floats.
 template <bool kSign>
-float encode8(const float* x, uint8_t* codes, int64_t n) {
-  constexpr int L = kSign ? 7 : 8;
-  const Tree<L>& tree = *(const Tree<L>*)(kSign ? (const void*)&kSigned : (const void*)&kUnsigned);
-  float scale = scale_of(x, n), inverse_scale = scale > 0.0f ? 1.0f / scale : 0.0f;
-  const Table8 inverse = Table8::of(tree.inverse, 1.0f), shift = Table8::of(tree.shift, 1.0f),
-               next = Table8::of(tree.next, 1.0f);
-  auto one = [&](vf v) {
-    vf y = (kSign ? vabs(v) : v) * inverse_scale;
-    vi p = to_int(vmax(to_float((vi)y) * tree.log_scale + tree.log_offset, vf{}));
-    p = p - (vi)(y >= next[p]);
-    vi u = to_int(y * inverse[p] + shift[p]);
-    if (kSign) return u | ((vi)((vu)v >> 24) & 0x80);
-    return u - (vi)((u == 0) & (v > 0.0f));  // a positive second moment never becomes zero: it is divided by
+void encode8(const float* x, float scale, uint8_t* codes, int64_t n) {
+  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+  auto one = [&](int64_t i) {
+    vf y = load(x + i) * inverse;
+    vi bits = kSign ? (vi)vabs(y) : (vi)y;
+    vi u = to_int((vf)((vi)((vu)bits >> 2) + kFourth<kSign>));
+    if (!kSign) return u;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (vi)_mm256_sign_epi32((__m256i)u, (__m256i)y);
+#else
+    vi minus = (vi)y >> 31;
+    return (u ^ minus) - minus;
+#endif
   };
   for (int64_t i = 0; i < n; i += 4 * W) {
-    vi a = one(load(x + i)), b = one(load(x + i + W)), c = one(load(x + i + 2 * W)), d = one(load(x + i + 3 * W));
+    vi a = one(i), b = one(i + W), c = one(i + 2 * W), d = one(i + 3 * W);
 #if defined(__AVX512F__)
     _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8((__m512i)a));
     _mm_storeu_si128((__m128i*)(codes + i + 16), _mm512_cvtepi32_epi8((__m512i)b));
     _mm_storeu_si128((__m128i*)(codes + i + 32), _mm512_cvtepi32_epi8((__m512i)c));
     _mm_storeu_si128((__m128i*)(codes + i + 48), _mm512_cvtepi32_epi8((__m512i)d));
 #elif defined(__AVX2__)
-    __m256i ab = _mm256_packus_epi32((__m256i)a, (__m256i)b), cd = _mm256_packus_epi32((__m256i)c, (__m256i)d);
-    __m256i bytes = _mm256_packus_epi16(ab, cd);  // in each half, of each of the four
+    __m256i ab = _mm256_packs_epi32((__m256i)a, (__m256i)b), cd = _mm256_packs_epi32((__m256i)c, (__m256i)d);
+    __m256i bytes = kSign ? _mm256_packs_epi16(ab, cd) : _mm256_packus_epi16(ab, cd);  // in each half, of all four
     bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     _mm256_storeu_si256((__m256i*)(codes + i), bytes);
 #else
@@ -187,7 +124,6 @@ float encode8(const float* x, uint8_t* codes, int64_t n) {
     for (int j = 0; j < 4 * W; ++j) codes[i + j] = (uint8_t)all[j / W][j % W];
 #endif
   }
-  return scale;
 }
 
 // ---- 16 bits --------------------------------------------------------------------------------------------------------
@@ -218,7 +154,7 @@ BK_INLINE vu nearest_bf16(vf v) {
 struct Random {
   uint32_t key;
   Random(uint32_t key, int64_t element) : key(key ^ mix((uint32_t)(element >> 32))) {}
-  __attribute__((always_inline)) vu words(int64_t element) const {  // a multiple of 32, plus less than 16
+  BK_METHOD vu words(int64_t element) const {  // a multiple of 32, plus less than 16
     vu lane;
     for (int i = 0; i < W; ++i) lane[i] = i;
     vu x = (lane + (uint32_t)element) ^ key;
@@ -242,6 +178,10 @@ BK_INLINE vf stochastic_f16(vf v, vu random) {
   vf r = select_less(vabs(v), splat(0x1p-14f), subnormal, normal);
   return (vf)where(not_finite(u), u, (vu)r);
 }
+
+// Two vectors side by side, rounded to nearest.
+BK_INLINE void store_pair(float* out, vf a, vf b) { write(out, a), write(out + W, b); }
+BK_INLINE void store_pair(bf16* out, vf a, vf b) { write_low_halves((uint16_t*)out, nearest_bf16(a), nearest_bf16(b)); }
 
 template <class T>
 BK_INLINE void widen_block(const void* in, float* out, int64_t n) {

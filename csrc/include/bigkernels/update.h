@@ -1,7 +1,7 @@
 // The optimizers' update rules, each written once: for vectors of a CPU level and for single floats on a GPU.
 //
-// V is float or a vector of floats; `Math` names square root, maximum (its second argument where either is NaN), sign
-// (NaN stays) and selection for it. All arithmetic is in
+// V is float or a vector of floats; `Math` names maximum (its second argument where either is NaN), sign (NaN stays),
+// selection, and a / (sqrt(b) * scale + eps), the costly part of most rules, for it. All arithmetic is in
 // float32; the scalars were computed in float64. Formulas and the order of operations are those of torch.optim, so that
 // results differ from it by float32 rounding only.
 #pragma once
@@ -81,13 +81,14 @@ BK_BOTH V with_l2(const OptimizerScalars& s, V p, V g) {
   return s.l2 != 0.0f ? g + p * s.l2 : g;
 }
 
-// An algorithm: what is left in the states, and the parameter.
+// An algorithm: what is left in the states, and the parameter. `flags`: what follows from which states there are (bits).
 template <Algorithm>
 struct Update;
 
 template <>
 struct Update<Algorithm::adam> {
-  static constexpr int states = 3;  // m, v, and with amsgrad the largest v
+  // States: m, v, and with amsgrad the largest v.
+  static constexpr int flags(int there) { return there & 4 ? kAmsgrad : 0; }
   template <class Math, class V>
   BK_BOTH V apply(const OptimizerScalars& s, V p, V g, V& m, V& v, V& largest) {
     g = with_l2<Math>(s, p, g);
@@ -95,14 +96,14 @@ struct Update<Algorithm::adam> {
     v = v * s.beta2 + g * g * s.rest2;
     V second = v;
     if (s.flags & kAmsgrad) second = largest = Math::max(largest, v);
-    V u = m * s.step_size / (Math::sqrt(second) * s.second + s.eps);
+    V u = Math::over_root(m * s.step_size, second, s.second, s.eps);
     return decayed<Math>(s, p, u) - u;
   }
 };
 
 template <>
 struct Update<Algorithm::sgd> {
-  static constexpr int states = 1;
+  static constexpr int flags(int there) { return there & 1 ? kMomentum : 0; }
   template <class Math, class V>
   BK_BOTH V apply(const OptimizerScalars& s, V p, V g, V& buffer, V&, V&) {
     g = with_l2<Math>(s, p, g);
@@ -117,7 +118,8 @@ struct Update<Algorithm::sgd> {
 
 template <>
 struct Update<Algorithm::rmsprop> {
-  static constexpr int states = 3;  // of squares, of steps (momentum), of gradients (centered)
+  // Averages of squares, of steps (momentum), of gradients (centered).
+  static constexpr int flags(int there) { return (there & 2 ? kMomentum : 0) | (there & 4 ? kCentered : 0); }
   template <class Math, class V>
   BK_BOTH V apply(const OptimizerScalars& s, V p, V g, V& square, V& buffer, V& mean) {
     g = with_l2<Math>(s, p, g);
@@ -127,7 +129,7 @@ struct Update<Algorithm::rmsprop> {
       mean = mean + (g - mean) * s.rest2;
       variance = Math::max(V{}, square - mean * mean);  // rounding may take it below zero
     }
-    V u = g / (Math::sqrt(variance) + s.eps);
+    V u = Math::over_root(g, variance, 1.0f, s.eps);
     if (s.flags & kMomentum) u = buffer = buffer * s.momentum + u;
     u = u * s.step_size;
     return decayed<Math>(s, p, u) - u;
@@ -136,19 +138,19 @@ struct Update<Algorithm::rmsprop> {
 
 template <>
 struct Update<Algorithm::adagrad> {
-  static constexpr int states = 1;
+  static constexpr int flags(int) { return 0; }
   template <class Math, class V>
   BK_BOTH V apply(const OptimizerScalars& s, V p, V g, V& sum, V&, V&) {
     g = with_l2<Math>(s, p, g);
     sum = sum + g * g;
-    V u = g * s.step_size / (Math::sqrt(sum) + s.eps);
+    V u = Math::over_root(g * s.step_size, sum, 1.0f, s.eps);
     return decayed<Math>(s, p, u) - u;
   }
 };
 
 template <>
 struct Update<Algorithm::lion> {
-  static constexpr int states = 1;
+  static constexpr int flags(int) { return 0; }
   template <class Math, class V>
   BK_BOTH V apply(const OptimizerScalars& s, V p, V g, V& m, V&, V&) {
     g = with_l2<Math>(s, p, g);
@@ -162,7 +164,7 @@ struct Update<Algorithm::lion> {
 // makes the direction again from what the states hold, and takes the step.
 template <>
 struct Update<Algorithm::lamb> {
-  static constexpr int states = 2;
+  static constexpr int flags(int) { return 0; }
   template <class Math, class V>
   BK_BOTH V measure(const OptimizerScalars& s, V p, V g, V& m, V& v) {
     g = with_l2<Math>(s, p, g);
@@ -176,7 +178,7 @@ struct Update<Algorithm::lamb> {
   }
   template <class Math, class V>
   BK_BOTH V direction(const OptimizerScalars& s, V p, V m, V v) {
-    V u = m * s.step_size / (Math::sqrt(v) * s.second + s.eps);
+    V u = Math::over_root(m * s.step_size, v, s.second, s.eps);
     V decay = p * s.shrink;
     return u + (s.flags & kCautious ? Math::where_nonnegative(u * p, decay) : decay);
   }
@@ -185,7 +187,7 @@ struct Update<Algorithm::lamb> {
 // The update that is orthogonalised afterwards, as torch.optim.Muon makes it.
 template <>
 struct Update<Algorithm::muon> {
-  static constexpr int states = 1;
+  static constexpr int flags(int) { return 0; }
   template <class Math, class V>
   BK_BOTH V apply(const OptimizerScalars& s, V, V g, V& buffer, V&, V&) {
     g = g * s.grad_factor;

@@ -72,8 +72,11 @@ BK_INLINE vf vabs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 #if defined(__AVX512F__)
 BK_INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 BK_INLINE vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+BK_INLINE vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+BK_INLINE vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 #else
-// b where either is NaN, as the instruction does.
+// b where either is NaN, as the instructions do.
 BK_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
 BK_INLINE vf vmin(vf a, vf b) { return select(a < b, a, b); }
 #endif
