@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _reference
 from ._optimizer import Optimizer
+from ._reference import RULES
 
 Betas = tuple[float | Tensor, float | Tensor]
 
@@ -37,7 +37,7 @@ class Adam(Optimizer):
     The other arguments: see `Optimizer`.
     """
 
-    _rule = _reference.RULES["adam"]
+    _rule = RULES["adam"]
     _torch_options = ("decoupled_weight_decay",)
 
     def __init__(
@@ -82,7 +82,7 @@ class SGD(Optimizer):
     The other arguments: see `Optimizer`.
     """
 
-    _rule = _reference.RULES["sgd"]
+    _rule = RULES["sgd"]
     _takes_sparse = True
 
     def __init__(
@@ -113,7 +113,7 @@ class RMSprop(Optimizer):
     The other arguments: see `Optimizer`.
     """
 
-    _rule = _reference.RULES["rmsprop"]
+    _rule = RULES["rmsprop"]
 
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-2, alpha: float = 0.99, eps: float = 1e-8,
@@ -142,7 +142,7 @@ class Adagrad(Optimizer):
     The other arguments: see `Optimizer`.
     """
 
-    _rule = _reference.RULES["adagrad"]
+    _rule = RULES["adagrad"]
     _takes_sparse = True
 
     def __init__(
@@ -169,7 +169,7 @@ class Lion(Optimizer):
     The other arguments: see `Optimizer`.
     """
 
-    _rule = _reference.RULES["lion"]
+    _rule = RULES["lion"]
 
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-4, betas: Betas = (0.9, 0.99), weight_decay: float = 0.0, *,
@@ -198,7 +198,7 @@ class LAMB(Optimizer):
     The other arguments: see `Optimizer`.
     """
 
-    _rule = _reference.RULES["lamb"]
+    _rule = RULES["lamb"]
 
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-6,

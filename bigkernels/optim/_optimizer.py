@@ -14,8 +14,9 @@ from torch import Tensor
 from ..ops import _registry
 from ..ops import optimizer as ops
 from ..ops._registry import log
-from . import _formats, _norm, _plan, _reference
+from . import _formats, _norm, _plan
 from ._plan import Plan, dense, local
+from ._reference import RULES, Rule, trust_ratio
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 _CODES = (torch.int8, torch.uint8)  # with a sign and without
@@ -49,7 +50,7 @@ class Optimizer(torch.optim.Optimizer):
     view only.
     """
 
-    _rule: _reference.Rule
+    _rule: Rule
     _takes_sparse = False
     _torch_options: tuple[str, ...] = ()  # of those here, which the torch class of this name has too
     _step_supports_amp_scaling = True  # GradScaler hands over its scale and found_inf instead of unscaling
@@ -131,18 +132,18 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---- states -----------------------------------------------------------------------------------------------------
 
-    def _state_dtype(self, p: Tensor, key: str, o: dict) -> torch.dtype:
-        if p.dtype in (torch.float64, torch.complex64, torch.complex128):
-            return p.dtype
-        if o["state_dtype"] == "int8":
-            sign = key not in self._rule.unsigned
-            return torch.float32 if p.numel() < _formats.LEAST_8BIT else torch.int8 if sign else torch.uint8
-        return o["state_dtype"]
+    def _rule_of(self, p: Tensor, o: dict) -> Rule:
+        return self._rule
+
+    def _options(self, rule: Rule, o: dict) -> dict:
+        """The options of a group as a rule names them."""
+        return o
 
     def _expected(self, p: Tensor, o: dict) -> dict[str, torch.dtype]:
         """The tensors of the shape of `p` in its state, with their dtypes."""
-        needed = [k for k, there in zip(self._rule.states, self._rule.needs(o), strict=True) if there]
-        found = {k: self._state_dtype(p, k, o) for k in needed}
+        rule = self._rule_of(p, o)
+        needed = zip(rule.states, rule.needs(self._options(rule, o)), strict=True)
+        found = {k: _state_dtype(p, k in rule.unsigned, o) for k, there in needed if there}
         if o["rounding"] == "kahan" and p.dtype == torch.bfloat16:
             found["remainder"] = torch.int16
         if o["ema_decay"] is not None:
@@ -182,7 +183,7 @@ class Optimizer(torch.optim.Optimizer):
             there.copy_(value)
             return
         wide = torch.empty_like(there, dtype=torch.float32).copy_(value)
-        codes, scale = _formats.encode8(_formats.flat(wide), key not in self._rule.unsigned)
+        codes, scale = _formats.encode8(_formats.flat(wide), there.dtype == torch.int8)
         _formats.flat(there).copy_(codes)
         if dtype is not None:
             state[key + "_scale"] = scale
@@ -264,7 +265,7 @@ class Optimizer(torch.optim.Optimizer):
         """Look at all parameters: who has a state or needs one by now, and who serves them."""
         self._forced = _registry._forced
         self._waiting, self._unserved = [], []
-        entries: dict[torch.device, list] = {}
+        entries: dict[tuple[torch.device, str], list] = {}
         reasons: dict[str, int] = {}
         for number, o in enumerate(self.param_groups):
             for p in o["params"]:
@@ -275,13 +276,16 @@ class Optimizer(torch.optim.Optimizer):
                 device, dtype = local(p).device, local(p).dtype
                 reason = ops.why_not(device.type, dtype, self._forced)
                 if reason is None:
-                    entries.setdefault(device, []).append((p, number, state))
+                    entries.setdefault((device, self._rule_of(p, o).name), []).append((p, number, state))
                 else:
                     reasons[reason] = reasons.get(reason, 0) + 1
                     self._unserved.append((p, o))
-        self._plans = [Plan(self._rule, found) for found in entries.values()]
+        self._plans = [plan for (_, name), found in entries.items() for plan in self._plans_of(RULES[name], found)]
         for reason, count in reasons.items():
             log.info("optim.%s: %d parameters by the reference (%s)", type(self).__name__, count, reason)
+
+    def _plans_of(self, rule: Rule, entries: list[tuple[Tensor, int, dict]]) -> list[Plan]:
+        return [Plan(rule, entries)]
 
     def _gradients(self, params: list[Tensor]) -> list[Tensor | None]:
         grads = [p.grad for p in params]
@@ -292,24 +296,29 @@ class Optimizer(torch.optim.Optimizer):
         return grads
 
     def _run(self, plan: Plan, grads: Tensor, scale, found_inf, divisor, norm) -> None:
-        device = plan.device
-        records, held = _plan.groups(self.param_groups, device)
         plan.before()
+        common = self._arguments(plan, grads, scale, found_inf, divisor, norm)
+        trust = None
+        if plan.rule is RULES["lamb"]:
+            sums = torch.zeros(len(plan.params), 2, dtype=torch.float64, device=plan.device)
+            ops.measure(*common, sums)
+            trust = trust_ratio(*_norm.over_shards(plan.params, sums).unbind(1)).float()
+        ops.step(plan.rule.number, *common, trust)
+        plan.after()
+
+    def _arguments(self, plan: Plan, grads: Tensor, scale=None, found_inf=None, divisor=None, norm=None) -> tuple:
+        """What the raw operators take after the algorithm. The plan holds on to it: a captured graph replays from it."""
+        device = plan.device
+        records, lrs = _plan.groups([self._options(plan.rule, o) for o in self.param_groups], device)
         common = (plan.tensors, grads, plan.chunks, records, _on(scale, device), _on(found_inf, device),
                   _on(divisor, device), _on(norm, device), float(self.max_grad_norm or 0.0))  # fmt: skip
-        trust = None
-        if self._rule is _reference.RULES["lamb"]:
-            sums = torch.zeros(len(plan.params), 2, dtype=torch.float64, device=device)
-            ops.measure(*common, sums)
-            trust = _reference.trust_ratio(*_norm.over_shards(plan.params, sums).unbind(1)).float()
-        ops.step(self._rule.number, *common, trust)
-        plan.after()
-        plan.held = (held, common)  # a captured graph replays from these
+        plan.held = (lrs, common)
+        return common
 
     def _eager(self, p: Tensor, o: dict, scale, divisor, norm) -> None:
         """The step of one parameter by the reference."""
-        state, here = self.state[p], local(p)
-        wide = _wide(here.dtype)
+        state, here, rule = self.state[p], local(p), self._rule_of(p, o)
+        o, wide = self._options(rule, o), _wide(here.dtype)
         g = _scaled(local(self._gradients([p])[0]).to(wide), scale, divisor)
         if norm is not None:
             g = g * (self.max_grad_norm / (norm.to(g.device) + 1e-6)).clamp(max=1.0).to(wide)
@@ -320,10 +329,10 @@ class Optimizer(torch.optim.Optimizer):
         numbers = {k: float(v) if isinstance(v, Tensor) else v for k, v in o.items() if k != "params"}
         if "betas" in o:
             numbers["betas"] = tuple(map(float, o["betas"]))
-        keys = [k for k in self._rule.states if k in state]
+        keys = [k for k in rule.states if k in state]
         states = {k: local(self._read(k, state)).to(wide) for k in keys}
         master = _formats.join(here, local(state["remainder"])) if "remainder" in state else here.to(wide)
-        new = self._rule.update(master, g, states, numbers, step)
+        new = rule.update(master, g, states, numbers, step)
         for k in keys:
             self._write(p, k, states[k], state)
         if "remainder" in state:
@@ -392,8 +401,9 @@ class Optimizer(torch.optim.Optimizer):
     def torch_state_dict(self) -> dict[str, Any]:
         """A state_dict in which all states are float32 and nothing is unknown to the torch class of this name."""
         found = self.state_dict()
+        known = {key for rule in RULES.values() for key in rule.states}
         states = {
-            index: {k: self._read(k, s).to(_wide(s[k].dtype)) for k in self._rule.states if k in s}
+            index: {k: self._read(k, s).to(_wide(s[k].dtype)) for k in s if k in known}
             | {"step": s["step"].to(torch.float32)}
             for index, s in found["state"].items()
         }
@@ -418,9 +428,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _adopt(self, p: Tensor, o: dict, saved: dict) -> dict:
         """A saved state in the formats of this optimizer."""
-        state = {k: v for k, v in saved.items() if v is not None and k.removesuffix("_scale") not in self._rule.states}
-        if "step" in saved or any(k in saved for k in self._rule.states):
-            # torch's SGD counts no steps; what it saved comes after the first one.
+        states = self._rule_of(p, o).states
+        state = {k: v for k, v in saved.items() if v is not None and k.removesuffix("_scale") not in states}
+        if "step" in saved or any(k in saved for k in states):
+            # torch's SGD and Muon count no steps; what they saved comes after the first one.
             step = float(saved.get("step", 1.0))
             if not (step >= 0 and step == int(step)):
                 raise ValueError(f"bigkernels.optim.{type(self).__name__}: a saved step is {step}")
@@ -498,6 +509,14 @@ def _refuse_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 
 def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
+
+
+def _state_dtype(p: Tensor, unsigned: bool, o: dict) -> torch.dtype:
+    if p.dtype in (torch.float64, torch.complex64, torch.complex128):
+        return p.dtype
+    if o["state_dtype"] == "int8":
+        return torch.float32 if p.numel() < _formats.LEAST_8BIT else torch.uint8 if unsigned else torch.int8
+    return o["state_dtype"]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

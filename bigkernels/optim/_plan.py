@@ -55,8 +55,17 @@ def strides(t: Tensor) -> tuple[int, ...]:
 class Plan:
     """Records of parameters with their states; all on one device."""
 
-    def __init__(self, rule: Rule, entries: list[tuple[Tensor, int, dict]]):
-        """entries: (parameter, number of its group, its state)."""
+    def __init__(
+        self, rule: Rule, entries: list[tuple[Tensor, int, dict]], *, targets: list[Tensor] | None = None,
+        extras: tuple[str, ...] = ("remainder", "ema"),
+    ):  # fmt: skip
+        """
+        Args:
+            entries: (parameter, number of its group, its state).
+            targets: dense tensors that are written in the parameters' place; the parameters are not read then.
+            extras: what the kernel keeps beside the states of the rule, where a state has it.
+        """
+        self.rule = rule
         self.params = [p for p, _, _ in entries]
         self.states = [state for _, _, state in entries]
         self.device = local(self.params[0]).device
@@ -67,17 +76,18 @@ class Plan:
         for i, _, copy in self.copies:
             work[i] = copy
         self._work = work
+        targets = targets or work
         self._contiguous = all(t.is_contiguous() for t in work)
         self._strides = None if self._contiguous else [strides(t) for t in work]
         self._distributed = any(hasattr(p, "to_local") for p in self.params)
         self._complex = any(p.is_complex() for p in self.params)
 
-        keys = (*rule.states, *(f"{k}_scale" for k in rule.states), "remainder", "ema", "step")
+        keys = (*rule.states, *(f"{k}_scale" for k in rule.states), *extras, "step")
         self._kept = [(k, [s.get(k) for s in self.states]) for k in keys]
         rows, chunks = array("q"), array("q")
-        for index, (t, (_, group, state)) in enumerate(zip(work, entries, strict=True)):
+        for index, (t, (_, group, state)) in enumerate(zip(targets, entries, strict=True)):
             first = next((state[k] for k in rule.states if k in state), None)
-            address = lambda k: local(state[k]).data_ptr() if k in state else 0  # noqa: B023, E731
+            address = lambda k: local(state[k]).data_ptr() if k in keys and k in state else 0  # noqa: B023, E731
             given = [address(k) for k in rule.states]
             scales = [address(f"{k}_scale") for k in rule.states]
             pad = [0] * (3 - len(rule.states))

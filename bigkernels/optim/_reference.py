@@ -6,11 +6,14 @@ parameter; the states are changed in place. `o` are the options of the group, `s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ._orthogonal import orthogonalize_
 
 States = dict[str, Tensor]
 
@@ -20,6 +23,7 @@ class Rule:
     """An algorithm: the number that the kernels know it by (csrc/include/bigkernels/optimizer.h), its states in their
     order there, which of them have no sign, which a group needs, and its update."""
 
+    name: str
     number: int
     states: tuple[str, ...]
     unsigned: frozenset[str]
@@ -120,24 +124,44 @@ def lamb(p: Tensor, g: Tensor, s: States, o: dict, step: int) -> Tensor:
     return p - u * trust_ratio(p.square().sum(), u.square().sum()) * o["lr"]
 
 
-def muon(p: Tensor, g: Tensor, s: States, o: dict, step: int) -> Tensor:
-    """What Muon orthogonalises, in the parameter's place (Jordan et al. 2024)."""
+def muon_direction(g: Tensor, s: States, o: dict) -> Tensor:
+    """What Muon orthogonalises."""
     buffer = s["momentum_buffer"].lerp_(g, 1 - o["momentum"])
     return g.lerp(buffer, o["momentum"]) if o["nesterov"] else buffer.clone()
+
+
+def muon_factor(shape: torch.Size, adjust: str | None) -> float:
+    """What lr is multiplied with for a matrix of this shape, as torch.optim.Muon has it."""
+    rows, columns = shape[-2:]
+    if adjust == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
+
+
+def muon(p: Tensor, g: Tensor, s: States, o: dict, step: int) -> Tensor:
+    """Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/), of each matrix of a stack."""
+    u = muon_direction(g, s, o)
+    x = u.reshape(-1, *u.shape[-2:]).contiguous()
+    factor = muon_factor(p.shape, o["adjust_lr_fn"])
+    u = orthogonalize_(x, o["ns_coefficients"], o["ns_steps"], o["eps"], factor).view_as(u) * o["lr"]
+    return decayed(p, u, o) - u
 
 
 def _always(*which: bool) -> Callable[[dict], tuple[bool, ...]]:
     return lambda o: which
 
 
-RULES = {
-    "adam": Rule(0, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), frozenset({"exp_avg_sq", "max_exp_avg_sq"}),
-                 lambda o: (True, True, bool(o.get("amsgrad"))), adam),
-    "sgd": Rule(1, ("momentum_buffer",), frozenset(), lambda o: (o["momentum"] != 0,), sgd),
-    "rmsprop": Rule(2, ("square_avg", "momentum_buffer", "grad_avg"), frozenset({"square_avg"}),
-                    lambda o: (True, o["momentum"] > 0, bool(o["centered"])), rmsprop),
-    "adagrad": Rule(3, ("sum",), frozenset({"sum"}), _always(True), adagrad),
-    "lion": Rule(4, ("exp_avg",), frozenset(), _always(True), lion),
-    "lamb": Rule(5, ("exp_avg", "exp_avg_sq"), frozenset({"exp_avg_sq"}), _always(True, True), lamb),
-    "muon": Rule(6, ("momentum_buffer",), frozenset(), _always(True), muon),
-}  # fmt: skip
+_LIST = (
+    Rule("adam", 0, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), frozenset({"exp_avg_sq", "max_exp_avg_sq"}),
+         lambda o: (True, True, bool(o.get("amsgrad"))), adam),
+    Rule("sgd", 1, ("momentum_buffer",), frozenset(), lambda o: (o["momentum"] != 0,), sgd),
+    Rule("rmsprop", 2, ("square_avg", "momentum_buffer", "grad_avg"), frozenset({"square_avg"}),
+         lambda o: (True, o["momentum"] > 0, bool(o["centered"])), rmsprop),
+    Rule("adagrad", 3, ("sum",), frozenset({"sum"}), _always(True), adagrad),
+    Rule("lion", 4, ("exp_avg",), frozenset(), _always(True), lion),
+    Rule("lamb", 5, ("exp_avg", "exp_avg_sq"), frozenset({"exp_avg_sq"}), _always(True, True), lamb),
+    Rule("muon", 6, ("momentum_buffer",), frozenset(), _always(True), muon),
+    # What is left of SGD without momentum: a step along what it is given.
+    Rule("descent", 1, (), frozenset(), _always(), sgd),
+)  # fmt: skip
+RULES = {rule.name: rule for rule in _LIST}
