@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,16 +17,39 @@ from ..ops._registry import log
 from . import _formats, _norm, _plan
 from ._plan import Plan, dense, local
 from ._reference import RULES, Rule, trust_ratio
+from ._states import States, _wide
+
+if TYPE_CHECKING:
+    from ._backward import StepInBackward
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
-_CODES = (torch.int8, torch.uint8)  # with a sign and without
 # What torch.optim's classes take and these have no use for.
 _OF_TORCH = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
-# What a state_dict does not decide: the formats are those that this optimizer was made with.
-_KEPT = ("state_dtype", "rounding", "ema_decay", "cautious")
+# What decides which states a group has, by value and by being set.
+_FORMATS = ("state_dtype", "rounding")
+_STATEFUL = ("amsgrad", "momentum", "centered", "ema_decay", "use_muon")
 
 
-class Optimizer(torch.optim.Optimizer):
+@dataclass
+class _Schedule:
+    """Which parameters are stepped by which plan of a kernel."""
+
+    plans: list[Plan]
+    unserved: list[tuple[Tensor, int]]  # by no kernel, with the numbers of their groups
+    waiting: list[Tensor]  # without a gradient so far
+    forced: str | None
+    formats: list[tuple]
+
+    def holds(self, optimizer: Optimizer) -> bool:
+        return (
+            self.forced == _registry._forced
+            and self.formats == optimizer._formats_now()
+            and all(plan.holds() for plan in self.plans)
+            and all(p.grad is None for p in self.waiting)
+        )
+
+
+class Optimizer(States):
     """A torch optimizer whose step is one pass over memory.
 
     What every optimizer of this module takes beside the arguments of its torch namesake, in the constructor or in a
@@ -50,14 +73,14 @@ class Optimizer(torch.optim.Optimizer):
     view only.
     """
 
-    _rule: Rule
     _takes_sparse = False
-    _torch_options: tuple[str, ...] = ()  # of those here, which the torch class of this name has too
     _step_supports_amp_scaling = True  # GradScaler hands over its scale and found_inf instead of unscaling
 
     def __init__(self, params: Iterable, defaults: dict[str, Any], *, max_grad_norm: float | None):
         self._check_norm(max_grad_norm)
         self.max_grad_norm = max_grad_norm
+        self._in_backward: StepInBackward | None = None
+        self._offloaded_plans: Callable | None = None
         self._forget()
         defaults = {**_OF_TORCH, **defaults}
         defaults.setdefault("seed", None)
@@ -65,10 +88,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Nothing is known of where parameters and states are."""
-        self._plans: list[Plan] | None = None
-        self._waiting: list[Tensor] = []  # without a gradient so far
-        self._unserved: list[tuple[Tensor, dict]] = []  # by no kernel, with their groups
-        self._forced: str | None = None
+        self._schedule: _Schedule | None = None
         self._grad_norm: Tensor | None = None
 
     # ---- arguments --------------------------------------------------------------------------------------------------
@@ -128,78 +148,7 @@ class Optimizer(torch.optim.Optimizer):
             # Drawn from torch's generator where it is used, so that torch.manual_seed decides it.
             drawn = group["rounding"] == "stochastic"
             group["seed"] = int(torch.randint(2**63 - 1, (), dtype=torch.int64)) if drawn else 0
-        self._plans = None
-
-    # ---- states -----------------------------------------------------------------------------------------------------
-
-    def _rule_of(self, p: Tensor, o: dict) -> Rule:
-        return self._rule
-
-    def _options(self, rule: Rule, o: dict) -> dict:
-        """The options of a group as a rule names them."""
-        return o
-
-    def _expected(self, p: Tensor, o: dict) -> dict[str, torch.dtype]:
-        """The tensors of the shape of `p` in its state, with their dtypes."""
-        rule = self._rule_of(p, o)
-        needed = zip(rule.states, rule.needs(self._options(rule, o)), strict=True)
-        found = {k: _state_dtype(p, k in rule.unsigned, o) for k, there in needed if there}
-        if o["rounding"] == "kahan" and p.dtype == torch.bfloat16:
-            found["remainder"] = torch.int16
-        if o["ema_decay"] is not None:
-            found["ema"] = _wide(p.dtype)
-        return found
-
-    def _complete(self, p: Tensor, state: dict, o: dict) -> dict:
-        """Give a parameter what its state lacks."""
-        like = {"memory_format": torch.preserve_format}
-        if "step" not in state:
-            # float64: float32 stops counting at 2^24. On the device, so that no step waits for another.
-            state["step"] = torch.zeros((), dtype=torch.float64, device=local(p).device)
-        for key, dtype in self._expected(p, o).items():
-            if key in state:
-                continue
-            if key == "ema":
-                state[key] = p.detach().to(dtype, copy=True, **like)
-                continue
-            state[key] = torch.zeros_like(p, dtype=dtype, requires_grad=False, **like)
-            fill = float(o.get("initial_accumulator_value", 0.0)) if key == "sum" else 0.0
-            if dtype in _CODES:
-                here = local(state[key])
-                state[key + "_scale"] = torch.full((_formats.blocks(here.numel()),), fill, device=here.device)
-                if fill:
-                    here.fill_(255)
-            elif fill:
-                state[key].fill_(complex(fill, fill) if dtype.is_complex else fill)
-        return state
-
-    def _write(self, p: Tensor, key: str, value: Tensor, state: dict, dtype: torch.dtype | None = None) -> None:
-        """Put a float tensor of the shape of `p` into a state: over what is there, or as a new one of `dtype`."""
-        if dtype is not None:
-            state[key] = torch.empty_like(p, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format)
-        there = local(state[key])
-        value = local(value)
-        if there.dtype not in _CODES:
-            there.copy_(value)
-            return
-        wide = torch.empty_like(there, dtype=torch.float32).copy_(value)
-        codes, scale = _formats.encode8(_formats.flat(wide), there.dtype == torch.int8)
-        _formats.flat(there).copy_(codes)
-        if dtype is not None:
-            state[key + "_scale"] = scale
-        else:
-            state[key + "_scale"].copy_(scale)
-
-    def _read(self, key: str, state: dict) -> Tensor:
-        """A state as floats, where it is 8-bit; as it is otherwise."""
-        value = state[key]
-        if value.dtype not in _CODES:
-            return value
-        here = local(value)
-        wide = torch.empty_like(value, dtype=torch.float32)
-        decoded = _formats.decode8(_formats.flat(here), state[key + "_scale"])
-        _formats.flat(local(wide)).copy_(decoded)
-        return wide
+        self._schedule = None
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -231,61 +180,87 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         if divisor is not None and not isinstance(divisor, Tensor) and not 0 < divisor < math.inf:
             self._refuse("divisor", divisor, "positive numbers and tensors")
-        self._step(divisor)
+        if self._in_backward is not None:
+            self._in_backward.finish(divisor)
+        else:
+            self._step(divisor)
         return loss
 
     def _step(self, divisor: float | Tensor | None) -> None:
-        if not self._planned():
-            self._plan()
-        work = [(plan, *plan.gradients(self._gradients(plan.params))) for plan in self._plans]
-        eager = [(p, o) for p, o in self._unserved if p.grad is not None]
+        if self._schedule is None or not self._schedule.holds(self):
+            self._schedule = self._scheduled(self._all())
+        self._take(self._schedule, divisor)
+
+    def _all(self) -> Iterator[tuple[Tensor, int]]:
+        """All parameters, with the numbers of their groups."""
+        for number, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                yield p, number
+
+    def _formats_now(self) -> list[tuple]:
+        """What of the groups decides which states there are."""
+        return [tuple(bool(o.get(k)) if k not in _FORMATS else o[k] for k in (*_FORMATS, *_STATEFUL))
+                for o in self.param_groups]  # fmt: skip
+
+    def _scheduled(self, params: Iterable[tuple[Tensor, int]]) -> _Schedule:
+        """Who has a state or needs one by now, and who serves it."""
+        for o in self.param_groups:
+            self._check(o)
+        waiting, unserved = [], []
+        entries: dict[tuple[torch.device, str], list] = {}
+        reasons: dict[str, int] = {}
+        for p, number in params:
+            if p.grad is None and p not in self.state:
+                waiting.append(p)
+                continue
+            o = self.param_groups[number]
+            state = self._complete(p, self.state[p], o)
+            device, dtype = self._home(p), local(p).dtype
+            reason = ops.why_not(device.type, dtype, _registry._forced)
+            if reason is None:
+                entries.setdefault((device, self._rule_of(p, o).name), []).append((p, number, state))
+            else:
+                reasons[reason] = reasons.get(reason, 0) + 1
+                unserved.append((p, number))
+        for reason, count in reasons.items():
+            log.info("optim.%s: %d parameters by the reference (%s)", type(self).__name__, count, reason)
+        plans = [plan for (_, name), found in entries.items() for plan in self._plans_of(RULES[name], found)]
+        return _Schedule(plans, unserved, waiting, _registry._forced, self._formats_now())
+
+    def _take(self, schedule: _Schedule, divisor: float | Tensor | None, norm: Tensor | None = None) -> None:
+        """One step of the parameters of a schedule that have a gradient. `norm`: to clip by, instead of their own."""
+        for o in self.param_groups:
+            self._check({**o, "params": ()})
+        work = [(plan, *plan.gradients(self._gradients(plan.params))) for plan in schedule.plans]
+        eager = [(p, self.param_groups[number]) for p, number in schedule.unserved if p.grad is not None]
         self._gradients([p for p, _ in eager])
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        norm = None
-        if self.max_grad_norm is not None:
-            sums = [_norm.squares(plan, grads) for plan, grads, _ in work]
-            sums += [_norm.squares_of(p.grad) for p, _ in eager]
-            if sums:
-                norm = self._grad_norm = _scaled(_norm.total(sums).sqrt(), scale, divisor).float()
+        if self.max_grad_norm is not None and norm is None:
+            norm = self._grad_norm = self._norm_of(work, [p for p, _ in eager], scale, divisor)
         for plan, grads, _ in work:
             self._run(plan, grads, scale, found_inf, divisor, norm)
         if eager and not (found_inf is not None and float(found_inf)):
             for p, o in eager:
                 self._eager(p, o, scale, divisor, norm)
 
-    def _planned(self) -> bool:
-        return (
-            self._plans is not None
-            and self._forced == _registry._forced
-            and all(plan.holds() for plan in self._plans)
-            and all(p.grad is None for p in self._waiting)
-        )
-
-    def _plan(self) -> None:
-        """Look at all parameters: who has a state or needs one by now, and who serves them."""
-        self._forced = _registry._forced
-        self._waiting, self._unserved = [], []
-        entries: dict[tuple[torch.device, str], list] = {}
-        reasons: dict[str, int] = {}
-        for number, o in enumerate(self.param_groups):
-            for p in o["params"]:
-                if p.grad is None and p not in self.state:
-                    self._waiting.append(p)
-                    continue
-                state = self._complete(p, self.state[p], o)
-                device, dtype = local(p).device, local(p).dtype
-                reason = ops.why_not(device.type, dtype, self._forced)
-                if reason is None:
-                    entries.setdefault((device, self._rule_of(p, o).name), []).append((p, number, state))
-                else:
-                    reasons[reason] = reasons.get(reason, 0) + 1
-                    self._unserved.append((p, o))
-        self._plans = [plan for (_, name), found in entries.items() for plan in self._plans_of(RULES[name], found)]
-        for reason, count in reasons.items():
-            log.info("optim.%s: %d parameters by the reference (%s)", type(self).__name__, count, reason)
+    def _norm_of(self, work: list, eager: list[Tensor], scale, divisor) -> Tensor | None:
+        """The norm of all gradients together, as they are once scale and divisor are taken out: float32 ()."""
+        for plan, _, _ in work:
+            plan.wait()
+        sums = [_norm.squares(plan, grads) for plan, grads, _ in work] + [_norm.squares_of(p.grad) for p in eager]
+        return _scaled(_norm.total(sums).sqrt(), scale, divisor).float() if sums else None
 
     def _plans_of(self, rule: Rule, entries: list[tuple[Tensor, int, dict]]) -> list[Plan]:
-        return [Plan(rule, entries)]
+        return [Plan(rule, entries)] if self._offloaded_plans is None else self._offloaded_plans(rule, entries)
+
+    def _offload(self, plans: Callable[[Rule, list], list[Plan]]) -> None:
+        """Keep states in host memory, with plans made by `plans` (`offload_states`)."""
+        self._offloaded, self._offloaded_plans, self._schedule = True, plans, None
+        for p, state in self.state.items():
+            for key, value in state.items():
+                if _is_tensor(value):
+                    here = value.to("cpu")
+                    state[key] = here.pin_memory() if p.is_cuda else here
 
     def _gradients(self, params: list[Tensor]) -> list[Tensor | None]:
         grads = [p.grad for p in params]
@@ -378,130 +353,6 @@ class Optimizer(torch.optim.Optimizer):
                 for p, own, _ in swapped:
                     p.copy_(own)
 
-    # ---- saving and loading -----------------------------------------------------------------------------------------
-
-    @torch._disable_dynamo
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's: what `load_state_dict` of this optimizer, and with float32 states that of torch, goes on from.
-
-        8-bit states of distributed parameters are saved as float32, whose rounding back is exact: their blocks would be
-        others on another number of ranks.
-        """
-        found = super().state_dict()
-        for index, state in found["state"].items():
-            coded = [k for k, v in state.items() if _is_tensor(v) and v.dtype in _CODES and hasattr(v, "to_local")]
-            if coded:
-                found["state"][index] = {
-                    k: self._read(k, state) if k in coded else v
-                    for k, v in state.items()
-                    if k.removesuffix("_scale") not in coded or k in coded
-                }
-        return found
-
-    def torch_state_dict(self) -> dict[str, Any]:
-        """A state_dict in which all states are float32 and nothing is unknown to the torch class of this name."""
-        found = self.state_dict()
-        known = {key for rule in RULES.values() for key in rule.states}
-        states = {
-            index: {k: self._read(k, s).to(_wide(s[k].dtype)) for k in s if k in known}
-            | {"step": s["step"].to(torch.float32)}
-            for index, s in found["state"].items()
-        }
-        ours = (*_KEPT, "seed") + (() if "decoupled_weight_decay" in self._torch_options else ("decoupled_weight_decay",))
-        groups = [{k: v for k, v in g.items() if k not in ours} for g in found["param_groups"]]
-        return {"state": states, "param_groups": groups}
-
-    @torch._disable_dynamo
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state_dict of this class, in whatever formats, or of the torch class of this name.
-
-        States are converted to the formats of this optimizer: those are not loaded, everything else of the groups is.
-
-        Raises:
-            ValueError: groups, shapes or dtypes do not fit; nothing has changed then.
-        """
-        handle = self.register_load_state_dict_pre_hook(_converted)  # after the user's own
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-
-    def _adopt(self, p: Tensor, o: dict, saved: dict) -> dict:
-        """A saved state in the formats of this optimizer."""
-        states = self._rule_of(p, o).states
-        state = {k: v for k, v in saved.items() if v is not None and k.removesuffix("_scale") not in states}
-        if "step" in saved or any(k in saved for k in states):
-            # torch's SGD and Muon count no steps; what they saved comes after the first one.
-            step = float(saved.get("step", 1.0))
-            if not (step >= 0 and step == int(step)):
-                raise ValueError(f"bigkernels.optim.{type(self).__name__}: a saved step is {step}")
-            state["step"] = torch.tensor(step, dtype=torch.float64, device=local(p).device)
-        for key, dtype in self._expected(p, o).items():
-            value = saved.get(key)
-            if value is None:
-                state.pop(key, None)
-                continue
-            if not _is_tensor(value) or value.shape != p.shape:
-                given = tuple(value.shape) if _is_tensor(value) else type(value).__name__
-                raise ValueError(
-                    f"bigkernels.optim.{type(self).__name__}: the saved {key} is {given}; its parameter is {tuple(p.shape)}"
-                )
-            value = value.to(p.device)
-            if value.dtype in _CODES:
-                value = self._checked_codes(key, value, saved)
-            elif key == "remainder" and value.dtype != torch.int16:
-                raise ValueError(f"bigkernels.optim.{type(self).__name__}: the saved remainder is {value.dtype}")
-            self._write(p, key, value, state, dtype)
-        return state
-
-    def _checked_codes(self, key: str, codes: Tensor, saved: dict) -> Tensor:
-        """8-bit states as float32."""
-        scale = saved.get(key + "_scale")
-        if not _is_tensor(scale) or scale.shape != (_formats.blocks(local(codes).numel()),):
-            raise ValueError(f"bigkernels.optim.{type(self).__name__}: the saved {key} lacks the scales of its blocks")
-        return self._read(key, {key: codes, key + "_scale": scale.to(codes.device)})
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        states = state.get("state")
-        if states is not None and any(isinstance(v, _Whole) for v in states.values()):
-            for k, v in states.items():
-                states[k] = v.state if isinstance(v, _Whole) else v
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-            group["seed"] = group["seed"] or 0
-        self._forget()
-
-
-class _Whole:
-    """A state on its way through torch's load_state_dict, which would cast the tensors of a dictionary."""
-
-    def __init__(self, state: dict):
-        self.state = state
-
-
-def _converted(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
-        return state_dict  # which torch refuses
-    new_groups = [
-        {**deepcopy({k: v for k, v in saved.items() if k != "params"}), **{k: own[k] for k in _KEPT},
-         "params": saved["params"]}
-        for own, saved in zip(groups, saved_groups, strict=True)
-    ]  # fmt: skip
-    states = dict(state_dict["state"])
-    for own, saved, new in zip(groups, saved_groups, new_groups, strict=True):
-        options = {**optimizer.defaults, **new}
-        optimizer._check({**options, "params": own["params"]})
-        for p, index in zip(own["params"], saved["params"], strict=True):
-            if index in states:
-                states[index] = _Whole(optimizer._adopt(p, options, states[index]))
-    return {**state_dict, "state": states, "param_groups": new_groups}
-
 
 def _refuse_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     raise RuntimeError("bigkernels.optim: a step inside `averaged()` would be lost")
@@ -509,19 +360,6 @@ def _refuse_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 
 def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
-
-
-def _state_dtype(p: Tensor, unsigned: bool, o: dict) -> torch.dtype:
-    if p.dtype in (torch.float64, torch.complex64, torch.complex128):
-        return p.dtype
-    if o["state_dtype"] == "int8":
-        return torch.float32 if p.numel() < _formats.LEAST_8BIT else torch.uint8 if unsigned else torch.int8
-    return o["state_dtype"]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What a dtype is averaged and computed in."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16, *_CODES) else dtype
 
 
 def _scaled(x: Tensor, scale: Tensor | None, divisor: float | Tensor | None) -> Tensor:

@@ -52,6 +52,16 @@ def strides(t: Tensor) -> tuple[int, ...]:
     return tuple(stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1)
 
 
+def laid_out(t: Tensor, p: Tensor) -> bool:
+    """Whether the elements of `t` lie in the order in which a kernel goes through those of the parameter `p`."""
+    if t.shape != p.shape:
+        return False
+    here, there = local(t), local(p)
+    return here.is_contiguous() and (there.is_contiguous() or not dense(there)) or (
+        dense(here) and strides(here) == strides(there)
+    )
+
+
 class Plan:
     """Records of parameters with their states; all on one device."""
 
@@ -68,7 +78,7 @@ class Plan:
         self.rule = rule
         self.params = [p for p, _, _ in entries]
         self.states = [state for _, _, state in entries]
-        self.device = local(self.params[0]).device
+        self.device = (targets[0] if targets else local(self.params[0])).device
         self._locals = [local(p) for p in self.params]
         # A view with gaps is worked on as a copy, which goes back into the view.
         self.copies = [(i, t, torch.empty_like(t)) for i, t in enumerate(self._locals) if not dense(t)]
@@ -115,7 +125,7 @@ class Plan:
 
     def gradients(self, given: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
         """The records of the gradients, None for those that have none, and tensors to hold on to until the step ran."""
-        grads, copies = given, []
+        grads = given
         if self._distributed or self._complex:
             grads = [None if g is None else local(g) for g in grads]
         if not (self._contiguous and all(map(_contiguous, grads))):
@@ -123,16 +133,18 @@ class Plan:
             for i, g in enumerate(grads):
                 if g is not None and not self._fits(i, g):
                     grads[i] = torch.empty_like(self._work[i], dtype=g.dtype).copy_(g)
-                    copies.append(grads[i])
         rows = array("q", chain.from_iterable([(0, 0) if g is None else (g.data_ptr(), TYPES[g.dtype]) for g in grads]))
         if self._written is None or self._written[0] != rows:
             self._written = rows, _to(rows, self.device, (len(self.params), 2))
-        return self._written[1], copies
+        return self._written[1], grads
 
     def _fits(self, i: int, g: Tensor) -> bool:
         if self._strides is None:
             return g.is_contiguous()
         return strides(g) == self._strides[i] and dense(g)
+
+    def wait(self) -> None:
+        """Until the gradients are where their records say."""
 
     def before(self) -> None:
         for _, t, copy in self.copies:
