@@ -1,14 +1,14 @@
 """The raw operators of `bigkernels.optim`: steps over lists of records, which are pointers and sizes as plain numbers.
 
-The records are those of csrc/include/bigkernels/optimizer.h; bigkernels/optim/_plan.py writes them, and keeps alive what
-they point to. Nobody else should call these: there is no way to check an address.
+The records are those of csrc/include/bigkernels/optimizer.h; bigkernels/optim/_plan.py writes them, and keeps alive
+what they point to. Nobody else should call these: there is no way to check an address.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .._load import cpu_library, cuda_library
+from .._load import cpu_library, cuda_unavailable
 from ._registry import Implementation
 
 STEP = (
@@ -28,7 +28,7 @@ for schema in (STEP, MEASURE, NORM):
 # In the order in which they are tried.
 IMPLEMENTATIONS = (
     Implementation("cpu", "cpu", unavailable=lambda: cpu_library().reason),
-    Implementation("cuda", "cuda", unavailable=lambda: cuda_library().reason),
+    Implementation("cuda", "cuda", unavailable=cuda_unavailable),
 )
 
 step = torch.ops.bigkernels.optimizer_step.default

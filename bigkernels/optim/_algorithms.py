@@ -1,4 +1,4 @@
-"""The optimizers: arguments and defaults of their torch namesakes, and those that all share (`_optimizer.Optimizer`)."""
+"""The optimizers: arguments and defaults of their torch namesakes, and those that all share (`Optimizer`)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class Adam(Optimizer):
         weight_decay: float = 0, amsgrad: bool = False, *, foreach: bool | None = None, maximize: bool = False,
         capturable: bool = False, differentiable: bool = False, fused: bool | None = None,
         decoupled_weight_decay: bool = False, cautious: bool = False, state_dtype: torch.dtype | str = torch.float32,
-        rounding: str = "nearest", max_grad_norm: float | None = None, ema_decay: float | None = None,
+        rounding: str = "nearest",
+        max_grad_norm: float | None = None, ema_decay: float | None = None,
     ):  # fmt: skip
         options, norm = _options(locals())
         super().__init__(params, options, max_grad_norm=norm)
@@ -87,9 +88,10 @@ class SGD(Optimizer):
 
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-3, momentum: float = 0, dampening: float = 0,
-        weight_decay: float | Tensor = 0, nesterov: bool = False, *, maximize: bool = False, foreach: bool | None = None,
-        differentiable: bool = False, fused: bool | None = None, decoupled_weight_decay: bool = False,
-        cautious: bool = False, state_dtype: torch.dtype | str = torch.float32, rounding: str = "nearest",
+        weight_decay: float | Tensor = 0, nesterov: bool = False, *, maximize: bool = False,
+        foreach: bool | None = None, differentiable: bool = False, fused: bool | None = None,
+        decoupled_weight_decay: bool = False, cautious: bool = False,
+        state_dtype: torch.dtype | str = torch.float32, rounding: str = "nearest",
         max_grad_norm: float | None = None, ema_decay: float | None = None,
     ):  # fmt: skip
         options, norm = _options(locals())
@@ -120,7 +122,8 @@ class RMSprop(Optimizer):
         weight_decay: float = 0, momentum: float = 0, centered: bool = False, capturable: bool = False,
         foreach: bool | None = None, maximize: bool = False, differentiable: bool = False, *,
         decoupled_weight_decay: bool = False, cautious: bool = False, state_dtype: torch.dtype | str = torch.float32,
-        rounding: str = "nearest", max_grad_norm: float | None = None, ema_decay: float | None = None,
+        rounding: str = "nearest",
+        max_grad_norm: float | None = None, ema_decay: float | None = None,
     ):  # fmt: skip
         options, norm = _options(locals())
         super().__init__(params, options, max_grad_norm=norm)
@@ -147,9 +150,10 @@ class Adagrad(Optimizer):
 
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-2, lr_decay: float = 0, weight_decay: float = 0,
-        initial_accumulator_value: float = 0, eps: float = 1e-10, foreach: bool | None = None, *, maximize: bool = False,
-        differentiable: bool = False, fused: bool | None = None, decoupled_weight_decay: bool = False,
-        cautious: bool = False, state_dtype: torch.dtype | str = torch.float32, rounding: str = "nearest",
+        initial_accumulator_value: float = 0, eps: float = 1e-10, foreach: bool | None = None, *,
+        maximize: bool = False, differentiable: bool = False, fused: bool | None = None,
+        decoupled_weight_decay: bool = False, cautious: bool = False,
+        state_dtype: torch.dtype | str = torch.float32, rounding: str = "nearest",
         max_grad_norm: float | None = None, ema_decay: float | None = None,
     ):  # fmt: skip
         options, norm = _options(locals())
@@ -184,8 +188,8 @@ class Lion(Optimizer):
 class LAMB(Optimizer):
     """LAMB (You et al. 2020, https://arxiv.org/abs/1904.00962): Adam's direction, as long as the parameter is.
 
-    The decay is part of the direction; each tensor's step has the norm of the tensor times lr. The second pass reads the
-    states as they are stored, so in 16 and 8 bits it takes their rounding in.
+    The decay is part of the direction; each tensor's step has the norm of the tensor times lr. The second pass reads
+    the states as they are stored, so in 16 and 8 bits it takes their rounding in.
 
     Args:
         params: parameters, named parameters, or groups of them.

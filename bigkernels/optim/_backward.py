@@ -61,7 +61,7 @@ class StepInBackward:
         p.grad = None
 
     def finish(self, divisor: float | Tensor | None) -> None:
-        """`optimizer.step()`: the parameters whose gradients have waited, and the norm of this pass for the next one."""
+        """`optimizer.step()`: the parameters whose gradients have waited, and the norm of this pass for the next."""
         optimizer, divisor = self._optimizer, self.divisor if divisor is None else divisor
         if hasattr(optimizer, "found_inf"):
             raise RuntimeError(
@@ -69,7 +69,9 @@ class StepInBackward:
                 "train in bfloat16, or without it"
             )
         left = [p for p in self._numbers if p.grad is not None]
-        parts = self._squares + ([_norm.squares_of(p.grad) for p in left] if optimizer.max_grad_norm is not None else [])
+        parts = self._squares
+        if optimizer.max_grad_norm is not None:
+            parts += [_norm.squares_of(p.grad) for p in left]
         if parts:
             self._last_norm = optimizer._grad_norm = _scaled(_norm.total(parts).sqrt(), None, divisor).float()
         self._squares = []
@@ -94,8 +96,9 @@ def step_in_backward(model: nn.Module, optimizer: Optimizer, *, clip: str | None
         A handle: `accumulate()`, `remove()`, and `divisor`, to be set to the number of tokens before backward.
 
     Raises:
-        ValueError: the optimizer clips and `clip` does not say how; the model is wrapped by DistributedDataParallel, whose
-            gradients are not yet averaged then; the optimizer has parameters that are not the model's; it has a handle.
+        ValueError: the optimizer clips and `clip` does not say how; the model is wrapped by DistributedDataParallel,
+            whose gradients are not yet averaged then; the optimizer has parameters that are not the model's; it steps
+            in backward already.
         RuntimeError: at `optimizer.step()`, under a GradScaler.
     """
     name = "bigkernels.optim.step_in_backward"
@@ -119,16 +122,17 @@ def step_in_backward(model: nn.Module, optimizer: Optimizer, *, clip: str | None
 
 
 def accumulate_in_float32(parameters: Iterable[Tensor]) -> None:
-    """Let the gradients of 16-bit parameters be float32: what several backward passes add up keeps its digits.
+    """Let gradients of 16-bit parameters be float32: what several backward passes add up keeps its digits.
 
-    Gradients then have the dtype that `Tensor.grad_dtype` names; the optimizers of this package read it as it is. Divide
-    by the tokens of all passes in the step: `optimizer.step(divisor=tokens)`, of losses that are sums.
+    Gradients then have the dtype that `Tensor.grad_dtype` names; the optimizers of this package read it as it is.
+    Divide by the tokens of all passes in the step: `optimizer.step(divisor=tokens)`, of losses that are sums.
 
     Raises:
         RuntimeError: this torch has no `Tensor.grad_dtype` (2.10 has).
     """
     if not hasattr(Tensor, "grad_dtype"):
-        raise RuntimeError(f"bigkernels.optim.accumulate_in_float32: torch {torch.__version__} has no Tensor.grad_dtype")
+        name = "bigkernels.optim.accumulate_in_float32"
+        raise RuntimeError(f"{name}: torch {torch.__version__} has no Tensor.grad_dtype")
     for p in parameters:
         if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
             p.grad_dtype = torch.float32

@@ -16,7 +16,8 @@ def blocks(n: int) -> int:
     return -(-n // BLOCK)
 
 
-# For codes beside a sign and without one: what the bits of a code as a float, quartered, are short of those of its value.
+# For codes beside a sign and without one: the largest, whose bits as a float, less a constant, are a quarter of those
+# of 1.
 _TOP = {True: 0x42FF0000, False: 0x437F8000}  # 127.5 and 255.5 as floats
 _ONE = 0x3F800000
 
@@ -53,7 +54,8 @@ def encode8(x: Tensor, sign: bool) -> tuple[Tensor, Tensor]:
 def decode8(codes: Tensor, scale: Tensor) -> Tensor:
     """(n,) float32."""
     if codes.dtype == torch.int8:
-        value = (_value(codes.int().abs(), True) - _value(torch.zeros_like(codes), True)) * torch.where(codes < 0, -1.0, 1.0)
+        value = _value(codes.int().abs(), True) - _value(torch.zeros_like(codes), True)
+        value = torch.where(codes < 0, -value, value)
     else:
         value = _value(codes, False)
     return value * scale.repeat_interleave(BLOCK)[: codes.numel()]
@@ -90,6 +92,7 @@ def _mix(x: Tensor) -> Tensor:
 
 def key(seed: int, step: int) -> int:
     """The key of a step's random words, as update.h's `scalars_of` makes it."""
+
     def mix(x: int) -> int:
         return int(_mix(torch.tensor(x & 0xFFFFFFFF)))
 
@@ -111,7 +114,8 @@ def stochastic(x: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
         rounded = bits.to(torch.int16).view(torch.bfloat16)
     else:
         sign = torch.where(x.signbit(), -1.0, 1.0)
-        normal = ((x.view(torch.int32).to(torch.int64) + (random & 0x1FFF)) & ~0x1FFF).to(torch.int32).view(torch.float32)
+        bits = (x.view(torch.int32).to(torch.int64) + (random & 0x1FFF)) & ~0x1FFF
+        normal = bits.to(torch.int32).view(torch.float32)
         fraction = ((random << 7) | 0x3F800000).to(torch.int32).view(torch.float32) - 1.0
         subnormal = (x.abs() * 2.0**24 + fraction).floor() * 2.0**-24 * sign
         rounded = torch.where(x.abs() < 2.0**-14, subnormal, normal).to(torch.float16)

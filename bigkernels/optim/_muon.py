@@ -21,8 +21,8 @@ _BATCH = 2**24  # elements of equal shapes that are orthogonalised together, in 
 class Muon(Optimizer):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), as torch.optim.Muon for matrices.
 
-    One rule decides: parameters of two or three dimensions take Muon, the latter as stacks of matrices (experts), and all
-    others AdamW. A group with `use_muon` False takes AdamW whatever its shapes: embeddings and output heads, which
+    One rule decides: parameters of two or three dimensions take Muon, the latter as stacks of matrices (experts), and
+    all others AdamW. A group with `use_muon` False takes AdamW whatever its shapes: embeddings and output heads, which
     `muon_groups` sets apart.
 
     Args:
@@ -34,8 +34,9 @@ class Muon(Optimizer):
         ns_coefficients: of the polynomial of a Newton-Schulz step.
         eps: the least norm that a matrix is divided by before the first one.
         ns_steps: how many.
-        adjust_lr_fn: "original" (also None) multiplies lr with sqrt(max(1, rows / columns)), "match_rms_adamw" (Moonshot,
-            https://arxiv.org/abs/2502.16982) with 0.2 sqrt(max(rows, columns)), so that AdamW's lr and decay fit.
+        adjust_lr_fn: "original" (also None) multiplies lr with sqrt(max(1, rows / columns)), "match_rms_adamw"
+            (Moonshot, https://arxiv.org/abs/2502.16982) with 0.2 sqrt(max(rows, columns)), so that AdamW's lr and decay
+            fit.
         maximize: ascend.
         use_muon: None for the rule above, or True or False for a whole group.
         adamw_lr: learning rate of the other parameters; None: `lr`.
@@ -121,7 +122,7 @@ class Muon(Optimizer):
         plan.workspace.zero_()  # matrices without a gradient stay zero, and are not descended along
         ops.step(plan.rule.number, *self._arguments(plan, grads, scale, found_inf, divisor, norm), None)
         plan.orthogonalize()
-        # The first call has counted the step and skips it where found_inf says so; given trust ratios this one counts none.
+        # The first call has counted the step; given trust ratios this one counts none.
         steps = plan.descent
         used = torch.where(grads[:, :1] == 0, 0, steps.records)
         ops.step(steps.plan.rule.number, *self._arguments(steps.plan, used, found_inf=found_inf), steps.ones)
@@ -145,7 +146,10 @@ class _MatrixPlan(Plan):
         self.workspace = workspace[: len(entries) * here.numel()].view(len(entries), *here.shape)
         updates = list(self.workspace.unbind())
         # A parameter that is transposed in memory has its update in the same order.
-        like = [t.as_strided(t.shape, _order(local(p)), t.storage_offset()) for t, (p, _, _) in zip(updates, entries, strict=True)]
+        like = [
+            t.as_strided(t.shape, _order(local(p)), t.storage_offset())
+            for t, (p, _, _) in zip(updates, entries, strict=True)
+        ]
         super().__init__(RULES["muon"], entries, targets=like, extras=())
         self.updates = like
         self._options = options
@@ -205,7 +209,8 @@ def muon_groups(model: nn.Module, **of_adamw: Any) -> list[dict[str, Any]]:
         Groups with their parameters by name; `use_muon` is False in the second.
     """
     embeddings = [m for m in model.modules() if any("embedding" in c.__name__.lower() for c in type(m).__mro__)]
-    vocabulary = {m.weight.shape[0] for m in embeddings if getattr(m, "weight", None) is not None and m.weight.dim() == 2}
+    weights = [getattr(m, "weight", None) for m in embeddings]
+    vocabulary = {w.shape[0] for w in weights if w is not None and w.dim() == 2}
     apart = {id(p) for m in embeddings for p in m.parameters(recurse=False)}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:

@@ -103,9 +103,7 @@ def get_total_norm(
         wide = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
         norm = norm if wide else norm.float()
     if error_if_nonfinite and not norm.isfinite():
-        raise RuntimeError(
-            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be clipped."
-        )
+        raise RuntimeError(f"bigkernels.optim: the gradients' norm of order {norm_type} is not finite")
     return norm
 
 
@@ -115,15 +113,13 @@ def _parts(tensors: list[Tensor], p: float) -> list[Tensor]:
     values: list[Tensor | None] = [None] * len(tensors)
     served: dict[torch.device, list[int]] = {}
     for i, t in enumerate(tensors):
-        if t.layout != torch.strided:
-            t = t.coalesce().values()
-        here = local(t)
+        here = _values(t)
         if p in (2.0, math.inf) and ops.why_not(here.device.type, here.dtype, _registry._forced) is None:
             served.setdefault(here.device, []).append(i)
         else:
             values[i] = _power(here, p)
     for device, indices in served.items():
-        flat = [local(tensors[i] if tensors[i].layout == torch.strided else tensors[i].coalesce().values()) for i in indices]
+        flat = [_values(tensors[i]) for i in indices]
         flat = [t if _plan.dense(t) else t.contiguous() for t in flat]
         found = torch.empty(len(flat), dtype=torch.float64, device=device)
         ops.norm(*_plan.only_gradients(flat, device), found, p == math.inf)
@@ -136,6 +132,11 @@ def _parts(tensors: list[Tensor], p: float) -> list[Tensor]:
             value = over_shards([t], value.view(1), op)[0]
         reduced.append(value)
     return reduced
+
+
+def _values(t: Tensor) -> Tensor:
+    """The elements of a tensor that are here."""
+    return local(t if t.layout == torch.strided else t.coalesce().values())
 
 
 def _power(t: Tensor, p: float) -> Tensor:
@@ -193,5 +194,5 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
     """
     clip_value = float(clip_value)
     if not clip_value > 0:
-        raise ValueError(f"bigkernels.optim.clip_grad_value_: clip_value is {clip_value}; accepted are positive numbers")
+        raise ValueError(f"bigkernels.optim.clip_grad_value_: clip_value is {clip_value}; it has to be positive")
     torch.nn.utils.clip_grad_value_(parameters, clip_value, foreach)

@@ -21,9 +21,9 @@ def offload_states(optimizer: Optimizer) -> None:
     """Keep the states of an optimizer in host memory, and take its steps there.
 
     For parameters on a GPU. Gradients go to pinned host memory bucket by bucket; while the CPU kernels step one bucket,
-    the next one's gradients arrive and the last one's parameters return. States take no memory on the GPU; the host holds
-    them, a copy of the parameters and one of the gradients. Existing states move. Parameters on the CPU are served in
-    the same way, for tests.
+    the next one's gradients arrive and the last one's parameters return. States take no memory on the GPU; the host
+    holds them, a copy of the parameters and one of the gradients. Existing states move. Parameters on the CPU are
+    served in the same way, for tests.
 
     Raises:
         ValueError: for `Muon`, whose products belong on the GPU; for distributed and complex parameters and those of
@@ -31,7 +31,7 @@ def offload_states(optimizer: Optimizer) -> None:
     """
     name = "bigkernels.optim.offload_states"
     if not isinstance(optimizer, Optimizer) or isinstance(optimizer, Muon):
-        raise ValueError(f"{name}: optimizer is a {type(optimizer).__name__}; accepted are the others of bigkernels.optim")
+        raise ValueError(f"{name}: optimizer is a {type(optimizer).__name__}; accepted are the others of this module")
     if reason := cpu_library().reason:
         raise ValueError(f"{name}: the CPU kernels are needed ({reason})")
     for group in optimizer.param_groups:

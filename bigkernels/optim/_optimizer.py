@@ -282,7 +282,7 @@ class Optimizer(States):
         plan.after()
 
     def _arguments(self, plan: Plan, grads: Tensor, scale=None, found_inf=None, divisor=None, norm=None) -> tuple:
-        """What the raw operators take after the algorithm. The plan holds on to it: a captured graph replays from it."""
+        """What the raw operators take after the algorithm. The plan keeps it: a captured graph replays from it."""
         device = plan.device
         records, lrs = _plan.groups([self._options(plan.rule, o) for o in self.param_groups], device)
         common = (plan.tensors, grads, plan.chunks, records, _on(scale, device), _on(found_inf, device),
@@ -307,9 +307,15 @@ class Optimizer(States):
         keys = [k for k in rule.states if k in state]
         states = {k: local(self._read(k, state)).to(wide) for k in keys}
         master = _formats.join(here, local(state["remainder"])) if "remainder" in state else here.to(wide)
-        new = rule.update(master, g, states, numbers, step)
-        for k in keys:
-            self._write(p, k, states[k], state)
+
+        def stored(states: dict[str, Tensor]) -> dict[str, Tensor]:
+            for k in keys:
+                self._write(p, k, states[k], state)
+            return {k: local(self._read(k, state)).to(wide) for k in keys}
+
+        new = rule.update(master, g, states, {**numbers, "stored": stored}, step)
+        if rule is not RULES["lamb"]:
+            stored(states)
         if "remainder" in state:
             high, rest = _formats.split(new)
             here.copy_(high)

@@ -57,8 +57,10 @@ def laid_out(t: Tensor, p: Tensor) -> bool:
     if t.shape != p.shape:
         return False
     here, there = local(t), local(p)
-    return here.is_contiguous() and (there.is_contiguous() or not dense(there)) or (
-        dense(here) and strides(here) == strides(there)
+    return (
+        here.is_contiguous()
+        and (there.is_contiguous() or not dense(there))
+        or (dense(here) and strides(here) == strides(there))
     )
 
 

@@ -104,8 +104,9 @@ def lion(p: Tensor, g: Tensor, s: States, o: dict, step: int) -> Tensor:
     return decayed(p, u, o) - u
 
 
-def lamb_direction(p: Tensor, g: Tensor, s: States, o: dict, step: int) -> Tensor:
-    first, second = _moments(g, s, o, step)
+def lamb_direction(p: Tensor, s: States, o: dict, step: int) -> Tensor:
+    beta1, beta2 = o["betas"]
+    first, second = s["exp_avg"] / (1 - beta1**step), s["exp_avg_sq"] / (1 - beta2**step)
     u = first / (second.sqrt() + o["eps"])
     decay = p * o["weight_decay"]
     return u + (torch.where(u * p >= 0, decay, 0) if o["cautious"] else decay)
@@ -118,10 +119,12 @@ def trust_ratio(param_squares: Tensor, direction_squares: Tensor) -> Tensor:
 
 
 def lamb(p: Tensor, g: Tensor, s: States, o: dict, step: int) -> Tensor:
-    """You et al. 2020 (https://arxiv.org/abs/1904.00962), with the bias of the moments taken out and the decay as a part
-    of the direction whose length the trust ratio sets."""
-    u = lamb_direction(p, g, s, o, step)
-    return p - u * trust_ratio(p.square().sum(), u.square().sum()) * o["lr"]
+    """You et al. 2020 (https://arxiv.org/abs/1904.00962), with the bias of the moments taken out and the decay as a
+    part of the direction whose length the trust ratio sets."""
+    _moments(g, s, o, step)
+    trust = trust_ratio(p.square().sum(), lamb_direction(p, s, o, step).square().sum())
+    # The kernels' second pass reads the states as they are stored by then.
+    return p - lamb_direction(p, o.get("stored", dict)(s), o, step) * trust * o["lr"]
 
 
 def muon_direction(g: Tensor, s: States, o: dict) -> Tensor:

@@ -132,7 +132,7 @@ class States(torch.optim.Optimizer):
             | {"step": s["step"].to(torch.float32)}
             for index, s in found["state"].items()
         }
-        ours = (*_KEPT, "seed") + (() if "decoupled_weight_decay" in self._torch_options else ("decoupled_weight_decay",))
+        ours = {*_KEPT, "seed", "decoupled_weight_decay"}.difference(self._torch_options)
         groups = [{k: v for k, v in g.items() if k not in ours} for g in found["param_groups"]]
         return {"state": states, "param_groups": groups}
 
@@ -168,9 +168,8 @@ class States(torch.optim.Optimizer):
                 continue
             if not _is_tensor(value) or value.shape != p.shape:
                 given = tuple(value.shape) if _is_tensor(value) else type(value).__name__
-                raise ValueError(
-                    f"bigkernels.optim.{type(self).__name__}: the saved {key} is {given}; its parameter is {tuple(p.shape)}"
-                )
+                name = f"bigkernels.optim.{type(self).__name__}"
+                raise ValueError(f"{name}: the saved {key} is {given}; its parameter is {tuple(p.shape)}")
             value = value.to(self._home(p))
             if value.dtype in _CODES:
                 value = self._checked_codes(key, value, saved)

@@ -244,7 +244,8 @@ void step_chunk(const OptimizerTensor& t, const OptimizerGrad& grad, const Optim
       if (kFloat && t.ema) average_block(t.ema + at, (const float*)p.data, b.n, s.ema);
     } else if (kFloat) {
       open_param(t, b, param);
-      step_block<A, kThere, kPlain, typename MathOf<S>::type>(s, (const float*)param, open_grad(grad, b, gradient), param, b.padded, x, y, z);
+      step_block<A, kThere, kPlain, typename MathOf<S>::type>(s, (const float*)param, open_grad(grad, b, gradient),
+                                                              param, b.padded, x, y, z);
       close_param(t, s, b, param);
       if (t.ema) average_block(t.ema + at, param, b.n, s.ema);
     }
@@ -308,7 +309,7 @@ void optimizer_step(Algorithm algorithm, const OptimizerTensor& t, const Optimiz
 // LAMB's first pass: the states, and the sums of squares of the parameter and of the direction.
 template <class S>
 static void measure_chunk(const OptimizerTensor& t, const OptimizerGrad& grad, const OptimizerScalars& s,
-                   const OptimizerChunk& chunk, double* sums) {
+                          const OptimizerChunk& chunk, double* sums) {
   constexpr Algorithm A = Algorithm::lamb;
   alignas(64) float param[kBlock], gradient[kBlock], direction[kBlock], copies[2][kBlock], buffers[2][kBlock];
   sums[0] = sums[1] = 0.0;

@@ -114,8 +114,7 @@ void measure(Tensor tensors, Tensor grads, Tensor chunks, Tensor groups, MaybeTe
   STD_TORCH_CHECK(sums.is_cpu() && sums.scalar_type() == ScalarType::Double && sums.is_contiguous() &&
                       sums.numel() == 2 * lists.tensor_count,
                   "bigkernels::optimizer_measure: sums must be float64, two a tensor");
-  auto scalars =
-      scalars_for(Algorithm::lamb, lists, groups, grad_factor(grad_scale, divisor, norm, max_norm), true);
+  auto scalars = scalars_for(Algorithm::lamb, lists, groups, grad_factor(grad_scale, divisor, norm, max_norm), true);
   std::vector<double> parts(2 * lists.chunk_count);
   auto kernel = table().optimizer_measure;
   lists.for_chunks([&](int64_t i) {
@@ -136,7 +135,8 @@ void norms(Tensor tensors, Tensor grads, Tensor chunks, Tensor out, bool infinit
                   "bigkernels::optimizer_norm: out must be float64, one a tensor");
   std::vector<double> parts(lists.chunk_count);
   auto kernel = table().optimizer_norm;
-  lists.for_chunks([&](int64_t i) { parts[i] = kernel(lists.grads[lists.chunks[i].tensor], lists.chunks[i], infinity); });
+  lists.for_chunks(
+      [&](int64_t i) { parts[i] = kernel(lists.grads[lists.chunks[i].tensor], lists.chunks[i], infinity); });
   double* values = (double*)out.mutable_data_ptr();
   std::fill(values, values + lists.tensor_count, 0.0);
   for (int64_t i = 0; i < lists.chunk_count; ++i) {

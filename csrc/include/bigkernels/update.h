@@ -81,7 +81,8 @@ BK_BOTH V with_l2(const OptimizerScalars& s, V p, V g) {
   return s.l2 != 0.0f ? g + p * s.l2 : g;
 }
 
-// An algorithm: what is left in the states, and the parameter. `flags`: what follows from which states there are (bits).
+// An algorithm: what is left in the states, and the parameter. `flags`: what follows from which states there are
+// (bits).
 template <Algorithm>
 struct Update;
 
