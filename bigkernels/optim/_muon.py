@@ -80,7 +80,7 @@ class Muon(Optimizer):
 
     def _rule_of(self, p: Tensor, o: dict) -> Rule:
         matrix = o["use_muon"] if o["use_muon"] is not None else p.dim() in (2, 3)
-        return RULES["muon" if matrix else "adam"]
+        return RULES["muon" if matrix and p.numel() else "adam"]
 
     def _options(self, rule: Rule, o: dict) -> dict:
         if rule is RULES["muon"]:

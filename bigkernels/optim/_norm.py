@@ -174,15 +174,13 @@ def clip_grad_norm_(
     with torch.no_grad():
         by_kind: dict[tuple, list[Tensor]] = {}
         for g in grads:
-            here = g if g.layout != torch.strided else g.to_local() if hasattr(g, "to_local") else g
-            by_kind.setdefault((here.device, here.dtype, here.layout), []).append(here.detach())
-        for (device, _, layout), kind in by_kind.items():
-            factor = coefficient.to(device)
-            if layout == torch.strided:
-                torch._foreach_mul_(kind, factor)
-            else:
-                for g in kind:
-                    g.mul_(factor)
+            if g.layout != torch.strided:
+                g.mul_(coefficient.to(g.device))
+                continue
+            here = g.to_local() if hasattr(g, "to_local") else g
+            by_kind.setdefault((here.device, here.dtype), []).append(here.detach())
+        for (device, _), kind in by_kind.items():
+            torch._foreach_mul_(kind, coefficient.to(device))
     return norm
 
 

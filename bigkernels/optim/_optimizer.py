@@ -39,11 +39,13 @@ class _Schedule:
     waiting: list[Tensor]  # without a gradient so far
     forced: str | None
     formats: list[tuple]
+    states: int  # how many there are
 
     def holds(self, optimizer: Optimizer) -> bool:
         return (
             self.forced == _registry._forced
             and self.formats == optimizer._formats_now()
+            and self.states == len(optimizer.state)
             and all(plan.holds() for plan in self.plans)
             and all(p.grad is None for p in self.waiting)
         )
@@ -225,7 +227,7 @@ class Optimizer(States):
         for reason, count in reasons.items():
             log.info("optim.%s: %d parameters by the reference (%s)", type(self).__name__, count, reason)
         plans = [plan for (_, name), found in entries.items() for plan in self._plans_of(RULES[name], found)]
-        return _Schedule(plans, unserved, waiting, _registry._forced, self._formats_now())
+        return _Schedule(plans, unserved, waiting, _registry._forced, self._formats_now(), len(self.state))
 
     def _take(self, schedule: _Schedule, divisor: float | Tensor | None, norm: Tensor | None = None) -> None:
         """One step of the parameters of a schedule that have a gradient. `norm`: to clip by, instead of their own."""

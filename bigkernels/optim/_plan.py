@@ -135,7 +135,10 @@ class Plan:
             for i, g in enumerate(grads):
                 if g is not None and not self._fits(i, g):
                     grads[i] = torch.empty_like(self._work[i], dtype=g.dtype).copy_(g)
-        rows = array("q", chain.from_iterable([(0, 0) if g is None else (g.data_ptr(), TYPES[g.dtype]) for g in grads]))
+        # An empty shard has a gradient too, for its step is counted, but no address: any other than 0 will do.
+        rows = array(
+            "q", chain.from_iterable([(0, 0) if g is None else (g.data_ptr() or 1, TYPES[g.dtype]) for g in grads])
+        )
         if self._written is None or self._written[0] != rows:
             self._written = rows, _to(rows, self.device, (len(self.params), 2))
         return self._written[1], grads

@@ -138,7 +138,7 @@ def muon_factor(shape: torch.Size, adjust: str | None) -> float:
     rows, columns = shape[-2:]
     if adjust == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1.0, rows / columns))
+    return math.sqrt(max(1.0, rows / max(columns, 1)))
 
 
 def muon(p: Tensor, g: Tensor, s: States, o: dict, step: int) -> Tensor:

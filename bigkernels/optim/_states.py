@@ -110,17 +110,20 @@ class States(torch.optim.Optimizer):
         """As torch's: what `load_state_dict` of this optimizer, and with float32 states that of torch, goes on from.
 
         8-bit states of distributed parameters are saved as float32, whose rounding back is exact: their blocks would be
-        others on another number of ranks.
+        others on another number of ranks. Their remainders are saved as int32: no backend gathers int16.
         """
         found = super().state_dict()
         for index, state in found["state"].items():
-            coded = [k for k, v in state.items() if _is_tensor(v) and v.dtype in _CODES and hasattr(v, "to_local")]
+            shards = {k for k, v in state.items() if _is_tensor(v) and hasattr(v, "to_local")}
+            coded = [k for k in shards if state[k].dtype in _CODES]
             if coded:
-                found["state"][index] = {
+                found["state"][index] = state = {
                     k: self._read(k, state) if k in coded else v
                     for k, v in state.items()
                     if k.removesuffix("_scale") not in coded or k in coded
                 }
+            if "remainder" in shards:
+                found["state"][index] = {**state, "remainder": state["remainder"].to(torch.int32)}
         return found
 
     def torch_state_dict(self) -> dict[str, Any]:
@@ -173,7 +176,7 @@ class States(torch.optim.Optimizer):
             value = value.to(self._home(p))
             if value.dtype in _CODES:
                 value = self._checked_codes(key, value, saved)
-            elif key == "remainder" and value.dtype != torch.int16:
+            elif key == "remainder" and value.dtype not in (torch.int16, torch.int32):
                 raise ValueError(f"bigkernels.optim.{type(self).__name__}: the saved remainder is {value.dtype}")
             self._write(p, key, value, state, dtype)
         return state

@@ -61,7 +61,9 @@ def trained(optimizer, params: list[Tensor], steps: int = STEPS) -> list[Tensor]
 
 
 def exact(name: str, params: list[Tensor], options: dict, steps: int = STEPS) -> list[Tensor]:
-    defaults = {k: v for k, v in getattr(optim, name)([torch.zeros(2, 2)]).defaults.items() if k in ("lr", "weight_decay")}
+    defaults = {
+        k: v for k, v in getattr(optim, name)([torch.zeros(2, 2)]).defaults.items() if k in ("lr", "weight_decay")
+    }
     options = {**defaults, "decoupled_weight_decay": name in DECOUPLED, **options}
     formulas = [FORMULAS[name](p, **options) for p in params]
     for step in range(steps):
@@ -153,7 +155,7 @@ def test_formats_are_those_of_the_reference(name, dtype, state_dtype, rounding) 
             far = (p.double() - q.double()).abs() > eps * q.double().abs() + rough
             assert far.double().mean() <= (0.003 if state_dtype != torch.float32 or name == "Lion" else 0.0)
             equal = (p == q).double().mean()
-            assert equal >= (0.97 if dtype != torch.float32 else 0.0)
+            assert equal >= (0.0 if dtype == torch.float32 else 0.9 if state_dtype == "int8" else 0.97)
             # The next step starts from the same place.
             q.data.copy_(p.data)
             for key, value in ours.state[p].items():

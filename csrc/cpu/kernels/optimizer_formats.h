@@ -42,8 +42,9 @@ BK_INLINE vi to_int(vf x) {  // towards zero
 // (Dettmers et al. 2022, https://arxiv.org/abs/2110.02861): where the leading one of a code's magnitude is tells the
 // order of magnitude, and the bits below it share that out. Here an order of magnitude is four octaves instead of a
 // decade, and shared out as floats are, so that the bits of a code as a float are a quarter of those of its value: no
-// table, and a third of the operations. In effect codes are the fourth root of values: a step is 4 / code of the value,
-// 3 % at the top and 13 % at a hundredth of it, where the decimal tree has 1.4 % and 28 %.
+// table, and a third of the operations. In effect codes are the fourth root of values. A step is 3 to 6 % of a value
+// down to a sixteenth of the largest and 6 to 13 % down to a 256th, where the decimal tree has 1.4 to 14 % in the first
+// decade and 2.8 to 28 % in the second.
 //
 // The magnitude u stands for u + 1/2; scaled so that the largest one stands for 1, the block's largest magnitude is
 // exact. Beside a sign there are 127 magnitudes and a zero, without one 256 and none: what is divided by never gets
