@@ -12,7 +12,7 @@ from ..ops import optimizer as ops
 from ._algorithms import Betas, _options
 from ._optimizer import Optimizer
 from ._orthogonal import compute_in, orthogonalize_
-from ._plan import Plan, local
+from ._plan import Plan, cut, gathered, local
 from ._reference import RULES, Rule, muon_factor
 
 _BATCH = 2**24  # elements of equal shapes that are orthogonalised together, in one workspace
@@ -39,7 +39,8 @@ class Muon(Optimizer):
             fit.
         maximize: ascend.
         use_muon: None for the rule above, or True or False for a whole group.
-        adamw_lr: learning rate of the other parameters; None: `lr`.
+        adamw_lr: learning rate of the other parameters; None: `lr`. Where `lr` is 0 they stand still as well, as
+            torch.distributed.checkpoint relies on when it takes a step to make states.
         adamw_betas, adamw_eps: as in `AdamW`.
         adamw_weight_decay: None: `weight_decay`.
 
@@ -90,7 +91,7 @@ class Muon(Optimizer):
             return {**plain, "maximize": False}  # which the direction has seen to
         return {
             **plain,
-            "lr": o["lr"] if o["adamw_lr"] is None else o["adamw_lr"],
+            "lr": o["lr"] if o["adamw_lr"] is None or _is_zero(o["lr"]) else o["adamw_lr"],
             "betas": o["adamw_betas"],
             "eps": o["adamw_eps"],
             "weight_decay": o["weight_decay"] if o["adamw_weight_decay"] is None else o["adamw_weight_decay"],
@@ -103,7 +104,8 @@ class Muon(Optimizer):
         for entry in entries:
             p, number, _ = entry
             o = self.param_groups[number]
-            key = (p.shape, tuple(o["ns_coefficients"]), o["ns_steps"], o["eps"], o["adjust_lr_fn"])
+            where = (p.device_mesh, p.placements) if hasattr(p, "to_local") else None  # parts of one shape, too
+            key = (p.shape, where, tuple(o["ns_coefficients"]), o["ns_steps"], o["eps"], o["adjust_lr_fn"])
             batches = alike.setdefault(key, [[]])
             if len(batches[-1]) * p.numel() >= _BATCH:
                 batches.append([])
@@ -127,6 +129,10 @@ class Muon(Optimizer):
         used = torch.where(grads[:, :1] == 0, 0, steps.records)
         ops.step(steps.plan.rule.number, *self._arguments(steps.plan, used, found_inf=found_inf), steps.ones)
         plan.after()
+
+
+def _is_zero(lr: float | Tensor) -> bool:
+    return not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) == 0.0
 
 
 class _Descent:
@@ -186,12 +192,9 @@ def _order(t: Tensor) -> tuple[int, ...]:
 
 def _gathered(p: Tensor, update: Tensor, arguments: tuple) -> Tensor:
     """This rank's part of the whole matrix, orthogonalised."""
-    from torch.distributed.tensor import DTensor, Replicate
-
-    whole = DTensor.from_local(update, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
+    whole = gathered(p, update)
     orthogonalize_(whole.view(-1, *p.shape[-2:]), *arguments)
-    replicated = DTensor.from_local(whole, p.device_mesh, [Replicate()] * p.device_mesh.ndim)
-    return replicated.redistribute(p.device_mesh, p.placements).to_local()
+    return cut(p, whole)
 
 
 def muon_groups(model: nn.Module, **of_adamw: Any) -> list[dict[str, Any]]:

@@ -22,7 +22,17 @@ def squares(plan: Plan, grads: Tensor) -> Tensor:
     return added(plan.params, sums)
 
 
+def complete(t: Tensor) -> Tensor:
+    """A distributed tensor whose sum over ranks has been taken; any other as it is."""
+    if any(placement.is_partial() for placement in getattr(t, "placements", ())):
+        from torch.distributed.tensor import Replicate
+
+        return t.redistribute(t.device_mesh, [Replicate() if p.is_partial() else p for p in t.placements])
+    return t
+
+
 def squares_of(grad: Tensor) -> Tensor:
+    grad = complete(grad)
     grad = grad.coalesce() if grad.layout == torch.sparse_coo else grad
     here = grad.values() if grad.layout == torch.sparse_coo else local(grad)
     return added([grad], here.detach().abs().double().square().sum().view(1))
@@ -90,6 +100,7 @@ def get_total_norm(
     if not tensors:
         return torch.tensor(0.0)
     with torch.no_grad():
+        tensors = [complete(t) for t in tensors]
         parts = _parts(tensors, p)
         device = local(tensors[0]).device
         together = torch.stack([part.to(device) for part in parts])

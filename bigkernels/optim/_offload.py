@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -69,7 +70,10 @@ class _OffloadedPlan(Plan):
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         return torch.cuda.stream(self._stream)
 
-    def gradients(self, given: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
+    def gradients(
+        self, given: list[Tensor | None], dense_of: Callable[[Tensor], Tensor] = Tensor.to_dense
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        given = [None if g is None else dense_of(g) for g in given]
         host: list[Tensor | None] = []
         with self._aside():
             for i, (g, shadow) in enumerate(zip(given, self._shadows, strict=True)):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from ..ops import _registry
 from ..ops import optimizer as ops
 from ..ops._registry import log
 from . import _formats, _norm, _plan
-from ._plan import Plan, dense, local
+from ._plan import Plan, cut, dense, gathered, local, placed
 from ._reference import RULES, Rule, trust_ratio
 from ._states import States, _wide
 
@@ -28,6 +29,9 @@ _OF_TORCH = {"foreach": None, "fused": None, "capturable": False, "differentiabl
 # What decides which states a group has, by value and by being set.
 _FORMATS = ("state_dtype", "rounding")
 _STATEFUL = ("amsgrad", "momentum", "centered", "ema_decay", "use_muon")
+
+
+_grad = attrgetter("grad")
 
 
 @dataclass
@@ -233,9 +237,10 @@ class Optimizer(States):
         """One step of the parameters of a schedule that have a gradient. `norm`: to clip by, instead of their own."""
         for o in self.param_groups:
             self._check({**o, "params": ()})
-        work = [(plan, *plan.gradients(self._gradients(plan.params))) for plan in schedule.plans]
+        work = [(plan, *plan.gradients(list(map(_grad, plan.params)), self._dense)) for plan in schedule.plans]
         eager = [(p, self.param_groups[number]) for p, number in schedule.unserved if p.grad is not None]
-        self._gradients([p for p, _ in eager])
+        for p, _ in eager:
+            self._dense(p.grad)  # or refuses, before anything is changed
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self.max_grad_norm is not None and norm is None:
             norm = self._grad_norm = self._norm_of(work, [p for p, _ in eager], scale, divisor)
@@ -264,13 +269,12 @@ class Optimizer(States):
                     here = value.to("cpu")
                     state[key] = here.pin_memory() if p.is_cuda else here
 
-    def _gradients(self, params: list[Tensor]) -> list[Tensor | None]:
-        grads = [p.grad for p in params]
-        if any(g is not None and g.layout != torch.strided for g in grads):
-            if not self._takes_sparse:
-                raise RuntimeError(f"bigkernels.optim.{type(self).__name__} does not support sparse gradients")
-            grads = [g if g is None or g.layout == torch.strided else g.to_dense() for g in grads]
-        return grads
+    def _dense(self, g: Tensor) -> Tensor:
+        if g.layout == torch.strided:
+            return g
+        if not self._takes_sparse:
+            raise RuntimeError(f"bigkernels.optim.{type(self).__name__} does not support sparse gradients")
+        return g.to_dense()
 
     def _run(self, plan: Plan, grads: Tensor, scale, found_inf, divisor, norm) -> None:
         plan.before()
@@ -296,7 +300,7 @@ class Optimizer(States):
         """The step of one parameter by the reference."""
         state, here, rule = self.state[p], local(p), self._rule_of(p, o)
         o, wide = self._options(rule, o), _wide(here.dtype)
-        g = _scaled(local(self._gradients([p])[0]).to(wide), scale, divisor)
+        g = _scaled(local(placed(self._dense(p.grad), p)).to(wide), scale, divisor)
         if norm is not None:
             g = g * (self.max_grad_norm / (norm.to(g.device) + 1e-6)).clamp(max=1.0).to(wide)
         if o["maximize"]:
@@ -309,15 +313,22 @@ class Optimizer(States):
         keys = [k for k in rule.states if k in state]
         states = {k: local(self._read(k, state)).to(wide) for k in keys}
         master = _formats.join(here, local(state["remainder"])) if "remainder" in state else here.to(wide)
+        # Norms and products are of whole tensors: no rank can make its part alone.
+        whole = hasattr(p, "to_local") and rule in (RULES["lamb"], RULES["muon"])
 
         def stored(states: dict[str, Tensor]) -> dict[str, Tensor]:
             for k in keys:
-                self._write(p, k, states[k], state)
-            return {k: local(self._read(k, state)).to(wide) for k in keys}
+                self._write(p, k, cut(p, states[k]) if whole else states[k], state)
+            kept = {k: local(self._read(k, state)).to(wide) for k in keys}
+            return {k: gathered(p, s) for k, s in kept.items()} if whole else kept
 
+        if whole:
+            master, g, states = gathered(p, master), gathered(p, g), {k: gathered(p, s) for k, s in states.items()}
         new = rule.update(master, g, states, {**numbers, "stored": stored}, step)
         if rule is not RULES["lamb"]:
             stored(states)
+        if whole:
+            new = cut(p, new)
         if "remainder" in state:
             high, rest = _formats.split(new)
             here.copy_(high)

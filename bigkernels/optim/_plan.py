@@ -9,7 +9,8 @@ from __future__ import annotations
 import operator
 import struct
 from array import array
-from itertools import chain
+from collections.abc import Callable
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -33,6 +34,31 @@ def local(t: Tensor) -> Tensor:
     """The part of a distributed tensor that is here; the elements as real numbers."""
     t = t.detach()
     return real(t.to_local() if hasattr(t, "to_local") else t)
+
+
+def placed(g: Tensor, p: Tensor) -> Tensor:
+    """A distributed gradient cut as its parameter is: that of a tensor parallel layer may be cut otherwise, or be a sum
+    over ranks that nobody has taken."""
+    if hasattr(g, "placements") and g.placements != p.placements:
+        return g.redistribute(p.device_mesh, p.placements)
+    return g
+
+
+def gathered(p: Tensor, here: Tensor) -> Tensor:
+    """All of a tensor that is cut as `p` is, from this rank's part."""
+    from torch.distributed.tensor import DTensor
+
+    shape = (*p.shape, *here.shape[p.dim() :])  # pairs of real numbers for complex ones
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(here, p.device_mesh, p.placements, shape=shape, stride=stride).full_tensor()
+
+
+def cut(p: Tensor, whole: Tensor) -> Tensor:
+    """This rank's part of a tensor that is to be cut as `p` is."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = DTensor.from_local(whole, p.device_mesh, [Replicate()] * p.device_mesh.ndim)
+    return everywhere.redistribute(p.device_mesh, p.placements).to_local()
 
 
 def dense(t: Tensor) -> bool:
@@ -93,9 +119,12 @@ class Plan:
         self._strides = None if self._contiguous else [strides(t) for t in work]
         self._distributed = any(hasattr(p, "to_local") for p in self.params)
         self._complex = any(p.is_complex() for p in self.params)
+        self._empty = [i for i, t in enumerate(work) if t.numel() == 0]
 
         keys = (*rule.states, *(f"{k}_scale" for k in rule.states), *extras, "step")
-        self._kept = [(k, [s.get(k) for s in self.states]) for k in keys]
+        # Through functions of the operator module: what a step does for each of 20,000 tensors has to be short.
+        self._kept = [(operator.itemgetter(k), [s[k] for s in self.states]) for k in keys
+                      if all(k in s for s in self.states)]  # fmt: skip
         rows, chunks = array("q"), array("q")
         for index, (t, (_, group, state)) in enumerate(zip(targets, entries, strict=True)):
             first = next((state[k] for k in rule.states if k in state), None)
@@ -120,28 +149,47 @@ class Plan:
             now = [local(p) for p in now]
         if list(map(Tensor.data_ptr, now)) != self._addresses:
             return False
-        for key, kept in self._kept:
-            if not all(map(operator.is_, [s.get(key) for s in self.states], kept)):
-                return False
-        return True
+        try:
+            return all(all(map(operator.is_, map(get, self.states), kept)) for get, kept in self._kept)
+        except KeyError:
+            return False
 
-    def gradients(self, given: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
-        """The records of the gradients, None for those that have none, and tensors to hold on to until the step ran."""
+    def gradients(
+        self, given: list[Tensor | None], dense_of: Callable[[Tensor], Tensor] = Tensor.to_dense
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The records of the gradients, zeros for those that are None, and tensors to hold on to until the step ran.
+
+        `dense_of` makes a sparse one dense, or refuses.
+        """
         grads = given
         if self._distributed or self._complex:
-            grads = [None if g is None else local(g) for g in grads]
-        if not (self._contiguous and all(map(_contiguous, grads))):
+            grads = [None if g is None else local(placed(g, p)) for g, p in zip(grads, self.params, strict=True)]
+        rows = self._rows(grads) if self._contiguous and all(map(operator.is_not, grads, repeat(None))) else None
+        if rows is None:
             grads = list(grads)
             for i, g in enumerate(grads):
+                if g is not None and g.layout != torch.strided:
+                    g = grads[i] = dense_of(g)
                 if g is not None and not self._fits(i, g):
                     grads[i] = torch.empty_like(self._work[i], dtype=g.dtype).copy_(g)
+            pairs = [(0, 0) if g is None else (g.data_ptr(), TYPES[g.dtype]) for g in grads]
+            rows = array("q", chain.from_iterable(pairs))
         # An empty shard has a gradient too, for its step is counted, but no address: any other than 0 will do.
-        rows = array(
-            "q", chain.from_iterable([(0, 0) if g is None else (g.data_ptr() or 1, TYPES[g.dtype]) for g in grads])
-        )
+        for i in self._empty:
+            if grads[i] is not None:
+                rows[2 * i] = 1
         if self._written is None or self._written[0] != rows:
             self._written = rows, _to(rows, self.device, (len(self.params), 2))
         return self._written[1], grads
+
+    def _rows(self, grads: list[Tensor]) -> array | None:
+        """The records, where all gradients are contiguous."""
+        if not all(map(Tensor.is_contiguous, grads)):
+            return None
+        rows = array("q", bytes(16 * len(grads)))
+        rows[::2] = array("q", map(Tensor.data_ptr, grads))
+        rows[1::2] = array("q", map(TYPES.__getitem__, map(operator.attrgetter("dtype"), grads)))
+        return rows
 
     def _fits(self, i: int, g: Tensor) -> bool:
         if self._strides is None:
@@ -158,10 +206,6 @@ class Plan:
     def after(self) -> None:
         for _, t, copy in self.copies:
             t.copy_(copy)
-
-
-def _contiguous(g: Tensor | None) -> bool:
-    return g is None or g.is_contiguous()
 
 
 def _to(numbers: array, device: torch.device, shape: tuple[int, ...]) -> Tensor:

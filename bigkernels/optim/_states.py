@@ -113,6 +113,10 @@ class States(torch.optim.Optimizer):
         others on another number of ranks. Their remainders are saved as int32: no backend gathers int16.
         """
         found = super().state_dict()
+        # By name, which torch.distributed.checkpoint takes where it gathers; of dtypes it knows nothing.
+        found["param_groups"] = [
+            {**g, "state_dtype": str(g["state_dtype"]).removeprefix("torch.")} for g in found["param_groups"]
+        ]
         for index, state in found["state"].items():
             shards = {k for k, v in state.items() if _is_tensor(v) and hasattr(v, "to_local")}
             coded = [k for k in shards if state[k].dtype in _CODES]
