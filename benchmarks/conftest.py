@@ -37,13 +37,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def step(case: Case, candidate: str, benchmark):
     """What to time; a candidate that is missing here is skipped, and one that computes something else fails."""
-    with torch.set_grad_enabled(case.backward):
+    with torch.set_grad_enabled(bool(case.backward)):
         steps, rows = _checked(case)
         row = next(row for row in rows if row.candidate in (candidate, "all"))
         if row.status == "missing":
             pytest.skip(f"{candidate}: {row.reason}")
         assert row.status == "ok", f"{candidate} is {row.status}: {row.reason}"
+        if row.slow:
+            pytest.skip(f"{candidate}: a step takes too long to be repeated; `bigkernels bench` times it once")
         benchmark.group = f"{case.family} {case}"
-        benchmark.extra_info.update(bytes=case.bytes, flops=case.flops, tokens=case.tokens)
+        benchmark.extra_info.update(bytes=row.bytes, part=row.part, flops=case.flops, tokens=case.tokens)
         run = steps[candidate]
         yield (lambda: (run(), torch.cuda.synchronize())) if case.device == "cuda" else run

@@ -113,6 +113,7 @@ def test_the_module_sees_the_level_that_the_library_chose():
 
 def test_probes():
     assert native().copy_bandwidth(1 << 22, 0.01) > 1e8
+    assert native().update_bandwidth(1 << 22, 0.01) > 1e8
     assert "float32" in native().matrix_dtypes()
     for name in native().matrix_dtypes():
         assert native().matrix_peak(name, 0.01, 1) > 1e8
@@ -120,3 +121,5 @@ def test_probes():
         native().matrix_peak("float8", 0.01)
     with pytest.raises(ValueError, match="too few bytes"):
         native().copy_bandwidth(10, 0.01)
+    with pytest.raises(ValueError, match="too few bytes"):
+        native().update_bandwidth(10, 0.01)

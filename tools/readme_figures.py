@@ -14,6 +14,7 @@ from pathlib import Path
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MARKS = re.compile(r"(<!-- figures:begin.*?-->\n).*?(<!-- figures:end -->)", re.S)
+DIRECTIONS = {False: "fwd", True: "fwd + bwd", None: "step"}
 OTHERS = ("eager", "builtin", "compile")
 
 
@@ -46,7 +47,7 @@ def lines(content: dict) -> Iterator[str]:
             continue
         limit = f"{ours['limit_percent']:.0f} %" if ours["limit_percent"] and ours["metric"] != "us" else "-"
         yield (
-            f"| {family} {case}, {dtype}, {'fwd + bwd' if backward else 'fwd'} | "
+            f"| {family} {case}, {dtype}, {DIRECTIONS[backward]} | "
             + " | ".join(time(by_name.get(name)) for name in (*OTHERS, "bigkernels"))
             + f" | {ratio(ours['vs_eager'])} | {ratio(ours['vs_best_other'])} | {limit} |"
         )

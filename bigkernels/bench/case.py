@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .._compare import Comparison, compare_all
+
 EAGER = "eager"
 BUILTIN = "builtin"
 COMPILE = "compile"
@@ -53,11 +55,19 @@ class Candidate:
     Attributes:
         results: does the work once and returns what it computed, by name, to be checked.
         step: does the work once; this is what is timed. It must not change what the other candidates see.
+        bytes: that it reads and writes, where its formats make that another number than that of the case; else 0.
+        part: of the work of the case, which is all that its step does; its times are scaled up to the whole.
+        slow: its step takes so long that it is timed once, and its memory is not measured.
+        state_bytes: for optimizers, what it keeps from one step to the next, in bytes a parameter.
     """
 
     name: str
     results: Callable[[], dict[str, Tensor]]
     step: Callable[[], object]
+    bytes: int = 0
+    part: float = 1.0
+    slow: bool = False
+    state_bytes: Callable[[], float] | None = None
 
     @property
     def ours(self) -> bool:
@@ -73,6 +83,9 @@ class Contest:
         plain: the results of the reference in the dtype of the case, made when called.
         missing: name and reason of each candidate that cannot run here.
         roundings: how many roundings the criterion allows ours beyond the error of eager.
+        others: how many it allows the candidates of others: they have to compute the same thing, and may round after
+            every operation.
+        compare: the criterion, called like `compare_all`.
     """
 
     candidates: list[Candidate]
@@ -80,6 +93,8 @@ class Contest:
     plain: Callable[[], dict[str, Tensor]]
     missing: dict[str, str] = field(default_factory=dict)
     roundings: float = 1.0
+    others: float = 16.0
+    compare: Callable[..., dict[str, Comparison]] = compare_all
 
 
 @dataclass(frozen=True)
@@ -87,12 +102,15 @@ class Case:
     """One line-up: what is computed, how much work that is, and how to make it ready.
 
     Attributes:
+        backward: whether gradients are part of it; None where there are no directions, as in an optimizer's step.
         candidates: the names of those that compete, also of peers that may be missing.
         prepare: makes the case ready; raises `Missing` where none of it can run.
         metric: what the plots show: "GB/s", "TFLOP/s", "us" or "tokens/s".
         bytes: that any implementation has to read and write once: inputs, outputs and gradients.
         only_read: whether hardly any of them are written, so that the read bandwidth is the limit.
+        in_place: whether most of them are written where they were read, so that the bandwidth of that is the limit.
         flops: of the matrix products in it; 0 for row operators.
+        products: the dtype of those products, where it is not that of the case.
         tokens: processed by a step, for whole models.
         cold: whether a GPU's cache is flushed between steps.
     """
@@ -101,7 +119,7 @@ class Case:
     name: str
     device: str
     dtype: str
-    backward: bool
+    backward: bool | None
     candidates: tuple[str, ...]
     prepare: Callable[[], Contest]
     metric: str = "GB/s"
@@ -110,6 +128,8 @@ class Case:
     tokens: int = 0
     cold: bool = True
     only_read: bool = False
+    in_place: bool = False
+    products: str = ""
 
     @property
     def direction(self) -> str:
@@ -119,5 +139,7 @@ class Case:
         return f"{self.name}, {self.dtype}, {self.direction}"
 
 
-def direction(backward: bool) -> str:
+def direction(backward: bool | None) -> str:
+    if backward is None:
+        return "step"
     return "forward + backward" if backward else "forward"

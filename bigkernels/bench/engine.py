@@ -8,15 +8,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from .._compare import compare_all, worst
+from .._compare import worst
 from .case import EAGER, OURS, Case, Missing, Settings, direction
 from .limits import Limits
 from .memory import extra_peak
 from .timing import CpuTimer, CudaTimer, Statistics, Step, interleave
-
-# How many roundings the candidates of others may add to the criterion: they have to compute the same thing, and may
-# round after every operation. Ours are held to `Contest.roundings`.
-_ROUNDINGS_OF_OTHERS = 16.0
 
 Announce = Callable[[str], None]
 
@@ -30,9 +26,13 @@ class Row:
         reason: what was wrong, or why it is missing.
         error_ratio: the worst error as a part of what the criterion allows.
         seconds: of a step; None unless the status is "ok".
-        gbps: the bytes of the case by the median time. A candidate that moves more bytes than needed gets a low figure.
+        bytes: of the case, or of the candidate where its formats make that another number.
+        gbps: these bytes by the median time. A candidate that moves more bytes than needed gets a low figure.
         limit_percent: the least time on this machine's measured limits by the median time.
         extra_bytes: the peak of the memory allocated during a step.
+        state_bytes: for optimizers, what is kept from one step to the next, in bytes a parameter.
+        part: of the work of the case, which is what was timed; `seconds` are scaled up to the whole.
+        slow: timed once.
         vs_eager: how many times faster than eager.
         vs_best_other: for ours, how many times faster than the fastest candidate that is not ours.
     """
@@ -41,7 +41,7 @@ class Row:
     case: str
     device: str
     dtype: str
-    backward: bool
+    backward: bool | None
     candidate: str
     ours: bool
     metric: str
@@ -56,11 +56,14 @@ class Row:
     tokens_per_second: float | None = None
     limit_percent: float | None = None
     extra_bytes: int | None = None
+    state_bytes: float | None = None
+    part: float = 1.0
+    slow: bool = False
     vs_eager: float | None = None
     vs_best_other: float | None = None
 
     @property
-    def key(self) -> tuple[str, str, str, bool]:
+    def key(self) -> tuple[str, str, str, bool | None]:
         """The same for all candidates of a case."""
         return self.family, self.case, self.dtype, self.backward
 
@@ -78,16 +81,18 @@ def run(case: Case, limits: Limits, settings: Settings, announce: Announce = lam
     Args:
         announce: is told what is being done, for a progress bar.
     """
-    with torch.set_grad_enabled(case.backward):
+    with torch.set_grad_enabled(bool(case.backward)):
         steps, rows = check(case, announce)
         by_name = {row.candidate: row for row in rows}
         announce("timing")
         timer = CudaTimer(case.cold) if case.device == "cuda" else CpuTimer()
-        seconds = interleave(steps, timer, rounds=settings.rounds, seconds=settings.seconds) if steps else {}
+        once = {name for name in steps if by_name[name].slow}
+        seconds = interleave(steps, timer, rounds=settings.rounds, seconds=settings.seconds, once=once)
         announce("memory")
         for name, step in steps.items():
-            by_name[name].seconds = Statistics.of(seconds[name])
-            by_name[name].extra_bytes = extra_peak(step, case.device)
+            row = by_name[name]
+            row.seconds = Statistics.of([taken / row.part for taken in seconds[name]])
+            row.extra_bytes = None if row.slow else extra_peak(step, case.device)
     _judge(case, limits, by_name)
     return rows
 
@@ -96,7 +101,7 @@ def check(case: Case, announce: Announce = lambda what: None) -> tuple[dict[str,
     """Make a case ready and compare what each candidate computes with the float64 results.
 
     Returns:
-        The steps of the candidates that are right, each run once; and a row, not timed yet, for every candidate.
+        The steps of the candidates that are right, each run before; and a row, not timed yet, for every candidate.
     """
     announce("inputs and reference")
     try:
@@ -111,16 +116,19 @@ def check(case: Case, announce: Announce = lambda what: None) -> tuple[dict[str,
     for candidate in contest.candidates:
         announce(f"{candidate.name}: checking")
         row = _row(case, candidate.name, ours=candidate.ours)
+        row.bytes, row.part, row.slow = candidate.bytes or case.bytes, candidate.part, candidate.slow
         rows.append(row)
         try:
             results = candidate.results()
-            candidate.step()
+            if not candidate.slow:
+                candidate.step()
+            row.state_bytes = candidate.state_bytes() if candidate.state_bytes else None
         except Exception as error:  # noqa: BLE001 - whatever it is, the others can still be timed
             row.status, row.reason = "failed", _first_line(error)
             continue
         # What the compiler makes of our reference is its own arithmetic.
-        roundings = contest.roundings if candidate.name == OURS else _ROUNDINGS_OF_OTHERS
-        name, comparison = worst(compare_all(results, plain, exact, roundings=roundings))
+        roundings = contest.roundings if candidate.name == OURS else contest.others
+        name, comparison = worst(contest.compare(results, plain, exact, roundings=roundings))
         row.error_ratio = comparison.ratio
         if not comparison.ok:
             row.status, row.reason = "wrong", f"{name}: {comparison}"
@@ -151,10 +159,11 @@ def _judge(case: Case, limits: Limits, rows: dict[str, Row]) -> None:
     timed = [row for row in rows.values() if row.seconds is not None]
     others = [row.seconds.median for row in timed if not row.ours]
     eager = rows[EAGER].seconds if EAGER in rows else None
-    least = limits.least_seconds(bytes=case.bytes, flops=case.flops, dtype=case.dtype, only_read=case.only_read)
     for row in timed:
+        least = limits.least_seconds(bytes=row.bytes, flops=case.flops, dtype=case.products or case.dtype,
+                                     only_read=case.only_read, in_place=case.in_place)  # fmt: skip
         median = row.seconds.median
-        row.gbps = case.bytes / median / 1e9 if case.bytes else None
+        row.gbps = row.bytes / median / 1e9 if row.bytes else None
         row.tflops = case.flops / median / 1e12 if case.flops else None
         row.tokens_per_second = case.tokens / median if case.tokens else None
         row.limit_percent = 100 * least / median if least else None

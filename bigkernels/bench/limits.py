@@ -1,4 +1,4 @@
-"""What the machine can do at most: copy and read bandwidth, and matrix products for each dtype.
+"""What the machine can do at most: bandwidth of copying, reading and updating in place, and matrix products by dtype.
 
 A development build measures them with its own loops (`bigkernels._native`). Otherwise torch does, and the matrix figure
 is then what torch achieves, which may be well below what the hardware could, as may its matrix times a vector that
@@ -21,6 +21,7 @@ _METHODS = {
     "copy": "torch.Tensor.copy_",
     "matmul": "torch.matmul, achieved and not a peak",
     "mv": "torch.mv",
+    "add": "torch.Tensor.add_",
 }
 
 
@@ -31,8 +32,10 @@ class Limits:
     Attributes:
         copy: bytes a second, reads and writes counted.
         matrix: FLOP a second by dtype.
-        copy_method, matrix_method, read_method: what measured them.
+        copy_method, matrix_method, read_method, update_method: what measured them.
         read: bytes a second where nothing is written; 0 where that was not measured.
+        update: bytes a second, reads and writes counted, where most of what is read is written back to its place: the
+            caches then need not fetch what is written, as a copy's do; 0 where that was not measured.
     """
 
     device: str
@@ -42,11 +45,15 @@ class Limits:
     matrix_method: str
     read: float = 0.0
     read_method: str = _METHODS["mv"]
+    update: float = 0.0
+    update_method: str = _METHODS["add"]
 
-    def least_seconds(self, *, bytes: int, flops: int, dtype: str, only_read: bool = False) -> float:
+    def least_seconds(
+        self, *, bytes: int, flops: int, dtype: str, only_read: bool = False, in_place: bool = False
+    ) -> float:
         """The time below which this machine cannot move so many bytes and do so many operations; 0 if unknown."""
         peak = self.matrix.get(dtype)
-        bandwidth = self.read if only_read and self.read else self.copy
+        bandwidth = (only_read and self.read) or (in_place and self.update) or self.copy
         return max(bytes / bandwidth, flops / peak if flops and peak else 0.0)
 
 
@@ -57,10 +64,20 @@ def measure(device: str, *, seconds: float = 1.0) -> Limits:
         threads = torch.get_num_threads()
         read = native.read_bandwidth(_COPY_BYTES, seconds, threads)
         copy = native.copy_bandwidth(_COPY_BYTES, seconds, threads)
+        update = native.update_bandwidth(_COPY_BYTES, seconds, threads)
         matrix = {dtype: native.matrix_peak(dtype, seconds, threads) for dtype in native.matrix_dtypes()}
-        return Limits(device, copy, matrix, *[_METHODS["native"]] * 2, read, _METHODS["native"])
+        by = _METHODS["native"]
+        return Limits(device, copy, matrix, by, by, read, by, update, by)
     matrix = {name: _matmul(device, dtype, seconds) for name, dtype in _DTYPES.items()}
-    return Limits(device, _copy(device, seconds), matrix, _METHODS["copy"], _METHODS["matmul"], _read(device, seconds))
+    return Limits(
+        device,
+        _copy(device, seconds),
+        matrix,
+        _METHODS["copy"],
+        _METHODS["matmul"],
+        read=_read(device, seconds),
+        update=_update(device, seconds),
+    )
 
 
 def _native():
@@ -91,6 +108,11 @@ def _read(device: str, seconds: float) -> float:
     matrix = torch.ones(_COPY_BYTES // 4, dtype=torch.float32, device=device).view(-1, 4096)
     vector, out = torch.ones(4096, device=device), torch.empty(matrix.shape[0], device=device)
     return _COPY_BYTES / _best(lambda: torch.mv(matrix, vector, out=out), device, seconds)
+
+
+def _update(device: str, seconds: float) -> float:
+    target, source = (torch.zeros(_COPY_BYTES // 4, dtype=torch.float32, device=device) for _ in range(2))
+    return 3 * _COPY_BYTES / _best(lambda: target.add_(source), device, seconds)
 
 
 def _matmul(device: str, dtype: torch.dtype, seconds: float) -> float:

@@ -42,7 +42,9 @@ def value(row: dict) -> float:
 
 
 def _figure(family: str, rows: list[dict], document: dict) -> Figure:
-    panels = [part for backward in (False, True) if (part := [r for r in rows if r["backward"] == backward])]
+    kinds = dict.fromkeys((row["backward"], row["metric"]) for row in rows)
+    panels = [[row for row in rows if (row["backward"], row["metric"]) == kind]
+              for kind in sorted(kinds, key=lambda kind: (False, True, None).index(kind[0]))]  # fmt: skip
     lines = max(len(part) + len(list(groupby(part, key=_case))) for part in panels)
     height = 1.9 + _BAR * lines
     figure = Figure(figsize=(7.5 * len(panels), height), layout="constrained")

@@ -63,6 +63,8 @@ def print_limits(limits: Limits) -> None:
     rows = [["copy, read + write", f"{limits.copy / 1e9:.1f} GB/s", limits.copy_method]]
     if limits.read:
         rows.append(["read", f"{limits.read / 1e9:.1f} GB/s", limits.read_method])
+    if limits.update:
+        rows.append(["update in place, read + write", f"{limits.update / 1e9:.1f} GB/s", limits.update_method])
     for dtype, peak in limits.matrix.items():
         rows.append([f"matrix product, {dtype}", f"{peak / 1e12:.2f} TFLOP/s", limits.matrix_method])
     table(f"Limits of this machine ({limits.device})", ["what", "measured", "by"], rows, right=("measured",))
@@ -71,8 +73,9 @@ def print_limits(limits: Limits) -> None:
 def print_rows(title: str, rows: Sequence[Row]) -> None:
     """One table of a family's rows, and below it what is missing or wrong.
 
-    "limit" is the part of the measured limit that was reached, "memory" the peak during a step, "vs best" how many
-    times faster than the best candidate that is not ours, and "error" the part of the allowed error that was used.
+    "limit" is the part of the measured limit that was reached, "memory" the peak during a step, "state" the bytes a
+    parameter that an optimizer keeps, "vs best" how many times faster than the best candidate that is not ours, and
+    "error" the part of the allowed error that was used.
     """
     shown = [row for row in rows if row.status != "missing"]
     # Latencies of small calls are not bounded by bandwidth.
@@ -95,12 +98,18 @@ def print_rows(title: str, rows: Sequence[Row]) -> None:
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """What the table does not show: candidates that are missing, failed or wrong."""
+    """What the table does not show: candidates that are missing, failed or wrong, or were not timed like the others."""
     lines = [f"{row.candidate}: missing, {row.reason}" for row in rows if row.status == "missing"]
     lines += [
         f"{row.candidate} in {row.case} {row.dtype} {row.direction}: {row.status.upper()}, not timed: {row.reason}"
         for row in rows
         if row.status in ("wrong", "failed")
+    ]
+    lines += [
+        f"{row.candidate} in {row.case} {row.dtype} {row.direction}: "
+        + " ".join(["timed once"] * row.slow + [f"on {100 * row.part:.3g} % of the work, and scaled"] * (row.part < 1))
+        for row in rows
+        if row.seconds and (row.slow or row.part < 1)
     ]
     return list(dict.fromkeys(lines))
 
@@ -135,6 +144,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "tokens/s": lambda r: _number(r.tokens_per_second),
     "limit": lambda r: f"{r.limit_percent:.0f} %" if r.limit_percent else "",
     "memory": lambda r: size(r.extra_bytes) if r.extra_bytes is not None else "",
+    "state": lambda r: f"{r.state_bytes:.2f} B" if r.state_bytes is not None else "",
     "vs eager": lambda r: _times(r.vs_eager),
     "vs best": lambda r: _times(r.vs_best_other),
     "error": lambda r: f"{r.error_ratio:.2f}" if r.error_ratio is not None else "",

@@ -6,7 +6,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +73,12 @@ class CudaTimer:
 
 
 def interleave(
-    steps: Mapping[str, Step], timer: Callable[[Step, int], float], *, rounds: int, seconds: float
+    steps: Mapping[str, Step],
+    timer: Callable[[Step, int], float],
+    *,
+    rounds: int,
+    seconds: float,
+    once: Container[str] = (),
 ) -> dict[str, list[float]]:
     """Time the steps in turn, A B C A B C ..., so that whatever slows the machine slows them all alike.
 
@@ -82,18 +87,21 @@ def interleave(
         timer: `timer(step, repeats)` gives the seconds of one step.
         rounds: the least number of turns.
         seconds: turns go on until this long has passed.
+        once: those that take no turns, because one measurement takes long enough.
 
     Returns:
         The seconds of a step, one value a turn, by name.
     """
-    repeats = {name: max(1, math.ceil(_SAMPLE_SECONDS / max(timer(step, 1), 1e-7))) for name, step in steps.items()}
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    first = {name: timer(step, 1) for name, step in steps.items()}
+    repeats = {name: max(1, math.ceil(_SAMPLE_SECONDS / max(taken, 1e-7))) for name, taken in first.items()}
+    found: dict[str, list[float]] = {name: [first[name]] if name in once else [] for name in steps}
+    turns = {name: step for name, step in steps.items() if name not in once}
     collecting = gc.isenabled()
     gc.disable()
     try:
         start, turn = time.perf_counter(), 0
-        while turn < rounds or time.perf_counter() - start < seconds:
-            for name, step in steps.items():
+        while turns and (turn < rounds or time.perf_counter() - start < seconds):
+            for name, step in turns.items():
                 found[name].append(timer(step, repeats[name]))
             turn += 1
     finally:

@@ -114,6 +114,31 @@ double read_bandwidth(int64_t bytes, double seconds, int threads) {
   return best + total;  // zero, but the sums are used
 }
 
+// Bytes read plus bytes written a second when three of four arrays, of `bytes` together, are updated in place from the
+// fourth: the best of the passes made in `seconds`, with and without prefetching.
+double update_bandwidth(int64_t bytes, double seconds, int threads) {
+  threads = thread_count(threads);
+  int64_t share = bytes / 4 / threads / 4096 * 4096;
+  if (share <= 0) throw std::invalid_argument("update_bandwidth: too few bytes");
+  // The arrays start at different places in their pages: loads may be taken to depend on stores with the same low bits.
+  constexpr int64_t kApart = 4096 + 1024;
+  int64_t array_bytes = share * threads + kApart, all = (4 * array_bytes + 4095) / 4096 * 4096;
+  std::unique_ptr<char, decltype(&std::free)> memory((char*)std::aligned_alloc(4096, all), std::free);
+  if (!memory) throw std::bad_alloc();
+  std::fill_n(memory.get(), all, 0);
+  py::gil_scoped_release release;
+  double best = 0, spent = 0;
+  for (int pass = 0; spent < seconds || pass < 4; ++pass) {
+    double t = timed(threads, [&](int i) {
+      auto part = [&](int array) { return memory.get() + array * array_bytes + i * share; };
+      table().update(part(0), part(1), part(2), part(3), share, pass % 2);
+    });
+    spent += t;
+    best = std::max(best, 7.0 * share * threads / t);
+  }
+  return best;
+}
+
 // Operations a second of register-only multiply-adds; 0 where this level has no unit for the type.
 double matrix_peak(const std::string& type, double seconds, int threads) {
   int number = index_of(kMatrixTypes, type, "matrix_peak");
@@ -152,6 +177,9 @@ PYBIND11_MODULE(_native, m) {
         "Bytes read and written a second when copying a buffer of `bytes`, in all threads.");
   m.def("read_bandwidth", &read_bandwidth, py::arg("bytes"), py::arg("seconds"), py::arg("threads") = 0,
         "Bytes read a second when summing a buffer of `bytes`, in all threads.");
+  m.def("update_bandwidth", &update_bandwidth, py::arg("bytes"), py::arg("seconds"), py::arg("threads") = 0,
+        "Bytes read and written a second when three of four arrays, of `bytes` together, are updated in place from the "
+        "fourth, in all threads.");
   m.def("matrix_peak", &matrix_peak, py::arg("dtype"), py::arg("seconds"), py::arg("threads") = 0,
         "Operations a second (a multiply-add is two) of the level's matrix or vector unit, in all threads.");
   m.def("matrix_dtypes", &matrix_dtypes, "The types that matrix_peak can measure here.");

@@ -31,8 +31,8 @@ def test_all_candidates_of_a_family_are_right(family):
         assert {r.candidate for r in rows if r.status == "missing"} == missing & set(case.candidates)
 
 
-# Of attention, the operations count.
-@pytest.mark.parametrize("family", [f for f in OPERATOR_FAMILIES if f not in ("small", "attention")])
+# Of attention, the operations count; the bytes of optimizers: test_optimizers.py.
+@pytest.mark.parametrize("family", [f for f in OPERATOR_FAMILIES if f not in ("small", "attention", "optimizers")])
 def test_forward_bytes_are_those_of_inputs_and_outputs(family):
     for case in (c for c in cases(family, QUICK) if not c.backward):
         contest = case.prepare()
@@ -59,6 +59,7 @@ def test_the_measured_cases_are_the_ones_of_the_design(family):
         "decode": "batch 8, cache 4096, int8, bfloat16, forward",
         "linear": "512 x 4096 to 4096, bfloat16, forward + backward",
         "quantized": "nf4, 512 x 4096 to 4096, bfloat16, forward + backward",
+        "optimizers": "AdamW, int8 states, stochastic, 200 tensors, bfloat16, step",
         "small": "cross_entropy 49152, bfloat16, forward",
         "model": "training step, B 1, S 1024, bfloat16, forward + backward",
     }
@@ -139,6 +140,7 @@ def test_limits_by_torch_and_natively(monkeypatch):
         assert native.copy_method == "bigkernels._native"
         assert 1e8 < native.copy < 1e13
         assert 1e8 < native.read < 1e13
+        assert 1e8 < native.update < 1e13
     monkeypatch.setattr(limits, "_native", lambda: None)
     monkeypatch.setattr(limits, "_COPY_BYTES", 2**22)
     monkeypatch.setattr(limits, "_MATRIX", {"cpu": 256})  # float16 products take half a minute on some machines
@@ -146,6 +148,8 @@ def test_limits_by_torch_and_natively(monkeypatch):
     assert found.matrix_method == "torch.matmul, achieved and not a peak"
     assert 1e8 < found.copy < 1e13
     assert 1e8 < found.read < 1e13
+    assert 1e8 < found.update < 1e13
+    assert found.update_method == "torch.Tensor.add_"
     assert set(found.matrix) == {"float32", "bfloat16", "float16"}
     assert all(math.isfinite(peak) and peak > 1e6 for peak in found.matrix.values())
 
@@ -157,6 +161,8 @@ def test_the_slower_of_two_limits_counts():
     assert given.least_seconds(bytes=0, flops=10**12, dtype="float16") == 0.0  # nobody measured float16
     # What only reads is held to the read bandwidth, where that was measured.
     assert given.least_seconds(bytes=10**9, flops=0, dtype="float32", only_read=True) == 1.0
-    given = replace(given, read=2e9)
+    assert given.least_seconds(bytes=10**9, flops=0, dtype="float32", in_place=True) == 1.0
+    given = replace(given, read=2e9, update=4e9)
     assert given.least_seconds(bytes=10**9, flops=0, dtype="float32", only_read=True) == 0.5
+    assert given.least_seconds(bytes=10**9, flops=0, dtype="float32", in_place=True) == 0.25
     assert given.least_seconds(bytes=10**9, flops=0, dtype="float32") == 1.0

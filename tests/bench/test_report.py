@@ -81,6 +81,16 @@ def test_plots_are_written_for_each_family(document, tmp_path):
         assert path.stat().st_size > 10_000
 
 
+def test_what_has_another_unit_or_direction_has_an_axis_of_its_own(document):
+    plots = pytest.importorskip("bigkernels.bench.plots")
+    timed = [row for row in document["rows"] if row["seconds"]]
+    rows = [row | {"backward": None} for row in timed] + timed
+    rows += [row | {"metric": "TFLOP/s", "tflops": 0.5, "case": "products"} for row in timed if row["backward"]]
+    axes = plots._figure("linear", rows, document).axes
+    assert [a.get_title(loc="left") for a in axes] == ["forward", *["forward + backward"] * 2, "step"]
+    assert [a.get_xlabel().split()[0] for a in axes] == ["GB/s", "GB/s", "TFLOP/s", "GB/s"]
+
+
 def test_plot_labels_do_not_overlap(document):
     plots = pytest.importorskip("bigkernels.bench.plots")
     timed = [row for row in document["rows"] if row["seconds"]]

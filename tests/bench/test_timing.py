@@ -35,6 +35,17 @@ def test_short_steps_are_repeated_within_a_sample():
     assert order[2:] == [("short", math.ceil(1e-3 / 1e-5)), ("long", 1)]
 
 
+def test_one_that_takes_long_is_timed_once():
+    order = []
+    steps = {"a": lambda: "a", "slow": lambda: "slow"}
+    found = interleave(steps, record({"a": 1.0, "slow": 99.0}, order), rounds=3, seconds=0, once={"slow"})
+    assert [name for name, _ in order] == ["a", "slow", *["a"] * 3]
+    assert found == {"a": [1.0] * 3, "slow": [99.0]}
+    assert interleave({"slow": steps["slow"]}, record({"slow": 9.0}, []), rounds=3, seconds=1, once={"slow"}) == {
+        "slow": [9.0]
+    }
+
+
 def test_turns_go_on_until_the_time_is_over():
     found = interleave({"a": lambda: sum(range(1000))}, CpuTimer(), rounds=1, seconds=0.05)
     assert len(found["a"]) > 5

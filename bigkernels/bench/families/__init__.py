@@ -17,6 +17,7 @@ FAMILIES = {
     "decode": "one new token over a cache, 32 query heads on 8",
     "linear": "linear layers",
     "quantized": "linear layers with quantized weights",
+    "optimizers": "a step of an optimizer, 100 million parameters",
     "small": "one token: the cost of a call",
     "model": "a Llama model at the size of SmolLM2-135M",
 }

@@ -112,6 +112,23 @@ float sum_of(const void* in, int64_t bytes, int streams) {
   return sum(acc[0] + acc[1] + acc[2] + acc[3]);
 }
 
+// What an optimizer is limited by: as AdamW does, arrays of `bytes` each are read and written where they are, from one
+// that is only read.
+void update(void* param, void* first, void* second, const void* grad, int64_t bytes, bool ahead) {
+  float *p = (float*)param, *m = (float*)first, *v = (float*)second;
+  const float* g = (const float*)grad;
+  const vf half = splat(0.5f);
+  auto step = [&](int64_t i) {
+    vf x = load(g + i), a = (load(m + i) + x) * half, b = (load(v + i) + x * x) * half;
+    store(m + i, a), store(v + i, b), store(p + i, load(p + i) - a * b);
+  };
+  int64_t n = bytes / 4 / (2 * W) * (2 * W);
+  for (int64_t i = 0; i < n; i += 2 * W) {
+    if (ahead) prefetch_ahead(p + i), prefetch_ahead(m + i), prefetch_ahead(v + i), prefetch_ahead(g + i);
+    step(i), step(i + W);
+  }
+}
+
 }  // namespace
 
 extern const CpuTable table = {
@@ -159,6 +176,7 @@ extern const CpuTable table = {
     convert,
     copy,
     sum_of,
+    update,
     matrix_loop,
 };
 

@@ -277,6 +277,7 @@ struct CpuTable {
   void (*convert)(Type type, bool narrow, const void* in, void* out, int64_t n);
   void (*copy)(const void* in, void* out, int64_t bytes, bool stream);
   float (*sum_of)(const void* in, int64_t bytes, int streams);
+  void (*update)(void* param, void* first, void* second, const void* grad, int64_t bytes, bool ahead);  // bytes of each
   int64_t (*matrix_loop)(int type, int64_t rounds);  // operations done; 0 where the level has no such unit
 };
 

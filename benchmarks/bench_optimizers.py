@@ -1,0 +1,5 @@
+FAMILY = "optimizers"
+
+
+def test_optimizers(benchmark, step):
+    benchmark(step)
