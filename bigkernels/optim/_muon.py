@@ -126,7 +126,8 @@ class Muon(Optimizer):
         plan.orthogonalize()
         # The first call has counted the step; given trust ratios this one counts none.
         steps = plan.descent
-        used = torch.where(grads[:, :1] == 0, 0, steps.records)
+        given, records = (t.view(torch.int64).view(-1, 2) for t in (grads, steps.records))
+        used = torch.where(given[:, :1] == 0, 0, records)
         ops.step(steps.plan.rule.number, *self._arguments(steps.plan, used, found_inf=found_inf), steps.ones)
         plan.after()
 

@@ -137,10 +137,10 @@ class Plan:
                          STATE_TYPES[real(first).dtype] if first is not None else 0])  # fmt: skip
             for begin in range(0, t.numel(), CHUNK):
                 chunks.extend([index, begin, min(begin + CHUNK, t.numel())])
-        self.tensors = _to(rows, self.device, (len(entries), 14))
-        self.chunks = _to(chunks, self.device, (-1, 3))
+        self.tensors, self.chunks = Uploaded(self.device)(rows), Uploaded(self.device)(chunks)
         self._addresses = [t.data_ptr() for t in self._locals]
-        self._written: tuple[array, Tensor] | None = None
+        self._grads = Uploaded(self.device)
+        self.groups = Uploaded(self.device)
 
     def holds(self) -> bool:
         """Whether parameters and states are where they were."""
@@ -178,9 +178,7 @@ class Plan:
         for i in self._empty:
             if grads[i] is not None:
                 rows[2 * i] = 1
-        if self._written is None or self._written[0] != rows:
-            self._written = rows, _to(rows, self.device, (len(self.params), 2))
-        return self._written[1], grads
+        return self._grads(rows), grads
 
     def _rows(self, grads: list[Tensor]) -> array | None:
         """The records, where all gradients are contiguous."""
@@ -208,17 +206,33 @@ class Plan:
             t.copy_(copy)
 
 
-def _to(numbers: array, device: torch.device, shape: tuple[int, ...]) -> Tensor:
-    """The numbers as an int64 tensor on the device; the copy to a GPU waits for nothing."""
-    if not numbers:
-        return torch.empty(0, dtype=torch.int64, device=device)
-    t = torch.frombuffer(numbers, dtype=torch.int64).view(shape)
-    if device.type == "cpu":
-        return t
-    return t.pin_memory().to(device, non_blocking=True)
+class Uploaded:
+    """Numbers on a device, sent there when they change; on a GPU without waiting for the copy."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._numbers: array | bytearray | None = None
+        self._tensor: Tensor | None = None
+        self._captured: list[Tensor] = []  # a graph copies from them at each replay
+
+    def __call__(self, numbers: array | bytearray) -> Tensor:
+        if self._tensor is not None and self._numbers == numbers:
+            return self._tensor
+        if not numbers:
+            return torch.empty(0, dtype=torch.uint8, device=self.device)
+        here = torch.frombuffer(numbers, dtype=torch.uint8)
+        self._numbers, self._tensor = numbers, here
+        if self.device.type != "cpu":
+            here = here.pin_memory()
+            self._tensor = here.to(self.device, non_blocking=True)
+            if torch.cuda.is_current_stream_capturing():
+                # The copy has not taken place yet: nothing but the graph may read it.
+                self._captured.append(here)
+                self._numbers = None
+        return self._tensor
 
 
-def groups(options: list[dict], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+def groups(options: list[dict], device: torch.device) -> tuple[bytearray, list[Tensor]]:
     """The records of parameter groups, and tensors they point to."""
     packed, held = bytearray(), []
     for o in options:
@@ -236,8 +250,7 @@ def groups(options: list[dict], device: torch.device) -> tuple[Tensor, list[Tens
             o.get("momentum", 0.0), o.get("dampening", 0.0), o.get("lr_decay", 0.0), o["ema_decay"] or 0.0,
             address, wide, flags, ROUNDINGS[o["rounding"]], o["seed"],
         )  # fmt: skip
-    t = torch.frombuffer(packed, dtype=torch.uint8)
-    return (t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)), held
+    return packed, held
 
 
 def only_gradients(grads: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,4 +261,4 @@ def only_gradients(grads: list[Tensor], device: torch.device) -> tuple[Tensor, T
         sizes.extend([0] * 10 + [g.numel(), 0, 0, 0])
         for begin in range(0, g.numel(), CHUNK):
             chunks.extend([index, begin, min(begin + CHUNK, g.numel())])
-    return _to(sizes, device, (-1, 14)), _to(rows, device, (-1, 2)), _to(chunks, device, (-1, 3))
+    return tuple(Uploaded(device)(numbers) for numbers in (sizes, rows, chunks))

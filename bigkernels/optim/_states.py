@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _formats
-from ._plan import laid_out, local
+from ._plan import laid_out, local, placed
 from ._reference import RULES, Rule
 
 _CODES = (torch.int8, torch.uint8)  # with a sign and without
@@ -177,7 +177,13 @@ class States(torch.optim.Optimizer):
                 given = tuple(value.shape) if _is_tensor(value) else type(value).__name__
                 name = f"bigkernels.optim.{type(self).__name__}"
                 raise ValueError(f"{name}: the saved {key} is {given}; its parameter is {tuple(p.shape)}")
-            value = value.to(self._home(p))
+            if hasattr(value, "to_local") != hasattr(p, "to_local"):
+                name, are = f"bigkernels.optim.{type(self).__name__}", ("is not", "is")
+                raise ValueError(
+                    f"{name}: the saved {key} {are[hasattr(value, 'to_local')]} distributed and its parameter "
+                    f"{are[hasattr(p, 'to_local')]}; torch.distributed.checkpoint.state_dict turns one into the other"
+                )
+            value = placed(value.to(self._home(p)), p)
             if value.dtype in _CODES:
                 value = self._checked_codes(key, value, saved)
             elif key == "remainder" and value.dtype not in (torch.int16, torch.int32):
