@@ -30,7 +30,7 @@ lint: $(VENV)/.dev
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 clean:
-	rm -rf build dist *.egg-info bigkernels/*.so bigkernels/_not_compiled.txt
+	rm -rf build dist *.egg-info bigkernels/*.so bigkernels/_*not_compiled.txt
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

@@ -2,6 +2,8 @@
 
 Environment variables:
   BIGKERNELS_SKIP_BUILD=1    install without compiled kernels
+  BIGKERNELS_CUDA=1|0        build the CUDA library or not (default: where a CUDA compiler works; CUDACXX names another)
+  BIGKERNELS_CUDA_ARCHS      for which GPUs, as CMAKE_CUDA_ARCHITECTURES (default: compute capability 7.5 and newer)
   BIGKERNELS_NATIVE=1|0      build bigkernels._native or not (default: in development builds that find Python's headers)
   BIGKERNELS_TORCH_DIR       the torch package to build against (default: the one in the environment)
   BIGKERNELS_BUILD_DIR       where CMake works (default: build/cmake)
@@ -131,6 +133,8 @@ class CMakeBuild(build_ext):
             "CMAKE_BUILD_TYPE": os.environ.get("BIGKERNELS_BUILD_TYPE", "Release"),
             "BK_TORCH_DIR": torch_dir(),
             "BK_PYBIND11_DIR": pybind11,
+            "BK_CUDA": {"0": "OFF", "1": "ON"}.get(os.environ.get("BIGKERNELS_CUDA", ""), "AUTO"),
+            "BK_CUDA_ARCHS": os.environ.get("BIGKERNELS_CUDA_ARCHS", ""),
             "Python_EXECUTABLE": sys.executable,
         }
         if ccache := shutil.which("ccache"):
@@ -143,15 +147,31 @@ class CMakeBuild(build_ext):
         definitions = [f"-D{name}={value}" for name, value in configuration.items()]
         definitions += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         run(cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *definitions)
+        if not self.no_cuda(build):
+            targets["bigkernels_cuda"] = "cuda"
         run(cmake, "--build", build, "--parallel", jobs, "--target", *targets)
         for component in targets.values():
             run(cmake, "--install", build, "--prefix", self.destination(), "--component", component)
+
+    def no_cuda(self, build: Path) -> bool:
+        """Whether there is to be no CUDA library; what CMake says about it goes into the package, for `info`."""
+        reason = (build / "cuda_not_compiled.txt").read_text()
+        record = self.destination() / "_cuda_not_compiled.txt"
+        if not reason:
+            record.unlink(missing_ok=True)
+            return False
+        print(f"bigkernels: no CUDA kernels: {reason}", file=sys.stderr)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(f"libbigkernels_cuda.so was not built: {reason}\n")
+        record.with_name("libbigkernels_cuda.so").unlink(missing_ok=True)  # of an earlier build
+        return True
 
     def get_source_files(self) -> list[str]:
         return []
 
     def get_outputs(self) -> list[str]:
-        return [str(path) for path in sorted(self.destination().glob("*.so"))]
+        records = self.destination().glob("_cuda_not_compiled.txt")
+        return [str(path) for path in (*sorted(self.destination().glob("*.so")), *records)]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

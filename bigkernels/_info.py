@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ._load import cpu_library, triton_unavailable
+from ._load import Library, cpu_library, cuda_library, triton_unavailable
 from ._version import __version__
 from .ops import OPERATORS
 from .ops._registry import KERNEL_DTYPES
@@ -104,10 +104,11 @@ def _gpus() -> list[dict]:
 
 def _libraries() -> dict[str, dict]:
     """For each: whether it can be used, where it is, and why not."""
-    cpu, triton = cpu_library(), triton_unavailable()
+    triton = triton_unavailable()
     native = importlib.util.find_spec("bigkernels._native")
     return {
-        "cpu": {"loaded": cpu.reason is None, "path": str(cpu.path) if cpu.path else None, "reason": cpu.reason},
+        "cpu": _library(cpu_library()),
+        "cuda": _library(cuda_library()),
         "triton": {"loaded": triton is None, "path": None, "reason": triton},
         "native": {
             "loaded": native is not None,
@@ -115,6 +116,11 @@ def _libraries() -> dict[str, dict]:
             "reason": None if native else "only development builds have it",
         },
     }
+
+
+def _library(library: Library) -> dict:
+    path = str(library.path) if library.path else None
+    return {"loaded": library.reason is None, "path": path, "reason": library.reason}
 
 
 def _operators() -> dict:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+_OLDEST_GPU = (7, 5)  # what CMakeLists.txt builds for
+
 
 @dataclass(frozen=True)
 class Library:
@@ -21,9 +23,10 @@ class Library:
 def _load(name: str) -> Library:
     path = Path(__file__).parent / f"libbigkernels_{name}.so"
     if not path.exists():
-        # Left by setup.py where it built nothing; an unbuilt checkout has neither.
-        record = path.with_name("_not_compiled.txt")
-        return Library(None, record.read_text().strip() if record.exists() else f"{path.name} was not built")
+        # Left by setup.py where it built nothing, or not this one; an unbuilt checkout has neither.
+        records = (path.with_name(r) for r in ("_not_compiled.txt", f"_{name}_not_compiled.txt"))
+        reasons = [record.read_text().strip() for record in records if record.exists()]
+        return Library(None, reasons[0] if reasons else f"{path.name} was not built")
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -41,6 +44,19 @@ def cpu_library() -> Library:
 def cuda_library() -> Library:
     """The CUDA kernels; the library loads beside a torch without CUDA too, which then never calls it."""
     return _load("cuda")
+
+
+@functools.cache
+def cuda_unavailable() -> str | None:
+    """Why CUDA kernels cannot run in this process; None if they can. Asks the driver."""
+    if reason := cuda_library().reason:
+        return reason
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    if oldest < _OLDEST_GPU:
+        return f"a GPU here has compute capability {oldest[0]}.{oldest[1]}; the CUDA kernels need 7.5"
+    return None
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bigkernels import _load
 from bigkernels._load import cpu_library
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +46,17 @@ def library() -> Path:
     if found.reason is None:
         return found.path
     if sys.platform == "linux" and any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.fail(f"{found.reason}; run `make build`")
+    pytest.skip(found.reason)
+
+
+@pytest.fixture(scope="session")
+def cuda_library() -> Path:
+    """The compiled CUDA library, which loads without a GPU. Missing is an error where the build found a compiler."""
+    found = _load.cuda_library()
+    if found.reason is None:
+        return found.path
+    if shutil.which("nvcc") and os.environ.get("BIGKERNELS_CUDA") != "0":
         pytest.fail(f"{found.reason}; run `make build`")
     pytest.skip(found.reason)
 

@@ -1,4 +1,4 @@
-"""What the compiled library contains and needs: one binary must serve every Python, torch >= 2.10 and processor."""
+"""What the compiled libraries contain and need: one binary must serve every Python, torch >= 2.10 and processor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = ("default", "avx2", "avx512", "amx")
 
-# What a library may need besides torch: the C++ runtime, and nothing of Python or OpenMP.
+# What a library may need besides torch: the C++ runtime, and nothing of Python, OpenMP or CUDA.
 NEEDED = {"libtorch.so", "libtorch_cpu.so", "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"}
 # Newest symbol versions a release may ask for: Ubuntu 22.04 and Debian 12 have them.
 CEILINGS = {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 30), "CXXABI": (1, 3, 13)}
@@ -92,8 +92,13 @@ def test_the_variable_only_lowers_the_level(library: Path) -> None:
     assert chosen("default").strip() == "default"
 
 
-def test_library_dependencies(library: Path) -> None:
-    dynamic = tool("readelf", "--dynamic", "--wide", library)
+@pytest.fixture(params=["cpu", "cuda"])
+def either_library(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue("library" if request.param == "cpu" else "cuda_library")
+
+
+def test_library_dependencies(either_library: Path) -> None:
+    dynamic = tool("readelf", "--dynamic", "--wide", either_library)
     needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic))
     assert {"libtorch.so", "libtorch_cpu.so"} <= needed
     assert {name for name in needed if not name.startswith("ld-linux")} <= NEEDED
@@ -101,32 +106,32 @@ def test_library_dependencies(library: Path) -> None:
     assert "RUNPATH" not in dynamic
 
 
-def test_library_asks_for_no_python_openmp_or_unstable_torch(library: Path) -> None:
-    names = [line.split()[-1] for line in tool("nm", "--dynamic", "--undefined-only", library).splitlines()]
+def test_library_asks_for_no_python_openmp_or_unstable_torch(either_library: Path) -> None:
+    names = [line.split()[-1] for line in tool("nm", "--dynamic", "--undefined-only", either_library).splitlines()]
     assert any(name.startswith("aoti_torch_") for name in names)
     unwanted = re.compile(r"_?Py[A-Z_]|GOMP_|omp_|__kmpc_|_ZN?K?(2at|3c10|5torch)")
     assert [name for name in names if unwanted.match(name)] == []
 
 
-def test_library_exports_nothing_of_its_own(library: Path) -> None:
+def test_library_exports_nothing_of_its_own(either_library: Path) -> None:
     # Hidden symbols cannot clash with those of another library, nor be replaced by them.
-    exported = tool("nm", "--dynamic", "--defined-only", library)
+    exported = tool("nm", "--dynamic", "--defined-only", either_library)
     assert [line for line in exported.splitlines() if "10bigkernels" in line] == []
 
 
-def test_library_symbol_versions(library: Path) -> None:
+def test_library_symbol_versions(either_library: Path) -> None:
     glibc = tuple(map(int, platform.libc_ver()[1].split(".")))
     if glibc > RELEASE_GLIBC:
         pytest.skip(f"built against glibc {platform.libc_ver()[1]}; releases are built where it is at most 2.36")
-    symbols = tool("objdump", "--dynamic-syms", library)
+    symbols = tool("objdump", "--dynamic-syms", either_library)
     versions = {(kind, tuple(map(int, v.split(".")))) for kind, v in re.findall(r"\b([A-Z]+)_(\d[\d.]*)\b", symbols)}
     assert any(kind == "GLIBC" for kind, _ in versions)
     assert [(kind, version) for kind, version in versions if kind in CEILINGS and version > CEILINGS[kind]] == []
 
 
-def test_abi_audit(library: Path) -> None:
+def test_abi_audit(either_library: Path) -> None:
     pytest.importorskip("torch_abi_audit")
-    command = [sys.executable, "-m", "torch_abi_audit.cli", "--json", str(library)]
+    command = [sys.executable, "-m", "torch_abi_audit.cli", "--json", str(either_library)]
     report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     (audited,) = report["bundled_libs"]
     assert audited["torch"]["stable"], audited["torch"]["unstable_symbols"]

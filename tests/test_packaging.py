@@ -91,7 +91,10 @@ def test_one_wheel_for_every_python(wheel: Path) -> None:
     top = {name.split("/")[0] for name in names}
     metadata = "-".join(wheel.name.split("-")[:2]) + ".dist-info"
     assert top == {"bigkernels", metadata}  # no tests, no sources of the kernels
-    assert [name for name in names if name.endswith(".so")] == ["bigkernels/libbigkernels_cpu.so"]
+    built = [name for name in ("cpu", "cuda") if (ROOT / f"bigkernels/libbigkernels_{name}.so").exists()]
+    assert {name for name in names if name.endswith(".so")} == {f"bigkernels/libbigkernels_{name}.so" for name in built}
+    # The reason for what is missing comes along.
+    assert ("bigkernels/_cuda_not_compiled.txt" in names) == ("cuda" not in built)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "bigkernels").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
 
@@ -105,6 +108,7 @@ def test_the_wheel_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     command = run(environment.python.with_name("bigkernels"), "info")
     assert command.returncode == 0, command.stderr
     assert "libbigkernels_cpu.so" in command.stdout
+    assert "libbigkernels_cuda.so" in command.stdout  # its path, or that it was not built
 
 
 def other_pythons() -> list[tuple[str, Path]]:

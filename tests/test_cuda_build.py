@@ -1,0 +1,93 @@
+"""The CUDA library as its compiler left it: looked at and loaded, without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+OPERATORS = ("optimizer_step", "optimizer_measure", "optimizer_norm")
+# A thread: csrc/cuda/NOTES.md says how many warps that leaves a GPU.
+MOST_REGISTERS = 128
+
+
+def cuobjdump(*arguments: str | Path) -> str:
+    triton = pytest.importorskip("triton", reason="triton, which brings cuobjdump, is not installed")
+    command = [triton.knobs.nvidia.cuobjdump.path, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_registers_its_operators_beside_any_torch(cuda_library: Path) -> None:
+    for name in OPERATORS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bigkernels::{name}", "CUDA"), name
+
+
+def test_the_stream_is_a_weak_symbol(cuda_library: Path) -> None:
+    # Else the library would not load beside a torch without CUDA.
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed (binutils)")
+    lines = subprocess.run(["nm", "--dynamic", cuda_library], check=True, capture_output=True, text=True).stdout
+    assert re.search(r" w aoti_torch_get_current_cuda_stream$", lines, re.MULTILINE)
+    assert not re.search(r" U (cu[A-Z]|cuda[A-Z]|__cuda)", lines), "the CUDA runtime is linked statically"
+
+
+def test_has_code_for_every_gpu(cuda_library: Path) -> None:
+    found = cuobjdump("--list-elf", "--list-ptx", cuda_library)
+    code, intermediate = (set(re.findall(rf"sm_(\d+)a?\.{kind}", found)) for kind in ("cubin", "ptx"))
+    if os.environ.get("BIGKERNELS_CUDA_ARCHS"):
+        pytest.skip(f"built for {code}, as BIGKERNELS_CUDA_ARCHS says")
+    assert code == {"75", "80", "90"}
+    assert intermediate == {"90"}
+
+
+def test_no_kernel_spills(cuda_library: Path, record_property) -> None:
+    text = cuobjdump("--dump-resource-usage", cuda_library)
+    kernels = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+    assert len(kernels) == text.count("REG:") > 0
+    for name, *numbers in kernels:
+        registers, stack, local = map(int, numbers)
+        record_property(name, registers)
+        assert (stack, local) == (0, 0), f"{name}: {registers} registers, {stack} + {local} bytes in memory"
+        assert registers <= MOST_REGISTERS, f"{name}: {registers} registers"
+
+
+def test_kernels_know_where_their_pointers_point(cuda_library: Path) -> None:
+    text = cuobjdump("-sass", cuda_library)
+    assert "LDG.E.128" in text and "STG.E.128" in text
+    unwanted = re.findall(r"^.*\b(?:LDL|STL|LD\.E|ST\.E)\b.*$", text, re.MULTILINE)
+    assert unwanted == [], "loads and stores through pointers to any kind of memory"
+
+
+@pytest.mark.parametrize("setting", ["BIGKERNELS_CUDA=0", "no nvcc"])
+def test_configures_without_cuda(setting: str, library: Path, tmp_path: Path) -> None:
+    """Where nothing may compile CUDA there is a reason and no target, and that is no error."""
+    torch_dir = Path(torch.__file__).parent
+    cmake, ninja = (shutil.which(n, path=Path(sys.executable).parent) or shutil.which(n) for n in ("cmake", "ninja"))
+    if not cmake or not ninja:
+        pytest.skip("cmake and ninja are not installed")
+    definitions = [f"-DBK_TORCH_DIR={torch_dir}", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DBK_ISA_LEVELS=base"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_PATH", "CUDA_HOME")}
+    if setting == "no nvcc":
+        tools = tmp_path / "bin"
+        tools.mkdir()
+        for name in ("c++", "g++", "gcc", "cc", "ar", "ld", "as", "ranlib", "nm", "uname"):
+            if found := shutil.which(name):
+                (tools / name).symlink_to(found)
+        environment["PATH"] = str(tools)
+    else:
+        definitions.append("-DBK_CUDA=OFF")
+    build = tmp_path / "build"
+    command = [cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *definitions]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reason = (build / "cuda_not_compiled.txt").read_text()
+    assert reason in done.stdout
+    assert ("turned off" if setting != "no nvcc" else "no CUDA compiler") in reason
+    assert "bigkernels_cuda" not in (build / "build.ninja").read_text()
