@@ -71,8 +71,9 @@ class _OffloadedPlan(Plan):
         return torch.cuda.stream(self._stream)
 
     def gradients(
-        self, given: list[Tensor | None], dense_of: Callable[[Tensor], Tensor] = Tensor.to_dense
+        self, given: list[Tensor | None] | None = None, dense_of: Callable[[Tensor], Tensor] = Tensor.to_dense
     ) -> tuple[Tensor, list[Tensor | None]]:
+        given = [p.grad for p in self.params] if given is None else given
         given = [None if g is None else dense_of(g) for g in given]
         host: list[Tensor | None] = []
         with self._aside():

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,9 +28,6 @@ _OF_TORCH = {"foreach": None, "fused": None, "capturable": False, "differentiabl
 # What decides which states a group has, by value and by being set.
 _FORMATS = ("state_dtype", "rounding")
 _STATEFUL = ("amsgrad", "momentum", "centered", "ema_decay", "use_muon")
-
-
-_grad = attrgetter("grad")
 
 
 @dataclass
@@ -237,7 +233,7 @@ class Optimizer(States):
         """One step of the parameters of a schedule that have a gradient. `norm`: to clip by, instead of their own."""
         for o in self.param_groups:
             self._check({**o, "params": ()})
-        work = [(plan, *plan.gradients(list(map(_grad, plan.params)), self._dense)) for plan in schedule.plans]
+        work = [(plan, *plan.gradients(dense_of=self._dense)) for plan in schedule.plans]
         eager = [(p, self.param_groups[number]) for p, number in schedule.unserved if p.grad is not None]
         for p, _ in eager:
             self._dense(p.grad)  # or refuses, before anything is changed

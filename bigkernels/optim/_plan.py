@@ -10,7 +10,7 @@ import operator
 import struct
 from array import array
 from collections.abc import Callable
-from itertools import chain, repeat
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -139,55 +139,77 @@ class Plan:
                 chunks.extend([index, begin, min(begin + CHUNK, t.numel())])
         self.tensors, self.chunks = Uploaded(self.device)(rows), Uploaded(self.device)(chunks)
         self._addresses = [t.data_ptr() for t in self._locals]
+        self._seen: array | None = None
         self._grads = Uploaded(self.device)
         self.groups = Uploaded(self.device)
 
     def holds(self) -> bool:
-        """Whether parameters and states are where they were."""
-        now = self.params
+        """Whether parameters and states are where they were. What it sees of the gradients is kept for `gradients`."""
         if self._distributed or self._complex:
-            now = [local(p) for p in now]
-        if list(map(Tensor.data_ptr, now)) != self._addresses:
+            addresses = [local(p).data_ptr() for p in self.params]
+        else:
+            addresses = self._look()
+        if addresses != self._addresses:
             return False
         try:
             return all(all(map(operator.is_, map(get, self.states), kept)) for get, kept in self._kept)
         except KeyError:
             return False
 
+    def _look(self) -> list[int]:
+        """The addresses of the parameters; and of the gradients what a record needs.
+
+        All in one pass, as many small tensors lie on a page each, which is slow to come to; and as plain numbers, as
+        20,000 new tuples would have the garbage collector look at everything.
+        """
+        self._seen = None
+        address, contiguous = Tensor.data_ptr, Tensor.is_contiguous
+        try:
+            found = [
+                number
+                for p in self.params
+                for g in (p.grad,)
+                for number in (address(p), address(g), TYPES[g.dtype], contiguous(g))
+            ]
+        except (TypeError, RuntimeError):  # without a gradient, or with a sparse one
+            return list(map(address, self.params))
+        if self._contiguous and all(found[3::4]):
+            self._seen = array("q", bytes(16 * len(self.params)))
+            self._seen[::2], self._seen[1::2] = array("q", found[1::4]), array("q", found[2::4])
+        return found[::4]
+
     def gradients(
-        self, given: list[Tensor | None], dense_of: Callable[[Tensor], Tensor] = Tensor.to_dense
+        self, given: list[Tensor | None] | None = None, dense_of: Callable[[Tensor], Tensor] = Tensor.to_dense
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The records of the gradients, zeros for those that are None, and tensors to hold on to until the step ran.
 
-        `dense_of` makes a sparse one dense, or refuses.
+        Args:
+            given: in place of the parameters' own.
+            dense_of: makes a sparse one dense, or refuses.
         """
-        grads = given
-        if self._distributed or self._complex:
-            grads = [None if g is None else local(placed(g, p)) for g, p in zip(grads, self.params, strict=True)]
-        rows = self._rows(grads) if self._contiguous and all(map(operator.is_not, grads, repeat(None))) else None
-        if rows is None:
-            grads = list(grads)
-            for i, g in enumerate(grads):
-                if g is not None and g.layout != torch.strided:
-                    g = grads[i] = dense_of(g)
-                if g is not None and not self._fits(i, g):
-                    grads[i] = torch.empty_like(self._work[i], dtype=g.dtype).copy_(g)
-            pairs = [(0, 0) if g is None else (g.data_ptr(), TYPES[g.dtype]) for g in grads]
-            rows = array("q", chain.from_iterable(pairs))
+        seen, self._seen = self._seen, None
+        if given is None and seen is not None:
+            grads, rows = [], seen  # the parameters hold on to them
+        else:
+            grads, rows = self._records([p.grad for p in self.params] if given is None else given, dense_of)
         # An empty shard has a gradient too, for its step is counted, but no address: any other than 0 will do.
         for i in self._empty:
-            if grads[i] is not None:
+            if not grads or grads[i] is not None:
                 rows[2 * i] = 1
         return self._grads(rows), grads
 
-    def _rows(self, grads: list[Tensor]) -> array | None:
-        """The records, where all gradients are contiguous."""
-        if not all(map(Tensor.is_contiguous, grads)):
-            return None
-        rows = array("q", bytes(16 * len(grads)))
-        rows[::2] = array("q", map(Tensor.data_ptr, grads))
-        rows[1::2] = array("q", map(TYPES.__getitem__, map(operator.attrgetter("dtype"), grads)))
-        return rows
+    def _records(self, grads: list[Tensor | None], dense_of: Callable[[Tensor], Tensor]) -> tuple[list, array]:
+        """The gradients, those copied that do not lie as their parameter does, and their records."""
+        if self._distributed or self._complex:
+            grads = [None if g is None else local(placed(g, p)) for g, p in zip(grads, self.params, strict=True)]
+        grads = list(grads)
+        for i, g in enumerate(grads):
+            if g is not None and g.layout != torch.strided:
+                g = grads[i] = dense_of(g)
+            if g is not None and not self._fits(i, g):
+                grads[i] = torch.empty_like(self._work[i], dtype=g.dtype).copy_(g)
+        pairs = [(0, 0) if g is None else (g.data_ptr(), TYPES[g.dtype]) for g in grads]
+        return grads, array("q", chain.from_iterable(pairs))
 
     def _fits(self, i: int, g: Tensor) -> bool:
         if self._strides is None:
