@@ -61,8 +61,9 @@ class Optimizer(States):
         state_dtype: how states are stored: torch.float32, torch.bfloat16, or "int8", blocks of 256 elements with a
             float32 scale (tensors of fewer than 4096 elements keep float32).
         rounding: how 16-bit parameters are rounded: "nearest"; "stochastic", unbiased, by random numbers that depend on
-            torch's seed at construction, the step and the element only; or "kahan" (bfloat16 only), which keeps what
-            rounding takes in 16 bits, so that parameter and remainder together are a float32 master weight.
+            torch's seed at construction, the step and the element only (give ranks of one model the same seed); or
+            "kahan" (bfloat16 only), which keeps what rounding takes in 16 bits, so that parameter and remainder
+            together are a float32 master weight.
         max_grad_norm: clip the gradients of all groups together to this 2-norm, inside the step: the gradients
             themselves are left as they are. `grad_norm` then is the norm before clipping, a tensor on the device.
         ema_decay: also keep an average of the parameters in float32, `average = decay * average + (1 - decay) *

@@ -13,6 +13,7 @@ from ._plan import laid_out, local, placed
 from ._reference import RULES, Rule
 
 _CODES = (torch.int8, torch.uint8)  # with a sign and without
+_CODED = "_codes"  # what their names end in where they are saved
 # What a state_dict does not decide: the formats are those that the optimizer was made with.
 _KEPT = ("state_dtype", "rounding", "ema_decay", "cautious")
 
@@ -109,6 +110,7 @@ class States(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's: what `load_state_dict` of this optimizer, and with float32 states that of torch, goes on from.
 
+        Codes of 8 bits are named so (`exp_avg_codes`): what loads them in place of floats, key by key, misses them.
         8-bit states of distributed parameters are saved as float32, whose rounding back is exact: their blocks would be
         others on another number of ranks. Their remainders are saved as int32: no backend gathers int16.
         """
@@ -118,17 +120,21 @@ class States(torch.optim.Optimizer):
             {**g, "state_dtype": str(g["state_dtype"]).removeprefix("torch.")} for g in found["param_groups"]
         ]
         for index, state in found["state"].items():
-            shards = {k for k, v in state.items() if _is_tensor(v) and hasattr(v, "to_local")}
-            coded = [k for k in shards if state[k].dtype in _CODES]
-            if coded:
-                found["state"][index] = state = {
-                    k: self._read(k, state) if k in coded else v
-                    for k, v in state.items()
-                    if k.removesuffix("_scale") not in coded or k in coded
-                }
-            if "remainder" in shards:
-                found["state"][index] = {**state, "remainder": state["remainder"].to(torch.int32)}
+            found["state"][index] = self._saved(state)
         return found
+
+    def _saved(self, state: dict) -> dict:
+        saved = {}
+        for key, value in state.items():
+            owner = state.get(key.removesuffix("_scale"))
+            shards = hasattr(value if owner is None else owner, "to_local")
+            if _is_tensor(value) and value.dtype in _CODES:
+                saved.update({key: self._read(key, state)} if shards else {key + _CODED: value})
+            elif shards and key == "remainder":
+                saved[key] = value.to(torch.int32)
+            elif not (shards and key.endswith("_scale")):
+                saved[key] = value
+        return saved
 
     def torch_state_dict(self) -> dict[str, Any]:
         """A state_dict in which all states are float32 and nothing is unknown to the torch class of this name."""
@@ -137,7 +143,7 @@ class States(torch.optim.Optimizer):
         states = {
             index: {k: self._read(k, s).to(_wide(s[k].dtype)) for k in s if k in known}
             | {"step": s["step"].to(torch.float32)}
-            for index, s in found["state"].items()
+            for index, s in ((index, _uncoded(s)) for index, s in found["state"].items())
         }
         ours = {*_KEPT, "seed", "decoupled_weight_decay"}.difference(self._torch_options)
         groups = [{k: v for k, v in g.items() if k not in ours} for g in found["param_groups"]]
@@ -160,7 +166,7 @@ class States(torch.optim.Optimizer):
 
     def _adopt(self, p: Tensor, o: dict, saved: dict) -> dict:
         """A saved state in the formats of this optimizer."""
-        states = self._rule_of(p, o).states
+        states, saved = self._rule_of(p, o).states, _uncoded(saved)
         state = {k: v for k, v in saved.items() if v is not None and k.removesuffix("_scale") not in states}
         if "step" in saved or any(k in saved for k in states):
             # torch's SGD and Muon count no steps; what they saved comes after the first one.
@@ -215,6 +221,11 @@ class States(torch.optim.Optimizer):
                 group.setdefault(name, value)
             group["seed"] = group["seed"] or 0
         self._forget()
+
+
+def _uncoded(saved: dict) -> dict:
+    """A saved state by the names of the rule."""
+    return {k.removesuffix(_CODED): v for k, v in saved.items()}
 
 
 class _Whole:

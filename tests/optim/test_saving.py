@@ -134,10 +134,10 @@ def broken(change) -> dict:
 
 
 CORRUPTIONS = {
-    "shape": (lambda d: d.first.update(exp_avg=d.first["exp_avg"][:-1]), "exp_avg is"),
+    "shape": (lambda d: d.first.update(exp_avg_codes=d.first["exp_avg_codes"][:-1]), "exp_avg is"),
     "no scales": (lambda d: d.first.pop("exp_avg_scale"), "scales"),
     "truncated scales": (lambda d: d.first.update(exp_avg_sq_scale=d.first["exp_avg_sq_scale"][:-1]), "scales"),
-    "no tensor": (lambda d: d.first.update(exp_avg=3.0), "float"),
+    "no tensor": (lambda d: d.first.update(exp_avg_codes=3.0), "float"),
     "step": (lambda d: d.first.update(step=torch.tensor(1.5)), "step"),
     "negative step": (lambda d: d.first.update(step=torch.tensor(-1.0)), "step"),
     "groups": (lambda d: d.all["param_groups"].append(d.all["param_groups"][0]), "group"),
@@ -166,7 +166,7 @@ def test_hooks_of_state_dicts_see_plain_tensors() -> None:
     o = optim.AdamW(m.parameters(), state_dtype="int8")
     train(m, o, range(2))
     seen = []
-    o.register_load_state_dict_pre_hook(lambda _, d: seen.append(type(d["state"][0]["exp_avg"])))
+    o.register_load_state_dict_pre_hook(lambda _, d: seen.append(type(d["state"][0]["exp_avg_codes"])))
     o.register_load_state_dict_post_hook(lambda opt: seen.append(len(opt.state)))
     o.register_state_dict_post_hook(lambda _, d: d.update(extra=1))
     saved = o.state_dict()

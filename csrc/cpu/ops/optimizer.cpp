@@ -30,15 +30,19 @@ struct Lists {
     STD_TORCH_CHECK(tensor_count == grad_count, "bigkernels::optimizer_step: not one gradient a tensor");
   }
 
-  // f(chunk number) for the chunks of tensors that have a gradient, on the first thread that is free; small chunks go
-  // together.
+  // f(chunk number) for the chunks of tensors that have a gradient, on the first thread that is free. Neighbouring
+  // chunks go together: small ones, and as many as leave each thread some 16 tasks, for the memory's sake, which starts
+  // anew at each.
   template <class F>
   void for_chunks(const F& f) const {
+    int64_t all = 0, elements = 0;
+    for (int64_t i = 0; i < chunk_count; ++i)
+      if (grads[chunks[i].tensor].data) all += chunks[i].end - chunks[i].begin;
+    const int64_t most = std::clamp(all / (16 * (int64_t)torch::stable::get_num_threads()), kChunk, 64 * kChunk);
     std::vector<int64_t> tasks{0};
-    int64_t elements = 0;
     for (int64_t i = 0; i < chunk_count; ++i) {
       if (grads[chunks[i].tensor].data) elements += chunks[i].end - chunks[i].begin;
-      if (elements >= kChunk) tasks.push_back(i + 1), elements = 0;
+      if (elements >= most) tasks.push_back(i + 1), elements = 0;
     }
     if (tasks.back() != chunk_count) tasks.push_back(chunk_count);
     parallel_tasks((int64_t)tasks.size() - 1, [&](int64_t task) {
