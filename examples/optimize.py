@@ -40,7 +40,7 @@ assert last < first / 4
 
 states = sum(t.nbytes for s in optimizer.state.values() for t in s.values())
 count = sum(p.numel() for p in model.parameters())
-print(f"{states / count:.2f} bytes of state a parameter, 4 of them the average")
+print(f"{states / count:.2f} bytes of state a parameter: 2 of codes, 2 of the remainder, 4 of the average")
 
 with optimizer.averaged():  # the averaged weights in the parameters' place
     x = torch.randn(32, 64).bfloat16()
