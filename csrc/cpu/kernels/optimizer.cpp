@@ -9,16 +9,18 @@ namespace {
 struct VectorMath {
 #if defined(__AVX512F__)
   // From the machine's estimates with one Newton step each: within 4 ulp, in half the time of a root and a division. b
-  // counts as at least 2^-126, whose root no eps notices, and a is divided by infinity where b is above 2^120.
+  // counts as at least 2^-126, whose root no eps notices; the estimates make no infinity of one, so that is seen to
+  // apart.
   BK_INLINE vf over_root(vf a, vf b, float scale, float eps) {
-    vf c = vmin(splat(0x1p120f), vmax(splat(0x1p-126f), b));
+    const vf most = splat(0x1.fffffep127f);
+    vf c = vmin(most, vmax(splat(0x1p-126f), b));
     vf y = (vf)_mm512_rsqrt14_ps((__m512)c);
     vf root = c * y, half = y * 0.5f;
     root = root + root * (0.5f - root * half);
     vf d = root * scale + eps;
     vf r = (vf)_mm512_rcp14_ps((__m512)d);
     r = r * (2.0f - d * r);
-    return a * select_less(splat(0x1p120f), b, vf{}, r);
+    return a * select_less(most, b, vf{}, r);
   }
 #else
   BK_INLINE vf over_root(vf a, vf b, float scale, float eps) { return a / (root(b) * scale + eps); }
