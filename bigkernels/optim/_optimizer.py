@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..ops import _registry
 from ..ops import optimizer as ops
-from ..ops._registry import log
+from ..ops._registry import compute_dtype, log
 from . import _formats, _norm, _plan
 from ._plan import Plan, cut, dense, gathered, local, placed
 from ._reference import RULES, Rule, trust_ratio
-from ._states import States, _wide
+from ._states import States
 
 if TYPE_CHECKING:
     from ._backward import StepInBackward
@@ -262,7 +262,7 @@ class Optimizer(States):
         self._offloaded, self._offloaded_plans, self._schedule = True, plans, None
         for p, state in self.state.items():
             for key, value in state.items():
-                if _is_tensor(value):
+                if isinstance(value, Tensor):
                     here = value.to("cpu")
                     state[key] = here.pin_memory() if p.is_cuda else here
 
@@ -296,7 +296,7 @@ class Optimizer(States):
     def _eager(self, p: Tensor, o: dict, scale, divisor, norm) -> None:
         """The step of one parameter by the reference."""
         state, here, rule = self.state[p], local(p), self._rule_of(p, o)
-        o, wide = self._options(rule, o), _wide(here.dtype)
+        o, wide = self._options(rule, o), compute_dtype(here.dtype)
         g = _scaled(local(placed(self._dense(p.grad), p)).to(wide), scale, divisor)
         if norm is not None:
             g = g * (self.max_grad_norm / (norm.to(g.device) + 1e-6)).clamp(max=1.0).to(wide)
@@ -374,14 +374,10 @@ def _refuse_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     raise RuntimeError("bigkernels.optim: a step inside `averaged()` would be lost")
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
-
-
 def _scaled(x: Tensor, scale: Tensor | None, divisor: float | Tensor | None) -> Tensor:
     for d in (scale, divisor):
         if d is not None:
-            x = x / (d.to(x.device) if _is_tensor(d) else d)
+            x = x / (d.to(x.device) if isinstance(d, Tensor) else d)
     return x
 
 
@@ -389,7 +385,7 @@ def _on(value: float | Tensor | None, device: torch.device) -> Tensor | None:
     """A number for a kernel: one float32 or float64 on its device."""
     if value is None:
         return None
-    if not _is_tensor(value):
+    if not isinstance(value, Tensor):
         return torch.full((), value, dtype=torch.float64, device=device)
     if value.dtype not in (torch.float32, torch.float64):
         value = value.double()

@@ -171,7 +171,7 @@ class Plan:
                 for g in (p.grad,)
                 for number in (address(p), address(g), TYPES[g.dtype], contiguous(g))
             ]
-        except (TypeError, RuntimeError):  # without a gradient, or with a sparse one
+        except (TypeError, RuntimeError, KeyError):  # without a gradient, with a sparse one, or one in float64
             return list(map(address, self.params))
         if self._contiguous and all(found[3::4]):
             self._seen = array("q", bytes(16 * len(self.params)))
@@ -206,6 +206,8 @@ class Plan:
         for i, g in enumerate(grads):
             if g is not None and g.layout != torch.strided:
                 g = grads[i] = dense_of(g)
+            if g is not None and g.dtype not in TYPES:  # `Tensor.grad_dtype` allows any
+                g = grads[i] = g.to(torch.float32)
             if g is not None and not self._fits(i, g):
                 grads[i] = torch.empty_like(self._work[i], dtype=g.dtype).copy_(g)
         pairs = [(0, 0) if g is None else (g.data_ptr(), TYPES[g.dtype]) for g in grads]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops._registry import compute_dtype
 from . import _formats
 from ._plan import laid_out, local, placed
 from ._reference import RULES, Rule
@@ -44,7 +45,7 @@ class States(torch.optim.Optimizer):
         if o["rounding"] == "kahan" and p.dtype == torch.bfloat16:
             found["remainder"] = torch.int16
         if o["ema_decay"] is not None:
-            found["ema"] = _wide(p.dtype)
+            found["ema"] = compute_dtype(p.dtype)
         return found
 
     def _complete(self, p: Tensor, state: dict, o: dict) -> dict:
@@ -128,7 +129,7 @@ class States(torch.optim.Optimizer):
         for key, value in state.items():
             owner = state.get(key.removesuffix("_scale"))
             shards = hasattr(value if owner is None else owner, "to_local")
-            if _is_tensor(value) and value.dtype in _CODES:
+            if isinstance(value, Tensor) and value.dtype in _CODES:
                 saved.update({key: self._read(key, state)} if shards else {key + _CODED: value})
             elif shards and key == "remainder":
                 saved[key] = value.to(torch.int32)
@@ -141,8 +142,7 @@ class States(torch.optim.Optimizer):
         found = self.state_dict()
         known = {key for rule in RULES.values() for key in rule.states}
         states = {
-            index: {k: self._read(k, s).to(_wide(s[k].dtype)) for k in s if k in known}
-            | {"step": s["step"].to(torch.float32)}
+            index: {k: _widened(self._read(k, s)) for k in s if k in known} | {"step": s["step"].to(torch.float32)}
             for index, s in ((index, _uncoded(s)) for index, s in found["state"].items())
         }
         ours = {*_KEPT, "seed", "decoupled_weight_decay"}.difference(self._torch_options)
@@ -179,8 +179,8 @@ class States(torch.optim.Optimizer):
             if value is None:
                 state.pop(key, None)
                 continue
-            if not _is_tensor(value) or value.shape != p.shape:
-                given = tuple(value.shape) if _is_tensor(value) else type(value).__name__
+            if not isinstance(value, Tensor) or value.shape != p.shape:
+                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 name = f"bigkernels.optim.{type(self).__name__}"
                 raise ValueError(f"{name}: the saved {key} is {given}; its parameter is {tuple(p.shape)}")
             if hasattr(value, "to_local") != hasattr(p, "to_local"):
@@ -200,7 +200,7 @@ class States(torch.optim.Optimizer):
     def _checked_codes(self, key: str, codes: Tensor, saved: dict) -> Tensor:
         """8-bit states as float32."""
         scale = saved.get(key + "_scale")
-        if not _is_tensor(scale) or scale.shape != (_formats.blocks(local(codes).numel()),):
+        if not isinstance(scale, Tensor) or scale.shape != (_formats.blocks(local(codes).numel()),):
             raise ValueError(f"bigkernels.optim.{type(self).__name__}: the saved {key} lacks the scales of its blocks")
         return self._read(key, {key: codes, key + "_scale": scale.to(codes.device)})
 
@@ -254,10 +254,6 @@ def _converted(optimizer: States, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": states, "param_groups": new_groups}
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
-
-
 def _state_dtype(p: Tensor, unsigned: bool, o: dict) -> torch.dtype:
     if p.dtype in (torch.float64, torch.complex64, torch.complex128):
         return p.dtype
@@ -266,6 +262,5 @@ def _state_dtype(p: Tensor, unsigned: bool, o: dict) -> torch.dtype:
     return o["state_dtype"]
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What a dtype is averaged and computed in."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16, *_CODES) else dtype
+def _widened(x: Tensor) -> Tensor:
+    return x.to(compute_dtype(x.dtype))

@@ -89,6 +89,7 @@ def test_the_measured_bytes_and_operations_are_those_of_the_design():
         "AdamW, clipping, average of parameters, 200 tensors": 40,
         "AdamW, bfloat16 states, stochastic, 200 tensors": 14, "AdamW, bfloat16 states, kahan, 200 tensors": 18,
         "AdamW, int8 states, stochastic, 200 tensors": 10.06, "AdamW, int8 states, kahan, 200 tensors": 14.06,
+        "AdamW, int8 states, nearest, 200 tensors": 10.06,
         "SGD with momentum, 200 tensors": 20, "RMSprop, 200 tensors": 20, "Adagrad, 200 tensors": 20,
         "Lion, 200 tensors": 20, "LAMB, 200 tensors": 40,
     }  # fmt: skip

@@ -221,7 +221,7 @@ def test_random_numbers_depend_on_seed_step_and_element_only() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_gradients_of_another_dtype(dtype, grad_dtype) -> None:
     p = torch.nn.Parameter(torch.randn(700).to(dtype))
     p.grad_dtype = grad_dtype

@@ -204,6 +204,7 @@ def cases(settings: Settings) -> list[Case]:
         adamw(settings, many),
         clipped_and_averaged(settings, large),
         *(half(settings, large, dtype, rounding) for dtype in (_HALF, "int8") for rounding in ("stochastic", "kahan")),
+        half(settings, large, "int8", "nearest"),
         *(by_torch(settings, large, *which) for which in _TORCH),
         *(by_loop(settings, large, *which) for which in _OTHERS),
         matrices,

@@ -25,7 +25,7 @@ enum : int {
 
 constexpr int kStates = 3;             // at most, of one algorithm
 constexpr int64_t kStateBlock = 256;   // elements that share a scale in 8 bits
-constexpr int64_t kChunk = 128 * 256;  // elements of a tensor that one task works on
+constexpr int64_t kChunk = 128 * 256;  // elements of a tensor at most, in one call of a kernel
 
 // One parameter: bigkernels/optim/_plan.py writes these records. Pointers are to dense memory of `n` elements in one
 // order; those that do not apply are null.
