@@ -1,0 +1,148 @@
+"""Log probabilities of given tokens, and the entropy of the distribution, without logits of all tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from ._arguments import autocast_dtype
+from ._chunks import Call, Objective, Tokens, per_token
+from ._heads import as_reference, check_head, check_positive, check_target, logits_of, targets_inside
+
+if TYPE_CHECKING:
+    from ..quantization import QuantizedWeight
+
+_OP = "linear_logprobs"
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor | QuantizedWeight,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``log_softmax(z)[target]`` of each token, and the entropy of ``softmax(z)``, with the logits::
+
+        z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature
+
+    (without `softcap`, ``logit_scale * (hidden @ weight.T + bias) / temperature``). Logits exist for some tokens at a
+    time; backward computes them again. Gradients reach `hidden`, `weight` and `bias` through both results, and those of
+    the weight and bias are added up in float32.
+
+    Args:
+        hidden: (..., H), floating, any strides. Inside autocast it is cast; the weight is read as it is.
+        weight: (V, H), of the dtype of `hidden`, or a `QuantizedWeight`, which gets no gradient.
+        target: (...), int64 or int32, in [0, V) or equal to `ignore_index`.
+        bias: (V,), of the dtype of `hidden`, or None.
+        ignore_index: tokens with this target give 0, and no gradient.
+        temperature: positive; divides the logits, after `softcap`.
+        logit_scale: multiplies the logits, before `softcap`.
+        softcap: positive; bounds the logits (Gemma 2, https://arxiv.org/abs/2408.00118). None leaves them.
+        entropy: whether to return the entropy, in nats.
+
+    Returns:
+        (...) log probabilities in float32 (float64 for float64), or (log probabilities, entropy).
+
+    Raises:
+        TypeError: wrong dtypes.
+        ValueError: shapes, devices or option values do not fit, or, on CPU, a target is outside the vocabulary.
+
+    Example::
+
+        logps = linear_logprobs(hidden, head.weight, tokens, temperature=0.7)          # (B, S)
+        with torch.no_grad():
+            before = linear_logprobs(old_hidden, old_head.weight, tokens, temperature=0.7)
+        loss = bigkernels.losses.grpo_loss(logps, before, advantages, mask).loss
+    """
+    lowered = autocast_dtype(hidden.device) if isinstance(hidden, Tensor) else None
+    check_head(_OP, hidden, weight, bias, lowered)
+    check_target(_OP, target, hidden)
+    check_positive(_OP, temperature=temperature, softcap=softcap)
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"bigkernels.{_OP}: logit_scale is {logit_scale}, expected a finite number")
+    if lowered is not None:
+        hidden = hidden.to(lowered)
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    options = {"scale": float(logit_scale), "softcap": softcap, "temperature": float(temperature)}
+    run = _reference if as_reference() else _run
+    results = run(rows, weight, bias, targets, ignore_index, entropy, options)
+    results = [r.view(target.shape) for r in results]
+    return tuple(results) if entropy else results[0]
+
+
+@_disable_dynamo
+def _run(hidden, weight, bias, target, ignore_index, entropy, options):
+    targets_inside(_OP, target, weight.shape[0], ignore_index)
+    kept = target != ignore_index
+    objective = _LogProbs(torch.where(kept, target, 0).long(), entropy)
+    quantized, weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
+    return per_token(hidden, weight, bias, Call(objective, kept, quantized, **options))
+
+
+def _reference(hidden, weight, bias, target, ignore_index, entropy, options):
+    kept = target != ignore_index
+    log_p = logits_of(hidden, weight, bias, **options).log_softmax(-1)
+    results = [log_p.gather(1, torch.where(kept, target, 0).long()[:, None])[:, 0]]
+    if entropy:
+        results.append(-(log_p.exp() * log_p).sum(-1))
+    return [torch.where(kept, r, 0.0) for r in results]
+
+
+class _LogProbs(Objective):
+    """With s = z - max(z), e = exp(s), S = sum(e): log p = s - log S. Nothing is lost where logits are large."""
+
+    def __init__(self, target: Tensor, entropy: bool):
+        self.target = target
+        self.entropy = entropy
+        self.outputs = 1 + entropy
+        self.tensors = (target,)
+
+    def values(self, z: Tensor, tokens: Tokens) -> tuple[Tensor, ...]:
+        target = self.target[tokens, None]
+        most = z.amax(-1, keepdim=True)
+        s = z - most
+        s_target = s.gather(1, target)
+        if self.entropy:
+            # A class of probability zero adds nothing, and not 0 * inf.
+            s.clamp_min_(torch.finfo(s.dtype).min / 4)
+        e = s.exp() if self.entropy else s.exp_()
+        e_target = e.gather(1, target)
+        others = e.scatter_(1, target, 0).sum(-1, keepdim=True)
+        total = others + e_target
+        # Near 1, p has no digits left for what it lacks; the others have.
+        certain = e_target > others
+        ratio = others / torch.where(certain, e_target, 1)
+        found = [torch.where(certain, -torch.log1p(ratio), s_target - total.log())]
+        if self.entropy:
+            mean = torch.linalg.vecdot(e, s).unsqueeze(-1) + torch.special.xlogy(e_target, e_target)
+            found.append(total.log() - mean / total)
+        return tuple(v.squeeze(-1) for v in (*found, most, total))
+
+    def gradient(self, z, tokens, values, grads):
+        target = self.target[tokens, None]
+        values = [v.unsqueeze(-1) for v in values]
+        of_log_p, of_entropy = [*(g if g is None else g.to(z.dtype).unsqueeze(-1) for g in grads), None][:2]
+        log_p, most, total = values[0], *values[-2:]
+        if of_log_p is None:
+            of_log_p = torch.zeros_like(log_p)
+        of_target = -of_log_p * torch.expm1(log_p)
+        s = z.sub_(most)
+        if of_entropy is None:
+            dz = s.exp_().mul_(-of_log_p / total)
+        else:
+            s.clamp_min_(torch.finfo(s.dtype).min / 4)
+            e = s.exp()
+            shift = values[1] - total.log()  # entropy + log p is s + shift
+            of_target -= of_entropy * log_p.exp() * (log_p + values[1])
+            dz = s.add_(shift).mul_(of_entropy).add_(of_log_p).mul_(e).mul_(-1 / total)
+        return dz.scatter_(1, target, of_target)
