@@ -87,6 +87,12 @@ def _check(
     check_shape(op, "target", target, logits.shape[:1], "one class a row of logits")
     check_shape(op, "weight", weight, logits.shape[1:], "one weight a class")
     check_shape(op, "token_weight", token_weight, logits.shape[:1], "one weight a token")
+    check_options(op, reduction, label_smoothing, z_loss, softcap, focal_gamma)
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_targets(target, logits.shape[1], ignore_index)
+
+
+def check_options(op, reduction, label_smoothing, z_loss, softcap, focal_gamma):
     if reduction not in _REDUCTIONS:
         raise ValueError(f"bigkernels.{op}: reduction is {reduction!r}; accepted are {', '.join(_REDUCTIONS)}")
     for name, value, accepted, fits in (
@@ -97,8 +103,6 @@ def _check(
     ):
         if not fits:
             raise ValueError(f"bigkernels.{op}: {name} is {value}, expected {accepted}")
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_targets(target, logits.shape[1], ignore_index)
 
 
 def _check_targets(target, vocabulary, ignore_index):

@@ -272,17 +272,6 @@ void kept(const Strip<T>& s, int r, float* keep) {
   }
 }
 
-// Hands out the workspace in pieces that start on a cache line.
-struct Workspace {
-  char* next;
-  template <class E>
-  E* take(int64_t count) {
-    E* p = (E*)next;
-    next += (count * (int64_t)sizeof(E) + 63) / 64 * 64;
-    return p;
-  }
-};
-
 // Packs tokens [from, from + 32 * count) of a matrix with `columns` columns: block (j, i) of token block j and column
 // block i goes to `tokens_last ? i * count + j : j * blocks(columns) + i`.
 template <class F, class T, class Row, class Emit>

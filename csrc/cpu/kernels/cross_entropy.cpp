@@ -1,14 +1,11 @@
 // Cross entropy of logit rows. Forward reads a row once and keeps its logsumexp; backward reads it once more.
-#include <bigkernels/math.h>
+#include "token_terms.h"
 
 namespace bigkernels {
 namespace BK_ISA {
 namespace {
 
 constexpr int64_t kBlock = 2048;  // logits between two looks at the maximum: they stay in the first-level cache
-
-BK_INLINE vf capped(vf x, float cap) { return vtanh(x * (1.0f / cap)) * cap; }
-BK_INLINE float capped(float x, float cap) { return capped(splat(x), cap)[0]; }
 
 template <class T>
 BK_INLINE float logit(const T* row, int64_t i, float cap) {
@@ -107,13 +104,10 @@ void forward(const CrossEntropy& a, int64_t begin, int64_t end) {
     float lse = s.shift + __builtin_logf(s.sum);
     float nll = lse - logit(row, y, a.softcap);
     float w = a.weight ? a.weight[y] : 1.0f;
-    float ce = (1.0f - smoothing) * w * nll;
-    if (smoothing > 0) ce += smoothing / (float)a.vocabulary * (a.weight_sum * lse - s.weighted);
-    if (a.focal_gamma > 0) ce *= __builtin_powf(-__builtin_expm1f(-nll), a.focal_gamma);
-    if (a.z_loss > 0) ce += a.z_loss * lse * lse;
+    float loss = token_terms(a, nll, -__builtin_expm1f(-nll), lse, w, s.weighted).loss;
     a.lse[r] = lse;
     a.divisor[r] = w;
-    a.loss[r] = a.token_weight ? ce * a.token_weight[r] : ce;
+    a.loss[r] = a.token_weight ? loss * a.token_weight[r] : loss;
   }
 }
 
@@ -144,7 +138,7 @@ void gradient_row(const T* row, T* out, const CrossEntropy& a, float shift, floa
 
 template <class T>
 void backward(const CrossEntropy& a, int64_t begin, int64_t end) {
-  float smoothing = a.label_smoothing, share = smoothing / (float)a.vocabulary;
+  float smoothing = a.label_smoothing;
   for (int64_t r = begin; r < end; ++r) {
     const T* row = (const T*)a.logits.data + r * a.logits.stride;
     T* out = (T*)a.out + r * a.vocabulary;
@@ -163,26 +157,13 @@ void backward(const CrossEntropy& a, int64_t begin, int64_t end) {
       shift = s.shift, scale = 1.0f / s.sum;
       nll = (shift - z) + __builtin_logf(s.sum);
     }
-    float missing = -__builtin_expm1f(-nll);  // 1 - p[y], with its precision where p[y] is near 1
-    // dz_j = alpha p_j - beta w_j - kappa [j = y]
-    float kappa = (1.0f - smoothing) * w, beta = share, alpha = kappa + share * a.weight_sum;
-    if (a.focal_gamma > 0) {
-      float ce = kappa * nll;
-      if (smoothing > 0) ce += share * (a.weight_sum * lse - row_sums(row, a, true).weighted);
-      float focal = __builtin_powf(missing, a.focal_gamma);
-      float pull = missing > 0 ? ce * a.focal_gamma * focal / missing * (1.0f - missing) : 0.0f;
-      kappa = kappa * focal + pull;
-      alpha = alpha * focal + pull;
-      beta *= focal;
-    }
-    if (a.z_loss > 0) alpha += 2.0f * a.z_loss * lse;
+    float weighted = a.focal_gamma > 0 && smoothing > 0 ? row_sums(row, a, true).weighted : 0.0f;
+    TokenTerms t = token_terms(a, nll, -__builtin_expm1f(-nll), lse, w, weighted);
     auto gradient = a.softcap > 0 ? (smoothing > 0 ? gradient_row<T, true, true> : gradient_row<T, true, false>)
                                   : (smoothing > 0 ? gradient_row<T, false, true> : gradient_row<T, false, false>);
-    gradient(row, out, a, shift, g * alpha * scale, g * beta);
+    gradient(row, out, a, shift, g * t.alpha * scale, g * t.beta);
     float slope = a.softcap > 0 ? 1.0f - (z / a.softcap) * (z / a.softcap) : 1.0f;
-    // alpha p - kappa: by 1 - p where p is near 1, so that a confident token keeps its digits.
-    float pulled = missing < 0.5f ? (alpha - kappa) - alpha * missing : alpha * __builtin_expf(-nll) - kappa;
-    float d = g * slope * (pulled - beta * w);
+    float d = g * slope * (t.pulled - t.beta * w);
     store(out + y, splat(d), 1);
   }
   if (a.stream) fence();

@@ -25,6 +25,17 @@ constexpr int kVectors = kSide / W;  // a row of a block
 constexpr int64_t blocks(int64_t n) { return (n + kSide - 1) / kSide; }
 constexpr int64_t padded(int64_t n) { return blocks(n) * kSide; }
 
+// Hands out the workspace in pieces that start on a cache line.
+struct Workspace {
+  char* next;
+  template <class E>
+  E* take(int64_t count) {
+    E* p = (E*)next;
+    next += (count * (int64_t)sizeof(E) + 63) / 64 * 64;
+    return p;
+  }
+};
+
 // Row r of a matrix whose columns are contiguous; null for a row of zeros.
 template <class T>
 struct StridedRows {

@@ -1,15 +1,11 @@
 // Linear layers, many tokens: 32x32 blocks of the weight, whatever it is stored as, are made into the operand of the
 // tile loop, a few hundred kilobytes at a time, forward and backward; the whole weight never exists in another form,
 // unless the caller keeps it packed.
-#include "gemm.h"
-#include "linear_codes.h"
+#include "weight_blocks.h"
 
 namespace bigkernels {
 namespace BK_ISA {
 namespace {
-
-constexpr int64_t kDepth = 256;  // decoded at once
-constexpr int64_t kDeep = kDepth / kSide;
 
 struct Sizes {
   int64_t depth, columns;
@@ -21,13 +17,6 @@ struct Many {
   typedef typename FormatOf<T>::type F;
   typedef typename F::Element E;
 
-  // Where block i of strip s is on the left. What is read together lies together, a piece of the depth after the other:
-  // strips as wide as the depth, often a power of two apart, would fall into the same few sets of the cache.
-  static int64_t left_at(int64_t s, int64_t i, int64_t strips, int64_t all) {
-    int64_t piece = i / kDeep * kDeep, deep = all - piece < kDeep ? all - piece : kDeep;
-    return (piece * strips + s * deep + i - piece) * F::kBlock;
-  }
-
   // Strips [begin, end) of `in` as left operands. Where the rows of the weight are the depth, as in backward, it is in
   // the split order, in which straight blocks on the right come.
   static void pack_left(const Linear& a, bool backward, int64_t begin, int64_t end, E* left) {
@@ -37,7 +26,7 @@ struct Many {
     alignas(64) E staged[F::kBlock];
     for (int64_t s = begin; s < end; ++s)
       for (int64_t i = 0; i < all; ++i) {
-        E* to = left + left_at(s, i, strips, all);
+        E* to = left + left_at<F>(s, i, strips, all);
         if (a.in_turned) {
           F::template stage<T>(staged, rows, i * kSide, s * kSide, a.m);
           F::left_turned(to, staged);
@@ -63,38 +52,6 @@ struct Many {
     }
   }
 
-  // Rows [n, n + rows) and elements [k, k + span) of a weight as T, decoded or where they are.
-  struct Part {
-    const T* first = nullptr;
-    int64_t n = 0, k = 0, stride = 0;
-
-    // Into `memory` where the weight is not of this type itself.
-    void decode(const Linear& a, int64_t from_n, int64_t rows, int64_t from_k, int64_t span, T* memory) {
-      if (a.kind == plain_kind<T>) {
-        first = (const T*)a.codes, stride = a.code_row / (int64_t)sizeof(T);
-        return;
-      }
-      first = memory, n = from_n, k = from_k, stride = span;
-      for (int64_t r = 0; r < rows && n + r < a.n; ++r) decode_row(a, n + r, k, span, memory + r * span);
-    }
-    // Block (rows of the weight from row, elements from at) as a right operand.
-    void put(const Linear& a, bool backward, int64_t row, int64_t at, E* to) const {
-      alignas(64) E staged[F::kBlock];
-      const T* from = first + (row - n) * stride + at - k;
-      const E* block = staged;
-      int64_t line = kSide;
-      if (F::template holds<T>() && row + kSide <= a.n && at + kSide <= a.k) {
-        block = (const E*)from, line = stride;
-      } else {
-        F::template stage<T>(staged, StridedRows<T>{from, stride, a.n - row}, 0, 0, a.k - at);
-      }
-      if (backward) {
-        F::right(to, block, line);
-      } else {
-        F::right_turned(to, block, line);
-      }
-    }
-  };
   // What is decoded at once: forward the rows of a block and a piece of the depth, backward a piece of the depth and
   // kWide columns, so that a group's numbers are made once for many of its codes.
   static constexpr int64_t kWide = 4 * kSide;
@@ -102,7 +59,7 @@ struct Many {
   static void pack_right(const Linear& a, int64_t begin, int64_t end, E* to) {
     int64_t all = blocks(a.k);
     alignas(64) T memory[kSide * kDepth];
-    Part part;
+    WeightPart<T> part;
     to += begin * all * F::kBlock;
     for (int64_t j = begin; j < end; ++j)
       for (int64_t i = 0; i < all; ++i, to += F::kBlock) {
@@ -122,7 +79,7 @@ struct Many {
     float* c = (float*)memory;
     E* right = (E*)(c + strips * wide * kSide * kSide);
     T* decoded = (T*)(right + kDeep * F::kBlock);
-    Part part;
+    WeightPart<T> part;
     F::begin();
     for (int64_t d = 0; d < all; d += kDeep) {
       int64_t deep = all - d < kDeep ? all - d : kDeep;
@@ -148,8 +105,8 @@ struct Many {
         for (int64_t s = 0; s < strips; ++s) {
           next.prefetch(s, strips);
           float* block = c + (j * strips + s) * kSide * kSide;
-          F::multiply(block, kSide, left + left_at(s, d, strips, all), operand, elements, a.m - s * kSide, end - column,
-                      d > 0);
+          F::multiply(block, kSide, left + left_at<F>(s, d, strips, all), operand, elements, a.m - s * kSide,
+                      end - column, d > 0);
           if (d + kDeep < all) continue;
           if (a.out_type == Type::f32) {
             write_out(a, block, bias, (float*)a.out, n.columns, s * kSide, column);

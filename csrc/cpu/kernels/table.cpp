@@ -36,6 +36,14 @@ int64_t linear_strip(const Linear&, bool);
 int64_t linear_workspace(const Linear&, int64_t);
 void linear_pack_right(const Linear&, int64_t, int64_t, void*);
 int64_t linear_packed_strip(const Linear&);
+void linear_loss_tokens(const LinearCrossEntropy&, int64_t, void*);
+void linear_loss_turn(const LinearCrossEntropy&, int64_t, int64_t, void*);
+void linear_loss_weight(const LinearCrossEntropy&, int64_t, void*);
+void linear_loss_scale(const LinearCrossEntropy&, int64_t, int64_t);
+int64_t linear_loss_tokens_size(const LinearCrossEntropy&);
+int64_t linear_loss_turned_strip(const LinearCrossEntropy&);
+int64_t linear_loss_weight_size(const LinearCrossEntropy&);
+int64_t linear_loss_block(const LinearCrossEntropy&);
 void linear_dynamic_pack(const Linear&, int64_t, int64_t, void*, float*, void*);
 void linear_dynamic(const Linear&, const void*, const float*, int64_t, int64_t, void*);
 int64_t linear_dynamic_strip(const Linear&);
@@ -164,6 +172,14 @@ extern const CpuTable table = {
     linear_workspace,
     linear_pack_right,
     linear_packed_strip,
+    linear_loss_tokens,
+    linear_loss_turn,
+    linear_loss_weight,
+    linear_loss_scale,
+    linear_loss_tokens_size,
+    linear_loss_turned_strip,
+    linear_loss_weight_size,
+    linear_loss_block,
     linear_dynamic_pack,
     linear_dynamic,
     linear_dynamic_strip,

@@ -36,11 +36,7 @@ void linear_many(const Linear& a, bool backward) {
       });
 }
 
-namespace {
-
-constexpr const char* kOp = "linear";
-
-Codes plain_kind(const Tensor& t) {
+static Codes plain_kind(const Tensor& t) {
   switch (type_of(t)) {
     case Type::bf16: return Codes::bf16;
     case Type::f16: return Codes::f16;
@@ -54,6 +50,10 @@ void set_weight(Linear& a, const Rows& rows, const Tensor& like, int64_t n, int6
   a.codes = (const uint8_t*)rows.data, a.code_row = rows.stride * size_of(type_of(like));
   a.n = n, a.k = k;
 }
+
+namespace {
+
+constexpr const char* kOp = "linear";
 
 void check_rows(const char* name, const Tensor& t, int64_t elements) {
   check_cpu(kOp, name, t);

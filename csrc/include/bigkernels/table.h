@@ -208,6 +208,36 @@ struct Linear {
   const void* packed;     // the whole weight as linear_pack_right makes it for this type, forward; null: not at hand
 };
 
+// Cross entropy of the logits `logit_scale * (x w^T + bias)`, which are made a block at a time. All pointers to tokens
+// are to the `tokens` that count, in their order; `row` says where they are in x and dx.
+struct LinearCrossEntropy {
+  Linear head;  // the weight; in: x; type; bias
+  const int64_t *row, *target;
+  const float* weight;  // (V,) of the classes, or null
+  int64_t tokens, piece, vocabulary;
+  float label_smoothing, z_loss, softcap, focal_gamma, logit_scale, weight_sum;  // no softcap with label smoothing
+  float *loss, *lse;
+  // What backward reads: the gradient of logit j is coefficient * e[j] - beta * weight[j], with e = exp(z - shift), and
+  // at the target pull - beta * weight[target].
+  float *shift, *coefficient, *pull, *beta;
+  void* dx;               // (T, K), or null: the gradient of each token's loss
+  const float* smoothed;  // (K,) sum of weight[j] w[j], with label smoothing
+  // The gradient of the weight, (V, K). Until it is written, its rows hold e of the first `saved` strips of 32 tokens,
+  // where they have room for it: pieces whose `kept` is set.
+  void* dw;
+  Type dw_type;
+  int64_t saved;
+  uint8_t* kept;
+  // Backward: `turned` holds factor * coefficient / top * x, and `factor` the gradient of each token's loss.
+  const void* turned;
+  const float* factor;
+  float top, beta_sum;    // sum of factor * beta
+  const float* beta_x;    // (K,) sum of factor * beta * x
+  const int64_t* sorted;  // tokens by target, and where the tokens of each block of the vocabulary begin
+  const int64_t* first;
+  float* dbias;  // (V,) or null
+};
+
 // A kernel over the rows [begin, end) of its arguments; `block` numbers the partial sums it adds to.
 template <class Args>
 using Kernel = void (*)(const Args&, int64_t begin, int64_t end);
@@ -258,7 +288,18 @@ struct CpuTable {
   // Strips [begin, end) of 32 rows of the weight, packed for forward; bytes a strip.
   void (*linear_pack_right)(const Linear&, int64_t begin, int64_t end, void* packed);
   int64_t (*linear_packed_strip)(const Linear&);
-  // The same forward with tokens rounded to 8 bits, and int8 codes; `token` is room for one.
+  // Forward of piece `piece` of the tokens; what backward needs of strips [begin, end); the gradients of block `block`
+  // of the vocabulary; dx of tokens [begin, end) times their factors. Sizes in bytes; the vocabulary in a block, and
+  // the bytes that 32 by 32 values of e take.
+  void (*linear_loss_tokens)(const LinearCrossEntropy&, int64_t piece, void* workspace);
+  void (*linear_loss_turn)(const LinearCrossEntropy&, int64_t begin, int64_t end, void* turned);
+  void (*linear_loss_weight)(const LinearCrossEntropy&, int64_t block, void* workspace);
+  void (*linear_loss_scale)(const LinearCrossEntropy&, int64_t begin, int64_t end);
+  int64_t (*linear_loss_tokens_size)(const LinearCrossEntropy&);
+  int64_t (*linear_loss_turned_strip)(const LinearCrossEntropy&);
+  int64_t (*linear_loss_weight_size)(const LinearCrossEntropy&);
+  int64_t (*linear_loss_block)(const LinearCrossEntropy&);
+  // linear_many forward with tokens rounded to 8 bits, and int8 codes; `token` is room for one.
   void (*linear_dynamic_pack)(const Linear&, int64_t begin, int64_t end, void* left, float* scales, void* token);
   void (*linear_dynamic)(const Linear&, const void* left, const float* scales, int64_t begin, int64_t end,
                          void* workspace);
@@ -280,6 +321,8 @@ struct CpuTable {
   void (*update)(void* param, void* first, void* second, const void* grad, int64_t bytes, bool ahead);  // bytes of each
   int64_t (*matrix_loop)(int type, int64_t rounds);  // operations done; 0 where the level has no such unit
 };
+
+constexpr int64_t kLossVocabulary = 128;  // in a block of linear_loss_*
 
 #define BIGKERNELS_LEVELS(X) X(base) X(avx2) X(avx512) X(amx)
 

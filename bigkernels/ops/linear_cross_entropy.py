@@ -1,0 +1,315 @@
+"""Cross entropy of a linear layer's outputs, which never exist all at once."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import cross_entropy as _logits
+from ._arguments import autocast_dtype, check_shape, check_tensor
+from ._chunks import Call, Objective, Tokens, per_token, total
+from ._heads import as_reference, check_head, check_target, logits_of, targets_inside
+from ._registry import REFUSED, Implementation, Operator, cpu_kernel, define, needs_grad, triton_kernel, vjp
+
+if TYPE_CHECKING:
+    from ..quantization import QuantizedWeight
+
+_OP = "linear_cross_entropy"
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor | QuantizedWeight,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    focal_gamma: float = 0.0,
+    token_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """`cross_entropy` of ``logit_scale * (hidden @ weight.T + bias)``, without these logits.
+
+    Logits are made and used in blocks; tokens that are ignored cost nothing on CPU. The gradients of the weight and the
+    bias are added up in float32 whatever their dtype.
+
+    On CPU the softmax and its product with the weight are one pass over the vocabulary, as in attention (Dao 2022,
+    https://arxiv.org/abs/2205.14135), which leaves the gradient of `hidden`; backward is a pass for the weight. Numbers
+    it needs again wait in the memory of the weight's gradient, or are computed again where that is too small: three
+    matrix products where there are no more tokens than features, up to four elsewhere, and only some megabytes a
+    thread beyond the gradients.
+
+    Args:
+        hidden: (..., H), floating, any strides. Inside autocast it is cast; the weight is read as it is.
+        weight: (V, H), of the dtype of `hidden`, or a `QuantizedWeight`, which gets no gradient.
+        target: (...), int64 or int32, in [0, V) or equal to `ignore_index`.
+        bias: (V,), of the dtype of `hidden`, or None.
+        class_weight: (V,), floating: what `cross_entropy` calls weight. Not differentiable.
+        ignore_index: tokens with this target give no loss and no gradient.
+        reduction: "none" (...), "sum", or "mean": the sum over the number of tokens kept, or over the sum of their
+            class weights where `class_weight` is given. `token_weight` does not enter the divisor.
+        label_smoothing, z_loss, softcap, focal_gamma: as in `cross_entropy`.
+        token_weight: (...), floating: a weight a token. Not differentiable.
+        logit_scale: multiplies the logits, before `softcap` (Cohere, Granite).
+
+    Returns:
+        The loss in float32 (float64 for float64).
+
+    Raises:
+        TypeError: wrong dtypes.
+        ValueError: shapes, devices or option values do not fit, or, on CPU, a target is outside the vocabulary.
+    """
+    lowered = autocast_dtype(hidden.device) if isinstance(hidden, Tensor) else None
+    check_head(_OP, hidden, weight, bias, lowered)
+    check_target(_OP, target, hidden)
+    options = (ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma)
+    _check(hidden, weight, class_weight, token_weight, logit_scale, *options)
+    if lowered is not None:
+        hidden = hidden.to(lowered)
+    shape = target.shape
+    hidden, target = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    token_weight = None if token_weight is None else token_weight.detach().reshape(-1)
+    class_weight = None if class_weight is None else class_weight.detach()
+    run = _reference if as_reference() else _kernel if _kernel_serves(hidden, weight, bias, options) else _in_chunks
+    loss = run(hidden, weight, bias, target, class_weight, token_weight, logit_scale, *options)
+    return loss.view(shape) if reduction == "none" else loss
+
+
+def _check(hidden, weight, class_weight, token_weight, logit_scale, ignore_index, reduction, *amounts):
+    check_tensor(_OP, "class_weight", class_weight, optional=True)
+    check_tensor(_OP, "token_weight", token_weight, optional=True)
+    check_shape(_OP, "class_weight", class_weight, weight.shape[:1], "one weight a class")
+    check_shape(_OP, "token_weight", token_weight, hidden.shape[:-1], "one weight a token")
+    _logits.check_options(_OP, reduction, *amounts)
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"bigkernels.{_OP}: logit_scale is {logit_scale}, expected a finite number")
+
+
+def _kernel_serves(hidden, weight, bias, options) -> bool:
+    """The CPU kernel takes softcap or label smoothing, and smooths over weights that are not quantized."""
+    _, _, label_smoothing, _, softcap, _ = options
+    plain = isinstance(weight, Tensor)
+    codes = weight if plain else weight.operands()[0]
+    return (
+        hidden.device.type == "cpu"
+        and OPERATOR.uses_kernel(hidden, codes, bias)
+        and not (label_smoothing and (softcap or not plain))
+        and hidden.shape[1] > 0
+    )
+
+
+def _reference(hidden, weight, bias, target, class_weight, token_weight, logit_scale, *options):
+    z = logits_of(hidden, weight, bias, scale=logit_scale)
+    return _logits._reference(z, target, class_weight, token_weight, *options)
+
+
+# ---- in chunks ------------------------------------------------------------------------------------------------------
+
+
+def _in_chunks(hidden, weight, bias, target, class_weight, token_weight, logit_scale, *options):
+    ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma = options
+    if not torch.compiler.is_compiling():
+        targets_inside(_OP, target, weight.shape[0], ignore_index)
+    kept = target != ignore_index
+    # On a GPU the kernel of the logits reads them as the product leaves them.
+    wide = not hidden.is_cuda or logit_scale != 1.0
+    objective = Losses(target, class_weight, token_weight, (label_smoothing, z_loss, softcap, focal_gamma), wide)
+    quantized, weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
+    scaled = {"scale": float(logit_scale), "softcap": softcap} if wide else {}
+    call = Call(objective, kept, quantized, **scaled)
+    if reduction == "none":
+        return per_token(hidden, weight, bias, call)[0]
+    divisor = None
+    if reduction == "mean":
+        wide_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        divisor = kept.sum().to(wide_dtype)
+        if class_weight is not None:
+            index = torch.where(kept, target, 0).long()
+            divisor = torch.where(kept, class_weight.to(wide_dtype)[index], 0).sum()
+    return total(hidden, weight, bias, divisor, call)
+
+
+class Losses(Objective):
+    """The loss of each token, by the kernels of `cross_entropy` where they serve its logits."""
+
+    def __init__(self, target, class_weight, token_weight, options, wide):
+        self.target, self.class_weight, self.token_weight = target, class_weight, token_weight
+        self.tensors = (target, class_weight, token_weight)
+        label_smoothing, z_loss, softcap, focal_gamma = options
+        self.wide = wide
+        # Wide logits come capped.
+        self.options = (label_smoothing, z_loss, None if wide else softcap, focal_gamma)
+
+    def _arguments(self, tokens: Tokens):
+        of_token = None if self.token_weight is None else self.token_weight[tokens]
+        return self.target[tokens], self.class_weight, of_token
+
+    def _for_kernel(self):
+        label_smoothing, z_loss, softcap, focal_gamma = self.options
+        return -1 - 2**62, 0, label_smoothing, z_loss, softcap or 0.0, focal_gamma  # no index is ignored: all are kept
+
+    def _safe(self, tokens: Tokens):
+        """Arguments with targets inside the vocabulary: the engine drops what ignored tokens give."""
+        target, *rest = self._arguments(tokens)
+        return target.clamp_min(0), *rest
+
+    def values(self, z: Tensor, tokens: Tokens) -> tuple[Tensor, ...]:
+        if _logits.OPERATOR.uses_kernel(z):
+            return _logits._fwd(z, *self._safe(tokens), *self._for_kernel())[:2]
+        return _logits._token_losses(z, *self._safe(tokens), self._for_kernel()[0], *self.options)[::2]
+
+    def gradient(self, z, tokens, values, grads):
+        arguments = self._safe(tokens)
+        if _logits.OPERATOR.uses_kernel(z):
+            one = values[1].new_ones(())
+            grad = grads[0].to(torch.float32)
+            return _logits._bwd(grad, z, *arguments, values[1], one, *self._for_kernel())
+
+        def loss(z):
+            return _logits._token_losses(z, *arguments, self._for_kernel()[0], *self.options)[0]
+
+        return vjp(loss, (z,), (grads[0],))[0]
+
+
+# ---- the CPU kernel -------------------------------------------------------------------------------------------------
+
+
+def _kernel(hidden, weight, bias, target, class_weight, token_weight, logit_scale, *options):
+    ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma = options
+    numbers = (ignore_index, _logits._REDUCTIONS[reduction], label_smoothing, z_loss, softcap or 0.0, focal_gamma,
+               float(logit_scale))  # fmt: skip
+    if isinstance(weight, Tensor):
+        if weight.dtype not in (hidden.dtype, torch.float32):
+            weight = weight.to(hidden.dtype)
+        head = (weight, None, None, None, None, 0)
+    else:
+        if weight.channel is not None:
+            hidden = hidden * weight.channel.to(hidden.dtype)
+        head = weight.operands()
+    arguments = (bias, target, class_weight, token_weight)
+    try:
+        if needs_grad(hidden, head[0], bias):
+            return _LinearCrossEntropy.apply(hidden, *head, *arguments, numbers)
+        return _fwd(hidden, *head, *arguments, *numbers, False, False, False)[0]
+    except REFUSED:
+        targets_inside(_OP, target, head[0].shape[0], ignore_index)
+        raise
+
+
+def _dense(weight, scale, zero, row_scale, book, group, k, dtype):
+    from .quantized_linear import dequantize_rows
+
+    if scale is None:
+        return weight
+    return dequantize_rows(weight, scale, zero, row_scale, book, group, k, torch.float32).to(dtype)
+
+
+def _loss(hidden, weight, bias, target, class_weight, token_weight, ignore_index, reduction, *numbers):
+    label_smoothing, z_loss, softcap, focal_gamma, logit_scale = numbers
+    name = {v: k for k, v in _logits._REDUCTIONS.items()}[reduction]
+    return _reference(hidden, weight, bias, target, class_weight, token_weight, logit_scale, ignore_index, name,
+                      label_smoothing, z_loss, softcap or None, focal_gamma)  # fmt: skip
+
+
+def _fwd_fallback(hidden, weight, scale, zero, row_scale, book, group, bias, target, class_weight, token_weight,
+                  *rest):  # fmt: skip
+    *numbers, backward, of_hidden, of_weight = rest
+    dense = _dense(weight, scale, zero, row_scale, book, group, hidden.shape[1], hidden.dtype)
+    loss = _loss(hidden, dense, bias, target, class_weight, token_weight, *numbers).float()
+    kept = target != numbers[0]
+    divisor = kept if class_weight is None else torch.where(kept, class_weight[torch.where(kept, target, 0).long()], 0)
+    _, _, dx, dw, state = _fwd_fake(hidden, weight, scale, zero, row_scale, book, group, bias, target, class_weight,
+                                    token_weight, *rest)  # fmt: skip
+    return loss, divisor.sum().float(), dx, dw, state
+
+
+def _fwd_fake(hidden, weight, scale, zero, row_scale, book, group, bias, target, class_weight, token_weight, *rest):
+    *numbers, backward, of_hidden, of_weight = rest
+    loss = hidden.new_empty(hidden.shape[:1] if numbers[1] == 0 else (), dtype=torch.float32)
+    # Four numbers a token and what is noted of pieces of tokens.
+    state = hidden.new_empty(5 * hidden.shape[0] + 1 if backward else 0, dtype=torch.float32)
+    return (loss, loss.new_empty(()), hidden.new_empty(hidden.shape if of_hidden else 0),
+            weight.new_empty(weight.shape if of_weight else 0), state)  # fmt: skip
+
+
+def _bwd_fallback(grad, hidden, weight, scale, zero, row_scale, book, group, bias, target, class_weight, token_weight,
+                  divisor, state, dx, dw, *rest):  # fmt: skip
+    *numbers, of_hidden, of_weight, of_bias = rest
+    dense = _dense(weight, scale, zero, row_scale, book, group, hidden.shape[1], hidden.dtype)
+
+    def run(hidden, dense, bias):
+        return _loss(hidden, dense, bias, target, class_weight, token_weight, *numbers)
+
+    found = vjp(run, (hidden, dense, bias), (grad,))
+    if of_hidden:
+        dx.copy_(found[0])
+    if of_weight:
+        dw.copy_(found[1])
+    return found[2].float() if of_bias else state.new_empty(0)
+
+
+def _bwd_fake(grad, hidden, weight, *rest):
+    return grad.new_empty(weight.shape[:1] if rest[-1] else 0)
+
+
+OPERATOR = Operator(
+    _OP,
+    implementations=(cpu_kernel(), Implementation("triton", "cuda", unavailable=triton_kernel().unavailable)),
+    in_graphs=True,
+)
+_HEAD = "Tensor hidden, Tensor weight, Tensor? scale, Tensor? zero, Tensor? row_scale, Tensor? book, int group"
+_TOKENS = "Tensor? bias, Tensor target, Tensor? class_weight, Tensor? token_weight"
+_OPTIONS = (
+    "int ignore_index, int reduction, float label_smoothing, float z_loss, float softcap, float focal_gamma,"
+    " float logit_scale"
+)
+# loss, divisor, dx, dw, state. dx holds the gradient of each token's own loss; dw is memory for backward.
+_fwd = define(
+    f"linear_cross_entropy_fwd({_HEAD}, {_TOKENS}, {_OPTIONS}, bool backward, bool of_hidden, bool of_weight)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fwd_fake, _fwd_fallback,
+)  # fmt: skip
+# Makes the gradients of what forward left in dx and dw; returns that of the bias, in float32.
+_bwd = define(
+    f"linear_cross_entropy_bwd(Tensor grad, {_HEAD}, {_TOKENS}, Tensor divisor, Tensor state, Tensor(a!) dx,"
+    f" Tensor(b!) dw, {_OPTIONS}, bool of_hidden, bool of_weight, bool of_bias) -> Tensor",
+    _bwd_fake, _bwd_fallback,
+)  # fmt: skip
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """dx, dw and state are no saved tensors: backward turns them into the gradients themselves. A second backward
+    finds none, and runs forward again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, scale, zero, row_scale, book, group, bias, target, class_weight, token_weight,
+                numbers):  # fmt: skip
+        ctx.save_for_backward(hidden, weight, scale, zero, row_scale, book, bias, target, class_weight, token_weight)
+        ctx.group, ctx.numbers = group, numbers
+        loss, *ctx.made = _fwd(hidden, weight, scale, zero, row_scale, book, group, bias, target, class_weight,
+                               token_weight, *numbers, True, *ctx.needs_input_grad[:2])  # fmt: skip
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        *head, bias, target, class_weight, token_weight = ctx.saved_tensors
+        arguments = (*head, ctx.group, bias, target, class_weight, token_weight)
+        of_hidden, of_weight, of_bias = (ctx.needs_input_grad[i] for i in (0, 1, 7))
+        made, ctx.made = ctx.made, None
+        if made is None:
+            _, *made = _fwd(*arguments, *ctx.numbers, True, of_hidden, of_weight)
+        divisor, dx, dw, state = made
+        dbias = _bwd(grad, *arguments, divisor, state, dx, dw, *ctx.numbers, of_hidden, of_weight, of_bias)
+        return (dx if of_hidden else None, dw if of_weight else None, *[None] * 5,
+                dbias.to(bias.dtype) if of_bias else None, *[None] * 4)  # fmt: skip
