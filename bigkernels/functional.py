@@ -6,6 +6,7 @@ from .ops.decode_attention import append_kv_, decode_attention
 from .ops.glu import glu
 from .ops.layer_norm import layer_norm
 from .ops.linear import linear
+from .ops.linear_distillation import linear_distillation
 from .ops.linear_logprobs import linear_logprobs
 from .ops.quantized_linear import quantized_linear
 from .ops.rms_norm import rms_norm
@@ -21,6 +22,7 @@ __all__ = [
     "glu",
     "layer_norm",
     "linear",
+    "linear_distillation",
     "linear_logprobs",
     "quantize_weight",
     "quantized_linear",

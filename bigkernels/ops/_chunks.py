@@ -68,6 +68,11 @@ class Objective:
         """
         raise NotImplementedError
 
+    def both(self, z: Tensor, tokens: Tokens, grads: Sequence[Tensor | None]) -> tuple[Sequence[Tensor], Tensor]:
+        """`values` and `gradient` in one, which may share what they compute; z may be written over."""
+        values = self.values(z, tokens)
+        return values, self.gradient(z, tokens, values, grads)
+
 
 class Head:
     """``logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) / temperature``, for some tokens.
@@ -147,8 +152,10 @@ class _Gradients:
     def __bool__(self) -> bool:
         return any(g is not None for g in (self.hidden, self.weight, self.bias))
 
-    def add(self, tokens: Tokens, dz: Tensor) -> None:
-        """`dz` is the gradient of the product of these tokens."""
+    def add(self, tokens: Tokens, dz: Tensor, slope: Tensor | float) -> None:
+        """`dz` is the gradient of the logits of these tokens, and `slope` theirs by the product."""
+        if isinstance(slope, Tensor) or slope != 1:
+            dz = dz.mul_(slope)
         if self.bias is not None:
             self.bias += dz.sum(0, dtype=self.bias.dtype)
         dz = dz.to(self.head.hidden.dtype)
@@ -256,12 +263,8 @@ class Call:
     def logits(self, head: Head, tokens: Tokens) -> Tensor:
         return head.logits(tokens) if self.objective.wide else head.product(tokens)
 
-    def add(self, gradients: _Gradients, tokens: Tokens, z: Tensor, values: Sequence[Tensor], grads) -> None:
-        slope = gradients.head.slope(z) if self.objective.wide else 1.0
-        dz = self.objective.gradient(z, tokens, values, grads)
-        if isinstance(slope, Tensor) or slope != 1:
-            dz = dz.mul_(slope)
-        gradients.add(tokens, dz)
+    def slope(self, head: Head, z: Tensor) -> Tensor | float:
+        return head.slope(z) if self.objective.wide else 1.0
 
 
 @_disable_dynamo
@@ -317,14 +320,17 @@ class _Total(torch.autograd.Function):
             gradients = _Gradients(head, *ctx.needs_input_grad[:3])
             _, mask, chunks = call.chunks(head)
             loss = hidden.new_zeros((), dtype=head.wide)
+            rest = (None,) * (call.objective.outputs - 1)
             for tokens in chunks:
                 z = call.logits(head, tokens)
-                values = call.objective.values(z, tokens)
-                value = values[0] if mask is None else torch.where(mask[tokens], values[0], 0)
-                loss += value.sum()
                 if gradients:
-                    one = torch.ones_like(value) if mask is None else mask[tokens].to(value.dtype)
-                    call.add(gradients, tokens, z, values, (one,) + (None,) * (call.objective.outputs - 1))
+                    one = z.new_ones(z.shape[0], dtype=head.wide) if mask is None else mask[tokens].to(head.wide)
+                    slope = call.slope(head, z)
+                    values, dz = call.objective.both(z, tokens, (one, *rest))
+                    gradients.add(tokens, dz, slope)
+                else:
+                    values = call.objective.values(z, tokens)
+                loss += values[0].sum() if mask is None else torch.where(mask[tokens], values[0], 0).sum()
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias, divisor)
         ctx.dtypes = [t if t is None else t.dtype for t in (hidden, weight, bias)]
         return loss if divisor is None else loss / divisor
@@ -373,8 +379,9 @@ class _PerToken(torch.autograd.Function):
             grads, unit = _in_units(grads, hidden.dtype)
             for tokens in chunks if any(g is not None for g in grads) else ():
                 z = call.logits(head, tokens)
-                taken = [v[tokens] for v in values]
-                call.add(gradients, tokens, z, taken, [g if g is None else g[tokens] for g in grads])
+                slope = call.slope(head, z)
+                taken = [v[tokens] for v in values], [g if g is None else g[tokens] for g in grads]
+                gradients.add(tokens, call.objective.gradient(z, tokens, *taken), slope)
         found = gradients.hidden, gradients.weight, gradients.bias
         inputs = hidden, weight, bias
         if unit is not None:

@@ -34,8 +34,8 @@ def check_head(
                             "QuantizedWeight")  # fmt: skip
         check_tensor(op, f"{of}weight", weight)
     check_tensor(op, f"{of}bias", bias, optional=True)
-    if len(weight.shape) != 2 or weight.shape[0] == 0:
-        raise ValueError(f"bigkernels.{op}: {of}weight has shape {tuple(weight.shape)}, expected (V, H), V not 0")
+    if len(weight.shape) != 2 or 0 in weight.shape:
+        raise ValueError(f"bigkernels.{op}: {of}weight has shape {tuple(weight.shape)}, expected (V, H), none 0")
     vocabulary, size = weight.shape
     if hidden.dim() == 0 or hidden.shape[-1] != size:
         raise ValueError(f"bigkernels.{op}: {of}hidden has shape {tuple(hidden.shape)}, expected (..., {size})")

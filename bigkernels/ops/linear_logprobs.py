@@ -84,7 +84,7 @@ def linear_logprobs(
 def _run(hidden, weight, bias, target, ignore_index, entropy, options):
     targets_inside(_OP, target, weight.shape[0], ignore_index)
     kept = target != ignore_index
-    objective = _LogProbs(torch.where(kept, target, 0).long(), entropy)
+    objective = LogProbs(torch.where(kept, target, 0).long(), entropy)
     quantized, weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
     return per_token(hidden, weight, bias, Call(objective, kept, quantized, **options))
 
@@ -98,10 +98,10 @@ def _reference(hidden, weight, bias, target, ignore_index, entropy, options):
     return [torch.where(kept, r, 0.0) for r in results]
 
 
-class _LogProbs(Objective):
+class LogProbs(Objective):
     """With s = z - max(z), e = exp(s), S = sum(e): log p = s - log S. Nothing is lost where logits are large."""
 
-    def __init__(self, target: Tensor, entropy: bool):
+    def __init__(self, target: Tensor, entropy: bool = False):
         self.target = target
         self.entropy = entropy
         self.outputs = 1 + entropy

@@ -14,7 +14,7 @@ from bigkernels.bench.memory import extra_peak
 from bigkernels.functional import linear_logprobs, quantize_weight
 from bigkernels.ops import _chunks
 from bigkernels.ops._chunks import Call, per_token, total
-from bigkernels.ops.linear_logprobs import _LogProbs
+from bigkernels.ops.linear_logprobs import LogProbs
 
 DTYPES = (torch.float64, torch.float32, *SIXTEEN_BITS)
 
@@ -153,7 +153,7 @@ def test_ignored_tokens_may_be_computed_in_vain(skip):
     """As on GPUs, where leaving them out would wait for the device."""
     target = targets(70, 37)
     kept = target >= 0
-    call = Call(_LogProbs(target.clamp_min(0), True), kept, skip=skip, softcap=3.0)
+    call = Call(LogProbs(target.clamp_min(0), True), kept, skip=skip, softcap=3.0)
     check(lambda *inputs: per_token(*inputs, call), definition(target, softcap=3.0), make(70, 37, 5), upstream(70))
     count = kept.sum()
     check(
@@ -265,7 +265,7 @@ def test_memory(entropy, monkeypatch):
     """Forward and backward hold some chunks, and the gradients: nothing of the size of the logits."""
     monkeypatch.undo()
     monkeypatch.setitem(_chunks._LEAST, "cpu", 0)
-    tokens, vocabulary, size = 4096, 4096, 16
+    tokens, vocabulary, size = 2048, 2048, 16
     hidden, weight, _ = (t.requires_grad_() for t in make(tokens, vocabulary, size, torch.bfloat16))
     target = targets(tokens, vocabulary)
 
