@@ -1,6 +1,6 @@
 """bigkernels: kernels that make large models train, fine-tune and run faster in less memory."""
 
-from . import functional, memory, nn, optim, quantization
+from . import functional, losses, memory, nn, optim, quantization
 from ._info import info
 from ._memory import reuse_memory
 from ._version import __version__
@@ -14,6 +14,7 @@ __all__ = [
     "dequantize",
     "functional",
     "info",
+    "losses",
     "memory",
     "nn",
     "optim",
