@@ -6,6 +6,7 @@ from ._memory import reuse_memory
 from ._version import __version__
 from .ops import allow_nondeterministic, use
 from .patch import patch, patched, unpatch
+from .planning import plan
 from .quantization import dequantize, quantize
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "optim",
     "patch",
     "patched",
+    "plan",
     "quantization",
     "quantize",
     "reuse_memory",

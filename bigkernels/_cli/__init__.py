@@ -1,4 +1,4 @@
-"""The command line: `bigkernels info | check | bench | demo`, also `python -m bigkernels`."""
+"""The command line: `bigkernels info | check | bench | plan | demo`, also `python -m bigkernels`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "info": ("bigkernels._cli.info", "versions, CPU and GPUs, and which implementations can serve on this machine"),
     "check": ("bigkernels._cli.check", "run every operator here and compare it with its float64 reference"),
     "bench": ("bigkernels._cli.bench", "time the operators against PyTorch, torch.compile and installed peers"),
+    "plan": ("bigkernels._cli.plan", "what a training step or a generation will need, without running it"),
     "formats": (
         "bigkernels.demo.formats",
         "a pretrained language model in every weight format: perplexity, size, speed",
