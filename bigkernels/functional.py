@@ -6,6 +6,7 @@ from .ops.decode_attention import append_kv_, decode_attention
 from .ops.glu import glu
 from .ops.layer_norm import layer_norm
 from .ops.linear import linear
+from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.linear_distillation import linear_distillation
 from .ops.linear_logprobs import linear_logprobs
 from .ops.quantized_linear import quantized_linear
@@ -22,6 +23,7 @@ __all__ = [
     "glu",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "linear_distillation",
     "linear_logprobs",
     "quantize_weight",

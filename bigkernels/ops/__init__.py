@@ -6,6 +6,7 @@ from .. import triton
 from .._load import cpu_library, cuda_library
 from . import (
     attention,
+    compress,
     cross_entropy,
     decode_attention,
     glu,
@@ -33,6 +34,7 @@ __all__ = [
     "OPERATORS",
     "allow_nondeterministic",
     "attention",
+    "compress",
     "cross_entropy",
     "decode_attention",
     "glu",

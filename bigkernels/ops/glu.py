@@ -98,6 +98,10 @@ class _GLU(torch.autograd.Function):
         return _fwd(gate, up, activation)
 
     @staticmethod
+    def again(ctx):
+        return _fwd(*ctx.saved_tensors, ctx.activation)
+
+    @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors

@@ -127,12 +127,17 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, residual, eps, offset):
         y, rstd, total = _fwd(x, weight, residual, eps, offset)
         ctx.save_for_backward(x if residual is None else total, weight, rstd)
-        ctx.offset = offset
+        ctx.eps, ctx.offset = eps, offset
         ctx.fused = residual is not None
         if residual is None:
             ctx.mark_non_differentiable(total)
         ctx.set_materialize_grads(False)
         return y, total
+
+    @staticmethod
+    def again(ctx):
+        x, weight, _ = ctx.saved_tensors
+        return _infer(x, weight, ctx.eps, ctx.offset)
 
     @staticmethod
     @once_differentiable

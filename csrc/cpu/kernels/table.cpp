@@ -49,6 +49,8 @@ void linear_dynamic(const Linear&, const void*, const float*, int64_t, int64_t, 
 int64_t linear_dynamic_strip(const Linear&);
 int64_t linear_dynamic_token(const Linear&);
 int64_t linear_dynamic_workspace(const Linear&, int64_t);
+void compress(const Compress&, int64_t, int64_t);
+void decompress(const Compress&, int64_t, int64_t);
 void optimizer_step(Algorithm, const OptimizerTensor&, const OptimizerGrad&, const OptimizerScalars&,
                     const OptimizerChunk&);
 void optimizer_measure(const OptimizerTensor&, const OptimizerGrad&, const OptimizerScalars&, const OptimizerChunk&,
@@ -185,6 +187,8 @@ extern const CpuTable table = {
     linear_dynamic_strip,
     linear_dynamic_token,
     linear_dynamic_workspace,
+    compress,
+    decompress,
     optimizer_step,
     optimizer_measure,
     optimizer_norm,

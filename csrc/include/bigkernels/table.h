@@ -238,6 +238,19 @@ struct LinearCrossEntropy {
   float* dbias;  // (V,) or null
 };
 
+// Values and their codes of 8 bits with a scale a block, in either direction; rows of the kernels are blocks.
+constexpr int64_t kCompressBlock = 128;
+struct Compress {
+  void* values;
+  uint8_t* codes;
+  float* scale;
+  int64_t n;
+  Type type;  // of the values
+  bool fp8;   // e4m3, else integers
+  bool stochastic, stream;
+  uint32_t key;  // of the random numbers
+};
+
 // A kernel over the rows [begin, end) of its arguments; `block` numbers the partial sums it adds to.
 template <class Args>
 using Kernel = void (*)(const Args&, int64_t begin, int64_t end);
@@ -306,6 +319,8 @@ struct CpuTable {
   int64_t (*linear_dynamic_strip)(const Linear&);
   int64_t (*linear_dynamic_token)(const Linear&);
   int64_t (*linear_dynamic_workspace)(const Linear&, int64_t columns);
+  Kernel<Compress> compress;
+  Kernel<Compress> decompress;
   // A chunk of a parameter; LAMB's first pass over it, with the sums of squares of parameter and direction; the sum of
   // squares or the largest magnitude of a gradient.
   void (*optimizer_step)(Algorithm, const OptimizerTensor&, const OptimizerGrad&, const OptimizerScalars&,

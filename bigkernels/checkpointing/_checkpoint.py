@@ -1,0 +1,131 @@
+"""Regions under a policy: as calls, as a context, and as the blocks of a model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.autograd.graph import saved_tensors_hooks
+
+from ._policy import Policy, Selection, named
+from ._recompute import Region
+from ._saver import Saver
+from ._select import ATTENTION, PRODUCTS, Plan, Results
+
+
+def checkpoint(fn: Callable, *args: Any, policy: str | Policy = "recompute", **kwargs: Any) -> Any:
+    """``fn(*args, **kwargs)``, with less kept for backward.
+
+    As `torch.utils.checkpoint.checkpoint` without reentrance: any arguments and results, regions within regions, inputs
+    and parameters with and without gradients, autocast and the random number generators as they were, and no work after
+    the last tensor that backward needs. `fn` must do the same each time. With "recompute", "selective" and "offload"
+    the gradients are, bit for bit, those of a plain call.
+
+    Args:
+        policy: how activations are saved: a name, names with "+" between them, or a policy of
+            `bigkernels.checkpointing`.
+
+            "recompute": not at all; backward runs `fn` again.
+            "selective": results of attention and of matrix products; backward runs the rest of `fn` again.
+            "int8", "fp8": all of them in 8 bits, or the way to compute them from others that are.
+            "offload": in host memory, or files.
+
+            "recompute+offload" moves the inputs of `fn`, "int8+offload" moves half as much as "offload".
+
+    Raises:
+        TypeError, ValueError: there is no such policy, or its parts contradict.
+        CheckpointError: in backward, `fn` does something else when it runs again.
+    """
+    return run(fn, args, kwargs, named(policy), None)
+
+
+@contextmanager
+def saved_activations(policy: str | Policy = "int8") -> Iterator[None]:
+    """Whatever autograd saves inside the `with` block is saved under a policy that runs nothing again: "int8", "fp8",
+    "offload", or "int8+offload".
+
+    Raises:
+        TypeError, ValueError: there is no such policy, or it recomputes, which needs a function to run again.
+    """
+    policy = named(policy)
+    if policy.keep not in (None, "all"):
+        raise ValueError("bigkernels.saved_activations: a policy that recomputes needs a function to run again; use "
+                         "bigkernels.checkpoint")  # fmt: skip
+    with _saving(policy, ()):
+        yield
+
+
+@contextmanager
+def _saving(policy: Policy, values: tuple) -> Iterator[None]:
+    if policy.code is None and policy.place is None:
+        yield
+        return
+    saver = Saver(policy, [t for t in _tensors_of(values) if not t.requires_grad])
+    with saved_tensors_hooks(saver.pack, saver.unpack):
+        try:
+            yield
+        finally:
+            saver.close()
+
+
+def _tensors_of(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        yield from itertools.chain.from_iterable(map(_tensors_of, value))
+    elif isinstance(value, dict):
+        yield from _tensors_of(tuple(value.values()))
+
+
+def run(fn: Callable, args: tuple, kwargs: dict, policy: Policy, plan: Plan | None) -> Any:
+    """A region. `plan`: what earlier runs of it have taught about what to keep."""
+    if not torch.is_grad_enabled():
+        return fn(*args, **kwargs)
+    if torch.compiler.is_dynamo_compiling():
+        return _compiled(fn, args, kwargs, policy)
+    return _eager(fn, args, kwargs, policy, plan)
+
+
+def _eager(fn: Callable, args: tuple, kwargs: dict, policy: Policy, plan: Plan | None) -> Any:
+    if policy.keep in (None, "all"):
+        with _saving(policy, (args, kwargs)):
+            return fn(*args, **kwargs)
+    stores = policy.code is not None or policy.place is not None
+    if policy.keep == "nothing":
+        hooks = None
+        if stores:
+            saver = Saver(policy)
+            hooks = saver.pack, saver.unpack
+        return Region(fn, hooks).run(args, kwargs)
+    results = Results(plan or Plan(policy.keep), Saver(policy) if stores else None)
+    return Region(fn, None, results.forward, results.again).run(args, kwargs)
+
+
+def _compiled(fn: Callable, args: tuple, kwargs: dict, policy: Policy) -> Any:
+    """The compiler knows torch's checkpoints, and partitions by them; of ours it takes what says the same."""
+    from torch.utils.checkpoint import checkpoint as torchs
+
+    if policy.code is not None or policy.place is not None or policy.keep in (None, "all"):
+        return _disable_dynamo(_eager)(fn, args, kwargs, policy, None)
+    if policy.keep == "nothing":
+        return torchs(fn, *args, use_reentrant=False, **kwargs)
+    return torchs(fn, *args, use_reentrant=False, context_fn=_contexts(policy.keep), **kwargs)
+
+
+def _contexts(selection: Selection) -> Callable:
+    import functools
+
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    names = ATTENTION | PRODUCTS if selection.operators is None else selection.operators
+
+    def choose(ctx, op, *args, **kwargs):
+        keep = op._schema.name in names
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return functools.partial(create_selective_checkpoint_contexts, choose)

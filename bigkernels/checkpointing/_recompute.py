@@ -1,0 +1,191 @@
+"""Regions whose activations are made again in backward.
+
+Hooks take the place of every tensor that autograd would save: forward only counts them. The first that backward asks
+for runs the region once more, under hooks that collect the tensors, and which stop the run at the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+_surrounding_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_backward_pass = torch._C._current_graph_task_id
+
+Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+
+
+class CheckpointError(RuntimeError):
+    """A region did something else when it ran again."""
+
+
+class _Stop(BaseException):
+    """The last saved tensor has been made again. No handler of the region's own may catch it."""
+
+
+class _Save(torch.autograd.Function):
+    """A node that does nothing but save tensors, so that hooks see them as they see any saved tensor."""
+
+    @staticmethod
+    def forward(ctx, wanted, *tensors):
+        ctx.save_for_backward(*tensors)
+        return wanted.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise AssertionError("no gradient flows through a node that only saves")
+
+
+class Inputs:
+    """A region's arguments until it runs again.
+
+    Where hooks are given, or surround the region, the tensors are theirs to keep: a region within a region must not
+    hold what the outer one gives up.
+    """
+
+    def __init__(self, args: tuple, kwargs: dict, hooks: Hooks | None):
+        self.values, self.names, self.node = [*args, *kwargs.values()], tuple(kwargs), None
+        self.at = [i for i, v in enumerate(self.values) if isinstance(v, Tensor)]
+        tensors = [self.values[i] for i in self.at]
+        if hooks is None and _surrounding_hooks(True) is None:
+            self.versions = [0 if t.is_inference() else t._version for t in tensors]
+            return
+        with saved_tensors_hooks(*hooks) if hooks else ExitStack(), torch.enable_grad():
+            self.node = _Save.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
+        for i in self.at:
+            self.values[i] = None
+
+    def get(self) -> tuple[tuple, dict]:
+        values = self.values
+        if self.node is not None:
+            values = list(values)
+            for i, tensor in zip(self.at, self.node.saved_tensors, strict=True):
+                values[i] = tensor
+        else:
+            for i, version in zip(self.at, self.versions, strict=True):
+                if not values[i].is_inference() and values[i]._version != version:
+                    raise RuntimeError("bigkernels.checkpoint: an input of the region, of shape "
+                                       f"{tuple(values[i].shape)}, was modified in place after the region ran")  # fmt: skip
+        split = len(values) - len(self.names)
+        return tuple(values[:split]), dict(zip(self.names, values[split:], strict=True))
+
+
+class Surroundings:
+    """What a region computes with beside its arguments: autocast and the random number generators."""
+
+    def __init__(self, args: tuple, kwargs: dict):
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        self.cuda = sorted({t.device.index for t in tensors if t.is_cuda})
+        self.kinds = ("cpu", "cuda") if self.cuda else ("cpu",)
+        self.autocast = [_autocast(kind) for kind in self.kinds]
+        self.random = self._random()
+
+    def _random(self) -> list:
+        generators = [torch.cuda.default_generators[i] for i in self.cuda]
+        return [torch.get_rng_state(), *((g.initial_seed(), g.get_offset()) for g in generators)]
+
+    def entered(self) -> None:
+        """The region has run: where it drew nothing, there is nothing to draw again."""
+        if torch.equal(self.random[0], torch.get_rng_state()) and self.random[1:] == self._random()[1:]:
+            self.random = None
+
+    def restore(self, stack: ExitStack) -> None:
+        for kind, then in zip(self.kinds, self.autocast, strict=True):
+            if then != _autocast(kind):
+                enabled, dtype, cache = then
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
+        if self.random is None:
+            return
+        stack.enter_context(torch.random.fork_rng(self.cuda))
+        torch.set_rng_state(self.random[0])
+        for i, (seed, offset) in zip(self.cuda, self.random[1:], strict=True):
+            torch.cuda.default_generators[i].manual_seed(seed)
+            torch.cuda.default_generators[i].set_offset(offset)
+
+
+def _autocast(kind: str) -> tuple:
+    enabled = torch.is_autocast_enabled(kind)
+    return (enabled, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()) if enabled else (False, None, None)
+
+
+class Region:
+    """One run of a region.
+
+    `forward` and `again` make what surrounds the first run and the one in backward, beside the hooks.
+    """
+
+    def __init__(
+        self,
+        fn: Callable,
+        hooks: Hooks | None = None,
+        forward: Callable[[], AbstractContextManager] | None = None,
+        again: Callable[[], AbstractContextManager] | None = None,
+    ):
+        self.fn, self.hooks, self.forward, self.again = fn, hooks, forward, again
+        self.seen: list[tuple] = []  # (shape, dtype, device) of each saved tensor
+        self.made: list[Tensor | None] = []
+        self.made_in = None  # the backward pass that they are of
+
+    def run(self, args: tuple, kwargs: dict) -> Any:
+        self.inputs = Inputs(args, kwargs, self.hooks)
+        self.surroundings = Surroundings(args, kwargs)
+        with saved_tensors_hooks(self._pack, self._unpack):
+            if self.forward is None:
+                out = self.fn(*args, **kwargs)
+            else:
+                with self.forward():
+                    out = self.fn(*args, **kwargs)
+        self.surroundings.entered()
+        return out
+
+    def _pack(self, tensor: Tensor) -> int:
+        self.seen.append((tensor.shape, tensor.dtype, tensor.device))
+        return len(self.seen) - 1
+
+    def _unpack(self, index: int) -> Tensor:
+        current = _backward_pass()
+        if self.made_in != current or not self.made or self.made[index] is None:
+            self.made, self.made_in = self._run_again(), current
+        tensor, self.made[index] = self.made[index], None
+        return tensor
+
+    def _run_again(self) -> list[Tensor | None]:
+        made: list[Tensor | None] = []
+
+        def collect(tensor: Tensor) -> Tensor:
+            index = len(made)
+            if (tensor.shape, tensor.dtype, tensor.device) != self.seen[index]:
+                raise CheckpointError(f"bigkernels.checkpoint: saved tensor {index} of the region was "
+                                      f"{_text(self.seen[index])} and is {_text((tensor.shape, tensor.dtype, tensor.device))} "
+                                      "when the region runs again")  # fmt: skip
+            made.append(tensor.detach())
+            if len(made) == len(self.seen):
+                raise _Stop
+            return made[-1]
+
+        args, kwargs = self.inputs.get()
+        with ExitStack() as stack:
+            self.surroundings.restore(stack)
+            stack.enter_context(torch.enable_grad())
+            if self.again is not None:
+                stack.enter_context(self.again())
+            stack.enter_context(saved_tensors_hooks(collect, _itself))
+            try:
+                self.fn(*args, **kwargs)
+            except _Stop:
+                return made
+        raise CheckpointError(f"bigkernels.checkpoint: the region saved {len(self.seen)} tensors, and {len(made)} when "
+                              "it runs again; it must do the same every time")  # fmt: skip
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _text(seen: tuple) -> str:
+    return f"{tuple(seen[0])} of {seen[1]} on {seen[2]}"

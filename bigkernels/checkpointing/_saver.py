@@ -1,0 +1,172 @@
+"""Hooks that keep what autograd saves in another form: in 8 bits, elsewhere, or as the way to compute it again."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..ops.compress import decompress, encode
+from ._again import recipe
+from ._places import Place, Slot
+from ._policy import Code, Policy
+
+_LEAST = 4096  # values: smaller tensors are nothing to save
+_STATISTICS = 16  # tensors this many times smaller than the region's largest are row statistics, and stay exact
+_PARTS = 4  # a view of a part is kept as the whole, of at most so many times its size: the rest is saved as well
+
+_keys = itertools.count(1)  # of stochastic rounding: torch's generators belong to the model
+
+
+class _Kept:
+    """A run of memory that saved tensors are views of."""
+
+    def __init__(self):
+        self.users = 0
+        self.ready: Tensor | None = None
+
+    def get(self) -> Tensor:
+        """The values (n,); made once for all its users, if each asks once."""
+        flat = self.make() if self.ready is None else self.ready
+        self.users -= 1
+        self.ready = flat if self.users > 0 else None
+        return flat
+
+    def make(self) -> Tensor:
+        raise NotImplementedError
+
+
+class _Stored(_Kept):
+    def __init__(self, flat: Tensor, code: Code | None, place: Place | None):
+        super().__init__()
+        self.code, self.dtype, self.scale = code, flat.dtype, None
+        if code is not None:
+            key = (next(_keys) * 0x9E3779B1) & 0x7FFFFFFF
+            flat, self.scale = encode(flat, code.format, code.stochastic, key)
+        self.values = flat if place is None else place.put(flat)
+
+    def make(self) -> Tensor:
+        flat = self.values.get() if isinstance(self.values, Slot) else self.values
+        return flat if self.code is None else decompress(flat, self.scale, self.code.format, dtype=self.dtype)
+
+
+class _Again(_Kept):
+    def __init__(self, run: Callable[[], Tensor]):
+        super().__init__()
+        self.make = lambda: _flat(run())
+
+
+def _flat(t: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order in which they lie in memory, as a view."""
+    return t.as_strided((t.numel(),), (1,), t.storage_offset())
+
+
+def _dense(t: Tensor) -> bool:
+    """Whether the elements fill one run of memory, in some order of the dimensions."""
+    if t.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _is_parameter(t: Tensor) -> bool:
+    base = t if t._base is None else t._base
+    return isinstance(base, nn.Parameter) or (base.is_leaf and base.requires_grad)
+
+
+_last: Callable[[], Saver | None] = lambda: None  # noqa: E731  the region that ran before
+
+
+class Saver:
+    """`pack` and `unpack` for `saved_tensors_hooks`, of one region.
+
+    A tensor that several nodes save is kept once, and so are views of one tensor. Parameters, `constants`, integers and
+    small tensors stay as they are.
+    """
+
+    def __init__(self, policy: Policy, constants: Iterable[Tensor] = ()):
+        global _last
+        self.code = policy.code
+        self.place = None if policy.place is None else Place(policy.place)
+        self.constants = {t.untyped_storage()._cdata for t in constants}
+        self.largest = 0
+        self.kept: dict[tuple, tuple[StorageWeakRef, int, _Kept]] = {}
+        self.slots: list[weakref.ref[Slot]] = []
+        if self.place is not None:
+            self.before, _last = _last, weakref.ref(self)
+
+    def pack(self, tensor: Tensor) -> Any:
+        if not self._worth(tensor):
+            return tensor.detach()
+        kept, stride, offset = self._keep(tensor)
+        kept.users += 1
+        return kept, tensor.shape, stride, offset
+
+    def unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        if self.place is not None and self.before is not None:
+            # Backward has reached this region; what it needs next is that of the region before.
+            before, self.before = self.before(), None
+            if before is not None:
+                before.fetch()
+        kept, shape, stride, offset = packed
+        return kept.get().as_strided(shape, stride, offset)
+
+    def fetch(self) -> None:
+        for reference in self.slots:
+            slot = reference()
+            if slot is not None:
+                slot.fetch()
+
+    def close(self) -> None:
+        """The region has run."""
+        self.kept.clear()
+
+    def _worth(self, t: Tensor) -> bool:
+        if not t.is_floating_point() or t.layout != torch.strided:
+            return False
+        self.largest = max(self.largest, t.numel())
+        return not (
+            t.numel() < _LEAST
+            or t.numel() * _STATISTICS <= self.largest
+            or _is_parameter(t)
+            or t.untyped_storage()._cdata in self.constants
+        )
+
+    def _keep(self, t: Tensor) -> tuple[_Kept, tuple[int, ...], int]:
+        """What keeps a tensor, and its stride and offset there."""
+        flat, stride, offset = t, t.stride(), 0
+        whole = t.untyped_storage().nbytes() // t.element_size()
+        if _dense(t):
+            flat = _flat(t)
+        elif whole <= _PARTS * t.numel():
+            flat, offset = t.as_strided((whole,), (1,), 0), t.storage_offset()
+        else:
+            stride = torch.empty(t.shape, device="meta").stride()
+        storage = t.untyped_storage()
+        key = storage._cdata, flat.storage_offset(), flat.shape, flat.stride(), t.dtype
+        found = self.kept.get(key)
+        # The weak reference keeps another storage from getting this one's address.
+        if found is None or found[1] != t._version:
+            found = self.kept[key] = StorageWeakRef(storage), t._version, self._kept(t, flat)
+        return found[2], stride, offset
+
+    def _kept(self, t: Tensor, flat: Tensor) -> _Kept:
+        run = recipe(t) if self.code is not None and flat.numel() == t.numel() else None
+        if run is not None:
+            return _Again(run)
+        kept = _Stored(flat.detach().reshape(-1), self.code, self.place)
+        if isinstance(kept.values, Slot):
+            self.slots.append(weakref.ref(kept.values))
+        return kept

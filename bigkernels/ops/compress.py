@@ -1,0 +1,124 @@
+"""Tensors in 8 bits with a scale a block, for what is kept and needed again: saved activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._arguments import check_tensor
+from ._registry import REFUSED, Operator, define
+
+BLOCK = 128  # values that share a scale: 1.03 bytes a value
+FORMATS = {"int8": 127.0, "fp8": 448.0}  # the largest value of a code
+
+
+def compress(x: Tensor, format: str = "int8", *, stochastic: bool = False) -> tuple[Tensor, Tensor]:
+    """The values of a tensor in 8 bits: ``scale * code`` with one scale for 128 values that lie next to each other.
+
+    "int8" has steps of a 127th of the block's largest value; "fp8" (e4m3, Micikevicius et al. 2022,
+    https://arxiv.org/abs/2209.05433) steps of 3 to 6 % of a value down to a 2^-15th of it.
+
+    Args:
+        x: floating, any shape; its elements are taken in row-major order.
+        format: "int8" or "fp8".
+        stochastic: round up or down at random, so that the mean of what is read back is `x`; drawn from torch's
+            generator. Otherwise to the nearest.
+
+    Returns:
+        (codes (n,) uint8, scale (ceil(n / 128),) float32). A block with a value that is not finite reads back as NaN.
+
+    Raises:
+        TypeError: `x` is not a floating tensor.
+        ValueError: there is no such format.
+    """
+    check_tensor("compress", "x", x)
+    if format not in FORMATS:
+        raise ValueError(f"bigkernels.compress: format is {format!r}; accepted are {', '.join(FORMATS)}")
+    key = int(torch.randint(2**31 - 1, (), dtype=torch.int64)) if stochastic else 0
+    return encode(x.detach().reshape(-1), format, stochastic, key)
+
+
+def encode(flat: Tensor, format: str, stochastic: bool, key: int) -> tuple[Tensor, Tensor]:
+    """`compress` of values (n,), with the random numbers of a key in [0, 2^31)."""
+    run = _compress if OPERATOR.uses_kernel(flat) else _reference
+    return run(flat.contiguous(), format == "fp8", stochastic, key)
+
+
+def decompress(codes: Tensor, scale: Tensor, format: str = "int8", *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values (n,) that `compress` has put into codes.
+
+    Raises:
+        ValueError: there is no such format, or `codes` and `scale` do not fit each other.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"bigkernels.decompress: format is {format!r}; accepted are {', '.join(FORMATS)}")
+    if codes.dtype != torch.uint8 or codes.dim() != 1 or scale.shape != (-(-codes.shape[0] // BLOCK),):
+        raise ValueError(f"bigkernels.decompress: codes {tuple(codes.shape)} of {codes.dtype} and scale "
+                         f"{tuple(scale.shape)} are not what compress makes")  # fmt: skip
+    probe = scale.new_empty(0, dtype=dtype)
+    try:
+        run = _decompress if OPERATOR.uses_kernel(probe, codes, scale) else _decode
+        return run(codes, scale, format == "fp8", dtype)
+    except REFUSED:
+        return _decode(codes, scale, format == "fp8", dtype)
+
+
+def _random(key: int, n: int, device: torch.device) -> Tensor:
+    """(n,) words of 32 bits, as int64."""
+    low = 0xFFFFFFFF
+    x = (torch.arange(n, device=device) & low) ^ key
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & low
+    x = ((x ^ (x >> 15)) * 0xD35A2D97) & low
+    return x ^ (x >> 15)
+
+
+def _reference(x: Tensor, fp8: bool, stochastic: bool, key: int) -> tuple[Tensor, Tensor]:
+    top = FORMATS["fp8" if fp8 else "int8"]
+    blocks = F.pad(x.float(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+    largest = blocks.abs().amax(1) if x.numel() else blocks.new_empty(0)
+    scale = torch.where(largest.isfinite(), largest / top, torch.nan)
+    usable = largest.isfinite() & (largest >= 2.0**-120)
+    inverse = torch.where(usable, top / largest, 0.0)
+    scale = torch.where(usable | ~largest.isfinite(), scale, 0.0)
+    y = (blocks * inverse[:, None]).view(-1)[: x.numel()].nan_to_num(0.0)
+    random = _random(key, x.numel(), x.device) if stochastic else None
+    codes = (_fp8_codes if fp8 else _int8_codes)(y.clamp(-top, top), random)
+    return codes.to(torch.uint8), scale
+
+
+def _unit(random: Tensor) -> Tensor:
+    return (random >> 9).float() * 2.0**-23
+
+
+def _int8_codes(y: Tensor, random: Tensor | None) -> Tensor:
+    if random is None:
+        return y.round().to(torch.int8).view(torch.uint8)
+    return ((y + 128.0 + _unit(random) * (1 - 2.0**-16)).int() - 128).to(torch.int8).view(torch.uint8)
+
+
+def _fp8_codes(y: Tensor, random: Tensor | None) -> Tensor:
+    if random is None:
+        return y.to(torch.float8_e4m3fn).view(torch.uint8)
+    magnitude = y.abs()
+    normal = ((magnitude.view(torch.int32).long() + (random & 0xFFFFF)) >> 20) - (120 << 3)
+    subnormal = (magnitude * 512.0 + _unit(random)).long()
+    return torch.where(magnitude < 2.0**-6, subnormal, normal) | torch.where(y.signbit(), 0x80, 0)
+
+
+def _decode(codes: Tensor, scale: Tensor, fp8: bool, dtype: torch.dtype) -> Tensor:
+    values = codes.view(torch.float8_e4m3fn if fp8 else torch.int8).float()
+    return (values * scale.repeat_interleave(BLOCK)[: codes.shape[0]]).to(dtype)
+
+
+def _fake(x, fp8, stochastic, key):
+    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(-(-x.shape[0] // BLOCK), dtype=torch.float32)
+
+
+OPERATOR = Operator("compress", in_graphs=True)
+_compress = define("compress(Tensor x, bool fp8, bool stochastic, int key) -> (Tensor, Tensor)", _fake, _reference)
+_decompress = define(
+    "decompress(Tensor codes, Tensor scale, bool fp8, ScalarType dtype) -> Tensor",
+    lambda codes, scale, fp8, dtype: codes.new_empty(codes.shape, dtype=dtype),
+    _decode,
+)
