@@ -1,4 +1,5 @@
 // What every CPU binding shares and no header needs to hold.
+#include <bigkernels/pool.h>
 #include <bigkernels/stable.h>
 
 #include <cstdlib>
@@ -15,7 +16,7 @@ void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 4096;
   constexpr int64_t huge = int64_t{2} << 20;
-  if (bytes < 2 * huge) return;
+  if (bytes < 2 * huge || pool_owns(data)) return;  // the pool asks for its whole range
   uintptr_t begin = ((uintptr_t)data + page - 1) & ~(page - 1), end = ((uintptr_t)data + bytes) & ~(page - 1);
   madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // advice: where it is refused, nothing changes
 #else
