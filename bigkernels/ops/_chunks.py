@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 Tokens = slice | Tensor  # rows of the hidden states: a run, or their numbers
 
-_LEAST = {"cpu": 2**26}  # bytes of a chunk's float32 logits that are always granted
+_LEAST = {"cpu": 2**25}  # bytes of a chunk's float32 logits that are always granted
 _LEAST_ELSEWHERE = 2**28  # a GPU wants more tokens in a product
 _SHARE = 0.05  # of 16-bit logits of all tokens, which a chunk's float32 logits may take
-_BLOCK = 2**21  # elements of a weight's gradient that are made at once before they are added
+_BLOCK, _GPU_BLOCK = 2**21, 2**26  # elements of a weight's gradient that are made at once before they are added
 
 
 class Objective:
@@ -179,19 +179,20 @@ class _Gradients:
         total = self.weight
         if dz.dtype == total.dtype and not self.head.kernel:
             total.addmm_(dz.T, x)
-        elif dz.is_cuda and not self.head.kernel:
-            torch.addmm(total, dz.T, x, out_dtype=total.dtype, out=total)
+        elif dz.is_cuda:
+            for rows in _blocks(total, _GPU_BLOCK):  # addmm takes a sum of another dtype in late versions only
+                total[rows] += torch.mm(dz[:, rows].T, x, out_dtype=total.dtype)
         else:
             # In blocks that stay in the caches until they are added.
-            for rows in _blocks(total):
+            for rows in _blocks(total, _BLOCK):
                 if self.head.kernel:
                     total[rows] += _linear._bwd(dz[:, rows], x, self.like[rows], False)[1]
                 else:
                     total[rows].addmm_(dz[:, rows].T.to(total.dtype), x.to(total.dtype))
 
 
-def _blocks(matrix: Tensor) -> Iterator[slice]:
-    rows = max(32, _BLOCK // max(matrix.shape[1], 1) // 32 * 32)
+def _blocks(matrix: Tensor, elements: int) -> Iterator[slice]:
+    rows = max(32, elements // max(matrix.shape[1], 1) // 32 * 32)
     return (slice(begin, begin + rows) for begin in range(0, matrix.shape[0], rows))
 
 
@@ -200,7 +201,8 @@ def _scaled(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor |
     if grad is None or grad.dim() < 2:
         return None if grad is None else (grad * factor).to(dtype)
     out = torch.empty_like(grad, dtype=dtype)
-    for rows in _blocks(grad):  # a wide copy of all of it would be the largest tensor there is
+    # In blocks: a wide copy of all of it would be the largest tensor there is.
+    for rows in _blocks(grad, _GPU_BLOCK if grad.is_cuda else _BLOCK):
         out[rows] = grad[rows] * factor
     return out
 

@@ -127,8 +127,9 @@ class Distillation(Objective):
 
 
 def count_tokens(hidden, kept):
-    count = hidden.new_tensor(hidden.shape[0], dtype=compute_dtype(hidden.dtype)) if kept is None else kept.sum()
-    return count.to(compute_dtype(hidden.dtype))
+    """How many count; a number from the host would have to be waited for."""
+    wide = compute_dtype(hidden.dtype)
+    return hidden.new_full((), hidden.shape[0], dtype=wide) if kept is None else kept.sum(dtype=wide)
 
 
 def reference(hidden, weight, bias, target, kept, teacher, options, head, reduction):

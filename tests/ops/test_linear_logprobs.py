@@ -148,6 +148,24 @@ def test_chunks_do_not_matter(dtype, monkeypatch):
         torch.testing.assert_close(parts[name], value, rtol=rtol, atol=rtol * value.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("summed", [False, True])
+def test_many_chunks_lose_no_digits_of_the_gradients_of_the_head(dtype, summed):
+    """All terms of one sign: a sum in 16 bits would stop growing."""
+    hidden, weight, bias = make(4096, 7, 3, dtype)
+    target = torch.zeros(4096, dtype=torch.int64)
+    call = Call(LogProbs(target, False))
+
+    def formula(*inputs):
+        of_target = definition(target)(*inputs)[0]
+        return [of_target.sum() if summed else of_target]
+
+    check(
+        lambda *inputs: [total(*inputs, None, call)] if summed else per_token(*inputs, call),
+        formula, (hidden.abs(), weight, bias), [torch.tensor(1.0) if summed else torch.ones(4096)],
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("skip", [None, True, False])
 def test_ignored_tokens_may_be_computed_in_vain(skip):
     """As on GPUs, where leaving them out would wait for the device."""
