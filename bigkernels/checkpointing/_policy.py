@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from os import PathLike
-
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,15 @@ def named(policy: str | Policy) -> Policy:
         return policy
     if not isinstance(policy, str):
         raise TypeError(f"bigkernels.checkpointing: policy is {type(policy).__name__}; accepted are str and Policy")
+    return _sum_of(policy)
+
+
+@cache
+def _sum_of(names: str) -> Policy:
     found = Policy()
-    for name in policy.split("+"):
+    for name in names.split("+"):
         if name.strip() not in _NAMED:
-            raise ValueError(f"bigkernels.checkpointing: policy {name.strip()!r}; accepted are {', '.join(_NAMED)}, and "
-                             "sums of them")  # fmt: skip
+            accepted = ", ".join(_NAMED)
+            raise ValueError(f"bigkernels.checkpointing: policy {name.strip()!r}; accepted are {accepted}, and sums")
         found = found + _NAMED[name.strip()]()
     return found

@@ -69,8 +69,9 @@ class Inputs:
         else:
             for i, version in zip(self.at, self.versions, strict=True):
                 if not values[i].is_inference() and values[i]._version != version:
-                    raise RuntimeError("bigkernels.checkpoint: an input of the region, of shape "
-                                       f"{tuple(values[i].shape)}, was modified in place after the region ran")  # fmt: skip
+                    shape = tuple(values[i].shape)
+                    raise RuntimeError(f"bigkernels.checkpoint: an input of the region, of shape {shape}, was modified "
+                                       "in place after the region ran")  # fmt: skip
         split = len(values) - len(self.names)
         return tuple(values[:split]), dict(zip(self.names, values[split:], strict=True))
 
@@ -109,8 +110,9 @@ class Surroundings:
 
 
 def _autocast(kind: str) -> tuple:
-    enabled = torch.is_autocast_enabled(kind)
-    return (enabled, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()) if enabled else (False, None, None)
+    if not torch.is_autocast_enabled(kind):
+        return False, None, None
+    return True, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
 
 
 class Region:
@@ -158,11 +160,11 @@ class Region:
         made: list[Tensor | None] = []
 
         def collect(tensor: Tensor) -> Tensor:
-            index = len(made)
-            if (tensor.shape, tensor.dtype, tensor.device) != self.seen[index]:
-                raise CheckpointError(f"bigkernels.checkpoint: saved tensor {index} of the region was "
-                                      f"{_text(self.seen[index])} and is {_text((tensor.shape, tensor.dtype, tensor.device))} "
-                                      "when the region runs again")  # fmt: skip
+            index, now = len(made), (tensor.shape, tensor.dtype, tensor.device)
+            if now != self.seen[index]:
+                then, now = _text(self.seen[index]), _text(now)
+                raise CheckpointError(f"bigkernels.checkpoint: saved tensor {index} of the region was {then}, and is "
+                                      f"{now} when the region runs again")  # fmt: skip
             made.append(tensor.detach())
             if len(made) == len(self.seen):
                 raise _Stop

@@ -104,7 +104,8 @@ def _tensors(out: Any) -> list[Tensor]:
 def _aliases(func: torch._ops.OpOverload) -> bool:
     """Views and operators that write their arguments are done again: they cost nothing, or have to happen."""
     schema = func._schema
-    return schema.is_mutable or any(r.alias_info is not None for r in schema.returns)
+    # A fake tensor is asked for its device by an operator, as often as somebody wants to know.
+    return func.namespace == "prim" or schema.is_mutable or any(r.alias_info is not None for r in schema.returns)
 
 
 class _Mode(TorchDispatchMode):

@@ -77,9 +77,12 @@ def _reference(x: Tensor, fp8: bool, stochastic: bool, key: int) -> tuple[Tensor
     top = FORMATS["fp8" if fp8 else "int8"]
     blocks = F.pad(x.float(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
     largest = blocks.abs().amax(1) if x.numel() else blocks.new_empty(0)
-    scale = torch.where(largest.isfinite(), largest / top, torch.nan)
+    # Times the largest code it is still a number.
+    most = float(torch.tensor(float.fromhex("0x1.fffffcp127"), dtype=torch.float32) / top) * (1 - 2.0**-22)
+    scale = torch.where(largest.isfinite(), (largest / top).clamp_max(most), torch.nan)
     usable = largest.isfinite() & (largest >= 2.0**-120)
-    inverse = torch.where(usable, top / largest, 0.0)
+    # A number over a tensor would be a product with the rounded reciprocal.
+    inverse = torch.where(usable, torch.full_like(largest, top) / largest, 0.0)
     scale = torch.where(usable | ~largest.isfinite(), scale, 0.0)
     y = (blocks * inverse[:, None]).view(-1)[: x.numel()].nan_to_num(0.0)
     random = _random(key, x.numel(), x.device) if stochastic else None

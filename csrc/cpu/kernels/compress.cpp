@@ -70,7 +70,8 @@ void encode(const Compress& a, int64_t begin, int64_t end) {
     for (int l = 0; l < W; ++l)
       if (nan[l]) top = __builtin_nanf("");
     // A block that is not finite becomes NaN: its scale says so.
-    float scale = top - top == 0 ? top / kTop : __builtin_nanf("");
+    constexpr float kMost = 0x1.fffffcp127f / kTop * (1 - 0x1p-22f);  // times the largest code, still a number
+    float scale = top - top == 0 ? (top / kTop < kMost ? top / kTop : kMost) : __builtin_nanf("");
     // The scale of a subnormal block may be no number to divide by.
     float inverse = top >= 0x1p-120f && scale == scale ? kTop / top : 0.0f;
     a.scale[b] = inverse != 0 || scale != scale ? scale : 0.0f;
