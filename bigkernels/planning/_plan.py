@@ -16,6 +16,7 @@ from ._steps import Loss, default_loss
 
 if TYPE_CHECKING:
     from ..bench.limits import Limits
+    from ..checkpointing import Policy
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _MODES = ("train", "inference")
@@ -32,7 +33,7 @@ def plan(
     new_tokens: int = 0,
     optimizer: Any = "adamw",
     state_dtype: torch.dtype | str | None = None,
-    checkpointing: str | None = None,
+    checkpointing: str | Policy | None = None,
     every: int = 1,
     patch: bool | str | Mapping[str, bool] = False,
     device: torch.device | str = "cpu",
@@ -64,7 +65,7 @@ def plan(
         optimizer: the name of a class of `bigkernels.optim` in any case, or "torch." and that of one of `torch.optim`;
             a class or a function of parameters; an instance, of which class and defaults count; or None.
         state_dtype: of a `bigkernels.optim` optimizer: torch.float32, torch.bfloat16 or "int8".
-        checkpointing, every: as in `bigkernels.apply_checkpointing`.
+        checkpointing, every: as `policy` and `every` of `bigkernels.apply_checkpointing`.
         patch: True as `bigkernels.patch(model)`, "loss" for the loss alone, or its arguments.
         device: "cpu", or "cuda" where there is one.
         inputs: a tensor, or a tuple or dictionary of them, of the shapes of one batch; by default token numbers and
@@ -111,8 +112,9 @@ def plan(
         model=_models.name_of(model), mode=mode, batch=batch, seq=seq, new_tokens=new_tokens, device=str(device),
         dtype=_short(max(set(floating), key=floating.count)) if floating else "none",
         autocast=cast and _short(cast), optimizer=optimizer_name, state_dtype=state_dtype and _short(state_dtype),
-        checkpointing=checkpointing, patch=label, held=result.held, at_peak=result.at_peak, peak=result.peak,
-        phases=phases, flops=flops, seconds=seconds, limits={"copy": machine.copy, "matrix": dict(machine.matrix)},
+        checkpointing=checkpointing and str(checkpointing), patch=label, held=result.held, at_peak=result.at_peak,
+        peak=result.peak, phases=phases, flops=flops, seconds=seconds,
+        limits={"copy": machine.copy, "matrix": dict(machine.matrix)},
         limit=allowed, choices=choices, reason=reason,
     )  # fmt: skip
 

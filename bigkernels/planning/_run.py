@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ class Setting:
     device: torch.device
     new_tokens: int = 0
     autocast: torch.dtype | None = None
-    checkpointing: str | None = None
+    checkpointing: Any = None  # a name or a `bigkernels.checkpointing.Policy`
     every: int = 1
     patch: dict[str, bool] | None = None  # the arguments of `bigkernels.patch`; None for a model as it is
     inputs: Any = None
@@ -93,6 +94,13 @@ def train(made: nn.Module, setting: Setting, optimizers: Sequence[Factory | None
     One result for each optimizer: what comes before their steps is run once.
     """
     with _fake(made, setting) as (model, inputs, recorder, held):
+        if _learns(setting.checkpointing):  # what to keep, from its first step
+            with _autocast(setting):
+                loss = setting.loss(model, inputs)
+            loss.backward()
+            model.zero_grad(set_to_none=True)
+            del loss
+            gc.collect()  # what regions left in cycles
         with recorder.phase("forward") as forward, _autocast(setting), _logits(model, recorder) as vocabulary:
             loss = setting.loss(model, inputs)
         held[LOGITS] = recorder.tag_shape(*vocabulary, LOGITS) if vocabulary else 0
@@ -136,6 +144,14 @@ def infer(made: nn.Module, setting: Setting) -> Result:
             phases += [first, last]
         del out
     return _result(recorder, phases, held, before={})
+
+
+def _learns(checkpointing: Any) -> bool:
+    if checkpointing is None:
+        return False
+    from ..checkpointing._policy import Selection, named
+
+    return isinstance(named(checkpointing).keep, Selection)
 
 
 @contextmanager

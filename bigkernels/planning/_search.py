@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..bench.limits import Limits
 
 _POLICIES = (None, "selective", "selective+int8", "int8", "recompute", "recompute+int8")
-_POLICIES_OF_GPUS = ("offload", "selective+offload")
+_POLICIES_OF_GPUS = ("offload", "recompute+offload")
 _STATES = ("float32", "bfloat16", "int8")
 
 
@@ -63,14 +63,15 @@ def _states(optimizer: Any, state_dtype: Any) -> list[str | None]:
 def _plan_states(
     made: nn.Module, setting: Setting, optimizer: Any, states: list[str | None], limit: int, machine: Limits, patch: str
 ) -> list[Choice]:
+    policy = setting.checkpointing and str(setting.checkpointing)
     factories = [_optimizers.resolve(optimizer, dtype)[1] for dtype in states]
     try:
         results = run(made, setting, factories)
     except Exception as error:  # noqa: BLE001  a policy that a model does not bear is an answer, and no failure
         problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-        return [Choice(setting.checkpointing, None, patch, 0, 0.0, False, problem)]
+        return [Choice(policy, None, patch, 0, 0.0, False, problem)]
     return [
-        Choice(setting.checkpointing, dtype, patch, result.peak, sum(seconds_of(p, machine) for p in result.phases),
+        Choice(policy, dtype, patch, result.peak, sum(seconds_of(p, machine) for p in result.phases),
                result.peak <= limit)
         for dtype, result in zip(states, results, strict=True)
     ]  # fmt: skip

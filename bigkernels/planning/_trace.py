@@ -154,6 +154,9 @@ class Recorder(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return func(*args)
         kwargs = kwargs or {}
+        if func is torch.ops.aten.equal.default and args[0].dtype == torch.uint8:
+            # States of a random number generator, which regions compare before they run again: nothing is drawn here.
+            return args[0].shape == args[1].shape
         if func is torch.ops.aten.add.Tensor and _from_engine():
             self._reuse(*args[:2])
         out = _grouped_mm(*args, **kwargs) if func is torch.ops.aten._grouped_mm.default else func(*args, **kwargs)
