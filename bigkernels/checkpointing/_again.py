@@ -45,7 +45,7 @@ def recipe(t: Tensor) -> Callable[[], Tensor] | None:
 
     def run() -> Tensor:
         with torch.no_grad():
-            return again(node)
+            return again(node).contiguous()
 
     return run
 

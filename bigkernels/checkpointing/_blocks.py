@@ -18,9 +18,8 @@ _KEY = "_call_impl"  # what a module's call goes through: `forward` and the hook
 class _Checkpointed:
     """Stands before a module's call. An object of the instance, so that it is copied and pickled with the module."""
 
-    def __init__(self, module: nn.Module, policy: Policy):
-        self.module, self.policy = module, policy
-        self.plan = Plan(policy.keep) if isinstance(policy.keep, Selection) else None
+    def __init__(self, module: nn.Module, policy: Policy, plan: Plan | None):
+        self.module, self.policy, self.plan = module, policy, plan
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and self.policy.keep not in (None, "all"):
@@ -51,7 +50,7 @@ def apply_checkpointing(
     it does not matter whether `bigkernels.patch` comes before or after. Calling it again replaces what was applied.
 
     Args:
-        policy: as in `bigkernels.checkpoint`. Each block learns by itself what a "selective" policy keeps.
+        policy: as in `bigkernels.checkpoint`. Blocks of one structure learn together what a "selective" policy keeps.
         every: 1 for all blocks, 2 for every second one, and so on: the others keep what they always did.
         modules: what to make regions of, in place of the search: modules or their names in `model`, or a class.
 
@@ -74,8 +73,12 @@ def apply_checkpointing(
                          f"{type(model).__name__}; name the regions by modules=")  # fmt: skip
     remove_checkpointing(model)
     chosen = found[::every]
+    plans: dict[tuple, Plan] = {}
     for module in chosen:
-        module.__dict__[_KEY] = _Checkpointed(module, policy)
+        plan = None
+        if isinstance(policy.keep, Selection):
+            plan = plans.setdefault(_structure(module), Plan(policy.keep))
+        module.__dict__[_KEY] = _Checkpointed(module, policy, plan)
     return [names[module] for module in chosen]
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.autograd import forward_ad as _forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten
 
 from ._policy import Policy, Selection, named
-from ._recompute import Region
+from ._recompute import Region, within_region
 from ._saver import Saver
 from ._select import ATTENTION, PRODUCTS, Plan, Results
+
+_transforms = torch._C._functorch.peek_interpreter_stack
+_plans: WeakKeyDictionary[Any, dict[Selection, Plan]] = WeakKeyDictionary()
 
 
 def checkpoint(fn: Callable, *args: Any, policy: str | Policy = "recompute", **kwargs: Any) -> Any:
@@ -62,10 +68,10 @@ def saved_activations(policy: str | Policy = "int8") -> Iterator[None]:
 
 @contextmanager
 def _saving(policy: Policy, values: tuple) -> Iterator[None]:
-    if policy.code is None and policy.place is None:
+    if (policy.code is None and policy.place is None) or within_region():
         yield
         return
-    saver = Saver(policy, [t for t in _tensors_of(values) if not t.requires_grad])
+    saver = Saver(policy, _constants(values))
     with saved_tensors_hooks(saver.pack, saver.unpack):
         try:
             yield
@@ -73,18 +79,13 @@ def _saving(policy: Policy, values: tuple) -> Iterator[None]:
             saver.close()
 
 
-def _tensors_of(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        yield from itertools.chain.from_iterable(map(_tensors_of, value))
-    elif isinstance(value, dict):
-        yield from _tensors_of(tuple(value.values()))
+def _constants(values: tuple) -> list[Tensor]:
+    return [t for t in tree_flatten(values)[0] if isinstance(t, Tensor) and not t.requires_grad]
 
 
 def run(fn: Callable, args: tuple, kwargs: dict, policy: Policy, plan: Plan | None) -> Any:
     """A region. `plan`: what earlier runs of it have taught about what to keep."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or _transforms() is not None or _forward_ad._current_level >= 0:
         return fn(*args, **kwargs)
     if torch.compiler.is_dynamo_compiling():
         return _compiled(fn, args, kwargs, policy)
@@ -95,15 +96,34 @@ def _eager(fn: Callable, args: tuple, kwargs: dict, policy: Policy, plan: Plan |
     if policy.keep in (None, "all"):
         with _saving(policy, (args, kwargs)):
             return fn(*args, **kwargs)
+    if within_region():  # it will run again, and what is kept here would not be given up
+        return Region(fn).run(args, kwargs)
     stores = policy.code is not None or policy.place is not None
     if policy.keep == "nothing":
         hooks = None
         if stores:
-            saver = Saver(policy)
+            saver = Saver(policy, _constants((args, kwargs)))
             hooks = saver.pack, saver.unpack
         return Region(fn, hooks).run(args, kwargs)
-    results = Results(plan or Plan(policy.keep), Saver(policy) if stores else None)
-    return Region(fn, None, results.forward, results.again).run(args, kwargs)
+    results = Results(plan or _plan_of(fn, policy.keep), Saver(policy) if stores else None)
+    watch = None
+    if results.plan.measures:
+        watch = results.watch
+        results.input_bytes = sum(
+            t.nbytes for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad
+        )
+    return Region(fn, None, results.forward, results.again, watch).run(args, kwargs)
+
+
+def _plan_of(fn: Callable, selection: Selection) -> Plan:
+    """What earlier calls have taught: of the same code, as a lambda is another each time, or the same module."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    key = getattr(fn, "__code__", fn)
+    try:
+        return _plans.setdefault(key, {}).setdefault(selection, Plan(selection))
+    except TypeError:  # it takes no weak reference, or has no hash
+        return Plan(selection)
 
 
 def _compiled(fn: Callable, args: tuple, kwargs: dict, policy: Policy) -> Any:
@@ -118,8 +138,6 @@ def _compiled(fn: Callable, args: tuple, kwargs: dict, policy: Policy) -> Any:
 
 
 def _contexts(selection: Selection) -> Callable:
-    import functools
-
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
     names = ATTENTION | PRODUCTS if selection.operators is None else selection.operators

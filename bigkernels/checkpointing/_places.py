@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections import defaultdict
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +23,13 @@ class Slot:
 
     def __init__(self, pool: Pool, flat: Tensor):
         self.pool, self.dtype, self.count, self.device = pool, flat.dtype, flat.numel(), flat.device
-        self.size = -(-flat.nbytes // _STEP) * _STEP
-        self.buffer = pool.take(self.size)
         self.nbytes = flat.nbytes
+        self.size, self.buffer = pool.take(-(-flat.nbytes // _STEP) * _STEP)
         self.write(flat)
 
     def __del__(self):
-        self.pool.give(self.size, self.buffer)
+        if hasattr(self, "buffer"):
+            self.pool.give(self.size, self.buffer)
 
     def write(self, flat: Tensor) -> None:
         raise NotImplementedError
@@ -47,18 +48,22 @@ class Pool:
 
     def __init__(self):
         self.free: dict[int, list] = defaultdict(list)
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a slot may be collected, and give, while another is taken
         self.held = 0  # bytes of all buffers that were made
 
     def put(self, flat: Tensor) -> Slot:
         return self.slot(self, flat)
 
-    def take(self, size: int):
+    def take(self, size: int) -> tuple[int, Any]:
+        """The size of a buffer, and the buffer: a free one up to twice as large, lest lengths that vary add up."""
         with self.lock:
-            if self.free[size]:
-                return self.free[size].pop()
+            fits = [s for s, buffers in self.free.items() if buffers and size <= s <= 2 * size]
+            if fits:
+                return min(fits), self.free[min(fits)].pop()
+        buffer = self.make(size)
+        with self.lock:
             self.held += size
-        return self.make(size)
+        return size, buffer
 
     def give(self, size: int, buffer) -> None:
         with self.lock:
@@ -98,14 +103,15 @@ class MappedFile(Pool):
     def make(self, size: int) -> mmap.mmap:
         with self.lock:
             offset = os.fstat(self.file.fileno()).st_size
-            self.file.truncate(offset + size)
+            # Not only made longer: writing to a page that a full disk has no room for would end the process.
+            os.posix_fallocate(self.file.fileno(), offset, size)
         return mmap.mmap(self.file.fileno(), size, offset=offset)
 
 
 class _PinnedSlot(Slot):
     def write(self, flat: Tensor) -> None:
         self.back: Tensor | None = None
-        side = self.pool.stream(self.device)
+        side = self.pool.stream
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             self._host().copy_(flat, non_blocking=True)
@@ -117,7 +123,7 @@ class _PinnedSlot(Slot):
     def fetch(self) -> None:
         if self.back is not None:
             return
-        with torch.cuda.stream(self.pool.stream(self.device)):
+        with torch.cuda.stream(self.pool.stream):
             self.back = self._host().to(self.device, non_blocking=True)
             self.arrived = torch.cuda.Event()
             self.arrived.record()
@@ -132,19 +138,14 @@ class _PinnedSlot(Slot):
 
 
 class Pinned(Pool):
-    """Page-locked host memory. All copies of a device run in one stream beside the computation, in their order: a
-    buffer is not written before what was read from it has arrived."""
+    """Page-locked host memory for one device. All its copies run in one stream beside the computation, in their order:
+    a buffer is not written before what was read from it has arrived."""
 
     slot = _PinnedSlot
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
         super().__init__()
-        self.streams: dict[int, torch.cuda.Stream] = {}
-
-    def stream(self, device: torch.device) -> torch.cuda.Stream:
-        if device.index not in self.streams:
-            self.streams[device.index] = torch.cuda.Stream(device)
-        return self.streams[device.index]
+        self.stream = torch.cuda.Stream(device)
 
     def make(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -165,5 +166,5 @@ class Place:
         if flat.nbytes < self.host.least:
             return flat
         if flat.is_cuda:
-            return _pinned().put(flat)
+            return _pinned(flat.device).put(flat)
         return _mapped(self.host.directory).put(flat) if flat.is_cpu else flat

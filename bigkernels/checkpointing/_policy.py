@@ -34,6 +34,10 @@ class Code:
     format: str
     stochastic: bool = False
 
+    def __post_init__(self):
+        if self.format not in ("int8", "fp8"):
+            raise ValueError(f"bigkernels.checkpointing.Code: format is {self.format!r}; accepted are 'int8' and 'fp8'")
+
 
 @dataclass(frozen=True)
 class Host:
@@ -62,6 +66,15 @@ class Policy:
     code: Code | None = None
     place: Host | None = None
 
+    def __post_init__(self):
+        if not (self.keep in (None, "all", "nothing") or isinstance(self.keep, Selection)):
+            raise ValueError(f"bigkernels.checkpointing.Policy: keep is {self.keep!r}; accepted are 'all', 'nothing', "
+                             "None and Selection")  # fmt: skip
+        for name, kind in (("code", Code), ("place", Host)):
+            if not isinstance(getattr(self, name), (kind, type(None))):
+                raise TypeError(f"bigkernels.checkpointing.Policy: {name} is {getattr(self, name)!r}; accepted are "
+                                f"None and {kind.__name__}")  # fmt: skip
+
     def __add__(self, other: Policy) -> Policy:
         if not isinstance(other, Policy):
             return NotImplemented
@@ -72,25 +85,32 @@ class Policy:
         return replace(self, **{f.name: value for f in fields(other) if (value := getattr(other, f.name)) is not None})
 
 
+_UNSAID = -1.0
+
+
 def recompute() -> Policy:
     """Keep nothing but the region's inputs, and run it again in backward (Chen et al. 2016,
     https://arxiv.org/abs/1604.06174)."""
     return Policy(keep="nothing")
 
 
-def selective(operators: Iterable[str | Callable] | None = None, *, budget: float | int | None = None) -> Policy:
+def selective(operators: Iterable[str | Callable] | None = None, *, budget: float | int | None = _UNSAID) -> Policy:
     """Keep the results of expensive operators and recompute what lies between them (Korthikanti et al. 2022,
     https://arxiv.org/abs/2205.05198).
 
     Args:
-        operators: names or operators (`torch.ops.aten.mm`); None for attention, with its logsumexp, and matrix
+        operators: names or operators (`torch.ops.aten.mm`). Named without a budget, they are kept, all of them and no
+            others. None: with a budget, any that the region calls; without, attention, with its logsumexp, and matrix
             products.
-        budget: a fraction in (0, 1] of the bytes that a run without checkpointing holds, or bytes for each region. The
-            first run of a region measures each operator; from the second on, those with the most time a byte are kept.
+        budget: a fraction in (0, 1] of the bytes that a run without checkpointing holds of a region, its inputs
+            included, or bytes of results a region. The first run of a region measures each operator; from the second
+            on, those with the most time a byte are kept. By default half, where no operators are named.
 
     Raises:
         ValueError: the budget is not positive, or a fraction above 1.
     """
+    if budget == _UNSAID:
+        budget = 0.5 if operators is None else None
     if budget is not None and (budget <= 0 or (isinstance(budget, float) and budget > 1)):
         raise ValueError(f"bigkernels.checkpointing.selective: budget is {budget}, expected a fraction in (0, 1] or a "
                          "positive number of bytes")  # fmt: skip

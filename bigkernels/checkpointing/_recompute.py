@@ -6,6 +6,7 @@ for runs the region once more, under hooks that collect the tensors, and which s
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 _surrounding_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _backward_pass = torch._C._current_graph_task_id
@@ -24,8 +26,26 @@ class CheckpointError(RuntimeError):
     """A region did something else when it ran again."""
 
 
-class _Stop(BaseException):
+class Stop(BaseException):
     """The last saved tensor has been made again. No handler of the region's own may catch it."""
+
+
+class Exact:
+    """A saved tensor as it is. Hooks have to see for themselves that nothing is written to it."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, self.version = tensor.detach(), tensor._version
+
+    def intact(self) -> bool:
+        return self.tensor._version == self.version
+
+    def get(self) -> Tensor:
+        if not self.intact():
+            raise RuntimeError(f"bigkernels.checkpoint: a tensor of shape {tuple(self.tensor.shape)} that backward "
+                               "needs has been modified by an inplace operation")  # fmt: skip
+        return self.tensor
 
 
 class _Save(torch.autograd.Function):
@@ -49,11 +69,12 @@ class Inputs:
     """
 
     def __init__(self, args: tuple, kwargs: dict, hooks: Hooks | None):
-        self.values, self.names, self.node = [*args, *kwargs.values()], tuple(kwargs), None
-        self.at = [i for i, v in enumerate(self.values) if isinstance(v, Tensor)]
+        self.values, self.structure = tree_flatten((args, kwargs))
+        self.node = None
+        self.at = [i for i, v in enumerate(self.values) if isinstance(v, Tensor) and not v.is_inference()]
         tensors = [self.values[i] for i in self.at]
         if hooks is None and _surrounding_hooks(True) is None:
-            self.versions = [0 if t.is_inference() else t._version for t in tensors]
+            self.versions = [t._version for t in tensors]
             return
         with saved_tensors_hooks(*hooks) if hooks else ExitStack(), torch.enable_grad():
             self.node = _Save.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
@@ -68,45 +89,56 @@ class Inputs:
                 values[i] = tensor
         else:
             for i, version in zip(self.at, self.versions, strict=True):
-                if not values[i].is_inference() and values[i]._version != version:
+                if values[i]._version != version:
                     shape = tuple(values[i].shape)
                     raise RuntimeError(f"bigkernels.checkpoint: an input of the region, of shape {shape}, was modified "
-                                       "in place after the region ran")  # fmt: skip
-        split = len(values) - len(self.names)
-        return tuple(values[:split]), dict(zip(self.names, values[split:], strict=True))
+                                       "in place after the region began")  # fmt: skip
+        return tree_unflatten(values, self.structure)
 
 
 class Surroundings:
     """What a region computes with beside its arguments: autocast and the random number generators."""
 
     def __init__(self, args: tuple, kwargs: dict):
-        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        self.cuda = sorted({t.device.index for t in tensors if t.is_cuda})
-        self.kinds = ("cpu", "cuda") if self.cuda else ("cpu",)
-        self.autocast = [_autocast(kind) for kind in self.kinds]
-        self.random = self._random()
-
-    def _random(self) -> list:
-        generators = [torch.cuda.default_generators[i] for i in self.cuda]
-        return [torch.get_rng_state(), *((g.initial_seed(), g.get_offset()) for g in generators)]
+        tensors = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor)]
+        self.cuda = gpus(tensors)
+        kinds = {"cpu", *(t.device.type for t in tensors), *("cuda" for _ in self.cuda)}
+        self.autocast = {kind: _autocast(kind) for kind in kinds if torch.amp.is_autocast_available(kind)}
+        self.random = random_state(self.cuda)
 
     def entered(self) -> None:
         """The region has run: where it drew nothing, there is nothing to draw again."""
-        if torch.equal(self.random[0], torch.get_rng_state()) and self.random[1:] == self._random()[1:]:
+        if self.random == random_state(self.cuda):
             self.random = None
 
     def restore(self, stack: ExitStack) -> None:
-        for kind, then in zip(self.kinds, self.autocast, strict=True):
+        for kind, then in self.autocast.items():
             if then != _autocast(kind):
                 enabled, dtype, cache = then
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
         if self.random is None:
             return
         stack.enter_context(torch.random.fork_rng(self.cuda))
-        torch.set_rng_state(self.random[0])
+        torch.set_rng_state(torch.frombuffer(bytearray(self.random[0]), dtype=torch.uint8))
         for i, (seed, offset) in zip(self.cuda, self.random[1:], strict=True):
             torch.cuda.default_generators[i].manual_seed(seed)
             torch.cuda.default_generators[i].set_offset(offset)
+
+
+def gpus(tensors: list[Tensor]) -> list[int]:
+    """Of these tensors, and the current one: more tensors may be in objects, or are made."""
+    if not torch.cuda.is_initialized():
+        return []
+    return sorted({torch.cuda.current_device(), *(t.device.index for t in tensors if t.is_cuda)})
+
+
+def random_state(cuda: list[int]) -> list:
+    """Of the CPU's generator and those of some GPUs."""
+    generators = [torch.cuda.default_generators[i] for i in cuda]
+    state = torch.default_generator.get_state()
+    # As bytes they are compared ten times as fast as tensors are.
+    state = ctypes.string_at(state.data_ptr(), state.numel())
+    return [state, *((g.initial_seed(), g.get_offset()) for g in generators)]
 
 
 def _autocast(kind: str) -> tuple:
@@ -118,7 +150,8 @@ def _autocast(kind: str) -> tuple:
 class Region:
     """One run of a region.
 
-    `forward` and `again` make what surrounds the first run and the one in backward, beside the hooks.
+    `forward` and `again` make what surrounds the first run and the one in backward, beside the hooks; `watch` sees each
+    tensor that autograd would save.
     """
 
     def __init__(
@@ -127,10 +160,11 @@ class Region:
         hooks: Hooks | None = None,
         forward: Callable[[], AbstractContextManager] | None = None,
         again: Callable[[], AbstractContextManager] | None = None,
+        watch: Callable[[Tensor], None] | None = None,
     ):
-        self.fn, self.hooks, self.forward, self.again = fn, hooks, forward, again
+        self.fn, self.hooks, self.forward, self.again, self.watch = fn, hooks, forward, again, watch
         self.seen: list[tuple] = []  # (shape, dtype, device) of each saved tensor
-        self.made: list[Tensor | None] = []
+        self.made: list[Exact | None] = []
         self.made_in = None  # the backward pass that they are of
 
     def run(self, args: tuple, kwargs: dict) -> Any:
@@ -143,46 +177,61 @@ class Region:
                 with self.forward():
                     out = self.fn(*args, **kwargs)
         self.surroundings.entered()
+        self.watch = None
         return out
 
     def _pack(self, tensor: Tensor) -> int:
         self.seen.append((tensor.shape, tensor.dtype, tensor.device))
+        if self.watch is not None:
+            self.watch(tensor)
         return len(self.seen) - 1
 
     def _unpack(self, index: int) -> Tensor:
         current = _backward_pass()
         if self.made_in != current or not self.made or self.made[index] is None:
             self.made, self.made_in = self._run_again(), current
-        tensor, self.made[index] = self.made[index], None
-        return tensor
+        kept, self.made[index] = self.made[index], None
+        return kept.get()
 
-    def _run_again(self) -> list[Tensor | None]:
-        made: list[Tensor | None] = []
-
-        def collect(tensor: Tensor) -> Tensor:
-            index, now = len(made), (tensor.shape, tensor.dtype, tensor.device)
-            if now != self.seen[index]:
-                then, now = _text(self.seen[index]), _text(now)
-                raise CheckpointError(f"bigkernels.checkpoint: saved tensor {index} of the region was {then}, and is "
-                                      f"{now} when the region runs again")  # fmt: skip
-            made.append(tensor.detach())
-            if len(made) == len(self.seen):
-                raise _Stop
-            return made[-1]
-
+    def _run_again(self) -> list[Exact | None]:
+        collector = _Collector(self.seen)
         args, kwargs = self.inputs.get()
         with ExitStack() as stack:
             self.surroundings.restore(stack)
             stack.enter_context(torch.enable_grad())
             if self.again is not None:
                 stack.enter_context(self.again())
-            stack.enter_context(saved_tensors_hooks(collect, _itself))
+            stack.enter_context(saved_tensors_hooks(collector.pack, _itself))
             try:
                 self.fn(*args, **kwargs)
-            except _Stop:
-                return made
-        raise CheckpointError(f"bigkernels.checkpoint: the region saved {len(self.seen)} tensors, and {len(made)} when "
-                              "it runs again; it must do the same every time")  # fmt: skip
+            except Stop:
+                return collector.made
+        raise CheckpointError(f"bigkernels.checkpoint: the region saved {len(self.seen)} tensors, and "
+                              f"{len(collector.made)} when it runs again; it must do the same every time")  # fmt: skip
+
+
+class _Collector:
+    """Collects what a region saves when it runs again, and stops it at the last."""
+
+    def __init__(self, seen: list[tuple]):
+        self.seen, self.made = seen, []
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        index, now = len(self.made), (tensor.shape, tensor.dtype, tensor.device)
+        if now != self.seen[index]:
+            then, now = _text(self.seen[index]), _text(now)
+            raise CheckpointError(f"bigkernels.checkpoint: saved tensor {index} of the region was {then}, and is {now} "
+                                  "when the region runs again")  # fmt: skip
+        self.made.append(Exact(tensor))
+        if len(self.made) == len(self.seen):
+            raise Stop
+        return self.made[-1].tensor
+
+
+def within_region() -> bool:
+    """Whether a region around this gives up what is saved here and will run it again: nothing is kept here, then."""
+    hooks = _surrounding_hooks(True)
+    return hooks is not None and isinstance(getattr(hooks[0], "__self__", None), (Region, _Collector))
 
 
 def _itself(tensor: Tensor) -> Tensor:

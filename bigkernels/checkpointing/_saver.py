@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..ops.compress import decompress, encode
 from ._again import recipe
 from ._places import Place, Slot
 from ._policy import Code, Policy
+from ._recompute import Exact
 
 _LEAST = 4096  # values: smaller tensors are nothing to save
-_STATISTICS = 16  # tensors this many times smaller than the region's largest are row statistics, and stay exact
+_STATISTICS = 16  # tensors this many times smaller than what is saved beside them are row statistics, and stay exact
+_BESIDE = 6  # tensors of one node, that is
 _PARTS = 4  # a view of a part is kept as the whole, of at most so many times its size: the rest is saved as well
 
 _keys = itertools.count(1)  # of stochastic rounding: torch's generators belong to the model
@@ -47,12 +51,17 @@ class _Stored(_Kept):
         self.code, self.dtype, self.scale = code, flat.dtype, None
         if code is not None:
             key = (next(_keys) * 0x9E3779B1) & 0x7FFFFFFF
-            flat, self.scale = encode(flat, code.format, code.stochastic, key)
+            coded, scale = encode(flat, code.format, code.stochastic, key)
+            if _has_code(scale):
+                flat, self.scale = coded, scale
+            else:
+                self.code = None
+                flat = flat.clone() if place is None else flat
         self.values = flat if place is None else place.put(flat)
 
     def make(self) -> Tensor:
         flat = self.values.get() if isinstance(self.values, Slot) else self.values
-        return flat if self.code is None else decompress(flat, self.scale, self.code.format, dtype=self.dtype)
+        return flat if self.scale is None else decompress(flat, self.scale, self.code.format, dtype=self.dtype)
 
 
 class _Again(_Kept):
@@ -79,9 +88,30 @@ def _dense(t: Tensor) -> bool:
     return True
 
 
-def _is_parameter(t: Tensor) -> bool:
+def _has_code(scale: Tensor) -> bool:
+    """Whether all values are finite: masks hold infinities. Of a GPU's tensor that is not asked, as it would wait."""
+    return type(scale) is not Tensor or not scale.is_cpu or bool(scale.isfinite().all())
+
+
+def is_parameter(t: Tensor) -> bool:
+    """Whether it is a leaf with a gradient, a view of one, or autocast's copy of one."""
     base = t if t._base is None else t._base
-    return isinstance(base, nn.Parameter) or (base.is_leaf and base.requires_grad)
+    if isinstance(base, nn.Parameter) or (base.is_leaf and base.requires_grad):
+        return True
+    node = base.grad_fn
+    if node is None or node.name() != "ToCopyBackward0":
+        return False
+    source = node.next_functions[0][0]
+    return source is not None and source.name() == "torch::autograd::AccumulateGrad"
+
+
+class Packed(NamedTuple):
+    """A saved tensor as a view of what is kept."""
+
+    kept: _Kept
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
 
 
 _last: Callable[[], Saver | None] = lambda: None  # noqa: E731  the region that ran before
@@ -99,22 +129,22 @@ class Saver:
         self.code = policy.code
         self.place = None if policy.place is None else Place(policy.place)
         self.constants = {t.untyped_storage()._cdata for t in constants}
-        self.largest = 0
+        self.sizes: deque[int] = deque(maxlen=_BESIDE)
         self.kept: dict[tuple, tuple[StorageWeakRef, int, _Kept]] = {}
         self.slots: list[weakref.ref[Slot]] = []
         if self.place is not None:
             self.before, _last = _last, weakref.ref(self)
 
-    def pack(self, tensor: Tensor) -> Any:
+    def pack(self, tensor: Tensor) -> Exact | Packed:
         if not self._worth(tensor):
-            return tensor.detach()
+            return Exact(tensor)
         kept, stride, offset = self._keep(tensor)
         kept.users += 1
-        return kept, tensor.shape, stride, offset
+        return Packed(kept, tensor.shape, stride, offset)
 
-    def unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
+    def unpack(self, packed: Exact | Packed) -> Tensor:
+        if isinstance(packed, Exact):
+            return packed.get()
         if self.place is not None and self.before is not None:
             # Backward has reached this region; what it needs next is that of the region before.
             before, self.before = self.before(), None
@@ -134,13 +164,13 @@ class Saver:
         self.kept.clear()
 
     def _worth(self, t: Tensor) -> bool:
-        if not t.is_floating_point() or t.layout != torch.strided:
+        if not t.is_floating_point() or t.layout != torch.strided or is_traceable_wrapper_subclass(t):
             return False
-        self.largest = max(self.largest, t.numel())
+        self.sizes.append(t.numel())
         return not (
             t.numel() < _LEAST
-            or t.numel() * _STATISTICS <= self.largest
-            or _is_parameter(t)
+            or (self.code is not None and (t.element_size() == 1 or t.numel() * _STATISTICS <= max(self.sizes)))
+            or is_parameter(t)
             or t.untyped_storage()._cdata in self.constants
         )
 
