@@ -1,9 +1,10 @@
 """bigkernels: kernels that make large models train, fine-tune and run faster in less memory."""
 
-from . import functional, losses, memory, nn, optim, quantization
+from . import checkpointing, functional, losses, memory, nn, optim, quantization
 from ._info import info
 from ._memory import reuse_memory
 from ._version import __version__
+from .checkpointing import apply_checkpointing, checkpoint, remove_checkpointing, saved_activations
 from .ops import allow_nondeterministic, use
 from .patch import patch, patched, unpatch
 from .planning import plan
@@ -12,6 +13,9 @@ from .quantization import dequantize, quantize
 __all__ = [
     "__version__",
     "allow_nondeterministic",
+    "apply_checkpointing",
+    "checkpoint",
+    "checkpointing",
     "dequantize",
     "functional",
     "info",
@@ -24,7 +28,9 @@ __all__ = [
     "plan",
     "quantization",
     "quantize",
+    "remove_checkpointing",
     "reuse_memory",
+    "saved_activations",
     "unpatch",
     "use",
 ]

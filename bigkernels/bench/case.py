@@ -59,6 +59,7 @@ class Candidate:
         part: of the work of the case, which is all that its step does; its times are scaled up to the whole.
         slow: its step takes so long that it is timed once, and its memory is not measured.
         state_bytes: for optimizers, what it keeps from one step to the next, in bytes a parameter.
+        kept_bytes: for checkpoints, what it keeps between forward and backward.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Candidate:
     part: float = 1.0
     slow: bool = False
     state_bytes: Callable[[], float] | None = None
+    kept_bytes: Callable[[], int] | None = None
 
     @property
     def ours(self) -> bool:

@@ -31,6 +31,7 @@ class Row:
         limit_percent: the least time on this machine's measured limits by the median time.
         extra_bytes: the peak of the memory allocated during a step.
         state_bytes: for optimizers, what is kept from one step to the next, in bytes a parameter.
+        kept_bytes: for checkpoints, what is kept between forward and backward.
         part: of the work of the case, which is what was timed; `seconds` are scaled up to the whole.
         slow: timed once.
         vs_eager: how many times faster than eager.
@@ -57,6 +58,7 @@ class Row:
     limit_percent: float | None = None
     extra_bytes: int | None = None
     state_bytes: float | None = None
+    kept_bytes: int | None = None
     part: float = 1.0
     slow: bool = False
     vs_eager: float | None = None
@@ -123,6 +125,7 @@ def check(case: Case, announce: Announce = lambda what: None) -> tuple[dict[str,
             if not candidate.slow:
                 candidate.step()
             row.state_bytes = candidate.state_bytes() if candidate.state_bytes else None
+            row.kept_bytes = candidate.kept_bytes() if candidate.kept_bytes else None
         except Exception as error:  # noqa: BLE001 - whatever it is, the others can still be timed
             row.status, row.reason = "failed", _first_line(error)
             continue

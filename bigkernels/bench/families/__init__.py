@@ -13,11 +13,13 @@ FAMILIES = {
     "rope": "rotary position embedding of queries and keys",
     "glu": "gated linear units",
     "cross_entropy": "cross entropy over large vocabularies",
+    "linear_cross_entropy": "the loss of a language model from its hidden states",
     "attention": "causal attention, 16 heads",
     "decode": "one new token over a cache, 32 query heads on 8",
     "linear": "linear layers",
     "quantized": "linear layers with quantized weights",
     "optimizers": "a step of an optimizer, 100 million parameters",
+    "checkpointing": "less kept for backward: eight Llama blocks",
     "small": "one token: the cost of a call",
     "model": "a Llama model at the size of SmolLM2-135M",
 }

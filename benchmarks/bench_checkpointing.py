@@ -1,0 +1,5 @@
+FAMILY = "checkpointing"
+
+
+def test_checkpointing(benchmark, step):
+    benchmark(step)

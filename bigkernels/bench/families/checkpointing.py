@@ -1,0 +1,163 @@
+"""Less kept for backward: a step of eight Llama blocks, and what a region costs by itself."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torchs
+
+from ...memory import peak
+from ..case import EAGER, OURS, Candidate, Case, Contest, Missing, Settings
+
+_SIZES = {
+    "vocab_size": 64, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
+    "num_attention_heads": 16, "num_key_value_heads": 4,
+}  # fmt: skip
+_QUICK = _SIZES | {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+                   "num_key_value_heads": 2}  # fmt: skip
+_POLICIES = ("recompute", "selective", "int8", "fp8", "offload", "int8+offload")
+_TORCHS = "torch checkpoint"
+_REGIONS = 24
+_ROUNDINGS = 16.0  # errors add up over the layers
+
+
+def _blocks(sizes: dict, dtype: torch.dtype, device: str) -> nn.Module:
+    try:
+        from transformers import LlamaConfig, LlamaModel
+    except ImportError as error:
+        raise Missing(f"transformers is not installed ({error})") from error
+    torch.manual_seed(0)
+    return LlamaModel(LlamaConfig(**sizes)).to(device, dtype).train()
+
+
+def _forward(model: nn.Module, x: Tensor) -> Tensor:
+    return model(inputs_embeds=x, use_cache=False).last_hidden_state
+
+
+def _gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    _forward(model, x).square().mean().backward()
+    kinds: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            kinds.setdefault(re.sub(r"\.\d+", "", name), []).append(parameter.grad.flatten())
+    model.zero_grad(set_to_none=True)
+    return {f"grad {kind}": torch.cat(parts) for kind, parts in kinds.items()}
+
+
+def _step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    def step() -> None:
+        _forward(model, x).square().mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _kept(model: nn.Module, x: Tensor) -> Callable[[], int]:
+    """What is held between forward and backward, in bytes."""
+
+    def measure() -> int:
+        with peak(x.device.type) as region:
+            out = _forward(model, x)
+        return region.end - out.nbytes
+
+    return measure
+
+
+def _variants(model: nn.Module) -> dict[str, nn.Module]:
+    from ... import apply_checkpointing, patch
+
+    patched = copy.deepcopy(model)
+    patch(patched)
+    theirs = copy.deepcopy(patched)
+    theirs.gradient_checkpointing_enable({"use_reentrant": False})
+    found = {EAGER: model, OURS: patched, _TORCHS: theirs}
+    for policy in _POLICIES:
+        found[f"{OURS} {policy}"] = copy.deepcopy(patched)
+        apply_checkpointing(found[f"{OURS} {policy}"], policy)
+    return found
+
+
+def _stack(settings: Settings) -> Case:
+    sizes = _QUICK if settings.quick else _SIZES
+    dtype = torch.bfloat16
+
+    def prepare() -> Contest:
+        model = _blocks(sizes, dtype, settings.device)
+        draw = torch.Generator().manual_seed(0)
+        x = torch.randn(settings.batch, settings.length, sizes["hidden_size"], generator=draw)
+        x = x.to(settings.device, dtype).requires_grad_()
+        variants = _variants(model)
+        return Contest(
+            [
+                Candidate(name, partial(_gradients, variant, x), _step(variant, x), kept_bytes=_kept(variant, x))
+                for name, variant in variants.items()
+            ],
+            exact=lambda: _gradients(copy.deepcopy(model).double(), x.detach().double()),
+            plain=lambda: _gradients(model, x),
+            roundings=_ROUNDINGS,
+        )
+
+    hidden, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
+    head = hidden // sizes["num_attention_heads"]
+    weights = layers * (2 * hidden**2 + 2 * hidden * head * sizes["num_key_value_heads"]
+                        + 3 * hidden * sizes["intermediate_size"])  # fmt: skip
+    tokens = settings.batch * settings.length
+    return Case(
+        "checkpointing",
+        f"{layers} Llama blocks of {hidden}, B {settings.batch}, S {settings.length}",
+        settings.device,
+        "bfloat16",
+        backward=True,
+        candidates=(EAGER, OURS, _TORCHS, *(f"{OURS} {policy}" for policy in _POLICIES)),
+        prepare=prepare,
+        metric="tokens/s",
+        flops=6 * tokens * (weights + layers * settings.length * hidden),
+        tokens=tokens,
+        cold=False,
+    )
+
+
+def _regions(settings: Settings) -> Case:
+    """Work that is nothing beside the cost of a region."""
+
+    def prepare() -> Contest:
+        from ... import checkpoint
+
+        torch.manual_seed(0)
+        blocks = [nn.Linear(16, 16, device=settings.device) for _ in range(_REGIONS)]
+        x = torch.randn(4, 16, device=settings.device, requires_grad=True)
+
+        def block(linear: nn.Module, x: Tensor) -> Tensor:
+            return x + torch.relu(linear(x))
+
+        ways = {
+            EAGER: block,
+            _TORCHS: lambda linear, x: torchs(block, linear, x, use_reentrant=False),
+            OURS: lambda linear, x: checkpoint(block, linear, x),
+        }
+
+        def gradients(way: Callable) -> dict[str, Tensor]:
+            y = x
+            for linear in blocks:
+                y = way(linear, y)
+            return {"grad x": torch.autograd.grad(y.sum(), x)[0]}
+
+        expected = gradients(block)
+        return Contest(
+            [Candidate(name, partial(gradients, way), partial(gradients, way)) for name, way in ways.items()],
+            exact=lambda: {name: value.double() for name, value in expected.items()},
+            plain=lambda: expected,
+            roundings=0.0,
+        )
+
+    return Case("checkpointing", f"{_REGIONS} regions of no work", settings.device, "float32", backward=True,
+                candidates=(EAGER, _TORCHS, OURS), prepare=prepare, metric="us", cold=False)  # fmt: skip
+
+
+def cases(settings: Settings) -> list[Case]:
+    return [_stack(settings), _regions(settings)]
