@@ -11,6 +11,12 @@ from ._registry import REFUSED, Operator, define
 
 BLOCK = 128  # values that share a scale: 1.03 bytes a value
 FORMATS = {"int8": 127.0, "fp8": 448.0}  # the largest value of a code
+LEAST = 2.0**-119  # of a block that is not taken for zeros: below, the largest code over it may be infinite
+# Times the largest code it is still a number, in float32.
+LARGEST_SCALE = {
+    top: float(torch.tensor(float.fromhex("0x1.fffffcp127"), device="cpu") / top) * (1 - 2.0**-22)
+    for top in FORMATS.values()
+}
 
 
 def compress(x: Tensor, format: str = "int8", *, stochastic: bool = False) -> tuple[Tensor, Tensor]:
@@ -77,10 +83,8 @@ def _reference(x: Tensor, fp8: bool, stochastic: bool, key: int) -> tuple[Tensor
     top = FORMATS["fp8" if fp8 else "int8"]
     blocks = F.pad(x.float(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
     largest = blocks.abs().amax(1) if x.numel() else blocks.new_empty(0)
-    # Times the largest code it is still a number.
-    most = float(torch.tensor(float.fromhex("0x1.fffffcp127"), dtype=torch.float32) / top) * (1 - 2.0**-22)
-    scale = torch.where(largest.isfinite(), (largest / top).clamp_max(most), torch.nan)
-    usable = largest.isfinite() & (largest >= 2.0**-120)
+    scale = torch.where(largest.isfinite(), (largest / top).clamp_max(LARGEST_SCALE[top]), torch.nan)
+    usable = largest.isfinite() & (largest >= LEAST)
     # A number over a tensor would be a product with the rounded reciprocal.
     inverse = torch.where(usable, torch.full_like(largest, top) / largest, 0.0)
     scale = torch.where(usable | ~largest.isfinite(), scale, 0.0)
@@ -90,14 +94,11 @@ def _reference(x: Tensor, fp8: bool, stochastic: bool, key: int) -> tuple[Tensor
     return codes.to(torch.uint8), scale
 
 
-def _unit(random: Tensor) -> Tensor:
-    return (random >> 9).float() * 2.0**-23
-
-
 def _int8_codes(y: Tensor, random: Tensor | None) -> Tensor:
     if random is None:
         return y.round().to(torch.int8).view(torch.uint8)
-    return ((y + 128.0 + _unit(random) * (1 - 2.0**-16)).int() - 128).to(torch.int8).view(torch.uint8)
+    # 16 random bits are what a sum of up to 256 holds. All products here are exact, fused with sums or not.
+    return ((y + 128.0 + (random >> 16).float() * 2.0**-16).int() - 128).to(torch.int8).view(torch.uint8)
 
 
 def _fp8_codes(y: Tensor, random: Tensor | None) -> Tensor:
@@ -105,7 +106,7 @@ def _fp8_codes(y: Tensor, random: Tensor | None) -> Tensor:
         return y.to(torch.float8_e4m3fn).view(torch.uint8)
     magnitude = y.abs()
     normal = ((magnitude.view(torch.int32).long() + (random & 0xFFFFF)) >> 20) - (120 << 3)
-    subnormal = (magnitude * 512.0 + _unit(random)).long()
+    subnormal = (magnitude * 512.0 + (random >> 9).float() * 2.0**-23).long()
     return torch.where(magnitude < 2.0**-6, subnormal, normal) | torch.where(y.signbit(), 0x80, 0)
 
 

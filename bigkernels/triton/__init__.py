@@ -15,7 +15,7 @@ import torch
 
 OPERATORS = (
     "rms_norm", "layer_norm", "rope", "glu", "cross_entropy", "attention", "varlen_attention", "decode_attention",
-    "quantized_linear",
+    "quantized_linear", "compress",
 )  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def _launcher(operator: str, direction: str) -> Callable:
 
 def launchers() -> dict[str, Callable]:
     """The launcher of each raw operator of OPERATORS."""
-    found = {"append_kv_": _launcher("decode_attention", "append")}
+    found = {"append_kv_": _launcher("decode_attention", "append"), "decompress": _launcher("compress", "decompress")}
     for operator in OPERATORS:
         for suffix, direction in (("_fwd", "forward"), ("_bwd", "backward"), ("", "infer")):
             if hasattr(torch.ops.bigkernels, operator + suffix):  # not every operator has all forms

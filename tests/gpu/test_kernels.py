@@ -42,7 +42,7 @@ LARGE = [
     *(weight_sample(f"{name}, {tokens} x 4096", name, (tokens, 4096), 1024)
       for name in ("int8", "int8-dynamic", "int4", "nf4", "fp8") for tokens in (1, 16, 48, 300)),
 ]  # fmt: skip
-ALL = [sample for name in KERNELS if name != "decode_attention" for sample in SAMPLES[name]] + LARGE
+ALL = [sample for name in KERNELS if name != "decode_attention" for sample in SAMPLES.get(name, ())] + LARGE
 TYPICAL = [s for s in ALL if s.name in ("residual", "grouped heads", "interleaved, partial", "silu", "everything")]
 
 

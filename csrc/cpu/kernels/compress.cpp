@@ -23,7 +23,8 @@ BK_INLINE vf unit(vu random) { return (vf)((random >> 9) | 0x3f800000u) - 1.0f; 
 template <bool kStochastic>
 BK_INLINE vi int8_codes(vf y, vu random) {
   y = vmax(splat(-127.0f), vmin(splat(127.0f), y));
-  if (kStochastic) return ints(y + 128.0f + unit(random) * (1.0f - 0x1p-16f)) - 128;
+  // 16 random bits are what a sum of up to 256 holds; products are exact, so that it does not matter which are fused.
+  if (kStochastic) return ints(y + 128.0f + floats((vi)(random >> 16)) * 0x1p-16f) - 128;
   const vf shifter = splat(0x1.8p23f);  // adding it rounds to an integer in the low bits, half to even
   return (vi)(y + shifter) - (vi)shifter;
 }
@@ -73,10 +74,11 @@ void encode(const Compress& a, int64_t begin, int64_t end) {
     constexpr float kMost = 0x1.fffffcp127f / kTop * (1 - 0x1p-22f);  // times the largest code, still a number
     float scale = top - top == 0 ? (top / kTop < kMost ? top / kTop : kMost) : __builtin_nanf("");
     // The scale of a subnormal block may be no number to divide by.
-    float inverse = top >= 0x1p-120f && scale == scale ? kTop / top : 0.0f;
+    float inverse = top >= 0x1p-119f && scale == scale ? kTop / top : 0.0f;
     a.scale[b] = inverse != 0 || scale != scale ? scale : 0.0f;
     for (int v = 0; v * W < n; ++v) {
       vf y = x[v] * inverse;
+      y = (vf)((vi)y & (y == y));  // infinity times zero is a code like any other
       vu random = kStochastic ? random_words(a.key, first + v * W) : vu{};
       store_codes(a.codes + first + v * W,
                   kFp8 ? fp8_codes<kStochastic>(y, random) : int8_codes<kStochastic>(y, random), n - v * W);
