@@ -14,6 +14,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # What an example must have printed, beside ending without an error.
 PRINTS = {
     "custom_model": "In the forests of the night;",
+    "less_memory": "recompute: ",
     "optimize": "resumed bit by bit: True",
     "patch_llm": "step 9: loss",
     "qlora": "merged: loss",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint as torchs
 
 from ...memory import peak
 from ..case import EAGER, OURS, Candidate, Case, Contest, Missing, Settings
+from . import model as whole
 
 _SIZES = {
     "vocab_size": 64, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
@@ -22,6 +24,7 @@ _QUICK = _SIZES | {"hidden_size": 64, "intermediate_size": 160, "num_hidden_laye
                    "num_key_value_heads": 2}  # fmt: skip
 _POLICIES = ("recompute", "selective", "int8", "fp8", "offload", "int8+offload")
 _TORCHS = "torch checkpoint"
+_ALL = f"{OURS} int8, 8-bit AdamW"
 _REGIONS = 24
 _ROUNDINGS = 16.0  # errors add up over the layers
 
@@ -159,5 +162,51 @@ def _regions(settings: Settings) -> Case:
                 candidates=(EAGER, _TORCHS, OURS), prepare=prepare, metric="us", cold=False)  # fmt: skip
 
 
+def _together(settings: Settings) -> Case:
+    """Fine-tuning of a model at the size of SmolLM2-135M, with all there is against memory, and as it comes."""
+    batch, length = (2, 64) if settings.quick else (4, 1024)
+    settings = replace(settings, batch=batch, length=length)
+    sizes, dtype = whole.QUICK_SIZES if settings.quick else whole.SIZES, torch.bfloat16
+
+    def prepare() -> Contest:
+        from ... import apply_checkpointing, optim, patch
+
+        model = whole.random_model(sizes, dtype, settings.device).train()
+        ids = whole.tokens(settings, length, sizes["vocab_size"])
+
+        def candidate(name: str, variant: nn.Module, optimizer: torch.optim.Optimizer) -> Candidate:
+            def step() -> None:
+                whole.loss_of(variant, ids, ids).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+            def kept() -> int:
+                with peak(settings.device) as region:
+                    loss = whole.loss_of(variant, ids, ids)
+                del loss
+                return region.end
+
+            return Candidate(name, lambda: whole.gradients(variant, ids, dtype), step, kept_bytes=kept)
+
+        variants = {name: copy.deepcopy(model) for name in (OURS, _ALL)}
+        for variant in variants.values():
+            patch(variant)
+        apply_checkpointing(variants[_ALL], "int8")
+        return Contest(
+            [
+                candidate(EAGER, model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)),
+                candidate(OURS, variants[OURS], optim.AdamW(variants[OURS].parameters(), lr=1e-5)),
+                candidate(_ALL, variants[_ALL], optim.AdamW(variants[_ALL].parameters(), lr=1e-5, state_dtype="int8")),
+            ],
+            exact=lambda: whole.gradients(copy.deepcopy(model).double(), ids[:, : whole.CHECKED], torch.float64),
+            plain=lambda: whole.gradients(model, ids[:, : whole.CHECKED], dtype),
+            roundings=_ROUNDINGS,
+        )
+
+    return Case("checkpointing", f"fine-tuning of 135 M parameters, B {batch}, S {length}", settings.device, "bfloat16",
+                backward=True, candidates=(EAGER, OURS, _ALL), prepare=prepare, metric="tokens/s",
+                flops=whole.training_flops(settings, sizes), tokens=batch * length, cold=False)  # fmt: skip
+
+
 def cases(settings: Settings) -> list[Case]:
-    return [_stack(settings), _regions(settings)]
+    return [_stack(settings), _regions(settings), _together(settings)]

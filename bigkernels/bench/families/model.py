@@ -16,20 +16,20 @@ from torch import Tensor, nn
 
 from ..case import COMPILE, EAGER, OURS, OURS_COMPILED, Candidate, Case, Contest, Missing, Settings
 
-_SIZES = {
+SIZES = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
     "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
     "max_position_embeddings": 8192,
 }  # fmt: skip
-_QUICK_SIZES = _SIZES | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
+QUICK_SIZES = SIZES | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
                          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
 # Errors add up over the layers, and the error of eager in the single number of the loss can be small by luck.
 _ROUNDINGS = 16.0
-_CHECKED = 128  # tokens
+CHECKED = 128  # tokens
 NO_ATTENTION = f"{OURS} without attention"  # what the kernels around attention give, patched with attention=False
 
 
-def _model(sizes: dict, dtype: torch.dtype, device: str) -> nn.Module:
+def random_model(sizes: dict, dtype: torch.dtype, device: str) -> nn.Module:
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
@@ -64,20 +64,20 @@ def _variants(model: nn.Module, compile: bool) -> tuple[dict[str, nn.Module], di
     return variants, missing
 
 
-def _tokens(settings: Settings, length: int, vocabulary: int) -> Tensor:
+def tokens(settings: Settings, length: int, vocabulary: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(3, vocabulary, (settings.batch, length), generator=generator).to(settings.device)
 
 
-def _loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+def loss_of(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
     return model(input_ids=ids, labels=labels, use_cache=False).loss
 
 
-def _gradients(model: nn.Module, ids: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+def gradients(model: nn.Module, ids: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """The loss of the first tokens, and the gradients of the parameters of a kind, from all layers, as one vector."""
     labels = ids.clone()
-    labels[:, _CHECKED:] = -100
-    loss = _loss(model, ids, labels)
+    labels[:, CHECKED:] = -100
+    loss = loss_of(model, ids, labels)
     loss.backward()
     kinds: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -92,7 +92,7 @@ def _training_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
-        _loss(model, ids, ids).backward()
+        loss_of(model, ids, ids).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -101,25 +101,21 @@ def _training_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
 
 def _training(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
     def prepare() -> Contest:
-        model = _model(sizes, dtype, settings.device).train()
-        ids = _tokens(settings, settings.length, sizes["vocab_size"])
+        model = random_model(sizes, dtype, settings.device).train()
+        ids = tokens(settings, settings.length, sizes["vocab_size"])
         variants, missing = _variants(model, settings.compile)
         # transformers computes norms and the loss in float32 even here: exact up to those roundings.
         return Contest(
             [
-                Candidate(name, lambda m=variant: _gradients(m, ids, dtype), _training_step(variant, ids))
+                Candidate(name, lambda m=variant: gradients(m, ids, dtype), _training_step(variant, ids))
                 for name, variant in variants.items()
             ],
-            exact=lambda: _gradients(copy.deepcopy(model).double(), ids[:, :_CHECKED], torch.float64),
-            plain=lambda: _gradients(model, ids[:, :_CHECKED], dtype),
+            exact=lambda: gradients(copy.deepcopy(model).double(), ids[:, :CHECKED], torch.float64),
+            plain=lambda: gradients(model, ids[:, :CHECKED], dtype),
             missing=missing,
             roundings=_ROUNDINGS,
         )
 
-    tokens = settings.batch * settings.length
-    hidden, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
-    # Forward 2 operations a weight and token, backward 4; causal attention half of a full square, three times.
-    flops = 6 * tokens * (_matrix_weights(sizes) + layers * settings.length * hidden)
     return Case(
         "model",
         f"training step, B {settings.batch}, S {settings.length}",
@@ -129,19 +125,25 @@ def _training(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
         candidates=_names(settings.compile),
         prepare=prepare,
         metric="tokens/s",
-        flops=flops,
-        tokens=tokens,
+        flops=training_flops(settings, sizes),
+        tokens=settings.batch * settings.length,
         cold=False,
     )
+
+
+def training_flops(settings: Settings, sizes: dict) -> int:
+    """Forward 2 operations a weight and token, backward 4; causal attention half of a full square, three times."""
+    tokens, attended = settings.batch * settings.length, settings.length * sizes["hidden_size"]
+    return 6 * tokens * (_matrix_weights(sizes) + sizes["num_hidden_layers"] * attended)
 
 
 def _prefill(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
     """A prompt goes through the model, fills a new cache, and gives the logits of one token."""
 
     def prepare() -> Contest:
-        model = _model(sizes, dtype, settings.device).eval()
-        ids = _tokens(settings, settings.length, sizes["vocab_size"])
-        last, checked = (torch.tensor([n - 1], device=ids.device) for n in (ids.shape[1], min(_CHECKED, ids.shape[1])))
+        model = random_model(sizes, dtype, settings.device).eval()
+        ids = tokens(settings, settings.length, sizes["vocab_size"])
+        last, checked = (torch.tensor([n - 1], device=ids.device) for n in (ids.shape[1], min(CHECKED, ids.shape[1])))
         variants, missing = _variants(model, compile=False)
 
         def logits(variant: nn.Module, ids: Tensor, token: Tensor) -> dict[str, Tensor]:
@@ -152,8 +154,8 @@ def _prefill(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
                 Candidate(name, partial(logits, variant, ids, checked), partial(logits, variant, ids, last))
                 for name, variant in variants.items()
             ],
-            exact=lambda: logits(copy.deepcopy(model).double(), ids[:, :_CHECKED], checked),
-            plain=lambda: logits(model, ids[:, :_CHECKED], checked),
+            exact=lambda: logits(copy.deepcopy(model).double(), ids[:, :CHECKED], checked),
+            plain=lambda: logits(model, ids[:, :CHECKED], checked),
             missing=missing,
             roundings=_ROUNDINGS,
         )
@@ -180,8 +182,8 @@ def _generation(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
     new = 8 if settings.quick else 32
 
     def prepare() -> Contest:
-        model = _model(sizes, dtype, settings.device).eval()
-        prompt = _tokens(settings, 32, sizes["vocab_size"])
+        model = random_model(sizes, dtype, settings.device).eval()
+        prompt = tokens(settings, 32, sizes["vocab_size"])
         mask = torch.ones_like(prompt)
         variants, missing = _variants(model, compile=False)
 
@@ -236,6 +238,6 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def cases(settings: Settings) -> list[Case]:
-    sizes = _QUICK_SIZES if settings.quick else _SIZES
+    sizes = QUICK_SIZES if settings.quick else SIZES
     # In float32 everything takes several times as long.
     return [make(settings, sizes, torch.bfloat16) for make in (_training, _prefill, _generation)]
