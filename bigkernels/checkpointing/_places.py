@@ -6,7 +6,8 @@ import mmap
 import os
 import tempfile
 import threading
-from collections import defaultdict
+import weakref
+from collections import defaultdict, deque
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from ._policy import Host
 
 _STEP = 2**21  # bytes: buffers come in multiples, so that tensors of about one size share them
+_LEAVING = 2**27  # bytes on their way out of a GPU before computation waits: some milliseconds of copies
 
 
 class Slot:
@@ -109,13 +111,24 @@ class MappedFile(Pool):
 
 
 class _PinnedSlot(Slot):
+    """Memory on the device is that of the stream that computes, and is taken and let go in this stream's order: however
+    far the host is ahead, no more of it is in use than where it waits for each copy.
+    """
+
+    leaving: Tensor | None = None  # what is being copied out
+    back: Tensor | None = None  # what is being copied in
+
     def write(self, flat: Tensor) -> None:
-        self.back: Tensor | None = None
-        side = self.pool.stream
-        side.wait_stream(torch.cuda.current_stream(self.device))
+        side, current = self.pool.stream, torch.cuda.current_stream(self.device)
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             self._host().copy_(flat, non_blocking=True)
-        flat.record_stream(side)
+        self.leaving, self.gone = flat, side.record_event()
+        self.pool.settle(current, _LEAVING, self)
+
+    def let_go(self, stream: torch.cuda.Stream) -> None:
+        stream.wait_event(self.gone)
+        self.leaving = None
 
     def _host(self) -> Tensor:
         return self.buffer[: self.nbytes].view(self.dtype)
@@ -123,18 +136,29 @@ class _PinnedSlot(Slot):
     def fetch(self) -> None:
         if self.back is not None:
             return
-        with torch.cuda.stream(self.pool.stream):
-            self.back = self._host().to(self.device, non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
+        self.to = torch.cuda.current_stream(self.device)
+        self.pool.settle(self.to, 0)
+        self.back = torch.empty(self.count, dtype=self.dtype, device=self.device)
+        side = self.pool.stream
+        side.wait_stream(self.to)  # what had this memory before may still be in use
+        with torch.cuda.stream(side):
+            self.back.copy_(self._host(), non_blocking=True)
+        self.arrived = side.record_event()
 
     def get(self) -> Tensor:
         self.fetch()
         current = torch.cuda.current_stream(self.device)
         current.wait_event(self.arrived)
         back, self.back = self.back, None
-        back.record_stream(current)
+        if current != self.to:
+            back.record_stream(current)
         return back
+
+    def __del__(self):
+        for t in (self.leaving, self.back):  # nobody has waited for these copies
+            if t is not None:
+                t.record_stream(self.pool.stream)
+        super().__del__()
 
 
 class Pinned(Pool):
@@ -146,9 +170,25 @@ class Pinned(Pool):
     def __init__(self, device: torch.device):
         super().__init__()
         self.stream = torch.cuda.Stream(device)
+        self.leaving: deque[weakref.ref[_PinnedSlot]] = deque()
 
     def make(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def settle(self, stream: torch.cuda.Stream, most: int, slot: _PinnedSlot | None = None) -> None:
+        """Make `stream` wait until no more than `most` bytes are being copied out, `slot`, the newest, aside."""
+        done = []
+        with self.lock:
+            there = [s for r in self.leaving if (s := r()) is not None]
+            held = sum(s.nbytes for s in there)
+            while held > most and there:
+                done.append(there.pop(0))
+                held -= done[-1].nbytes
+            if slot is not None:
+                there.append(slot)
+            self.leaving = deque(map(weakref.ref, there))
+        for s in done:
+            s.let_go(stream)
 
 
 _pinned = cache(Pinned)
