@@ -6,6 +6,7 @@ from .cross_entropy import CrossEntropyLoss
 from .glu import GatedMLP
 from .layer_norm import LayerNorm
 from .linear import Linear
+from .linear_cross_entropy import LinearCrossEntropyLoss
 from .lora import LoRALinear
 from .quantized_embedding import QuantizedEmbedding
 from .quantized_experts import QuantizedExperts
@@ -20,6 +21,7 @@ __all__ = [
     "KVCache",
     "LayerNorm",
     "Linear",
+    "LinearCrossEntropyLoss",
     "LoRALinear",
     "QuantizedEmbedding",
     "QuantizedExperts",

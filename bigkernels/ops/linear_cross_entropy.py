@@ -95,7 +95,9 @@ def _check(hidden, weight, class_weight, token_weight, logit_scale, ignore_index
 
 
 def _kernel_serves(hidden, weight, bias, options) -> bool:
-    """The CPU kernel takes softcap or label smoothing, and smooths over weights that are not quantized."""
+    """The CPU kernel takes softcap or label smoothing, smooths over weights that are not quantized, and rounds no token
+    to integers.
+    """
     _, _, label_smoothing, _, softcap, _ = options
     plain = isinstance(weight, Tensor)
     codes = weight if plain else weight.operands()[0]
@@ -103,6 +105,7 @@ def _kernel_serves(hidden, weight, bias, options) -> bool:
         hidden.device.type == "cpu"
         and OPERATOR.uses_kernel(hidden, codes, bias)
         and not (label_smoothing and (softcap or not plain))
+        and (plain or not weight.config.dynamic)
         and hidden.shape[1] > 0
     )
 
@@ -122,7 +125,8 @@ def _in_chunks(hidden, weight, bias, target, class_weight, token_weight, logit_s
     kept = target != ignore_index
     # On a GPU the kernel of the logits reads them as the product leaves them.
     wide = not hidden.is_cuda or logit_scale != 1.0
-    objective = Losses(target, class_weight, token_weight, (label_smoothing, z_loss, softcap, focal_gamma), wide)
+    numbers = (ignore_index, label_smoothing, z_loss, softcap, focal_gamma)
+    objective = Losses(target, class_weight, token_weight, numbers, wide)
     quantized, weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
     scaled = {"scale": float(logit_scale), "softcap": softcap} if wide else {}
     call = Call(objective, kept, quantized, **scaled)
@@ -144,38 +148,36 @@ class Losses(Objective):
     def __init__(self, target, class_weight, token_weight, options, wide):
         self.target, self.class_weight, self.token_weight = target, class_weight, token_weight
         self.tensors = (target, class_weight, token_weight)
-        label_smoothing, z_loss, softcap, focal_gamma = options
+        ignore_index, label_smoothing, z_loss, softcap, focal_gamma = options
         self.wide = wide
         # Wide logits come capped.
-        self.options = (label_smoothing, z_loss, None if wide else softcap, focal_gamma)
+        self.options = (ignore_index, label_smoothing, z_loss, None if wide else softcap, focal_gamma)
 
     def _arguments(self, tokens: Tokens):
         of_token = None if self.token_weight is None else self.token_weight[tokens]
         return self.target[tokens], self.class_weight, of_token
 
     def _for_kernel(self):
-        label_smoothing, z_loss, softcap, focal_gamma = self.options
-        return -1 - 2**62, 0, label_smoothing, z_loss, softcap or 0.0, focal_gamma  # no index is ignored: all are kept
-
-    def _safe(self, tokens: Tokens):
-        """Arguments with targets inside the vocabulary: the engine drops what ignored tokens give."""
-        target, *rest = self._arguments(tokens)
-        return target.clamp_min(0), *rest
+        ignore_index, label_smoothing, z_loss, softcap, focal_gamma = self.options
+        return ignore_index, 0, label_smoothing, z_loss, softcap or 0.0, focal_gamma
 
     def values(self, z: Tensor, tokens: Tokens) -> tuple[Tensor, ...]:
         if _logits.OPERATOR.uses_kernel(z):
-            return _logits._fwd(z, *self._safe(tokens), *self._for_kernel())[:2]
-        return _logits._token_losses(z, *self._safe(tokens), self._for_kernel()[0], *self.options)[::2]
+            return _logits._fwd(z, *self._arguments(tokens), *self._for_kernel())[:2]
+        return _logits._token_losses(z, *self._arguments(tokens), *self.options)[::2]
 
     def gradient(self, z, tokens, values, grads):
-        arguments = self._safe(tokens)
+        arguments = self._arguments(tokens)
         if _logits.OPERATOR.uses_kernel(z):
             one = values[1].new_ones(())
-            grad = grads[0].to(torch.float32)
-            return _logits._bwd(grad, z, *arguments, values[1], one, *self._for_kernel())
+            given = *arguments, values[1], one, *self._for_kernel()
+            if not z.is_cuda:
+                return _logits._bwd(grads[0].to(torch.float32), z, *given)
+            _logits._bwd_(grads[0].to(torch.float32), z, *given)
+            return z
 
         def loss(z):
-            return _logits._token_losses(z, *arguments, self._for_kernel()[0], *self.options)[0]
+            return _logits._token_losses(z, *arguments, *self.options)[0]
 
         return vjp(loss, (z,), (grads[0],))[0]
 

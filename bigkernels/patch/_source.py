@@ -128,9 +128,8 @@ def check_rewritable(source: Source) -> None:
 
 def rewrite(source: Source, sites: list[Site]) -> types.FunctionType:
     """A new function like the class's forward, decorators included, with the given sites of `source` replaced."""
-    replacements = {old: new for site in sites for old, new in site.replacements.items()}
     helpers = {name: helper for site in sites for name, helper in site.helpers.items()}
-    tree = _Replace(replacements).visit(source.tree)
+    tree = replace(source.tree, sites)
     code = _compile(source, tree, helpers)
     old = source.function
     cells = dict(zip(old.__code__.co_freevars, old.__closure__ or (), strict=True))
@@ -140,6 +139,11 @@ def rewrite(source: Source, sites: list[Site]) -> types.FunctionType:
         closure = tuple(types.CellType(new) if _content(c) is old else c for c in wrapper.__closure__ or ())
         new, old = _clone(wrapper, wrapper.__code__, closure, wrapped=new), wrapper
     return new
+
+
+def replace(tree: ast.FunctionDef, sites: list[Site]) -> ast.FunctionDef:
+    """The tree, which is edited, with the nodes of these sites replaced."""
+    return _Replace({old: new for site in sites for old, new in site.replacements.items()}).visit(tree)
 
 
 class _Replace(ast.NodeTransformer):

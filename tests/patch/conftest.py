@@ -86,8 +86,9 @@ def _decoder(name: str, model: str, config: str, patched: dict[str, int], **opti
 
 
 ATTENTION = {"attention": 2, "attention mask": 1}
-LLAMA = {"rms_norm": 5, "add + rms_norm": 2, "rope": 2, "glu (silu)": 2, "cross_entropy (next token)": 1} | ATTENTION
-GEMMA = {"add + rms_norm (weight + 1)": 2, "rope": 2, "glu (gelu_tanh)": 2, "cross_entropy (next token)": 1} | ATTENTION
+LOSS = {"cross_entropy (next token)": 1, "linear_cross_entropy": 1}
+LLAMA = {"rms_norm": 5, "add + rms_norm": 2, "rope": 2, "glu (silu)": 2} | LOSS | ATTENTION
+GEMMA = {"add + rms_norm (weight + 1)": 2, "rope": 2, "glu (gelu_tanh)": 2} | LOSS | ATTENTION
 FAMILIES = {
     family.name: family
     for family in (
@@ -102,17 +103,17 @@ FAMILIES = {
         _decoder("granite", "GraniteForCausalLM", "GraniteConfig", LLAMA, logits_scaling=4.0, residual_multiplier=1.0),
         _decoder("phi3", "Phi3ForCausalLM", "Phi3Config", LLAMA),
         _decoder("olmo2", "Olmo2ForCausalLM", "Olmo2Config",
-                 {"rms_norm": 9, "rope": 2, "glu (silu)": 2, "cross_entropy (next token)": 1} | ATTENTION),
+                 {"rms_norm": 9, "rope": 2, "glu (silu)": 2} | LOSS | ATTENTION),
         _decoder("smollm3", "SmolLM3ForCausalLM", "SmolLM3Config", LLAMA, no_rope_layers=[1, 0]),
         Family("gpt2", _hf("GPT2LMHeadModel", "GPT2Config", vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=LAYERS,
                            n_head=4, n_positions=64, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
                            bos_token_id=1, eos_token_id=2),
-               _text, {"layer_norm": 5, "cross_entropy (next token)": 1} | ATTENTION, generates=True),
+               _text, {"layer_norm": 5} | LOSS | ATTENTION, generates=True),
         Family("gpt_neox", _hf("GPTNeoXForCausalLM", "GPTNeoXConfig", vocab_size=VOCABULARY,
                                max_position_embeddings=64, bos_token_id=1, eos_token_id=2, rotary_pct=0.25,
                                use_parallel_residual=False,
                                **ENCODER),
-               _text, {"layer_norm": 5, "rope": 2, "cross_entropy (next token)": 1} | ATTENTION, generates=True),
+               _text, {"layer_norm": 5, "rope": 2} | LOSS | ATTENTION, generates=True),
         Family("bert", _hf("BertForMaskedLM", "BertConfig", vocab_size=VOCABULARY, max_position_embeddings=64,
                            **ENCODER),
                _text, {"layer_norm": 6, "add + layer_norm": 5, "cross_entropy": 1, "attention": 2}),

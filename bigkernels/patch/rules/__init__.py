@@ -8,6 +8,7 @@ from . import (
     attention_sdpa,
     glu,
     linear,
+    linear_cross_entropy,
     loss,
     norm,
     rope,
@@ -17,5 +18,5 @@ from . import (
 MODULE_RULES = (norm.RULE, linear.RULE, attention_multihead.RULE, loss.MODULE_RULE, loss.FUNCTION_RULE)
 SOURCE_RULES = (
     add_norm.RULE, glu.RULE, rope.RULE, attention_interface.RULE, attention_mask.RULE, attention_sdpa.RULE,
-    loss.SOURCE_RULE,
+    loss.SOURCE_RULE, linear_cross_entropy.RULE,
 )  # fmt: skip

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import functional
+from .._logits import Logits, settled
 from .._rule import Fit, ModuleRule, Plan, Site, Skip, SourceRule, Write
 from .._source import Source, find_source
 from .._verify import Probes, compare, gradients, plain
@@ -31,6 +32,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """As `torch.nn.functional.cross_entropy`, by the kernel for rows of logits with one class each."""
+    input = settled(input)
     if (
         size_average is None
         and reduce is None
@@ -39,15 +41,16 @@ def cross_entropy(
                                 and weight.shape == input.shape[1:]))
         and (input.dtype == torch.float32 or not torch.is_autocast_enabled(input.device.type))
     ):  # fmt: skip
-        loss = functional.cross_entropy(input, target, weight, ignore_index=ignore_index, reduction=reduction,
-                                        label_smoothing=label_smoothing)  # fmt: skip
+        loss = _kernel(input, target, weight, ignore_index=ignore_index, reduction=reduction,
+                       label_smoothing=label_smoothing)  # fmt: skip
         return loss.to(input.dtype)
     return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 
 def _fits(logits: Any, target: Any) -> bool:
     return (
-        plain(logits, target)
+        plain(target)
+        and (isinstance(logits, Logits) or plain(logits))
         and logits.dim() == 2
         and logits.shape[1] > 0
         and target.shape == logits.shape[:1]
@@ -55,6 +58,12 @@ def _fits(logits: Any, target: Any) -> bool:
         and target.dtype == torch.int64
         and target.device == logits.device
     )
+
+
+def _kernel(logits: Tensor | Logits, target: Tensor, weight: Tensor | None = None, **options: Any) -> Tensor:
+    if isinstance(logits, Logits):
+        return logits.cross_entropy(target, weight, **options)
+    return functional.cross_entropy(logits, target, weight, **options)
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -84,13 +93,13 @@ def token_loss(
 
     With `shift` token t is compared with label t + 1; the labels move, and the logits stay where they are.
     """
-    targets = labels
+    targets, logits = labels, settled(logits)
     if shift and shift_labels is not None:
         targets = shift_labels
     elif shift and isinstance(labels, Tensor):
         targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     if (
-        isinstance(logits, Tensor)
+        isinstance(logits, (Tensor, Logits))
         and isinstance(targets, Tensor)
         and logits.dim() > 1
         and logits.shape[-1] == vocab_size
@@ -100,15 +109,21 @@ def token_loss(
         rows, targets = logits.reshape(-1, vocab_size), targets.reshape(-1).to(logits.device)
         if _fits(rows, targets):
             reduction = "mean" if num_items_in_batch is None else "sum"
-            loss = functional.cross_entropy(rows, targets, ignore_index=ignore_index, reduction=reduction)
+            loss = _kernel(rows, targets, ignore_index=ignore_index, reduction=reduction)
             if isinstance(num_items_in_batch, Tensor):
                 num_items_in_batch = num_items_in_batch.to(loss.device)
             return loss if num_items_in_batch is None else loss / num_items_in_batch
     if shift_labels is not None:
         kwargs["shift_labels"] = shift_labels
+    if isinstance(logits, Logits):
+        logits = logits.tensor()
     return original(
         logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, ignore_index=ignore_index, **kwargs
     )
+
+
+def is_token_loss(function: Any) -> bool:
+    return type(function) is functools.partial and function.func is token_loss
 
 
 def _ignores_options(function: Callable) -> bool:
@@ -129,7 +144,7 @@ def _plan_function(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
     if source is None or "loss_function" not in source.function.__code__.co_names:
         return None
     function = module.loss_function
-    if type(function) is functools.partial and function.func is token_loss:
+    if is_token_loss(function):
         function = function.args[0]  # patched before
     try:
         names = list(inspect.signature(function).parameters)
