@@ -85,6 +85,10 @@ def step(factory: Factory, parameters: list[Tensor], recorder: Recorder) -> tupl
     optimizer = factory([{"params": parameters, "seed": 0}] if _is_ours(factory) else parameters)
     if isinstance(optimizer, optim.Optimizer):
         return _ours(optimizer, recorder)
+    for group in optimizer.param_groups:
+        # What torch chooses by itself for plain CUDA tensors, and not for fakes of them.
+        if parameters[0].is_cuda and "foreach" in group and group["foreach"] is None and not group.get("fused"):
+            group["foreach"] = True
     optimizer.step()
     kept = recorder.hold(dict(optimizer.state), "optimizer state")
     with recorder.phase("optimizer") as phase:

@@ -14,17 +14,17 @@ from bigkernels.planning import _models  # noqa: E402
 
 VOCABULARY = 1031
 _SIZES = {"vocab_size": VOCABULARY, "hidden_size": 128, "num_attention_heads": 4}
-_GATED = _SIZES | {"intermediate_size": 344, "num_hidden_layers": 3, "num_key_value_heads": 2}
+_GATED = _SIZES | {"intermediate_size": 344, "num_hidden_layers": 2, "num_key_value_heads": 2}
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**_GATED),
     "qwen2": lambda: transformers.Qwen2Config(**_GATED, tie_word_embeddings=True),
     "gemma": lambda: transformers.GemmaConfig(**_GATED, head_dim=32),
     "mixtral": lambda: transformers.MixtralConfig(**_GATED, num_local_experts=4),
-    "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=128, n_layer=4, n_head=4),
-    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_SIZES, intermediate_size=512, num_hidden_layers=4),
-    "bert": lambda: transformers.BertConfig(**_SIZES, intermediate_size=512, num_hidden_layers=4,
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=128, n_layer=2, n_head=4),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_SIZES, intermediate_size=512, num_hidden_layers=2),
+    "bert": lambda: transformers.BertConfig(**_SIZES, intermediate_size=512, num_hidden_layers=2,
                                             architectures=["BertForSequenceClassification"]),
-    "t5": lambda: transformers.T5Config(vocab_size=VOCABULARY, d_model=128, d_kv=32, d_ff=512, num_layers=2,
+    "t5": lambda: transformers.T5Config(vocab_size=VOCABULARY, d_model=128, d_kv=32, d_ff=512, num_layers=1,
                                         num_heads=4, decoder_start_token_id=0),
 }  # fmt: skip
 

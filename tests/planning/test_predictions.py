@@ -37,8 +37,8 @@ def test_the_peak_of_a_training_step(name, patched, dtype, library):
     found = plan(config, batch=BATCH, seq=SEQ, dtype=dtype, optimizer=chosen, patch=patched, limits=LIMITS)
     assert beyond(found) == pytest.approx(real, rel=WITHIN)
     assert found.parameters == sum(p.numel() * p.element_size() for p in model.parameters())
-    if not patched:  # where every operator allocates what it returns, nothing is left to guess
-        assert beyond(found) == pytest.approx(real, rel=0.01)
+    if not patched:  # nothing is left to guess but what some operators take and free within a call
+        assert beyond(found) == pytest.approx(real, rel=0.03)
 
 
 @pytest.mark.parametrize("chosen", ["torch.AdamW", "AdamW", "torch.SGD", "Lion", "LAMB", "Adagrad"])
@@ -137,7 +137,8 @@ def test_the_cache_of_keys_and_values():
 def test_operations_of_a_training_step():
     """Six a weight of a product and token, and causal attention."""
     config, tokens = CONFIGS["llama"](), BATCH * SEQ
-    found = plan(config, batch=BATCH, seq=SEQ, optimizer=None, patch=True, limits=LIMITS)
+    # The loss without logits would make them once more.
+    found = plan(config, batch=BATCH, seq=SEQ, optimizer=None, patch={"loss": False}, limits=LIMITS)
     model = build(config, torch.float32)
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.get_input_embeddings().weight.numel()
     pairs = BATCH * config.num_attention_heads * SEQ * (SEQ + 1) // 2
