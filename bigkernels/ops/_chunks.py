@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,9 +36,10 @@ if TYPE_CHECKING:
 
 Tokens = slice | Tensor  # rows of the hidden states: a run, or their numbers
 
-_LEAST = {"cpu": 2**25}  # bytes of a chunk's float32 logits that are always granted
-_LEAST_ELSEWHERE = 2**28  # a GPU wants more tokens in a product
-_SHARE = 0.05  # of 16-bit logits of all tokens, which a chunk's float32 logits may take
+_LEAST = {"cpu": 2**25}  # bytes of a chunk's logits that are always granted
+# A GPU adds to the gradient of the weight while it multiplies: with fewer than some 1000 tokens memory is the limit.
+_LEAST_ELSEWHERE = 2**29
+_SHARE = 0.05  # of 16-bit logits of all tokens, which a chunk's logits may take
 _BLOCK, _GPU_BLOCK = 2**21, 2**26  # elements of a weight's gradient that are made at once before they are added
 
 
@@ -179,8 +181,10 @@ class _Gradients:
         total = self.weight
         if dz.dtype == total.dtype and not self.head.kernel:
             total.addmm_(dz.T, x)
+        elif dz.is_cuda and _adds_wide(dz.device):
+            torch.addmm(total, dz.T, x, out_dtype=total.dtype, out=total)
         elif dz.is_cuda:
-            for rows in _blocks(total, _GPU_BLOCK):  # addmm takes a sum of another dtype in late versions only
+            for rows in _blocks(total, _GPU_BLOCK):
                 total[rows] += torch.mm(dz[:, rows].T, x, out_dtype=total.dtype)
         else:
             # In blocks that stay in the caches until they are added.
@@ -189,6 +193,17 @@ class _Gradients:
                     total[rows] += _linear._bwd(dz[:, rows], x, self.like[rows], False)[1]
                 else:
                     total[rows].addmm_(dz[:, rows].T.to(total.dtype), x.to(total.dtype))
+
+
+@cache
+def _adds_wide(device: torch.device) -> bool:
+    """Whether addmm adds products of 16-bit numbers to float32, as it does in late versions."""
+    total, x = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=torch.bfloat16)
+    try:
+        torch.addmm(total, x, x, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _blocks(matrix: Tensor, elements: int) -> Iterator[slice]:
@@ -201,16 +216,19 @@ def _scaled(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor |
     if grad is None or grad.dim() < 2:
         return None if grad is None else (grad * factor).to(dtype)
     out = torch.empty_like(grad, dtype=dtype)
+    factor = factor.view(1, 1)  # a number would be rounded to the dtype of `grad` first
+    if grad.is_cuda:
+        return torch.mul(grad, factor, out=out)
     # In blocks: a wide copy of all of it would be the largest tensor there is.
-    for rows in _blocks(grad, _GPU_BLOCK if grad.is_cuda else _BLOCK):
+    for rows in _blocks(grad, _BLOCK):
         out[rows] = grad[rows] * factor
     return out
 
 
-def chunk_rows(tokens: int, vocabulary: int, device: torch.device) -> int:
-    """How many tokens are computed at once."""
+def chunk_rows(tokens: int, vocabulary: int, device: torch.device, element: int = 4) -> int:
+    """How many tokens are computed at once, from the bytes of an element of their logits."""
     granted = max(_LEAST.get(device.type, _LEAST_ELSEWHERE), int(_SHARE * 2 * tokens * vocabulary))
-    return max(32, granted // (4 * max(vocabulary, 1)) // 32 * 32)
+    return max(32, granted // (element * max(vocabulary, 1)) // 32 * 32)
 
 
 def _split(tokens: int, index: Tensor | None, rows: int) -> Iterator[Tokens]:
@@ -259,7 +277,8 @@ class Call:
             index, mask = self.kept.nonzero().squeeze(1), None
             count = index.shape[0]
             index = None if count == head.hidden.shape[0] else index
-        rows = self.rows or chunk_rows(head.hidden.shape[0], head.vocabulary, device)
+        element = 4 if self.objective.wide else head.hidden.element_size()
+        rows = self.rows or chunk_rows(head.hidden.shape[0], head.vocabulary, device, element)
         return index, mask, list(_split(count, index, rows))
 
     def logits(self, head: Head, tokens: Tokens) -> Tensor:

@@ -176,6 +176,10 @@ def _bwd_fake(grad, logits, *rest):
     return logits.new_empty(logits.shape)
 
 
+def _bwd_over_fallback(grad, logits, *rest):
+    logits.copy_(_bwd(grad, logits, *rest))
+
+
 def _with_defaults(logits, target, *given):
     """The dispatcher leaves out the last arguments where they have the schema's defaults."""
     return logits, target, *given, *(None, None, -100, 1, 0.0, 0.0, 0.0, 0.0)[len(given) :]
@@ -196,11 +200,12 @@ _infer = define(
     " -> Tensor",
     lambda *args: _fwd_fake(*_with_defaults(*args))[0], lambda *args: _fwd_fallback(*_with_defaults(*args))[0],
 )  # fmt: skip
-_bwd = define(
-    "cross_entropy_bwd(Tensor grad, Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor lse,"
-    f" Tensor divisor, {_OPTIONS}) -> Tensor",
-    _bwd_fake, _bwd_fallback,
-)  # fmt: skip
+_REST = f"Tensor target, Tensor? weight, Tensor? token_weight, Tensor lse, Tensor divisor, {_OPTIONS}"
+_bwd = define(f"cross_entropy_bwd(Tensor grad, Tensor logits, {_REST}) -> Tensor", _bwd_fake, _bwd_fallback)
+# The same, written over the logits.
+_bwd_ = define(
+    f"cross_entropy_bwd_(Tensor grad, Tensor(a!) logits, {_REST}) -> ()", lambda *args: None, _bwd_over_fallback
+)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -28,7 +28,11 @@ def _launcher(operator: str, direction: str) -> Callable:
 
 def launchers() -> dict[str, Callable]:
     """The launcher of each raw operator of OPERATORS."""
-    found = {"append_kv_": _launcher("decode_attention", "append"), "decompress": _launcher("compress", "decompress")}
+    found = {
+        "append_kv_": _launcher("decode_attention", "append"),
+        "decompress": _launcher("compress", "decompress"),
+        "cross_entropy_bwd_": _launcher("cross_entropy", "backward_over"),
+    }
     for operator in OPERATORS:
         for suffix, direction in (("_fwd", "forward"), ("_bwd", "backward"), ("", "infer")):
             if hasattr(torch.ops.bigkernels, operator + suffix):  # not every operator has all forms

@@ -23,6 +23,7 @@ class Launch:
     args: dict[str, Any]
     num_warps: int
     maxnreg: int | None = None
+    grid: tuple[int, ...] = ()
 
 
 _recorded: list[Launch] | None = None
@@ -50,7 +51,7 @@ def launch(
     """
     if _recorded is not None:
         named = dict(zip(kernel.arg_names, args, strict=False)) | constants
-        _recorded.append(Launch(kernel, named, num_warps, maxnreg))
+        _recorded.append(Launch(kernel, named, num_warps, maxnreg, grid))
         return
     device = args[0].device
     guard = contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)

@@ -126,7 +126,7 @@ def backward_rows(
     GRAD, LOGITS, TARGET, WEIGHT, WEIGHT_SUM, TOKEN_WEIGHT, LSE, DIVISOR, D_LOGITS, tokens, stride_grad, stride,
     ignore_index, label_smoothing, z_loss, softcap, focal_gamma, V: tl.constexpr, MEAN: tl.constexpr,
     SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, FOCAL: tl.constexpr, CHECK: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < tokens
@@ -179,6 +179,8 @@ def backward_rows(
     beta *= grad
     at_target = grad * everywhere - alpha * missing - beta * weight_y
 
+    if IN_PLACE:
+        tl.debug_barrier()  # every warp has read what it needs of the whole row
     # Programs beyond the first of a row share its columns, where there are too few rows to fill the GPU.
     start = tl.program_id(1) * BLOCK
     while start < V:
@@ -247,35 +249,51 @@ def infer(*args) -> Tensor:
     return forward(*op._with_defaults(*args))[0]
 
 
-@falls_back(op._bwd_fallback, inputs=2, empty=op._bwd_fake)
-def backward(
-    grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None, lse: Tensor,
-    divisor: Tensor, ignore_index: int, reduction: int, label_smoothing: float, z_loss: float, softcap: float,
-    focal_gamma: float,
-) -> Tensor:  # fmt: skip
+def _differentiate(
+    d_logits: Tensor, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None,
+    lse: Tensor, divisor: Tensor, ignore_index: int, reduction: int, label_smoothing: float, z_loss: float,
+    softcap: float, focal_gamma: float,
+) -> None:  # fmt: skip
     name = _REDUCTIONS[reduction]
     require("cross_entropy_bwd", grad.shape == (logits.shape[:1] if name == "none" else ()), "grad must fit the loss")
     require("cross_entropy_bwd", lse.shape == logits.shape[:1] and divisor.shape == (), "lse must fit logits")
-    d_logits = logits.new_empty(logits.shape)
+    in_place = d_logits is logits
     logits, target, weight, weight_sum, token_weight, flags = _prepare(
         logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma
     )
     tokens, vocabulary = logits.shape
-    block = min(2048, power_of_2(vocabulary))
+    # In place a row has one program, because others would read what it has written; where there are few, wide ones.
+    warps = 16 if in_place and vocabulary >= 16384 and tokens < 8 * processors(logits.device) else 4
+    block = min(512 * warps, power_of_2(vocabulary))
     at_once = max(1, 1024 // block)
     programs = triton.cdiv(tokens, at_once)
     shares = min(triton.cdiv(vocabulary, block), triton.cdiv(8 * processors(logits.device), programs))
     launch(
-        backward_rows, (programs, shares), grad, logits, target, weight, weight_sum, token_weight, lse.contiguous(),
-        divisor, d_logits, tokens, grad.stride(0) if name == "none" else 0, logits.stride(0), ignore_index,
-        label_smoothing, z_loss, softcap, focal_gamma, V=vocabulary, MEAN=name == "mean", **flags, ROWS=at_once,
-        BLOCK=block, num_warps=4, debug=_DEBUG,
+        backward_rows, (programs, 1 if in_place else shares), grad, logits, target, weight, weight_sum, token_weight,
+        lse.contiguous(), divisor, d_logits, tokens, grad.stride(0) if name == "none" else 0, logits.stride(0),
+        ignore_index, label_smoothing, z_loss, softcap, focal_gamma, V=vocabulary, MEAN=name == "mean", **flags,
+        ROWS=at_once, BLOCK=block, IN_PLACE=in_place, num_warps=warps, debug=_DEBUG,
     )  # fmt: skip
+
+
+@falls_back(op._bwd_fallback, inputs=2, empty=op._bwd_fake)
+def backward(grad: Tensor, logits: Tensor, *rest) -> Tensor:
+    d_logits = logits.new_empty(logits.shape)
+    _differentiate(d_logits, grad, logits, *rest)
     return d_logits
 
 
+@falls_back(op._bwd_over_fallback, inputs=2)
+def backward_over(grad: Tensor, logits: Tensor, *rest) -> None:
+    """`backward`, written over the logits."""
+    if not logits.is_contiguous():
+        return op._bwd_over_fallback(grad, logits, *rest)
+    _differentiate(logits, grad, logits, *rest)
+
+
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
-    """Calls whose launches the ahead-of-time check compiles: large and small vocabularies, few rows, every option."""
+    """Calls whose launches the ahead-of-time check compiles: large and small vocabularies, few rows, every option,
+    and gradients over chunks of logits."""
     plain, everything = (0.0, 0.0, 0.0, 0.0), (0.1, 1e-4, 30.0, 2.0)
     for tokens, vocabulary, options in (
         (8192, 128256, plain), (64, 128256, plain), (8192, 256, plain), (8192, 50257, plain),
@@ -286,3 +304,9 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
         weights = (logits.new_empty(vocabulary), lse) if options is everything else (None, None)
         yield forward, (logits, target, *weights, -100, 1, *options)
         yield backward, (lse.new_empty(()), logits, target, *weights, lse, lse.new_empty(()), -100, 1, *options)
+        for some in (tokens, 512):
+            z, n = logits[:some], slice(some)
+            yield backward_over, (
+                lse[n], z, target[n], weights[0], weights[1] if weights[1] is None else lse[n], lse[n],
+                lse.new_empty(()), -100, 0, *options,
+            )  # fmt: skip

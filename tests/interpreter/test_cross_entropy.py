@@ -1,0 +1,49 @@
+"""The gradient written over the logits, against the one that is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bigkernels.triton import cross_entropy as launchers
+from bigkernels.triton._launch import recording
+
+OPTIONS = [(0.0, 0.0, 0.0, 0.0), (0.1, 1e-4, 0.0, 0.0), (0.0, 0.0, 3.0, 1.5), (0.2, 1e-3, 5.0, 2.0)]
+
+
+def arguments(tokens, vocabulary, options, dtype=torch.float32, weighted=True):
+    logits = (3 * torch.randn(tokens, vocabulary)).to(dtype)
+    target = torch.randint(vocabulary, (tokens,))
+    target[1::3] = -100
+    weights = (torch.rand(vocabulary), torch.rand(tokens)) if weighted else (None, None)
+    lse = launchers.forward(logits, target, *weights, -100, 0, *options)[1]
+    return torch.randn(tokens), logits, target, *weights, lse, torch.ones(()), -100, 0, *options
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1), (5, 37), (3, 1024), (2, 17000), (0, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gradients_over_the_logits(sizes, options, dtype):
+    args = arguments(*sizes, options, dtype, weighted=sizes[0] % 2 == 1)
+    expected = launchers.backward(*args)
+    assert launchers.backward_over(*args) is None
+    assert torch.equal(args[1], expected)
+
+
+def test_a_view_of_a_wider_matrix():
+    grad, logits, *rest = arguments(5, 37, OPTIONS[0])
+    wide = torch.zeros(5, 40)
+    wide[:, :37] = logits
+    launchers.backward_over(grad, wide[:, :37], *rest)
+    torch.testing.assert_close(wide[:, :37], launchers.backward(grad, logits, *rest))
+    assert not wide[:, 37:].any()
+
+
+def test_one_program_a_row():
+    """A second one would read the logit of the target after it has been written over."""
+    args = arguments(4, 20000, OPTIONS[0])
+    with recording() as launches:
+        launchers.backward_over(*args)
+    (launch,) = launches
+    assert launch.args["IN_PLACE"] and launch.args["D_LOGITS"].data_ptr() == launch.args["LOGITS"].data_ptr()
+    assert launch.grid == (4, 1)
