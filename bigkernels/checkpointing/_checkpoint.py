@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 from ._policy import Policy, Selection, named
 from ._recompute import Region, within_region
-from ._saver import Saver
+from ._saver import Saver, is_parameter
 from ._select import ATTENTION, PRODUCTS, Plan, Results
 
 _transforms = torch._C._functorch.peek_interpreter_stack
@@ -38,7 +38,8 @@ def checkpoint(fn: Callable, *args: Any, policy: str | Policy = "recompute", **k
 
             "recompute": not at all; backward runs `fn` again.
             "selective": results of attention and of matrix products; backward runs the rest of `fn` again.
-            "int8", "fp8": all of them in 8 bits, or the way to compute them from others that are.
+            "int8", "fp8": all of them in 8 bits, or the way to compute them from others that are. Not for functions
+            whose backward asks which saved values are equal, as that of `amax` does.
             "offload": in host memory, or files.
 
             "recompute+offload" moves the inputs of `fn`, "int8+offload" moves half as much as "offload".
@@ -109,9 +110,8 @@ def _eager(fn: Callable, args: tuple, kwargs: dict, policy: Policy, plan: Plan |
     watch = None
     if results.plan.measures:
         watch = results.watch
-        results.input_bytes = sum(
-            t.nbytes for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad
-        )
+        inputs = (t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.requires_grad)
+        results.input_bytes = sum(t.nbytes for t in inputs if not is_parameter(t))
     return Region(fn, None, results.forward, results.again, watch).run(args, kwargs)
 
 

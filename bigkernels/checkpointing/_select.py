@@ -230,13 +230,13 @@ class _Kept:
         if func is not self.func:
             raise CheckpointError(f"bigkernels.checkpoint: the region called {self.func}, and calls {func} in its "
                                   "place when it runs again; it must do the same every time")  # fmt: skip
-        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-            values = [self._get(v) for v in self.values]
+        values = [self._get(v) for v in self.values]
         return values[0] if self.kind is None else self.kind(values)
 
     def _get(self, value: Any) -> Any:
         if isinstance(value, Exact):
-            return value.get().detach()
+            with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+                return value.get().detach()
         return self.saver.unpack(value) if isinstance(value, Packed) else value
 
 
