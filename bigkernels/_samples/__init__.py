@@ -3,7 +3,7 @@
 They cover every option, odd sizes, empty tensors and strided inputs. A new operator adds one entry to `SAMPLES`.
 """
 
-from . import attention, decode_attention, linear, quantized_linear, rows
+from . import attention, decode_attention, linear, linear_cross_entropy, quantized_linear, rows
 from ._sample import Draw, Sample, widen
 
 SAMPLES: dict[str, list[Sample]] = {
@@ -16,6 +16,7 @@ SAMPLES: dict[str, list[Sample]] = {
     "varlen_attention": attention.VARLEN_ATTENTION,
     "decode_attention": decode_attention.DECODE_ATTENTION,
     "linear": linear.LINEAR,
+    "linear_cross_entropy": linear_cross_entropy.LINEAR_CROSS_ENTROPY,
     "quantized_linear": quantized_linear.QUANTIZED_LINEAR,
 }
 

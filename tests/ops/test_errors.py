@@ -15,6 +15,7 @@ w = torch.ones(8)
 q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
 cos = sin = torch.ones(1, 5, 8)
 p, starts = torch.randn(5, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
+v = torch.randn(11, 8)
 logits, target = torch.randn(3, 8), torch.tensor([0, 7, -100])
 
 CASES = [
@@ -71,6 +72,28 @@ CASES = [
     (lambda: B.cross_entropy(logits, target, softcap=-2.0), ValueError, "softcap is -2.0, expected positive or None"),
     (lambda: B.cross_entropy(logits, target, focal_gamma=-1.0), ValueError, "focal_gamma is -1.0, expected not negative"),
     (lambda: B.cross_entropy(logits, target.to("meta")), ValueError, "target is on meta and logits on cpu"),
+    # linear_cross_entropy: x (3, 8) are hidden states, v (11, 8) is a head
+    (lambda: B.linear_cross_entropy([1.0], v, target), TypeError, "linear_cross_entropy: hidden must be a tensor, got list"),
+    (lambda: B.linear_cross_entropy(x, 2.0, target), TypeError, "weight is float; accepted are floating tensors and QuantizedWeight"),
+    (lambda: B.linear_cross_entropy(x, v.half(), target), TypeError, "linear_cross_entropy: weight is float16 and hidden is float32"),
+    (lambda: B.linear_cross_entropy(x, v[0], target), ValueError, "linear_cross_entropy: weight has shape (8,), expected (V, H)"),
+    (lambda: B.linear_cross_entropy(x[:, :7], v, target), ValueError, "hidden has shape (3, 7), expected (..., 8)"),
+    (lambda: B.linear_cross_entropy(x, v, target.float()), TypeError, "target is float32; accepted are int64 and int32 class indices"),
+    (lambda: B.linear_cross_entropy(x, v, target[:2]), ValueError, "linear_cross_entropy: target has shape (2,), expected (3,)"),
+    (lambda: B.linear_cross_entropy(x, v, target + 4), ValueError, "target holds 11, outside the vocabulary [0, 11) and not ignore_index (-100)"),
+    (lambda: B.linear_cross_entropy(x, v, target, ignore_index=0), ValueError, "target holds -100, outside the vocabulary"),
+    (lambda: B.linear_cross_entropy(x, v, target.to("meta")), ValueError, "target is on meta and hidden on cpu"),
+    (lambda: B.linear_cross_entropy(x, v, target, w), ValueError, "linear_cross_entropy: bias has shape (8,), expected (11,)"),
+    (lambda: B.linear_cross_entropy(x, v, target, v[:, 0].double()), TypeError, "linear_cross_entropy: bias is float64 and hidden is float32"),
+    (lambda: B.linear_cross_entropy(x, v, target, class_weight=w), ValueError, "class_weight has shape (8,), expected (11,)"),
+    (lambda: B.linear_cross_entropy(x, v, target, class_weight=target), TypeError, "linear_cross_entropy: class_weight is int64"),
+    (lambda: B.linear_cross_entropy(x, v, target, token_weight=w), ValueError, "token_weight has shape (8,), expected (3,)"),
+    (lambda: B.linear_cross_entropy(x, v, target, reduction="max"), ValueError, "reduction is 'max'; accepted are none, mean, sum"),
+    (lambda: B.linear_cross_entropy(x, v, target, label_smoothing=-0.1), ValueError, "label_smoothing is -0.1, expected in [0, 1]"),
+    (lambda: B.linear_cross_entropy(x, v, target, z_loss=-1.0), ValueError, "z_loss is -1.0, expected not negative"),
+    (lambda: B.linear_cross_entropy(x, v, target, softcap=0.0), ValueError, "softcap is 0.0, expected positive or None"),
+    (lambda: B.linear_cross_entropy(x, v, target, focal_gamma=-1.0), ValueError, "focal_gamma is -1.0, expected not negative"),
+    (lambda: B.linear_cross_entropy(x, v, target, logit_scale=float("inf")), ValueError, "logit_scale is inf, expected a finite number"),
     # attention
     (lambda: B.attention(q, k, [1]), TypeError, "attention: v must be a tensor, got list"),
     (lambda: B.attention(q.long(), k.long(), k.long()), TypeError, "attention: q is int64"),
@@ -108,13 +131,13 @@ CASES = [
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
 @pytest.mark.parametrize("call, error, message", CASES, ids=[m for *_, m in CASES])
 def test_wrong_arguments(call, error, message, grad):
-    for t in (x, w, q, k, logits):
+    for t in (x, w, v, q, k, logits):
         t.requires_grad_(grad)
     try:
         with pytest.raises(error, match=re.escape(message)) as found:
             call()
     finally:
-        for t in (x, w, q, k, logits):
+        for t in (x, w, v, q, k, logits):
             t.requires_grad_(False)
     assert type(found.value) is error
     assert str(found.value).startswith("bigkernels.")

@@ -146,7 +146,8 @@ def _check(source: Source, place: _Place) -> Callable:
         if vocabulary <= size:
             return None  # logits that are no larger than the hidden states
         if _weight(head) is None:
-            raise Skip(f"the logits come from {place.head}, a {type(head).__name__}, and no plain linear layer")
+            kind = f"{type(head).__module__}.{type(head).__qualname__}"
+            raise Skip(f"the logits come from {place.head}, a {kind} and no plain linear layer")
         function, shift = _loss_function(module, source, plan)
         if function is None and "loss_function" in source.function.__code__.co_names:
             return None  # the reason has a row of its own
