@@ -47,7 +47,8 @@ def apply_checkpointing(
 
     Blocks are found by structure: the modules of the longest lists whose modules are of one class and hold equal sets
     of parameters. Only calls of the instances change: classes, parameters, hooks and state_dict stay as they are, and
-    it does not matter whether `bigkernels.patch` comes before or after. Calling it again replaces what was applied.
+    it does not matter whether `bigkernels.patch` comes before or after; a block's own `compile` comes after. Calling it
+    again replaces what was applied.
 
     Args:
         policy: as in `bigkernels.checkpoint`. Blocks of one structure learn together what a "selective" policy keeps.

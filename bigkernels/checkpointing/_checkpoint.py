@@ -86,10 +86,12 @@ def _constants(values: tuple) -> list[Tensor]:
 
 def run(fn: Callable, args: tuple, kwargs: dict, policy: Policy, plan: Plan | None) -> Any:
     """A region. `plan`: what earlier runs of it have taught about what to keep."""
-    if not torch.is_grad_enabled() or _transforms() is not None or _forward_ad._current_level >= 0:
+    if not torch.is_grad_enabled():
         return fn(*args, **kwargs)
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling():  # before what follows, which it would find true
         return _compiled(fn, args, kwargs, policy)
+    if _transforms() is not None or _forward_ad._current_level >= 0:
+        return fn(*args, **kwargs)
     return _eager(fn, args, kwargs, policy, plan)
 
 
