@@ -7,7 +7,6 @@ from ._version import __version__
 from .checkpointing import apply_checkpointing, checkpoint, remove_checkpointing, saved_activations
 from .ops import allow_nondeterministic, use
 from .patch import patch, patched, unpatch
-from .planning import plan
 from .quantization import dequantize, quantize
 
 __all__ = [
@@ -34,3 +33,12 @@ __all__ = [
     "unpatch",
     "use",
 ]
+
+
+def __getattr__(name: str):
+    # What plans are made with imports half of torch's compiler, and triton.
+    if name == "plan":
+        from .planning import plan
+
+        return plan
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..ops._arguments import is_dense
 from ..ops.compress import decompress, encode
 from ._again import recipe
 from ._places import Place, Slot
@@ -73,19 +74,6 @@ class _Again(_Kept):
 def _flat(t: Tensor) -> Tensor:
     """The elements of a dense tensor in the order in which they lie in memory, as a view."""
     return t.as_strided((t.numel(),), (1,), t.storage_offset())
-
-
-def _dense(t: Tensor) -> bool:
-    """Whether the elements fill one run of memory, in some order of the dimensions."""
-    if t.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
 
 
 def _has_code(scale: Tensor) -> bool:
@@ -178,7 +166,7 @@ class Saver:
         """What keeps a tensor, and its stride and offset there."""
         flat, stride, offset = t, t.stride(), 0
         whole = t.untyped_storage().nbytes() // t.element_size()
-        if _dense(t):
+        if is_dense(t):
             flat = _flat(t)
         elif whole <= _PARTS * t.numel():
             flat, offset = t.as_strided((whole,), (1,), 0), t.storage_offset()

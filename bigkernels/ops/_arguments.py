@@ -60,3 +60,16 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     for t in tensors[1:]:
         dtype = torch.promote_types(dtype, t.dtype)
     return tuple(t.to(dtype) for t in tensors)
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements fill one run of memory, in some order of the dimensions."""
+    if t.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True

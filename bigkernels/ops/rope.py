@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor, promote
+from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor, is_dense, promote
 from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
 
 MAX_ROTARY = 1024  # the CPU kernel keeps one position's cos and sin on the stack
@@ -94,10 +94,9 @@ def _reference(q, k, cos, sin, interleaved):
 
 
 def _empty(x):
-    """As the kernels allocate: the strides of `x`, or contiguous where its heads are not."""
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-    return torch.empty_like(x)
+    """As the kernels allocate: the strides of `x`, or contiguous where it has gaps or its heads are not contiguous."""
+    kept = is_dense(x) and (x.shape[-1] <= 1 or x.stride(-1) == 1)
+    return torch.empty_like(x, memory_format=torch.preserve_format if kept else torch.contiguous_format)
 
 
 def _like(x, out):

@@ -116,11 +116,23 @@ struct Loss {
           part.put(w, false, row, (d + i) * kSide, p.right + i * F::kBlock);
           if (straight) part.put(w, true, row, (d + i) * kSide, straight + ((d + i) * kWide + j) * F::kBlock);
         }
-        for (int64_t s = 0; s < p.strips; ++s)
+        for (int64_t s = 0; s < p.strips; ++s) {
+          ask_for(b, j + 1 < b.wide ? d : d + kDeep, j + 1 < b.wide ? j + 1 : 0, s, p.strips);
           F::multiply(p.row(j, s, 0), kSide, p.left + left_at<F>(s, d, p.strips, depth), p.right, elements,
                       p.end - p.first - s * kSide, b.count - j * kSide, d > 0);
+        }
       }
     }
+  }
+
+  // Part s of what is needed next of the weight: its rows are pages apart, where no prefetcher of the machine's looks.
+  void ask_for(const Block& b, int64_t d, int64_t j, int64_t s, int64_t parts) const {
+    if (d >= depth) d = 0, j += b.wide;  // the next block of the vocabulary
+    int64_t row = b.column + j * kSide, rows = least(w.n - row, kSide);
+    int64_t bytes = code_bytes(w.kind, least(depth - d, kDeep) * kSide);
+    const uint8_t* first = w.codes + code_bytes(w.kind, d * kSide);
+    for (int64_t r = rows * s / parts; r < rows * (s + 1) / parts; ++r)
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + (row + r) * w.code_row + i, 0, 2);
   }
 
   // A row of logits from its products, in place.
@@ -166,7 +178,7 @@ struct Loss {
 
   // e of rows r and r + 16 of a strip as operands, times the slope of the softcap; their sums are added to `sums`.
   template <bool kCap>
-  void exponentials(const Piece& p, const Block& b, int64_t s, int r, const float* shift, float* sums, E* left,
+  void exponentials(const Piece& p, const Block& b, int64_t s, int r, const float* shift, double* sums, E* left,
                     E* const* right) const {
     int64_t at = p.first + s * kSide + r;
     vf total[2] = {};
@@ -198,7 +210,7 @@ struct Loss {
       for (int half = 0; half < 2; ++half)
         if (at + 16 * half < p.end) sums[16 * half] += sum(total[half]);
   }
-  void exponentials(const Piece& p, const Block& b, int64_t s, const float* shift, float* sums, E* left,
+  void exponentials(const Piece& p, const Block& b, int64_t s, const float* shift, double* sums, E* left,
                     E* const* right) const {
     for (int r = 0; r < 16; ++r)
       if (a.softcap > 0)
@@ -213,7 +225,8 @@ struct Loss {
     Workspace memory;
     Piece p;
     E *straight, *e;
-    float *out, *sums, *weighted, *targets, *shift;
+    float *out, *targets, *shift;
+    double *sums, *weighted;  // thousands of blocks are added up, most of them far below the largest
     T* row;
     Forward(const Loss& l, void* workspace) : memory{(char*)workspace}, p(l, memory) {
       int64_t strips = l.most_strips();
@@ -221,8 +234,8 @@ struct Loss {
       straight = dx ? memory.take<E>(l.depth * kWide * F::kBlock) : nullptr;
       e = dx ? memory.take<E>(strips * kWide * F::kBlock) : nullptr;
       out = dx ? memory.take<float>(l.depth * strips * kArea) : nullptr;
-      sums = memory.take<float>(strips * kSide);
-      weighted = memory.take<float>(strips * kSide);
+      sums = memory.take<double>(strips * kSide);
+      weighted = memory.take<double>(strips * kSide);
       targets = memory.take<float>(strips * kSide);
       shift = memory.take<float>(strips * kSide);
       row = memory.take<T>(l.depth * kSide);
@@ -285,10 +298,10 @@ struct Loss {
     const Piece& p = m.p;
     int64_t t = p.first + i, y = a.target[t];
     float shift = m.shift[i], z = m.targets[i];
-    float others = m.sums[i], own = vexp(splat(z - shift))[0], all = others + own;
+    float others = (float)m.sums[i], own = vexp(splat(z - shift))[0], all = others + own;
     float nll = own > others ? __builtin_log1pf(others / own) : __builtin_logf(all) - (z - shift);
     float lse = shift + __builtin_logf(all);
-    TokenTerms terms = token_terms(a, nll, others / all, lse, a.weight ? a.weight[y] : 1.0f, m.weighted[i]);
+    TokenTerms terms = token_terms(a, nll, others / all, lse, a.weight ? a.weight[y] : 1.0f, (float)m.weighted[i]);
     float slope = a.softcap > 0 ? 1.0f - (z / a.softcap) * (z / a.softcap) : 1.0f;
     a.loss[t] = terms.loss, a.lse[t] = lse;
     if (!a.shift) return;

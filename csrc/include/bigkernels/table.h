@@ -337,7 +337,7 @@ struct CpuTable {
   int64_t (*matrix_loop)(int type, int64_t rounds);  // operations done; 0 where the level has no such unit
 };
 
-constexpr int64_t kLossVocabulary = 128;  // in a block of linear_loss_*
+constexpr int64_t kLossVocabulary = 256;  // in a block of linear_loss_*
 
 #define BIGKERNELS_LEVELS(X) X(base) X(avx2) X(avx512) X(amx)
 
