@@ -83,8 +83,13 @@ class Operator:
         *,
         implementations: tuple[Implementation, ...] | None = None,
         in_graphs: bool = False,
+        listed: bool = True,
     ):
-        """`in_graphs`: whether compiled graphs hold the kernel, where one serves, and not the reference."""
+        """
+        Args:
+            in_graphs: whether compiled graphs hold the kernel, where one serves, and not the reference.
+            listed: whether it is an operator of its own to users, with samples, or a part of others.
+        """
         self.name = name
         self.in_graphs = in_graphs
         self.implementations = implementations or (cpu_kernel(), triton_kernel())
@@ -92,7 +97,8 @@ class Operator:
         self._on_cpu: dict[tuple, bool] = {}  # (dtype, forced): whether a kernel serves CPU tensors
         # (device, dtype) of the tensors for which compiled graphs hold the kernel.
         self._in_graphs: tuple[tuple[str, torch.dtype], ...] = ()
-        OPERATORS[name] = self
+        if listed:
+            OPERATORS[name] = self
 
     def choose(self, x: Tensor) -> str:
         """Name of the first implementation that serves tensors like `x`; "reference" if none does."""

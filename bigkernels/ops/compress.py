@@ -119,7 +119,7 @@ def _fake(x, fp8, stochastic, key):
     return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(-(-x.shape[0] // BLOCK), dtype=torch.float32)
 
 
-OPERATOR = Operator("compress", in_graphs=True)
+OPERATOR = Operator("compress", in_graphs=True, listed=False)
 _compress = define("compress(Tensor x, bool fp8, bool stochastic, int key) -> (Tensor, Tensor)", _fake, _reference)
 _decompress = define(
     "decompress(Tensor codes, Tensor scale, bool fp8, ScalarType dtype) -> Tensor",
