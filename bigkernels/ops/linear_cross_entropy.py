@@ -90,7 +90,7 @@ def _check(hidden, weight, class_weight, token_weight, logit_scale, ignore_index
     check_shape(_OP, "class_weight", class_weight, weight.shape[:1], "one weight a class")
     check_shape(_OP, "token_weight", token_weight, hidden.shape[:-1], "one weight a token")
     _logits.check_options(_OP, reduction, *amounts)
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:  # isfinite would break a graph
         raise ValueError(f"bigkernels.{_OP}: logit_scale is {logit_scale}, expected a finite number")
 
 
@@ -238,7 +238,7 @@ def _fwd_fake(hidden, weight, scale, zero, row_scale, book, group, bias, target,
     *numbers, backward, of_hidden, of_weight = rest
     loss = hidden.new_empty(hidden.shape[:1] if numbers[1] == 0 else (), dtype=torch.float32)
     # Four numbers a token and what is noted of pieces of tokens.
-    state = hidden.new_empty(5 * hidden.shape[0] + 1 if backward else 0, dtype=torch.float32)
+    state = hidden.new_empty(5 * hidden.shape[0] + 1, dtype=torch.float32) if backward else hidden.new_empty(0)
     return (loss, loss.new_empty(()), hidden.new_empty(hidden.shape if of_hidden else 0),
             weight.new_empty(weight.shape if of_weight else 0), state)  # fmt: skip
 

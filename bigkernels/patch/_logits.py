@@ -160,9 +160,8 @@ class Logits:
     def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.tanh and len(args) == 1 and not kwargs:
             return args[0].tanh()
-        return function(
-            *tree_map_only(Logits, Logits.tensor, args), **tree_map_only(Logits, Logits.tensor, kwargs or {})
-        )
+        args, kwargs = tree_map_only(Logits, lambda z: z.tensor(), (args, kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def _forwarded(name: str) -> Callable:

@@ -99,3 +99,46 @@ def test_patched_is_the_same(name: str, implementation: str):
         if key != "logits" and (scale < 1e-7 * largest or name in PADDING_MATTERS):
             continue
         assert (after[key] - theirs).abs().max() <= allowed * scale, key
+
+
+CAUSAL = {
+    model.__name__
+    for models in auto.MODEL_FOR_CAUSAL_LM_MAPPING.values()
+    for model in (models if isinstance(models, tuple) else (models,))
+}
+
+
+@pytest.mark.parametrize("name", sorted(CAUSAL))
+def test_a_training_step_without_logits(name: str):
+    """Where the loss is computed from hidden states, it and its gradients are those of the model's own code."""
+    model = _build(name, "sdpa").train()
+    report = bigkernels.patch(model, attention=False, norm=False, rope=False, mlp=False)
+    if not any(row.what == "linear_cross_entropy" for row in report.patched):
+        pytest.skip("; ".join(row.what for row in report.skipped) or "its head is no linear layer")
+    ids = torch.randint(3, 150, (2, 12))
+    labels = ids.masked_fill(torch.arange(12) == 3, -100)
+
+    def step():
+        torch.manual_seed(7)  # dropout
+        model.zero_grad(set_to_none=True)
+        out = model(input_ids=ids, labels=labels)
+        out.loss.backward()
+        return out, {n: p.grad for n, p in model.named_parameters() if p.grad is not None and p.numel()}
+
+    try:
+        out, grads = step()
+    except Exception as error:
+        bigkernels.unpatch(model)
+        with pytest.raises(type(error)):
+            step()
+        pytest.skip(f"does not run: {type(error).__name__}: {str(error)[:80]}")
+    assert type(out.logits).__name__ == "Logits" and out.logits.made is None
+    ours = out.logits.detach()
+    bigkernels.unpatch(model)
+    expected, theirs = step()
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours, expected.logits, rtol=0, atol=1e-5 * expected.logits.abs().max().item())
+    assert grads.keys() == theirs.keys()
+    largest = max(g.abs().max() for g in theirs.values())
+    for key, g in theirs.items():
+        assert (grads[key] - g).abs().max() <= 1e-4 * max(g.abs().max(), 1e-3 * largest), key
