@@ -42,6 +42,15 @@ struct Scaled<Pairs<1>> {
 };
 #endif
 
+template <class T>
+struct Half {
+  static constexpr bool value = false;
+};
+template <>
+struct Half<f16> {
+  static constexpr bool value = true;
+};
+
 BK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
@@ -140,7 +149,7 @@ struct Loss {
     float largest, target, weighted;
   };
   template <bool kCap>
-  Row finish_row(const Piece& p, const Block& b, int64_t s, int64_t r, int64_t target, bool smooth) const {
+  Row finish_row(const Piece& p, const Block& b, int64_t s, int64_t r, bool smooth) const {
     vf largest = splat(-__builtin_inff()), weighted = {};
     for (int64_t j = 0; j < b.wide; ++j) {
       float* z = p.row(j, s, r);
@@ -164,16 +173,29 @@ struct Loss {
         store(z + i, x);
       }
     }
-    float at_target = 0;
+    return {max(largest), 0, sum(weighted)};
+  }
+  // The target's logit is returned, and left out of what is made of the row.
+  Row finish_row(const Piece& p, const Block& b, int64_t s, int64_t r, int64_t target, bool smooth) const {
+    Row row;
+    if (a.softcap > 0) {
+      row = finish_row<true>(p, b, s, r, smooth);
+    } else if (w.bias || a.logit_scale != 1.0f || smooth || b.count < kLossVocabulary) {
+      row = finish_row<false>(p, b, s, r, smooth);
+    } else {  // the products are the logits
+      vf largest[kVectors];
+      for (int v = 0; v < kVectors; ++v) largest[v] = load(p.row(0, s, r) + v * W);
+      for (int64_t j = 1; j < kWide; ++j)
+        for (int v = 0; v < kVectors; ++v) largest[v] = vmax(load(p.row(j, s, r) + v * W), largest[v]);
+      for (int v = 1; v < kVectors; ++v) largest[0] = vmax(largest[v], largest[0]);
+      row = {max(largest[0]), 0, 0};
+    }
     if (target >= b.column && target < b.column + b.count) {
       float* z = p.row((target - b.column) / kSide, s, r) + (target - b.column) % kSide;
-      at_target = *z;
+      row.target = *z;
       *z = -__builtin_inff();
     }
-    return {max(largest), at_target, sum(weighted)};
-  }
-  Row finish_row(const Piece& p, const Block& b, int64_t s, int64_t r, int64_t target, bool smooth) const {
-    return a.softcap > 0 ? finish_row<true>(p, b, s, r, target, smooth) : finish_row<false>(p, b, s, r, target, smooth);
+    return row;
   }
 
   // e of rows r and r + 16 of a strip as operands, times the slope of the softcap; their sums are added to `sums`.
@@ -310,13 +332,29 @@ struct Loss {
     decode_row(w, y, 0, depth * kSide, m.row);
     T* to = (T*)a.dx + a.row[t] * w.k;
     int64_t s = i / kSide, r = i % kSide;
-    for (int64_t k = 0; k < w.k; k += W) {
+    auto gradient = [&](int64_t k) __attribute__((always_inline)) {
       const float* out = m.out + (k / kSide * p.strips + s) * kArea + r * kSide + k % kSide;
       int64_t count = w.k - k;
       vf g = load(out) * a.coefficient[t] + load(m.row + k) * a.pull[t];
       if (a.smoothed) g -= (count >= W ? load(a.smoothed + k) : load(a.smoothed + k, count)) * a.beta[t];
       g *= a.logit_scale;
-      count >= W ? store(to + k, g) : store(to + k, g, count);
+      for (int l = 0; l < W && count < W; ++l) g[l] = l < count ? g[l] : 0.0f;
+      return g;
+    };
+    // The gradient from above may be what lifts it into the range of float16, and comes later.
+    float unit = 1.0f;
+    if (Half<T>::value) {
+      vf largest = {};
+      for (int64_t k = 0; k < w.k; k += W) largest = vmax(vabs(gradient(k)), largest);
+      float most = max(largest);
+      uint32_t bits = read<uint32_t>(&most) & 0x7f800000u;
+      // To [1, 2), by a number that is none of the ends of the range.
+      if (bits > 0x04000000u && bits < 0x7a000000u) bits = 0x7f000000u - bits, unit = read<float>(&bits);
+    }
+    a.unit[t] = unit;
+    for (int64_t k = 0; k < w.k; k += W) {
+      vf g = gradient(k) * unit;
+      w.k - k >= W ? store(to + k, g) : store(to + k, g, w.k - k);
     }
   }
 
@@ -458,9 +496,9 @@ struct Loss {
       for (int64_t k = 0; k < w.k; k += W) {
         int64_t count = w.k - k;
         if (count >= W)
-          store(row + k, load(row + k) * a.factor[t]);
+          store(row + k, load(row + k) * (a.factor[t] / a.unit[t]));
         else
-          store(row + k, load(row + k, count) * a.factor[t], count);
+          store(row + k, load(row + k, count) * (a.factor[t] / a.unit[t]), count);
       }
     }
   }

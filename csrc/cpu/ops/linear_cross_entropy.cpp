@@ -153,10 +153,11 @@ int64_t room(const LinearCrossEntropy& a) {
   return bytes / (kLossVocabulary / 32 * table().linear_loss_block(a));
 }
 
-// Where a call's state lies: four numbers a token, the size of a piece, and which pieces have been kept.
+// Where a call's state lies: five numbers a token, the size of a piece, and which pieces have been kept.
 void set_state(Call& call, float* state) {
   LinearCrossEntropy& a = call.a;
   a.shift = state, a.coefficient = state + a.tokens, a.pull = state + 2 * a.tokens, a.beta = state + 3 * a.tokens;
+  a.unit = state + 4 * a.tokens;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
@@ -172,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   a.loss = losses.data(), a.lse = lses.data(), a.kept = kept.data();
   Tensor dx = none(hidden), dw = none(weight), state = none(hidden);
   if (backward) {
-    state = empty_1d(5 * hidden.size(0) + 1);  // which sizes alone tell
+    state = empty_1d(6 * hidden.size(0) + 1);  // which sizes alone tell
     set_state(call, floats(state));
   }
   if (of_hidden) {
@@ -196,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     table().linear_loss_tokens(a, piece, memory.data());
   });
   if (backward) {
-    float* rest = floats(state) + 4 * a.tokens;
+    float* rest = floats(state) + 5 * a.tokens;
     rest[0] = (float)a.piece;
     std::copy(kept.begin(), kept.end(), rest + 1);
   }
@@ -227,11 +228,11 @@ Tensor backward(Tensor grad, Tensor hidden, Tensor weight, MaybeTensor scale, Ma
   bool one = reduction != kNone;
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.dim() == (one ? 0 : 1) &&
                       grad.numel() == (one ? 1 : hidden.size(0)) && state.scalar_type() == ScalarType::Float &&
-                      state.numel() == 5 * hidden.size(0) + 1 && (!of_hidden || dx.numel() == hidden.numel()) &&
+                      state.numel() == 6 * hidden.size(0) + 1 && (!of_hidden || dx.numel() == hidden.numel()) &&
                       (!of_weight || dw.numel() == weight.numel()),
                   "bigkernels::", kOp, ": grad or what forward returned does not fit");
   set_state(call, floats(state));
-  const float* rest = floats(state) + 4 * a.tokens;
+  const float* rest = floats(state) + 5 * a.tokens;
   a.piece = (int64_t)rest[0];
   std::vector<uint8_t> kept(call.pieces());
   for (int64_t p = 0; p < call.pieces(); ++p) kept[p] = rest[1 + p] != 0;

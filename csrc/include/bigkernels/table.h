@@ -220,7 +220,9 @@ struct LinearCrossEntropy {
   // What backward reads: the gradient of logit j is coefficient * e[j] - beta * weight[j], with e = exp(z - shift), and
   // at the target pull - beta * weight[target].
   float *shift, *coefficient, *pull, *beta;
-  void* dx;               // (T, K), or null: the gradient of each token's loss
+  // (T, K), or null: the gradient of each token's loss, times a power of two where float16 would lose it.
+  void* dx;
+  float* unit;
   const float* smoothed;  // (K,) sum of weight[j] w[j], with label smoothing
   // The gradient of the weight, (V, K). Until it is written, its rows hold e of the first `saved` strips of 32 tokens,
   // where they have room for it: pieces whose `kept` is set.
