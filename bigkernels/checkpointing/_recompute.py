@@ -69,10 +69,11 @@ class Inputs:
     """
 
     def __init__(self, args: tuple, kwargs: dict, hooks: Hooks | None):
-        self.values, self.structure = tree_flatten((args, kwargs))
+        self.values, self.structure = _flatten(args, kwargs)
         self.node = None
         self.at = [i for i, v in enumerate(self.values) if isinstance(v, Tensor) and not v.is_inference()]
         tensors = [self.values[i] for i in self.at]
+        self.surroundings = Surroundings(tensors)  # before the tensors are given away
         if hooks is None and _surrounding_hooks(True) is None:
             self.versions = [t._version for t in tensors]
             return
@@ -93,17 +94,34 @@ class Inputs:
                     shape = tuple(values[i].shape)
                     raise RuntimeError(f"bigkernels.checkpoint: an input of the region, of shape {shape}, was modified "
                                        "in place after the region began")  # fmt: skip
-        return tree_unflatten(values, self.structure)
+        return _unflatten(values, self.structure)
+
+
+_ATOMS = (Tensor, int, float, str, type(None))
+
+
+def _flatten(args: tuple, kwargs: dict) -> tuple[list, Any]:
+    """As `tree_flatten`, which takes longer than the rest of a region where no argument is a container."""
+    values = [*args, *kwargs.values()]
+    if all(isinstance(v, _ATOMS) for v in values):
+        return values, tuple(kwargs)
+    return tree_flatten((args, kwargs))
+
+
+def _unflatten(values: list, structure: Any) -> tuple[tuple, dict]:
+    if not isinstance(structure, tuple):
+        return tree_unflatten(values, structure)
+    split = len(values) - len(structure)
+    return tuple(values[:split]), dict(zip(structure, values[split:], strict=True))
 
 
 class Surroundings:
     """What a region computes with beside its arguments: autocast and the random number generators."""
 
-    def __init__(self, args: tuple, kwargs: dict):
-        tensors = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor)]
+    def __init__(self, tensors: list[Tensor]):
         self.cuda = gpus(tensors)
-        kinds = {"cpu", *(t.device.type for t in tensors), *("cuda" for _ in self.cuda)}
-        self.autocast = {kind: _autocast(kind) for kind in kinds if torch.amp.is_autocast_available(kind)}
+        kinds = ["cpu", *({t.device.type for t in tensors if not t.is_cpu} | ({"cuda"} if self.cuda else set()))]
+        self.autocast = [(kind, _autocast(kind)) for kind in kinds]
         self.random = random_state(self.cuda)
 
     def entered(self) -> None:
@@ -111,8 +129,12 @@ class Surroundings:
         if self.random == random_state(self.cuda):
             self.random = None
 
+    def hold(self) -> bool:
+        """Whether there is nothing to restore."""
+        return self.random is None and all(then == _autocast(kind) for kind, then in self.autocast)
+
     def restore(self, stack: ExitStack) -> None:
-        for kind, then in self.autocast.items():
+        for kind, then in self.autocast:
             if then != _autocast(kind):
                 enabled, dtype, cache = then
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
@@ -141,9 +163,12 @@ def random_state(cuda: list[int]) -> list:
     return [state, *((g.initial_seed(), g.get_offset()) for g in generators)]
 
 
+_OFF = (False, None, None)
+
+
 def _autocast(kind: str) -> tuple:
-    if not torch.is_autocast_enabled(kind):
-        return False, None, None
+    if kind != "cpu" and not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return _OFF
     return True, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
 
 
@@ -169,7 +194,7 @@ class Region:
 
     def run(self, args: tuple, kwargs: dict) -> Any:
         self.inputs = Inputs(args, kwargs, self.hooks)
-        self.surroundings = Surroundings(args, kwargs)
+        self.surroundings = self.inputs.surroundings
         with saved_tensors_hooks(self._pack, self._unpack):
             if self.forward is None:
                 out = self.fn(*args, **kwargs)
@@ -196,16 +221,21 @@ class Region:
     def _run_again(self) -> list[Exact | None]:
         collector = _Collector(self.seen)
         args, kwargs = self.inputs.get()
-        with ExitStack() as stack:
-            self.surroundings.restore(stack)
-            stack.enter_context(torch.enable_grad())
-            if self.again is not None:
-                stack.enter_context(self.again())
-            stack.enter_context(saved_tensors_hooks(collector.pack, _itself))
-            try:
-                self.fn(*args, **kwargs)
-            except Stop:
-                return collector.made
+        hooks = saved_tensors_hooks(collector.pack, _itself)
+        try:
+            if self.again is None and self.surroundings.hold():  # the same without a stack of nothing
+                with torch.enable_grad(), hooks:
+                    self.fn(*args, **kwargs)
+            else:
+                with ExitStack() as stack:
+                    self.surroundings.restore(stack)
+                    stack.enter_context(torch.enable_grad())
+                    if self.again is not None:
+                        stack.enter_context(self.again())
+                    stack.enter_context(hooks)
+                    self.fn(*args, **kwargs)
+        except Stop:
+            return collector.made
         raise CheckpointError(f"bigkernels.checkpoint: the region saved {len(self.seen)} tensors, and "
                               f"{len(collector.made)} when it runs again; it must do the same every time")  # fmt: skip
 
