@@ -60,6 +60,8 @@ def test_the_measured_cases_are_the_ones_of_the_design(family):
         "linear": "512 x 4096 to 4096, bfloat16, forward + backward",
         "quantized": "nf4, 512 x 4096 to 4096, bfloat16, forward + backward",
         "optimizers": "AdamW, int8 states, stochastic, 200 tensors, bfloat16, step",
+        "linear_cross_entropy": "2048 tokens, 1024 to 128256, bfloat16, forward + backward",
+        "checkpointing": "8 Llama blocks of 1024, B 1, S 1024, bfloat16, forward + backward",
         "small": "cross_entropy 49152, bfloat16, forward",
         "model": "training step, B 1, S 1024, bfloat16, forward + backward",
     }
@@ -68,7 +70,7 @@ def test_the_measured_cases_are_the_ones_of_the_design(family):
 
 def test_model_family_trains_reads_and_generates(monkeypatch):
     pytest.importorskip("transformers")
-    monkeypatch.setattr(model, "_CHECKED", 24)  # fewer tokens than there are, as at full size
+    monkeypatch.setattr(model, "CHECKED", 24)  # fewer tokens than there are, as at full size
     given = limits.Limits("cpu", 1e9, {"bfloat16": 1e12}, "given", "given")
     for case in cases("model", QUICK):
         rows = engine.run(case, given, replace(QUICK, rounds=1, seconds=0.0))

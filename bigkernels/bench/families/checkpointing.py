@@ -172,7 +172,7 @@ def _together(settings: Settings) -> Case:
         from ... import apply_checkpointing, optim, patch
 
         model = whole.random_model(sizes, dtype, settings.device).train()
-        ids = whole.tokens(settings, length, sizes["vocab_size"])
+        ids = whole.token_ids(settings, length, sizes["vocab_size"])
 
         def candidate(name: str, variant: nn.Module, optimizer: torch.optim.Optimizer) -> Candidate:
             def step() -> None:

@@ -64,7 +64,7 @@ def _variants(model: nn.Module, compile: bool) -> tuple[dict[str, nn.Module], di
     return variants, missing
 
 
-def tokens(settings: Settings, length: int, vocabulary: int) -> Tensor:
+def token_ids(settings: Settings, length: int, vocabulary: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(3, vocabulary, (settings.batch, length), generator=generator).to(settings.device)
 
@@ -102,7 +102,7 @@ def _training_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
 def _training(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
     def prepare() -> Contest:
         model = random_model(sizes, dtype, settings.device).train()
-        ids = tokens(settings, settings.length, sizes["vocab_size"])
+        ids = token_ids(settings, settings.length, sizes["vocab_size"])
         variants, missing = _variants(model, settings.compile)
         # transformers computes norms and the loss in float32 even here: exact up to those roundings.
         return Contest(
@@ -142,7 +142,7 @@ def _prefill(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
 
     def prepare() -> Contest:
         model = random_model(sizes, dtype, settings.device).eval()
-        ids = tokens(settings, settings.length, sizes["vocab_size"])
+        ids = token_ids(settings, settings.length, sizes["vocab_size"])
         last, checked = (torch.tensor([n - 1], device=ids.device) for n in (ids.shape[1], min(CHECKED, ids.shape[1])))
         variants, missing = _variants(model, compile=False)
 
@@ -183,7 +183,7 @@ def _generation(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
 
     def prepare() -> Contest:
         model = random_model(sizes, dtype, settings.device).eval()
-        prompt = tokens(settings, 32, sizes["vocab_size"])
+        prompt = token_ids(settings, 32, sizes["vocab_size"])
         mask = torch.ones_like(prompt)
         variants, missing = _variants(model, compile=False)
 
