@@ -222,22 +222,29 @@ class Region:
         collector = _Collector(self.seen)
         args, kwargs = self.inputs.get()
         hooks = saved_tensors_hooks(collector.pack, _itself)
-        try:
-            if self.again is None and self.surroundings.hold():  # the same without a stack of nothing
-                with torch.enable_grad(), hooks:
-                    self.fn(*args, **kwargs)
-            else:
-                with ExitStack() as stack:
-                    self.surroundings.restore(stack)
-                    stack.enter_context(torch.enable_grad())
-                    if self.again is not None:
-                        stack.enter_context(self.again())
-                    stack.enter_context(hooks)
-                    self.fn(*args, **kwargs)
-        except Stop:
-            return collector.made
+        if self.again is None and self.surroundings.hold():  # as below, without a stack of nothing
+            with torch.enable_grad(), hooks:
+                if self._stopped(args, kwargs):
+                    return collector.made
+        else:
+            with ExitStack() as stack:
+                self.surroundings.restore(stack)
+                stack.enter_context(torch.enable_grad())
+                if self.again is not None:
+                    stack.enter_context(self.again())
+                stack.enter_context(hooks)
+                if self._stopped(args, kwargs):
+                    return collector.made
         raise CheckpointError(f"bigkernels.checkpoint: the region saved {len(self.seen)} tensors, and "
                               f"{len(collector.made)} when it runs again; it must do the same every time")  # fmt: skip
+
+    def _stopped(self, args: tuple, kwargs: dict) -> bool:
+        """Run; whether the last saved tensor has been made."""
+        try:
+            self.fn(*args, **kwargs)
+        except Stop:
+            return True
+        return False
 
 
 class _Collector:
