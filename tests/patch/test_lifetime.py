@@ -320,8 +320,8 @@ def test_nothing_to_patch():
 
 def test_report_joins_equal_rows(get_case):
     lines = str(bigkernels.patch(get_case("llama").model)).splitlines()
-    assert lines[0] == "patched: 15"
-    assert len(lines) == 11  # a title, a heading, and a line for each of the nine kinds
+    assert lines[0] == "patched: 16"
+    assert len(lines) == 12  # a title, a heading, and a line for each of the ten kinds
     assert any(line.split()[:3] == ["2", "model.layers.*.mlp", "glu"] for line in lines)
     columns = {line.rstrip().rindex(" ") for line in lines[2:]}
     assert len(columns) == 1  # aligned
