@@ -41,19 +41,21 @@ def launchers_serve_cpu_tensors():
 
     from bigkernels.ops import OPERATORS
     from bigkernels.ops._registry import Implementation
+    from bigkernels.ops.compress import OPERATOR as CODES
     from bigkernels.triton import OPERATORS as KERNELS
     from bigkernels.triton import launchers
 
     library = torch.library.Library("bigkernels", "IMPL")
-    before = {name: operator.implementations for name, operator in OPERATORS.items()}
+    operators = OPERATORS | {CODES.name: CODES}
+    before = {name: operator.implementations for name, operator in operators.items()}
     for name, launcher in launchers().items():
         library.impl(name, launcher, "CPU", allow_override=True)
-    for name in OPERATORS.keys() & set(KERNELS):
+    for name in KERNELS:
         # bfloat16 is left to real GPUs.
-        OPERATORS[name].implementations = (Implementation("triton", "cpu", dtypes=(torch.float32, torch.float16)),)
-        OPERATORS[name]._choices.clear()
+        operators[name].implementations = (Implementation("triton", "cpu", dtypes=(torch.float32, torch.float16)),)
+        operators[name]._choices.clear()
     yield
-    for name, operator in OPERATORS.items():
+    for name, operator in operators.items():
         operator.implementations = before[name]
         operator._choices.clear()
     library._destroy()
