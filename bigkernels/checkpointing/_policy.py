@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from os import PathLike
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Policy:
         return replace(self, **{f.name: value for f in fields(other) if (value := getattr(other, f.name)) is not None})
 
 
-_UNSAID = -1.0
+_HALF_OR_ALL: Any = object()  # of a budget that is not given
 
 
 def recompute() -> Policy:
@@ -94,7 +95,9 @@ def recompute() -> Policy:
     return Policy(keep="nothing")
 
 
-def selective(operators: Iterable[str | Callable] | None = None, *, budget: float | int | None = _UNSAID) -> Policy:
+def selective(
+    operators: Iterable[str | Callable] | None = None, *, budget: float | int | None = _HALF_OR_ALL
+) -> Policy:
     """Keep the results of expensive operators and recompute what lies between them (Korthikanti et al. 2022,
     https://arxiv.org/abs/2205.05198).
 
@@ -109,7 +112,7 @@ def selective(operators: Iterable[str | Callable] | None = None, *, budget: floa
     Raises:
         ValueError: the budget is not positive, or a fraction above 1.
     """
-    if budget == _UNSAID:
+    if budget is _HALF_OR_ALL:
         budget = 0.5 if operators is None else None
     if budget is not None and (budget <= 0 or (isinstance(budget, float) and budget > 1)):
         raise ValueError(f"bigkernels.checkpointing.selective: budget is {budget}, expected a fraction in (0, 1] or a "

@@ -142,7 +142,7 @@ class Saver:
         return kept.get().as_strided(shape, stride, offset)
 
     def fetch(self) -> None:
-        for reference in self.slots:
+        for reference in reversed(self.slots):  # backward needs the last first
             slot = reference()
             if slot is not None:
                 slot.fetch()

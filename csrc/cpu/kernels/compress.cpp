@@ -1,5 +1,6 @@
 // Numbers in 8 bits with a scale a block, and back: 8-bit integers, or floats of 4 exponent and 3 mantissa bits.
 #include "linear_codes.h"
+#include "random.h"
 
 namespace bigkernels {
 namespace BK_ISA {
@@ -8,15 +9,6 @@ namespace {
 BK_INLINE vi ints(vf v) { return __builtin_convertvector(v, vi); }  // towards zero
 BK_INLINE vf floats(vi v) { return __builtin_convertvector(v, vf); }
 
-// One random word an element.
-BK_INLINE vu random_words(uint32_t key, int64_t element) {
-  vu lane;
-  for (int i = 0; i < W; ++i) lane[i] = i;
-  vu x = (lane + (uint32_t)element) ^ key;
-  x = (x ^ (x >> 16)) * 0x21f0aaadu;
-  x = (x ^ (x >> 15)) * 0xd35a2d97u;
-  return x ^ (x >> 15);
-}
 BK_INLINE vf unit(vu random) { return (vf)((random >> 9) | 0x3f800000u) - 1.0f; }  // in [0, 1)
 
 // y in [-127, 127] but for rounding.

@@ -6,6 +6,8 @@
 #include <bigkernels/update.h>
 #include <bigkernels/vec.h>
 
+#include "random.h"
+
 namespace bigkernels {
 namespace BK_ISA {
 namespace {
@@ -156,12 +158,7 @@ struct Random {
   uint32_t key;
   Random(uint32_t key, int64_t element) : key(key ^ mix((uint32_t)(element >> 32))) {}
   BK_METHOD vu words(int64_t element) const {  // a multiple of 32, plus less than 16
-    vu lane;
-    for (int i = 0; i < W; ++i) lane[i] = i;
-    vu x = (lane + (uint32_t)element) ^ key;
-    x = (x ^ (x >> 16)) * 0x21f0aaadu;
-    x = (x ^ (x >> 15)) * 0xd35a2d97u;
-    return x ^ (x >> 15);
+    return random_words(key, element);
   }
 };
 
