@@ -91,6 +91,14 @@ def highest_isa(library: Path) -> str:
 
 
 @pytest.fixture(params=ISA_LEVELS)
+def lower_isa(request: pytest.FixtureRequest, highest_isa: str) -> Isa:
+    """Each level below this process's own: for what the process runs at its own level anyway."""
+    if ISA_LEVELS.index(request.param) >= ISA_LEVELS.index(highest_isa):
+        pytest.skip(f"this process chose level {highest_isa}")
+    return Isa(request.param)
+
+
+@pytest.fixture(params=ISA_LEVELS)
 def isa(request: pytest.FixtureRequest, highest_isa: str) -> Isa:
     """Each level in turn; those that this machine lacks are skipped."""
     if ISA_LEVELS.index(request.param) > ISA_LEVELS.index(highest_isa):

@@ -8,27 +8,79 @@ import pytest
 import torch
 
 from bigkernels import _compare
-from bigkernels._compare import Comparison, compare, compare_all, max_error, rounding, worst
-from bigkernels._samples import SAMPLES, widen
+from bigkernels._compare import Comparison, compare, compare_all, worst
+from bigkernels._samples import SAMPLES, Draw, widen
+from bigkernels._samples.rows import norm_inputs
 from bigkernels.ops import OPERATORS
 
 exact = torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64)
 
 
-def test_twice_the_error_of_pytorch_and_one_rounding_is_allowed():
+@pytest.mark.parametrize("scale", ["element", "row", "tensor"])
+def test_twice_the_error_of_pytorch_and_one_rounding_is_allowed(scale):
     plain = (exact + torch.tensor([0.01, 0.0, 0.0])).float()
-    bound = 2 * max_error(plain, exact) + torch.finfo(torch.float32).eps * 4.0
-    found = compare(exact.float() + torch.tensor([0.0, 0.0199, 0.0]), plain, exact)
+    found = compare(exact.float() + torch.tensor([0.0, 0.0199, 0.0]), plain, exact, scale=scale)
     assert found.ok
-    assert found.bound == pytest.approx(bound)
-    assert not compare(exact.float() + torch.tensor([0.0, 0.0201, 0.0]), plain, exact).ok
+    assert found.bound == pytest.approx(2 * 0.01, rel=1e-4)
+    assert not compare(exact.float() + torch.tensor([0.0, 0.0201, 0.0]), plain, exact, scale=scale).ok
 
 
 def test_without_an_error_of_pytorch_one_rounding_is_allowed():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         step = torch.finfo(dtype).eps * 4.0
-        assert compare((exact + torch.tensor([0.0, 0.0, step])).to(dtype), exact.to(dtype), exact).ok
-        assert not compare((exact + torch.tensor([0.0, 0.0, 2 * step])).to(dtype), exact.to(dtype), exact).ok
+        # Sums are made in float32: two of its roundings are allowed at the scale of a row.
+        of_a_row = 2 if dtype == torch.float32 else 1
+        for scale, roundings in {"element": of_a_row, "row": of_a_row, "tensor": 1}.items():
+            right, wrong = (exact + torch.tensor([0.0, 0.0, n * step]) for n in (roundings, roundings + 1))
+            assert compare(right.to(dtype), exact.to(dtype), exact, scale=scale).ok
+            assert not compare(wrong.to(dtype), exact.to(dtype), exact, scale=scale).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_values_have_to_be_right_too(dtype):
+    """Of a norm's outputs the smallest 4.5 % are below one rounding of the largest."""
+    x = norm_inputs("x", (64, 256))(Draw(dtype))["x"]
+    wide = torch.nn.functional.rms_norm(x.double(), (256,))
+    plain = torch.nn.functional.rms_norm(x.float(), (256,)).to(dtype)
+    for part in (0.045, 0.01, 0.001):
+        small = plain.abs() <= plain.abs().float().quantile(part)
+        assert compare(plain, plain, wide).ok
+        assert not compare(plain.where(~small, 0.0), plain, wide).ok
+        assert not compare(plain.where(~small, 1.1 * plain), plain, wide).ok
+    assert compare(plain.where(~small, 0.0), plain, wide, scale="tensor").ok
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", ["element", "row"])
+def test_a_row_has_a_scale_of_its_own(scale, dtype):
+    """A row a thousand times smaller than the others is wrong where it would be lost in their rounding."""
+    rows = torch.randn(8, 64)
+    rows[3] /= 1e3
+    rows = rows.to(dtype)
+    off = rows.clone()
+    off[3] += 8 * torch.finfo(dtype).eps * rows[3].abs().max()
+    assert compare(off, rows, rows.double(), scale="tensor").ok
+    assert not compare(off, rows, rows.double(), scale=scale).ok
+
+
+def test_sums_that_cancel_may_lose_digits_of_float32_alone():
+    terms = torch.randn(32, 64, 4096, generator=torch.Generator().manual_seed(0))
+    terms[..., -1] -= terms.double().sum(-1).float()  # every sum is next to nothing
+    terms[:, ::8, 0] += 100.0
+    wide = terms.double().sum(-1)
+    assert compare(terms.flip(-1).sum(-1).bfloat16(), terms.sum(-1).bfloat16(), wide).ok
+    off = terms.sum(-1) + 1e-3
+    assert not compare(off.bfloat16(), terms.sum(-1).bfloat16(), wide).ok
+
+
+def test_an_overflow_of_pytorch_allows_nothing_to_smaller_values():
+    wide = torch.tensor([[1e5, 1.0] + [0.01] * 30], dtype=torch.float64)
+    plain = wide.half()
+    assert plain.isinf().any()
+    assert compare(plain, plain, wide).ok
+    off = plain.clone()
+    off[0, 1] = 1.1
+    assert not compare(off, plain, wide).ok
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -49,12 +101,16 @@ def test_shapes_and_missing_names_fail():
 
 
 def test_long_tensors_are_compared_in_parts(monkeypatch):
-    monkeypatch.setattr(_compare, "_PART", 7)
-    values = torch.arange(50.0, dtype=torch.float64).reshape(5, 10).t()
-    other = values.clone()
-    other[3, 4] += 0.5
-    assert max_error(other, values) == 0.5
-    assert rounding(torch.float32, values) == torch.finfo(torch.float32).eps * 49
+    values = torch.arange(500.0, dtype=torch.float64).reshape(50, 10).t()
+    plain, other = values.clone(), values.clone()
+    plain[7, 44] += 0.0625
+    other[3, 44] += 0.5
+    for scale in ("element", "row", "tensor"):
+        whole = compare(other.float(), plain.float(), values, scale=scale)
+        assert whole.error == 0.5 and whole.bound == pytest.approx(0.125, rel=1e-3)
+        with monkeypatch.context() as patch:
+            patch.setattr(_compare, "_PART", 7)
+            assert compare(other.float(), plain.float(), values, scale=scale) == whole
 
 
 def test_empty_results_pass():

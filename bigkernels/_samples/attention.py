@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ._sample import Draw, Sample, strided
 
-# Backward works from the output and the logsumexp as forward rounded them; PyTorch without fusion keeps the weights.
-_ROUNDINGS = 6.0
+# The weights are rounded before they are multiplied. Backward works from the output and the logsumexp as forward
+# rounded them, and the gradient of a query that sees one key is a difference of equals; PyTorch without fusion keeps
+# the weights.
+_CRITERION = {"scale": "row", "gradient_scale": "tensor", "gradient_roundings": 6.0}
 
 
 def _heads(
@@ -51,7 +53,7 @@ def attention_sample(
         return made
 
     differentiable = ("q", "k", "v") + ("bias",) * (bias is not None) + ("sinks",) * sinks
-    return Sample("attention", name, make, options, differentiable, gradient_roundings=_ROUNDINGS)
+    return Sample("attention", name, make, options, differentiable, **_CRITERION)
 
 
 def _random_mask(draw: Draw, queries: int, keys: int) -> Tensor:
@@ -156,7 +158,7 @@ def varlen_sample(
 
     most = {"max_seqlen_q": max(queries, default=0), "max_seqlen_k": max(keys, default=0)}
     differentiable = ("q", "k", "v") + ("sinks",) * sinks
-    return Sample("varlen_attention", name, make, most | options, differentiable, gradient_roundings=_ROUNDINGS)
+    return Sample("varlen_attention", name, make, most | options, differentiable, **_CRITERION)
 
 
 VARLEN_ATTENTION = [

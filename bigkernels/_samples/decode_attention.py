@@ -52,7 +52,8 @@ def decode_sample(
         return made
 
     written = ("k_cache", "v_cache", *(("k_scale", "v_scale") if int8 else ())) if append else ()
-    return Sample("decode_attention", name, make, options, written=written)
+    # The weights are rounded before they are multiplied.
+    return Sample("decode_attention", name, make, options, written=written, scale="row")
 
 
 def _hidden(values: Tensor, valid: Tensor) -> Tensor:

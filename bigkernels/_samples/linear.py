@@ -21,6 +21,7 @@ LINEAR = [
     _sample("many tokens", (2, 35, 192), 70),
     _sample("odd sizes", (51, 131), 37, bias=False),
     _sample("several pieces of the depth", (40, 600), 150),
+    _sample("half a block of columns", (70, 80), 48),
     _sample("one element", (1, 1), 1),
     _sample("one dimension", (48,), 20),
     _sample("no tokens", (0, 64), 8),

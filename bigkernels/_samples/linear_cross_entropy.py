@@ -33,7 +33,9 @@ def _loss(
 
     differentiable = ("hidden", "weight", *(("bias",) if bias else ()))
     # The gradient of a token's own loss is rounded before it is multiplied with what comes from above.
-    return Sample("linear_cross_entropy", name, make, options, differentiable, gradient_roundings=4.0)
+    return Sample(
+        "linear_cross_entropy", name, make, options, differentiable, gradient_scale="row", gradient_roundings=4.0
+    )
 
 
 LINEAR_CROSS_ENTROPY = [

@@ -33,7 +33,11 @@ def weight_sample(
         made |= quantize_weight(draw.normal(n, shape[-1], scale=0.05), config).tensors
         return made | ({"bias": draw.normal(n)} if bias else {})
 
-    return _WeightSample("quantized_linear", name, make, {"config": config, "n": n}, ("x", "bias") if bias else ("x",))
+    # For many tokens the dequantized weight is rounded before it is multiplied.
+    return _WeightSample(
+        "quantized_linear", name, make, {"config": config, "n": n}, ("x", "bias") if bias else ("x",),
+        scale="row", gradient_scale="row",
+    )  # fmt: skip
 
 
 _FORMATS = ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8")
@@ -41,6 +45,7 @@ _FORMATS = ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8")
 QUANTIZED_LINEAR = [
     *(weight_sample(f"{name}, one token", name, (1, 192), 40) for name in _FORMATS),
     *(weight_sample(f"{name}, many tokens", name, (2, 35, 192), 70) for name in _FORMATS),
+    *(weight_sample(f"{name}, half a block of columns", name, (70, 80), 48) for name in ("int8", "int8-dynamic")),
     weight_sample("groups of 32, odd sizes", Int4(32), (3, 131), 37),
     weight_sample("groups of 64, odd sizes, many tokens", Int4(64, "rtn"), (51, 131), 37),
     weight_sample("blocks of 128, plain scales", NF4(128, double_quant=False), (5, 300), 33),

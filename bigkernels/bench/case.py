@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
@@ -87,7 +88,8 @@ class Contest:
         roundings: how many roundings the criterion allows ours beyond the error of eager.
         others: how many it allows the candidates of others: they have to compute the same thing, and may round after
             every operation.
-        compare: the criterion, called like `compare_all`.
+        compare: the criterion, called like `compare_all`: by default at the scale of each tensor, as the candidates of
+            others round what they add up.
     """
 
     candidates: list[Candidate]
@@ -96,7 +98,7 @@ class Contest:
     missing: dict[str, str] = field(default_factory=dict)
     roundings: float = 1.0
     others: float = 16.0
-    compare: Callable[..., dict[str, Comparison]] = compare_all
+    compare: Callable[..., dict[str, Comparison]] = partial(compare_all, scale="tensor")
 
 
 @dataclass(frozen=True)

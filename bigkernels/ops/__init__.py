@@ -22,6 +22,8 @@ from . import (
 from ._registry import OPERATORS, allow_nondeterministic, use
 
 torch.library.define("bigkernels::cpu_isa", "() -> str")
+# For tests: from how many bytes on CPU kernels use a second thread, and store past the caches. Returns those before.
+torch.library.define("bigkernels::thresholds", "(int grain, int stream) -> (int, int)")
 
 # After the definitions: a library only implements schemas that exist.
 cpu_library()

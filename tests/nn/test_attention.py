@@ -101,7 +101,7 @@ def assert_matches(module: Attention, **inputs):
     other = copy.deepcopy(module).double()
     exact = results(lambda **i: plain(other, **i), other, wide(inputs))
     reference = results(lambda **i: plain(module, **i), module, inputs)
-    compared = compare_all(results(module, module, inputs), reference, exact, roundings=4)
+    compared = compare_all(results(module, module, inputs), reference, exact, roundings=4, scale="tensor")
     assert {name: str(c) for name, c in compared.items() if not c.ok} == {}
 
 
@@ -199,7 +199,7 @@ def test_packed_sequences_do_not_see_each_other(name):
 
         exact = results(lambda x, m=other: one_by_one(x, m), other, wide({"x": x}))
         reference = results(lambda x: one_by_one(x, module), module, {"x": x})
-        compared = compare_all(ours, reference, exact, roundings=4)
+        compared = compare_all(ours, reference, exact, roundings=4, scale="tensor")
         assert {n: str(c) for n, c in compared.items() if not c.ok} == {}
 
 
@@ -304,7 +304,7 @@ def test_16_bits(name):
     other = copy.deepcopy(module).double()
     exact = results(lambda **i: plain(other, **i), other, wide({"x": x}))
     reference = results(lambda **i: plain(module, **i), module, {"x": x})
-    compared = compare_all(results(module, module, {"x": x}), reference, exact, roundings=4)
+    compared = compare_all(results(module, module, {"x": x}), reference, exact, roundings=4, scale="tensor")
     assert {n: str(c) for n, c in compared.items() if not c.ok} == {}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sizes import every_size
 
 from bigkernels.ops.compress import BLOCK, _decode, _reference, compress, decompress, encode
 
@@ -33,6 +34,20 @@ def test_kernels_and_reference_give_the_same_codes(n, format, dtype, stochastic)
     read = decompress(codes, scale, format, dtype=dtype)
     assert read.dtype == dtype
     assert torch.equal(read, _decode(codes, scale, format == "fp8", dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", ("int8", "fp8"))
+def test_any_size_in_any_number_of_threads(format, dtype):
+    """The same bits where codes are decoded past the caches, by any number of threads."""
+    x = values(SIZES[-1], dtype)
+    expected = [*_reference(x, format == "fp8", True, 12345)]
+    expected.append(_decode(*expected, format == "fp8", dtype))
+    for threads in (1, 2, 3, 7):
+        with every_size(threads):
+            codes, scale = encode(x, format, True, 12345)
+            found = [codes, scale, decompress(codes, scale, format, dtype=dtype)]
+        assert all(map(torch.equal, found, expected)), threads
 
 
 def test_at_every_level(isa):

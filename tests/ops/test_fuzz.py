@@ -59,7 +59,7 @@ def agree(call, tensors: dict[str, Tensor], grads: tuple[str, ...], scale: float
     exact = run({n: v.double() if v.is_floating_point() else v for n, v in tensors.items()}, "reference")
     for ours, plain, wide in zip(run(tensors, "cpu"), run(tensors, "reference"), exact, strict=True):
         # Of a few values PyTorch may by chance get all nearly exact: eight roundings are what such sums may lose.
-        result = compare(ours, plain, wide, roundings=8)
+        result = compare(ours, plain, wide, roundings=8, scale="row")
         assert result.problem is None and result.error <= result.bound + 4 * EPS * scale, result
 
 

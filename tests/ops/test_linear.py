@@ -19,6 +19,7 @@ from bigkernels import functional
 from bigkernels import nn as bnn
 from bigkernels.nn import linear as module_of
 from bigkernels.ops.linear import pack_weight
+from bigkernels.quantization import quantize_weight
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MANY = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -26,6 +27,23 @@ MANY = settings(max_examples=60, deadline=None, derandomize=True, suppress_healt
 fwd, bwd = torch.ops.bigkernels.linear_fwd, torch.ops.bigkernels.linear_bwd
 
 pytestmark = pytest.mark.usefixtures("library")
+
+
+@pytest.mark.parametrize("n", [16, 48, 80])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_large_results_of_half_a_block_of_columns(n: int, quantized: bool):
+    """Results that are stored past the caches: rows of whole cache lines that are no whole blocks of 32 columns."""
+    m = 2**18 // n + 33
+    x, weight, bias = torch.randn(m, 20), torch.randn(n, 20), torch.randn(n)
+    if quantized:
+        weight = quantize_weight(weight, "int8-dynamic")
+        found = functional.quantized_linear(x, weight, bias)
+        with bigkernels.use("reference"):
+            expected = functional.quantized_linear(x, weight, bias)
+    else:
+        found = functional.linear(x, weight, bias)
+        expected = F.linear(x, weight, bias)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 cases = st.fixed_dictionaries({

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch._inductor.config
+from sizes import DEFAULTS, every_size
 from torch import Tensor
 
 import bigkernels
@@ -61,16 +62,62 @@ def test_kernel(sample: Sample, dtype: torch.dtype, library):
         assert torch.equal(t, given[name]), f"{name} was written to"
 
 
+def every_path(sample: Sample, dtype: torch.dtype, threads: tuple[int, ...]) -> dict[tuple[int, str], str]:
+    """What is wrong where every output is stored past the caches and split among some threads, by threads and name."""
+    inputs = sample.inputs(dtype)
+    exact = sample.results(widen(inputs), backend="reference")
+    plain = sample.results(inputs, backend="reference")
+    wrong = {}
+    for count in threads:
+        with every_size(count):
+            judged = sample.judge(sample.results(inputs, backend="cpu"), plain, exact)
+        wrong |= {(count, name): str(c) for name, c in judged.items() if not c.ok}
+    return wrong
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=short)
+@pytest.mark.parametrize("sample", ALL, ids=named)
+def test_kernel_of_any_size_in_any_number_of_threads(sample: Sample, dtype: torch.dtype, library):
+    assert not every_path(sample, dtype, (1, 2, 3, 7))
+
+
+def test_the_threads_of_a_test_are_its_own():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), every_size(3):
+        assert torch.get_num_threads() == 3
+        assert torch.ops.bigkernels.thresholds(1, 0) == (1, 0)
+        raise KeyError
+    assert torch.get_num_threads() == before
+    assert torch.ops.bigkernels.thresholds(*DEFAULTS) == DEFAULTS
+
+
+def test_thresholds_are_checked(library):
+    for grain, stream in ((0, 0), (-1, 0), (1, -1)):
+        with pytest.raises(RuntimeError, match="grain must be at least 1, stream at least 0"):
+            torch.ops.bigkernels.thresholds(grain, stream)
+
+
 @pytest.mark.slow
 def test_kernel_at_every_level(isa):
     assert "passed" in isa.pytest("tests/ops/test_recipe.py", "-k", "test_kernel and not every_level")
 
 
-def test_check_at_every_level(isa):
+def test_check_at_every_level(lower_isa):
     """The quick form of the test above: every sample in every dtype, in one process a level."""
-    assert "WRONG" not in isa.run(
+    assert "WRONG" not in lower_isa.run(
         "import sys; from bigkernels._cli import main; sys.exit(main(['check', '--device', 'cpu']))"
     )
+
+
+def test_any_size_and_number_of_threads_at_every_level(lower_isa):
+    snippet = (
+        "import sys; sys.path.insert(0, 'tests'); sys.path.insert(0, 'tests/ops')\n"
+        "from test_recipe import ALL, KERNEL_DTYPES, every_path, named\n"
+        "for sample in ALL:\n"
+        "    for dtype in KERNEL_DTYPES:\n"
+        "        if wrong := every_path(sample, dtype, (1, 3)): print(named(sample), dtype, wrong)"
+    )
+    assert lower_isa.run(snippet) == ""
 
 
 @pytest.mark.parametrize("sample", SMALL, ids=named)

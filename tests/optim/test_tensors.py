@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sizes import every_size
 from torch import Tensor
 
 from bigkernels import optim
@@ -261,20 +262,17 @@ def test_threads_groups_and_order_do_not_matter(name: str, options: dict) -> Non
         torch.manual_seed(1)
         seed = {"seed": 7} if options.get("rounding") == "stochastic" else {}
         optimizer = make(name, [{**g, **seed} for g in groups], **options)
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+        with every_size(threads):
             for step in range(3):
                 step_all(optimizer, params, step)
-        finally:
-            torch.set_num_threads(before)
         return [p.detach() for p in params]
 
     n = len(shapes)
     first = run(2, list(range(n)), n)
     # The products of Muon are PyTorch's, whose order of additions may change with the threads.
-    for threads, order, per_group in ((1 if name != "Muon" else 2, list(range(n)), n), (2, list(range(n))[::-1], n),
-                                      (2, list(range(n)), 2), (2, [3, 1, 6, 0, 5, 2, 4], 1)):  # fmt: skip
+    others = () if name == "Muon" else ((1, list(range(n)), n), (3, list(range(n)), n), (7, list(range(n)), 3))
+    for threads, order, per_group in (*others, (2, list(range(n))[::-1], n), (2, list(range(n)), 2),
+                                      (2, [3, 1, 6, 0, 5, 2, 4], 1)):  # fmt: skip
         again = run(threads, order, per_group)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), (threads, order, per_group)
 

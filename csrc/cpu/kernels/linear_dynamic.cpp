@@ -226,16 +226,15 @@ void write_out(const Linear& a, const int32_t* c, const int32_t* sums, const flo
       vi whole = read<vi>(c + v * W) - read<vi>(sums + v * W);
       return __builtin_convertvector(whole, vf) * scales[r] * by[v] + bias[v];
     };
-    if (a.stream) {
-      for (int v = 0; v < kVectors && column + v * W < a.n; v += 2) stream2(to + v * W, y(v), y(v + 1));
-    } else {
-      for (int v = 0; v < kVectors; ++v) {
-        int64_t count = a.n - column - v * W;
-        if (count >= W)
-          store(to + v * W, y(v));
-        else if (count > 0)
-          store(to + v * W, y(v), count);
-      }
+    int v = 0;
+    if (a.stream)
+      for (; v < kVectors && column + (v + 2) * W <= a.n; v += 2) stream2(to + v * W, y(v), y(v + 1));
+    for (; v < kVectors; ++v) {
+      int64_t count = a.n - column - v * W;
+      if (count >= W)
+        store(to + v * W, y(v));
+      else if (count > 0)
+        store(to + v * W, y(v), count);
     }
   }
 }

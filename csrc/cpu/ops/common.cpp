@@ -157,6 +157,15 @@ Tensor PartialSums::total() const {
 
 static std::string cpu_isa() { return isa_name(); }
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernels, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+// Sets the thresholds of all calls to come; returns those before.
+static std::tuple<int64_t, int64_t> set_thresholds(int64_t grain, int64_t stream) {
+  STD_TORCH_CHECK(grain >= 1 && stream >= 0, "bigkernels::thresholds: grain must be at least 1, stream at least 0");
+  return {thresholds.grain.exchange(grain), thresholds.stream.exchange(stream)};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bigkernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("thresholds", TORCH_BOX(&set_thresholds));
+}
 
 }  // namespace bigkernels

@@ -50,7 +50,7 @@ struct Plan {
     int64_t total = 0;
     for (const DecodePart& p : whole) total += (p.end - p.begin) * p.groups;
     int64_t bytes = total * (a.d + a.dv) * (a.int8 ? 1 : size_of(a.type));
-    int64_t threads = std::clamp<int64_t>(bytes / kGrainBytes, 1, torch::stable::get_num_threads());
+    int64_t threads = std::clamp<int64_t>(bytes / grain_bytes(), 1, torch::stable::get_num_threads());
     int64_t done = 0, thread = 1;
     runs.push_back(0);
     for (DecodePart p : whole) {

@@ -38,7 +38,8 @@ struct Lists {
     int64_t all = 0, elements = 0;
     for (int64_t i = 0; i < chunk_count; ++i)
       if (grads[chunks[i].tensor].data) all += chunks[i].end - chunks[i].begin;
-    const int64_t most = std::clamp(all / (16 * (int64_t)torch::stable::get_num_threads()), kChunk, 64 * kChunk);
+    const int64_t least = std::min(kChunk, grain_bytes());
+    const int64_t most = std::clamp(all / (16 * (int64_t)torch::stable::get_num_threads()), least, 64 * kChunk);
     std::vector<int64_t> tasks{0};
     for (int64_t i = 0; i < chunk_count; ++i) {
       if (grads[chunks[i].tensor].data) elements += chunks[i].end - chunks[i].begin;

@@ -18,10 +18,16 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// Below this many bytes a second thread costs more than it saves.
-constexpr int64_t kGrainBytes = 64 * 1024;
-// Outputs at least this large do not fit the caches, so they are stored past them.
-constexpr int64_t kStreamBytes = int64_t{1} << 20;
+// Where a call changes its form. Tests lower both (bigkernels::thresholds), so that small tensors take every path.
+struct Thresholds {
+  // Below this many bytes a second thread costs more than it saves. At least 1.
+  std::atomic<int64_t> grain{64 * 1024};
+  // Outputs at least this large do not fit the caches, so they are stored past them.
+  std::atomic<int64_t> stream{int64_t{1} << 20};
+};
+inline Thresholds thresholds;
+inline int64_t grain_bytes() { return thresholds.grain.load(std::memory_order_relaxed); }
+inline int64_t stream_bytes() { return thresholds.stream.load(std::memory_order_relaxed); }
 
 inline Type type_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -163,7 +169,7 @@ class AngleView {
 
 // Streaming stores want whole, aligned cache lines, and an output that the caches would not keep anyway.
 inline bool worth_streaming(const void* out, int64_t row_bytes, int64_t all_bytes) {
-  return all_bytes >= kStreamBytes && row_bytes % 64 == 0 && (uintptr_t)out % 64 == 0;
+  return all_bytes >= stream_bytes() && row_bytes % 64 == 0 && (uintptr_t)out % 64 == 0;
 }
 inline bool worth_streaming(const Tensor& out, int64_t row_bytes, int64_t all_bytes) {
   return worth_streaming(out.const_data_ptr(), row_bytes, all_bytes);
@@ -173,15 +179,16 @@ inline bool worth_streaming(const Tensor& out, int64_t row_bytes, int64_t all_by
 template <class F>
 void parallel_rows(int64_t rows, int64_t bytes_a_row, const F& f) {
   if (rows <= 0) return;
-  if (rows * bytes_a_row < 2 * kGrainBytes) return f(0, rows);
-  int64_t grain = kGrainBytes / (bytes_a_row > 0 ? bytes_a_row : 1);
+  int64_t least = grain_bytes();
+  if (rows * bytes_a_row < 2 * least) return f(0, rows);
+  int64_t grain = least / (bytes_a_row > 0 ? bytes_a_row : 1);
   torch::stable::parallel_for(0, rows, grain > 1 ? grain : 1, f);
 }
 
 // f(block, begin, end): the rows cut into one block a thread, each with partial sums of its own, so that the sums'
 // order depends on the thread count alone. Returns the number of blocks.
 inline int64_t block_count(int64_t rows, int64_t bytes_a_row) {
-  int64_t threads = torch::stable::get_num_threads(), most = rows * bytes_a_row / kGrainBytes;
+  int64_t threads = torch::stable::get_num_threads(), most = rows * bytes_a_row / grain_bytes();
   int64_t blocks = most < threads ? most : threads;
   blocks = blocks < rows ? blocks : rows;
   return blocks > 1 ? blocks : 1;
