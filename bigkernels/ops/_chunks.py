@@ -15,8 +15,7 @@ because to know how many there are the host would have to wait.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -24,12 +23,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import linear as _linear
 from . import quantized_linear as _quantized
-from ._registry import compute_dtype
+from ._derivatives import gradients, is_observed, no_autocast
+from ._registry import compute_dtype, is_readable
 
 if TYPE_CHECKING:
     from ..quantization import QuantizedWeight
@@ -247,6 +246,8 @@ class Call:
 
     Attributes:
         objective: what is computed.
+        reference: the same of all tokens at once and in plain PyTorch, as a function of hidden states, weight (the
+            quantized one, where the head is) and bias, for derivatives of gradients.
         kept: (T,) boolean, the tokens that count; None for all.
         quantized: the head, where it is quantized: it then gets no gradient.
         scale, softcap, temperature: as in `Head`.
@@ -256,6 +257,7 @@ class Call:
     """
 
     objective: Objective
+    reference: Callable[[Tensor, Tensor | QuantizedWeight, Tensor | None], Tensor | Sequence[Tensor]]
     kept: Tensor | None = None
     quantized: QuantizedWeight | None = None
     scale: float = 1.0
@@ -268,11 +270,27 @@ class Call:
         weight = weight if self.quantized is None else self.quantized
         return Head(hidden, weight, bias, scale=self.scale, softcap=self.softcap, temperature=self.temperature)
 
+    def versions(self) -> list[int]:
+        """Of the objective's constants: others where one was written."""
+        return [t._version for t in self.objective.tensors if t is not None and not t.is_inference()]
+
+    def derivatives(
+        self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, grads: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden states, weight and bias that can be differentiated."""
+
+        def call(hidden, weight, bias):
+            return self.reference(hidden, weight if self.quantized is None else self.quantized, bias)
+
+        return gradients(call, (hidden, weight, bias), grads)
+
     def chunks(self, head: Head) -> tuple[Tensor | None, Tensor | None, list[Tokens]]:
         """(numbers of the tokens, or None for all; mask of those that count, where others are computed; chunks)"""
         count, device = head.hidden.shape[0], head.hidden.device
         index, mask = None, self.kept
-        skip = device.type == "cpu" if self.skip is None else self.skip
+        skip = self.skip
+        if self.kept is not None and skip is None:
+            skip = is_readable(self.kept)
         if self.kept is not None and skip:
             index, mask = self.kept.nonzero().squeeze(1), None
             count = index.shape[0]
@@ -300,7 +318,7 @@ def total(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, divisor: T
         call: the rest.
 
     Returns:
-        A scalar in float32 (float64 for float64), differentiable once by `hidden`, `weight` and `bias`.
+        A scalar in float32 (float64 for float64), differentiable by `hidden`, `weight` and `bias`.
     """
     return _Total.apply(hidden, weight, bias, divisor, call)
 
@@ -309,14 +327,9 @@ def total(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, divisor: T
 def per_token(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> tuple[Tensor, ...]:
     """The outputs of an objective, (T,) each in float32 (float64 for float64); 0 for tokens that do not count.
 
-    Arguments as those of `total`. Each output is differentiable once by `hidden`, `weight` and `bias`.
+    Arguments as those of `total`. Each output is differentiable by `hidden`, `weight` and `bias`.
     """
     return _PerToken.apply(hidden, weight, bias, call)
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager:
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def _in_units(grads: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Sequence[Tensor | None], Tensor | None]:
@@ -336,39 +349,45 @@ def _in_units(grads: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Seque
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, divisor, call):
-        with _no_autocast(hidden.device):
+        with no_autocast(hidden.device):
             head = call.head(hidden, weight, bias)
-            gradients = _Gradients(head, *ctx.needs_input_grad[:3])
+            sums = _Gradients(head, *ctx.needs_input_grad[:3])
             _, mask, chunks = call.chunks(head)
             loss = hidden.new_zeros((), dtype=head.wide)
             rest = (None,) * (call.objective.outputs - 1)
             for tokens in chunks:
                 z = call.logits(head, tokens)
-                if gradients:
+                if sums:
                     one = z.new_ones(z.shape[0], dtype=head.wide) if mask is None else mask[tokens].to(head.wide)
                     slope = call.slope(head, z)
                     values, dz = call.objective.both(z, tokens, (one, *rest))
-                    gradients.add(tokens, dz, slope)
+                    sums.add(tokens, dz, slope)
                 else:
                     values = call.objective.values(z, tokens)
                 loss += values[0].sum() if mask is None else torch.where(mask[tokens], values[0], 0).sum()
-        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias, divisor)
-        ctx.dtypes = [t if t is None else t.dtype for t in (hidden, weight, bias)]
+        # The inputs are for derivatives of the gradients alone, and so are constants, which have to be the same then.
+        ctx.save_for_backward(hidden, weight, bias, sums.hidden, sums.weight, sums.bias, divisor)
+        ctx.call, ctx.versions = call, call.versions()
         return loss if divisor is None else loss / divisor
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        *found, divisor = ctx.saved_tensors
+        *inputs, of_hidden, of_weight, of_bias, divisor = ctx.saved_tensors
+        if is_observed(grad):
+            if ctx.versions != ctx.call.versions():
+                raise RuntimeError("bigkernels: a tensor that derivatives of a loss's gradients need, as its target, has "
+                                   "been modified by an inplace operation")  # fmt: skip
+            return *ctx.call.derivatives(*inputs, (grad,)), None, None
         if divisor is not None:
             grad = torch.where(divisor == 0, 0, grad / divisor)
-        return *(_scaled(g, grad, dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)), None, None
+        found = of_hidden, of_weight, of_bias
+        return *(g if g is None else _scaled(g, grad, t.dtype) for g, t in zip(found, inputs, strict=True)), None, None
 
 
 class _PerToken(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, call):
-        with _no_autocast(hidden.device):
+        with no_autocast(hidden.device):
             head = call.head(hidden, weight, bias)
             index, mask, chunks = call.chunks(head)
             every = []
@@ -386,14 +405,15 @@ class _PerToken(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         call = ctx.call
         hidden, weight, bias, *values = ctx.saved_tensors  # this also finds constants that were written since
         values = values[: len(values) - len(call.objective.tensors)]
-        with _no_autocast(hidden.device):
+        if is_observed(*grads):
+            return *call.derivatives(hidden, weight, bias, grads), None
+        with no_autocast(hidden.device):
             head = call.head(hidden, weight, bias)
-            gradients = _Gradients(head, *ctx.needs_input_grad[:3])
+            sums = _Gradients(head, *ctx.needs_input_grad[:3])
             _, mask, chunks = call.chunks(head)
             if mask is not None:
                 grads = [g if g is None else torch.where(mask, g, 0) for g in grads]
@@ -402,8 +422,8 @@ class _PerToken(torch.autograd.Function):
                 z = call.logits(head, tokens)
                 slope = call.slope(head, z)
                 taken = [v[tokens] for v in values], [g if g is None else g[tokens] for g in grads]
-                gradients.add(tokens, call.objective.gradient(z, tokens, *taken), slope)
-        found = gradients.hidden, gradients.weight, gradients.bias
+                sums.add(tokens, call.objective.gradient(z, tokens, *taken), slope)
+        found = sums.hidden, sums.weight, sums.bias
         inputs = hidden, weight, bias
         if unit is not None:
             return *(g if g is None else _scaled(g, unit, t.dtype) for g, t in zip(found, inputs, strict=True)), None

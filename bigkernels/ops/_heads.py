@@ -7,15 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor, type_name
-from ._registry import compute_dtype
-
-_transforms = torch._C._functorch.peek_interpreter_stack
-_forward_ad = torch.autograd.forward_ad
+from ._registry import compute_dtype, is_forced, is_readable, sees_plain_alone
 
 
-def as_reference() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation looks: they see through plain PyTorch alone."""
-    return _transforms() is not None or _forward_ad._current_level >= 0
+def as_reference(hidden: Tensor, weight: object, bias: Tensor | None) -> bool:
+    """Whether all logits are made at once, in plain PyTorch."""
+    plain = weight if isinstance(weight, Tensor) else None
+    return is_forced("reference") or sees_plain_alone(hidden, plain, bias)
 
 
 def check_head(
@@ -54,7 +52,7 @@ def check_target(op: str, target: object, hidden: Tensor) -> None:
 
 def targets_inside(op: str, target: Tensor, vocabulary: int, ignore_index: int) -> None:
     """Data-dependent, so on CPU only: on a GPU it would wait for the device."""
-    if target.device.type != "cpu":
+    if not is_readable(target):
         return
     outside = target[(target != ignore_index) & ((target < 0) | (target >= vocabulary))]
     if outside.numel():

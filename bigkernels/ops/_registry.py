@@ -42,6 +42,8 @@ _nondeterministic = False
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _transforms = torch._C._functorch.peek_interpreter_stack
 _forward_ad = torch.autograd.forward_ad
+_is_jit_tracing = torch._C._is_tracing
+_modes = torch.utils._python_dispatch
 
 
 def _no_reason() -> str | None:
@@ -109,9 +111,9 @@ class Operator:
     def uses_kernel(self, x: Tensor, *others: Tensor | None) -> bool:
         """Whether a raw operator serves a call on these tensors.
 
-        torch.func transforms and forward-mode differentiation see only through plain PyTorch, so the reference
-        serves them. The compiler gets the reference too, because it fuses that with its neighbours, unless the
-        operator says otherwise. Tensors of several devices are left to the reference, whose checks name them.
+        What sees only through plain PyTorch (`sees_plain_alone`) gets the reference. The compiler gets it too, because
+        it fuses that with its neighbours, unless the operator says otherwise. Tensors of several devices are left to
+        the reference, whose checks name them.
         """
         if _is_dynamo_compiling():
             if _forced is None:
@@ -130,7 +132,13 @@ class Operator:
                 if t is not None and t.device != x.device:
                     return False
             served = self.choose(x) != "reference"
-        return served and _transforms() is None and _forward_ad._current_level < 0
+        return (
+            served
+            and _transforms() is None
+            and _forward_ad._current_level < 0
+            and not _is_jit_tracing()
+            and not (_modes._is_in_torch_dispatch_mode and _in_graph_without_gradients(x, *others))
+        )
 
     def refusals(self, device: str, dtype: torch.dtype) -> dict[str, str | None]:
         """For each implementation, why it cannot serve; None where it can."""
@@ -217,21 +225,39 @@ def define(schema: str, fake: Callable, fallback: Callable) -> torch._ops.OpOver
     return getattr(torch.ops.bigkernels, name.split("::")[1]).default
 
 
-def vjp(
-    fn: Callable, tensors: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of `fn(*tensors)` by autograd, for the backward fallbacks: None where an input is None."""
-    leaves = [t.detach().requires_grad_() if t is not None else None for t in tensors]
-    with torch.enable_grad():
-        out = fn(*leaves)
-    out = out if isinstance(out, tuple) else (out,)
-    pairs = [(o, g) for o, g in zip(out, grads, strict=True) if g is not None and o.requires_grad]
-    if not pairs:  # outputs without elements may not depend on the inputs
-        return tuple(t if t is None else torch.zeros_like(t) for t in tensors)
-    inputs = [leaf for leaf in leaves if leaf is not None]
-    outputs, upstream = [o for o, _ in pairs], [g.to(o.dtype) for o, g in pairs]
-    found = iter(torch.autograd.grad(outputs, inputs, upstream, allow_unused=True, materialize_grads=True))
-    return tuple(next(found) if leaf is not None else None for leaf in leaves)
+def is_forced(backend: str) -> bool:
+    """Whether `use` forces it."""
+    return _forced == backend
+
+
+def sees_plain_alone(*tensors: Tensor | None) -> bool:
+    """Whether something looks that sees through plain PyTorch alone, and no kernel: torch.func transforms; forward-mode
+    differentiation; `torch.jit.trace`, whose file has to work without this package; `make_fx` and `torch.export`, where
+    a gradient is needed, because their graphs hold what an autograd function calls, and not its backward.
+    """
+    if _transforms() is not None or _forward_ad._current_level >= 0:
+        return True
+    if _is_dynamo_compiling():
+        return False
+    return _is_jit_tracing() or (_modes._is_in_torch_dispatch_mode and _in_graph_without_gradients(*tensors))
+
+
+def writes_graph() -> bool:
+    """Whether `make_fx` or what is made of it, as `torch.export`, notes the operations."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def _in_graph_without_gradients(*tensors: Tensor | None) -> bool:
+    return needs_grad(*tensors) and writes_graph()
+
+
+def is_readable(t: Tensor) -> bool:
+    """Whether the values of a tensor may be read by the host: they are there, at no cost, and no graph is made of what
+    is done to them.
+    """
+    if not t.is_cpu or torch.compiler.is_compiling() or type(t) not in (Tensor, torch.nn.Parameter):
+        return False
+    return _transforms() is None and not _is_jit_tracing() and not writes_graph()
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

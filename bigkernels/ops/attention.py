@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _attention as shared
 from ._arguments import check_tensor
-from ._registry import REFUSED, Operator, define, needs_grad, vjp
+from ._derivatives import gradients, is_observed, vjp
+from ._registry import REFUSED, Operator, define, needs_grad
 
 
 def attention(
@@ -192,9 +192,16 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, grad_lse):
         q, k, v, out, lse, bias, *rest = ctx.saved_tensors
+        if is_observed(grad, grad_lse):
+            mask, alibi_slopes, sinks, *others = rest
+
+            def call(q, k, v, bias, sinks):
+                return _dense(q, k, v, bias, mask, alibi_slopes, sinks, *others, *ctx.options)
+
+            dq, dk, dv, dbias, dsinks = gradients(call, (q, k, v, bias, sinks), (grad, grad_lse))
+            return dq, dk, dv, dbias, None, None, dsinks, *[None] * 7
         if grad is None:
             grad = torch.zeros_like(out)
         bias_grad = bias is not None and ctx.needs_input_grad[3]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._arguments import check_same_device, check_shape, check_tensor, type_name
-from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad, vjp
+from ._derivatives import gradients, is_observed, vjp
+from ._registry import REFUSED, Operator, compute_dtype, define, is_readable, needs_grad
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DEFAULTS = (-100, "mean", 0.0, 0.0, None, 0.0)
@@ -88,7 +88,7 @@ def _check(
     check_shape(op, "weight", weight, logits.shape[1:], "one weight a class")
     check_shape(op, "token_weight", token_weight, logits.shape[:1], "one weight a token")
     check_options(op, reduction, label_smoothing, z_loss, softcap, focal_gamma)
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_readable(target):
         _check_targets(target, logits.shape[1], ignore_index)
 
 
@@ -162,14 +162,14 @@ def _fwd_fake(logits, target, weight, token_weight, ignore_index, reduction, *op
     return loss, lse, divisor
 
 
-def _bwd_fallback(grad, logits, target, weight, token_weight, lse, divisor, ignore_index, reduction, *options):
-    def total(z):
-        loss, kept, _ = _token_losses(z, target, weight, token_weight, ignore_index, *options)
-        if reduction == _REDUCTIONS["none"]:
-            return loss
-        return loss.sum() / kept.sum() if reduction == _REDUCTIONS["mean"] else loss.sum()
+def _bwd_fallback(grad, logits, target, weight, token_weight, lse, divisor, *options):
+    return vjp(_loss_of(target, weight, token_weight, *options), (logits,), (grad,))[0].contiguous()
 
-    return vjp(total, (logits,), (grad,))[0].contiguous()
+
+def _loss_of(target, weight, token_weight, ignore_index, reduction, *options):
+    """The reference as a function of the logits alone, from the raw operators' arguments."""
+    name = next(name for name, number in _REDUCTIONS.items() if number == reduction)
+    return lambda z: _reference(z, target, weight, token_weight, ignore_index, name, *options)
 
 
 def _bwd_fake(grad, logits, *rest):
@@ -217,6 +217,9 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        return _bwd(grad, *ctx.saved_tensors, *ctx.options), *[None] * 9
+        saved = ctx.saved_tensors
+        logits, target, weight, token_weight, *_ = saved
+        if is_observed(grad):
+            return *gradients(_loss_of(target, weight, token_weight, *ctx.options), (logits,), (grad,)), *[None] * 9
+        return _bwd(grad, *saved, *ctx.options), *[None] * 9

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _attention as shared
 from . import rope
 from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor, type_name
-from ._registry import REFUSED, Operator, _transforms, compute_dtype, define, needs_grad
+from ._registry import REFUSED, Operator, compute_dtype, define, is_readable, needs_grad
 
 
 def decode_attention(
@@ -214,7 +214,7 @@ def _check(op, q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale
     if appends:
         _check_new(op, q, k, v, cos, sin, (batch, heads, new, size), (batch, heads, new, value_size))
     # Data-dependent, so on CPU only: on a GPU it would wait for the device.
-    if q.device.type == "cpu" and not torch.compiler.is_compiling() and _transforms() is None:
+    if is_readable(cache_seqlens) and (block_table is None or is_readable(block_table)):
         _check_lengths(op, new, cache_seqlens, block_table, first, capacity, left)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor, promote
-from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad, vjp
+from ._derivatives import gradients, is_observed, vjp
+from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
 
 # The position of a name is the number by which the kernels know it.
 ACTIVATIONS = {
@@ -102,7 +102,8 @@ class _GLU(torch.autograd.Function):
         return _fwd(*ctx.saved_tensors, ctx.activation)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
+        if is_observed(grad):
+            return *gradients(lambda g, u: _reference(g, u, _NAMES[ctx.activation]), (gate, up), (grad,)), None
         return *_bwd(grad, gate, up, ctx.activation), None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor
+from ._derivatives import gradients, is_observed
 from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
 
 
@@ -148,11 +148,15 @@ class _LayerNorm(torch.autograd.Function):
         return _infer(x, weight, bias, ctx.eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, grad_total):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         if grad is None:  # only x + residual was used
             return grad_total, None, None, grad_total, None
-        dx, dweight, dbias = _bwd(grad, x, weight, bias, mean, rstd, grad_total if ctx.fused else None)
+        if is_observed(grad, grad_total):
+            dx, dweight, dbias = gradients(lambda *t: _reference(*t, ctx.eps, None), (x, weight, bias), (grad,))
+            if ctx.fused and grad_total is not None:
+                dx = grad_total if dx is None else dx + grad_total
+        else:
+            dx, dweight, dbias = _bwd(grad, x, weight, bias, mean, rstd, grad_total if ctx.fused else None)
         return (dx, dweight if weight is not None else None, dbias if bias is not None else None,
                 dx if ctx.fused else None, None)  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ._arguments import autocast_dtype, check_same_device, check_same_dtype, check_tensor
+from ._derivatives import is_observed
 from ._registry import REFUSED, Implementation, Operator, compute_dtype, cpu_kernel, define, needs_grad
 
 
@@ -64,8 +66,12 @@ def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 def sum_rows(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of a bias (N,) from that of the outputs (..., N)."""
-    rows = grad.flatten(0, -2) if grad.dim() > 1 else grad[None]
-    return rows.sum(0, dtype=compute_dtype(grad.dtype)).to(dtype)
+    return _rows(grad).sum(0, dtype=compute_dtype(grad.dtype)).to(dtype)
+
+
+def _rows(t):
+    """(T, N) of (..., N). Not by `flatten`, which `is_grads_batched` does not know."""
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def _check(x, weight, bias, lowered):
@@ -98,8 +104,7 @@ def _bwd_fallback(grad, x, weight, input):
         dx = (grad @ weight.to(grad.dtype)).contiguous()
     if x is not None:
         wide = compute_dtype(grad.dtype)
-        dw = (grad.flatten(0, -2).T.to(wide) @ x.flatten(0, -2).to(wide)) if grad.dim() > 1 else torch.outer(grad, x)
-        dw = dw.to(weight.dtype)
+        dw = (_rows(grad).to(wide).T @ _rows(x).to(wide)).to(weight.dtype)
     return dx, dw
 
 
@@ -136,11 +141,10 @@ class _Linear(torch.autograd.Function):
         return _fwd(x, weight, bias, None)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         dx = dw = None
         if of_x or of_weight:
-            dx, dw = _bwd(grad, x, weight, of_x)
+            dx, dw = (_bwd_fallback if is_observed(grad) else _bwd)(grad, x, weight, of_x)
         return (dx if of_x else None, dw if of_weight else None, sum_rows(grad, bias.dtype) if of_bias else None)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import cross_entropy as _logits
 from ._arguments import autocast_dtype, check_shape, check_tensor
 from ._chunks import Call, Objective, Tokens, per_token, total
+from ._derivatives import gradients, is_observed, vjp
 from ._heads import as_reference, check_head, check_target, logits_of, targets_inside
-from ._registry import REFUSED, Implementation, Operator, cpu_kernel, define, needs_grad, triton_kernel, vjp
+from ._registry import REFUSED, Implementation, Operator, cpu_kernel, define, needs_grad, triton_kernel
 
 if TYPE_CHECKING:
     from ..quantization import QuantizedWeight
@@ -79,7 +79,10 @@ def linear_cross_entropy(
     hidden, target = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     token_weight = None if token_weight is None else token_weight.detach().reshape(-1)
     class_weight = None if class_weight is None else class_weight.detach()
-    run = _reference if as_reference() else _kernel if _kernel_serves(hidden, weight, bias, options) else _in_chunks
+    if as_reference(hidden, weight, bias):
+        run = _reference
+    else:
+        run = _kernel if _kernel_serves(hidden, weight, bias, options) else _in_chunks
     loss = run(hidden, weight, bias, target, class_weight, token_weight, logit_scale, *options)
     return loss.view(shape) if reduction == "none" else loss
 
@@ -111,6 +114,7 @@ def _kernel_serves(hidden, weight, bias, options) -> bool:
 
 
 def _reference(hidden, weight, bias, target, class_weight, token_weight, logit_scale, *options):
+    targets_inside(_OP, target, weight.shape[0], options[0])
     z = logits_of(hidden, weight, bias, scale=logit_scale)
     return _logits._reference(z, target, class_weight, token_weight, *options)
 
@@ -120,8 +124,7 @@ def _reference(hidden, weight, bias, target, class_weight, token_weight, logit_s
 
 def _in_chunks(hidden, weight, bias, target, class_weight, token_weight, logit_scale, *options):
     ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma = options
-    if not torch.compiler.is_compiling():
-        targets_inside(_OP, target, weight.shape[0], ignore_index)
+    targets_inside(_OP, target, weight.shape[0], ignore_index)
     kept = target != ignore_index
     # On a GPU the kernel of the logits reads them as the product leaves them.
     wide = not hidden.is_cuda or logit_scale != 1.0
@@ -129,7 +132,11 @@ def _in_chunks(hidden, weight, bias, target, class_weight, token_weight, logit_s
     objective = Losses(target, class_weight, token_weight, numbers, wide)
     quantized, weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
     scaled = {"scale": float(logit_scale), "softcap": softcap} if wide else {}
-    call = Call(objective, kept, quantized, **scaled)
+
+    def reference(hidden, weight, bias):
+        return _reference(hidden, weight, bias, target, class_weight, token_weight, logit_scale, *options)
+
+    call = Call(objective, reference, kept, quantized, **scaled)
     if reduction == "none":
         return per_token(hidden, weight, bias, call)[0]
     divisor = None
@@ -303,10 +310,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         *head, bias, target, class_weight, token_weight = ctx.saved_tensors
         arguments = (*head, ctx.group, bias, target, class_weight, token_weight)
+        if is_observed(grad):
+            hidden, weight, *codes = head
+            dense = weight if codes[0] is None else _dense(*head[1:], ctx.group, hidden.shape[1], hidden.dtype)
+
+            def loss(hidden, weight, bias):
+                return _loss(hidden, weight, bias, target, class_weight, token_weight, *ctx.numbers)
+
+            dx, dw, dbias = gradients(loss, (hidden, dense, bias), (grad,))
+            return dx, dw, *[None] * 5, dbias, *[None] * 4
         of_hidden, of_weight, of_bias = (ctx.needs_input_grad[i] for i in (0, 1, 7))
         made, ctx.made = ctx.made, None
         if made is None:

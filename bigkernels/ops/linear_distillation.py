@@ -13,6 +13,7 @@ from ._arguments import autocast_dtype, check_same_device, check_shape, check_te
 from ._chunks import Call, per_token, total
 from ._distillation import DIVERGENCES, Distillation, Teacher, count_tokens, reference
 from ._heads import as_reference, check_head, check_positive, check_target, targets_inside
+from ._registry import is_readable
 
 if TYPE_CHECKING:
     from ..quantization import QuantizedWeight
@@ -113,14 +114,14 @@ def linear_distillation(
         _rows(teacher_logits), *(map(_rows, teacher_topk) if teacher_topk is not None else (None, None)),
     )  # fmt: skip
     flat_target = None if target is None else target.reshape(-1)
-    kept = None if mask is None else mask.reshape(-1)
+    kept = None if mask is None else mask.reshape(-1).clone()  # backward reads it, whatever becomes of `mask`
     if target is not None:
         kept = flat_target != ignore_index if kept is None else kept & (flat_target != ignore_index)
         flat_target = torch.where(kept, flat_target, 0).long()
     factor = (1 - alpha) * (temperature**2 if temperature_squared else 1.0)
     options = {"kind": divergence, "beta": beta, "temperature": temperature, "factor": factor, "alpha": alpha}
     head = {"scale": float(logit_scale), "softcap": softcap}
-    run = reference if as_reference() else _run
+    run = reference if as_reference(hidden, weight, bias) else _run
     loss = run(_rows(hidden), weight, bias, flat_target, kept, teacher, options, head, reduction)
     return loss.view(hidden.shape[:-1]) if reduction == "none" else loss
 
@@ -135,14 +136,18 @@ def _run(hidden, weight, bias, target, kept, teacher, options, head, reduction):
     vocabulary = weight.shape[0]
     if target is not None and options["alpha"]:
         targets_inside(_OP, target, vocabulary, -100)
-    if teacher.classes is not None and hidden.device.type == "cpu":
+    if teacher.classes is not None and is_readable(teacher.classes):
         _check_classes(teacher, kept, vocabulary)
     elif teacher.classes is not None and kept is not None:
         # Computed in vain, and so have to be classes.
         classes = torch.where(kept[:, None], teacher.classes, 0)
         teacher = teacher._replace(classes=classes, log_p=torch.where(kept[:, None], teacher.log_p, 0))
+
+    def whole(hidden, weight, bias):
+        return reference(hidden, weight, bias, target, kept, teacher, options, head, reduction)
+
     quantized, weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
-    call = Call(Distillation(teacher, target, vocabulary, **options), kept, quantized, **head)
+    call = Call(Distillation(teacher, target, vocabulary, **options), whole, kept, quantized, **head)
     if reduction == "none":
         return per_token(hidden, weight, bias, call)[0]
     return total(hidden, weight, bias, count_tokens(hidden, kept) if reduction == "mean" else None, call)

@@ -74,7 +74,7 @@ def linear_logprobs(
         hidden = hidden.to(lowered)
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     options = {"scale": float(logit_scale), "softcap": softcap, "temperature": float(temperature)}
-    run = _reference if as_reference() else _run
+    run = _reference if as_reference(rows, weight, bias) else _run
     results = run(rows, weight, bias, targets, ignore_index, entropy, options)
     results = [r.view(target.shape) for r in results]
     return tuple(results) if entropy else results[0]
@@ -82,17 +82,29 @@ def linear_logprobs(
 
 @_disable_dynamo
 def _run(hidden, weight, bias, target, ignore_index, entropy, options):
-    targets_inside(_OP, target, weight.shape[0], ignore_index)
-    kept = target != ignore_index
-    objective = LogProbs(torch.where(kept, target, 0).long(), entropy)
+    target, kept = _split(target, ignore_index, weight.shape[0])
+
+    def reference(hidden, weight, bias):
+        return _whole(hidden, weight, bias, target, kept, entropy, options)
+
     quantized, weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
-    return per_token(hidden, weight, bias, Call(objective, kept, quantized, **options))
+    return per_token(hidden, weight, bias, Call(LogProbs(target, entropy), reference, kept, quantized, **options))
 
 
 def _reference(hidden, weight, bias, target, ignore_index, entropy, options):
+    return _whole(hidden, weight, bias, *_split(target, ignore_index, weight.shape[0]), entropy, options)
+
+
+def _split(target, ignore_index, vocabulary):
+    """(a class a token, whether it counts)"""
+    targets_inside(_OP, target, vocabulary, ignore_index)
     kept = target != ignore_index
+    return torch.where(kept, target, 0).long(), kept
+
+
+def _whole(hidden, weight, bias, target, kept, entropy, options):
     log_p = logits_of(hidden, weight, bias, **options).log_softmax(-1)
-    results = [log_p.gather(1, torch.where(kept, target, 0).long()[:, None])[:, 0]]
+    results = [log_p.gather(1, target[:, None])[:, 0]]
     if entropy:
         results.append(-(log_p.exp() * log_p).sum(-1))
     return [torch.where(kept, r, 0.0) for r in results]

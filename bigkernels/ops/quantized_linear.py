@@ -6,17 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._arguments import autocast_dtype, check_same_device, check_tensor
-from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
+from ._derivatives import is_observed
+from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad, sees_plain_alone
 from .linear import sum_rows
 
 if TYPE_CHECKING:
     from ..quantization import QuantizedWeight
 
-_transforms = torch._C._functorch.peek_interpreter_stack
-_forward_ad = torch.autograd.forward_ad
 _CHUNK = 2**22  # elements of the weight that the reference dequantizes at once
 _MOST_EXACT = 2**17  # products of 8-bit integers whose sum 32 bits hold
 
@@ -151,7 +149,7 @@ def _backward(grad, codes, scale, zero, row_scale, book, group, k):
 
 
 def _reference(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic):
-    if _transforms() is not None or _forward_ad._current_level >= 0:
+    if sees_plain_alone(x, bias):
         return _transparent(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic)
     if needs_grad(x, bias):
         return _QuantizedLinear.apply(False, x, bias, codes, scale, zero, row_scale, book, group, k, dynamic)
@@ -184,9 +182,8 @@ class _QuantizedLinear(torch.autograd.Function):
         return run(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         bias, *weight = ctx.saved_tensors
-        run = _bwd if ctx.kernel else _backward
+        run = _bwd if ctx.kernel and not is_observed(grad) else _backward
         dx = run(grad, *weight, *ctx.options) if ctx.needs_input_grad[1] else None
         return None, dx, sum_rows(grad, bias.dtype) if ctx.needs_input_grad[2] else None, *[None] * 8

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor
+from ._derivatives import gradients, is_observed
 from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
 
 
@@ -140,10 +140,14 @@ class _RMSNorm(torch.autograd.Function):
         return _infer(x, weight, ctx.eps, ctx.offset)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, grad_total):
         x, weight, rstd = ctx.saved_tensors
         if grad is None:  # only x + residual was used
             return grad_total, None, grad_total, None, None
-        dx, dweight = _bwd(grad, x, weight, rstd, grad_total if ctx.fused else None, ctx.offset)
+        if is_observed(grad, grad_total):
+            dx, dweight = gradients(lambda x, w: _reference(x, w, ctx.eps, ctx.offset, None), (x, weight), (grad,))
+            if ctx.fused and grad_total is not None:
+                dx = grad_total if dx is None else dx + grad_total
+        else:
+            dx, dweight = _bwd(grad, x, weight, rstd, grad_total if ctx.fused else None, ctx.offset)
         return dx, dweight if weight is not None else None, dx if ctx.fused else None, None, None

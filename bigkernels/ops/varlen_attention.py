@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _attention as shared
 from ._arguments import check_tensor
-from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad, vjp
+from ._derivatives import gradients, is_observed, vjp
+from ._registry import REFUSED, Operator, compute_dtype, define, is_readable, needs_grad
 
 
 def varlen_attention(
@@ -96,7 +96,7 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, prefix_leng
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if isinstance(value, Tensor):
             raise TypeError(f"bigkernels.{op}: {name} is a tensor; expected an int")
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_readable(cu_seqlens_q) and is_readable(cu_seqlens_k):
         _check_lengths(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], max_seqlen_q, max_seqlen_k)
 
 
@@ -188,9 +188,16 @@ class _VarlenAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, grad_lse):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
+        if is_observed(grad, grad_lse):
+            cu_q, cu_k, alibi_slopes, sinks, *rest = tensors
+
+            def call(q, k, v, sinks):
+                return _packed(q, k, v, cu_q, cu_k, alibi_slopes, sinks, *rest, *ctx.options)
+
+            dq, dk, dv, dsinks = gradients(call, (q, k, v, sinks), (grad, grad_lse))
+            return dq, dk, dv, None, None, None, dsinks, *[None] * 9
         if grad is None:
             grad = torch.zeros_like(out)
         dq, dk, dv, dsinks = _bwd(grad, grad_lse, q, k, v, out, lse, *tensors, *ctx.options)
