@@ -246,18 +246,17 @@ class Call:
 
     Attributes:
         objective: what is computed.
-        reference: the same of all tokens at once and in plain PyTorch, as a function of hidden states, weight (the
-            quantized one, where the head is) and bias, for derivatives of gradients.
         kept: (T,) boolean, the tokens that count; None for all.
         quantized: the head, where it is quantized: it then gets no gradient.
         scale, softcap, temperature: as in `Head`.
         skip: whether ignored tokens are left out: True makes the host wait for a GPU to count them, False computes
             them in vain, None leaves them out where that waits for nothing.
         rows: tokens at once; None chooses by memory.
+        reference: the result of all tokens at once and in plain PyTorch, as a function of hidden states, weight (the
+            quantized one, where the head is) and bias: for derivatives of gradients, which are refused without it.
     """
 
     objective: Objective
-    reference: Callable[[Tensor, Tensor | QuantizedWeight, Tensor | None], Tensor | Sequence[Tensor]]
     kept: Tensor | None = None
     quantized: QuantizedWeight | None = None
     scale: float = 1.0
@@ -265,6 +264,7 @@ class Call:
     temperature: float = 1.0
     skip: bool | None = None
     rows: int | None = None
+    reference: Callable[[Tensor, Tensor | QuantizedWeight, Tensor | None], Tensor | Sequence[Tensor]] | None = None
 
     def head(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Head:
         weight = weight if self.quantized is None else self.quantized
@@ -278,6 +278,8 @@ class Call:
         self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, grads: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, ...]:
         """Gradients of hidden states, weight and bias that can be differentiated."""
+        if self.reference is None:
+            raise RuntimeError("bigkernels: this objective has no reference to take second derivatives of")
 
         def call(hidden, weight, bias):
             return self.reference(hidden, weight if self.quantized is None else self.quantized, bias)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._arguments import autocast_dtype, check_same_device, check_same_dtype, check_tensor
-from ._derivatives import is_observed
+from ._derivatives import is_observed, no_autocast
 from ._registry import REFUSED, Implementation, Operator, compute_dtype, cpu_kernel, define, needs_grad
 
 
@@ -146,5 +146,9 @@ class _Linear(torch.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad
         dx = dw = None
         if of_x or of_weight:
-            dx, dw = (_bwd_fallback if is_observed(grad) else _bwd)(grad, x, weight, of_x)
+            if is_observed():
+                with no_autocast(grad.device):
+                    dx, dw = _bwd_fallback(grad, x, weight, of_x)
+            else:
+                dx, dw = _bwd(grad, x, weight, of_x)
         return (dx if of_x else None, dw if of_weight else None, sum_rows(grad, bias.dtype) if of_bias else None)

@@ -136,7 +136,7 @@ def _in_chunks(hidden, weight, bias, target, class_weight, token_weight, logit_s
     def reference(hidden, weight, bias):
         return _reference(hidden, weight, bias, target, class_weight, token_weight, logit_scale, *options)
 
-    call = Call(objective, reference, kept, quantized, **scaled)
+    call = Call(objective, kept, quantized, reference=reference, **scaled)
     if reduction == "none":
         return per_token(hidden, weight, bias, call)[0]
     divisor = None

@@ -147,7 +147,8 @@ def _run(hidden, weight, bias, target, kept, teacher, options, head, reduction):
         return reference(hidden, weight, bias, target, kept, teacher, options, head, reduction)
 
     quantized, weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
-    call = Call(Distillation(teacher, target, vocabulary, **options), whole, kept, quantized, **head)
+    objective = Distillation(teacher, target, vocabulary, **options)
+    call = Call(objective, kept, quantized, reference=whole, **head)
     if reduction == "none":
         return per_token(hidden, weight, bias, call)[0]
     return total(hidden, weight, bias, count_tokens(hidden, kept) if reduction == "mean" else None, call)

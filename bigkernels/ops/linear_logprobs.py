@@ -88,7 +88,8 @@ def _run(hidden, weight, bias, target, ignore_index, entropy, options):
         return _whole(hidden, weight, bias, target, kept, entropy, options)
 
     quantized, weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
-    return per_token(hidden, weight, bias, Call(LogProbs(target, entropy), reference, kept, quantized, **options))
+    call = Call(LogProbs(target, entropy), kept, quantized, reference=reference, **options)
+    return per_token(hidden, weight, bias, call)
 
 
 def _reference(hidden, weight, bias, target, ignore_index, entropy, options):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import autocast_dtype, check_same_device, check_tensor
-from ._derivatives import is_observed
+from ._derivatives import is_observed, no_autocast
 from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad, sees_plain_alone
 from .linear import sum_rows
 
@@ -144,7 +144,7 @@ def _backward(grad, codes, scale, zero, row_scale, book, group, k):
     wide = compute_dtype(grad.dtype)
     found = grad.new_zeros(*grad.shape[:-1], k, dtype=wide)
     for rows, weight in _chunks(codes, scale, zero, row_scale, book, group, k, wide):
-        found += grad[..., rows].to(wide) @ weight
+        found += grad.narrow(-1, rows.start, weight.shape[0]).to(wide) @ weight
     return found.to(grad.dtype)
 
 
@@ -184,6 +184,11 @@ class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         bias, *weight = ctx.saved_tensors
-        run = _bwd if ctx.kernel and not is_observed(grad) else _backward
-        dx = run(grad, *weight, *ctx.options) if ctx.needs_input_grad[1] else None
+        dx = None
+        if ctx.needs_input_grad[1]:
+            if is_observed():
+                with no_autocast(grad.device):
+                    dx = _backward(grad, *weight, *ctx.options)
+            else:
+                dx = (_bwd if ctx.kernel else _backward)(grad, *weight, *ctx.options)
         return None, dx, sum_rows(grad, bias.dtype) if ctx.needs_input_grad[2] else None, *[None] * 8

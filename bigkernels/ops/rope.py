@@ -79,7 +79,7 @@ def _rotate(x, interleaved):
 def _apply(x, cos, sin, interleaved, inverse=False):
     rotary = cos.shape[-1]
     wide = compute_dtype(x.dtype)
-    head = x[..., :rotary].to(wide)
+    head = (x if rotary == x.shape[-1] else x[..., :rotary]).to(wide)
     cos, sin = cos.unsqueeze(1).to(wide), sin.unsqueeze(1).to(wide)
     if inverse:
         head = head * cos - _rotate(head * sin, interleaved)
@@ -133,7 +133,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_q, grad_k):
         cos, sin = ctx.saved_tensors
-        if is_observed(grad_q, grad_k):  # linear in the gradients: the formula is its own derivative
+        if is_observed():  # linear in the gradients: the formula is its own derivative
             made = (_apply(g, cos, sin, ctx.interleaved, inverse=True) for g in (grad_q, grad_k))
             return *made, None, None, None
         return *_bwd(grad_q, grad_k, cos, sin, ctx.interleaved), None, None, None

@@ -354,17 +354,6 @@ def test_backward_twice_through_a_retained_graph(sample: Sample, library):
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("sample", TRAINED, ids=named)
-def test_second_derivatives_are_refused(sample: Sample, library):
-    inputs = sample.inputs(torch.float32)
-    leaves = {k: t.detach().requires_grad_(k in sample.differentiable) for k, t in inputs.items()}
-    outputs = sample.call(leaves)
-    total = (outputs[0] if isinstance(outputs, tuple) else outputs).square().sum()
-    (grad,) = torch.autograd.grad(total, leaves[sample.differentiable[0]], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("sample", PLAIN, ids=named)
 def test_autocast_keeps_the_types_of_the_inputs(sample: Sample, library):
     """The operators compute in float32 whatever they are given, so autocast has nothing to cast."""
