@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .._load import cpu_library, triton_missing, triton_unavailable
+from ._flops import count_as
 
 log = logging.getLogger("bigkernels")
 _LOG_CHOICES = os.environ.get("BIGKERNELS_LOG", "0") not in ("", "0")
@@ -211,18 +212,24 @@ def nondeterministic() -> bool:
     return _nondeterministic and not torch.are_deterministic_algorithms_enabled()
 
 
-def define(schema: str, fake: Callable, fallback: Callable) -> torch._ops.OpOverload:
+def define(
+    schema: str, fake: Callable, fallback: Callable, flops: Callable[..., int] | None = None
+) -> torch._ops.OpOverload:
     """Define `bigkernels::<schema>` with its fake kernel and its fallback in plain PyTorch; returns the overload.
 
     The fallback runs wherever no compiled kernel is registered for a tensor's device, so that a graph that holds
-    the operator still runs on a machine without the libraries.
+    the operator still runs on a machine without the libraries. `flops` counts the floating point operations of a call
+    (`_flops`); operators without matrix products have none, as PyTorch counts.
     """
     name = "bigkernels::" + schema.split("(")[0]
     torch.library.define("bigkernels::" + schema[: schema.index("(")], schema[schema.index("(") :],
                          tags=(torch.Tag.pt2_compliant_tag,))  # fmt: skip
     torch.library.impl(name, "CompositeExplicitAutograd")(fallback)
     torch.library.register_fake(name)(fake)
-    return getattr(torch.ops.bigkernels, name.split("::")[1]).default
+    packet = getattr(torch.ops.bigkernels, name.split("::")[1])
+    if flops is not None:
+        count_as(packet, flops)
+    return packet.default
 
 
 def is_forced(backend: str) -> bool:

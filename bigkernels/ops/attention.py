@@ -8,6 +8,7 @@ from torch import Tensor
 from . import _attention as shared
 from ._arguments import check_tensor
 from ._derivatives import gradients, is_observed, vjp
+from ._flops import attention_flops
 from ._registry import REFUSED, Operator, define, needs_grad
 
 
@@ -165,20 +166,24 @@ def _bwd_fake(grad, grad_lse, q, k, v, out, lse, bias, mask, alibi_slopes, sinks
     return *made, *(q.new_empty(0) if t is None else t.new_empty(t.shape) for t in wanted)
 
 
+def _flops(q, k, v, *_, backward=False):
+    return attention_flops(q, v, q.shape[0] * q.shape[2] * k.shape[2], q.shape[1], backward=backward)
+
+
 # A compiler would hold all scores to fuse the reference, so graphs hold the kernels.
 OPERATOR = Operator("attention", in_graphs=True)
 _ARGS = (
     "Tensor q, Tensor k, Tensor v, {}Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks,"
     f" Tensor? prefix_lengths, Tensor? seed, {shared.OPTIONS}"
 )
-_fwd = define(f"attention_fwd({_ARGS.format('')}) -> (Tensor, Tensor)", _fwd_fake, _fwd_fallback)
+_fwd = define(f"attention_fwd({_ARGS.format('')}) -> (Tensor, Tensor)", _fwd_fake, _fwd_fallback, _flops)
 _infer = define(
-    f"attention({_ARGS.format('')}) -> Tensor", lambda *a: _fwd_fake(*a)[0], lambda *a: _fwd_fallback(*a)[0]
+    f"attention({_ARGS.format('')}) -> Tensor", lambda *a: _fwd_fake(*a)[0], lambda *a: _fwd_fallback(*a)[0], _flops
 )
 _bwd = define(
     f"attention_bwd(Tensor grad, Tensor? grad_lse, {_ARGS.format('Tensor out, Tensor lse, ')}, bool bias_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _bwd_fake, _bwd_fallback,
+    _bwd_fake, _bwd_fallback, lambda grad, grad_lse, *rest: _flops(*rest, backward=True),
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import _attention as shared
 from . import rope
 from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor, type_name
+from ._flops import attention_flops, values
 from ._registry import REFUSED, Operator, compute_dtype, define, is_readable, needs_grad
 
 
@@ -380,11 +381,19 @@ def _append_fake(q, *rest):
 
 # A compiler would gather the cache to fuse the reference, so graphs hold the kernels.
 OPERATOR = Operator("decode_attention", in_graphs=True)
+def _flops(q, k_cache, v_cache, cache_seqlens, block_table, *_):
+    lengths = values(cache_seqlens)
+    if lengths is None:  # as if every cache were full
+        full = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+        lengths = [full] * q.shape[0]
+    return attention_flops(q, v_cache, q.shape[2] * sum(lengths), q.shape[1])
+
+
 _infer = define(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table,"
     " Tensor? k_scale, Tensor? v_scale, Tensor? alibi_slopes, Tensor? sinks, int left, float scale, float softcap)"
     " -> (Tensor, Tensor)",
-    _infer_fake, _infer_fallback,
+    _infer_fake, _infer_fallback, _flops,
 )  # fmt: skip
 _append = define(
     "append_kv_(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens,"

@@ -128,9 +128,12 @@ _fwd = define(
     "linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? packed) -> Tensor",
     lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]),
     _fwd_fallback,
+    lambda x, weight, *_: 2 * x.numel() * weight.shape[0],
 )
-_bwd = define("linear_bwd(Tensor grad, Tensor? x, Tensor weight, bool input) -> (Tensor, Tensor)", _bwd_fake,
-              _bwd_fallback)  # fmt: skip
+_bwd = define(
+    "linear_bwd(Tensor grad, Tensor? x, Tensor weight, bool input) -> (Tensor, Tensor)", _bwd_fake, _bwd_fallback,
+    lambda grad, x, weight, input: 2 * grad.numel() * weight.shape[1] * ((x is not None) + bool(input)),
+)  # fmt: skip
 _pack = define("linear_pack(Tensor weight, ScalarType dtype) -> Tensor", _pack_fake, _pack_fallback)
 
 

@@ -270,6 +270,11 @@ def _bwd_fake(grad, hidden, weight, *rest):
     return grad.new_empty(weight.shape[:1] if rest[-1] else 0)
 
 
+def _bwd_flops(grad, hidden, weight, *rest):
+    of_hidden, of_weight, _ = rest[-3:]
+    return 2 * hidden.numel() * weight.shape[0] * (bool(of_hidden) + bool(of_weight))
+
+
 OPERATOR = Operator(
     _OP,
     implementations=(cpu_kernel(), Implementation("triton", "cuda", unavailable=triton_kernel().unavailable)),
@@ -285,13 +290,13 @@ _OPTIONS = (
 _fwd = define(
     f"linear_cross_entropy_fwd({_HEAD}, {_TOKENS}, {_OPTIONS}, bool backward, bool of_hidden, bool of_weight)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fwd_fake, _fwd_fallback,
+    _fwd_fake, _fwd_fallback, lambda hidden, weight, *_: 2 * hidden.numel() * weight.shape[0],
 )  # fmt: skip
 # Makes the gradients of what forward left in dx and dw; returns that of the bias, in float32.
 _bwd = define(
     f"linear_cross_entropy_bwd(Tensor grad, {_HEAD}, {_TOKENS}, Tensor divisor, Tensor state, Tensor(a!) dx,"
     f" Tensor(b!) dw, {_OPTIONS}, bool of_hidden, bool of_weight, bool of_bias) -> Tensor",
-    _bwd_fake, _bwd_fallback,
+    _bwd_fake, _bwd_fallback, _bwd_flops,
 )  # fmt: skip
 
 

@@ -162,11 +162,13 @@ _fwd = define(
     f"quantized_linear_fwd(Tensor x, {_WEIGHT}, Tensor? bias, int group, SymInt k, bool dynamic) -> Tensor",
     lambda x, codes, *rest: x.new_empty(*x.shape[:-1], codes.shape[0]),
     _forward,
+    lambda x, codes, *_: 2 * x.numel() * codes.shape[0],
 )
 _bwd = define(
     f"quantized_linear_bwd(Tensor grad, {_WEIGHT}, int group, SymInt k) -> Tensor",
     lambda grad, codes, scale, zero, row_scale, book, group, k: grad.new_empty(*grad.shape[:-1], k),
     _backward,
+    lambda grad, codes, *rest: 2 * grad.numel() * rest[-1],
 )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import _attention as shared
 from ._arguments import check_tensor
 from ._derivatives import gradients, is_observed, vjp
+from ._flops import attention_flops, values
 from ._registry import REFUSED, Operator, compute_dtype, define, is_readable, needs_grad
 
 
@@ -162,19 +163,35 @@ def _bwd_fake(grad, grad_lse, q, k, v, out, lse, cu_q, cu_k, alibi_slopes, sinks
     return *(t.new_empty(t.shape) for t in (q, k, v)), q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
 
 
+def _flops(q, k, v, cu_q, cu_k, alibi_slopes, sinks, prefix, seed, max_q, max_k, *_, backward=False):
+    ends_q, ends_k = values(cu_q), values(cu_k)
+    if ends_q is None or ends_k is None:
+        pairs = (cu_q.shape[0] - 1) * max_q * max_k
+    else:
+        pairs = sum((b - a) * (d - c) for a, b, c, d in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False))
+    return attention_flops(q, v, pairs, q.shape[1], backward=backward)
+
+
+def _bwd_flops(grad, grad_lse, q, k, v, out, lse, *rest):
+    return _flops(q, k, v, *rest, backward=True)
+
+
 OPERATOR = Operator("varlen_attention", in_graphs=True)
 _ARGS = (
     "Tensor q, Tensor k, Tensor v, {}Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? sinks,"
     f" Tensor? prefix_lengths, Tensor? seed, SymInt max_seqlen_q, SymInt max_seqlen_k, {shared.OPTIONS}"
 )
-_fwd = define(f"varlen_attention_fwd({_ARGS.format('')}) -> (Tensor, Tensor)", _fwd_fake, _fwd_fallback)
+_fwd = define(f"varlen_attention_fwd({_ARGS.format('')}) -> (Tensor, Tensor)", _fwd_fake, _fwd_fallback, _flops)
 _infer = define(
-    f"varlen_attention({_ARGS.format('')}) -> Tensor", lambda *a: _fwd_fake(*a)[0], lambda *a: _fwd_fallback(*a)[0]
+    f"varlen_attention({_ARGS.format('')}) -> Tensor",
+    lambda *a: _fwd_fake(*a)[0],
+    lambda *a: _fwd_fallback(*a)[0],
+    _flops,
 )
 _bwd = define(
     f"varlen_attention_bwd(Tensor grad, Tensor? grad_lse, {_ARGS.format('Tensor out, Tensor lse, ')})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    _bwd_fake, _bwd_fallback,
+    _bwd_fake, _bwd_fallback, _bwd_flops,
 )  # fmt: skip
 
 
