@@ -166,12 +166,13 @@ def _set(settings: tuple[int, bool] | None) -> str | None:
             torch.ops.bigkernels.pool_off()
             _settings = None
         return None
-    torch.empty(1)  # the loader may bind an import at its first call, which must not be after ours
+    # The loader may bind an import at its first call, which must not be after ours.
+    torch.empty(1, dtype=torch.float32, device="cpu")
     if reason := torch.ops.bigkernels.pool_on(*settings):
         return reason
     _settings = settings
     served = _blocks()
-    torch.empty(_TRIED, dtype=torch.uint8)
+    torch.empty(_TRIED, dtype=torch.uint8, device="cpu")
     if _blocks() == served:
         _set(None)
         return "torch's CPU allocator does not take its memory from the C library"

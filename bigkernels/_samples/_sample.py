@@ -22,20 +22,25 @@ class Draw:
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
-        values = torch.randn(shape, generator=self.generator, dtype=torch.float32)
+        values = torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu")
         return (values * scale + mean).to(self.device, self.dtype)
 
     def positive(self, *shape: int) -> Tensor:
-        return (torch.rand(shape, generator=self.generator) + 0.25).to(self.device, self.dtype)
+        values = torch.rand(shape, generator=self.generator, dtype=torch.float32, device="cpu")
+        return (values + 0.25).to(self.device, self.dtype)
 
     def integers(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.randint(high, shape, generator=self.generator, dtype=dtype).to(self.device)
+        return torch.randint(high, shape, generator=self.generator, dtype=dtype, device="cpu").to(self.device)
+
+    def slopes(self, heads: int) -> Tensor:
+        """ALiBi's, float32."""
+        return 2.0 ** -torch.arange(1, heads + 1, dtype=torch.float32, device=self.device)
 
     def angles(self, batch: int, length: int, rotary: int, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:
         """cos and sin (batch, length, rotary) as models make them: positions from 0, another start a batch."""
-        position = torch.arange(length)[None, :] + 7 * torch.arange(batch)[:, None]
-        rate = 10000.0 ** (-torch.arange(0, rotary, 2) / rotary)
-        half = position[..., None].double() * rate.double()
+        first, later, pair = (torch.arange(n, dtype=torch.float32, device="cpu") for n in (batch, length, rotary // 2))
+        position = later + 7 * first[:, None]
+        half = position[..., None].double() * (10000.0 ** (-2 * pair / rotary)).double()
         both = half.repeat_interleave(2, -1) if interleaved else torch.cat((half, half), -1)
         return both.cos().to(self.device, self.dtype), both.sin().to(self.device, self.dtype)
 

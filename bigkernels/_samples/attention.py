@@ -45,7 +45,7 @@ def attention_sample(
         if mask is not None:
             made["mask"] = mask(draw, queries, keys)
         if alibi:
-            made["alibi_slopes"] = 2.0 ** -torch.arange(1, heads + 1).to(draw.device, torch.float32)
+            made["alibi_slopes"] = draw.slopes(heads)
         if sinks:
             made["sinks"] = draw.normal(heads)
         if prefix is not None:
@@ -139,7 +139,7 @@ def varlen_sample(
 
     def make(draw: Draw) -> dict[str, Tensor]:
         def ends(lengths: list[int]) -> Tensor:
-            return torch.tensor([0, *lengths]).cumsum(0).to(draw.device, dtype)
+            return torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0).to(draw.device, dtype)
 
         made = {
             "q": arrange(draw.normal(sum(queries) + rest, heads, size)),
@@ -149,7 +149,7 @@ def varlen_sample(
             "cu_seqlens_k": ends(keys),
         }
         if alibi:
-            made["alibi_slopes"] = 2.0 ** -torch.arange(1, heads + 1).to(draw.device, torch.float32)
+            made["alibi_slopes"] = draw.slopes(heads)
         if sinks:
             made["sinks"] = draw.normal(heads)
         if prefix is not None:

@@ -29,7 +29,8 @@ def decode_sample(
 
         made = {"q": arrange(tokens(heads, new, size))}
         shape = (batch, capacity)
-        valid = torch.arange(capacity) < torch.tensor(lengths, dtype=torch.int64)[:, None]
+        valid = torch.arange(capacity, dtype=torch.int64, device="cpu")
+        valid = valid < torch.tensor(lengths, dtype=torch.int64, device="cpu")[:, None]
         if page is not None:
             made["block_table"], valid = _pages(draw, lengths, capacity, page, indices)
             shape = tuple(valid.shape)
@@ -46,7 +47,7 @@ def decode_sample(
         if rotary:
             made["cos"], made["sin"] = draw.angles(angles, new, rotary, interleaved=interleaved)
         if alibi:
-            made["alibi_slopes"] = 2.0 ** -torch.arange(1, heads + 1).to(draw.device, torch.float32)
+            made["alibi_slopes"] = draw.slopes(heads)
         if sinks:
             made["sinks"] = draw.normal(heads)
         return made
@@ -64,9 +65,9 @@ def _hidden(values: Tensor, valid: Tensor) -> Tensor:
 def _pages(draw: Draw, lengths: list[int], capacity: int, page: int, indices: torch.dtype) -> tuple[Tensor, Tensor]:
     """(block_table, (pages, page): which tokens are valid): pages in a random order, one more than are used."""
     used = [-(-length // page) for length in lengths]
-    order = torch.randperm(sum(used) + 1, generator=draw.generator).tolist()
-    valid = torch.zeros(len(order), page, dtype=torch.bool)
-    table = torch.full((len(lengths), -(-capacity // page)), -7, dtype=indices)
+    order = torch.randperm(sum(used) + 1, generator=draw.generator, dtype=torch.int64, device="cpu").tolist()
+    valid = torch.zeros(len(order), page, dtype=torch.bool, device="cpu")
+    table = torch.full((len(lengths), -(-capacity // page)), -7, dtype=indices, device="cpu")
     for b, length in enumerate(lengths):
         for i in range(used[b]):
             number = table[b, i] = order.pop()

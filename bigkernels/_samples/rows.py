@@ -108,7 +108,8 @@ def _packed(draw: Draw) -> dict[str, Tensor]:
 
 
 def _extreme(draw: Draw) -> dict[str, Tensor]:
-    gate = torch.tensor([-100.0, -30.0, -9.0, -1e-3, 0.0, 1e-3, 9.0, 30.0, 100.0]).to(draw.device, draw.dtype)
+    values = [-100.0, -30.0, -9.0, -1e-3, 0.0, 1e-3, 9.0, 30.0, 100.0]
+    gate = torch.tensor(values, dtype=torch.float32, device="cpu").to(draw.device, draw.dtype)
     return {"gate": gate, "up": draw.normal(9)}
 
 

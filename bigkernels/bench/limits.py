@@ -106,7 +106,7 @@ def _copy(device: str, seconds: float) -> float:
 
 def _read(device: str, seconds: float) -> float:
     matrix = torch.ones(_COPY_BYTES // 4, dtype=torch.float32, device=device).view(-1, 4096)
-    vector, out = torch.ones(4096, device=device), torch.empty(matrix.shape[0], device=device)
+    vector, out = (torch.ones(n, device=device, dtype=torch.float32) for n in (4096, matrix.shape[0]))
     return _COPY_BYTES / _best(lambda: torch.mv(matrix, vector, out=out), device, seconds)
 
 

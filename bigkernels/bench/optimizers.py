@@ -50,7 +50,10 @@ class Problem:
         generator = torch.Generator(device).manual_seed(0)
 
         def tensors(scale: float) -> list[Tensor]:
-            return [torch.randn(s, generator=generator, device=device).mul_(scale).to(dtype) for s in shapes]
+            return [
+                torch.randn(s, generator=generator, device=device, dtype=torch.float32).mul_(scale).to(dtype)
+                for s in shapes
+            ]
 
         return cls(*map(tensors, _SCALES.values()), checked)
 

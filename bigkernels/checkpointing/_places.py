@@ -173,7 +173,7 @@ class Pinned(Pool):
         self.leaving: deque[weakref.ref[_PinnedSlot]] = deque()
 
     def make(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True, device="cpu")
 
     def settle(self, stream: torch.cuda.Stream, most: int, slot: _PinnedSlot | None = None) -> None:
         """Make `stream` wait until no more than `most` bytes are being copied out, `slot`, the newest, aside."""

@@ -78,7 +78,8 @@ class Inputs:
             self.versions = [t._version for t in tensors]
             return
         with saved_tensors_hooks(*hooks) if hooks else ExitStack(), torch.enable_grad():
-            self.node = _Save.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
+            empty = torch.empty(0, requires_grad=True, dtype=torch.float32, device="cpu")
+            self.node = _Save.apply(empty, *tensors).grad_fn
         for i in self.at:
             self.values[i] = None
 

@@ -171,7 +171,7 @@ class Saver:
         elif whole <= _PARTS * t.numel():
             flat, offset = t.as_strided((whole,), (1,), 0), t.storage_offset()
         else:
-            stride = torch.empty(t.shape, device="meta").stride()
+            stride = torch.empty(t.shape, device="meta", dtype=torch.float32).stride()
         storage = t.untyped_storage()
         key = storage._cdata, flat.storage_offset(), flat.shape, flat.stride(), t.dtype
         found = self.kept.get(key)

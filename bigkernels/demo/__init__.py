@@ -113,7 +113,10 @@ def _real_input() -> Input:
     training = "\n\n".join(list(texts.values())[:8])
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True,
                                            tokenize=False)  # fmt: skip
-    ids = (torch.tensor(encode(text, add_special_tokens=False).ids) for text in (training, held_out, prompt))
+    ids = (
+        torch.tensor(encode(text, add_special_tokens=False).ids, dtype=torch.int64, device="cpu")
+        for text in (training, held_out, prompt)
+    )
     training_ids, held_out_ids, prompt_ids = ids
     return Input(model, training_ids, held_out_ids, prompt_ids[None],
                  lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True))  # fmt: skip

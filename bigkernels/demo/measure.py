@@ -29,7 +29,7 @@ class Training:
     @property
     def difference(self) -> float:
         """The largest distance of the two loss curves; nan if a loss is."""
-        eager, patched = (torch.tensor(losses, dtype=torch.float64) for losses in self.losses.values())
+        eager, patched = (torch.tensor(losses, dtype=torch.float64, device="cpu") for losses in self.losses.values())
         return (eager - patched).abs().max().item()
 
     @property
@@ -59,8 +59,10 @@ def windows(ids: Tensor, count: int, length: int) -> Tensor:
 def random_batches(ids: Tensor, steps: int, batch: int, length: int, seed: int = 0) -> Tensor:
     """Random windows (steps, batch, length) of `ids` (N,); the seed decides them."""
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, len(ids) - length + 1, (steps, batch, 1), generator=generator)
-    return ids[starts + torch.arange(length)]
+    starts = torch.randint(
+        0, len(ids) - length + 1, (steps, batch, 1), generator=generator, dtype=torch.int64, device="cpu"
+    )
+    return ids[starts + torch.arange(length, dtype=torch.int64, device="cpu")]
 
 
 @torch.no_grad()

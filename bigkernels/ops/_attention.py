@@ -97,8 +97,8 @@ def check_integers(op: str, name: str, value: object, shape: tuple[int, ...], *,
 
 def visible(queries: int, keys: int, left: int, right: int, prefix: Tensor | None, device: torch.device) -> Tensor:
     """Which keys a query sees: (queries, keys), or (B, 1, queries, keys) with prefix lengths (B,)."""
-    at = torch.arange(queries, device=device)[:, None] + (keys - queries)
-    key = torch.arange(keys, device=device)[None, :]
+    at = torch.arange(queries, device=device, dtype=torch.int64)[:, None] + (keys - queries)
+    key = torch.arange(keys, device=device, dtype=torch.int64)[None, :]
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
     if left >= 0:
         seen = seen & (key >= at - left)
@@ -136,9 +136,9 @@ def keep_mask(seed: Tensor, batches: Tensor, heads: int, queries: int, keys: int
     evaluation serves 4 rows of 16 neighbours, the width of a vector register.
     """
     device = seed.device
-    j = torch.arange(keys, device=device)
-    i = torch.arange(queries, device=device)[:, None]
-    bh = (batches[:, None] * heads + torch.arange(heads, device=device))[..., None, None]
+    j = torch.arange(keys, device=device, dtype=torch.int64)
+    i = torch.arange(queries, device=device, dtype=torch.int64)[:, None]
+    bh = (batches[:, None] * heads + torch.arange(heads, device=device, dtype=torch.int64))[..., None, None]
     shape = torch.broadcast_shapes(bh.shape, i.shape, j.shape)
     counters = (j // 64 * 16 + j % 16, i, bh, torch.zeros_like(bh))
     words = philox(seed, *(t.expand(shape) for t in counters))
@@ -171,8 +171,8 @@ def _attend(q, k, v, bias, mask, alibi_slopes, sinks, prefix, keep, left, right,
     if bias is not None:
         scores = scores + bias.to(wide)
     if alibi_slopes is not None:
-        at = torch.arange(queries, device=q.device)[:, None] + (keys - queries)
-        distance = (at - torch.arange(keys, device=q.device)).abs().to(wide)
+        at = torch.arange(queries, device=q.device, dtype=torch.int64)[:, None] + (keys - queries)
+        distance = (at - torch.arange(keys, device=q.device, dtype=torch.int64)).abs().to(wide)
         scores = scores - alibi_slopes.to(wide)[:, None, None] * distance
     seen = visible(queries, keys, left, right, prefix, q.device)
     if mask is not None:

@@ -197,7 +197,7 @@ class _Gradients:
 @cache
 def _adds_wide(device: torch.device) -> bool:
     """Whether addmm adds products of 16-bit numbers to float32, as it does in late versions."""
-    total, x = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=torch.bfloat16)
+    total, x = (torch.zeros(16, 16, device=device, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     try:
         torch.addmm(total, x, x, out_dtype=total.dtype, out=total)
     except (RuntimeError, TypeError):

@@ -131,7 +131,7 @@ def _broadcasts(shape, to):
 def _dense(q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths, seed, left, right, scale, softcap, dropout_p):
     keep = None
     if dropout_p:
-        batches = torch.arange(q.shape[0], device=q.device)
+        batches = torch.arange(q.shape[0], device=q.device, dtype=torch.int64)
         keep = shared.keep_mask(seed, batches, q.shape[1], q.shape[2], k.shape[2], dropout_p)
     return shared.attend(
         q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths, keep, left, right, scale, softcap, dropout_p

@@ -14,7 +14,7 @@ FORMATS = {"int8": 127.0, "fp8": 448.0}  # the largest value of a code
 LEAST = 2.0**-119  # of a block that is not taken for zeros: below, the largest code over it may be infinite
 # Times the largest code it is still a number, in float32.
 LARGEST_SCALE = {
-    top: float(torch.tensor(float.fromhex("0x1.fffffcp127"), device="cpu") / top) * (1 - 2.0**-22)
+    top: float(torch.tensor(float.fromhex("0x1.fffffcp127"), device="cpu", dtype=torch.float32) / top) * (1 - 2.0**-22)
     for top in FORMATS.values()
 }
 
@@ -41,7 +41,7 @@ def compress(x: Tensor, format: str = "int8", *, stochastic: bool = False) -> tu
     check_tensor("compress", "x", x)
     if format not in FORMATS:
         raise ValueError(f"bigkernels.compress: format is {format!r}; accepted are {', '.join(FORMATS)}")
-    key = int(torch.randint(2**31 - 1, (), dtype=torch.int64)) if stochastic else 0
+    key = int(torch.randint(2**31 - 1, (), dtype=torch.int64, device="cpu")) if stochastic else 0
     return encode(x.detach().reshape(-1), format, stochastic, key)
 
 
@@ -73,7 +73,7 @@ def decompress(codes: Tensor, scale: Tensor, format: str = "int8", *, dtype: tor
 def _random(key: int, n: int, device: torch.device) -> Tensor:
     """(n,) words of 32 bits, as int64."""
     low = 0xFFFFFFFF
-    x = (torch.arange(n, device=device) & low) ^ key
+    x = (torch.arange(n, device=device, dtype=torch.int64) & low) ^ key
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & low
     x = ((x ^ (x >> 15)) * 0xD35A2D97) & low
     return x ^ (x >> 15)

@@ -276,7 +276,7 @@ def _check_lengths(op, new, cache_seqlens, block_table, first, capacity, left):
 
 def _positions(cache_seqlens, new):
     """(B, n): where the new tokens are; negative in empty sequences."""
-    return cache_seqlens.long()[:, None] - new + torch.arange(new, device=cache_seqlens.device)
+    return cache_seqlens.long()[:, None] - new + torch.arange(new, device=cache_seqlens.device, dtype=torch.int64)
 
 
 def _gathered(cache, scale, block_table, live, wide):
@@ -296,7 +296,7 @@ def _reference(
         block_table = block_table[:, :0]  # no page to gather
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     at = _positions(cache_seqlens, q.shape[2])[:, :, None]
-    key = torch.arange(capacity, device=q.device)
+    key = torch.arange(capacity, device=q.device, dtype=torch.int64)
     seen = key <= at
     if left >= 0:
         seen = seen & (key >= at - left)
@@ -315,16 +315,16 @@ def _sources(positions, block_table, cache):
     """Which of the B * n new tokens each slot of the cache gets, -1 if none: (slots,)."""
     first, size = cache.shape[:2]
     if block_table is None:
-        rows = torch.arange(first, device=cache.device)[:, None]
+        rows = torch.arange(first, device=cache.device, dtype=torch.int64)[:, None]
         slot = rows * size + positions
     else:
         page = positions.clamp_min(0) // size
         slot = block_table.long().gather(1, page) * size + positions % size
     slots = first * size
-    tokens = torch.arange(positions.numel(), device=cache.device)
+    tokens = torch.arange(positions.numel(), device=cache.device, dtype=torch.int64)
     # One slot more takes the tokens of empty sequences.
     slot = torch.where(positions >= 0, slot, slots).flatten()
-    return torch.full((slots + 1,), -1, device=cache.device).scatter(0, slot, tokens)[:-1]
+    return torch.full((slots + 1,), -1, device=cache.device, dtype=torch.int64).scatter(0, slot, tokens)[:-1]
 
 
 def _put(cache, sources, new):

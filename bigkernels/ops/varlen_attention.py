@@ -128,7 +128,7 @@ def _packed(
                                for t, a in ((q, ends_q), (k, ends_k), (v, ends_k)))  # fmt: skip
         keep = None
         if dropout_p:
-            batch = torch.tensor([n], device=q.device)
+            batch = torch.tensor([n], device=q.device, dtype=torch.int64)
             keep = shared.keep_mask(seed, batch, q.shape[1], one_q.shape[2], one_k.shape[2], dropout_p)
         prefix = None if prefix_lengths is None else prefix_lengths[n : n + 1]
         out, lse = shared.attend(

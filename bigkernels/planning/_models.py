@@ -96,7 +96,7 @@ def _without_memory(t: Tensor) -> Tensor:
     if isinstance(t, nn.parameter.UninitializedTensorMixin):
         raise ValueError("bigkernels.plan: the model has parameters whose shapes a first call would decide")
     if t.dim() < 2:
-        made = torch.ones(t.shape, dtype=t.dtype) if t.is_meta else t.detach().to("cpu", copy=True)
+        made = torch.ones(t.shape, dtype=t.dtype, device="cpu") if t.is_meta else t.detach().to("cpu", copy=True)
     else:
         made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
     return nn.Parameter(made, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else made

@@ -310,8 +310,8 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
         q, k, v = (torch.empty(2, 2048, h, n, dtype=dtype, device="meta").transpose(1, 2)
                    for h, n in ((heads, size), (key_heads, size), (key_heads, value_size)))  # fmt: skip
         out = shared.like(q, value_size)
-        lse = torch.empty(2, heads, 2048, device="meta")
-        vector = torch.empty(heads, device="meta") if everything else None
+        lse = torch.empty(2, heads, 2048, device="meta", dtype=torch.float32)
+        vector = torch.empty(heads, device="meta", dtype=torch.float32) if everything else None
         bias = torch.empty(2, heads, 2048, 2048, dtype=dtype, device="meta") if everything else None
         mask = torch.empty(2, 1, 2048, 2048, dtype=torch.bool, device="meta") if everything else None
         prefix = torch.empty(2, dtype=torch.int32, device="meta") if everything else None

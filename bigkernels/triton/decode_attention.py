@@ -233,7 +233,7 @@ def _cache(dtype: torch.dtype, batch: int, heads: int, size: int, value_size: in
     shape = (4096, page) if page else (batch, 8192)
     kind = torch.int8 if int8 else dtype
     caches = [torch.empty(*shape, heads, n, dtype=kind, device="meta") for n in (size, value_size)]
-    scales = [torch.empty(*shape, heads, device="meta") if int8 else None for _ in range(2)]
+    scales = [torch.empty(*shape, heads, device="meta", dtype=torch.float32) if int8 else None for _ in range(2)]
     lengths = torch.empty(batch, dtype=torch.int32, device="meta")
     table = torch.empty(batch, 8192 // page, dtype=torch.int32, device="meta") if page else None
     return (*caches, lengths, table, *scales)
@@ -255,7 +255,7 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
         (8, 4, 4, 256, 256, 16, True, False),
     ):
         q = torch.empty(4, queries, heads, size, dtype=dtype, device="meta").transpose(1, 2)
-        vector = torch.empty(heads, device="meta") if options else None
+        vector = torch.empty(heads, device="meta", dtype=torch.float32) if options else None
         cache = _cache(dtype, 4, key_heads, size, value_size, page, int8)
         yield infer, (q, *cache, vector, vector, 1024 if options else -1, 0.1, 30.0 if options else 0.0)
         new = [torch.empty(4, key_heads, queries, n, dtype=dtype, device="meta") for n in (size, value_size)]

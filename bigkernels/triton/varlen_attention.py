@@ -62,9 +62,9 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
     for heads, key_heads, size, everything in ((32, 8, 128, False), (16, 16, 64, False), (16, 4, 128, True)):
         q, k, v = (torch.empty(4096, h, size, dtype=dtype, device="meta") for h in (heads, key_heads, key_heads))
         out = torch.empty_like(q)
-        lse = torch.empty(heads, 4096, device="meta")
+        lse = torch.empty(heads, 4096, device="meta", dtype=torch.float32)
         ends = torch.empty(9, dtype=torch.int32, device="meta")
-        vector = torch.empty(heads, device="meta") if everything else None
+        vector = torch.empty(heads, device="meta", dtype=torch.float32) if everything else None
         prefix = torch.empty(8, dtype=torch.int32, device="meta") if everything else None
         seed = torch.empty(1, dtype=torch.int64, device="meta") if everything else None
         rest = (ends, ends, vector, vector, prefix, seed, 1024, 1024, 255 if everything else -1, 0, 0.1,

@@ -138,7 +138,7 @@ def windowed(settings: Settings, length: int, size: int, dtype: torch.dtype, *, 
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not mask:
-            at = torch.arange(length, device=q.device)
+            at = torch.arange(length, device=q.device, dtype=torch.int64)
             ago = at[:, None] - at
             mask.append((ago >= 0) & (ago <= left))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[0])
@@ -163,7 +163,7 @@ def windowed(settings: Settings, length: int, size: int, dtype: torch.dtype, *, 
 
 
 def packed(settings: Settings, lengths: tuple[int, ...], size: int, dtype: torch.dtype, *, backward: bool) -> Case:
-    ends = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    ends = [0, *torch.tensor(lengths, dtype=torch.int64, device="cpu").cumsum(0).tolist()]
     longest = max(lengths)
 
     def inputs(draw: Draw) -> dict[str, Tensor]:

@@ -92,7 +92,9 @@ def _stack(settings: Settings) -> Case:
     def prepare() -> Contest:
         model = _blocks(sizes, dtype, settings.device)
         draw = torch.Generator().manual_seed(0)
-        x = torch.randn(settings.batch, settings.length, sizes["hidden_size"], generator=draw)
+        x = torch.randn(
+            settings.batch, settings.length, sizes["hidden_size"], generator=draw, dtype=torch.float32, device="cpu"
+        )
         x = x.to(settings.device, dtype).requires_grad_()
         variants = _variants(model)
         return Contest(
@@ -133,7 +135,7 @@ def _regions(settings: Settings) -> Case:
 
         torch.manual_seed(0)
         blocks = [nn.Linear(16, 16, device=settings.device) for _ in range(_REGIONS)]
-        x = torch.randn(4, 16, device=settings.device, requires_grad=True)
+        x = torch.randn(4, 16, device=settings.device, requires_grad=True, dtype=torch.float32)
 
         def block(linear: nn.Module, x: Tensor) -> Tensor:
             return x + torch.relu(linear(x))

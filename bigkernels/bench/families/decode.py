@@ -94,7 +94,8 @@ def case(settings: Settings, batch: int, length: int, kind: str = "", *, with_fl
                 cache, made[f"{name}_scale"] = quantize(cache)
             made[f"{name}_cache"] = cache
         if read is _paged:
-            order = torch.randperm(pages, generator=draw.generator)  # as after many requests
+            # As after many requests.
+            order = torch.randperm(pages, generator=draw.generator, dtype=torch.int64, device="cpu")
             made["block_table"] = order.view(batch, -1).to(draw.device, torch.int32)
         return made
 

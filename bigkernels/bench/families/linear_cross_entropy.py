@@ -57,7 +57,7 @@ def plain(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def case(settings: Settings, tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, ignored: float) -> Case:
     def inputs(draw: Draw):
         target = draw.integers(vocabulary, tokens)
-        target[torch.linspace(0, 1, tokens, device=target.device).mul(10).frac() < ignored] = -100
+        target[torch.linspace(0, 1, tokens, device=target.device, dtype=torch.float32).mul(10).frac() < ignored] = -100
         return {"hidden": draw.normal(tokens, hidden), "weight": draw.normal(vocabulary, hidden, scale=0.03),
                 "target": target}  # fmt: skip
 

@@ -66,7 +66,9 @@ def _variants(model: nn.Module, compile: bool) -> tuple[dict[str, nn.Module], di
 
 def token_ids(settings: Settings, length: int, vocabulary: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, vocabulary, (settings.batch, length), generator=generator).to(settings.device)
+    shape = (settings.batch, length)
+    ids = torch.randint(3, vocabulary, shape, generator=generator, dtype=torch.int64, device="cpu")
+    return ids.to(settings.device)
 
 
 def loss_of(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
@@ -143,7 +145,10 @@ def _prefill(settings: Settings, sizes: dict, dtype: torch.dtype) -> Case:
     def prepare() -> Contest:
         model = random_model(sizes, dtype, settings.device).eval()
         ids = token_ids(settings, settings.length, sizes["vocab_size"])
-        last, checked = (torch.tensor([n - 1], device=ids.device) for n in (ids.shape[1], min(CHECKED, ids.shape[1])))
+        last, checked = (
+            torch.tensor([n - 1], device=ids.device, dtype=torch.int64)
+            for n in (ids.shape[1], min(CHECKED, ids.shape[1]))
+        )
         variants, missing = _variants(model, compile=False)
 
         def logits(variant: nn.Module, ids: Tensor, token: Tensor) -> dict[str, Tensor]:

@@ -39,7 +39,8 @@ _OTHERS = (
 
 def uneven(elements: int, tensors: int, spread: float) -> list[tuple[int]]:
     """Log-normal sizes, `elements` together."""
-    drawn = torch.randn(tensors, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(spread).exp()
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(tensors, generator=generator, dtype=torch.float64, device="cpu").mul(spread).exp()
     sizes = (drawn / drawn.sum() * elements).long().clamp(min=1)
     sizes[sizes.argmax()] += elements - sizes.sum()
     return [(n,) for n in sizes.tolist()]

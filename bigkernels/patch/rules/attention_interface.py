@@ -280,13 +280,13 @@ def _mask(kind: str | None, dtype: torch.dtype, queries: int, keys: int | None =
     if kind is None:
         return None
     keys = queries if keys is None else keys
-    seen = torch.ones(2, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
+    seen = torch.ones(2, 1, queries, keys, dtype=torch.bool, device="cpu").tril(keys - queries)
     if kind == "hidden":
         seen[1, :, 0] = False
     if kind == "boolean":
         seen[1, :, :, :2] = False
         return seen
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    return torch.zeros(seen.shape, dtype=dtype, device="cpu").masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def _leaves(spec: Spec, dtype, queries, keys, groups, options) -> list[Tensor | None]:

@@ -42,7 +42,7 @@ class Structure:
 
     def visible(self, rows: Tensor) -> Tensor:
         """The mask of the queries `rows`: (1 or B, 1, len(rows), keys)."""
-        key = torch.arange(self.keys, device=rows.device)
+        key = torch.arange(self.keys, device=rows.device, dtype=torch.int64)
         at = (rows + (self.used - self.queries))[:, None]
         seen = (key < self.used).expand(len(rows), -1)
         if self.left >= 0:
@@ -251,9 +251,10 @@ def _holds(structure: Structure, function: Callable, q_offset: int, kv_offset: i
     """Whether the structure is the function's mask, on some rows, once for each kind."""
     kind = (structure.left >= 0, structure.right, structure.sequences is not None, q_offset > 0, kv_offset > 0)
     if kind not in _agreed:
-        rows = torch.linspace(0, structure.queries - 1, min(structure.queries, 64), device=device).long()
-        keys = torch.arange(structure.keys, device=device) + kv_offset
-        index = torch.arange(batch, device=device)[:, None, None, None]
+        last = structure.queries - 1
+        rows = torch.linspace(0, last, min(last + 1, 64), dtype=torch.float64, device=device).long()
+        keys = torch.arange(structure.keys, device=device, dtype=torch.int64) + kv_offset
+        index = torch.arange(batch, device=device, dtype=torch.int64)[:, None, None, None]
         theirs = function(index, index.new_zeros(1, 1, 1, 1), (rows + q_offset)[:, None], keys[None, :])
         ours = replace(structure, padding=None).visible(rows)
         if not torch.equal(*torch.broadcast_tensors(ours, theirs)):
@@ -317,10 +318,11 @@ def _check(module: nn.Module, plan: Plan) -> Fit | None:
 def _verified() -> bool:
     """Whether masks of every kind are structured and, built, equal to those of the model's own builder."""
     masks = sys.modules["transformers.masking_utils"]
-    embeds = torch.zeros(2, 7, 4)
-    padding = torch.ones(2, 7, dtype=torch.bool)
+    embeds = torch.zeros(2, 7, 4, dtype=torch.float32, device="cpu")
+    padding = torch.ones(2, 7, dtype=torch.bool, device="cpu")
     padding[1, 4:] = False
-    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 0]])
+    rows = torch.arange(7, dtype=torch.int64, device="cpu")
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 0]], dtype=torch.int64, device="cpu")
     cache = "cache" if "cache" in inspect.signature(masks.create_causal_mask).parameters else "past_key_values"
     calls = [("create_bidirectional_mask", {"attention_mask": padding})]
     for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
@@ -334,7 +336,7 @@ def _verified() -> bool:
             theirs = getattr(masks, name)(config=config, inputs_embeds=embeds, **given)
             if type(mask) is not StructuredMask or not torch.equal(mask.dense, theirs):
                 return False
-            if not torch.equal(mask.structure.visible(torch.arange(7)).expand(2, 1, 7, 7), theirs == (kind == "sdpa")):
+            if not torch.equal(mask.structure.visible(rows).expand(2, 1, 7, 7), theirs == (kind == "sdpa")):
                 return False
     return True
 

@@ -173,9 +173,9 @@ _SIZE, _HEADS, _BATCH, _QUERIES, _KEYS = 64, 2, 3, 19, 33
 
 def _calls() -> list[tuple[int, int, dict[str, Any]]]:
     """(queries, keys, masks)."""
-    hidden = torch.ones(_QUERIES, _KEYS, dtype=torch.bool).triu(3)
-    causal = torch.ones(_QUERIES, _QUERIES, dtype=torch.bool).triu(1)
-    padding = torch.zeros(_BATCH, _KEYS, dtype=torch.bool)
+    hidden = torch.ones(_QUERIES, _KEYS, dtype=torch.bool, device="cpu").triu(3)
+    causal = torch.ones(_QUERIES, _QUERIES, dtype=torch.bool, device="cpu").triu(1)
+    padding = torch.zeros(_BATCH, _KEYS, dtype=torch.bool, device="cpu")
     padding[1, 4:] = True
     bias = Probes(seed=1)(_BATCH * _HEADS, _QUERIES, _KEYS).detach()
     return [

@@ -74,14 +74,15 @@ _FEW, _MANY = 19, 33
 @functools.cache
 def _error(verify: bool) -> float:
     """The kernels against torch's function with every option."""
-    seen = torch.ones(_FEW, _MANY, dtype=torch.bool).tril(2)
+    seen = torch.ones(_FEW, _MANY, dtype=torch.bool, device="cpu").tril(2)
     seen[3] = False
+    added = torch.zeros(2, 1, _FEW, _MANY, dtype=torch.float32, device="cpu")
     calls: list[tuple[int, int, int, dict[str, Any]]] = [
         (_FEW, _MANY, 4, {}),
         (_FEW, _MANY, 4, {"is_causal": True}),
         (_MANY, _FEW, 4, {"is_causal": True, "scale": 0.3}),
         (_FEW, _MANY, 2, {"enable_gqa": True, "attn_mask": seen}),
-        (_FEW, _MANY, 4, {"attn_mask": torch.zeros(2, 1, _FEW, _MANY).masked_fill(~seen, float("-inf"))}),
+        (_FEW, _MANY, 4, {"attn_mask": added.masked_fill(~seen, float("-inf"))}),
         (_FEW, _MANY, 4, {"attn_mask": Probes(seed=1)(4, _FEW, _MANY).detach()}),
     ]
     worst = 0.0

@@ -152,7 +152,7 @@ def _is_pointwise(act: nn.Module) -> bool:
     """Whether a module is a function of one number: no state, no randomness, no look at the neighbours."""
     if next(act.parameters(), None) is not None or next(act.buffers(), None) is not None:
         return False
-    x = torch.linspace(-3, 3, 24).view(4, 6)
+    x = torch.linspace(-3, 3, 24, dtype=torch.float32, device="cpu").view(4, 6)
     try:
         y = type(act).forward(act, x)
         part = type(act).forward(act, x[1:3, ::2])
@@ -173,9 +173,8 @@ def _name(act: Callable, approximate: str | None) -> tuple[str, float]:
         try:
             for dtype in (torch.float32, torch.bfloat16):
                 probe = Probes(dtype=dtype)
-                values = torch.cat(
-                    (torch.linspace(-30, 30, 301), torch.linspace(-1e-3, 1e-3, 11), torch.tensor([-1e4, 1e4]))
-                )
+                ranges = ((-30, 30, 301), (-1e-3, 1e-3, 11), (-1e4, 1e4, 2))
+                values = torch.cat([torch.linspace(*r, dtype=torch.float32, device="cpu") for r in ranges])
                 leaves = [values.to(dtype).requires_grad_(), probe(len(values))]
                 ours = gradients(lambda g, u, name=name: functional.glu(g, u, activation=name), leaves)
                 theirs = gradients(lambda g, u: function(g) * u, leaves)

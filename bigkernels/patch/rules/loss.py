@@ -182,10 +182,11 @@ def _check_function(function: Callable, shift: bool, takes_shifted: bool) -> flo
     """Every way in which models call a loss function, in two dtypes, with gradients."""
     name = f"the loss function {getattr(function, '__name__', type(function).__name__)}"
     vocabulary, worst = 37, 0.0
-    labels = torch.tensor([[5, 36, -100, 3, 0, 3, 12], [-100, 1, 2, 30, 3, -100, 7]])
-    ways: list[dict] = [{}, {"ignore_index": 3}, {"num_items_in_batch": 4}, {"num_items_in_batch": torch.tensor(5)}]
+    labels = torch.tensor([[5, 36, -100, 3, 0, 3, 12], [-100, 1, 2, 30, 3, -100, 7]], dtype=torch.int64, device="cpu")
+    five, three = (torch.tensor(n, dtype=torch.int64, device="cpu") for n in (5, 3))
+    ways: list[dict] = [{}, {"ignore_index": 3}, {"num_items_in_batch": 4}, {"num_items_in_batch": five}]
     if shift and takes_shifted:
-        ways += [{"shift_labels": labels}, {"shift_labels": labels, "num_items_in_batch": torch.tensor(3)}]
+        ways += [{"shift_labels": labels}, {"shift_labels": labels, "num_items_in_batch": three}]
     for dtype in (torch.float32, torch.bfloat16):
         for way in ways:
             given = labels if "ignore_index" not in way else labels.clamp_min(0)
@@ -233,7 +234,7 @@ def _error(plan: Plan) -> float:
     """The kernel against torch's cross entropy with every option, once a plan."""
     if "cross_entropy" not in plan.memory:
         worst = 0.0
-        target = torch.tensor([5, 36, -100, 3, 0, 3, 12])
+        target = torch.tensor([5, 36, -100, 3, 0, 3, 12], dtype=torch.int64, device="cpu")
         weight = Probes(seed=1)(37).detach().abs() + 0.1
         for dtype in (torch.float32, torch.bfloat16) if plan.verify else (torch.float32,):
             for way in ({}, {"reduction": "sum"}, {"reduction": "none", "ignore_index": 3}, {"label_smoothing": 0.2},
