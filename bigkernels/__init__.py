@@ -5,9 +5,10 @@ from ._info import info
 from ._memory import reuse_memory
 from ._version import __version__
 from .checkpointing import apply_checkpointing, checkpoint, remove_checkpointing, saved_activations
+from .nn.linear import pack
 from .ops import allow_nondeterministic, use
 from .patch import patch, patched, unpatch
-from .quantization import dequantize, quantize
+from .quantization import dequantize, quantize, refresh
 
 __all__ = [
     "__version__",
@@ -22,11 +23,13 @@ __all__ = [
     "memory",
     "nn",
     "optim",
+    "pack",
     "patch",
     "patched",
     "plan",
     "quantization",
     "quantize",
+    "refresh",
     "remove_checkpointing",
     "reuse_memory",
     "saved_activations",

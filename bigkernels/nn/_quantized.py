@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..quantization import QuantizedWeight
+from ..quantization._layers import Shell
+from ._weight import LazyWeight
 
 _DESCRIPTION = "format"  # the buffer that says what the others are
 
@@ -19,15 +23,25 @@ class Quantized(nn.Module):
     dtypes when it is cast. A state dict loads into a module of the same format and size alone.
     """
 
-    def __init__(self, qweight: QuantizedWeight, **described: int) -> None:
+    def __init__(self, qweight: QuantizedWeight, shell: Shell | None = None, trained: bool = True,
+                 **described: int) -> None:  # fmt: skip
         super().__init__()
-        self.config, self.dtype = qweight.config, qweight.dtype
+        self.config = qweight.config
         self.out_features, self.in_features = qweight.shape
+        self._described = _description(qweight, described)
+        device = qweight.device
         for name, t in qweight.tensors.items():
             self.register_buffer(name, t)
-        device = next(iter(qweight.tensors.values())).device
-        self.register_buffer(_DESCRIPTION, _described(qweight, described).to(device))
+        self.register_buffer(_DESCRIPTION, _bytes(self._described, device))
+        self._like = torch.empty(0, dtype=qweight.dtype, device=device)  # cast as the model is
         self._qweight: QuantizedWeight | None = None
+        self._weight: tuple[QuantizedWeight, LazyWeight] | None = None
+        self._shell, self._trained, self._tie = shell, trained, None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values: what was quantized, or what the module was cast to since."""
+        return self._like.dtype
 
     @property
     def qweight(self) -> QuantizedWeight:
@@ -35,49 +49,162 @@ class Quantized(nn.Module):
         names = self.config.layout((self.out_features, self.in_features))
         tensors = {name: self._buffers[name] for name in names}
         held = self._qweight
-        if held is None or any(held.tensors[name] is not t for name, t in tensors.items()):
+        if held is None or held.dtype != self.dtype or any(held.tensors[name] is not t for name, t in tensors.items()):
             held = QuantizedWeight(self.config, (self.out_features, self.in_features), self.dtype, tensors)
             self._qweight = held
         return held
 
+    @torch.no_grad()
+    def share(self, other: Quantized) -> None:
+        """Read the codes of another module from now on, wherever both are moved.
+
+        Raises:
+            ValueError: it has another format or size.
+        """
+        if other._described != self._described:
+            raise ValueError(f"bigkernels.nn.{type(self).__name__}: {other._described} cannot stand for "
+                             f"{self._described}")  # fmt: skip
+        if other is not self:
+            other._tie = self._tie = other._tie or _Tie()
+            self._tie.members.update((self, other))
+            for name in self.qweight.tensors:
+                self._buffers[name] = other._buffers[name]
+
+    def shares(self, other: Quantized) -> bool:
+        """Whether both read the same codes."""
+        return self._tie is not None and self._tie is other._tie
+
+    def refresh(self) -> None:
+        """Forget what was derived from the codes."""
+        self._qweight = self._weight = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "weight":
+            return super().__setattr__(name, value)
+        owner = value._owner if isinstance(value, LazyWeight) else None
+        if not isinstance(owner, Quantized):
+            raise TypeError(f"bigkernels.nn.{type(self).__name__}: its weight is held in codes and cannot be set; call "
+                            "bigkernels.dequantize(model) first, or put another module in its place")  # fmt: skip
+        self.share(owner)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Quantized:
+        self._trained = requires_grad
+        return super().requires_grad_(requires_grad)
+
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_qweight": None}  # what it derived is made again
+        return self.__dict__ | {"_qweight": None, "_weight": None}  # what it derived is made again
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self._tie is not None:
+            self._tie.members.add(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
         # Casts are for floating tensors: seen as bytes, ours are moved and nothing else.
-        dtypes = {name: t.dtype for name, t in self._buffers.items()}
-        for name, t in self._buffers.items():
+        before = dict(self._buffers)
+        for name, t in before.items():
             self._buffers[name] = t.view(torch.uint8)
         try:
             super()._apply(fn, recurse)
         finally:
-            for name, t in self._buffers.items():
-                self._buffers[name] = t.view(dtypes[name])
+            for name, t in before.items():
+                self._buffers[name] = self._buffers[name].view(t.dtype)
+        if self._tie is not None:
+            for name in self.qweight.tensors:
+                self._buffers[name] = self._tie.moved(name, fn, before[name], self._buffers[name])
+        self._like = fn(self._like)
+        described = self._buffers[_DESCRIPTION]
+        if before[_DESCRIPTION].is_meta and not described.is_meta:
+            self._buffers[_DESCRIPTION] = _bytes(self._described, described.device)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
-        wrong = []
-        for name, t in self._buffers.items():
-            given = state_dict.get(prefix + name)
-            if given is None:
-                continue  # named as missing
-            if (given.shape, given.dtype) != (t.shape, t.dtype):
-                wrong.append(f"{prefix}{name} is {given.dtype} of shape {tuple(given.shape)}, expected {t.dtype} of "
-                             f"shape {tuple(t.shape)}")  # fmt: skip
-            elif name == _DESCRIPTION and not torch.equal(given.cpu(), t.cpu()):
-                wrong.append(f"{prefix[:-1]} was saved as {_text(given)}, and is {_text(t)}")
-        if wrong:
-            errors += [f"bigkernels.nn.{type(self).__name__}: {message}" for message in wrong]
+        given = {name: state_dict.get(prefix + name) for name in self._buffers}
+        kind, path = f"bigkernels.nn.{type(self).__name__}", prefix[:-1] or "the module"
+        if prefix + "weight" in state_dict and all(t is None for t in given.values()):
+            errors.append(f"{kind}: {path} is quantized and the state has a plain weight for it; load it before "
+                          "`quantize`")  # fmt: skip
             return
+        if given[_DESCRIPTION] is not None and not given[_DESCRIPTION].is_meta:
+            text = _text(given[_DESCRIPTION])
+            if text != self._described:
+                errors.append(f"{kind}: {path} was saved as {text}, and is {self._described}")
+                return
+        wrong = [
+            f"{kind}: {prefix}{name} is {t.dtype} of shape {tuple(t.shape)}, expected {held.dtype} of shape "
+            f"{tuple(held.shape)}"
+            for name, held in self._buffers.items()
+            if (t := given[name]) is not None and (t.shape, t.dtype) != (held.shape, held.dtype)
+        ]
+        if wrong:
+            errors += wrong
+            return
+        before = {name: self._buffers[name] for name in self.qweight.tensors}
+        if self._tie is not None and all(given[name] is None for name in before):
+            # Saved with another module: what that one loads is in this one too.
+            state_dict = state_dict | {prefix + name: t for name, t in before.items()}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        self._qweight = None
+        for other in self._tie.members if self._tie is not None else ():
+            for name, t in before.items():  # `assign=True` puts other tensors here
+                if other is not self and other._buffers[name] is t:
+                    other._buffers[name] = self._buffers[name]
 
 
-def _described(qweight: QuantizedWeight, more: dict[str, int]) -> Tensor:
-    """Format, options and size as text in bytes: a tensor, which every kind of checkpoint can hold."""
+class _Tie:
+    """What modules with the same codes share, so that these stay one when the modules are moved one after the other."""
+
+    def __init__(self) -> None:
+        self.members: weakref.WeakSet[Quantized] = weakref.WeakSet()
+        self._last: dict[str, tuple] = {}
+
+    def moved(self, name: str, fn: Callable, before: Tensor, after: Tensor) -> Tensor:
+        """The moved tensor: that of the module that was moved before, where it had the same by the same function."""
+        key = before.device, before.shape, 0 if before.is_meta else before.data_ptr()
+        if name in self._last:
+            by, of, made = self._last[name]
+            if by() is fn and of == key and (kept := made()) is not None:
+                return kept
+        self._last[name] = weakref.ref(fn), key, weakref.ref(after)
+        return after
+
+    def __deepcopy__(self, memo: dict) -> _Tie:
+        return _Tie()
+
+    def __reduce__(self):
+        return _Tie, ()
+
+
+def _description(qweight: QuantizedWeight, more: dict[str, int]) -> str:
+    """Format, options and size."""
     held = {"format": qweight.config.name, "shape": list(qweight.shape), **dataclasses.asdict(qweight.config),
             **more}  # fmt: skip
-    return torch.tensor(list(json.dumps(held).encode()), dtype=torch.uint8)
+    return json.dumps(held)
+
+
+def _bytes(text: str, device: torch.device) -> Tensor:
+    """Text in bytes: a tensor, which every kind of checkpoint can hold."""
+    return torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
 
 
 def _text(description: Tensor) -> str:
     return bytes(description.cpu().tolist()).decode(errors="replace")
+
+
+def weight_of(module: Quantized, transposed: bool = False) -> Tensor:
+    """``module.weight``, (K, N) if transposed."""
+    from ..ops.quantized_linear import quantized_linear
+
+    qweight = module.qweight
+    values = (lambda: qweight.dequantize().T.contiguous()) if transposed else qweight.dequantize
+    if torch.compiler.is_dynamo_compiling():
+        return values()
+    if module._weight is not None and module._weight[0] is qweight:
+        return module._weight[1]
+    exact = qweight.with_exact_tokens()
+    linear = None if transposed else (lambda x, bias: quantized_linear(x, exact, bias))
+    n, k = qweight.shape
+    made = LazyWeight((k, n) if transposed else (n, k), module.dtype, qweight.device, values, owner=module,
+                      linear=linear)  # fmt: skip
+    module._weight = qweight, made
+    return made

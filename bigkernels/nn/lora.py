@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
 
-from ..quantization import quantize_weight
+from ..quantization._layers import Shell, is_linear, is_transposed, rows
+from ..quantization._select import as_names, never_called, places, put
+from ._weight import LazyWeight
 from .quantized_linear import QuantizedLinear
 
 
@@ -19,7 +22,7 @@ class LoRALinear(nn.Module):
     https://arxiv.org/abs/2305.14314) gradients go through the codes.
 
     Args:
-        base: a `torch.nn.Linear` or `QuantizedLinear`; its parameters are frozen.
+        base: a `torch.nn.Linear`, a `Conv1D` of transformers or a `QuantizedLinear`; its parameters are frozen.
         rank: of the update, at least 1.
         alpha: scales the update.
         dropout: of the adapter's input, in training.
@@ -35,7 +38,7 @@ class LoRALinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if not isinstance(base, (nn.Linear, QuantizedLinear)):
+        if not _fits(base):
             raise TypeError(f"bigkernels.nn.LoRALinear: base is a {type(base).__name__}; accepted are Linear and "
                             "QuantizedLinear")  # fmt: skip
         if rank < 1 or not 0 <= dropout < 1:
@@ -43,11 +46,10 @@ class LoRALinear(nn.Module):
                              "least 1 and a dropout in [0, 1)")  # fmt: skip
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        device = next(iter(base.state_dict().values())).device
-        if dtype is None:
-            dtype = base.dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
-        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=dtype))
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=dtype))
+        self.out_features, self.in_features = _size(base)
+        made = {"device": base.weight.device, "dtype": dtype or base.weight.dtype}
+        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **made))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **made))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self._unmerged: nn.Module | None = None
 
@@ -57,11 +59,12 @@ class LoRALinear(nn.Module):
 
     @classmethod
     def add_to(
-        cls, model: nn.Module, targets: tuple[str, ...] = ("*_proj",), rank: int = 8, alpha: float = 16.0,
+        cls, model: nn.Module, targets: str | tuple[str, ...] = ("*_proj",), rank: int = 8, alpha: float = 16.0,
         dropout: float = 0.0,
     ) -> list[str]:  # fmt: skip
         """Put adapters on the linear layers of a model whose names match a pattern (as in `fnmatch`), in place, and
-        freeze all else.
+        freeze all else. A layer under several names gets one adapter. The output projection of a
+        `torch.nn.MultiheadAttention`, which is never called, is left alone with a warning.
 
         Returns:
             The names of the layers.
@@ -69,17 +72,46 @@ class LoRALinear(nn.Module):
         Raises:
             ValueError: no layer's name matches.
         """
-        names = [
-            name for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, QuantizedLinear)) and any(fnmatch.fnmatchcase(name, t) for t in targets)
-        ]  # fmt: skip
-        if not names:
-            raise ValueError(f"bigkernels.nn.LoRALinear.add_to: no linear layer is named like {', '.join(targets)}")
-        model.requires_grad_(False)
-        for name in names:
-            base = model.get_submodule(name)
-            model.set_submodule(name, cls(base, rank, alpha, dropout).train(base.training))
-        return names
+        targets = as_names(targets)
+        found = {
+            module: paths for module, paths in places(model).items()
+            if paths[0] and _fits(module) and any(fnmatch.fnmatchcase(path, t) for t in targets for path in paths)
+        }  # fmt: skip
+        reasons = [f"{paths[0]}: {reason}" for paths in found.values() if (reason := never_called(model, paths[0]))]
+        found = {module: paths for module, paths in found.items() if not never_called(model, paths[0])}
+        if not found:
+            raise ValueError(f"bigkernels.nn.LoRALinear.add_to: no linear layer is named like {', '.join(targets)}"
+                             + "".join(f"; {reason}" for reason in reasons))  # fmt: skip
+        if reasons:
+            warnings.warn(f"bigkernels.nn.LoRALinear.add_to leaves alone {'; '.join(reasons)}", stacklevel=2)
+        for module in model.modules():
+            module.requires_grad_(False)  # each, as quantized layers note it
+        for base, paths in found.items():
+            put(model, paths, cls(base, rank, alpha, dropout).train(base.training))
+        return [paths[0] for paths in found.values()]
+
+    @property
+    def weight(self) -> Tensor:
+        """What the layer multiplies with, without dropout, in the shape of the base's weight: shape, dtype and device,
+        and values that are computed when they are read, with gradients for A and B; writing to it raises.
+        """
+        base = self.base
+        if self.merged:
+            return base.weight
+
+        def values() -> Tensor:
+            update = (self.lora_b.float() @ self.lora_a.float()) * (self.alpha / self.rank)
+            held = base.weight.detach()
+            return (held.float() + (update.T if _is_transposed(base) else update)).to(held.dtype)
+
+        if torch.compiler.is_dynamo_compiling():
+            return values()
+        like = base.weight
+        return LazyWeight(like.shape, like.dtype, like.device, values, owner=self, trained=self.lora_a.requires_grad)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
@@ -106,12 +138,9 @@ class LoRALinear(nn.Module):
             return
         base = self.base
         if isinstance(base, QuantizedLinear):
-            weight = base.qweight.dequantize(torch.float32) + self.delta()
-            made = QuantizedLinear(quantize_weight(weight.to(base.dtype), base.config.blind()), base.bias)
+            made = base.requantized(base.qweight.dequantize(torch.float32) + self.delta())
         else:
-            made = nn.Linear(base.in_features, base.out_features, base.bias is not None, "meta", base.weight.dtype)
-            made.weight = nn.Parameter((base.weight.float() + self.delta()).to(base.weight.dtype))
-            made.bias = base.bias
+            made = Shell(base).filled((rows(base).float() + self.delta()).to(base.weight.dtype), base.bias, False, base)
         self._unmerged, self.base = base, made.requires_grad_(False).train(self.training)
 
     def unmerge(self) -> None:
@@ -121,3 +150,17 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, merged={self.merged}"
+
+
+def _fits(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, QuantizedLinear)) or is_linear(type(module))
+
+
+def _size(base: nn.Module) -> tuple[int, int]:
+    """(N, K)."""
+    return (base.out_features, base.in_features) if isinstance(base, QuantizedLinear) else tuple(rows(base).shape)
+
+
+def _is_transposed(base: nn.Module) -> bool:
+    shell = getattr(base, "_shell", None)
+    return is_transposed(type(base) if shell is None else shell.kind)

@@ -2,52 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from ..ops.quantized_linear import dequantize_rows
 from ..quantization import Format, QuantizedWeight, quantize_weight
-from ._quantized import Quantized
+from ..quantization._layers import Shell, carry_hooks
+from ._quantized import Quantized, weight_of
 
 
 class QuantizedEmbedding(Quantized):
     """Rows of a table (N, K) in codes: those that are asked for are decoded, in plain PyTorch, and no others.
 
     Args:
-        qweight: from `bigkernels.functional.quantize_weight`.
-        dtype: of the rows it gives; by default what was quantized. It follows casts of the model.
+        qweight: from `bigkernels.functional.quantize_weight`. Its dtype is that of the rows; it follows casts of the
+            model.
+        shell: what `dequantize` makes of it; a `torch.nn.Embedding` by default.
+        trained: whether the weight of that requires a gradient.
     """
 
-    def __init__(self, qweight: QuantizedWeight, dtype: torch.dtype | None = None) -> None:
-        super().__init__(qweight)
+    def __init__(self, qweight: QuantizedWeight, shell: Shell | None = None, trained: bool = True) -> None:
+        super().__init__(qweight, shell, trained)
         self.num_embeddings, self.embedding_dim = qweight.shape
-        self.like = torch.empty(0, dtype=dtype or qweight.dtype)  # cast as the model is
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, config: str | Format) -> QuantizedEmbedding:
-        """The rows of a `torch.nn.Embedding`, which gets no gradients anymore and has no `max_norm`."""
-        return cls(quantize_weight(embedding.weight, config)).train(embedding.training)
+        """The rows of a `torch.nn.Embedding`, which gets no gradients anymore.
+
+        Raises:
+            ValueError: it has a `max_norm`, by which it changes its rows.
+        """
+        if embedding.max_norm is not None:
+            raise ValueError("bigkernels.nn.QuantizedEmbedding: an embedding with max_norm changes its rows")
+        return cls.standing_for(embedding, quantize_weight(embedding.weight, config))
+
+    @classmethod
+    def standing_for(
+        cls, embedding: nn.Embedding, qweight: QuantizedWeight, kind: type | None = None
+    ) -> QuantizedEmbedding:
+        """The table with given codes, which `dequantize` makes an `embedding` of (of class `kind`) again."""
+        made = cls(qweight, Shell(embedding, kind), embedding.weight.requires_grad)
+        carry_hooks(embedding, made)
+        return made.train(embedding.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, K): shape, dtype and device, and values that are computed when they are read; writing to it raises."""
+        return weight_of(self)
+
+    @property
+    def padding_idx(self) -> int | None:
+        return None if self._shell is None else self._shell.options.get("padding_idx")
 
     def dequantize(self) -> nn.Embedding:
-        """The `torch.nn.Embedding` of the values that the codes stand for."""
-        return nn.Embedding.from_pretrained(self.qweight.dequantize(self.like.dtype), freeze=False).train(self.training)
+        """The embedding of the values that the codes stand for, in the dtype that was quantized or cast to since."""
+        values = self.qweight.dequantize()
+        if self._shell is not None:
+            return self._shell.filled(values, None, self._trained, self)
+        made = nn.Embedding.from_pretrained(values, freeze=not self._trained)
+        carry_hooks(self, made)
+        return made.train(self.training)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (...) to rows (..., K)."""
+        """ids (...), from 0 to N - 1, to rows (..., K)."""
         codes, scale, zero, row_scale, book, group = self.qweight.operands()
         flat = ids.reshape(-1)
-        picked = (t if t is None else t[flat] for t in (codes, scale, zero, row_scale))
-        wide = torch.float64 if self.like.dtype == torch.float64 else torch.float32
+        # Unlike indexing, `index_select` refuses ids below 0.
+        picked = (t if t is None else t.index_select(0, flat) for t in (codes, scale, zero, row_scale))
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         rows = dequantize_rows(*picked, book, group, self.embedding_dim, wide)
         if self.qweight.channel is not None:
             rows = rows * self.qweight.channel.to(wide)
-        return rows.to(self.like.dtype).view(*ids.shape, self.embedding_dim)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedEmbedding:
-        self.like = fn(self.like)
-        return super()._apply(fn, recurse)
+        return rows.to(self.dtype).view(*ids.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.config}"

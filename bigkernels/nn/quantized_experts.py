@@ -31,15 +31,15 @@ class QuantizedExperts(Quantized):
         turned: the parameter held (E, K, N), what tokens are multiplied with from the left.
     """
 
-    def __init__(self, qweight: QuantizedWeight, experts: int, turned: bool = False) -> None:
-        super().__init__(qweight, experts=experts, turned=int(turned))
+    def __init__(self, qweight: QuantizedWeight, experts: int, turned: bool = False, trained: bool = True) -> None:
+        super().__init__(qweight, None, trained, experts=experts, turned=int(turned))
         self.experts, self.turned = experts, turned
 
     @classmethod
     def from_parameter(cls, weight: Tensor, config: str | Format, turned: bool = False) -> QuantizedExperts:
         """Of weights (E, N, K), or (E, K, N) if turned."""
         rows = (weight.transpose(1, 2) if turned else weight).reshape(-1, weight.shape[1 if turned else 2])
-        return cls(quantize_weight(rows, config), weight.shape[0], turned)
+        return cls(quantize_weight(rows, config), weight.shape[0], turned, weight.requires_grad)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weights in the shape that the parameter had."""

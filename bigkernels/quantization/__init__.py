@@ -4,19 +4,24 @@ A format is a frozen dataclass: how rows of a weight become named plain tensors,
 is stored is the same on every device; nothing is packed for a kernel.
 """
 
+import importlib
+
+from . import checkpoints
 from ._format import Format, named
-from ._model import QuantizeReport, dequantize, quantize
+from ._model import dequantize, quantize, refresh
+from ._report import QuantizeReport
 from ._weight import QuantizedWeight, quantize_weight
 from .book4 import FP4, NF4
 from .fp8 import FP8
 from .int4 import Int4
 from .int8 import Int8, Int8Dynamic
-from .qat import FakeQuantizedLinear, fake_quantize, prepare_qat
+from .qat import FakeQuantizedEmbedding, FakeQuantizedLinear, fake_quantize, prepare_qat
 
 __all__ = [
     "FP4",
     "FP8",
     "NF4",
+    "FakeQuantizedEmbedding",
     "FakeQuantizedLinear",
     "Format",
     "Int4",
@@ -24,10 +29,20 @@ __all__ = [
     "Int8Dynamic",
     "QuantizeReport",
     "QuantizedWeight",
+    "checkpoints",
     "dequantize",
     "fake_quantize",
     "named",
+    "peft",
     "prepare_qat",
     "quantize",
     "quantize_weight",
+    "refresh",
 ]
+
+
+def __getattr__(name: str):
+    # PEFT is no dependency; without it, this raises its ImportError.
+    if name == "peft":
+        return importlib.import_module(".peft", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

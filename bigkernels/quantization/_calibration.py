@@ -12,37 +12,40 @@ from torch import Tensor, nn
 _BYTES = 2**31  # of second moments held at once
 
 
-def groups(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
-    """The layers in their order, as many at once as the memory for their second moments allows, but at least one."""
-    some, size = {}, 0
-    for name, layer in layers.items():
-        needed = 4 * layer.in_features**2
+def groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The layers, by name and size of their inputs, in their order: as many at once as the memory for their second
+    moments allows, but at least one.
+    """
+    some, size = [], 0
+    for name, k in sizes.items():
+        needed = 4 * k**2
         if some and size + needed > _BYTES:
             yield some
-            some, size = {}, 0
-        some[name] = layer
+            some, size = [], 0
+        some.append(name)
         size += needed
     if some:
         yield some
 
 
 @torch.no_grad()
-def grams(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Iterable[Any]) -> dict[str, Tensor]:
+def grams(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]) -> dict[str, Tensor]:
     """The sum of ``x x^T`` over the inputs x (K,) of each layer that the batches reach."""
     found: dict[str, Tensor] = {}
-    last: list[tuple[Tensor, Tensor]] = []  # layers beside each other read the same input
+    # Layers beside each other read the same input. It may be written in between, and not every write is counted.
+    last: list[tuple[Tensor, Tensor]] = []
 
     def record(name: str):
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            if not last or last[0][0] is not x:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            (x,) = args or kwargs.values()
+            if not last or last[0][0].shape != x.shape or not torch.equal(last[0][0], x):
                 rows = x.detach().reshape(-1, x.shape[-1]).float()
-                last[:] = [(x, rows.T @ rows)]
+                last[:] = [(x.detach().clone(), rows.T @ rows)]
             found[name] = found[name] + last[0][1] if name in found else last[0][1].clone()
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(record(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with _evaluating(model):
             for batch in batches:

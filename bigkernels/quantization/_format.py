@@ -39,6 +39,15 @@ class Format(abc.ABC):
         """The format itself or, where it is calibrated, the one nearest to it that needs no data."""
         return self
 
+    def exact(self) -> Format:
+        """The format itself or, where it rounds tokens too, the one that stores the same and does not."""
+        return self
+
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """The stored tensors that `operands` computes from; others it hands on as they are."""
+        return ()
+
     def prepare(self, w: Tensor, gram: Tensor) -> Any:
         """What `encode` takes for data, from a whole weight and the second moments (K, K) of its inputs; of formats
         that are calibrated.

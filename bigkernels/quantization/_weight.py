@@ -10,6 +10,7 @@ from torch import Tensor
 from ..ops.quantized_linear import dequantize_rows
 from ._format import Format, Operands, named
 
+_transforms = torch._C._functorch.peek_interpreter_stack
 _AT_ONCE = 2**22  # elements: float32 copies and what the formats make of them stay small
 
 
@@ -32,13 +33,20 @@ class QuantizedWeight:
 
     def operands(self) -> Operands:
         """What `quantized_linear` reads; made once as long as the stored tensors stay what they are."""
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling() or _transforms() is not None:
             return self.config.operands(self.tensors)
-        # Inference tensors count no writes, and are not written.
-        key = tuple((id(t), 0 if t.is_inference() else t._version) for t in self.tensors.values())
-        if self._read is None or self._read[0] != key:
-            self._read = key, self.config.operands(self.tensors)
-        return self._read[1]
+        held = self._read
+        if held is not None and all(map(_is_still, self.tensors.values(), held[0])):
+            return held[1]
+        derived = self.config.derived
+        operands = self.config.operands(self.tensors)
+        self._read = tuple(_seen(t, name in derived) for name, t in self.tensors.items()), operands
+        return operands
+
+    def with_exact_tokens(self) -> QuantizedWeight:
+        """The same weight; tokens that it is multiplied with are not rounded."""
+        exact = self.config.exact()
+        return self if exact is self.config else QuantizedWeight(exact, self.shape, self.dtype, self.tensors)
 
     def rows(self, begin: int, end: int) -> QuantizedWeight:
         """Rows [begin, end) as a weight of their own, in the same memory."""
@@ -82,6 +90,26 @@ class _Rows(QuantizedWeight):
         return *(t if t is None else t[mine] for t in rows), book, group
 
 
+def _seen(t: Tensor, derived: bool) -> tuple[Tensor, object]:
+    """A stored tensor, and what tells whether operands that were computed from it still hold."""
+    if not derived:
+        return t, None
+    if type(t) is Tensor and t.device.type == "cpu":
+        return t, t.clone()  # a few bytes; writes through `.data` are not counted
+    return t, -1 if t.is_inference() else t._version
+
+
+def _is_still(t: Tensor, seen: tuple[Tensor, object]) -> bool:
+    held, then = seen
+    if t is not held:
+        return False
+    if then is None:
+        return True
+    if isinstance(then, Tensor):
+        return torch.equal(t, then)
+    return then >= 0 and then == t._version
+
+
 @torch.no_grad()
 def quantize_weight(w: Tensor, config: str | Format, gram: Tensor | None = None) -> QuantizedWeight:
     """A weight in a format. The same values give the same bits, on every device and number of threads.
@@ -91,6 +119,8 @@ def quantize_weight(w: Tensor, config: str | Format, gram: Tensor | None = None)
         config: a format, or its name: "int8", "int8-dynamic", "int4", "nf4", "fp4" or "fp8".
         gram: (K, K), the sum or mean of ``x x^T`` over inputs x of the layer; for formats that are calibrated, and of
             no use to others.
+
+    Of a weight on the meta device, which has no values, shapes and dtypes are made and nothing else.
 
     Raises:
         TypeError: `w` is not a floating tensor.
@@ -105,6 +135,10 @@ def quantize_weight(w: Tensor, config: str | Format, gram: Tensor | None = None)
         raise ValueError(f"bigkernels.quantize_weight: w has shape {tuple(w.shape)}, expected (N, K)")
     w = w.detach()
     data = None
+    if w.is_meta:
+        tensors = {name: torch.empty(shape, dtype=dtype, device="meta")
+                   for name, (shape, dtype) in config.layout((w.shape[0], w.shape[1])).items()}  # fmt: skip
+        return QuantizedWeight(config, (w.shape[0], w.shape[1]), w.dtype, tensors)
     if config.calibrated:
         _check_gram(config, gram, w.shape[1])
         data = config.prepare(w, gram.to(w.device))

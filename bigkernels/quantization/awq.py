@@ -32,13 +32,13 @@ def channel_scales(w: Tensor, gram: Tensor, rounded: Callable[[Tensor, Tensor], 
         gram: (K, K), second moments of inputs.
         rounded: float32 rows and the second moments of their inputs to the values that they are stored as.
     """
-    ones = torch.ones(w.shape[1], device=w.device)
+    ones = torch.ones(w.shape[1], dtype=torch.float32, device=w.device)
     if not w.numel():
         return Channels(ones, ones, ones)
     gram = gram.float()
     mean = gram.diagonal().mean()
     # Inputs that were always zero may not always be.
-    gram = gram + _DAMP * torch.where(mean > 0, mean, 1.0) * torch.eye(len(ones), device=w.device)
+    gram = gram + _DAMP * torch.where(mean > 0, mean, 1.0) * torch.eye(len(ones), dtype=torch.float32, device=w.device)
     moments = gram.diagonal()
     size = (moments / moments.mean()).sqrt()
     at_once = max(1, _AT_ONCE // len(ones))

@@ -32,7 +32,8 @@ def _dynamic_book() -> tuple[float, ...]:
     """
     values = [0.0, 1.0]
     for i in range(7):
-        ends = torch.linspace(0.1, 1, 2**i + 1)
+        # bitsandbytes computes in float32, on the CPU.
+        ends = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         decade = 10.0 ** (i - 6) * ((ends[:-1] + ends[1:]) / 2)
         values += [sign * v for v in decade.tolist() for sign in (1, -1)]
     return tuple(sorted(values))
@@ -93,13 +94,17 @@ class NF4(Format):
         return codes | {"scale_codes": (blocks, torch.uint8), "scale_scale": ((outer,), torch.float32),
                         "scale_offset": ((1,), torch.float32)}  # fmt: skip
 
+    @property
+    def derived(self) -> tuple[str, ...]:
+        return ("scale_codes", "scale_scale", "scale_offset") if self.double_quant else ()
+
     def operands(self, tensors: dict[str, Tensor]) -> Operands:
         codes = tensors["codes"]
-        book = torch.tensor(self.values, device=codes.device)
+        book = torch.tensor(self.values, dtype=torch.float32, device=codes.device)
         scale = tensors.get("scale")
         if scale is None:
             inner = tensors["scale_codes"]
-            values = torch.tensor(DYNAMIC_BOOK, device=codes.device)[inner.flatten().long()]
+            values = torch.tensor(DYNAMIC_BOOK, dtype=torch.float32, device=codes.device)[inner.flatten().long()]
             outer = tensors["scale_scale"].repeat_interleave(_SCALES_A_BLOCK)[: inner.numel()]
             scale = (values * outer + tensors["scale_offset"]).view(inner.shape)
         return codes, scale, None, None, book, self.block_size
@@ -115,7 +120,7 @@ class FP4(NF4):
 
 def _nearest(x: Tensor, values: tuple[float, ...]) -> Tensor:
     """The code of the value nearest to each element; of two as near, the lower value."""
-    book = torch.tensor(values, device=x.device)
+    book = torch.tensor(values, dtype=torch.float32, device=x.device)
     if len(set(values)) < len(values):  # a zero with either sign: the first one
         book[[i for i, v in enumerate(values) if v in values[:i]]] = float("nan")
     order = book.argsort()

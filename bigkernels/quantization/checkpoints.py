@@ -40,7 +40,7 @@ def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> Quan
     if k % size:
         raise ValueError(f"bigkernels.from_bitsandbytes: rows of {k} are no whole number of blocks of {size}")
     config = _BOOKS[kind](size, double_quant=nested)
-    book = torch.tensor(config.values)
+    book = torch.tensor(config.values, dtype=torch.float32, device="cpu")
     if not torch.allclose(state[f"{name}.quant_map"].cpu().float(), book, rtol=0, atol=1e-6):
         raise ValueError(f"bigkernels.from_bitsandbytes: the book of {name} is not that of {kind}")
     packed = state[name].view(torch.uint8).reshape(n, -1)
@@ -48,11 +48,12 @@ def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> Quan
     scale = state[f"{name}.absmax"].view(n, k // size)
     if nested:
         outer, book = state[f"{name}.nested_absmax"], state[f"{name}.nested_quant_map"].cpu()
-        same = torch.allclose(book, torch.tensor(DYNAMIC_BOOK), rtol=0, atol=1e-6)
+        ours = torch.tensor(DYNAMIC_BOOK, dtype=torch.float32, device="cpu")
+        same = torch.allclose(book.float(), ours, rtol=0, atol=1e-6)
         if described["nested_blocksize"] != 256 or not same:
             raise ValueError(f"bigkernels.from_bitsandbytes: the nested scales of {name} are not in blocks of 256 of "
                              "the signed dynamic book")  # fmt: skip
-        offset = torch.tensor([described["nested_offset"]], device=scale.device)
+        offset = torch.tensor([described["nested_offset"]], dtype=torch.float32, device=scale.device)
         tensors |= {"scale_codes": scale, "scale_scale": outer.float(), "scale_offset": offset}
     else:
         tensors["scale"] = scale.float()
@@ -60,8 +61,9 @@ def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> Quan
 
 
 def from_gptq(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None, *, v2: bool = False
-) -> QuantizedWeight:
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None, *, v2: bool = False,
+    zeros: str | None = None,
+) -> QuantizedWeight:  # fmt: skip
     """A 4-bit weight of a GPTQ checkpoint.
 
     Args:
@@ -70,15 +72,19 @@ def from_gptq(
         scales: (G, N), float16.
         g_idx: (K,) the group of each element; only groups of neighbours are served.
         v2: zero points are stored as they are; else one less (the older format).
+        zeros: how the older format's writer took one away, which matters where a zero point is 0: "nibbles", from each
+            alone, so that 0 becomes 15; or "words", from all eight of an integer at once, where 0 borrows from its
+            neighbour (GPTQModel). Need not be said where both mean the same, as in all symmetric checkpoints.
 
     Raises:
-        ValueError: the shapes do not fit, groups are not of 32, 64 or 128, or elements are reordered.
+        ValueError: the shapes do not fit, groups are not of 32, 64 or 128, elements are reordered, or zero points
+            depend on `zeros`, which was not given.
     """
     codes = _nibbles(qweight, range(8)).permute(1, 0, 2).flatten(1)  # (N, K)
-    zero = _nibbles(qzeros, range(8)).flatten(1) + (0 if v2 else 1)
+    zero = _nibbles(qzeros if v2 else _one_more(qzeros, zeros), range(8)).flatten(1)
     config = _config("from_gptq", codes, zero, scales)
     if g_idx is not None:
-        natural = torch.arange(codes.shape[1], device=g_idx.device) // config.group_size
+        natural = torch.arange(codes.shape[1], dtype=torch.int64, device=g_idx.device) // config.group_size
         if not torch.equal(g_idx.long(), natural):
             raise ValueError("bigkernels.from_gptq: g_idx reorders elements (act-order), which is not served")
     return _integers(config, codes, zero, scales)
@@ -122,8 +128,20 @@ def to_compressed_tensors(qweight: QuantizedWeight) -> dict[str, Tensor]:
         "weight_packed": _packed(flat),
         "weight_scale": (scale.float() * row_scale[:, None]).to(qweight.dtype),
         "weight_zero_point": _packed(zero.T).T.contiguous(),
-        "weight_shape": torch.tensor(qweight.shape),
+        "weight_shape": torch.tensor(qweight.shape, dtype=torch.int64, device="cpu"),
     }
+
+
+def _one_more(qzeros: Tensor, zeros: str | None) -> Tensor:
+    """The eight zero points of each integer, stored as one less, as they are."""
+    if zeros not in (None, "nibbles", "words"):
+        raise ValueError(f"bigkernels.from_gptq: zeros is {zeros!r}; accepted are 'nibbles', 'words' and None")
+    by_words = (qzeros.long() + 0x11111111) & 0xFFFFFFFF
+    by_nibbles = sum(((qzeros.long() >> 4 * i) + 1 & 15) << 4 * i for i in range(8))
+    if zeros is None and not torch.equal(by_words, by_nibbles):
+        raise ValueError("bigkernels.from_gptq: some zero points are 0, which writers of this format store in two "
+                         "ways; say which by zeros='words' (GPTQModel) or zeros='nibbles'")  # fmt: skip
+    return by_nibbles if zeros == "nibbles" else by_words
 
 
 def _nibbles(words: Tensor, order) -> Tensor:
@@ -135,7 +153,7 @@ def _nibbles(words: Tensor, order) -> Tensor:
 def _packed(values: Tensor) -> Tensor:
     """(n, m) values below 16 as (n, ceil(m / 8)) int32, the first in the lowest nibble."""
     values = torch.nn.functional.pad(values.to(torch.int64), (0, -values.shape[1] % 8)).unflatten(1, (-1, 8))
-    shifted = (values << torch.arange(0, 32, 4, device=values.device)).sum(-1)
+    shifted = (values << torch.arange(0, 32, 4, dtype=torch.int64, device=values.device)).sum(-1)
     return torch.where(shifted >= 2**31, shifted - 2**32, shifted).to(torch.int32)
 
 
@@ -153,6 +171,6 @@ def _integers(config: Int4, codes: Tensor, zero: Tensor, scales: Tensor) -> Quan
         "codes": pack4(codes, codes.shape[1]),
         "scale": scales.T.to(torch.float16).contiguous(),
         "zero": zero.T.to(torch.float16).contiguous(),
-        "row_scale": torch.ones(codes.shape[0], device=codes.device),
+        "row_scale": torch.ones(codes.shape[0], dtype=torch.float32, device=codes.device),
     }
     return QuantizedWeight(config, (codes.shape[0], codes.shape[1]), scales.dtype, tensors)

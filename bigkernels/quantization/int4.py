@@ -72,7 +72,7 @@ class Int4(Format):
     def _weights(self, rows: Tensor, importance: Tensor | None = None) -> Tensor:
         """(1, G, size): how much the error of each element counts; the copies that fill up a group count nothing."""
         k = rows.shape[1]
-        each = torch.ones(k, device=rows.device) if importance is None else importance.float()
+        each = torch.ones(k, dtype=torch.float32, device=rows.device) if importance is None else importance.float()
         return torch.nn.functional.pad(each, (0, -k % self.group_size)).view(1, -1, self.group_size)
 
     def encode(self, rows: Tensor, data: Any = None) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ class Int4(Format):
         if not groups.shape[1]:
             empty = rows.new_zeros(rows.shape[0], 0)
             return {"codes": empty.to(torch.uint8), "scale": empty.half(), "zero": empty.half(),
-                    "row_scale": torch.ones(rows.shape[0], device=rows.device)}  # fmt: skip
+                    "row_scale": torch.ones(rows.shape[0], dtype=torch.float32, device=rows.device)}  # fmt: skip
         weights = self._weights(rows, data.importance if self.calibrated else None)
         found = fit(groups, weights, clip=self.calibrated)
         zero = found.zero

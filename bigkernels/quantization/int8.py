@@ -35,3 +35,6 @@ class Int8Dynamic(Int8):
 
     name: ClassVar[str] = "int8-dynamic"
     dynamic: ClassVar[bool] = True
+
+    def exact(self) -> Int8:
+        return Int8()

@@ -8,18 +8,31 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
 
 from ..nn.quantized_linear import QuantizedLinear
-from ._weight import quantize_weight
+from ._layers import is_linear
 
 
-def on_quantized_layers(config: LoraConfig) -> LoraConfig:
-    """Let a `peft.LoraConfig` put its adapters on `QuantizedLinear` layers too; returns it.
+def on_quantized_layers(config: LoraConfig, model: nn.Module | None = None) -> LoraConfig:
+    """Let a `peft.LoraConfig` put its adapters on `QuantizedLinear` layers too; returns it. "all-linear", which PEFT
+    resolves by classes that it knows, needs the model.
 
     ``get_peft_model(model, on_quantized_layers(LoraConfig(target_modules=["q_proj"])))`` works as on a plain model.
     Merging quantizes the sum of weight and adapters again, in a format that needs no data; unmerging gives back the
     weight bit by bit.
+
+    Raises:
+        ValueError: "all-linear" without a model.
     """
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        if model is None:
+            raise ValueError('bigkernels.quantization.peft: for target_modules="all-linear" give the model too')
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        config.target_modules = {
+            name for name, m in model.named_modules()
+            if (isinstance(m, (nn.Linear, QuantizedLinear)) or is_linear(type(m))) and m is not head
+        }  # fmt: skip
     config._register_custom_module({QuantizedLinear: LoraQuantizedLinear})
     return config
 
@@ -38,12 +51,12 @@ class LoraQuantizedLinear(Linear):
         base = self.base_layer
         weight = base.qweight.dequantize(torch.float32)
         for name in names:
-            weight += self.get_delta_weight(name).float()
+            delta = self.get_delta_weight(name).float()
+            weight = weight + (delta.T if self.fan_in_fan_out else delta)
         if safe_merge and not weight.isfinite().all():
             raise ValueError(f"bigkernels: merging {', '.join(names)} gives a weight that is not finite")
         self._unmerged = self._unmerged or (base,)
-        self.base_layer = QuantizedLinear(quantize_weight(weight.to(base.dtype), base.config.blind()), base.bias)
-        self.base_layer.requires_grad_(False)
+        self.base_layer = base.requantized(weight).requires_grad_(False)
         self.merged_adapters += names
 
     def unmerge(self) -> None:

@@ -174,7 +174,9 @@ def test_packed_of_another_weight():
 @pytest.fixture
 def layer():
     module_of._packed.clear()
-    yield bnn.Linear(64, 40)
+    made = bnn.Linear(64, 40)
+    assert bigkernels.pack(made) == [""]
+    yield made
     module_of._packed.clear()
 
 
@@ -184,7 +186,8 @@ def run(layer: nn.Module, tokens: int = 40) -> Tensor:
 
 
 def held(layer: nn.Module) -> Tensor | None:
-    return module_of._packed[layer.weight][2] if layer.weight in module_of._packed else None
+    copies = module_of._packed.get(layer.weight, {})
+    return copies[layer.weight.dtype][1] if layer.weight.dtype in copies else None
 
 
 def expected(layer: nn.Module, tokens: int = 40) -> Tensor:
@@ -201,15 +204,48 @@ def test_packed_once_where_it_is_of_use(layer):
     assert held(layer) is first
 
 
-@pytest.mark.parametrize("write", [
-    lambda w: w.add_(1.0), lambda w: w.data.mul_(2.0), lambda w: w.data.copy_(torch.randn(40, 64)),
-    lambda w: setattr(w, "data", torch.randn(40, 64)), lambda w: w[3].zero_(),
-], ids=["in place", "through data", "copied through data", "data replaced", "a row"])  # fmt: skip
+COUNTED = {
+    "in place": lambda w: w.add_(1.0), "data replaced": lambda w: setattr(w, "data", torch.randn(40, 64)),
+    "a row": lambda w: w[3].zero_(), "loaded": lambda w: w.copy_(torch.ones(40, 64)),
+}  # fmt: skip
+UNCOUNTED = {
+    "a row through data": lambda w: w.data[39].fill_(3.0), "all through data": lambda w: w.data.mul_(2.0),
+    "a column through data": lambda w: w.data[:, 7].zero_(), "average": lambda w: w.data.lerp_(torch.ones(40, 64), 0.1),
+    "numpy": lambda w: w.detach().numpy().__setitem__((5, 3), 9.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("write", COUNTED.values(), ids=COUNTED)
 def test_a_written_weight_is_packed_again(layer, write):
     run(layer)
     with torch.no_grad():
         write(layer.weight)
     torch.testing.assert_close(run(layer), expected(layer))
+
+
+@pytest.mark.parametrize("write", UNCOUNTED.values(), ids=UNCOUNTED)
+def test_refresh_after_writes_that_are_not_counted(layer, write):
+    run(layer)
+    write(layer.weight)
+    bigkernels.refresh(layer)
+    assert held(layer) is None
+    torch.testing.assert_close(run(layer), expected(layer))
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("write", (COUNTED | UNCOUNTED).values(), ids=COUNTED | UNCOUNTED)
+def test_no_copy_is_kept_of_what_may_be_written(write, mode, patched: bool):
+    x = torch.randn(40, 64)
+    model = nn.Sequential(nn.Linear(64, 40) if patched else bnn.Linear(64, 40))
+    if patched:
+        bigkernels.patch(model, linear=True)
+    with mode():
+        model(x)
+    with torch.no_grad():
+        write(model[0].weight)
+    with mode():
+        torch.testing.assert_close(model(x), F.linear(x, model[0].weight, model[0].bias))
 
 
 def test_training_drops_it(layer):
@@ -234,6 +270,7 @@ def test_it_is_neither_saved_nor_copied_and_dies_with_the_weight(layer):
     run(layer)
     assert sum(t.numel() for t in layer.state_dict().values()) == plain
     copied = copy.deepcopy(layer)
+    bigkernels.pack(copied)
     assert held(copied) is None and len(pickled(layer)) == len(pickled(copied))
     torch.testing.assert_close(run(copied), expected(copied))
     assert len(module_of._packed) == 2
@@ -251,7 +288,10 @@ def pickled(module: nn.Module) -> bytes:
 def test_inference_tensors(layer):
     with torch.inference_mode():
         module = bnn.Linear(64, 40)
+        assert bigkernels.pack(module) == []  # writes to it are not counted
         x = torch.randn(40, 64)
+        torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias))
+        module.weight[3] = 2.0
         torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias))
 
 
@@ -283,6 +323,8 @@ def test_patched_layers_and_look_alikes():
     for ours, theirs in zip(torch.autograd.grad(after.square().sum(), [x, *model.parameters()]), grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
+        torch.testing.assert_close(model(x), before)
+        assert bigkernels.pack(model) == ["0", "2"]
         torch.testing.assert_close(model(x), before)
         torch.testing.assert_close(model(x), before)  # packed
     assert model(torch.randn(2, 33, 64)).shape == (2, 33, 20)

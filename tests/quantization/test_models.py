@@ -159,21 +159,41 @@ def test_what_is_left_alone_and_why():
     class Special(nn.Linear):
         pass
 
+    class Table(nn.Embedding):
+        pass
+
+    class Foreign(nn.Module):  # as other libraries hold 4-bit weights
+        def __init__(self):
+            super().__init__()
+            self.in_features, self.out_features = 8, 8
+            self.register_buffer("qweight", torch.zeros(1, 8, dtype=torch.int32))
+
     model = nn.ModuleDict({
         "plain": nn.Linear(8, 8), "special": Special(8, 8), "tied": nn.Linear(8, 8), "embedding": nn.Embedding(8, 8),
-        "hooked": nn.Linear(8, 8), "meta": nn.Linear(8, 8, device="meta"), "conv": nn.Conv1d(4, 5, 3),
-        "normed": nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "done": layer(),
+        "state": nn.Linear(8, 8), "conv": nn.Conv1d(4, 5, 3), "image": nn.Conv2d(4, 5, 3), "done": layer("nf4"),
+        "normed": nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "attention": nn.MultiheadAttention(8, 2),
+        "spectral": nn.utils.spectral_norm(nn.Linear(8, 8)), "own": Table(8, 8), "kept": Foreign(),
+        "replaced": nn.Linear(8, 8), "floats": nn.Linear(8, 8), "named": nn.Linear(8, 8),
+        "lstm": nn.LSTM(8, 8),
     })  # fmt: skip
     model["tied"].weight = model["embedding"].weight
-    model["hooked"].register_forward_hook(lambda m, args, out: out)
-    report = bigkernels.quantize(model, "int8")
+    model["state"]._register_state_dict_hook(lambda m, state, *_: state)
+    model["replaced"].forward = model["plain"].forward
+    model["floats"].weight = nn.Parameter(torch.randn(8, 8).to(torch.float8_e4m3fn), requires_grad=False)
+    report = bigkernels.quantize(model, "int8", skip="named")
     assert [row.path for row in report.quantized] == ["plain"]
     reasons = {row.path: row.what for row in report.skipped}
     assert reasons == {
-        "special": "a Special, not a torch.nn.Linear", "tied": "its weight is shared with another module",
-        "hooked": "it has hooks", "meta": "its weight has no values (meta device)",
-        "normed": "a ParametrizedLinear, not a torch.nn.Linear",
-        "conv.weight": "a 3-D weight of a Conv1d", "embedding": "an embedding (embeddings=True quantizes it)",
+        "special": "a Special, not a torch.nn.Linear", "own": "a Table, not a torch.nn.Embedding",
+        "tied": "its weight is shared with another module (embedding)", "state": "it has hooks on its state dict",
+        "normed": "a ParametrizedLinear, not a torch.nn.Linear", "spectral": "its weight is computed, no parameter",
+        "conv.weight": "a 3-D weight of a Conv1d", "image.weight": "a 4-D weight of a Conv2d",
+        "embedding": "an embedding (embeddings=True quantizes it)", "done": "already quantized (nf4)",
+        "attention.in_proj_weight": "a 2-D weight of a MultiheadAttention",
+        "attention.out_proj": "its MultiheadAttention reads its weight and never calls it",
+        "kept": "a Foreign, not a torch.nn.Linear", "lstm.weight_ih_l0": "a 2-D weight of a LSTM",
+        "lstm.weight_hh_l0": "a 2-D weight of a LSTM", "replaced": "its forward was replaced",
+        "floats": "its weight is torch.float8_e4m3fn", "named": "left out by skip",
     }  # fmt: skip
 
 

@@ -1,0 +1,85 @@
+"""The layers that can be quantized, and what is left of one whose weight went into codes."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import Tensor, nn
+
+_HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
+_STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+                "_load_state_dict_post_hooks")  # fmt: skip
+
+
+def conv1d() -> type | None:
+    """The class of transformers whose weight is that of a linear layer, transposed; None where it is not loaded."""
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
+def is_transposed(kind: type) -> bool:
+    """Whether the weight of layers of a class is (K, N)."""
+    return kind is not None and kind is conv1d()
+
+
+def is_linear(kind: type) -> bool:
+    """Whether a class is `torch.nn.Linear` itself, or `Conv1D`."""
+    return kind is nn.Linear or is_transposed(kind)
+
+
+def rows(module: nn.Module, kind: type | None = None) -> Tensor:
+    """The weight (N, K) of a layer; `kind` is its class, where it is one that stands for another."""
+    return module.weight.T if is_transposed(kind or type(module)) else module.weight
+
+
+def carry_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Put the hooks of one module on another; their handles remove them there."""
+    for name in _HOOKS:
+        target.__dict__[name] = source.__dict__[name]
+
+
+def has_state_hooks(module: nn.Module) -> bool:
+    return any(module.__dict__.get(name) for name in _STATE_HOOKS)
+
+
+class Shell:
+    """A layer without its parameters: its class, its options and what users put on it.
+
+    Attributes:
+        kind: its class.
+        options: its attributes by name.
+    """
+
+    def __init__(self, module: nn.Module, kind: type | None = None) -> None:
+        self.kind = kind or type(module)
+        own = {"_parameters", "_buffers", "_modules", *_HOOKS}
+        self.options = {key: value for key, value in module.__dict__.items() if key not in own}
+        self._names = tuple(module._parameters)
+
+    def filled(self, values: Tensor, bias: nn.Parameter | None, trained: bool, like: nn.Module) -> nn.Module:
+        """The layer with a weight (N, K) and a bias; hooks and the mode are those of `like`."""
+        made = self.kind.__new__(self.kind)
+        nn.Module.__init__(made)
+        made.__dict__.update(self.options)
+        weight = values.T.contiguous() if is_transposed(self.kind) else values
+        held = {"weight": nn.Parameter(weight, requires_grad=trained), "bias": bias}
+        for name in self._names:
+            made.register_parameter(name, held[name])
+        carry_hooks(like, made)
+        return made.train(like.training)
+
+
+def become(module: nn.Module, kind: type, **attributes: object) -> nn.Module:
+    """A module of another class with the attributes, parameters and hooks of a layer."""
+    made = kind.__new__(kind)
+    nn.Module.__init__(made)
+    made.__dict__.update(module.__dict__)
+    made._parameters = dict(module._parameters)
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    return made
+
+
+def exact_weight(weight: Tensor) -> bool:
+    """Whether a weight is a tensor of numbers as they are: no subclass that holds something else, no 8-bit floats."""
+    plain = isinstance(weight, nn.Parameter) or type(weight) is Tensor
+    return plain and type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.itemsize > 1

@@ -1,0 +1,218 @@
+"""Which layers of a model are quantized, and why others are not: the same for `quantize` and `prepare_qat`."""
+
+from __future__ import annotations
+
+import collections
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from ._format import Format, named
+from ._layers import exact_weight, has_state_hooks, is_linear, is_transposed
+from ._report import QuantizeReport
+
+Filter = Callable[[str, nn.Module], bool]
+
+
+@dataclass
+class Chosen:
+    """A layer: the module, all its paths, and its format."""
+
+    module: nn.Module
+    paths: list[str]
+    config: Format
+
+    @property
+    def path(self) -> str:
+        return self.paths[0]
+
+
+@dataclass
+class Selection:
+    """What is quantized: layers with a weight of their own, groups of layers that share one, and weights of experts by
+    their path; `order` has the paths of all modules as the model has them.
+    """
+
+    alone: list[Chosen] = field(default_factory=list)
+    shared: list[list[Chosen]] = field(default_factory=list)
+    experts: dict[str, Format] = field(default_factory=dict)
+    order: dict[str, int] = field(default_factory=dict)
+
+
+def as_names(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Names; a single one may be given by itself."""
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def places(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Each module of a model with all its paths."""
+    found = collections.defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        found[module].append(path)
+    return found
+
+
+def put(model: nn.Module, paths: list[str], module: nn.Module) -> None:
+    """Put a module in all the places of another."""
+    for path in paths:
+        model.set_submodule(path, module)
+
+
+def never_called(model: nn.Module, path: str) -> str | None:
+    """Why a layer's forward is not what its model computes with, if so."""
+    owner, _, name = path.rpartition(".")
+    if name == "out_proj" and isinstance(model.get_submodule(owner), nn.MultiheadAttention):
+        return f"its {type(model.get_submodule(owner)).__name__} reads its weight and never calls it"
+    return None
+
+
+@dataclass
+class _Rules:
+    """What the caller of `quantize` says about names."""
+
+    formats: dict[str, Format | None]
+    skip: tuple[str, ...]
+    filter: Filter | None
+
+    def format_of(self, path: str) -> Format | None:
+        return next((f for pattern, f in self.formats.items() if fnmatch.fnmatchcase(path, pattern)), None)
+
+    def refusal(self, paths: list[str], module: nn.Module) -> str | None:
+        if any(path == part or path.endswith("." + part) for part in self.skip for path in paths):
+            return "left out by skip"
+        if self.filter is not None and not all(self.filter(path, module) for path in paths):
+            return "left out by filter"
+        chosen = {self.format_of(path) for path in paths}
+        if None in chosen:
+            return "no pattern names a format for it"
+        return f"its names {', '.join(paths)} have different formats" if len(chosen) > 1 else None
+
+
+def select(
+    model: nn.Module,
+    config: str | Format | Mapping[str, str | Format | None],
+    skip: str | tuple[str, ...],
+    filter: Filter | None,
+    embeddings: bool,
+    report: QuantizeReport,
+) -> Selection:
+    """The layers that options choose; the others go to the report."""
+    from ..nn._quantized import Quantized
+    from .qat import plain_kind
+
+    patterns = {"*": config} if isinstance(config, (str, Format)) else dict(config)
+    formats = {pattern: None if value is None else named(value) for pattern, value in patterns.items()}
+    rules = _Rules(formats, as_names(skip), filter)
+    found = places(model)
+    owners = collections.defaultdict(list)
+    for module, paths in found.items():
+        for p in module._parameters.values():
+            if p is not None:
+                owners[id(p)].append((module, paths))
+    made = Selection(order={path: i for i, (path, _) in enumerate(model.named_modules(remove_duplicate=False))})
+    candidates: dict[nn.Module, Chosen] = {}
+    adapters = _adapters(found)
+    for module, paths in found.items():
+        kind, path = plain_kind(module), paths[0]
+        if isinstance(module, Quantized):
+            report.skip(path, f"already quantized ({module.config.name})", module.qweight.nbytes)
+        elif is_linear(kind) or kind is nn.Embedding:
+            reason = never_called(model, path) or rules.refusal(paths, module)
+            if module in adapters:
+                reason = "part of an adapter"
+            if kind is nn.Embedding and not embeddings:
+                reason = "an embedding (embeddings=True quantizes it)"
+            if reason := reason or _refusal(module):
+                report.skip(path, reason, getattr(module.weight, "nbytes", 0))
+            elif not path:
+                raise ValueError(
+                    "bigkernels.quantize: the model is a linear layer itself; use QuantizedLinear.from_linear"
+                )
+            else:
+                candidates[module] = Chosen(module, paths, rules.format_of(path))
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            reason = never_called(model, path)
+            expected = "Linear" if isinstance(module, nn.Linear) else "Embedding"
+            report.skip(path, reason or f"a {type(module).__name__}, not a torch.nn.{expected}", _nbytes(module))
+        elif not isinstance(module, ParametrizationList):
+            for key, reason, nbytes in _weights(module, path, rules, owners, made):
+                report.skip(f"{path}.{key}".lstrip("."), reason, nbytes)
+            sized = hasattr(module, "in_features") and hasattr(module, "out_features")
+            if sized and not module._modules and not module._parameters:
+                report.skip(path, f"a {type(module).__name__}, not a torch.nn.Linear", _nbytes(module))
+    _group(candidates, owners, made, report)
+    return made
+
+
+def _adapters(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """What PEFT put beside layers."""
+    return {part for module in modules if "base_layer" in module._modules
+            for name, child in module._modules.items() if name != "base_layer" and child is not None
+            for part in child.modules()}  # fmt: skip
+
+
+def _group(candidates, owners, made: Selection, report: QuantizeReport) -> None:
+    """Sort candidates into those with a weight of their own and groups that share one, if all of these may go."""
+    groups = collections.defaultdict(list)
+    for chosen in candidates.values():
+        groups[id(chosen.module.weight)].append(chosen)
+    for key, members in groups.items():
+        if len(owners[key]) == 1:
+            made.alone += members
+            continue
+        turned = {is_transposed(type(m.module)) for m in members}
+        if len(members) == len(owners[key]) and len({m.config for m in members}) == len(turned) == 1:
+            made.shared.append(members)
+            continue
+        for m in members:
+            others = ", ".join(paths[0] for module, paths in owners[key] if module is not m.module)
+            report.skip(m.path, f"its weight is shared with another module ({others})", m.module.weight.nbytes)
+
+
+def _weights(module, path: str, rules: _Rules, owners, made: Selection) -> Iterator[tuple[str, str, int]]:
+    """Parameters with two or more dimensions that a module holds itself: experts are chosen, others reported."""
+    name = type(module).__name__
+    for key, p in module._parameters.items():
+        if p is None or p.dim() < 2 or not p.is_floating_point():
+            continue
+        if p.dim() != 3 or (getattr(module, "num_experts", None) != p.shape[0] and "expert" not in name.lower()):
+            yield key, f"a {p.dim()}-D weight of a {name}", p.nbytes
+            continue
+        paths = [f"{path}.{key}".lstrip(".")]
+        reason = rules.refusal(paths, module)
+        if not reason and rules.format_of(paths[0]).calibrated:
+            reason = "calibration measures the inputs of linear layers alone"
+        if not reason and len(owners[id(p)]) > 1:
+            reason = "it is shared with another module"
+        if not reason and not exact_weight(p):
+            reason = _kind_of(p)
+        if reason:
+            yield key, reason, p.nbytes
+        else:
+            made.experts[paths[0]] = rules.format_of(paths[0])
+
+
+def _refusal(module: nn.Module) -> str | None:
+    if "weight" not in module._parameters:
+        return "its weight is computed, no parameter"
+    if not exact_weight(module.weight):
+        return _kind_of(module.weight)
+    if getattr(module, "max_norm", None) is not None:
+        return "it changes its weight (max_norm)"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    if has_state_hooks(module):
+        return "it has hooks on its state dict"
+    return None
+
+
+def _kind_of(weight) -> str:
+    kind = type(weight).__name__
+    return f"its weight is {kind if kind not in ('Tensor', 'Parameter') else weight.dtype}"
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(t.nbytes for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
