@@ -37,6 +37,7 @@ class Quantized(nn.Module):
         self._qweight: QuantizedWeight | None = None
         self._weight: tuple[QuantizedWeight, LazyWeight] | None = None
         self._shell, self._trained, self._tie = shell, trained, None
+        self._among_trained = False  # whether parameters of the model that stayed required gradients
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,9 +141,6 @@ class Quantized(nn.Module):
             errors += wrong
             return
         before = {name: self._buffers[name] for name in self.qweight.tensors}
-        if self._tie is not None and all(given[name] is None for name in before):
-            # Saved with another module: what that one loads is in this one too.
-            state_dict = state_dict | {prefix + name: t for name, t in before.items()}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         self._qweight = None
         for other in self._tie.members if self._tie is not None else ():

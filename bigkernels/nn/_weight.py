@@ -21,6 +21,7 @@ _DESCRIBED = {
     _T.ndimension, _T.__len__, _T.__hash__, torch.is_floating_point, torch.is_complex, torch.is_tensor, torch.numel,
     torch.is_inference,
 }  # fmt: skip
+_REQUIRES_GRAD = _T.requires_grad.__get__
 _FREEZING = {_T.requires_grad_, _T.requires_grad.__set__}
 _SAME = {_T.data.__get__, _T.detach, torch.detach}
 # Whoever has the memory could write to it.
@@ -71,7 +72,7 @@ class LazyWeight(Tensor):
         if func in _DESCRIBED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func is _T.requires_grad.__get__:
+        if func == _REQUIRES_GRAD:
             return args[0]._trained
         if func in _SAME and isinstance(args[0], cls):
             return args[0]._detached()

@@ -100,8 +100,7 @@ class LoRALinear(nn.Module):
             return base.weight
 
         def values() -> Tensor:
-            update = (self.lora_b.float() @ self.lora_a.float()) * (self.alpha / self.rank)
-            held = base.weight.detach()
+            update, held = self._update(), base.weight.detach()
             return (held.float() + (update.T if _is_transposed(base) else update)).to(held.dtype)
 
         if torch.compiler.is_dynamo_compiling():
@@ -125,7 +124,11 @@ class LoRALinear(nn.Module):
 
     def delta(self) -> Tensor:
         """What the adapter adds to the weight, (N, K), in float32."""
-        return self.lora_b.detach().float() @ self.lora_a.detach().float() * (self.alpha / self.rank)
+        return self._update().detach()
+
+    def _update(self) -> Tensor:
+        with torch.autocast(self.lora_a.device.type, enabled=False):
+            return self.lora_b.float() @ self.lora_a.float() * (self.alpha / self.rank)
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -68,9 +68,9 @@ class Shell:
         return made.train(like.training)
 
 
-def become(module: nn.Module, kind: type, **attributes: object) -> nn.Module:
+def become(module: nn.Module, other: type, /, **attributes: object) -> nn.Module:
     """A module of another class with the attributes, parameters and hooks of a layer."""
-    made = kind.__new__(kind)
+    made = other.__new__(other)
     nn.Module.__init__(made)
     made.__dict__.update(module.__dict__)
     made._parameters = dict(module._parameters)

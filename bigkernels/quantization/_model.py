@@ -54,6 +54,7 @@ def quantize(
             was.
     """
     from ..nn import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
+    from ..nn._quantized import Quantized
 
     report = QuantizeReport()
     selection = select(model, config, skip, filter, embeddings, report)
@@ -129,6 +130,10 @@ def quantize(
         for path, weight in parameters.items():
             _set_parameter(model, path, weight)
         raise
+    trained = any(p.requires_grad for p in model.parameters())
+    for module in model.modules():
+        if isinstance(module, Quantized):
+            module._among_trained = trained
     order = selection.order
     for listed in (report.quantized, report.skipped):
         listed.sort(key=lambda row: order.get(row.path, order.get(row.path.rpartition(".")[0], 0)))
@@ -140,18 +145,18 @@ def dequantize(model: nn.Module) -> None:
     `QuantizedExperts` by their parameter, in place. What shared a weight shares it again.
 
     They are what they were: class and options, hooks, one layer under several names; in the dtype that the model was
-    cast to. A weight requires a gradient if it did before `quantize`, unless its layer, its bias or all parameters of
-    the model were frozen since.
+    cast to. A weight requires a gradient if it did before `quantize`, unless its layer, its bias or all parameters that
+    the model kept were frozen since.
     """
     from ..nn import QuantizedExperts
     from ..nn._quantized import Quantized
 
     found: list[tuple[Quantized, nn.Parameter]] = []
-    parameters = list(model.parameters())
-    frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
+    untrained = not any(p.requires_grad for p in model.parameters())
     for module, paths in places(model).items():
         if not isinstance(module, Quantized) or not paths[0]:
             continue
+        frozen = untrained and module._among_trained
         if isinstance(module, QuantizedExperts):
             values = nn.Parameter(module.dequantize(), requires_grad=module._trained and not frozen)
             for path in paths:
