@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from ..patch._lazy import Lazy
 from ._flops import flops_of, moved_bytes
 
 _CUDA_BLOCK = 512  # what the CUDA allocator rounds sizes up to
@@ -153,6 +154,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.ops.prim.device.default:
             return func(*args)
+        if any(issubclass(t, Lazy) for t in types):
+            return NotImplemented  # it has no memory; what it computes comes here again
         kwargs = kwargs or {}
         if func is torch.ops.aten.equal.default and args[0].dtype == torch.uint8:
             # States of a random number generator, which regions compare before they run again: nothing is drawn here.

@@ -23,6 +23,7 @@ from ...nn.quantized_linear import QuantizedLinear
 from ...ops._arguments import autocast_dtype
 from ...ops._registry import _transforms
 from .._logits import Logits
+from .._places import stays
 from .._rule import Fit, Plan, Site, Skip, SourceRule
 from .._source import Source, call, replace
 from .._verify import Probes, compare, doubled, gradients, plain
@@ -36,11 +37,20 @@ _HELPER, _HIDDEN = "_bigkernels_logits", "_bigkernels_hidden"
 
 def logits(module: nn.Module, labels: Any, head: Any, hidden: Any) -> Any:
     """head(hidden), or what stands for it where the model is in training and nobody observes the head."""
-    if labels is not None and module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if labels is not None and module.training and torch.is_grad_enabled() and not _traced():
         weight = _weight(head)
-        if weight is not None and _fits(weight, head.bias, hidden) and unobserved(head) and _transforms() is None:
-            return Logits(head, hidden, weight, head.bias)
+        if weight is not None and _fits(weight, head.bias, hidden) and unobserved(head) and stays(head, weight):
+            return Logits.of(head, hidden, weight, head.bias)
     return head(hidden)
+
+
+def _traced() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _transforms() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
 
 
 def _weight(head: Any) -> Any:
@@ -172,8 +182,15 @@ def _loss_function(module: nn.Module, source: Source, plan: Plan) -> tuple[Calla
 class _Strict(Logits):
     """Computes nothing: whatever needs logits is a reason to leave the model alone."""
 
-    def tensor(self) -> Tensor:
-        raise Skip("the logits are used for more than the loss")
+    @classmethod
+    def _noted(cls, note, like, device):
+        made = super()._noted(note, like, device)
+        made.values.compute = _refuse
+        return made
+
+
+def _refuse() -> Tensor:
+    raise Skip("the logits are used for more than the loss")
 
 
 class _Head:
@@ -186,7 +203,7 @@ class _Head:
     def __call__(self, hidden: Tensor) -> Any:
         if self.eager:
             return F.linear(hidden, self.weight, self.bias)
-        return _Strict(self, hidden, self.weight, self.bias)
+        return _Strict.of(self, hidden, self.weight, self.bias)
 
 
 class _Stand:

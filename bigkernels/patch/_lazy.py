@@ -1,0 +1,201 @@
+"""Tensors whose elements are computed when an operator reads them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
+
+_aten = torch.ops.aten
+# What reads memory without an operator that could be seen.
+_IN_MEMORY = {getattr(Tensor, name) for name in """numpy tolist data_ptr storage _typed_storage __array__
+    __dlpack__ __dlpack_device__ share_memory_ is_shared pin_memory __reduce_ex__""".split()}  # fmt: skip
+
+
+_DEFAULTS = (None, False, torch.strided, torch.preserve_format, torch.contiguous_format)
+
+
+class Values:
+    """The elements behind lazy tensors that share memory, as views do."""
+
+    def __init__(self, compute: Callable[[], Tensor] | None, made: Tensor | None = None):
+        self.compute, self.made, self.lent = compute, made, False
+
+    def get(self) -> Tensor:
+        compute = self.compute
+        if compute is not None:
+            self.made = self.fresh()
+            self.compute = None
+        return self.made
+
+    def fresh(self) -> Tensor:
+        """The elements, which are kept by nobody if nobody has read them yet."""
+        compute = self.compute
+        if compute is None:
+            return self.made
+        with torch.no_grad():
+            return compute().contiguous()
+
+
+class Lazy(Tensor):
+    """A dense tensor that has no memory before it is read.
+
+    To autograd it is a tensor like any other: operators are recorded before they arrive here, where they run on the
+    elements. Views, copies and casts of what nobody has read are lazy too, so that looking for an attribute computes
+    nothing. A write goes to the elements that views share.
+    """
+
+    values: Values
+    path: tuple[Callable[[Tensor], Tensor], ...]  # from the shared elements to this view of them
+
+    @staticmethod
+    def __new__(cls, values: Values, like: Tensor, path: tuple = (), device: torch.device | None = None) -> Lazy:
+        """Of the shape, strides and dtype of `like`, which may be on the meta device."""
+        lazy = Tensor._make_wrapper_subclass(
+            cls, like.shape, like.stride(), like.storage_offset(), dtype=like.dtype, device=device or like.device
+        )
+        lazy.values, lazy.path = values, path
+        return lazy
+
+    def dense(self) -> Tensor:
+        """The elements as an ordinary tensor without history, computed once."""
+        return _follow(self.values.get(), self.path)
+
+    @property
+    def made(self) -> Tensor | None:
+        """The shared elements, None before somebody reads them."""
+        return self.values.made
+
+    def tensor(self) -> Tensor:
+        """An ordinary tensor of the same memory and with the same history."""
+        self.values.get()  # before which a view would be lazy too
+        return _aten.expand.default(self, self.shape)
+
+    def _derived(self, function: Any, step: Callable, values: Values, like: Tensor, path: tuple) -> Lazy:
+        """The result of a view, a copy or a cast, which is `step`; subclasses say what they know of it."""
+        return Lazy(values, like, path, self.device)
+
+    def _later(self, function: Any, rest: tuple, keywords: dict[str, Any]) -> Lazy | None:
+        """The lazy result of a view, a copy or a cast of what nobody has read; None for other operators."""
+        view = _is_view(function)
+        if not view and not _is_copy(function, self, keywords):
+            return None
+        # As tensors without memory have it, which are no business of a mode that counts memory.
+        with _disable_current_modes():
+            made = function(_like(self), *rest, **keywords) if view else empty(self.shape, _dtype(self, keywords))
+        if made.dtype.is_complex:
+            return None
+        step = functools.partial(_run, function, rest, keywords)
+        values, path = self.values, self.path  # and not the tensor, whose history would be kept
+        if view:
+            return self._derived(function, step, values, made, (*path, step))
+        return self._derived(function, step, Values(lambda: step(_follow(values.fresh(), path))), made, ())
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], Lazy) and args[0].made is None:
+            later = args[0]._later(function, args[1:], kwargs)
+            if later is not None:
+                return later
+        if torch.Tag.inplace_view in function.tags:
+            raise RuntimeError(f"bigkernels.patch: {function} cannot change the shape of logits in place; take a view "
+                               "of them, or patch(model, loss=False)")  # fmt: skip
+        dense: dict[int, Lazy] = {}
+        aliases = any(argument.alias_info is not None for argument in function._schema.arguments)
+
+        def elements(lazy: Lazy) -> Tensor:
+            found = lazy.dense()
+            dense[id(found)] = lazy
+            lazy.values.lent |= aliases  # written to, or a view that may be
+            return found
+
+        result = function(*tree_map_only(Lazy, elements, args), **tree_map_only(Lazy, elements, kwargs))
+        return dense.get(id(result), result)
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if function in _IN_MEMORY or (function is Tensor.untyped_storage and not _is_fake()):
+                args, kwargs = tree_map_only(Lazy, Lazy.tensor, (args, kwargs or {}))
+            return function(*args, **kwargs or {})
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        return self.dense().detach().requires_grad_(self.requires_grad).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        if not self.is_leaf:
+            return super().__deepcopy__(memo)  # which raises, as for other tensors with a history
+        return self.dense().detach().clone().requires_grad_(self.requires_grad)
+
+    # For compilers, which trace tensors with tensors inside.
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["_elements"], None
+
+    @property
+    def _elements(self) -> Tensor:
+        return self.dense()
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> Lazy:
+        elements = inner["_elements"]
+        return Lazy(Values(None, elements), elements)
+
+
+def _is_fake() -> bool:
+    """Whether a compiler looks at tensors, which takes them apart by `__tensor_flatten__`."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def _follow(elements: Tensor, path: tuple[Callable[[Tensor], Tensor], ...]) -> Tensor:
+    for step in path:
+        elements = step(elements)
+    return elements
+
+
+def _run(function: Any, rest: tuple, keywords: dict[str, Any], x: Tensor) -> Tensor:
+    return function(x, *rest, **keywords)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Contiguous, and without memory."""
+    with _disable_current_modes():
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _dtype(lazy: Lazy, keywords: dict[str, Any]) -> torch.dtype:
+    return keywords.get("dtype") or lazy.dtype
+
+
+def _like(lazy: Lazy) -> Tensor:
+    """A tensor of its shape, strides and offset without memory."""
+    last = sum((n - 1) * s for n, s in zip(lazy.shape, lazy.stride(), strict=True)) if lazy.numel() else 0
+    whole = torch.empty(lazy.storage_offset() + last + 1, dtype=lazy.dtype, device="meta")
+    return whole.as_strided(lazy.shape, lazy.stride(), lazy.storage_offset())
+
+
+@functools.cache
+def _is_view(function: Any) -> bool:
+    schema = function._schema
+    of_first = schema.arguments[0].alias_info if schema.arguments else None
+    return (
+        of_first is not None
+        and not of_first.is_write
+        and len(schema.returns) == 1
+        and schema.returns[0].alias_info is not None
+        and str(schema.returns[0].type) == "Tensor"
+    ) or function is _aten._unsafe_view.default
+
+
+def _is_copy(function: Any, lazy: Lazy, keywords: dict[str, Any]) -> bool:
+    if not lazy.is_contiguous():
+        return False
+    asked = {name: value for name, value in keywords.items() if value not in _DEFAULTS and value != lazy.device}
+    if function is _aten.clone.default:
+        return not asked
+    return function is _aten._to_copy.default and set(asked) == {"dtype"} and asked["dtype"].is_floating_point
