@@ -16,9 +16,13 @@ from .ops import OPERATORS
 from .ops._registry import KERNEL_DTYPES
 
 _PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "numpy")
-# The features that the CPU kernels' ISA levels are made of.
-_CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16",
-                 "amx_tile", "amx_bf16", "amx_int8", "amx_fp16")  # fmt: skip
+# The features that each of the CPU kernels' ISA levels adds to the one before it, as /proc/cpuinfo names them.
+ISA_FEATURES = {
+    "avx2": ("avx2", "fma", "f16c"),
+    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"),
+    "amx": ("amx_tile", "amx_bf16", "amx_int8"),
+}
+_CPU_FEATURES = (*(f for features in ISA_FEATURES.values() for f in features), "avx512_fp16", "amx_fp16")
 
 
 def info() -> dict:
@@ -57,6 +61,7 @@ def _cpu() -> dict:
         "threads": torch.get_num_threads(),
         "features": [f for f in _CPU_FEATURES if f in flags],
         "isa": _isa(),
+        "isa_lacks": {level: lacks for level, needed in ISA_FEATURES.items() if flags and (lacks := sorted({*needed} - {*flags}))},
         "BIGKERNELS_CPU_ISA": os.environ.get("BIGKERNELS_CPU_ISA"),
     }
 

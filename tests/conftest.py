@@ -17,7 +17,7 @@ from bigkernels._load import cpu_library
 
 ROOT = Path(__file__).resolve().parent.parent
 # As BIGKERNELS_CPU_ISA names them, lowest first.
-ISA_LEVELS = ("default", "avx2", "avx512", "amx")
+ISA_LEVELS = ("base", "avx2", "avx512", "amx")
 
 torch.set_num_threads(2)  # some results depend on their number
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LEVELS = ("default", "avx2", "avx512", "amx")
+LEVELS = ("base", "avx2", "avx512", "amx")
 
 # What a library may need besides torch: the C++ runtime, and nothing of Python, OpenMP or CUDA.
 NEEDED = {"libtorch.so", "libtorch_cpu.so", "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"}
@@ -28,8 +28,8 @@ REGISTERS = {
     "avx512": r"%(zmm|k[0-7]\b|[xy]mm(1[6-9]|2\d|3[01]))",
     "amx": r"%tmm",
 }
-HIGHER = {"default": ("avx", "avx512", "amx"), "avx2": ("avx512", "amx"), "avx512": ("amx",), "amx": ()}
-OWN = {"default": "sse", "avx2": "avx", "avx512": "avx512", "amx": "amx"}
+HIGHER = {"base": ("avx", "avx512", "amx"), "avx2": ("avx512", "amx"), "avx512": ("amx",), "amx": ()}
+OWN = {"base": "sse", "avx2": "avx", "avx512": "avx512", "amx": "amx"}
 
 x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="levels above the first are for x86-64")
 
@@ -42,15 +42,14 @@ def tool(*command: str | Path) -> str:
 
 def kernel_objects(level: str) -> list[Path]:
     build = Path(os.environ.get("BIGKERNELS_BUILD_DIR", ROOT / "build" / "cmake"))
-    name = "base" if level == "default" else level
-    objects = sorted((build / "CMakeFiles" / f"kernels_{name}.dir").glob("**/*.o"))
+    objects = sorted((build / "CMakeFiles" / f"kernels_{level}.dir").glob("**/*.o"))
     if not objects:
         pytest.skip(f"no object files of level {level} under {build}: not a build from this checkout")
     sources = {path.name for path in (ROOT / "csrc/cpu/kernels").glob("*.cpp")}
     return [path for path in objects if path.name.removesuffix(".o") in sources]
 
 
-@pytest.mark.parametrize("level", ["default", *(pytest.param(level, marks=x86_only) for level in LEVELS[1:])])
+@pytest.mark.parametrize("level", ["base", *(pytest.param(level, marks=x86_only) for level in LEVELS[1:])])
 class TestKernelObjects:
     def test_no_weak_symbols(self, level: str) -> None:
         # The linker keeps one copy of a weak symbol for all callers: it could be AVX-512 code on an AVX2 machine.
@@ -83,13 +82,20 @@ def test_each_level_can_be_chosen(isa) -> None:
 
 
 def test_the_variable_only_lowers_the_level(library: Path) -> None:
-    def chosen(wish: str) -> str:
-        environment = os.environ | {"BIGKERNELS_CPU_ISA": wish}
-        command = [sys.executable, "-c", CHOSEN]
-        return subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert _with_level("amx").stdout == _with_level("").stdout
+    assert _with_level("base").stdout.strip() == "base"
 
-    assert chosen("amx") == chosen("no such level") == chosen("")
-    assert chosen("default").strip() == "default"
+
+@pytest.mark.parametrize("wish", ["AVX2", "sse", "default", "avx512 "])
+def test_an_unknown_level_is_an_error_that_lists_the_levels(library: Path, wish: str) -> None:
+    done = _with_level(wish)
+    assert done.returncode != 0
+    assert f"BIGKERNELS_CPU_ISA is '{wish}'; accepted are base, avx2, avx512 and amx" in done.stderr
+
+
+def _with_level(wish: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"BIGKERNELS_CPU_ISA": wish}
+    return subprocess.run([sys.executable, "-c", CHOSEN], env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.fixture(params=["cpu", "cuda"])

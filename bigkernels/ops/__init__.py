@@ -26,7 +26,8 @@ torch.library.define("bigkernels::cpu_isa", "() -> str")
 torch.library.define("bigkernels::thresholds", "(int grain, int stream) -> (int, int)")
 
 # After the definitions: a library only implements schemas that exist.
-cpu_library()
+if cpu_library().reason is None:
+    torch.ops.bigkernels.cpu_isa()  # an unknown BIGKERNELS_CPU_ISA is an error now, not at some first call
 cuda_library()
 triton.register()
 for operator in OPERATORS.values():

@@ -3,6 +3,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
+#include <stdexcept>
+#include <string>
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -11,7 +14,7 @@
 namespace bigkernels {
 namespace {
 
-const char* const kNames[] = {"default", "avx2", "avx512", "amx"};
+const char* const kNames[] = {"base", "avx2", "avx512", "amx"};
 
 #if defined(__x86_64__)
 // Linux gives the tile registers only to a process that asks (ARCH_REQ_XCOMP_PERM for XTILEDATA).
@@ -41,10 +44,12 @@ Isa best() { return Isa::base; }
 Isa choose() {
   Isa found = best();
   if ((int)found > BK_MAX_ISA_LEVEL) found = (Isa)BK_MAX_ISA_LEVEL;  // what this compiler could build
-  if (const char* wish = std::getenv("BIGKERNELS_CPU_ISA"))
-    for (int i = 0; i < (int)found; ++i)  // only downwards
-      if (!std::strcmp(wish, kNames[i])) return (Isa)i;
-  return found;
+  const char* wish = std::getenv("BIGKERNELS_CPU_ISA");
+  if (!wish || !*wish) return found;
+  for (int i = 0; i < (int)std::size(kNames); ++i)
+    if (!std::strcmp(wish, kNames[i])) return i < (int)found ? (Isa)i : found;  // only downwards
+  throw std::runtime_error(std::string("bigkernels: BIGKERNELS_CPU_ISA is '") + wish +
+                           "'; accepted are base, avx2, avx512 and amx");
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ from bigkernels.optim import _formats
 
 ROOT = Path(__file__).resolve().parents[2]
 # The level is chosen once a process: most of what is here runs in a process of its own (test_at_the_lowest_level).
-LOWEST = os.environ.get("BIGKERNELS_CPU_ISA") == "default"
+LOWEST = os.environ.get("BIGKERNELS_CPU_ISA") == "base"
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -125,7 +125,7 @@ def check(ours: dict[str, Tensor], cpu: dict[str, Tensor], before: dict[str, Ten
 
 
 def test_at_the_lowest_level(library: Path):
-    environment = os.environ | {"BIGKERNELS_CPU_ISA": "default"}
+    environment = os.environ | {"BIGKERNELS_CPU_ISA": "base"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "matches_the_cpu"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
