@@ -244,8 +244,8 @@ def _fwd_fallback(hidden, weight, scale, zero, row_scale, book, group, bias, tar
 def _fwd_fake(hidden, weight, scale, zero, row_scale, book, group, bias, target, class_weight, token_weight, *rest):
     *numbers, backward, of_hidden, of_weight = rest
     loss = hidden.new_empty(hidden.shape[:1] if numbers[1] == 0 else (), dtype=torch.float32)
-    # Five numbers a token and what is noted of pieces of tokens.
-    state = hidden.new_empty(6 * hidden.shape[0] + 1, dtype=torch.float32) if backward else hidden.new_empty(0)
+    # Two numbers, five a token, and what is noted of pieces of tokens.
+    state = hidden.new_empty(6 * hidden.shape[0] + 2, dtype=torch.float32) if backward else hidden.new_empty(0)
     return (loss, loss.new_empty(()), hidden.new_empty(hidden.shape if of_hidden else 0),
             weight.new_empty(weight.shape if of_weight else 0), state)  # fmt: skip
 

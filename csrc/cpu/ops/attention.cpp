@@ -57,7 +57,7 @@ struct Call {
         "bigkernels::", op, ": the heads of q, k and v do not fit");
     a.alibi = alibi.data(), a.sinks = sinks.data();
     a.prefix = integers(op, "prefix_lengths", prefix_lengths, sequences, prefix);
-    a.left = o.left, a.right = o.right;
+    a.left = window_end(o.left), a.right = window_end(o.right);
     a.scale = (float)o.scale, a.softcap = (float)o.softcap, a.dropout_p = (float)o.dropout_p;
     STD_TORCH_CHECK(o.softcap >= 0 && o.dropout_p >= 0 && o.dropout_p < 1, "bigkernels::", op,
                     ": softcap or dropout_p is out of range");
@@ -198,13 +198,17 @@ bool few_rows(const Attention& a) {
 
 using Outputs = std::tuple<Tensor, Tensor>;
 
+void check_dense(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "bigkernels::", op,
+                  ": q, k and v must be (B, H, S, D)");
+  STD_TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && v.size(2) == k.size(2), "bigkernels::", op,
+                  ": q, k and v do not fit");
+}
+
 Outputs forward(Tensor q, Tensor k, Tensor v, MaybeTensor bias, MaybeTensor mask, MaybeTensor alibi_slopes,
                 MaybeTensor sinks, MaybeTensor prefix_lengths, MaybeTensor seed, const Options& o, bool with_lse) {
   const char* op = "attention";
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
-                  "bigkernels::attention: q, k and v must be (B, H, S, D)");
-  STD_TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && v.size(2) == k.size(2),
-                  "bigkernels::attention: q, k and v do not fit");
+  check_dense(op, q, k, v);
   Tensor out = empty_heads(q, v.size(3));
   q = last_contiguous(q), k = last_contiguous(k), v = last_contiguous(v);
   Call call(op, q, k, v, alibi_slopes, sinks, prefix_lengths, seed, q.size(0), o);
@@ -241,11 +245,12 @@ Tensor attention(Tensor q, Tensor k, Tensor v, MaybeTensor bias, MaybeTensor mas
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Contiguous float32 of the shape of lse, or none.
-MaybeTensor lse_gradient(const MaybeTensor& grad, const Tensor& lse) {
+MaybeTensor lse_gradient(const char* op, const MaybeTensor& grad, const Tensor& lse) {
   if (!grad) return grad;
-  check_cpu("attention_bwd", "grad_lse", *grad);
-  STD_TORCH_CHECK(grad->dim() == lse.dim() && grad->numel() == lse.numel(),
-                  "bigkernels::attention_bwd: grad_lse does not have the shape of lse");
+  check_cpu(op, "grad_lse", *grad);
+  bool fits = grad->dim() == lse.dim();
+  for (int64_t i = 0; fits && i < lse.dim(); ++i) fits = grad->size(i) == lse.size(i);
+  STD_TORCH_CHECK(fits, "bigkernels::", op, ": grad_lse does not have the shape of lse");
   return torch::stable::contiguous(torch::stable::to(*grad, ScalarType::Float));
 }
 
@@ -299,13 +304,14 @@ Gradients attention_bwd(Tensor grad, MaybeTensor grad_lse, Tensor q, Tensor k, T
                         MaybeTensor prefix_lengths, MaybeTensor seed, int64_t left, int64_t right, double scale,
                         double softcap, double dropout_p, bool bias_grad) {
   const char* op = "attention_bwd";
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && lse.dim() == 3,
-                  "bigkernels::attention_bwd: q, k, v and lse must have 4, 4, 4 and 3 dimensions");
+  check_dense(op, q, k, v);
+  check_made(op, "out", out, q.scalar_type(), {q.size(0), q.size(1), q.size(2), v.size(3)});
+  check_made(op, "lse", lse, ScalarType::Float, {q.size(0), q.size(1), q.size(2)});
   check_like(op, "grad", grad, out);
   Tensor grad_q = empty_heads(q, q.size(3)), grad_k = empty_heads(k, k.size(3)), grad_v = empty_heads(v, v.size(3));
   q = last_contiguous(q), k = last_contiguous(k), v = last_contiguous(v), out = last_contiguous(out);
   grad = last_contiguous(grad), lse = torch::stable::contiguous(lse);
-  MaybeTensor of_lse = lse_gradient(grad_lse, lse);
+  MaybeTensor of_lse = lse_gradient(op, grad_lse, lse);
   Call call(op, q, k, v, alibi_slopes, sinks, prefix_lengths, seed, q.size(0),
             {left, right, scale, softcap, dropout_p});
   call.dense_scores(op, q, k, bias, mask);
@@ -398,12 +404,13 @@ PackedGradients varlen_attention_bwd(Tensor grad, MaybeTensor grad_lse, Tensor q
                                      int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t left, int64_t right,
                                      double scale, double softcap, double dropout_p) {
   const char* op = "varlen_attention_bwd";
-  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3 && lse.dim() == 2,
-                  "bigkernels::varlen_attention_bwd: q, k, v and lse must have 3, 3, 3 and 2 dimensions");
+  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "bigkernels::", op, ": q, k and v must be (T, H, D)");
+  check_made(op, "out", out, q.scalar_type(), {q.size(0), q.size(1), v.size(2)});
+  check_made(op, "lse", lse, ScalarType::Float, {q.size(1), q.size(0)});
   check_like(op, "grad", grad, out);
   q = last_contiguous(q), k = last_contiguous(k), v = last_contiguous(v), out = last_contiguous(out);
   grad = last_contiguous(grad), lse = torch::stable::contiguous(lse);
-  MaybeTensor of_lse = lse_gradient(grad_lse, lse);
+  MaybeTensor of_lse = lse_gradient(op, grad_lse, lse);
   PackedCall call(op, q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, prefix_lengths, seed,
                   {left, right, scale, softcap, dropout_p}, max_seqlen_q, max_seqlen_k);
   Attention& a = call.a;

@@ -126,11 +126,13 @@ Tensor backward(Tensor grad, Tensor logits, Tensor target, MaybeTensor weight, M
   int64_t rows = call.rows_count();
   CrossEntropy& a = call.a;
   bool one = reduction != kNone;
-  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && lse.numel() == rows &&
-                      divisor.scalar_type() == ScalarType::Float && divisor.numel() == 1 &&
-                      grad.scalar_type() == ScalarType::Float && grad.dim() == (one ? 0 : 1) &&
+  constexpr const char* op = "cross_entropy_bwd";
+  check_made(op, "lse", lse, ScalarType::Float, {rows});
+  check_made(op, "divisor", divisor, ScalarType::Float, {});
+  check_cpu(op, "grad", grad);
+  STD_TORCH_CHECK(lse.is_contiguous() && grad.scalar_type() == ScalarType::Float && grad.dim() == (one ? 0 : 1) &&
                       grad.numel() == (one ? 1 : rows),
-                  "bigkernels::cross_entropy: grad, lse or divisor does not fit");
+                  "bigkernels::cross_entropy_bwd: grad or lse does not fit");
   Tensor out = empty_contiguous_like(logits);
   a.grad = (const float*)grad.const_data_ptr(), a.grad_stride = one ? 0 : grad.stride(0);
   a.grad_scale = reduction == kMean ? 1.0f / *(const float*)divisor.const_data_ptr() : 1.0f;

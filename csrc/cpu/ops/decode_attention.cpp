@@ -199,6 +199,7 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Tens
                                   MaybeTensor alibi_slopes, MaybeTensor sink_logits, int64_t left, double scale,
                                   double softcap) {
   constexpr const char* op = "decode_attention";
+  left = window_end(left);
   DecodeAttention a{};
   CacheView cache(op, a, q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, left);
   STD_TORCH_CHECK(softcap >= 0, "bigkernels::", op, ": softcap is negative");
@@ -231,6 +232,10 @@ Tensor append(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
     if (t) t->mutable_data_ptr();  // a lazy copy becomes one of its own
   AppendKv a{};
   CacheView cache(op, a, q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, -1);
+  for (const Tensor* t : {&k_cache, &v_cache})
+    for (int i = 0; i < 4; ++i)
+      STD_TORCH_CHECK(t->stride(i) != 0 || t->size(i) <= 1, "bigkernels::", op,
+                      ": a cache that is written may not be expanded: its elements share memory");
   check_new("k", k, q, a.groups, a.d);
   check_new("v", v, q, a.groups, a.dv);
   STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "bigkernels::", op, ": cos and sin are given together");

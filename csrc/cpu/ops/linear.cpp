@@ -79,7 +79,9 @@ Tensor forward(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor packed) {
   a.m = out.numel() / std::max<int64_t>(a.n, 1);
   if (packed) {
     check_cpu(kOp, "packed", *packed);
-    STD_TORCH_CHECK(packed->numel() == packed_bytes(a), "bigkernels::", kOp, ": packed is of another weight");
+    STD_TORCH_CHECK(packed->scalar_type() == ScalarType::Byte && packed->is_contiguous() &&
+                        packed->numel() == packed_bytes(a),
+                    "bigkernels::", kOp, ": packed is of another weight");
     a.packed = packed->const_data_ptr();
   }
   if (a.m == 0 || a.n == 0) return out;
@@ -99,7 +101,7 @@ Tensor pack(Tensor weight, ScalarType dtype) {
   Linear a{};
   RowView stored(weight);
   set_weight(a, stored.rows, weight, weight.size(0), weight.size(1));
-  a.type = dtype == ScalarType::BFloat16 ? Type::bf16 : dtype == ScalarType::Half ? Type::f16 : Type::f32;
+  a.type = type_of(dtype);
   int64_t bytes = packed_bytes(a), one = 1;
   Tensor out = empty_strided(&bytes, &one, 1, ScalarType::Byte, bytes);
   void* to = out.mutable_data_ptr();

@@ -153,12 +153,33 @@ int64_t room(const LinearCrossEntropy& a) {
   return bytes / (kLossVocabulary / 32 * table().linear_loss_block(a));
 }
 
-// Where a call's state lies: five numbers a token, the size of a piece, and which pieces have been kept.
-void set_state(Call& call, float* state) {
-  LinearCrossEntropy& a = call.a;
-  a.shift = state, a.coefficient = state + a.tokens, a.pull = state + 2 * a.tokens, a.beta = state + 3 * a.tokens;
-  a.unit = state + 4 * a.tokens;
-}
+// What forward leaves to backward: the size of a piece, how many tokens count, five numbers for each of them, and which
+// pieces have been kept. Its size is that for all tokens, which sizes alone tell.
+struct State {
+  float* data;
+
+  static constexpr int64_t kHead = 2, kExact = int64_t{1} << 24;  // what float32 counts
+  static int64_t size(int64_t tokens) { return kHead + 6 * tokens; }
+  float* kept(const LinearCrossEntropy& a) const { return data + kHead + 5 * a.tokens; }
+
+  void hand_to(LinearCrossEntropy& a) const {
+    float* of_token = data + kHead;
+    a.shift = of_token, a.coefficient = of_token + a.tokens, a.pull = of_token + 2 * a.tokens;
+    a.beta = of_token + 3 * a.tokens, a.unit = of_token + 4 * a.tokens;
+  }
+  void describe(const LinearCrossEntropy& a) const {
+    data[0] = (float)a.piece, data[1] = (float)(a.tokens % kExact);
+  }
+  // The threads, and so the size of a piece, may be others than in forward; the tokens may not.
+  void read_pieces(LinearCrossEntropy& a) const {
+    float piece = data[0];
+    STD_TORCH_CHECK(data[1] == (float)(a.tokens % kExact), "bigkernels::", kOp,
+                    ": other tokens count than in forward: target was written in between");
+    STD_TORCH_CHECK(piece >= 32 && piece <= kMostTokens && (int64_t)piece % 32 == 0, "bigkernels::", kOp,
+                    ": state is not what forward returned");
+    a.piece = (int64_t)piece;
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensor hidden, Tensor weight, MaybeTensor scale, MaybeTensor zero, MaybeTensor row_scale, MaybeTensor book,
@@ -173,8 +194,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   a.loss = losses.data(), a.lse = lses.data(), a.kept = kept.data();
   Tensor dx = none(hidden), dw = none(weight), state = none(hidden);
   if (backward) {
-    state = empty_1d(6 * hidden.size(0) + 1);  // which sizes alone tell
-    set_state(call, floats(state));
+    state = empty_1d(State::size(hidden.size(0)));
+    State{floats(state)}.hand_to(a);
   }
   if (of_hidden) {
     dx = empty_contiguous_like(hidden);
@@ -197,9 +218,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     table().linear_loss_tokens(a, piece, memory.data());
   });
   if (backward) {
-    float* rest = floats(state) + 5 * a.tokens;
-    rest[0] = (float)a.piece;
-    std::copy(kept.begin(), kept.end(), rest + 1);
+    State{floats(state)}.describe(a);
+    std::copy(kept.begin(), kept.end(), State{floats(state)}.kept(a));
   }
   for (int64_t t = 0; t < a.tokens; ++t) losses[t] *= call.token_weight(t);
   double kept_weight = std::accumulate(call.divisors.begin(), call.divisors.end(), 0.0);
@@ -226,16 +246,22 @@ Tensor backward(Tensor grad, Tensor hidden, Tensor weight, MaybeTensor scale, Ma
   LinearCrossEntropy& a = call.a;
   int64_t k = a.head.k;
   bool one = reduction != kNone;
+  check_cpu(kOp, "grad", grad);
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.dim() == (one ? 0 : 1) &&
-                      grad.numel() == (one ? 1 : hidden.size(0)) && state.scalar_type() == ScalarType::Float &&
-                      state.numel() == 6 * hidden.size(0) + 1 && (!of_hidden || dx.numel() == hidden.numel()) &&
-                      (!of_weight || dw.numel() == weight.numel()),
-                  "bigkernels::", kOp, ": grad or what forward returned does not fit");
-  set_state(call, floats(state));
-  const float* rest = floats(state) + 5 * a.tokens;
-  a.piece = (int64_t)rest[0];
+                      grad.numel() == (one ? 1 : hidden.size(0)),
+                  "bigkernels::", kOp, ": grad does not fit");
+  check_made(kOp, "divisor", divisor, ScalarType::Float, {});
+  check_made(kOp, "state", state, ScalarType::Float, {State::size(hidden.size(0))});
+  if (of_hidden) check_like(kOp, "dx", dx, hidden);
+  if (of_weight) check_like(kOp, "dw", dw, weight);
+  STD_TORCH_CHECK(state.is_contiguous() && (!of_hidden || dx.is_contiguous()) && (!of_weight || dw.is_contiguous()) &&
+                      !(of_weight && scale),
+                  "bigkernels::", kOp, ": state, dx and dw must be as forward returned them");
+  State before{floats(state)};
+  before.hand_to(a);
+  before.read_pieces(a);
   std::vector<uint8_t> kept(call.pieces());
-  for (int64_t p = 0; p < call.pieces(); ++p) kept[p] = rest[1 + p] != 0;
+  for (int64_t p = 0; p < call.pieces(); ++p) kept[p] = before.kept(a)[p] != 0;
   a.kept = kept.data();
   const float* upstream = (const float*)grad.const_data_ptr();
   int64_t stride = one ? 0 : grad.stride(0);

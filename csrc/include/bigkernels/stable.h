@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <atomic>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -29,14 +30,15 @@ inline Thresholds thresholds;
 inline int64_t grain_bytes() { return thresholds.grain.load(std::memory_order_relaxed); }
 inline int64_t stream_bytes() { return thresholds.stream.load(std::memory_order_relaxed); }
 
-inline Type type_of(const Tensor& t) {
-  switch (t.scalar_type()) {
+inline Type type_of(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float: return Type::f32;
     case ScalarType::BFloat16: return Type::bf16;
     case ScalarType::Half: return Type::f16;
     default: STD_TORCH_CHECK(false, "bigkernels: the CPU kernels take float32, bfloat16 and float16");
   }
 }
+inline Type type_of(const Tensor& t) { return type_of(t.scalar_type()); }
 
 // Asks for huge pages under a large, untouched allocation: its page faults would cost more than the kernel.
 void prefer_huge_pages(void* data, int64_t bytes);
@@ -137,6 +139,15 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
                     " has another shape than the first argument");
 }
 
+// What a forward pass returned, as a backward pass reads it: on the CPU, of this dtype and shape.
+inline void check_made(const char* op, const char* name, const Tensor& t, ScalarType dtype,
+                       std::initializer_list<int64_t> sizes) {
+  check_cpu(op, name, t);
+  bool fits = t.scalar_type() == dtype && t.dim() == (int64_t)sizes.size();
+  for (int64_t i = 0; fits && i < t.dim(); ++i) fits = t.size(i) == sizes.begin()[i];
+  STD_TORCH_CHECK(fits, "bigkernels::", op, ": ", name, " does not have the dtype and shape of what forward returned");
+}
+
 // A vector of `size` elements as the kernels read it: contiguous float32, with `offset` added. A float32 vector without
 // an offset is read where it is; a short converted one stays on the stack.
 class VectorView {
@@ -233,6 +244,10 @@ void parallel_tasks(int64_t count, const F& f) {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
   });
 }
+
+// An end of attention's window, -1 where it is unlimited. No sequence has so many keys, and sums of positions and windows
+// stay far from overflow.
+inline int64_t window_end(int64_t keys) { return keys < 0 || keys >= int64_t{1} << 40 ? -1 : keys; }
 
 // Attention of few queries, over torch's threads (ops/decode_attention.cpp): the keys are split as well, so that one
 // sequence keeps all of them busy. Fills out, and lse unless it is null. Arguments that only backward reads are
