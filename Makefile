@@ -9,13 +9,17 @@ python = $(VENV)/bin/python
 pip = $(python) -m pip install --disable-pip-version-check --constraint $(VENV)/constraints.txt
 TRITON = 3.6.0
 
-.PHONY: demo test build lint wheel clean
+.PHONY: demo test guard build lint wheel clean
 
 demo: build $(VENV)/.demo
 	$(VENV)/bin/bigkernels demo
 
 test: build $(VENV)/.test
 	$(python) -m pytest $(PYTEST_ARGS)
+
+# Random and hostile calls of every operator under an allocator that closes the pages around each tensor.
+guard: build $(VENV)/.test
+	$(python) tests/guard/run.py --calls 50000 $(GUARD_ARGS)
 
 # Incremental: seconds after a change to one kernel.
 build: $(VENV)/.install

@@ -61,9 +61,15 @@ def _cpu() -> dict:
         "threads": torch.get_num_threads(),
         "features": [f for f in _CPU_FEATURES if f in flags],
         "isa": _isa(),
-        "isa_lacks": {level: lacks for level, needed in ISA_FEATURES.items() if flags and (lacks := sorted({*needed} - {*flags}))},
+        "isa_lacks": _lacking(flags),
         "BIGKERNELS_CPU_ISA": os.environ.get("BIGKERNELS_CPU_ISA"),
     }
+
+
+def _lacking(flags: list[str]) -> dict[str, list[str]]:
+    """What the CPU lacks of each level, where it lacks something; empty where the system does not say."""
+    lacks = {level: [f for f in needed if f not in flags] for level, needed in ISA_FEATURES.items()}
+    return {level: missing for level, missing in lacks.items() if missing and flags}
 
 
 def cores() -> int:

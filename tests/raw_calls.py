@@ -20,10 +20,16 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def raw_calls(sample: Sample, inputs: dict[str, Tensor], backend: str) -> list[tuple[torch._ops.OpOverload, tuple]]:
+def recorded(sample: Sample, inputs: dict[str, Tensor], backend: str) -> list[tuple[torch._ops.OpOverload, tuple]]:
     """(operator, arguments) of each raw call, in order."""
     with _Recorder() as recorder:
         sample.results(inputs, backend=backend)
-    if sample.differentiable:
-        assert [op.name().split("_")[-1] for op, _ in recorder.calls] == ["fwd", "bwd"]
     return recorder.calls
+
+
+def raw_calls(sample: Sample, inputs: dict[str, Tensor], backend: str) -> list[tuple[torch._ops.OpOverload, tuple]]:
+    """The same, of an operator whose forward and backward are a raw call each."""
+    calls = recorded(sample, inputs, backend)
+    if sample.differentiable:
+        assert [op.name().split("_")[-1] for op, _ in calls] == ["fwd", "bwd"]
+    return calls

@@ -62,6 +62,13 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) for t in tensors)
 
 
+def own(t: Tensor | None) -> Tensor | None:
+    """A copy of what a backward pass reads again. Loaders refill their buffers of labels, weights and lengths before
+    backward ran, and where they do it through numpy or `.data`, no version counter tells.
+    """
+    return None if t is None else t.clone()
+
+
 def is_dense(t: Tensor) -> bool:
     """Whether the elements fill one run of memory, in some order of the dimensions."""
     if t.is_contiguous():

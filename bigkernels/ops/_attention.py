@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._arguments import autocast_dtype, check_same_device, check_same_dtype, check_tensor, type_name
+from ._arguments import autocast_dtype, check_same_device, check_same_dtype, check_tensor, own, type_name
 from ._registry import compute_dtype
 
 # Of the raw operators. `left` and `right` are the window's ends, -1 where there is none; causal is right = 0.
@@ -32,10 +32,21 @@ def options(
     return left, right, size**-0.5 if scale is None else scale, softcap, dropout_p
 
 
+_UNLIMITED = 2**30  # keys; positions plus windows stay in 32 bits, which is what the kernels of GPUs count with
+
+
 def _window(op, window):
     if isinstance(window, int) or len(window) != 2 or any(not isinstance(w, int) or w < -1 for w in window):
         raise ValueError(f"bigkernels.{op}: window is {window}, expected (left, right), each -1 (unlimited) or more")
-    return window
+    left, right = window
+    return left if left < _UNLIMITED else -1, right if right < _UNLIMITED else -1
+
+
+def integers(t: Tensor | None, copy: bool) -> Tensor | None:
+    """Lengths as the kernels read them, int32; a copy where a backward pass reads them again (`own`)."""
+    if t is not None and t.dtype == torch.int64:
+        return t.clamp(-(2**31), 2**31 - 1).int()  # what does not fit must not wrap around to what does
+    return own(t) if copy else t
 
 
 def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:

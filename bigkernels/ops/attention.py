@@ -77,10 +77,10 @@ def attention(
             mask = _four(mask)
         tensors = (bias, mask, alibi_slopes, sinks, prefix_lengths)
         if OPERATOR.uses_kernel(q, k, v, *tensors) and not needs_grad(alibi_slopes):
-            if prefix_lengths is not None and prefix_lengths.dtype == torch.int64:
-                prefix_lengths = prefix_lengths.int()
+            grad = needs_grad(q, k, v, bias, sinks)
+            prefix_lengths = shared.integers(prefix_lengths, grad)
             args = (q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths, shared.draw_seed(q, dropout_p), *options)
-            if needs_grad(q, k, v, bias, sinks):
+            if grad:
                 found = _Attention.apply(*args)
             elif return_lse:
                 found = _fwd(*args)

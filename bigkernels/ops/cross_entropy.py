@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._arguments import check_same_device, check_shape, check_tensor, type_name
+from ._arguments import check_same_device, check_shape, check_tensor, own, type_name
 from ._derivatives import gradients, is_observed, vjp
 from ._registry import REFUSED, Operator, compute_dtype, define, is_readable, needs_grad
 
@@ -62,6 +62,8 @@ def cross_entropy(
                 return _infer(logits, target)  # each argument that is not passed saves a call on one token some time
             # The raw operators know "no cap" as 0, which is no cap that a caller may ask for.
             cap = -1.0 if softcap == 0 else softcap or 0.0
+            if grad:
+                target, token_weight = own(target), own(token_weight)
             args = (logits, target, weight, token_weight, ignore_index, _REDUCTIONS[reduction], label_smoothing, z_loss,
                     cap, focal_gamma)  # fmt: skip
             return _CrossEntropy.apply(*args) if grad else _infer(*args)
@@ -98,7 +100,7 @@ def check_options(op, reduction, label_smoothing, z_loss, softcap, focal_gamma):
     for name, value, accepted, fits in (
         ("label_smoothing", label_smoothing, "in [0, 1]", 0 <= label_smoothing <= 1),
         ("z_loss", z_loss, "not negative", z_loss >= 0),
-        ("softcap", softcap, "positive or None", softcap is None or softcap > 0),
+        ("softcap", softcap, "positive or None", softcap is None or 0 < softcap < float("inf")),
         ("focal_gamma", focal_gamma, "not negative", focal_gamma >= 0),
     ):
         if not fits:

@@ -348,7 +348,8 @@ def _written(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, k_
     if cos is not None:
         k = rope._apply(k, cos, sin, interleaved)
         rotated = rope._apply(q, cos, sin, interleaved)
-    if k.shape[0] and k.shape[2] and k_cache.numel():
+    places = block_table is None or block_table.shape[1]
+    if k.shape[0] and k.shape[2] and k_cache.numel() and places:
         sources = _sources(_positions(cache_seqlens, q.shape[2]), block_table, k_cache)
         for cache, scales, new in ((k_cache, k_scale, k), (v_cache, v_scale, v)):
             new = new.transpose(1, 2).flatten(0, 1)

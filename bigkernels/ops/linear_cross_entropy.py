@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import cross_entropy as _logits
-from ._arguments import autocast_dtype, check_shape, check_tensor
+from ._arguments import autocast_dtype, check_shape, check_tensor, own
 from ._chunks import Call, Objective, Tokens, per_token, total
 from ._derivatives import gradients, is_observed, vjp
 from ._heads import as_reference, check_head, check_target, logits_of, targets_inside
@@ -125,6 +125,8 @@ def _reference(hidden, weight, bias, target, class_weight, token_weight, logit_s
 def _in_chunks(hidden, weight, bias, target, class_weight, token_weight, logit_scale, *options):
     ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma = options
     targets_inside(_OP, target, weight.shape[0], ignore_index)
+    if reduction == "none":
+        target, token_weight = own(target), own(token_weight)
     kept = target != ignore_index
     # On a GPU the kernel of the logits reads them as the product leaves them.
     wide = not hidden.is_cuda or logit_scale != 1.0
@@ -204,9 +206,12 @@ def _kernel(hidden, weight, bias, target, class_weight, token_weight, logit_scal
         if weight.channel is not None:
             hidden = hidden * weight.channel.to(hidden.dtype)
         head = weight.operands()
+    grad = needs_grad(hidden, head[0], bias)
+    if grad:
+        target, token_weight = own(target), own(token_weight)
     arguments = (bias, target, class_weight, token_weight)
     try:
-        if needs_grad(hidden, head[0], bias):
+        if grad:
             return _LinearCrossEntropy.apply(hidden, *head, *arguments, numbers)
         return _fwd(hidden, *head, *arguments, *numbers, False, False, False)[0]
     except REFUSED:

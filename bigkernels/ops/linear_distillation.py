@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from ._arguments import autocast_dtype, check_same_device, check_shape, check_tensor, type_name
+from ._arguments import autocast_dtype, check_same_device, check_shape, check_tensor, own, type_name
 from ._chunks import Call, per_token, total
 from ._distillation import DIVERGENCES, Distillation, Teacher, count_tokens, reference
 from ._heads import as_reference, check_head, check_positive, check_target, targets_inside
@@ -133,6 +133,8 @@ def _rows(t: Tensor | None) -> Tensor | None:
 @_disable_dynamo
 def _run(hidden, weight, bias, target, kept, teacher, options, head, reduction):
     teacher = teacher.detached()
+    if reduction == "none":
+        kept, teacher = own(kept), teacher._replace(log_p=own(teacher.log_p), classes=own(teacher.classes))
     vocabulary = weight.shape[0]
     if target is not None and options["alpha"]:
         targets_inside(_OP, target, vocabulary, -100)

@@ -19,7 +19,7 @@ def rms_norm(
 
     Args:
         x: (..., D), floating, any strides.
-        weight: (D,), any floating dtype; None scales by one.
+        weight: (D,), any floating dtype; None scales by one, and `offset` then means nothing.
         eps: added to the mean square.
         offset: added to the weight; 1.0 for Gemma, whose checkpoints store weight - 1.
         residual: (..., D) like `x`. If given, `x + residual` is normalised.
@@ -65,8 +65,6 @@ def _reference(x, weight, eps, offset, residual):
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         y = y * (weight.to(wide.dtype) + offset)
-    elif offset:
-        y = y * (1.0 + offset)
     y = y.to(x.dtype)
     return y if residual is None else (y, total)
 
@@ -93,8 +91,6 @@ def _bwd_fallback(grad, x, weight, rstd, grad_total, offset):
     if weight is not None:
         dweight = (g * xhat).flatten(0, -2).sum(0).to(weight.dtype) if x.dim() > 1 else (g * xhat).to(weight.dtype)
         g = g * (weight.to(wide) + offset)
-    elif offset:
-        g = g * (1.0 + offset)
     dx = scale * (g - xhat * (g * xhat).mean(-1, keepdim=True))
     if grad_total is not None:
         dx = dx + grad_total.to(wide)

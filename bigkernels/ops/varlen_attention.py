@@ -59,11 +59,11 @@ def varlen_attention(
         q, k, v = shared.lowered(q, k, v)
         options = shared.options("varlen_attention", q.shape[-1], causal, scale, window, softcap, dropout_p)
         if OPERATOR.uses_kernel(q, k, v, *tensors) and not needs_grad(alibi_slopes):
-            cu_q, cu_k, prefix = (t.int() if t is not None and t.dtype == torch.int64 else t
-                                  for t in (cu_seqlens_q, cu_seqlens_k, prefix_lengths))  # fmt: skip
+            grad = needs_grad(q, k, v, sinks)
+            cu_q, cu_k, prefix = (shared.integers(t, grad) for t in (cu_seqlens_q, cu_seqlens_k, prefix_lengths))
             args = (q, k, v, cu_q, cu_k, alibi_slopes, sinks, prefix, shared.draw_seed(q, dropout_p), max_seqlen_q,
                     max_seqlen_k, *options)  # fmt: skip
-            if needs_grad(q, k, v, sinks):
+            if grad:
                 found = _VarlenAttention.apply(*args)
             elif return_lse:
                 found = _fwd(*args)

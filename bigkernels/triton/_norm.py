@@ -51,8 +51,6 @@ def forward_rows(
     y = x * rstd[:, None]
     if WEIGHT is not None:
         y *= weight[None, :]
-    else:
-        y *= 1.0 + offset
     if BIAS is not None:
         y += bias[None, :]
     tl.store(Y + (row * D)[:, None] + cols[None, :], y.to(Y.dtype.element_ty), mask=mask)
@@ -101,8 +99,6 @@ def forward_long(
         y = (x - center) * rstd
         if WEIGHT is not None:
             y *= tl.load(WEIGHT + cols, mask=mask, other=0.0).to(tl.float32) + offset
-        else:
-            y *= 1.0 + offset
         if BIAS is not None:
             y += tl.load(BIAS + cols, mask=mask, other=0.0).to(tl.float32)
         tl.store(Y + row * D + cols, y.to(Y.dtype.element_ty), mask=mask)
@@ -135,8 +131,6 @@ def backward_rows(
             dbias += grad
         if WEIGHT is not None:
             grad *= weight[None, :]
-        else:
-            grad *= 1.0 + offset
         dx = grad - normed * (tl.sum(grad * normed, 1) / D)[:, None]
         if MEAN is not None:
             dx -= (tl.sum(grad, 1) / D)[:, None]
@@ -173,8 +167,6 @@ def backward_long(
         x = tl.load(X + row * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
         if WEIGHT is not None:
             grad *= tl.load(WEIGHT + cols, mask=mask, other=0.0).to(tl.float32) + offset
-        else:
-            grad *= 1.0 + offset
         plain += grad
         product += grad * ((x - mean) * rstd)
     along = tl.sum(product, 0) / D
@@ -188,8 +180,6 @@ def backward_long(
         x = tl.load(X + row * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
         if WEIGHT is not None:
             grad *= tl.load(WEIGHT + cols, mask=mask, other=0.0).to(tl.float32) + offset
-        else:
-            grad *= 1.0 + offset
         dx = rstd * (grad - shift - (x - mean) * rstd * along)
         if GRAD_TOTAL is not None:
             dx += tl.load(GRAD_TOTAL + row * stride_total + cols, mask=mask, other=0.0).to(tl.float32)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import bigkernels
 import bigkernels.functional as B
 from bigkernels.ops._registry import KERNEL_DTYPES
 from bigkernels.ops.glu import ACTIVATIONS
@@ -131,3 +132,94 @@ def test_more_elements_than_32_bits_count():
     assert torch.equal(B.glu(x, x)[-1], B.glu(x[-1:].clone(), x[-1:].clone())[0])
     target = torch.zeros(rows, dtype=torch.int64)
     assert B.cross_entropy(x, target, reduction="none")[-1] == B.cross_entropy(x[-1:].clone(), target[:1])
+
+
+@pytest.mark.parametrize("dtype", [*KERNEL_DTYPES, torch.float64])
+def test_relu_passes_the_gradient_on_at_nan(dtype):
+    x = torch.tensor([NAN, -1.0, -0.0, 0.0, 1e-40, INF, -INF, 3.0] * 3, dtype=dtype)
+    ours, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    B.glu(ours, torch.ones_like(x), activation="relu").sum().backward()
+    F.relu(plain).sum().backward()
+    assert torch.equal(ours.grad, plain.grad)
+
+
+@pytest.mark.parametrize("dtype", [*KERNEL_DTYPES, torch.float64])
+def test_gated_units_of_scalars(dtype):
+    gate, up = (torch.tensor(v, dtype=dtype, requires_grad=True) for v in (0.5, -2.0))
+    out = B.glu(gate, up)
+    out.backward()
+    wide = [t.detach().double().requires_grad_() for t in (gate, up)]
+    exact = F.silu(wide[0]) * wide[1]
+    exact.backward()
+    assert out.shape == gate.grad.shape == () and out.dtype == dtype
+    for ours, right in ((out, exact), (gate.grad, wide[0].grad), (up.grad, wide[1].grad)):
+        assert ours.item() == pytest.approx(right.item(), rel=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [*KERNEL_DTYPES, torch.float64])
+def test_an_offset_without_a_weight_scales_by_one(dtype):
+    x = torch.randn(3, 70).to(dtype)
+    with_offset, without = x.clone().requires_grad_(), x.clone().requires_grad_()
+    given = torch.randn(3, 70).to(dtype)
+    y, expected = B.rms_norm(with_offset, None, offset=1.0), B.rms_norm(without)
+    assert torch.equal(y, expected)
+    torch.testing.assert_close(y, F.rms_norm(x, (70,), eps=1e-6))
+    y.backward(given)
+    expected.backward(given)
+    assert torch.equal(with_offset.grad, without.grad)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("queries", [1, 5, 50])
+def test_windows_longer_than_any_sequence_are_none(queries, backend):
+    tensors = torch.randn(1, 4, queries, 32), torch.randn(1, 2, 50, 32), torch.randn(1, 2, 50, 32)
+    cache, length = torch.randn(1, 50, 2, 32), torch.tensor([50], dtype=torch.int32)
+    starts = (torch.tensor([0, queries], dtype=torch.int32), torch.tensor([0, 50], dtype=torch.int32), queries, 50)
+
+    def run(window):
+        q, k, v = (t.clone().requires_grad_() for t in tensors)
+        out = B.attention(q, k, v, window=window)
+        packed = B.varlen_attention(*(t[0].transpose(0, 1) for t in (q, k, v)), *starts, window=window)
+        decoded = B.decode_attention(tensors[0], cache, cache, length, window=window)
+        return out, packed, decoded, *torch.autograd.grad((out.square().sum(), packed.square().sum()), (q, k, v))
+
+    with bigkernels.use(backend):
+        for plain in ((-1, -1), (-1, 3), (2, -1)):
+            expected = run(plain)
+            for end in (2**30, 2**31 - 1, 2**31, 2**62, 2**63 - 40, 2**63 - 1):
+                given = tuple(end if w == -1 else w for w in plain)
+                assert all(torch.equal(a, b) for a, b in zip(run(given), expected, strict=True)), given
+
+
+@pytest.mark.parametrize("end", [2**40, 2**62, 2**63 - 40, 2**63 - 1, -2, -(2**63)])
+def test_windows_of_raw_operators_do_not_overflow(end):
+    q, k, v = torch.randn(1, 4, 5, 32), torch.randn(1, 2, 50, 32), torch.randn(1, 2, 50, 32)
+
+    def run(left, right):
+        return torch.ops.bigkernels.attention(q, k, v, *[None] * 6, left, right, 1.0, 0.0, 0.0)
+
+    for left, right in ((end, end), (end, 3), (2, end)):
+        assert torch.equal(run(left, right), run(*(-1 if w == end else w for w in (left, right))))
+
+
+def test_lengths_that_32_bits_do_not_hold_do_not_wrap_around():
+    q, k = torch.randn(2, 1, 9, 8), torch.randn(2, 1, 9, 8)
+    prefix = torch.tensor([2**32, 2**40 + 3])
+    assert torch.equal(B.attention(q, k, k, causal=True, prefix_lengths=prefix), B.attention(q, k, k))
+    starts = torch.tensor([0, 2**32 + 9])
+    with pytest.raises(ValueError, match="cu_seqlens_q"):
+        B.varlen_attention(q[0].transpose(0, 1), *[k[0].transpose(0, 1)] * 2, starts, starts, 9, 9)
+
+
+@pytest.mark.parametrize("softcap", [INF, NAN, 1e300, 1e-320, -INF])
+def test_softcaps_that_are_none_in_float32_are_refused(softcap):
+    x, w, target = torch.randn(3, 8), torch.randn(11, 8), torch.tensor([0, 5, 10])
+    q, cache = torch.randn(1, 2, 1, 8), torch.randn(1, 4, 2, 8)
+    for call in (
+        lambda: B.cross_entropy(x, target.clamp(max=7), softcap=softcap),
+        lambda: B.linear_cross_entropy(x, w, target, softcap=softcap),
+        lambda: B.attention(q, q, q, softcap=softcap),
+        lambda: B.decode_attention(q, cache, cache, torch.tensor([2], dtype=torch.int32), softcap=softcap),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match="softcap|out of (its )?range"):
+            call()

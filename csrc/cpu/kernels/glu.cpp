@@ -50,7 +50,7 @@ BK_INLINE vf activate(vf x, vf* slope) {
   }
   vf positive = select_less(x, vf{}, vf{}, x);
   if (kind == Activation::relu) {
-    *slope = select_less(vf{}, x, splat(1.0f), vf{});
+    *slope = select(x <= vf{}, vf{}, splat(1.0f));  // 1 at NaN, as in PyTorch
     return positive;
   }
   *slope = positive + positive;

@@ -73,7 +73,7 @@ void forward(const RmsNorm& a, int64_t begin, int64_t end) {
     }
     float rstd = rsqrt(squares / (float)a.d + a.eps);
     if (a.rstd) a.rstd[r] = rstd;
-    scale_row<T, kWeight>(x, next, a.weight, y, kWeight ? rstd : rstd * (1.0f + a.offset), a.d, a.stream);
+    scale_row<T, kWeight>(x, next, a.weight, y, rstd, a.d, a.stream);
   }
   if (a.stream) fence();
 }
@@ -113,14 +113,13 @@ void backward(const RmsNorm& a, int64_t begin, int64_t end, int64_t block) {
       acc[0] += product;
     }
     // The factor on x and not on xhat: rstd^3 * mean(g * x).
-    float scale = kWeight ? rstd : rstd * (1.0f + a.offset);
-    float pull = sum(acc[0] + acc[1]) / (float)a.d * rstd * rstd * scale;
+    float pull = sum(acc[0] + acc[1]) / (float)a.d * rstd * rstd * rstd;
 
     auto one = [&](int64_t j, int64_t n) {
       bool whole = n == W;
       vf g = whole ? load(grad + j) : load(grad + j, n);
       if (kWeight) g *= whole ? load(a.weight + j) : load(a.weight + j, n);
-      vf v = g * scale - (whole ? load(x + j) : load(x + j, n)) * pull;
+      vf v = g * rstd - (whole ? load(x + j) : load(x + j, n)) * pull;
       if (grad_total) v += whole ? load(grad_total + j) : load(grad_total + j, n);
       return v;
     };

@@ -59,7 +59,7 @@ struct Call {
     a.prefix = integers(op, "prefix_lengths", prefix_lengths, sequences, prefix);
     a.left = window_end(o.left), a.right = window_end(o.right);
     a.scale = (float)o.scale, a.softcap = (float)o.softcap, a.dropout_p = (float)o.dropout_p;
-    STD_TORCH_CHECK(o.softcap >= 0 && o.dropout_p >= 0 && o.dropout_p < 1, "bigkernels::", op,
+    STD_TORCH_CHECK(usable_softcap(o.softcap) && o.dropout_p >= 0 && o.dropout_p < 1, "bigkernels::", op,
                     ": softcap or dropout_p is out of range");
     if (o.dropout_p > 0) {
       STD_TORCH_CHECK(seed && seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,

@@ -202,7 +202,7 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k_cache, Tensor v_cache, Tens
   left = window_end(left);
   DecodeAttention a{};
   CacheView cache(op, a, q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, left);
-  STD_TORCH_CHECK(softcap >= 0, "bigkernels::", op, ": softcap is negative");
+  STD_TORCH_CHECK(usable_softcap(softcap), "bigkernels::", op, ": softcap is out of range");
   VectorView alibi(op, "alibi_slopes", alibi_slopes, a.heads), sinks(op, "sinks", sink_logits, a.heads);
   q = last_contiguous(q);
   a.q = queries_of(q);

@@ -27,7 +27,7 @@ Tensor normalise(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& 
   a.x = rows.rows;
   a.weight = w.data();
   a.out = y.mutable_data_ptr();
-  a.d = rows.d, a.eps = (float)eps, a.offset = (float)offset;
+  a.d = rows.d, a.eps = (float)eps;
   int64_t row_bytes = rows.d * size_of(a.type);
   a.stream = worth_streaming(y, row_bytes, rows.count * row_bytes);
   auto kernel = table().rms_norm_fwd;
@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, MaybeTensor weight, T
   a.weight = w.data();
   a.out = dx.mutable_data_ptr();
   a.rstd = (float*)rstd.mutable_data_ptr(), a.dweight = dweight.sums();
-  a.d = rows.d, a.offset = (float)offset;
+  a.d = rows.d;
   a.stream = worth_streaming(dx, row_bytes, rows.count * row_bytes);
   auto kernel = table().rms_norm_bwd;
   parallel_blocks(blocks, rows.count, [&](int64_t b, int64_t begin, int64_t end) { kernel(a, begin, end, b); });

@@ -104,6 +104,10 @@ struct RowView {
 
   explicit RowView(const Tensor& t) : holder(t) {
     int64_t dim = t.dim();
+    if (dim == 0) {  // one element
+      rows = {holder.const_data_ptr(), 1}, count = d = 1;
+      return;
+    }
     d = t.size(dim - 1);
     count = d ? t.numel() / d : 0;
     int64_t stride = d;
@@ -244,6 +248,9 @@ void parallel_tasks(int64_t count, const F& f) {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
   });
 }
+
+// Whether a softcap is one in float32 too, or none (0): a tiny one would become none, and a huge one NaN.
+inline bool usable_softcap(double cap) { return cap == 0 || ((float)cap > 0 && (float)cap <= 3.4028235e38f); }
 
 // An end of attention's window, -1 where it is unlimited. No sequence has so many keys, and sums of positions and windows
 // stay far from overflow.

@@ -31,13 +31,13 @@ struct ColumnSums {
 
 struct RmsNorm {
   Rows x, residual, grad, grad_total;  // residual and grad_total: null when absent
-  const float* weight = nullptr;       // with the offset added; null: all 1 + offset
+  const float* weight = nullptr;       // with the offset added; null: all 1
   void* out = nullptr;                 // (rows, d) contiguous: y, or dx
   void* total = nullptr;               // x + residual
   float* rstd = nullptr;               // forward: null where no backward follows
   ColumnSums dweight;
   int64_t d = 0;
-  float eps = 0, offset = 0;
+  float eps = 0;
   Type type = Type::f32;
   bool stream = false;  // outputs larger than the cache: store past it
 };
