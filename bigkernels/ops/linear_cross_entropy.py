@@ -125,8 +125,7 @@ def _reference(hidden, weight, bias, target, class_weight, token_weight, logit_s
 def _in_chunks(hidden, weight, bias, target, class_weight, token_weight, logit_scale, *options):
     ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma = options
     targets_inside(_OP, target, weight.shape[0], ignore_index)
-    if reduction == "none":
-        target, token_weight = own(target), own(token_weight)
+    target, token_weight = own(target), own(token_weight)
     kept = target != ignore_index
     # On a GPU the kernel of the logits reads them as the product leaves them.
     wide = not hidden.is_cuda or logit_scale != 1.0

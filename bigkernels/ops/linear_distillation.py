@@ -133,8 +133,7 @@ def _rows(t: Tensor | None) -> Tensor | None:
 @_disable_dynamo
 def _run(hidden, weight, bias, target, kept, teacher, options, head, reduction):
     teacher = teacher.detached()
-    if reduction == "none":
-        kept, teacher = own(kept), teacher._replace(log_p=own(teacher.log_p), classes=own(teacher.classes))
+    kept, teacher = own(kept), teacher._replace(log_p=own(teacher.log_p), classes=own(teacher.classes))
     vocabulary = weight.shape[0]
     if target is not None and options["alpha"]:
         targets_inside(_OP, target, vocabulary, -100)

@@ -91,6 +91,24 @@ def test_gradients_are_those_of_what_forward_was_given(name: str, way: str, refi
         assert right is None or torch.equal(ours, right)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_derivatives_of_gradients_are_those_of_what_forward_was_given(name: str) -> None:
+    loss_of, make = CASES[name]
+    buffers = {key: fill() for key, fill in make.items()}
+    tensors = torch.randn(TOKENS, SIZE), torch.randn(VOCABULARY, SIZE)
+
+    def penalty(buffers, before_backward):
+        x, w = (t.clone().requires_grad_() for t in tensors)
+        loss = loss_of(x, w, buffers).square().sum()
+        before_backward()
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), x)[0]
+
+    expected = penalty({key: t.clone() for key, t in buffers.items()}, lambda: None)
+    found = penalty(buffers, lambda: [t.numpy().__setitem__(..., t.flip(0).numpy()) for t in buffers.values()])
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("label", [-100, 3])
 def test_a_second_backward_is_of_the_same_labels(label: int) -> None:
     x, w = (torch.randn(n, SIZE, requires_grad=True) for n in (TOKENS, VOCABULARY))

@@ -25,9 +25,9 @@ struct Call {
     STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long,
                     "bigkernels::cross_entropy: target must be int64 or int32");
     if (!target.is_contiguous()) target = torch::stable::contiguous(target);
-    STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1 && z_loss >= 0 && usable_softcap(softcap) &&
-                        focal_gamma >= 0,
-                    "bigkernels::cross_entropy: an option is out of its range");
+    STD_TORCH_CHECK(
+        label_smoothing >= 0 && label_smoothing <= 1 && z_loss >= 0 && usable_softcap(softcap) && focal_gamma >= 0,
+        "bigkernels::cross_entropy: an option is out of its range");
     a.logits = rows.rows;
     a.target = (const int64_t*)target.const_data_ptr();
     a.weight = weight.data(), a.token_weight = token_weight.data();

@@ -79,9 +79,9 @@ Tensor forward(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor packed) {
   a.m = out.numel() / std::max<int64_t>(a.n, 1);
   if (packed) {
     check_cpu(kOp, "packed", *packed);
-    STD_TORCH_CHECK(packed->scalar_type() == ScalarType::Byte && packed->is_contiguous() &&
-                        packed->numel() == packed_bytes(a),
-                    "bigkernels::", kOp, ": packed is of another weight");
+    STD_TORCH_CHECK(
+        packed->scalar_type() == ScalarType::Byte && packed->is_contiguous() && packed->numel() == packed_bytes(a),
+        "bigkernels::", kOp, ": packed is of another weight");
     a.packed = packed->const_data_ptr();
   }
   if (a.m == 0 || a.n == 0) return out;

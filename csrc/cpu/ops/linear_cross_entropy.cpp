@@ -41,8 +41,8 @@ class Call {
     set_head(head, hidden);
     a.head.in = x.rows, a.head.type = type_of(hidden), a.head.bias = added.data();
     a.vocabulary = a.head.n, a.weight = weight.data();
-    STD_TORCH_CHECK(o.label_smoothing >= 0 && o.label_smoothing <= 1 && o.z_loss >= 0 &&
-                        usable_softcap(o.softcap) && o.focal_gamma >= 0 && !(o.label_smoothing > 0 && (o.softcap > 0 || head.scale)),
+    STD_TORCH_CHECK(o.label_smoothing >= 0 && o.label_smoothing <= 1 && o.z_loss >= 0 && usable_softcap(o.softcap) &&
+                        o.focal_gamma >= 0 && !(o.label_smoothing > 0 && (o.softcap > 0 || head.scale)),
                     "bigkernels::", kOp, ": an option is out of its range");
     a.label_smoothing = (float)o.label_smoothing, a.z_loss = (float)o.z_loss, a.softcap = (float)o.softcap;
     a.focal_gamma = (float)o.focal_gamma, a.logit_scale = (float)o.logit_scale;
@@ -167,9 +167,7 @@ struct State {
     a.shift = of_token, a.coefficient = of_token + a.tokens, a.pull = of_token + 2 * a.tokens;
     a.beta = of_token + 3 * a.tokens, a.unit = of_token + 4 * a.tokens;
   }
-  void describe(const LinearCrossEntropy& a) const {
-    data[0] = (float)a.piece, data[1] = (float)(a.tokens % kExact);
-  }
+  void describe(const LinearCrossEntropy& a) const { data[0] = (float)a.piece, data[1] = (float)(a.tokens % kExact); }
   // The threads, and so the size of a piece, may be others than in forward; the tokens may not.
   void read_pieces(LinearCrossEntropy& a) const {
     float piece = data[0];

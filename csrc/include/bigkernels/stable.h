@@ -252,8 +252,8 @@ void parallel_tasks(int64_t count, const F& f) {
 // Whether a softcap is one in float32 too, or none (0): a tiny one would become none, and a huge one NaN.
 inline bool usable_softcap(double cap) { return cap == 0 || ((float)cap > 0 && (float)cap <= 3.4028235e38f); }
 
-// An end of attention's window, -1 where it is unlimited. No sequence has so many keys, and sums of positions and windows
-// stay far from overflow.
+// An end of attention's window, -1 where it is unlimited. No sequence has so many keys, and sums of positions and
+// windows stay far from overflow.
 inline int64_t window_end(int64_t keys) { return keys < 0 || keys >= int64_t{1} << 40 ? -1 : keys; }
 
 // Attention of few queries, over torch's threads (ops/decode_attention.cpp): the keys are split as well, so that one
