@@ -58,6 +58,9 @@ def quantize(
 
     report = QuantizeReport()
     selection = select(model, config, skip, filter, embeddings, report)
+    for chosen in selection.alone:
+        if plain_kind(chosen.module) is nn.Embedding:  # what it reads are ids
+            chosen.config = chosen.config.blind()
     measured = [chosen for chosen in selection.alone if chosen.config.calibrated and not chosen.module.weight.is_meta]
     if measured and calibration is None:
         raise ValueError(f"bigkernels.quantize: {measured[0].config} is calibrated; give calibration batches")

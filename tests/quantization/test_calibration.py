@@ -150,3 +150,41 @@ def test_gradients_adapters_and_export():
     assert adapted.base.qweight.config == Int4(32, "awq")
     with pytest.raises(ValueError, match="no place"):
         to_compressed_tensors(weight)
+
+
+class Branches(nn.Module):
+    """Two layers read the same input, which one of these ways is changed in between."""
+
+    def __init__(self, change: str):
+        super().__init__()
+        self.a, self.b, self.change = nn.Linear(64, 64), nn.Linear(64, 64), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        y = self.a(input=x) if self.change == "keyword" else self.a(x)
+        if self.change == "in place":
+            x[:, :32] *= 30
+        elif self.change == "through data":
+            x.data[:, :32] *= 30
+        else:
+            x = torch.cat((x[:, :32] * 30, x[:, 32:]), 1)
+        return y + self.b(x)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("change", ["in place", "through data", "keyword"])
+def test_each_layer_is_measured_on_what_it_reads(change: str, algorithm: str):
+    batches = [torch.randn(16, 64) for _ in range(3)]
+    found = []
+    for way in (change, "out of place"):
+        torch.manual_seed(2)
+        model = Branches(way)
+        assert len(bigkernels.quantize(model, Int4(64, algorithm), calibration=batches).quantized) == 2
+        found.append(model.state_dict())
+    assert all(torch.equal(t, found[1][name]) for name, t in found[0].items())
+
+
+def test_embeddings_need_no_data():
+    model = nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 32))
+    bigkernels.quantize(model, Int4(32, "gptq"), embeddings=True, calibration=[torch.arange(50)])
+    assert model[0].config == Int4(32) and model[1].config == Int4(32, "gptq")

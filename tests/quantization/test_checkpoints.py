@@ -135,3 +135,37 @@ def test_compressed_tensors(shape: tuple[int, int]):
         checkpoints.to_compressed_tensors(quantize_weight(torch.randn(8, 64), Int4(32, "hqq")))
     with pytest.raises(ValueError, match="accepted is int4"):
         checkpoints.to_compressed_tensors(quantize_weight(torch.randn(8, 64), "int8"))
+
+
+def gptq_zeros(zero: Tensor, by: str) -> Tensor:
+    """Zero points (G, N) as writers of the older GPTQ format store them, eight in an integer and one less."""
+    nibbles = zero.long().view(len(zero), -1, 8)
+    whole = sum(nibbles[..., i] << 4 * i for i in range(8))
+    if by == "words":
+        whole = (whole - 0x11111111) % 2**32
+    else:
+        whole = sum((nibbles[..., i] - 1 & 15) << 4 * i for i in range(8))
+    return torch.where(whole >= 2**31, whole - 2**32, whole).to(torch.int32)
+
+
+@pytest.mark.parametrize("by", ["nibbles", "words"])
+@pytest.mark.parametrize("lowest", [0, 1])
+def test_zero_points_of_the_older_gptq(lowest: int, by: str):
+    torch.manual_seed(0)
+    codes, zero = torch.randint(0, 16, (128, 32)), torch.randint(lowest, 16, (4, 32))
+    scales = torch.rand(4, 32).half()
+    nibbles = codes.view(16, 8, 32)
+    words = sum(nibbles[:, i].long() << 4 * i for i in range(8))
+    words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    expected = ((codes - zero.repeat_interleave(32, 0)) * scales.float().repeat_interleave(32, 0)).T
+    found = checkpoints.from_gptq(words, gptq_zeros(zero, by), scales, zeros=by)
+    assert torch.equal(found.dequantize(torch.float32), expected)
+    if lowest:  # all writers mean the same
+        assert torch.equal(
+            checkpoints.from_gptq(words, gptq_zeros(zero, by), scales).dequantize(torch.float32), expected
+        )
+    else:
+        with pytest.raises(ValueError, match="say which by zeros="):
+            checkpoints.from_gptq(words, gptq_zeros(zero, by), scales)
+    with pytest.raises(ValueError, match="accepted are"):
+        checkpoints.from_gptq(words, gptq_zeros(zero, by), scales, zeros="bytes")
