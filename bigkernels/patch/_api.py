@@ -17,6 +17,7 @@ from ._report import PatchReport, Row
 from ._rule import Plan, Skip, Write
 from ._source import all_sites, check_rewritable, find_source
 from ._verify import undisturbed
+from ._writes import written_after
 from .rules import MODULE_RULES, SOURCE_RULES
 
 # Key in a module's __dict__ under which the values that patch wrote and those that were there before are kept.
@@ -152,7 +153,7 @@ def _foreign(module: nn.Module, key: str) -> bool:
 
 def _plan(model: nn.Module, flags: dict[str, bool], verify: bool) -> tuple[list[Write], PatchReport]:
     """What to write and the report about it. Nothing is changed."""
-    plan, report, writes = Plan(verify), PatchReport(), []
+    plan, report, writes = Plan(verify, written_after(model)), PatchReport(), []
     order: dict[str, int] = {}
     taken: set[nn.Module] = set()
     extra: dict[tuple[int, str], Write] = {}

@@ -35,6 +35,9 @@ class Plan:
     """What the rules share while one model is planned; nothing is written until the plan is complete."""
 
     verify: bool
+    written: set[nn.Module] = field(
+        default_factory=set
+    )  # modules whose inputs may be written to after they were called
     norms: dict[nn.Module, Any] = field(default_factory=dict)  # planned norms and their specifications
     memory: dict[Any, Any] = field(default_factory=dict)  # results of checks, which equal modules share
 

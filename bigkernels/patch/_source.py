@@ -87,14 +87,25 @@ def find_source(cls: type) -> Source | None:
         function = function.__wrapped__
     if not isinstance(function, types.FunctionType):
         return None
+    node = find_node(function)
+    return None if node is None else Source(function, wrappers, node, _imported(_parse(function.__code__.co_filename)))
+
+
+def find_node(function: types.FunctionType) -> ast.FunctionDef | None:
+    """The definition of a function in the syntax tree of its file; None where there is none."""
     code = function.__code__
-    file = _parse(code.co_filename)
-    for node in ast.walk(file):
-        if not isinstance(node, ast.FunctionDef) or node.name != code.co_name:
-            continue
-        if min([node.lineno, *(d.lineno for d in node.decorator_list)]) == code.co_firstlineno:
-            return Source(function, wrappers, node, _imported(file))
-    return None
+    return _definitions(code.co_filename).get((code.co_name, code.co_firstlineno))
+
+
+@functools.lru_cache(maxsize=512)
+def _definitions(path: str) -> dict[tuple[str, int], ast.FunctionDef]:
+    """The functions of a file by their names and first lines, decorators included."""
+    found: dict[tuple[str, int], ast.FunctionDef] = {}
+    for node in ast.walk(_parse(path)):
+        if isinstance(node, ast.FunctionDef):
+            line = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            found.setdefault((node.name, line), node)
+    return found
 
 
 def _imported(node: ast.AST) -> list[str]:

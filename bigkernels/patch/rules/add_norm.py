@@ -35,6 +35,7 @@ def add_norm(a: Any, b: Any, norm: Any) -> tuple[Any, Any]:
     what = current(norm)
     if (
         what is not None
+        and not what.copies
         and unobserved(norm)
         and isinstance(a, Tensor)
         and isinstance(b, Tensor)

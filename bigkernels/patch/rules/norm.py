@@ -24,6 +24,7 @@ class Norm(NamedTuple):
     bias: bool
     size: int | None  # of the last dimension where no weight tells it; None accepts any
     autocast: bool  # whether a 16-bit input gives an output of its dtype under autocast too
+    copies: bool = False  # whether the input may be written to before backward, which the module's own code allows
 
     @property
     def kernel(self) -> str:
@@ -53,6 +54,8 @@ class Norm(NamedTuple):
         eps = getattr(module, self.eps) if isinstance(self.eps, str) else self.eps
         if eps is None:
             eps = default_eps(x.dtype)
+        if self.copies and x.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
+            x = x.clone()
         return self.apply(x, module.weight if self.weight else None, module.bias if self.bias else None, eps, residual)
 
     def apply(self, x, weight, bias, eps, residual=None):
@@ -94,7 +97,7 @@ def _plan(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
     if isinstance(found, Skip):
         raise found
     norm, error = found
-    plan.norms[module] = norm
+    norm = plan.norms[module] = norm._replace(copies=module in plan.written and type(module) is not nn.LayerNorm)
     return Write(module, "forward", functools.partial(forward, module, norm)), Fit(norm.kernel, error)
 
 
