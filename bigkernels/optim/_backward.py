@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import _norm
 from ._optimizer import Optimizer, _scaled
+from ._schedule import Schedule
 
 
 class StepInBackward:
@@ -22,13 +23,13 @@ class StepInBackward:
     def __init__(self, optimizer: Optimizer, clip: str | None):
         self.divisor: float | Tensor | None = None
         self._optimizer, self._clip = optimizer, clip
-        self._schedules: dict[Tensor, object] = {}
+        self._schedules: dict[Tensor, Schedule] = {}
         self._squares: list[Tensor] = []
         self._last_norm: Tensor | None = None
         self._held = False
-        numbers = {p: number for p, number in optimizer._all() if p.requires_grad}
-        self._numbers = numbers
-        self._hooks = [p.register_post_accumulate_grad_hook(self._step) for p in numbers]
+        self._places: dict[Tensor, tuple[int, int]] = {}
+        self._look_up()
+        self._hooks = [p.register_post_accumulate_grad_hook(self._step) for p in self._places if p.requires_grad]
         optimizer._in_backward = self
 
     @contextmanager
@@ -48,7 +49,9 @@ class StepInBackward:
 
     @torch.no_grad()
     def _step(self, p: Tensor) -> None:
-        optimizer = self._optimizer
+        optimizer, number = self._optimizer, self._number(p)
+        if number is None:  # taken out of its group: its gradient stays, as that of any other tensor
+            return
         # The first pass that is clipped has no norm to go by: its gradients wait for `step`, which knows them all.
         if self._held or (optimizer.max_grad_norm is not None and self._last_norm is None):
             return
@@ -56,9 +59,26 @@ class StepInBackward:
             self._squares.append(_norm.squares_of(p.grad))
         schedule = self._schedules.get(p)
         if schedule is None or not schedule.holds(optimizer):
-            schedule = self._schedules[p] = optimizer._scheduled([(p, self._numbers[p])])
+            schedule = self._schedules[p] = Schedule(optimizer, [(p, number)])
         optimizer._take(schedule, self.divisor, self._last_norm)
         p.grad = None
+
+    def _look_up(self) -> None:
+        groups = self._optimizer.param_groups
+        self._places = {p: (n, i) for n, group in enumerate(groups) for i, p in enumerate(group["params"])}
+
+    def _number(self, p: Tensor) -> int | None:
+        """Of the group that has a parameter now; None where none does."""
+        for again in (False, True):
+            if again:
+                self._look_up()
+                self._schedules = {}
+            number, place = self._places.get(p, (0, -1))
+            groups = self._optimizer.param_groups
+            if number < len(groups) and 0 <= place < len(groups[number]["params"]):
+                if groups[number]["params"][place] is p:
+                    return number
+        return None
 
     def finish(self, divisor: float | Tensor | None) -> None:
         """`optimizer.step()`: the parameters whose gradients have waited, and the norm of this pass for the next."""
@@ -68,15 +88,15 @@ class StepInBackward:
                 "bigkernels.optim.step_in_backward: a GradScaler knows of infinities after the last step was taken; "
                 "train in bfloat16, or without it"
             )
-        left = [p for p in self._numbers if p.grad is not None]
+        left = [(p, number) for p, number in optimizer._all() if p.grad is not None]
         parts = self._squares
         if optimizer.max_grad_norm is not None:
-            parts += [_norm.squares_of(p.grad) for p in left]
+            parts += [_norm.squares_of(p.grad) for p, _ in left]
         if parts:
             self._last_norm = optimizer._grad_norm = _scaled(_norm.total(parts).sqrt(), None, divisor).float()
         self._squares = []
         if left:
-            optimizer._take(optimizer._scheduled([(p, self._numbers[p]) for p in left]), divisor, self._last_norm)
+            optimizer._take(Schedule(optimizer, left), divisor, self._last_norm)
 
 
 def step_in_backward(model: nn.Module, optimizer: Optimizer, *, clip: str | None = None) -> StepInBackward:

@@ -94,14 +94,14 @@ def key(seed: int, step: int) -> int:
     """The key of a step's random words, as update.h's `scalars_of` makes it."""
 
     def mix(x: int) -> int:
-        return int(_mix(torch.tensor(x & 0xFFFFFFFF)))
+        return int(_mix(torch.tensor(x & 0xFFFFFFFF, dtype=torch.int64, device="cpu")))
 
     return mix(seed ^ mix((seed >> 32) ^ mix(step))) ^ mix(step >> 32)
 
 
 def random_16(seed: int, step: int, n: int, device: torch.device) -> Tensor:
     """(n,) int64 in [0, 2^16): what stochastic rounding adds to element i. Elements i and i + 16 share a word."""
-    element = torch.arange(n, device=device)
+    element = torch.arange(n, dtype=torch.int64, device=device)
     position = (element // 32) * 32 + element % 16
     words = _mix((position & 0xFFFFFFFF) ^ key(seed, step) ^ _mix(position >> 32))
     return torch.where((element // 16) % 2 == 0, words & 0xFFFF, words >> 16)
@@ -113,10 +113,9 @@ def stochastic(x: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
         bits = (x.view(torch.int32).to(torch.int64) + random) >> 16
         rounded = bits.to(torch.int16).view(torch.bfloat16)
     else:
-        sign = torch.where(x.signbit(), -1.0, 1.0)
         bits = (x.view(torch.int32).to(torch.int64) + (random & 0x1FFF)) & ~0x1FFF
         normal = bits.to(torch.int32).view(torch.float32)
         fraction = ((random << 7) | 0x3F800000).to(torch.int32).view(torch.float32) - 1.0
-        subnormal = (x.abs() * 2.0**24 + fraction).floor() * 2.0**-24 * sign
+        subnormal = ((x.abs() * 2.0**24 + fraction).floor() * 2.0**-24).copysign(x)
         rounded = torch.where(x.abs() < 2.0**-14, subnormal, normal).to(torch.float16)
     return torch.where(x.isfinite(), rounded, x.to(dtype))

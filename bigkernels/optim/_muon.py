@@ -12,7 +12,7 @@ from ..ops import optimizer as ops
 from ._algorithms import Betas, _options
 from ._optimizer import Optimizer
 from ._orthogonal import compute_in, orthogonalize_
-from ._plan import Plan, cut, gathered, local
+from ._plan import Entry, Plan, cut, gathered, local
 from ._reference import RULES, Rule, muon_factor
 
 _BATCH = 2**24  # elements of equal shapes that are orthogonalised together, in one workspace
@@ -97,25 +97,27 @@ class Muon(Optimizer):
             "weight_decay": o["weight_decay"] if o["adamw_weight_decay"] is None else o["adamw_weight_decay"],
         }
 
-    def _plans_of(self, rule: Rule, entries: list[tuple[Tensor, int, dict]]) -> list[Plan]:
+    def _decides(self, o: dict) -> tuple:
+        return (*super()._decides(o), o["use_muon"], *_orthogonalization(o))
+
+    def _plans_of(self, rule: Rule, entries: list[Entry]) -> list[Plan]:
         if rule is not RULES["muon"]:
             return super()._plans_of(rule, entries)
         alike: dict[tuple, list] = {}
         for entry in entries:
-            p, number, _ = entry
-            o = self.param_groups[number]
+            p, o = entry.param, self.param_groups[entry.group]
             where = (p.device_mesh, p.placements) if hasattr(p, "to_local") else None  # parts of one shape, too
-            key = (p.shape, where, tuple(o["ns_coefficients"]), o["ns_steps"], o["eps"], o["adjust_lr_fn"])
+            key = (p.shape, where, *_orthogonalization(o))
             batches = alike.setdefault(key, [[]])
             if len(batches[-1]) * p.numel() >= _BATCH:
                 batches.append([])
             batches[-1].append(entry)
         # One workspace for all batches, which follow one another.
         batches = [batch for found in alike.values() for batch in found]
-        size = max(len(batch) * local(batch[0][0]).numel() for batch in batches)
-        device = local(batches[0][0][0]).device
+        size = max(len(batch) * local(batch[0].param).numel() for batch in batches)
+        device = local(batches[0][0].param).device
         workspace = torch.empty(size, dtype=compute_in(device), device=device)
-        return [_MatrixPlan(batch, self.param_groups[batch[0][1]], workspace) for batch in batches]
+        return [_MatrixPlan(batch, self.param_groups[batch[0].group], workspace) for batch in batches]
 
     def _run(self, plan: Plan, grads: Tensor, scale, found_inf, divisor, norm) -> None:
         if not isinstance(plan, _MatrixPlan):
@@ -132,6 +134,11 @@ class Muon(Optimizer):
         plan.after()
 
 
+def _orthogonalization(o: dict) -> tuple:
+    """What matrices have to have in common to be orthogonalised together."""
+    return tuple(o["ns_coefficients"]), o["ns_steps"], o["eps"], o["adjust_lr_fn"]
+
+
 def _is_zero(lr: float | Tensor) -> bool:
     return not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) == 0.0
 
@@ -139,32 +146,32 @@ def _is_zero(lr: float | Tensor) -> bool:
 class _Descent:
     """The second half of a Muon step: along the orthogonal matrices in the workspace."""
 
-    def __init__(self, entries: list, updates: list[Tensor]):
+    def __init__(self, entries: list[Entry], updates: list[Tensor]):
         self.plan = Plan(RULES["descent"], entries)
         self.records, _ = self.plan.gradients(updates)
-        self.ones = torch.ones(len(entries), device=self.plan.device)
+        self.ones = torch.ones(len(entries), dtype=torch.float32, device=self.plan.device)
 
 
 class _MatrixPlan(Plan):
     """Parameters of one shape: their updates, orthogonalised together, go where the gradients of a descent are read."""
 
-    def __init__(self, entries: list[tuple[Tensor, int, dict]], options: dict, workspace: Tensor):
-        here = local(entries[0][0])
+    def __init__(self, entries: list[Entry], options: dict, workspace: Tensor):
+        here = local(entries[0].param)
         self.workspace = workspace[: len(entries) * here.numel()].view(len(entries), *here.shape)
         updates = list(self.workspace.unbind())
         # A parameter that is transposed in memory has its update in the same order.
         like = [
-            t.as_strided(t.shape, _order(local(p)), t.storage_offset())
-            for t, (p, _, _) in zip(updates, entries, strict=True)
+            t.as_strided(t.shape, _order(local(entry.param)), t.storage_offset())
+            for t, entry in zip(updates, entries, strict=True)
         ]
         super().__init__(RULES["muon"], entries, targets=like, extras=())
         self.updates = like
-        self._options = options
+        self._arguments = _orthogonalization(options)
         self.descent = _Descent(entries, like)
 
     def orthogonalize(self) -> None:
-        o, shape = self._options, self.params[0].shape
-        arguments = (tuple(o["ns_coefficients"]), o["ns_steps"], o["eps"], muon_factor(shape, o["adjust_lr_fn"]))
+        shape = self.params[0].shape
+        arguments = (*self._arguments[:3], muon_factor(shape, self._arguments[3]))
         if hasattr(self.params[0], "to_local"):
             for p, update in zip(self.params, self.updates, strict=True):
                 update.copy_(_gathered(p, update, arguments))
@@ -175,9 +182,6 @@ class _MatrixPlan(Plan):
             orthogonalize_(stack.view(-1, *shape[-2:]), *arguments)
             for update, result in zip(self.updates, stack, strict=True):
                 update.copy_(result)
-
-    def holds(self) -> bool:
-        return super().holds() and self.descent.plan.holds()
 
     def before(self) -> None:
         self.descent.plan.before()

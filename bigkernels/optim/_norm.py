@@ -58,7 +58,7 @@ def over_shards(tensors: list[Tensor], values: Tensor, op=None) -> Tensor:
         if key := _shards(t):
             keys.setdefault(key, []).append(i)
     for (mesh, dims), rows in keys.items():
-        at = torch.tensor(rows, device=values.device)
+        at = torch.tensor(rows, dtype=torch.int64, device=values.device)
         part = values[at]
         for dim in dims:
             dist.all_reduce(part, op or dist.ReduceOp.SUM, group=mesh.get_group(dim))
@@ -98,7 +98,7 @@ def get_total_norm(
     if math.isnan(p):
         raise ValueError(f"bigkernels.optim.get_total_norm: norm_type is {norm_type}")
     if not tensors:
-        return torch.tensor(0.0)
+        return torch.tensor(0.0, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         tensors = [complete(t) for t in tensors]
         parts = _parts(tensors, p)

@@ -12,7 +12,7 @@ from .._load import cpu_library
 from . import _plan
 from ._muon import Muon
 from ._optimizer import Optimizer
-from ._plan import Plan, local
+from ._plan import Entry, Plan, local, shaped
 from ._reference import Rule
 
 _BUCKET = 2**24  # elements that are copied, stepped and copied back together
@@ -42,25 +42,24 @@ def offload_states(optimizer: Optimizer) -> None:
     optimizer._offload(_plans)
 
 
-def _plans(rule: Rule, entries: list[tuple[Tensor, int, dict]]) -> list[Plan]:
+def _plans(rule: Rule, entries: list[Entry]) -> list[Plan]:
     buckets, size = [[]], 0
     for entry in entries:
         if size >= _BUCKET:
             buckets.append([])
             size = 0
         buckets[-1].append(entry)
-        size += entry[0].numel()
-    stream = torch.cuda.Stream(entries[0][0].device) if entries[0][0].is_cuda else None
+        size += entry.param.numel()
+    stream = torch.cuda.Stream(entries[0].param.device) if entries[0].param.is_cuda else None
     return [_OffloadedPlan(rule, bucket, stream) for bucket in buckets]
 
 
 class _OffloadedPlan(Plan):
     """A bucket: host copies of its parameters are stepped in their place."""
 
-    def __init__(self, rule: Rule, entries: list[tuple[Tensor, int, dict]], stream: torch.cuda.Stream | None):
+    def __init__(self, rule: Rule, entries: list[Entry], stream: torch.cuda.Stream | None):
         self._stream = stream
-        self._shadows = [_host(local(p)) for p, _, _ in entries]
-        self._versions = [-1] * len(entries)
+        self._shadows = [_host(local(entry.param)) for entry in entries]
         self._buffers: list[Tensor | None] = [None] * len(entries)
         super().__init__(rule, entries, targets=self._shadows)
 
@@ -74,7 +73,7 @@ class _OffloadedPlan(Plan):
         self, given: list[Tensor | None] | None = None, dense_of: Callable[[Tensor], Tensor] = Tensor.to_dense
     ) -> tuple[Tensor, list[Tensor | None]]:
         given = [p.grad for p in self.params] if given is None else given
-        given = [None if g is None else dense_of(g) for g in given]
+        given = [None if g is None else shaped(dense_of(g), p) for g, p in zip(given, self.params, strict=True)]
         host: list[Tensor | None] = []
         with self._aside():
             for i, (g, shadow) in enumerate(zip(given, self._shadows, strict=True)):
@@ -86,10 +85,10 @@ class _OffloadedPlan(Plan):
                 host.append(self._buffers[i].copy_(g.detach(), non_blocking=True))
                 if self._stream is not None:
                     g.record_stream(self._stream)
-            # What somebody else wrote into a parameter since the last step.
-            for i, (p, shadow) in enumerate(zip(self.params, self._shadows, strict=True)):
-                if p._version != self._versions[i]:
-                    shadow.copy_(local(p), non_blocking=True)
+            # Others may have written into a parameter since the last step, and what they write through `.data` no
+            # version counts.
+            for p, shadow in zip(self.params, self._shadows, strict=True):
+                shadow.copy_(local(p), non_blocking=True)
             self._arrived = self._stream.record_event() if self._stream is not None else None
         return super().gradients(host)
 
@@ -99,12 +98,13 @@ class _OffloadedPlan(Plan):
 
     def before(self) -> None:
         self.wait()
+        self.counts_in()
 
     def after(self) -> None:
+        self.counts_out()
         with self._aside():
-            for i, (p, shadow) in enumerate(zip(self.params, self._shadows, strict=True)):
+            for p, shadow in zip(self.params, self._shadows, strict=True):
                 local(p).copy_(shadow, non_blocking=True)
-                self._versions[i] = p._version
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 

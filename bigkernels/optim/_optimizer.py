@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,42 +14,20 @@ from ..ops import _registry
 from ..ops import optimizer as ops
 from ..ops._registry import compute_dtype, log
 from . import _formats, _norm, _plan
-from ._plan import Plan, cut, dense, gathered, local, placed
+from ._plan import Entry, Plan, cut, dense, gathered, local, placed, shaped
 from ._reference import RULES, Rule, trust_ratio
+from ._schedule import Schedule
 from ._states import States
 
 if TYPE_CHECKING:
     from ._backward import StepInBackward
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
-# What torch.optim's classes take and these have no use for.
-_OF_TORCH = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
 # What decides which states a group has, by value and by being set.
 _FORMATS = ("state_dtype", "rounding")
-_STATEFUL = ("amsgrad", "momentum", "centered", "ema_decay", "use_muon")
-
-
-@dataclass
-class _Schedule:
-    """Which parameters are stepped by which plan of a kernel."""
-
-    plans: list[Plan]
-    unserved: list[tuple[Tensor, int]]  # by no kernel, with the numbers of their groups
-    waiting: list[Tensor]  # without a gradient so far
-    forced: str | None
-    formats: list[tuple]
-    states: int  # how many there are
-
-    def holds(self, optimizer: Optimizer) -> bool:
-        return (
-            self.forced == _registry._forced
-            and self.formats == optimizer._formats_now()
-            and self.states == len(optimizer.state)
-            and all(plan.holds() for plan in self.plans)
-            and all(p.grad is None for p in self.waiting)
-        )
-
-
+_STATEFUL = ("amsgrad", "momentum", "centered")
+# What torch.optim's classes take and these have no use for.
+_OF_TORCH = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
 class Optimizer(States):
     """A torch optimizer whose step is one pass over memory.
 
@@ -91,13 +68,13 @@ class Optimizer(States):
 
     def _forget(self) -> None:
         """Nothing is known of where parameters and states are."""
-        self._schedule: _Schedule | None = None
+        self._schedule: Schedule | None = None
         self._grad_norm: Tensor | None = None
 
     # ---- arguments --------------------------------------------------------------------------------------------------
 
     def _refuse(self, argument: str, given: object, accepted: str) -> None:
-        raise ValueError(f"bigkernels.optim.{type(self).__name__}: {argument} is {given!r}; accepted are {accepted}")
+        raise ValueError(f"{self._name}: {argument} is {given!r}; accepted are {accepted}")
 
     def _check_norm(self, norm: float | None) -> None:
         if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
@@ -105,7 +82,7 @@ class Optimizer(States):
 
     def _check(self, o: dict) -> None:
         """Of a parameter group; the range of each option, whoever has it."""
-        name = f"bigkernels.optim.{type(self).__name__}"
+        name = self._name
         if o["differentiable"]:
             raise ValueError(f"{name}: differentiable=True is not supported; torch.optim.{type(self).__name__} has it")
         if isinstance(o["lr"], Tensor) and o["lr"].numel() != 1:
@@ -150,7 +127,7 @@ class Optimizer(States):
         if group["seed"] is None:
             # Drawn from torch's generator where it is used, so that torch.manual_seed decides it.
             drawn = group["rounding"] == "stochastic"
-            group["seed"] = int(torch.randint(2**63 - 1, (), dtype=torch.int64)) if drawn else 0
+            group["seed"] = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")) if drawn else 0
         self._schedule = None
 
     # ---- the step ---------------------------------------------------------------------------------------------------
@@ -191,7 +168,7 @@ class Optimizer(States):
 
     def _step(self, divisor: float | Tensor | None) -> None:
         if self._schedule is None or not self._schedule.holds(self):
-            self._schedule = self._scheduled(self._all())
+            self._schedule = Schedule(self, list(self._all()), whole=True)
         self._take(self._schedule, divisor)
 
     def _all(self) -> Iterator[tuple[Tensor, int]]:
@@ -200,67 +177,41 @@ class Optimizer(States):
             for p in group["params"]:
                 yield p, number
 
-    def _formats_now(self) -> list[tuple]:
-        """What of the groups decides which states there are."""
-        return [tuple(bool(o.get(k)) if k not in _FORMATS else o[k] for k in (*_FORMATS, *_STATEFUL))
-                for o in self.param_groups]  # fmt: skip
+    def _decides(self, o: dict) -> tuple:
+        """What of a group decides which states there are, and which parameters are stepped together."""
+        return (*(o[k] for k in _FORMATS), *(bool(o.get(k)) for k in _STATEFUL), o["ema_decay"] is not None)
 
-    def _scheduled(self, params: Iterable[tuple[Tensor, int]]) -> _Schedule:
-        """Who has a state or needs one by now, and who serves it."""
-        for o in self.param_groups:
-            self._check(o)
-        waiting, unserved = [], []
-        entries: dict[tuple[torch.device, str], list] = {}
-        reasons: dict[str, int] = {}
-        for p, number in params:
-            if p.grad is None and p not in self.state:
-                waiting.append(p)
-                continue
-            o = self.param_groups[number]
-            state = self._complete(p, self.state[p], o)
-            device, dtype = self._home(p), local(p).dtype
-            reason = ops.why_not(device.type, dtype, _registry._forced)
-            if reason is None:
-                entries.setdefault((device, self._rule_of(p, o).name), []).append((p, number, state))
-            else:
-                reasons[reason] = reasons.get(reason, 0) + 1
-                unserved.append((p, number))
-        for reason, count in reasons.items():
-            log.info("optim.%s: %d parameters by the reference (%s)", type(self).__name__, count, reason)
-        plans = [plan for (_, name), found in entries.items() for plan in self._plans_of(RULES[name], found)]
-        return _Schedule(plans, unserved, waiting, _registry._forced, self._formats_now(), len(self.state))
-
-    def _take(self, schedule: _Schedule, divisor: float | Tensor | None, norm: Tensor | None = None) -> None:
+    def _take(self, schedule: Schedule, divisor: float | Tensor | None, norm: Tensor | None = None) -> None:
         """One step of the parameters of a schedule that have a gradient. `norm`: to clip by, instead of their own."""
         for o in self.param_groups:
             self._check({**o, "params": ()})
         work = [(plan, *plan.gradients(dense_of=self._dense)) for plan in schedule.plans]
-        eager = [(p, self.param_groups[number]) for p, number in schedule.unserved if p.grad is not None]
-        for p, _ in eager:
-            self._dense(p.grad)  # or refuses, before anything is changed
+        eager = [self._complete(p, number) for p, number in schedule.without if p.grad is not None]
+        given = [shaped(placed(self._dense(e.param.grad), e.param), e.param) for e in eager]  # or an error, before
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self.max_grad_norm is not None and norm is None:
-            norm = self._grad_norm = self._norm_of(work, [p for p, _ in eager], scale, divisor)
+            norm = self._grad_norm = self._norm_of(work, given, scale, divisor)
         for plan, grads, _ in work:
             self._run(plan, grads, scale, found_inf, divisor, norm)
         if eager and not (found_inf is not None and float(found_inf)):
-            for p, o in eager:
-                self._eager(p, o, scale, divisor, norm)
+            for entry, g in zip(eager, given, strict=True):
+                self._eager(entry, g, scale, divisor, norm)
 
     def _norm_of(self, work: list, eager: list[Tensor], scale, divisor) -> Tensor | None:
         """The norm of all gradients together, as they are once scale and divisor are taken out: float32 ()."""
         for plan, _, _ in work:
             plan.wait()
-        sums = [_norm.squares(plan, grads) for plan, grads, _ in work] + [_norm.squares_of(p.grad) for p in eager]
+        sums = [_norm.squares(plan, grads) for plan, grads, _ in work] + [_norm.squares_of(g) for g in eager]
         return _scaled(_norm.total(sums).sqrt(), scale, divisor).float() if sums else None
 
-    def _plans_of(self, rule: Rule, entries: list[tuple[Tensor, int, dict]]) -> list[Plan]:
+    def _plans_of(self, rule: Rule, entries: list[Entry]) -> list[Plan]:
         return [Plan(rule, entries)] if self._offloaded_plans is None else self._offloaded_plans(rule, entries)
 
     def _offload(self, plans: Callable[[Rule, list], list[Plan]]) -> None:
         """Keep states in host memory, with plans made by `plans` (`offload_states`)."""
         self._offloaded, self._offloaded_plans, self._schedule = True, plans, None
-        for p, state in self.state.items():
+        for p, _ in self._all():
+            state = self.state.get(p, {})
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     here = value.to("cpu")
@@ -270,7 +221,7 @@ class Optimizer(States):
         if g.layout == torch.strided:
             return g
         if not self._takes_sparse:
-            raise RuntimeError(f"bigkernels.optim.{type(self).__name__} does not support sparse gradients")
+            raise RuntimeError(f"{self._name} does not support sparse gradients")
         return g.to_dense()
 
     def _run(self, plan: Plan, grads: Tensor, scale, found_inf, divisor, norm) -> None:
@@ -293,11 +244,12 @@ class Optimizer(States):
         plan.held = (lrs, common)
         return common
 
-    def _eager(self, p: Tensor, o: dict, scale, divisor, norm) -> None:
+    def _eager(self, entry: Entry, grad: Tensor, scale, divisor, norm) -> None:
         """The step of one parameter by the reference."""
-        state, here, rule = self.state[p], local(p), self._rule_of(p, o)
+        p, state, o = entry.param, entry.state, self.param_groups[entry.group]
+        here, rule = local(p), self._rule_of(p, o)
         o, wide = self._options(rule, o), compute_dtype(here.dtype)
-        g = _scaled(local(placed(self._dense(p.grad), p)).to(wide), scale, divisor)
+        g = _scaled(local(grad).to(wide), scale, divisor)
         if norm is not None:
             g = g * (self.max_grad_norm / (norm.to(g.device) + 1e-6)).clamp(max=1.0).to(wide)
         if o["maximize"]:
@@ -307,9 +259,9 @@ class Optimizer(States):
         numbers = {k: float(v) if isinstance(v, Tensor) else v for k, v in o.items() if k != "params"}
         if "betas" in o:
             numbers["betas"] = tuple(map(float, o["betas"]))
-        keys = [k for k in rule.states if k in state]
+        keys = [k for k in rule.states if k in entry.keys]
         states = {k: local(self._read(k, state)).to(wide) for k in keys}
-        master = _formats.join(here, local(state["remainder"])) if "remainder" in state else here.to(wide)
+        master = _formats.join(here, local(state["remainder"])) if "remainder" in entry.keys else here.to(wide)
         # Norms and products are of whole tensors: no rank can make its part alone.
         whole = hasattr(p, "to_local") and rule in (RULES["lamb"], RULES["muon"])
 
@@ -326,7 +278,7 @@ class Optimizer(States):
             stored(states)
         if whole:
             new = cut(p, new)
-        if "remainder" in state:
+        if "remainder" in entry.keys:
             high, rest = _formats.split(new)
             here.copy_(high)
             local(state["remainder"]).copy_(rest)
@@ -341,7 +293,7 @@ class Optimizer(States):
         else:
             here.copy_(new)
             new = here
-        if "ema" in state:
+        if "ema" in entry.keys:
             average = local(state["ema"])
             average.lerp_(new.to(average.dtype), 1 - o["ema_decay"])
 
@@ -354,9 +306,10 @@ class Optimizer(States):
         The parameters are kept in a copy meanwhile, and come back exactly. Parameters without `ema_decay`, or that have
         not taken a step, stay as they are. Steps inside the block raise RuntimeError.
         """
-        swapped = [(p, p.detach().clone(), s["ema"]) for p, s in self.state.items() if "ema" in s]
+        kept = [(p, self.state[p]) for p, _ in self._all() if isinstance(self.state.get(p), dict)]
+        swapped = [(p, p.detach().clone(), s["ema"]) for p, s in kept if "ema" in s]
         if not swapped and all(o["ema_decay"] is None for o in self.param_groups):
-            raise RuntimeError(f"bigkernels.optim.{type(self).__name__}: no group has an ema_decay")
+            raise RuntimeError(f"{self._name}: no group has an ema_decay")
         with torch.no_grad():
             for p, _, average in swapped:
                 p.copy_(average)

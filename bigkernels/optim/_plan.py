@@ -1,7 +1,7 @@
 """The records that the kernels work from (csrc/include/bigkernels/optimizer.h), for the parameters of one device.
 
-A plan is made when a parameter gets its first state, and holds while parameters and states stay where they are: a step
-then writes the addresses of the gradients and nothing else. It holds on to all tensors that its addresses point into.
+A plan is made when a parameter gets its first state, and is good while parameters and states are where they were and lie
+as they did, which every step looks at (`_look.py`): a step then writes the addresses of the gradients and nothing else.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import operator
 import struct
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._look import Seen
 from ._reference import Rule
 
 CHUNK = 128 * 256  # kChunk
@@ -49,7 +51,7 @@ def gathered(p: Tensor, here: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     shape = (*p.shape, *here.shape[p.dim() :])  # pairs of real numbers for complex ones
-    stride = torch.empty(shape, device="meta").stride()
+    stride = torch.empty(shape, dtype=here.dtype, device="meta").stride()
     return DTensor.from_local(here, p.device_mesh, p.placements, shape=shape, stride=stride).full_tensor()
 
 
@@ -90,22 +92,51 @@ def laid_out(t: Tensor, p: Tensor) -> bool:
     )
 
 
+def backed(t: Tensor) -> bool:
+    """Whether there is memory for all elements: that of a storage can be given back behind its tensors."""
+    if hasattr(t, "to_local"):
+        t = t.to_local()
+    if t.numel() == 0 or t.layout != torch.strided or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return True
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.device.type == "meta" or (t.storage_offset() + last + 1) * t.itemsize <= t.untyped_storage().nbytes()
+
+
+def shaped(g: Tensor, p: Tensor) -> Tensor:
+    """A gradient, or an error where it is not of the shape and on the device of its parameter: both can be changed
+    behind `Tensor.grad`, which checks them."""
+    if g.shape != p.shape or g.device != p.device or (g.is_complex() and not p.is_complex()):
+        kinds = (f"{tuple(t.shape)}, {t.dtype}, on {t.device}" for t in (g, p))
+        raise RuntimeError("bigkernels.optim: a gradient is {}; its parameter is {}".format(*kinds))
+    if not backed(g):
+        raise RuntimeError("bigkernels.optim: the memory of a gradient was given back")
+    return g.resolve_conj().resolve_neg()
+
+
+class Entry(NamedTuple):
+    """A parameter that a plan steps."""
+
+    param: Tensor
+    group: int
+    state: dict
+    keys: tuple[str, ...]  # of the tensors of the state that the options ask for
+    count: Tensor  # float64 (): the state's own "step", or in place of one that is kept otherwise
+
+
 class Plan:
     """Records of parameters with their states; all on one device."""
 
     def __init__(
-        self, rule: Rule, entries: list[tuple[Tensor, int, dict]], *, targets: list[Tensor] | None = None,
+        self, rule: Rule, entries: list[Entry], *, targets: list[Tensor] | None = None,
         extras: tuple[str, ...] = ("remainder", "ema"),
     ):  # fmt: skip
         """
         Args:
-            entries: (parameter, number of its group, its state).
             targets: dense tensors that are written in the parameters' place; the parameters are not read then.
-            extras: what the kernel keeps beside the states of the rule, where a state has it.
+            extras: what the kernel keeps beside the states of the rule, where the options ask for it.
         """
         self.rule = rule
-        self.params = [p for p, _, _ in entries]
-        self.states = [state for _, _, state in entries]
+        self.params = [entry.param for entry in entries]
         self.device = (targets[0] if targets else local(self.params[0])).device
         self._locals = [local(p) for p in self.params]
         # A view with gaps is worked on as a copy, which goes back into the view.
@@ -121,62 +152,48 @@ class Plan:
         self._complex = any(p.is_complex() for p in self.params)
         self._empty = [i for i, t in enumerate(work) if t.numel() == 0]
 
-        keys = (*rule.states, *(f"{k}_scale" for k in rule.states), *extras, "step")
-        # Through functions of the operator module: what a step does for each of 20,000 tensors has to be short.
-        self._kept = [(operator.itemgetter(k), [s[k] for s in self.states]) for k in keys
-                      if all(k in s for s in self.states)]  # fmt: skip
+        keys = (*rule.states, *(f"{k}_scale" for k in rule.states), *extras)
         rows, chunks = array("q"), array("q")
-        for index, (t, (_, group, state)) in enumerate(zip(targets, entries, strict=True)):
-            first = next((state[k] for k in rule.states if k in state), None)
-            address = lambda k: local(state[k]).data_ptr() if k in keys and k in state else 0  # noqa: B023, E731
+        for index, (t, entry) in enumerate(zip(targets, entries, strict=True)):
+            state, asked = entry.state, entry.keys
+            first = next((state[k] for k in rule.states if k in asked), None)
+            address = lambda k: local(state[k]).data_ptr() if k in keys and k in asked else 0  # noqa: B023, E731
             given = [address(k) for k in rule.states]
             scales = [address(f"{k}_scale") for k in rule.states]
             pad = [0] * (3 - len(rule.states))
             rows.extend([t.data_ptr(), *given, *pad, *scales, *pad, address("remainder"), address("ema"),
-                         address("step"), t.numel(), group, TYPES[t.dtype],
+                         entry.count.data_ptr(), t.numel(), entry.group, TYPES[t.dtype],
                          STATE_TYPES[real(first).dtype] if first is not None else 0])  # fmt: skip
             for begin in range(0, t.numel(), CHUNK):
                 chunks.extend([index, begin, min(begin + CHUNK, t.numel())])
         self.tensors, self.chunks = Uploaded(self.device)(rows), Uploaded(self.device)(chunks)
-        self._addresses = [t.data_ptr() for t in self._locals]
-        self._seen: array | None = None
         self._grads = Uploaded(self.device)
         self.groups = Uploaded(self.device)
+        self._counts = [(e.count, e.state["step"]) for e in entries if e.count is not e.state["step"]]
+        # One number has its place whatever its strides, a view that is to be read with another sign too.
+        self._single = [i for i, t in enumerate(work) if t.numel() == 1]
+        # Through functions of the operator module: what a step does for each of 20,000 tensors has to be short.
+        alike: dict[tuple[str, ...], list[Tensor]] = {}
+        for entry in entries:
+            alike.setdefault((*entry.keys, "step"), []).append(entry.param)
+        self._kinds = [(operator.itemgetter(*keys), len(keys), params) for keys, params in alike.items()]
+        self._kept, self._given = Seen(), Seen()
+        self._kept.record(self._all({e.param: e.state for e in entries}))
 
-    def holds(self) -> bool:
-        """Whether parameters and states are where they were. What it sees of the gradients is kept for `gradients`."""
-        if self._distributed or self._complex:
-            addresses = [local(p).data_ptr() for p in self.params]
-        else:
-            addresses = self._look()
-        if addresses != self._addresses:
-            return False
+    def _all(self, states: MutableMapping) -> list[Tensor]:
+        """The parameters, and what the kernel works on of their states; KeyError or TypeError where that is not there."""
+        found = list(self.params)
+        for get, many, params in self._kinds:
+            values = map(get, map(states.get, params))
+            found += values if many == 1 else chain.from_iterable(values)
+        return [t.to_local() if hasattr(t, "to_local") else t for t in found] if self._distributed else found
+
+    def holds(self, states: MutableMapping) -> bool:
+        """Whether parameters and states, as an optimizer has them now, are where they were, and lie as they did."""
         try:
-            return all(all(map(operator.is_, map(get, self.states), kept)) for get, kept in self._kept)
-        except KeyError:
-            return False
-
-    def _look(self) -> list[int]:
-        """The addresses of the parameters; and of the gradients what a record needs.
-
-        All in one pass, as many small tensors lie on a page each, which is slow to come to; and as plain numbers, as
-        20,000 new tuples would have the garbage collector look at everything.
-        """
-        self._seen = None
-        address, contiguous = Tensor.data_ptr, Tensor.is_contiguous
-        try:
-            found = [
-                number
-                for p in self.params
-                for g in (p.grad,)
-                for number in (address(p), address(g), TYPES[g.dtype], contiguous(g))
-            ]
-        except (TypeError, RuntimeError, KeyError):  # without a gradient, with a sparse one, or one in float64
-            return list(map(address, self.params))
-        if self._contiguous and all(found[3::4]):
-            self._seen = array("q", bytes(16 * len(self.params)))
-            self._seen[::2], self._seen[1::2] = array("q", found[1::4]), array("q", found[2::4])
-        return found[::4]
+            return self._kept.look(self._all(states)) == (True, True)
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, BufferError):
+            return False  # whoever makes the next plan says what is wrong
 
     def gradients(
         self, given: list[Tensor | None] | None = None, dense_of: Callable[[Tensor], Tensor] = Tensor.to_dense
@@ -187,30 +204,50 @@ class Plan:
             given: in place of the parameters' own.
             dense_of: makes a sparse one dense, or refuses.
         """
-        seen, self._seen = self._seen, None
-        if given is None and seen is not None:
-            grads, rows = [], seen  # the parameters hold on to them
-        else:
-            grads, rows = self._records([p.grad for p in self.params] if given is None else given, dense_of)
+        grads = [p.grad for p in self.params] if given is None else given
+        rows = None if given is not None or self._distributed or self._complex else self._seen(grads)
+        if rows is None:
+            grads, rows = self._records(grads, dense_of, given is not None)
         # An empty shard has a gradient too, for its step is counted, but no address: any other than 0 will do.
         for i in self._empty:
-            if not grads or grads[i] is not None:
+            if grads[i] is not None:
                 rows[2 * i] = 1
         return self._grads(rows), grads
 
-    def _records(self, grads: list[Tensor | None], dense_of: Callable[[Tensor], Tensor]) -> tuple[list, array]:
-        """The gradients, those copied that do not lie as their parameter does, and their records."""
+    def _seen(self, grads: list[Tensor | None]) -> array | None:
+        """The records of gradients that lie as the last ones did, which were right."""
+        try:
+            alike, _ = self._given.look(grads)
+        except (TypeError, AttributeError, RuntimeError, ValueError, BufferError):  # one is None, sparse, a subclass
+            return None
+        if not alike or any(grads[i].is_neg() for i in self._single):
+            return None
+        rows = array("q", bytes(16 * len(grads)))
+        rows[::2], rows[1::2] = self._given.addresses, self._grad_types
+        return rows
+
+    def _records(
+        self, grads: list[Tensor | None], dense_of: Callable[[Tensor], Tensor], moved: bool
+    ) -> tuple[list, array]:
+        """The gradients, those copied that do not lie as their parameter does, and their records.
+
+        `moved`: they have been made for this and are elsewhere than the parameters.
+        """
+        own = grads
+        grads = [None if g is None else dense_of(g) for g in grads]
+        if not moved:
+            grads = [None if g is None else shaped(placed(g, p), p) for g, p in zip(grads, self.params, strict=True)]
         if self._distributed or self._complex:
-            grads = [None if g is None else local(placed(g, p)) for g, p in zip(grads, self.params, strict=True)]
-        grads = list(grads)
+            grads = [None if g is None else local(g) for g in grads]
         for i, g in enumerate(grads):
-            if g is not None and g.layout != torch.strided:
-                g = grads[i] = dense_of(g)
             if g is not None and g.dtype not in TYPES:  # `Tensor.grad_dtype` allows any
                 g = grads[i] = g.to(torch.float32)
             if g is not None and not self._fits(i, g):
                 grads[i] = torch.empty_like(self._work[i], dtype=g.dtype).copy_(g)
         pairs = [(0, 0) if g is None else (g.data_ptr(), TYPES[g.dtype]) for g in grads]
+        if not moved and all(g is not None and g is o for g, o in zip(grads, own, strict=True)):
+            self._given.record(grads)
+            self._grad_types = array("q", [number for _, number in pairs])
         return grads, array("q", chain.from_iterable(pairs))
 
     def _fits(self, i: int, g: Tensor) -> bool:
@@ -224,10 +261,20 @@ class Plan:
     def before(self) -> None:
         for _, t, copy in self.copies:
             copy.copy_(t)
+        self.counts_in()
 
     def after(self) -> None:
         for _, t, copy in self.copies:
             t.copy_(copy)
+        self.counts_out()
+
+    def counts_in(self) -> None:
+        for count, kept in self._counts:
+            count.copy_(local(kept).view(()))
+
+    def counts_out(self) -> None:
+        for count, kept in self._counts:
+            local(kept).copy_(count)
 
 
 class Uploaded:

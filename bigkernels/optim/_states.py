@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from typing import Any
 
@@ -10,13 +11,14 @@ from torch import Tensor
 
 from ..ops._registry import compute_dtype
 from . import _formats
-from ._plan import laid_out, local, placed
+from ._plan import Entry, backed, dense, laid_out, local, placed
 from ._reference import RULES, Rule
 
 _CODES = (torch.int8, torch.uint8)  # with a sign and without
 _CODED = "_codes"  # what their names end in where they are saved
 # What a state_dict does not decide: the formats are those that the optimizer was made with.
 _KEPT = ("state_dtype", "rounding", "ema_decay", "cautious")
+_KNOWN = frozenset(key for rule in RULES.values() for key in rule.states)
 
 
 class States(torch.optim.Optimizer):
@@ -25,6 +27,10 @@ class States(torch.optim.Optimizer):
     _rule: Rule
     _torch_options: tuple[str, ...] = ()  # of those here, which the torch class of this name has too
     _offloaded = False  # states are in host memory
+
+    @property
+    def _name(self) -> str:
+        return f"bigkernels.optim.{type(self).__name__}"
 
     def _rule_of(self, p: Tensor, o: dict) -> Rule:
         return self._rule
@@ -48,29 +54,117 @@ class States(torch.optim.Optimizer):
             found["ema"] = compute_dtype(p.dtype)
         return found
 
-    def _complete(self, p: Tensor, state: dict, o: dict) -> dict:
-        """Give a parameter what its state lacks."""
-        if "step" not in state:
-            # float64: float32 stops counting at 2^24. On the device, so that no step waits for another.
-            state["step"] = torch.zeros((), dtype=torch.float64, device=self._home(p))
-        for key, dtype in self._expected(p, o).items():
-            if key in state:
-                if state[key].dtype != dtype or not laid_out(state[key], p) or state[key].device != self._home(p):
-                    self._write(p, key, self._read(key, state), state, dtype)
+    def _complete(self, p: Tensor, number: int) -> Entry:
+        """The state of a parameter as the options of its group want it: what is missing is made, what is kept in another
+        dtype, on another device or in other strides is converted, and what cannot be raises.
+
+        Other tensors in it stay as they are, but for a remainder, which is a part of the parameter.
+        """
+        o, state = self.param_groups[number], self.state[p]
+        if not isinstance(state, dict):
+            raise TypeError(f"{self._name}: the state of a parameter is a {type(state).__name__}; it has to be a dictionary")
+        if not backed(p):
+            raise RuntimeError(f"{self._name}: the memory of a parameter was given back")
+        expected = self._expected(p, o)
+        if "remainder" in state and "remainder" not in expected:
+            self._without_remainder(p, state)
+        rule = self._rule_of(p, o)
+        count = self._count(p, state, rule, expected)
+        for key, dtype in expected.items():
+            if key not in state:
+                self._begin(p, key, state, dtype, o)
                 continue
-            if key == "ema":
-                self._write(p, key, p.detach(), state, dtype)
-                continue
-            state[key] = self._empty(p, dtype).zero_()
-            fill = float(o.get("initial_accumulator_value", 0.0)) if key == "sum" else 0.0
-            if dtype in _CODES:
-                here = local(state[key])
-                state[key + "_scale"] = torch.full((_formats.blocks(here.numel()),), fill, device=here.device)
-                if fill:
-                    here.fill_(255)
-            elif fill:
-                state[key].fill_(complex(fill, fill) if dtype.is_complex else fill)
-        return state
+            value = self._checked(p, key, state, "")
+            if value.dtype != dtype or not laid_out(value, p) or value.device != self._home(p):
+                self._write(p, key, self._read(key, state), state, dtype)
+            elif dtype in _CODES:
+                scale = state[key + "_scale"]
+                if not (scale.dtype == torch.float32 and scale.is_contiguous() and scale.device == local(value).device):
+                    state[key + "_scale"] = scale.to(local(value).device, torch.float32).contiguous()
+        scales = (key + "_scale" for key, dtype in expected.items() if dtype in _CODES)
+        return Entry(p, number, state, (*expected, *scales), count)
+
+    def _begin(self, p: Tensor, key: str, state: dict, dtype: torch.dtype, o: dict) -> None:
+        """A state before the first step."""
+        if key == "ema":
+            self._write(p, key, p.detach(), state, dtype)
+            return
+        state[key] = self._empty(p, dtype).zero_()
+        fill = float(o.get("initial_accumulator_value", 0.0)) if key == "sum" else 0.0
+        if dtype in _CODES:
+            here = local(state[key])
+            blocks = _formats.blocks(here.numel())
+            state[key + "_scale"] = torch.full((blocks,), fill, dtype=torch.float32, device=here.device)
+            if fill:
+                here.fill_(255)
+        elif fill:
+            state[key].fill_(complex(fill, fill) if dtype.is_complex else fill)
+
+    def _count(self, p: Tensor, state: dict, rule: Rule, expected: dict) -> Tensor:
+        """How many steps a parameter has taken, as kernels count them: float64 (), on the device, so that no step waits
+        for another, and as float32 stops counting at 2^24. A counter that is kept otherwise stays, and is counted on."""
+        momentum = rule.name in ("sgd", "muon") and "momentum_buffer" in expected
+        if momentum and rule.name == "sgd" and "momentum_buffer" not in state:
+            state["step"] = 0  # the first momentum is the gradient itself
+        # torch's SGD and Muon count no steps: a momentum is there after the first one.
+        given = state.setdefault("step", 1 if momentum and "momentum_buffer" in state else 0)
+        home = self._home(p)
+        if isinstance(given, Tensor):
+            plain = given.dtype == torch.float64 and given.shape == () and type(given) is Tensor
+            if plain and given.device == home and home.type != "cpu":
+                return given  # to look at its value would be to wait for it
+        step = self._whole(given)
+        if isinstance(given, Tensor):
+            return given if plain and given.device == home else torch.full((), step, dtype=torch.float64, device=home)
+        state["step"] = torch.full((), step, dtype=torch.float64, device=home)
+        return state["step"]
+
+    def _whole(self, step: Any) -> float:
+        """A number of steps, from whatever torch takes for one."""
+        try:
+            value = float(step)
+        except (TypeError, ValueError, RuntimeError):
+            value = -1.0
+        if not (math.isfinite(value) and value >= 0 and value == int(value)):
+            raise ValueError(f"{self._name}: a step is {step!r}; accepted are whole numbers from 0 on, as one element")
+        return value
+
+    def _without_remainder(self, p: Tensor, state: dict) -> None:
+        """Take the remainder of a bfloat16 parameter out of its state. One that has become wider gets the digits."""
+        rest = state.pop("remainder")
+        if p.dtype in (torch.bfloat16, torch.float16) or not isinstance(rest, Tensor) or rest.shape != p.shape:
+            return
+        here, rest = local(p), local(placed(rest.to(p.device), p))
+        high = here.to(torch.bfloat16)
+        if here.shape == rest.shape and torch.equal(high.to(here.dtype), here):  # else it is not that parameter
+            here.copy_(_formats.join(high, rest.to(torch.int16)))
+
+    def _checked(self, p: Tensor, key: str, state: dict, which: str) -> Tensor:
+        """A state of the shape of `p`, codes with their scales; or an error."""
+        value = state[key]
+        if not isinstance(value, Tensor) or value.shape != p.shape:
+            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            self._wrong(which, key, f"{given}; its parameter is {tuple(p.shape)}")
+        if not backed(value):
+            self._wrong(which, key, "a tensor whose memory was given back")
+        if hasattr(value, "to_local") != hasattr(p, "to_local"):
+            are = ("is not", "is")
+            self._wrong(which, key, f"{are[hasattr(value, 'to_local')]} distributed and its parameter "
+                        f"{are[hasattr(p, 'to_local')]}; torch.distributed.checkpoint.state_dict turns one into the other")  # fmt: skip
+        if value.dtype in _CODES:
+            scale = state.get(key + "_scale")
+            if not isinstance(scale, Tensor) or scale.shape != (_formats.blocks(local(value).numel()),):
+                self._wrong(which, key, "codes, and lacks the scales of its blocks")
+        elif key == "remainder":
+            if value.dtype not in (torch.int16, torch.int32):
+                self._wrong(which, key, f"{value.dtype}; accepted is torch.int16")
+        elif not (value.is_floating_point() or (value.is_complex() and p.is_complex())):
+            self._wrong(which, key, f"{value.dtype}; its parameter is {p.dtype}")
+        return value
+
+    def _wrong(self, which: str, key: str, what: str) -> None:
+        kind = ValueError if which else RuntimeError  # as torch's load_state_dict and step
+        raise kind(f"{self._name}: the {which}{key} is {what}")
 
     def _empty(self, p: Tensor, dtype: torch.dtype) -> Tensor:
         # A distributed parameter gives a distributed state.
@@ -84,9 +178,11 @@ class States(torch.optim.Optimizer):
         if dtype is not None:
             state[key] = self._empty(p, dtype)
         there = local(state[key])
-        value = local(value)
+        value = local(placed(value, p))
         if there.dtype not in _CODES:
             there.copy_(value)
+            if dtype is not None:
+                state.pop(key + "_scale", None)
             return
         wide = torch.empty_like(there, dtype=torch.float32).copy_(value)
         codes, scale = _formats.encode8(_formats.flat(wide), there.dtype == torch.int8)
@@ -102,8 +198,9 @@ class States(torch.optim.Optimizer):
         if value.dtype not in _CODES:
             return value
         here = local(value)
+        here = here if dense(here) else here.contiguous()
         wide = torch.empty_like(value, dtype=torch.float32)
-        decoded = _formats.decode8(_formats.flat(here), state[key + "_scale"])
+        decoded = _formats.decode8(_formats.flat(here), state[key + "_scale"].to(here.device, torch.float32))
         _formats.flat(local(wide)).copy_(decoded)
         return wide
 
@@ -121,39 +218,49 @@ class States(torch.optim.Optimizer):
             {**g, "state_dtype": str(g["state_dtype"]).removeprefix("torch.")} for g in found["param_groups"]
         ]
         for index, state in found["state"].items():
-            found["state"][index] = self._saved(state)
+            if isinstance(state, dict):  # else it is an entry of the user's
+                found["state"][index] = self._saved(state)
         return found
 
     def _saved(self, state: dict) -> dict:
         saved = {}
         for key, value in state.items():
-            owner = state.get(key.removesuffix("_scale"))
+            coded = key.removesuffix("_scale")
+            owner = state.get(coded) if coded in _KNOWN else None
             shards = hasattr(value if owner is None else owner, "to_local")
-            if isinstance(value, Tensor) and value.dtype in _CODES:
+            if key in _KNOWN and isinstance(value, Tensor) and value.dtype in _CODES:
                 saved.update({key: self._read(key, state)} if shards else {key + _CODED: value})
             elif shards and key == "remainder":
                 saved[key] = value.to(torch.int32)
-            elif not (shards and key.endswith("_scale")):
+            elif not (shards and owner is not None and key.endswith("_scale")):
                 saved[key] = value
         return saved
 
     def torch_state_dict(self) -> dict[str, Any]:
         """A state_dict in which all states are float32 and nothing is unknown to the torch class of this name."""
         found = self.state_dict()
-        known = {key for rule in RULES.values() for key in rule.states}
-        states = {
-            index: {k: _widened(self._read(k, s)) for k in s if k in known} | {"step": s["step"].to(torch.float32)}
-            for index, s in ((index, _uncoded(s)) for index, s in found["state"].items())
-        }
+        states = {index: self._widened(state) for index, state in found["state"].items() if isinstance(state, dict)}
         ours = {*_KEPT, "seed", "decoupled_weight_decay"}.difference(self._torch_options)
         groups = [{k: v for k, v in g.items() if k not in ours} for g in found["param_groups"]]
         return {"state": states, "param_groups": groups}
+
+    def _widened(self, state: dict) -> dict:
+        state = _uncoded(state)
+        found = {}
+        for key in _KNOWN & state.keys():
+            value = self._read(key, state)
+            found[key] = value.to(compute_dtype(value.dtype))
+        if "step" in state:
+            found["step"] = torch.full((), float(state["step"]), dtype=torch.float32, device=_device_of(state["step"]))
+        return found
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state_dict of this class, in whatever formats, or of the torch class of this name.
 
         States are converted to the formats of this optimizer: those are not loaded, everything else of the groups is.
+        Averages and remainders are left out where this optimizer keeps none. A float32 parameter that has the values of
+        a bfloat16 one with a remainder takes its digits in at the first step.
 
         Raises:
             ValueError: groups, shapes or dtypes do not fit; nothing has changed then.
@@ -166,43 +273,24 @@ class States(torch.optim.Optimizer):
 
     def _adopt(self, p: Tensor, o: dict, saved: dict) -> dict:
         """A saved state in the formats of this optimizer."""
-        states, saved = self._rule_of(p, o).states, _uncoded(saved)
-        state = {k: v for k, v in saved.items() if v is not None and k.removesuffix("_scale") not in states}
-        if "step" in saved or any(k in saved for k in states):
+        rule, saved = self._rule_of(p, o), _uncoded(saved)
+        saved = {k: v for k, v in saved.items() if v is not None}
+        expected = self._expected(p, o)
+        own = {*rule.states, *(f"{k}_scale" for k in rule.states), "ema", "remainder", "step"}
+        state = {k: v for k, v in saved.items() if k not in own}
+        if "step" in saved or any(k in saved for k in rule.states):
             # torch's SGD and Muon count no steps; what they saved comes after the first one.
-            step = float(saved.get("step", 1.0))
-            if not (step >= 0 and step == int(step)):
-                raise ValueError(f"bigkernels.optim.{type(self).__name__}: a saved step is {step}")
-            state["step"] = torch.tensor(step, dtype=torch.float64, device=self._home(p))
-        for key, dtype in self._expected(p, o).items():
-            value = saved.get(key)
-            if value is None:
-                state.pop(key, None)
+            step = self._whole(saved.get("step", 1.0))
+            state["step"] = torch.full((), step, dtype=torch.float64, device=self._home(p))
+        for key in ("remainder", "ema", *rule.states):
+            # A remainder of what was bfloat16 waits for the first step: the parameter may be loaded after this.
+            waits = key == "remainder" and p.dtype in (torch.float32, torch.float64)
+            if key not in saved or (key not in expected and not waits and key not in rule.states):
                 continue
-            if not isinstance(value, Tensor) or value.shape != p.shape:
-                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                name = f"bigkernels.optim.{type(self).__name__}"
-                raise ValueError(f"{name}: the saved {key} is {given}; its parameter is {tuple(p.shape)}")
-            if hasattr(value, "to_local") != hasattr(p, "to_local"):
-                name, are = f"bigkernels.optim.{type(self).__name__}", ("is not", "is")
-                raise ValueError(
-                    f"{name}: the saved {key} {are[hasattr(value, 'to_local')]} distributed and its parameter "
-                    f"{are[hasattr(p, 'to_local')]}; torch.distributed.checkpoint.state_dict turns one into the other"
-                )
-            value = placed(value.to(self._home(p)), p)
-            if value.dtype in _CODES:
-                value = self._checked_codes(key, value, saved)
-            elif key == "remainder" and value.dtype not in (torch.int16, torch.int32):
-                raise ValueError(f"bigkernels.optim.{type(self).__name__}: the saved remainder is {value.dtype}")
-            self._write(p, key, value, state, dtype)
+            value = self._checked(p, key, saved, "saved ")
+            value = placed(self._read(key, saved).to(self._home(p)), p)
+            self._write(p, key, value, state, expected.get(key, torch.int16 if waits else value.dtype))
         return state
-
-    def _checked_codes(self, key: str, codes: Tensor, saved: dict) -> Tensor:
-        """8-bit states as float32."""
-        scale = saved.get(key + "_scale")
-        if not isinstance(scale, Tensor) or scale.shape != (_formats.blocks(local(codes).numel()),):
-            raise ValueError(f"bigkernels.optim.{type(self).__name__}: the saved {key} lacks the scales of its blocks")
-        return self._read(key, {key: codes, key + "_scale": scale.to(codes.device)})
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy steps where it is, whatever the original was told.
@@ -225,7 +313,12 @@ class States(torch.optim.Optimizer):
 
 def _uncoded(saved: dict) -> dict:
     """A saved state by the names of the rule."""
-    return {k.removesuffix(_CODED): v for k, v in saved.items()}
+    coded = {k + _CODED: k for k in _KNOWN}
+    return {coded.get(k, k): v for k, v in saved.items()}
+
+
+def _device_of(value: Any) -> torch.device:
+    return value.device if isinstance(value, Tensor) else torch.device("cpu")
 
 
 class _Whole:
@@ -249,7 +342,7 @@ def _converted(optimizer: States, state_dict: dict[str, Any]) -> dict[str, Any]:
         options = {**optimizer.defaults, **new}
         optimizer._check({**options, "params": own["params"]})
         for p, index in zip(own["params"], saved["params"], strict=True):
-            if index in states:
+            if isinstance(states.get(index), dict):
                 states[index] = _Whole(optimizer._adopt(p, options, states[index]))
     return {**state_dict, "state": states, "param_groups": new_groups}
 
@@ -261,6 +354,3 @@ def _state_dtype(p: Tensor, unsigned: bool, o: dict) -> torch.dtype:
         return torch.float32 if p.numel() < _formats.LEAST_8BIT else torch.uint8 if unsigned else torch.int8
     return o["state_dtype"]
 
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(compute_dtype(x.dtype))

@@ -1,0 +1,86 @@
+"""Where tensors are and how they lie: what a step looks at before it relies on an address."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from array import array
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .._load import cpu_library
+
+
+class Seen:
+    """Tensors as they were when they were looked at last.
+
+    Attributes:
+        addresses: of their first elements; of what `look` was given last, whatever it found.
+    """
+
+    def __init__(self) -> None:
+        self.addresses = array("q")
+        self._hints = array("q")
+        self._layouts: array | list[tuple] | None = None
+
+    def record(self, tensors: list[Tensor]) -> None:
+        """Raises whatever a tensor without an address raises, and for what is no tensor."""
+        self._layouts, self.addresses = None, array("q", bytes(8 * len(tensors)))
+        if (native := _native()) is None:
+            rows = list(map(_described, tensors))
+            self.addresses, self._layouts = array("q", [row[0] for row in rows]), [row[1:] for row in rows]
+            return
+        self._hints = array("q", self.addresses)
+        layouts = array("q", bytes(8 * 6 * len(tensors)))
+        words = native(tensors, self.addresses, self._hints, layouts, False)
+        if words > len(layouts):
+            layouts = array("q", bytes(8 * words))
+            native(tensors, self.addresses, self._hints, layouts, False)
+        self._layouts = layouts[:words]
+
+    def look(self, tensors: list[Tensor]) -> tuple[bool, bool]:
+        """Whether dtypes, devices, shapes and strides are what they were, and whether addresses are, too.
+
+        Neither where one has elements and no memory. Raises as `record`.
+        """
+        if self._layouts is None or len(tensors) != len(self.addresses):
+            return False, False
+        if isinstance(self._layouts, list):
+            rows, before = list(map(_described, tensors)), self.addresses
+            self.addresses = array("q", [row[0] for row in rows])
+            alike = [row[1:] for row in rows] == self._layouts and all(row[0] or 0 in row[3] for row in rows)
+            return alike, alike and before == self.addresses
+        found = _native()(tensors, self.addresses, self._hints, self._layouts, True)
+        return found >= 1, found == 3
+
+
+def _described(t: Tensor) -> tuple:
+    return t.data_ptr(), t.device, t.dtype, t.shape, t.stride()
+
+
+@functools.cache
+def _native() -> Callable[[list[Tensor], array, array, array, bool], int] | None:
+    """`bk_look` of csrc/cpu/look.cpp; None where there is no such library, or a torch without DLPack's C functions."""
+    api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if api is None or cpu_library().reason is not None or not hasattr(ctypes, "pythonapi"):
+        return None
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    table = pointer(api, b"dlpack_exchange_api")
+    # DLPackExchangeAPI: its version, an older table, and five functions, of which the fourth describes a tensor.
+    describe = (ctypes.c_void_p * 6).from_address(table)[5]
+    if ctypes.c_uint32.from_address(table).value != 1 or not describe:
+        return None
+    item = ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p).value
+    function = ctypes.PyDLL(str(cpu_library().path)).bk_look
+    function.restype = ctypes.c_int64
+    p, q = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = (ctypes.py_object, q, p, p, p, p, p, q, ctypes.c_int)
+
+    def look(tensors: list[Tensor], addresses: array, hints: array, layouts: array, compare: bool) -> int:
+        at = [numbers.buffer_info()[0] for numbers in (addresses, hints, layouts)]
+        return function(tensors, len(tensors), describe, item, *at, len(layouts), compare)
+
+    return look
