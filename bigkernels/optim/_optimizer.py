@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._exit import Running
 from ..ops import _registry
 from ..ops import optimizer as ops
 from ..ops._registry import compute_dtype, log
@@ -183,6 +184,10 @@ class Optimizer(States):
 
     def _take(self, schedule: Schedule, divisor: float | Tensor | None, norm: Tensor | None = None) -> None:
         """One step of the parameters of a schedule that have a gradient. `norm`: to clip by, instead of their own."""
+        with Running():
+            self._take_now(schedule, divisor, norm)
+
+    def _take_now(self, schedule: Schedule, divisor: float | Tensor | None, norm: Tensor | None) -> None:
         for o in self.param_groups:
             self._check({**o, "params": ()})
         work = [(plan, *plan.gradients(dense_of=self._dense)) for plan in schedule.plans]

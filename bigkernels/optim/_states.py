@@ -63,6 +63,8 @@ class States(torch.optim.Optimizer):
         o, state = self.param_groups[number], self.state[p]
         if not isinstance(state, dict):
             raise TypeError(f"{self._name}: the state of a parameter is a {type(state).__name__}; it has to be a dictionary")
+        if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+            raise RuntimeError(f"{self._name}: elements of a parameter are in one place; use clone()")
         if not backed(p):
             raise RuntimeError(f"{self._name}: the memory of a parameter was given back")
         expected = self._expected(p, o)

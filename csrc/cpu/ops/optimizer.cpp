@@ -1,5 +1,5 @@
 // Optimizer steps over a flat list of chunks of all parameters, in one parallel region. The records come from
-// bigkernels/optim/_plan.py, which has checked what they point to and keeps it alive.
+// bigkernels/optim/_plan.py, which has looked at what they point to; all other numbers in them are checked here.
 #include <bigkernels/stable.h>
 #include <bigkernels/update.h>
 
@@ -13,8 +13,27 @@ const T* records(const char* name, const Tensor& t, int64_t* count) {
   STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), "bigkernels::optimizer_step: ", name, " is no list of records");
   int64_t bytes = t.numel() * t.element_size();
   STD_TORCH_CHECK(bytes % sizeof(T) == 0, "bigkernels::optimizer_step: ", name, " has half a record");
+  STD_TORCH_CHECK((uintptr_t)t.const_data_ptr() % alignof(T) == 0, "bigkernels::optimizer_step: ", name,
+                  " does not lie on whole words");
   *count = bytes / (int64_t)sizeof(T);
   return (const T*)t.const_data_ptr();
+}
+
+bool is_type(int64_t type, int64_t last) { return type >= 0 && type <= last; }
+constexpr int64_t kLastType = (int64_t)Type::f16, kLastState = (int64_t)StateType::int8;
+
+// Which states an algorithm cannot do without, as bits, and which it may have.
+struct States {
+  int needed, known;
+};
+States states_of(Algorithm a) {
+  switch (a) {
+    case Algorithm::adam: return {3, 7};
+    case Algorithm::sgd: return {0, 1};
+    case Algorithm::rmsprop: return {1, 7};
+    case Algorithm::lamb: return {3, 3};
+    default: return {1, 1};
+  }
 }
 
 struct Lists {
@@ -28,6 +47,42 @@ struct Lists {
     grads = records<OptimizerGrad>("grads", g, &grad_count);
     chunks = records<OptimizerChunk>("chunks", c, &chunk_count);
     STD_TORCH_CHECK(tensor_count == grad_count, "bigkernels::optimizer_step: not one gradient a tensor");
+    for (int64_t i = 0; i < tensor_count; ++i)
+      STD_TORCH_CHECK(tensors[i].n >= 0 && (!grads[i].data || is_type(grads[i].type, kLastType)),
+                      "bigkernels::optimizer_step: no such gradient");
+    for (int64_t i = 0; i < chunk_count; ++i) {
+      const OptimizerChunk& chunk = chunks[i];
+      STD_TORCH_CHECK(chunk.tensor >= 0 && chunk.tensor < tensor_count && chunk.begin >= 0 &&
+                          chunk.begin % kStateBlock == 0 && chunk.begin <= chunk.end &&
+                          chunk.end <= tensors[chunk.tensor].n,
+                      "bigkernels::optimizer_step: a chunk is not in its tensor");
+    }
+  }
+
+  // What a step reads and writes beside the gradients.
+  void check_tensors(Algorithm algorithm, const OptimizerGroup* groups, int64_t group_count) const {
+    for (int64_t i = 0; i < group_count; ++i)
+      STD_TORCH_CHECK(is_type(groups[i].rounding, (int64_t)Rounding::kahan),
+                      "bigkernels::optimizer_step: no such rounding");
+    const States states = states_of(algorithm);
+    for (int64_t i = 0; i < tensor_count; ++i) {
+      const OptimizerTensor& t = tensors[i];
+      if (!grads[i].data) continue;
+      STD_TORCH_CHECK(t.group >= 0 && t.group < group_count, "bigkernels::optimizer_step: no such group");
+      STD_TORCH_CHECK(t.step && (t.n == 0 || t.param) && is_type(t.param_type, kLastType) &&
+                          is_type(t.state_type, kLastState) &&
+                          (!t.remainder || t.param_type == (int64_t)Type::bf16),
+                      "bigkernels::optimizer_step: no such parameter");
+      STD_TORCH_CHECK(*t.step >= 0.0 && *t.step < 0x1p53 && *t.step == (double)(int64_t)*t.step,
+                      "bigkernels::optimizer_step: a step is ", *t.step, "; it has to be a whole number from 0 on");
+      for (int k = 0; k < kStates && t.n; ++k) {
+        const bool there = t.state[k] != nullptr;
+        STD_TORCH_CHECK(there || !(states.needed >> k & 1), "bigkernels::optimizer_step: a state is missing");
+        STD_TORCH_CHECK(!there || (states.known >> k & 1), "bigkernels::optimizer_step: no such state");
+        STD_TORCH_CHECK(!there || t.scale[k] || t.state_type != (int64_t)StateType::int8,
+                        "bigkernels::optimizer_step: a state of 8 bits lacks its scales");
+      }
+    }
   }
 
   // f(chunk number) for the chunks of tensors that have a gradient, on the first thread that is free. Neighbouring
@@ -54,8 +109,10 @@ struct Lists {
 };
 
 double value_of(const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1, "bigkernels::optimizer_step: not one number on the CPU");
-  return t.scalar_type() == ScalarType::Double ? *(const double*)t.const_data_ptr() : *(const float*)t.const_data_ptr();
+  const bool is_double = t.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1 && (is_double || t.scalar_type() == ScalarType::Float),
+                  "bigkernels::optimizer_step: not one float32 or float64 on the CPU");
+  return is_double ? *(const double*)t.const_data_ptr() : *(const float*)t.const_data_ptr();
 }
 
 // What gradients are multiplied with: the loss scale and the divisor taken out, the norm of the result clipped.
@@ -75,12 +132,12 @@ std::vector<OptimizerScalars> scalars_for(Algorithm algorithm, const Lists& list
                                           bool advance) {
   int64_t group_count;
   const OptimizerGroup* group = records<OptimizerGroup>("groups", groups, &group_count);
+  lists.check_tensors(algorithm, group, group_count);
   std::vector<OptimizerScalars> scalars(lists.tensor_count);
   int64_t last = -1;  // its scalars serve the next tensor of its group and step
   for (int64_t i = 0; i < lists.tensor_count; ++i) {
     if (!lists.grads[i].data) continue;
     const OptimizerTensor& t = lists.tensors[i];
-    STD_TORCH_CHECK(t.group >= 0 && t.group < group_count, "bigkernels::optimizer_step: no such group");
     if (advance) *t.step += 1.0;
     if (last >= 0 && lists.tensors[last].group == t.group && *lists.tensors[last].step == *t.step)
       scalars[i] = scalars[last];
@@ -93,6 +150,8 @@ std::vector<OptimizerScalars> scalars_for(Algorithm algorithm, const Lists& list
 
 void step(int64_t algorithm, Tensor tensors, Tensor grads, Tensor chunks, Tensor groups, MaybeTensor grad_scale,
           MaybeTensor found_inf, MaybeTensor divisor, MaybeTensor norm, double max_norm, MaybeTensor trust) {
+  STD_TORCH_CHECK(algorithm >= 0 && algorithm <= (int64_t)Algorithm::muon, "bigkernels::optimizer_step: no algorithm ",
+                  algorithm);
   if (found_inf && value_of(*found_inf) != 0.0) return;
   Lists lists(tensors, grads, chunks);
   Algorithm a = (Algorithm)algorithm;
