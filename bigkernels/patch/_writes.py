@@ -71,7 +71,7 @@ def _calls_in(source: Source) -> set[tuple[str, ...] | None]:
     writes = [(name, node) for node in nodes for name in _written(node)]
     if not writes:
         return set()
-    alias = _aliases(nodes)
+    alias = _aliases(source, nodes)
     loops = [n for n in nodes if isinstance(n, (ast.For, ast.While))]
     found = set()
     for node in nodes:
@@ -122,14 +122,14 @@ def _base(node: ast.AST) -> str | None:
     return node.id if isinstance(node, ast.Name) else None
 
 
-def _aliases(nodes: list[ast.AST]) -> dict[str, str]:
+def _aliases(source: Source, nodes: list[ast.AST]) -> dict[str, str]:
     """One name for those that may share memory: `a = b`, and views of b."""
     groups: dict[str, str] = {}
     for node in nodes:
         match node:
             case ast.Assign([ast.Name(name)], value):
                 base = _base(value)
-                if base is not None and base != "self" and base != name:
+                if base is not None and base not in (source.self_name, name):
                     one, other = groups.get(name, name), groups.get(base, base)
                     groups |= {n: other for n, g in groups.items() if g == one} | {name: other, one: other}
     return groups

@@ -1,4 +1,7 @@
-"""The product of an activation with another tensor: gated MLPs of every layout, decided by the activation's numbers."""
+"""The product of an activation with another tensor: gated MLPs of every layout, decided by the activation's numbers.
+
+`act(gate) * up`, or `h = act(gate)` and then `h * up`, where nothing else reads h.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ class Pending(NamedTuple):
     gate: Any
     approximate: str | None
     name: str
+    version: int | None  # of the gate; None where nothing counts it
 
 
 def activate(act: Any, gate: Any, approximate: str | None = None) -> Any:
@@ -40,7 +44,7 @@ def activate(act: Any, gate: Any, approximate: str | None = None) -> Any:
     else:
         name = _functions.get((act, approximate))
     if name is not None and plain(gate) and gate.is_floating_point():
-        return Pending(act, gate, approximate, name)
+        return Pending(act, gate, approximate, name, None if gate.is_inference() else gate._version)
     return _call(act, gate, approximate)
 
 
@@ -48,7 +52,10 @@ def gated(gate: Any, up: Any) -> Any:
     """The product with what `activate` gave."""
     if type(gate) is not Pending:
         return gate * up
-    act, gate, approximate, name = gate
+    act, gate, approximate, name, version = gate
+    if version is not None and gate._version != version:
+        raise RuntimeError("bigkernels.patch: a gate was written to between its activation and the product; "
+                           "patch(model, mlp=False)")  # fmt: skip
     if plain(up) and gate.shape == up.shape and gate.dtype == up.dtype and gate.device == up.device:
         return functional.glu(gate, up, activation=name)
     return _call(act, gate, approximate) * up
@@ -59,6 +66,7 @@ def _call(act: Any, gate: Any, approximate: str | None) -> Any:
 
 
 def _sites(source: Source) -> Iterator[Site]:
+    later: list[tuple[ast.BinOp, ast.Name, Callable | None]] = []
     for node in source.body():
         match node:
             case ast.BinOp(left, ast.Mult(), right):
@@ -78,6 +86,62 @@ def _sites(source: Source) -> Iterator[Site]:
                 check = _check(target, approximate)
                 yield Site(_unless(earlier, check), replacements, helpers)
                 earlier = check
+
+        later += [(node, side, earlier) for side in (left, right) if isinstance(side, ast.Name)]
+    yield from _kept_sites(source, later)
+
+
+def _kept_sites(source: Source, products: list[tuple[ast.BinOp, ast.Name, Callable | None]]) -> Iterator[Site]:
+    """`h = act(gate)`, and later in its block a product with h, which is not read elsewhere."""
+    if not products:
+        return
+    checks: dict[ast.BinOp, Callable] = {}
+    for assign, following in _assigned(source):
+        name, value = assign.targets[0].id, assign.value
+        for node, side, earlier in products:
+            between = next((i for i, s in enumerate(following) if any(n is node for n in ast.walk(s))), None)
+            if side.id != name or between is None or not _once(source, name):
+                continue
+            found = _activation(source, value)
+            if not found or _mentioned(source, found[2], following[:between]):
+                continue
+            target, approximate, gate = found
+            extra = {} if approximate is None else {"approximate": ast.Constant(approximate)}
+            sides = ("gate", "up") if side is node.left else ("up", "gate")
+            new = call("_bigkernels_gated", **dict(zip(sides, (node.left, node.right), strict=True)))
+            replacements = {node: new, value: call("_bigkernels_activate", value.func, gate, **extra)}
+            check = _check(target, approximate)
+            yield Site(_unless(checks.get(node, earlier), check), replacements,
+                       {"_bigkernels_gated": gated, "_bigkernels_activate": activate})  # fmt: skip
+            checks[node] = check
+
+
+def _assigned(source: Source) -> Iterator[tuple[ast.Assign, list[ast.stmt]]]:
+    """Assignments of one call to one name, with the statements that follow in their block."""
+    for owner in (source.tree, *source.body()):
+        for field in ("body", "orelse", "finalbody"):
+            block = getattr(owner, field, None)
+            for i, statement in enumerate(block if isinstance(block, list) else ()):
+                match statement:
+                    case ast.Assign([ast.Name()], ast.Call()):
+                        yield statement, block[i + 1 :]
+
+
+def _once(source: Source, name: str) -> bool:
+    """Whether a local name is written once and read once, and by nobody who would see what it holds until then."""
+    code = source.function.__code__
+    if name not in code.co_varnames[code.co_argcount + code.co_kwonlyargcount :] or "locals" in code.co_names:
+        return False
+    uses = [type(n.ctx) for n in ast.walk(source.tree) if isinstance(n, ast.Name) and n.id == name]
+    return sorted(uses, key=str) == [ast.Load, ast.Store]
+
+
+def _mentioned(source: Source, gate: ast.expr, statements: list[ast.stmt]) -> bool:
+    """Whether statements may write to a gate that has a name, or is a view of what has one."""
+    if isinstance(gate, ast.Call):  # of a layer; or of a tensor's method, whose result may be the tensor
+        gate = gate.func
+    names = {n.id for n in ast.walk(gate) if isinstance(n, ast.Name)} - {source.self_name}
+    return any(isinstance(n, ast.Name) and n.id in names for s in statements for n in ast.walk(s))
 
 
 def _unless(earlier: Callable | None, check: Callable) -> Callable:
