@@ -38,8 +38,9 @@ def checkpoint(fn: Callable, *args: Any, policy: str | Policy = "recompute", **k
 
             "recompute": not at all; backward runs `fn` again.
             "selective": results of attention and of matrix products; backward runs the rest of `fn` again.
-            "int8", "fp8": all of them in 8 bits, or the way to compute them from others that are. Not for functions
-            whose backward asks which saved values are equal, as that of `amax` does.
+            "int8", "fp8": all of them in 8 bits, or the way to compute them from others that are; as they are where
+            backward divides by them or compares them (`log`, `sqrt`, quotients, `amax`, `clamp`), with what such a
+            quotient was made of element by element.
             "offload": in host memory, or files.
 
             "recompute+offload" moves the inputs of `fn`, "int8+offload" moves half as much as "offload".
@@ -73,7 +74,7 @@ def _saving(policy: Policy, values: tuple) -> Iterator[None]:
         yield
         return
     saver = Saver(policy, _constants(values))
-    with saved_tensors_hooks(saver.pack, saver.unpack):
+    with saved_tensors_hooks(saver.pack, saver.unpack), saver.watching():
         try:
             yield
         finally:

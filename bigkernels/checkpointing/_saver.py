@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from ..ops.compress import decompress, encode
 from ._again import recipe
 from ._places import Place, Slot
 from ._policy import Code, Policy
+from ._precise import Watch
 from ._recompute import Exact
 
 _LEAST = 4096  # values: smaller tensors are nothing to save
@@ -29,36 +31,66 @@ _keys = itertools.count(1)  # of stochastic rounding: torch's generators belong 
 
 
 class _Kept:
-    """A run of memory that saved tensors are views of."""
+    """A run of memory that saved tensors are views of.
 
-    def __init__(self):
+    Attributes:
+        exact: whether it stays as it is; until `settle` that may change.
+        flat: the values, as long as it may.
+    """
+
+    def __init__(self, flat: Tensor):
         self.users = 0
         self.ready: Tensor | None = None
+        self.exact = self.stored = False
+        self.flat: Exact | None = Exact(flat)
 
     def get(self) -> Tensor:
         """The values (n,); made once for all its users, if each asks once."""
+        if self.flat is not None:
+            return self.flat.get()
         flat = self.make() if self.ready is None else self.ready
         self.users -= 1
         self.ready = flat if self.users > 0 else None
         return flat
+
+    def settle(self) -> None:
+        """Whether it is exact is known now."""
+        if self.flat is None or self.exact:
+            return
+        if not self.stored:
+            self.store(self.flat.tensor)
+            self.stored = True
+        self.flat = None
+
+    def store(self, flat: Tensor) -> None:
+        """Keep what `make` needs."""
 
     def make(self) -> Tensor:
         raise NotImplementedError
 
 
 class _Stored(_Kept):
-    def __init__(self, flat: Tensor, code: Code | None, place: Place | None):
-        super().__init__()
-        self.code, self.dtype, self.scale = code, flat.dtype, None
-        if code is not None:
+    def __init__(self, flat: Tensor, code: Code | None, place: Place | None, slots: list[weakref.ref[Slot]]):
+        super().__init__(flat)
+        self.code, self.place, self.dtype, self.scale, self.slots = code, place, flat.dtype, None, slots
+
+    def settle(self) -> None:
+        if self.exact and self.place is not None:  # there it is exact, too
+            self.exact, self.code = False, None
+        super().settle()
+
+    def store(self, flat: Tensor) -> None:
+        if self.code is not None:
             key = (next(_keys) * 0x9E3779B1) & 0x7FFFFFFF
-            coded, scale = encode(flat, code.format, code.stochastic, key)
-            if _has_code(scale):
-                flat, self.scale = coded, scale
+            coded, scale = encode(flat, self.code.format, self.code.stochastic, key)
+            # Numbers beyond float32's range have no code.
+            if self.dtype == torch.float64 and type(scale) is Tensor and not bool(scale.isfinite().all()):
+                flat = flat.clone() if self.place is None else flat
             else:
-                self.code = None
-                flat = flat.clone() if place is None else flat
-        self.values = flat if place is None else place.put(flat)
+                flat, self.scale = coded, scale
+        self.values = flat if self.place is None else self.place.put(flat)
+        if isinstance(self.values, Slot):
+            self.slots.append(weakref.ref(self.values))
 
     def make(self) -> Tensor:
         flat = self.values.get() if isinstance(self.values, Slot) else self.values
@@ -66,19 +98,14 @@ class _Stored(_Kept):
 
 
 class _Again(_Kept):
-    def __init__(self, run: Callable[[], Tensor]):
-        super().__init__()
+    def __init__(self, run: Callable[[], Tensor], flat: Tensor):
+        super().__init__(flat)
         self.make = lambda: _flat(run())
 
 
 def _flat(t: Tensor) -> Tensor:
     """The elements of a dense tensor in the order in which they lie in memory, as a view."""
     return t.as_strided((t.numel(),), (1,), t.storage_offset())
-
-
-def _has_code(scale: Tensor) -> bool:
-    """Whether all values are finite: masks hold infinities. Of a GPU's tensor that is not asked, as it would wait."""
-    return type(scale) is not Tensor or not scale.is_cpu or bool(scale.isfinite().all())
 
 
 def is_parameter(t: Tensor) -> bool:
@@ -109,7 +136,7 @@ class Saver:
     """`pack` and `unpack` for `saved_tensors_hooks`, of one region.
 
     A tensor that several nodes save is kept once, and so are views of one tensor. Parameters, `constants`, integers and
-    small tensors stay as they are.
+    small tensors stay as they are. Under its `watch`, so do tensors that backward divides by or compares.
     """
 
     def __init__(self, policy: Policy, constants: Iterable[Tensor] = ()):
@@ -120,10 +147,17 @@ class Saver:
         self.sizes: deque[int] = deque(maxlen=_BESIDE)
         self.kept: dict[tuple, tuple[StorageWeakRef, int, _Kept]] = {}
         self.slots: list[weakref.ref[Slot]] = []
+        self.watch: Watch | None = None
         if self.place is not None:
             self.before, _last = _last, weakref.ref(self)
 
     def pack(self, tensor: Tensor) -> Exact | Packed:
+        if self.watch is None:
+            return self._pack(tensor)
+        with self.watch.away():
+            return self._pack(tensor)
+
+    def _pack(self, tensor: Tensor) -> Exact | Packed:
         if not self._worth(tensor):
             return Exact(tensor)
         kept, stride, offset = self._keep(tensor)
@@ -146,6 +180,18 @@ class Saver:
             slot = reference()
             if slot is not None:
                 slot.fetch()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around the operators whose tensors are put into codes."""
+        if self.code is None:
+            yield
+            return
+        with Watch() as self.watch:
+            try:
+                yield
+            finally:
+                self.watch = None
 
     def close(self) -> None:
         """The region has run."""
@@ -178,13 +224,16 @@ class Saver:
         # The weak reference keeps another storage from getting this one's address.
         if found is None or found[1] != t._version:
             found = self.kept[key] = StorageWeakRef(storage), t._version, self._kept(t, flat)
-        return found[2], stride, offset
+        kept = found[2]
+        if self.watch is None:
+            kept.settle()
+        elif not kept.exact:
+            kept.flat = Exact(flat)  # it may have gone into codes before
+            self.watch.hold(kept, storage._cdata)
+        return kept, stride, offset
 
     def _kept(self, t: Tensor, flat: Tensor) -> _Kept:
         run = recipe(t) if self.code is not None and flat.numel() == t.numel() else None
         if run is not None:
-            return _Again(run)
-        kept = _Stored(flat.detach().reshape(-1), self.code, self.place)
-        if isinstance(kept.values, Slot):
-            self.slots.append(weakref.ref(kept.values))
-        return kept
+            return _Again(run, flat)
+        return _Stored(flat.detach().reshape(-1), self.code, self.place, self.slots)

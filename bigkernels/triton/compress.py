@@ -21,6 +21,9 @@ from .quantized_linear import _fp8
 _BLOCKS = 16  # of 128 values a program: 2048 elements for 128 threads
 _SHIFT = tl.constexpr(12582912.0)  # 1.5 * 2^23: what is added to it is rounded to an integer in the low bits
 _SHIFT_BITS = tl.constexpr(0x4B400000)
+_INFINITY = tl.constexpr(0x7F800000)  # bits
+_INT8_TINY, _INT8_INFINITE, _INT8_NAN = map(tl.constexpr, (op.INT8_TINY, op.INT8_INFINITE, op.INT8_NAN))
+_FP8_INFINITE, _FP8_NAN = map(tl.constexpr, (op.FP8_INFINITE, op.FP8_NAN))
 
 
 @triton.jit
@@ -38,17 +41,22 @@ def _nearest(x):
 
 
 @triton.jit
-def _int8_codes(y, random, STOCHASTIC: tl.constexpr):
+def _int8_codes(y, bits, random, STOCHASTIC: tl.constexpr):
     if STOCHASTIC:
-        return (y + 128.0 + (random >> 16).to(tl.float32) * 1.52587890625e-05).to(tl.int32) - 128  # 2^-16
-    return _nearest(y)
+        codes = (y + 128.0 + (random >> 16).to(tl.float32) * 1.52587890625e-05).to(tl.int32) - 128  # 2^-16
+    else:
+        codes = _nearest(y)
+    size = bits & 0x7FFFFFFF
+    sign = tl.where(bits < 0, -1, 1)
+    codes = tl.where((codes == 0) & (size != 0), _INT8_TINY * sign, codes)
+    codes = tl.where(size == _INFINITY, _INT8_INFINITE * sign, codes)
+    return tl.where(size > _INFINITY, _INT8_NAN, codes)
 
 
 @triton.jit
-def _fp8_codes(y, random, STOCHASTIC: tl.constexpr):
+def _fp8_codes(y, bits, random, STOCHASTIC: tl.constexpr):
     """Above 2^-6 the float's own bits are rounded and its exponent rebased; below, codes count units of 2^-9."""
-    bits = y.to(tl.int32, bitcast=True)
-    magnitude_bits = bits & 0x7FFFFFFF
+    magnitude_bits = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     magnitude = magnitude_bits.to(tl.float32, bitcast=True)
     if STOCHASTIC:
         normal = (magnitude_bits + (random & 0xFFFFF).to(tl.int32)) >> 20
@@ -56,7 +64,12 @@ def _fp8_codes(y, random, STOCHASTIC: tl.constexpr):
     else:
         normal = (magnitude_bits + 0x7FFFF + ((magnitude_bits >> 20) & 1)) >> 20
         subnormal = _nearest(magnitude * 512.0)
-    return tl.where(magnitude < 0.015625, subnormal, normal - 960) | ((bits >> 24) & 0x80)
+    codes = tl.where(magnitude < 0.015625, subnormal, normal - 960)
+    size = bits & 0x7FFFFFFF
+    codes = tl.where((codes == 0) & (size != 0), 1, codes)
+    codes = tl.where(size == _INFINITY, _FP8_INFINITE, codes)
+    codes = tl.where(size > _INFINITY, _FP8_NAN, codes)
+    return codes | ((bits >> 24) & 0x80)
 
 
 @triton.jit
@@ -74,28 +87,36 @@ def encode(
 ):  # fmt: skip
     block, element, there, mask = _place(N, BLOCKS)
     x = tl.load(X + element, mask=mask, other=0.0).to(tl.float32)
-    # Bits of magnitudes are ordered as magnitudes are, with infinity and NaN above all others.
-    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-    largest = bits.to(tl.float32, bitcast=True)
-    finite = bits < 0x7F800000
-    usable = finite & (largest >= LEAST)
-    scale = tl.where(usable, tl.minimum(tl.div_rn(largest, TOP), MOST), tl.where(finite, 0.0, float("nan")))
-    tl.store(SCALE + block, scale, mask=there)
-    inverse = tl.where(usable, tl.div_rn(TOP, tl.where(usable, largest, 1.0)), 0.0)
-    y = x * inverse[:, None]
-    y = tl.minimum(tl.maximum(tl.where(y == y, y, 0.0), -TOP), TOP)
+    bits = x.to(tl.int32, bitcast=True)
+    # Bits of magnitudes are ordered as magnitudes are.
+    size = bits & 0x7FFFFFFF
+    finite = size < _INFINITY
+    largest = tl.max(tl.where(finite, size, 0), 1).to(tl.float32, bitcast=True)
+    largest = tl.maximum(largest, LEAST)
+    tl.store(SCALE + block, tl.minimum(tl.div_rn(largest, TOP), MOST), mask=there)
+    y = tl.where(finite, x, 0.0) * tl.div_rn(TOP, largest)[:, None]
+    y = tl.minimum(tl.maximum(y, -TOP), TOP)
     random = _random(key, element)
-    codes = _fp8_codes(y, random, STOCHASTIC) if TOP == 448.0 else _int8_codes(y, random, STOCHASTIC)
+    codes = _fp8_codes(y, bits, random, STOCHASTIC) if TOP == 416.0 else _int8_codes(y, bits, random, STOCHASTIC)
     tl.store(CODES + element, codes.to(tl.uint8), mask=mask)
 
 
 @triton.jit
-def decode(CODES, SCALE, OUT, N, FP8: tl.constexpr, BLOCKS: tl.constexpr):
+def decode(CODES, SCALE, OUT, N, FP8: tl.constexpr, SMALLEST: tl.constexpr, BLOCKS: tl.constexpr):
     block, element, there, mask = _place(N, BLOCKS)
-    scale = tl.load(SCALE + block, mask=there, other=0.0)
+    scale = tl.load(SCALE + block, mask=there, other=0.0)[:, None]
     codes = tl.load(CODES + element, mask=mask, other=0)
-    values = _fp8(codes) if FP8 else codes.to(tl.int8, bitcast=True).to(tl.float32)
-    tl.store(OUT + element, (values * scale[:, None]).to(OUT.dtype.element_ty), mask=mask)
+    if FP8:
+        values = _fp8(codes)
+        values = tl.where((codes & 0x7F) == _FP8_INFINITE, values * float("inf"), values) * scale
+    else:
+        code = codes.to(tl.int8, bitcast=True).to(tl.float32)
+        size = tl.abs(code)
+        tiny = tl.maximum(scale * 0.00390625, SMALLEST)  # 2^-8
+        values = tl.where(size == _INT8_TINY, tl.where(code < 0, -tiny, tiny), code * scale)
+        values = tl.where(size == _INT8_INFINITE, code * float("inf"), values)
+        values = tl.where(size > _INT8_INFINITE, float("nan"), values)
+    tl.store(OUT + element, values.to(OUT.dtype.element_ty), mask=mask)
 
 
 def _grid(n: int) -> tuple[int]:
@@ -109,7 +130,7 @@ def infer(x: Tensor, fp8: bool, stochastic: bool, key: int) -> tuple[Tensor, Ten
     codes = x.new_empty(n, dtype=torch.uint8)
     scale = x.new_empty(triton.cdiv(n, op.BLOCK), dtype=torch.float32)
     top = op.FORMATS["fp8" if fp8 else "int8"]
-    launch(encode, _grid(n), x, codes, scale, n, key, TOP=top, LEAST=op.LEAST,
+    launch(encode, _grid(n), x, codes, scale, n, key, TOP=top, LEAST=top * op.LEAST_SCALE,
            MOST=op.LARGEST_SCALE[top], STOCHASTIC=stochastic, BLOCKS=_BLOCKS, num_warps=4)  # fmt: skip
     return codes, scale
 
@@ -122,7 +143,8 @@ def decompress(codes: Tensor, scale: Tensor, fp8: bool, dtype: torch.dtype) -> T
     fits = fits and scale.dtype == torch.float32 and scale.numel() == triton.cdiv(n, op.BLOCK)
     require("decompress", fits, "codes and scale do not fit")
     out = codes.new_empty(n, dtype=dtype)
-    launch(decode, _grid(n), codes, scale, out, n, FP8=fp8, BLOCKS=_BLOCKS, num_warps=4)
+    smallest = 2.0**-24 if dtype == torch.float16 else 0.0  # that is not zero
+    launch(decode, _grid(n), codes, scale, out, n, FP8=fp8, SMALLEST=smallest, BLOCKS=_BLOCKS, num_warps=4)
     return out
 
 
