@@ -68,7 +68,8 @@ def apply_checkpointing(
     if every < 1:
         raise ValueError(f"bigkernels.apply_checkpointing: every is {every}, expected a positive number")
     names = {module: name for name, module in model.named_modules()}
-    found = _blocks(model) if modules is None else _given(modules, names)
+    # Wrappers that flatten parameters (FSDP of the first kind) leave blocks without any.
+    found = (_blocks(model) or _blocks(model, empty=True)) if modules is None else _given(modules, names)
     if not found:
         raise ValueError("bigkernels.apply_checkpointing: no list of modules of one class and structure is in "
                          f"{type(model).__name__}; name the regions by modules=")  # fmt: skip
@@ -109,7 +110,7 @@ def _structure(module: nn.Module) -> tuple:
     return type(module), tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def _blocks(model: nn.Module, empty: bool = False) -> list[nn.Module]:
     """Blocks of all lists, outermost first: a list within a block belongs to the block.
 
     Models alternate kinds of blocks (mixtures of experts, windows): a list counts if some structure repeats in it.
@@ -122,7 +123,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         children = list(module.children())
         kinds = [_structure(c) for c in children]
         if len({type(c) for c in children}) < len(children) and len(set(kinds)) < len(children):
-            blocks = [c for c, kind in zip(children, kinds, strict=True) if kind[1] and next(c.children(), None)]
+            blocks = [c for c, kind in zip(children, kinds, strict=True) if (kind[1] or empty) and next(c.children(), None)]
             found += [b for b in blocks if b not in inside]
             inside.update(m for b in blocks for m in b.modules())
     return found

@@ -110,12 +110,10 @@ def _eager(fn: Callable, args: tuple, kwargs: dict, policy: Policy, plan: Plan |
             hooks = saver.pack, saver.unpack
         return Region(fn, hooks).run(args, kwargs)
     results = Results(plan or _plan_of(fn, policy.keep), Saver(policy) if stores else None)
-    watch = None
     if results.plan.measures:
-        watch = results.watch
         inputs = (t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.requires_grad)
         results.input_bytes = sum(t.nbytes for t in inputs if not is_parameter(t))
-    return Region(fn, None, results.forward, results.again, watch).run(args, kwargs)
+    return Region(fn, None, results.forward, results.again, results.watch).run(args, kwargs)
 
 
 def _plan_of(fn: Callable, selection: Selection) -> Plan:

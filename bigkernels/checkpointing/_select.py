@@ -7,6 +7,7 @@ What is worth keeping is learnt from both: how long each operator took, and whic
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._policy import Selection
-from ._recompute import CheckpointError, gpus, random_state
+from ._recompute import Misplaced, gpus, random_state
 from ._saver import Exact, Packed, Saver, is_parameter
 
 # Attention, whose work grows with the square of the sequence, and products, whose work for each byte grows with the
@@ -36,67 +37,79 @@ PRODUCTS = frozenset(
 )  # fmt: skip
 
 
+Key = tuple[str, int]  # an operator, and which of its calls in a region
+
+
 @dataclass
 class _Call:
     """One call of an operator in a region, from its first runs."""
 
-    name: str
     seconds: float  # the least of them
     nbytes: int  # of its results
 
 
 @dataclass
 class Plan:
-    """What is kept of the calls of a region, numbered in their order. It outlives the runs of the region, and regions
-    of one structure share it: the more runs are measured before the first backward, the better the choice.
+    """What is kept of the calls of a region. It outlives the runs of the region, and regions of one structure share it:
+    the more runs are measured before the first backward, the better the choice.
     """
 
     selection: Selection
-    calls: list[_Call] | None = None  # measured
+    calls: dict[Key, _Call] = field(default_factory=dict)  # measured
     saved_bytes: int = 0  # what autograd would have kept of a region
     input_bytes: int = 0  # what is kept in any case
-    chosen: frozenset[int] | None = None
-    reached: int | None = None  # calls up to the last saved tensor; later ones need not be kept
+    chosen: frozenset[Key] | None = None
+    reached: dict[str, int] | None = None  # calls of each operator up to the last saved tensor; later ones are not kept
+    unlike: set[str] = field(default_factory=set)  # operators that are not called as often when a region runs again
+
+    def __post_init__(self):
+        self.names = self.selection.operators or ATTENTION | PRODUCTS  # of operators that may be kept
 
     @property
     def measures(self) -> bool:
         return self.selection.budget is not None and self.chosen is None
 
-    def note(self, calls: list[_Call], saved_bytes: int, input_bytes: int) -> None:
+    def note(self, calls: dict[Key, _Call], saved_bytes: int, input_bytes: int) -> None:
         self.saved_bytes, self.input_bytes = max(self.saved_bytes, saved_bytes), max(self.input_bytes, input_bytes)
-        if self.calls is None or [c.name for c in self.calls] != [c.name for c in calls]:
-            self.calls = self.calls or calls
-            return
-        for known, again in zip(self.calls, calls, strict=True):
-            known.seconds = min(known.seconds, again.seconds)
+        for key, call in calls.items():
+            known = self.calls.setdefault(key, call)
+            known.seconds = min(known.seconds, call.seconds)
 
-    def keeps(self, index: int, name: str) -> bool:
-        if self.reached is not None and index >= self.reached:
+    def keeps(self, key: Key) -> bool:
+        if key[0] in self.unlike or (self.reached is not None and key[1] >= self.reached.get(key[0], 0)):
             return False
         if self.chosen is not None:
-            return index in self.chosen
+            return key in self.chosen
         if self.measures:
-            return name in ATTENTION  # more, when it is known what there is room for
-        return name in (self.selection.operators or ATTENTION | PRODUCTS)
+            return key[0] in ATTENTION  # more, when it is known what there is room for
+        return key[0] in self.names
 
-    def learn(self, reached: int) -> None:
-        """The region has run again and stopped before call `reached`."""
-        self.reached = max(reached, self.reached or 0)
-        if self.measures and self.calls is not None:
+    def learn(self, reached: dict[str, int]) -> None:
+        """The region has run again, with so many calls of each operator."""
+        known = self.reached or {}
+        self.reached = known | {name: max(count, known.get(name, 0)) for name, count in reached.items()}
+        if self.measures and self.calls:
             self.chosen = self._choose()
+            self.names = frozenset(name for name, _ in self.chosen)
 
-    def _choose(self) -> frozenset[int]:
+    def _choose(self) -> frozenset[Key]:
         budget = self.selection.budget
         left = int(budget * self.saved_bytes) - self.input_bytes if isinstance(budget, float) else budget
         allowed = self.selection.operators
-        worth = [(c.seconds / c.nbytes, i) for i, c in enumerate(self.calls[: self.reached])
-                 if c.nbytes and (allowed is None or c.name in allowed)]  # fmt: skip
+        worth = [(c.seconds / c.nbytes, key) for key, c in self.calls.items()
+                 if c.nbytes and key[1] < self.reached.get(key[0], 0)
+                 and (allowed is None or key[0] in allowed)]  # fmt: skip
         found = set()
-        for _, i in sorted(worth, reverse=True):
-            if self.calls[i].nbytes <= left:
-                found.add(i)
-                left -= self.calls[i].nbytes
+        for _, key in sorted(worth, reverse=True):
+            if self.calls[key].nbytes <= left:
+                found.add(key)
+                left -= self.calls[key].nbytes
         return frozenset(found)
+
+
+# An operator on arguments of such shapes, and which of these calls: hooks that run in one run and not in the other, as
+# those that gather the shards of parameters, may call anything in between.
+Place = tuple[torch._ops.OpOverload, tuple, int]
 
 
 @dataclass
@@ -105,14 +118,17 @@ class Results:
 
     plan: Plan
     saver: Saver | None = None  # in which form; None: as they are
-    kept: dict[int, _Kept] = field(default_factory=dict)
+    kept: dict[Place, _Kept] = field(default_factory=dict)
+    calls: Counter[tuple] = field(default_factory=Counter)  # at the last saved tensor, of operators that may be kept
+    noting: _Note | None = None
     input_bytes: int = 0
     saved_bytes: int = 0
     storages: dict[int, StorageWeakRef] = field(default_factory=dict)
 
     def watch(self, tensor: Tensor) -> None:
-        """Adds up what autograd would keep, each storage once."""
-        if tensor.layout != torch.strided:
+        """A tensor is saved. While measuring, adds up what autograd would keep, each storage once."""
+        self.noting.saved_at = self.noting.count
+        if not self.plan.measures or tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
         if storage._cdata not in self.storages and not is_parameter(tensor):
@@ -133,12 +149,13 @@ def _tensors(out: Any) -> list[Tensor]:
 @cache
 def _always_again(func: torch._ops.OpOverload) -> bool:
     """Views and operators that write their arguments are done again: they cost nothing, or have to happen. They are
-    not numbered either. No more are conversions, which autocast remembers and leaves out of one run or the other.
+    not numbered either. No more are conversions, which autocast remembers and leaves out of one run or the other, and
+    what processes do together.
     """
     schema = func._schema
     # A fake tensor is asked for its device by an operator, as often as somebody wants to know.
     return (
-        func.namespace == "prim"
+        func.namespace in ("prim", "profiler", "c10d", "_c10d_functional", "fsdp")
         or schema.name == "aten::_to_copy"
         or schema.is_mutable
         or any(r.alias_info is not None for r in schema.returns)
@@ -149,7 +166,7 @@ class _Mode(TorchDispatchMode):
     def __init__(self, results: Results):
         super().__init__()
         self.results, self.plan = results, results.plan
-        self.index = 0
+        self.numbers: Counter[str] = Counter()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -159,64 +176,99 @@ class _Mode(TorchDispatchMode):
 class _Note(_Mode):
     def __init__(self, results: Results):
         super().__init__(results)
+        results.noting = self
         self.measure = self.plan.measures
-        self.calls: list[_Call] = []
+        self.calls: dict[Key, _Call] = {}
+        self.count = self.saved_at = 0  # calls of operators that may be kept; of these, before the last saved tensor
+        self.order: list[tuple] = []  # these calls
+        self.like: Counter[tuple] = Counter()
         if self.measure:
             self.plan.saved_bytes = 0  # a run before may have failed
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if _always_again(func):
-            return func(*args, **(kwargs or {}))
-        index, self.index = self.index, self.index + 1
         name = func._schema.name
-        keeps = self.plan.keeps(index, name)
+        if _always_again(func) or not (self.measure or name in self.plan.names):
+            return func(*args, **(kwargs or {}))
+        key = name, self.numbers[name]
+        self.numbers[name] += 1
+        keeps = self.plan.keeps(key)
+        if keeps or not self.measure or name in ATTENTION:
+            kind = _kind(func, args)
+            number, self.like[kind] = self.like[kind], self.like[kind] + 1
+            self.order.append(kind)
+            self.count += 1
         # What has drawn random numbers must draw them again, or those that follow would draw others.
         before = _random(args) if keeps and torch.Tag.nondeterministic_seeded in func.tags else None
         if self.measure:
-            out = self._timed(name, func, args, kwargs or {})
+            out = self._timed(key, func, args, kwargs or {})
         else:
             out = func(*args, **(kwargs or {}))
         if keeps and (before is None or before == _random(args)) and not _nested(out):
-            self.results.kept[index] = _Kept(func, out, self.results.saver)
+            self.results.kept[(*kind, number)] = _Kept(out, self.results.saver)
         return out
 
-    def _timed(self, name: str, func: Callable, args: tuple, kwargs: dict) -> Any:
+    def _timed(self, key: Key, func: Callable, args: tuple, kwargs: dict) -> Any:
         wait = torch.cuda.synchronize if torch.cuda.is_initialized() else _nothing
         wait()
         begin = time.perf_counter()
         out = func(*args, **kwargs)
         wait()
-        self.calls.append(_Call(name, time.perf_counter() - begin, sum(t.nbytes for t in _tensors(out))))
+        self.calls[key] = _Call(time.perf_counter() - begin, sum(t.nbytes for t in _tensors(out)))
         return out
 
     def __exit__(self, *error) -> None:
         super().__exit__(*error)
         if self.measure and error[0] is None:
             self.plan.note(self.calls, self.results.saved_bytes, self.results.input_bytes)
+        self.results.noting = None
         self.results.kept = {i: k for i, k in self.results.kept.items() if k.intact()}
+        self.results.calls = Counter(self.order[: self.saved_at])
 
 
 class _HandOut(_Mode):
+    def __init__(self, results: Results):
+        super().__init__(results)
+        self.learns = self.plan.measures
+        self.kinds = {place[:2] for place in results.kept}
+        self.functions = {function for function, _ in self.kinds}
+        self.like: Counter[tuple] = Counter()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if _always_again(func):
+        name = func._schema.name
+        if _always_again(func) or not (self.learns or name in self.plan.names):
             return func(*args, **(kwargs or {}))
-        index, self.index = self.index, self.index + 1
-        kept = self.results.kept.get(index)
+        self.numbers[name] += 1
+        if func not in self.functions:
+            return func(*args, **(kwargs or {}))
+        kind = _kind(func, args)
+        number, self.like[kind] = self.like[kind], self.like[kind] + 1
+        kept = self.results.kept.get((*kind, number))
         if kept is None or not kept.intact():
             return func(*args, **(kwargs or {}))
-        return kept.get(func)
+        return kept.get()
 
     def __exit__(self, error=None, *rest) -> None:
         super().__exit__(error, *rest)
-        if error is None:
-            self.plan.learn(self.index)
+        if error is not None:
+            return
+        unlike = {func._schema.name for func, shapes in self.kinds
+                  if self.like[func, shapes] != self.results.calls[func, shapes]}  # fmt: skip
+        if unlike:
+            self.plan.unlike |= unlike
+            self.results.kept = {}
+            raise Misplaced
+        self.plan.learn(self.numbers)
+
+
+def _kind(func: torch._ops.OpOverload, args: tuple) -> tuple:
+    return func, tuple([(a.shape, a.dtype) for a in args if isinstance(a, Tensor)])
 
 
 class _Kept:
     """What one call has returned."""
 
-    def __init__(self, func: torch._ops.OpOverload, out: Any, saver: Saver | None):
-        self.func, self.saver = func, saver
+    def __init__(self, out: Any, saver: Saver | None):
+        self.saver = saver
         self.kind = type(out) if isinstance(out, (tuple, list)) else None
         # Without their graphs, which hold this; with their counters of what is written to them.
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
@@ -226,10 +278,7 @@ class _Kept:
     def intact(self) -> bool:
         return all(v.intact() for v in self.values if isinstance(v, Exact))
 
-    def get(self, func: torch._ops.OpOverload) -> Any:
-        if func is not self.func:
-            raise CheckpointError(f"bigkernels.checkpoint: the region called {self.func}, and calls {func} in its "
-                                  "place when it runs again; it must do the same every time")  # fmt: skip
+    def get(self) -> Any:
         values = [self._get(v) for v in self.values]
         return values[0] if self.kind is None else self.kind(values)
 

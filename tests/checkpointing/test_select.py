@@ -224,24 +224,59 @@ def test_what_takes_longest_a_byte_is_kept() -> None:
 
 
 def test_chosen_by_time_a_byte() -> None:
-    calls = [
-        ("a", 4.0, 4),
-        ("b", 3.0, 1),
-        ("c", 0.5, 1),
-        ("d", 100.0, 50),
-        ("e", 9.0, 3),
-        ("late", 99.0, 1),
-        ("v", 1.0, 0),
-    ]
+    calls = {
+        ("a", 0): (4.0, 4),
+        ("b", 0): (3.0, 1),
+        ("c", 0): (0.5, 1),
+        ("d", 0): (100.0, 50),
+        ("a", 1): (9.0, 3),
+        ("a", 2): (99.0, 1),
+        ("v", 0): (1.0, 0),
+    }
     plan = Plan(selective(budget=8).keep)
-    plan.calls = [_select._Call(*c) for c in calls]
-    plan.learn(5)
-    assert plan.chosen == {0, 1, 4}  # e and b, then a; "late" is not reached, d does not fit
+    plan.calls = {key: _select._Call(*c) for key, c in calls.items()}
+    plan.learn({"a": 2, "b": 1, "c": 1, "d": 1})
+    assert plan.chosen == {("a", 0), ("b", 0), ("a", 1)}  # the third "a" is not reached, "d" does not fit
     named = Plan(selective(["c", "d", "b"], budget=50).keep)
-    named.calls = [_select._Call(*c) for c in calls]
-    named.learn(7)
-    assert named.chosen == {1, 2}
-    assert [i for i in range(7) if named.keeps(i, "")] == [1, 2]
+    named.calls = {key: _select._Call(*c) for key, c in calls.items()}
+    named.learn({"a": 3, "b": 1, "c": 1, "d": 1})
+    assert named.chosen == {("b", 0), ("c", 0)}
+    assert [key for key in calls if named.keeps(key)] == [("b", 0), ("c", 0)]
+
+
+class Once:
+    """Does something in the first run of a region that it does not do in the second."""
+
+    def __init__(self, what):
+        self.what, self.runs = what, 0
+
+    def __call__(self):
+        self.runs += 1
+        return self.what() if self.runs % 2 else None
+
+
+@pytest.mark.parametrize("policy", [selective(budget=None), selective(budget=1.0), selective(["aten::mm"])], ids=str)
+def test_operators_of_only_one_run(x, w, policy) -> None:
+    """As hooks that gather parameters: whatever they call, results go to where they belong."""
+    other = torch.randn(64, 64)
+    flat = x.flatten(0, 1)
+    extras = {
+        "others": lambda: (torch.empty(3), torch.exp(other), torch.cat([other, other])),
+        "of another shape": lambda: other[:3] @ other,
+        "the same": lambda: other.repeat(2, 1) @ w.detach(),
+    }
+    for extra in extras.values():
+
+        def fn(x, once):
+            y = (flat @ w).sin()
+            once()
+            return (y @ w.T).exp().sin() @ w
+
+        for _ in range(3):
+            once = Once(extra)
+            expected = gradients(fn(x, lambda: None), [x, w])
+            found = gradients(checkpoint(fn, x, once, policy=policy), [x, w])
+            assert all(map(torch.equal, found, expected)) and once.runs >= 2
 
 
 def test_blocks_learn(x) -> None:
