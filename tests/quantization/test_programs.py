@@ -86,7 +86,9 @@ class Programs(RuleBasedStateMachine):
     @precondition(lambda self: not self.merged)
     @rule(config=st.sampled_from(FORMATS), embeddings=st.booleans(), skip=st.sampled_from(("a", "b", "output", ())))
     def quantize(self, config, embeddings: bool, skip) -> None:
-        config = self.prepared or named(config)
+        config = named(config)
+        if self.prepared is not None:  # what was prepared
+            config, embeddings, skip = self.prepared, True, ()
         report = bigkernels.quantize(self.model, config, embeddings=embeddings, skip=skip)
         adapted = isinstance(self.layer(skip), LoRALinear) if skip else False
         left = {skip} if skip and not adapted else set()  # the path of an adapter's base is another
