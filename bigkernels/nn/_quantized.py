@@ -27,22 +27,17 @@ class Quantized(nn.Module):
                  **described: int) -> None:  # fmt: skip
         super().__init__()
         self.config = qweight.config
+        self.dtype = qweight.dtype  # of the values: what was quantized, or what the module was cast to since
         self.out_features, self.in_features = qweight.shape
         self._described = _description(qweight, described)
         device = qweight.device
         for name, t in qweight.tensors.items():
             self.register_buffer(name, t)
         self.register_buffer(_DESCRIPTION, _bytes(self._described, device))
-        self._like = torch.empty(0, dtype=qweight.dtype, device=device)  # cast as the model is
         self._qweight: QuantizedWeight | None = None
         self._weight: tuple[QuantizedWeight, LazyWeight] | None = None
         self._shell, self._trained, self._tie = shell, trained, None
         self._among_trained = False  # whether parameters of the model that stayed required gradients
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the values: what was quantized, or what the module was cast to since."""
-        return self._like.dtype
 
     @property
     def qweight(self) -> QuantizedWeight:
@@ -113,7 +108,7 @@ class Quantized(nn.Module):
         if self._tie is not None:
             for name in self.qweight.tensors:
                 self._buffers[name] = self._tie.moved(name, fn, before[name], self._buffers[name])
-        self._like = fn(self._like)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before[_DESCRIPTION].device)).dtype
         described = self._buffers[_DESCRIPTION]
         if before[_DESCRIPTION].is_meta and not described.is_meta:
             self._buffers[_DESCRIPTION] = _bytes(self._described, described.device)

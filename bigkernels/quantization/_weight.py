@@ -39,10 +39,17 @@ class QuantizedWeight:
         held = self._read
         if held is not None and all(map(_Seen.holds, held[0], self.tensors.values())):
             return held[1]
+        self._check_dtypes()
         derived = self.config.derived
         operands = self.config.operands(self.tensors)
         self._read = tuple(_Seen.of(t, name in derived) for name, t in self.tensors.items()), operands
         return operands
+
+    def _check_dtypes(self) -> None:
+        for name, (_, dtype) in self.config.layout(self.shape).items():
+            if self.tensors[name].dtype != dtype:
+                raise TypeError(f"bigkernels.QuantizedWeight: {name} is {self.tensors[name].dtype}, and {self.config} "
+                                f"stores {dtype}: something cast the buffers of the model one by one")  # fmt: skip
 
     def with_exact_tokens(self) -> QuantizedWeight:
         """The same weight; tokens that it is multiplied with are not rounded."""
@@ -97,6 +104,7 @@ class _Seen(NamedTuple):
     """
 
     tensor: Tensor
+    dtype: torch.dtype
     version: int = 0
     address: int = 0
     parts: tuple[Tensor, ...] = ()
@@ -105,14 +113,14 @@ class _Seen(NamedTuple):
     @classmethod
     def of(cls, t: Tensor, derived: bool) -> _Seen:
         if not derived:
-            return cls(t)
+            return cls(t, t.dtype)
         if type(t) is Tensor and t.device.type == "cpu":
             parts = _words(t)
-            return cls(t, 0, t.data_ptr(), parts, tuple(part.clone() for part in parts))
-        return cls(t, -1 if t.is_inference() else t._version + 1)
+            return cls(t, t.dtype, 0, t.data_ptr(), parts, tuple(part.clone() for part in parts))
+        return cls(t, t.dtype, -1 if t.is_inference() else t._version + 1)
 
     def holds(self, t: Tensor) -> bool:
-        if t is not self.tensor or self.version < 0:  # inference tensors count no writes
+        if t is not self.tensor or t.dtype is not self.dtype or self.version < 0:  # inference tensors count no writes
             return False
         if self.version:
             return self.version == t._version + 1

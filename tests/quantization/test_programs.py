@@ -155,8 +155,8 @@ class Programs(RuleBasedStateMachine):
             if not t.is_meta:
                 t.data.view(torch.uint8).fill_(0)
         other.load_state_dict(state, assign=assign)
-        if assign and self.tied and self.plain("table"):
-            other.output.weight = other.table.weight  # as torch has it, they are two now
+        if self.tied and self.plain("table"):
+            other.output.weight = other.table.weight  # as torch has it, they may be two now
         self.model = other
 
     @precondition(lambda self: not self.tied and self.formats["table"] == self.formats["output"] and not self.prepared

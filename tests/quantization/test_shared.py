@@ -193,6 +193,22 @@ def test_wrong_tensors_of_the_right_format():
         model.load_state_dict({k: t for k, t in good.items() if k != "0.zero"})
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_buffers_that_were_cast_one_by_one_are_refused(name: str):
+    """As FSDP's `buffer_dtype` does: rounded scales would be another weight."""
+    for key, t in layer(name).named_buffers():
+        if t.is_floating_point():
+            made = layer(name)
+            for again in (False, True):
+                if again:
+                    made(torch.randn(2, 96))
+                with pytest.raises(TypeError, match=f"{key} is torch.bfloat16"):
+                    buffer = made.get_buffer(key)
+                    buffer.data = buffer.data.bfloat16()
+                    made(torch.randn(2, 96))
+                made = layer(name)
+
+
 # ---- what is derived from codes -------------------------------------------------------------------------------------
 
 WRITES = {
