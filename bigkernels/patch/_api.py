@@ -47,8 +47,7 @@ def patch(
         model: any module; its classes and every other model stay as they are.
         attention: attention functions of Hugging Face models, calls of `scaled_dot_product_attention`, and
             `nn.MultiheadAttention`.
-        linear: linear layers (CPU); for inference each gets a packed copy of its weight on first use, which takes
-            memory once more. See `bigkernels.nn.Linear`.
+        linear: linear layers (CPU); `bigkernels.pack` gives them packed weights for inference.
         norm: RMSNorm and LayerNorm modules, and the residual addition before them where the block's code has it.
         rope: calls of a rotary embedding function.
         mlp: products of an activation with another tensor.
