@@ -123,7 +123,9 @@ def _blocks(model: nn.Module, empty: bool = False) -> list[nn.Module]:
         children = list(module.children())
         kinds = [_structure(c) for c in children]
         if len({type(c) for c in children}) < len(children) and len(set(kinds)) < len(children):
-            blocks = [c for c, kind in zip(children, kinds, strict=True) if (kind[1] or empty) and next(c.children(), None)]
+            blocks = [
+                c for c, kind in zip(children, kinds, strict=True) if (kind[1] or empty) and next(c.children(), None)
+            ]
             found += [b for b in blocks if b not in inside]
             inside.update(m for b in blocks for m in b.modules())
     return found

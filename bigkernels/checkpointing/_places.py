@@ -52,6 +52,7 @@ class Pool:
         self.free: dict[int, list] = defaultdict(list)
         self.lock = threading.RLock()  # a slot may be collected, and give, while another is taken
         self.held = 0  # bytes of all buffers that were made
+        self.closed = False
 
     def put(self, flat: Tensor) -> Slot:
         return self.slot(self, flat)
@@ -69,7 +70,13 @@ class Pool:
 
     def give(self, size: int, buffer) -> None:
         with self.lock:
-            self.free[size].append(buffer)
+            if not self.closed:
+                self.free[size].append(buffer)
+
+    def close(self) -> None:
+        """No buffer is used again, or waits for it."""
+        self.closed = True
+        self.free.clear()
 
     def make(self, size: int):
         raise NotImplementedError
@@ -94,13 +101,21 @@ class _MappedSlot(Slot):
 
 
 class MappedFile(Pool):
-    """Parts of a file without a name, which ends with the process."""
+    """Parts of a file without a name, which ends with the process.
+
+    A fork shares it: the child, and a parent some of whose tensors are in it, go on with another file, and only read
+    what was written to this one before.
+    """
 
     slot = _MappedSlot
 
     def __init__(self, directory: str | None):
         super().__init__()
         self.file = tempfile.TemporaryFile(prefix="bigkernels-", dir=directory)
+
+    def busy(self) -> bool:
+        """Whether tensors are in it."""
+        return self.held > sum(size * len(buffers) for size, buffers in self.free.items())
 
     def make(self, size: int) -> mmap.mmap:
         with self.lock:
@@ -192,7 +207,42 @@ class Pinned(Pool):
 
 
 _pinned = cache(Pinned)
-_mapped = cache(MappedFile)
+_files: dict[str | None, MappedFile] = {}
+_files_lock = threading.RLock()
+
+
+def _mapped(directory: str | None) -> MappedFile:
+    with _files_lock:
+        if directory not in _files:
+            _files[directory] = MappedFile(directory)
+        return _files[directory]
+
+
+def _before_fork() -> None:
+    _files_lock.acquire()  # a lock that another thread holds would stay locked in the child for ever
+    for pool in _files.values():
+        pool.lock.acquire()
+
+
+def _in_parent() -> None:
+    for directory, pool in list(_files.items()):
+        if pool.busy():  # the child may read it
+            pool.close()
+            del _files[directory]
+        pool.lock.release()
+    _files_lock.release()
+
+
+def _in_child() -> None:
+    for pool in _files.values():
+        pool.close()
+        pool.lock.release()
+    _files.clear()
+    _files_lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)
 
 
 class Place:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import gc
 import os
+import threading
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from regions import OFFLOAD, compare, gradients
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bigkernels import checkpoint, saved_activations
+from bigkernels import apply_checkpointing, checkpoint, saved_activations
 from bigkernels.checkpointing import _places, _saver, named, offload
 from bigkernels.checkpointing._places import _STEP, MappedFile, Slot
 from bigkernels.checkpointing._saver import Saver
@@ -205,6 +207,125 @@ def test_a_model_in_a_context(pool) -> None:
     with saved_activations(OFFLOAD):
         out = model(x)
     assert all(map(torch.equal, gradients(out, model.parameters()), expected))
+
+
+# ---- forks -----------------------------------------------------------------------------------------------------------
+
+
+def wrong(model: nn.Module, plain: nn.Module, seed: int, steps: int) -> int:
+    """Steps whose gradients are not those of a plain model."""
+    count = 0
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = torch.randn(2048, 64, generator=generator)
+        found, expected = (gradients(m(x), m.parameters()) for m in (model, plain))
+        count += not all(map(torch.equal, found, expected))
+    return count
+
+
+def finish(children: list[int]) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+
+
+@pytest.fixture
+def forked(tmp_path):
+    """One thread, as in every process that forks, and a model under a policy of this test's own file."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(3)))
+    plain = copy.deepcopy(model)
+    apply_checkpointing(model, offload(tmp_path, least=0))
+    yield model, plain
+    torch.set_num_threads(before)
+
+
+def child(run) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(run())
+        finally:
+            os._exit(99)
+    return pid
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_parent_and_children_train_at_once(forked) -> None:
+    model, plain = forked
+    assert wrong(model, plain, 0, 1) == 0  # buffers are there and free
+    children = [child(lambda seed=seed: wrong(model, plain, seed, 5)) for seed in (1, 2)]
+    assert wrong(model, plain, 3, 5) == 0
+    assert finish(children) == [0, 0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_graph_that_both_walk(forked) -> None:
+    """What was put away before the fork stays as it was for both, whatever either writes meanwhile."""
+    model, plain = forked
+    x = torch.randn(2048, 64)
+    out, expected = model(x), gradients(plain(x), plain.parameters())
+
+    def walk(seed: int) -> int:
+        count = wrong(model, plain, seed, 3)
+        found = gradients(out, model.parameters())
+        return count + (not all(map(torch.equal, found, expected))) + wrong(model, plain, seed, 2)
+
+    children = [child(lambda: walk(1)), child(lambda: walk(2))]
+    assert walk(3) == 0
+    assert finish(children) == [0, 0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_between_steps_keeps_the_parents_buffers(forked, tmp_path) -> None:
+    model, plain = forked
+    for _ in range(3):
+        assert wrong(model, plain, 0, 1) == 0
+        before = _places._mapped(str(tmp_path))
+        assert finish([child(lambda: 0)]) == [0]
+        assert _places._mapped(str(tmp_path)) is before and free(before) == before.held > 0
+    out = model(torch.randn(2048, 64))
+    assert finish([child(lambda: int(bool(_places._files)))]) == [0]
+    assert _places._mapped(str(tmp_path)) is not before
+    del out
+    assert not before.free and before.closed
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_while_another_thread_uses_a_pool(forked, tmp_path) -> None:
+    model, plain = forked
+    wrong(model, plain, 0, 1)
+    stop = threading.Event()
+
+    def busy() -> None:
+        pool = _places._mapped(str(tmp_path))
+        while not stop.is_set():
+            pool.put(torch.ones(8))
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        children = [child(lambda: wrong(model, plain, 1, 1)) for _ in range(4)]
+        assert finish(children) == [0] * 4
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_workers_of_a_loader(forked) -> None:
+    """Forked in the middle of training, and offloading themselves."""
+    model, plain = forked
+
+    class Data(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            return wrong(model, plain, i, 1)
+
+    for _ in range(2):
+        assert wrong(model, plain, 9, 1) == 0
+        loader = torch.utils.data.DataLoader(Data(), num_workers=2, multiprocessing_context="fork")
+        assert [int(b) for b in loader] == [0] * 4
 
 
 # ---- page-locked memory ----------------------------------------------------------------------------------------------
