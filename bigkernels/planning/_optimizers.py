@@ -102,8 +102,8 @@ def _ours(optimizer: optim.Optimizer, recorder: Recorder) -> tuple[int, Phase]:
         if p.grad is None:
             continue
         o = optimizer.param_groups[number]
-        state = optimizer._complete(p, optimizer.state[p], o)
-        moved = 2 * _bytes(p) + _bytes(p.grad) + 2 * sum(map(_bytes, state.values()))
+        optimizer._complete(p, number)
+        moved = 2 * _bytes(p) + _bytes(p.grad) + 2 * sum(map(_bytes, optimizer.state[p].values()))
         if optimizer.max_grad_norm is not None:
             moved += _bytes(p.grad)
         work.append(Work("bigkernels::optimizer_step", "other", 0, moved))

@@ -96,9 +96,9 @@ def plan(
     label, flags = _patch(patch)
     optimizer_name, factory = _optimizers.resolve(optimizer, state_dtype)
     made = _models.structure(model, given)
-    setting = Setting(mode, batch, seq, device, new_tokens, cast, checkpointing, every, flags, inputs,
-                      loss or default_loss)  # fmt: skip
     machine = _limits(limits, device)
+    setting = Setting(mode, batch, seq, device, new_tokens, cast, checkpointing, every, flags, inputs,
+                      loss or default_loss, machine)  # fmt: skip
     (result,) = run(made, setting, [factory])
     choices, reason = (), None
     if allowed is not None:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 from . import _models, _optimizers
 from ._optimizers import Factory
 from ._steps import Inputs, Loss, call, default_loss, make_inputs, one_sequence_a_row, takes
-from ._trace import Phase, Recorder
+from ._trace import Phase, Recorder, work_of
 
 if TYPE_CHECKING:
     from ..bench.limits import Limits
@@ -56,6 +56,7 @@ class Setting:
     patch: dict[str, bool] | None = None  # the arguments of `bigkernels.patch`; None for a model as it is
     inputs: Any = None
     loss: Loss = default_loss
+    machine: Limits | None = None  # by whose limits "selective" policies choose
 
 
 @dataclass
@@ -95,7 +96,7 @@ def train(made: nn.Module, setting: Setting, optimizers: Sequence[Factory | None
     """
     with _fake(made, setting) as (model, inputs, recorder, held):
         if _learns(setting.checkpointing):  # what to keep, from its first step
-            with _autocast(setting):
+            with _autocast(setting), _estimated(setting.machine):
                 loss = setting.loss(model, inputs)
             loss.backward()
             model.zero_grad(set_to_none=True)
@@ -186,6 +187,19 @@ def _result(recorder: Recorder, phases: list[Phase], held: dict[str, int], befor
     if before.get(highest):
         at_peak[STATE] += before[highest]
     return Result(phases, held, peaks, {tag: at_peak[tag] for tag in TAGS if at_peak[tag]})
+
+
+def _estimated(machine: Limits | None) -> Any:
+    """Operators on fake tensors take no time that means anything."""
+    from ..checkpointing._select import times_estimated_by
+
+    def seconds(func: Any, args: tuple, kwargs: dict, out: Any) -> float:
+        work = work_of(func, args, kwargs, out)
+        if machine is None:
+            return float(work.bytes)
+        return machine.least_seconds(bytes=work.bytes, flops=work.flops, dtype=work.dtype)
+
+    return times_estimated_by(seconds)
 
 
 def _autocast(setting: Setting) -> Any:

@@ -167,10 +167,9 @@ class Recorder(TorchDispatchMode):
         for t in made:
             self._follow(t)
         if self._phase is not None:
-            moved = moved_bytes(func, args, kwargs, made)
-            flops = flops_of(func, args, kwargs, out)
-            if moved or flops:
-                self._phase.work.append(Work(func.name(), _dtype(args, made), flops, moved))
+            work = work_of(func, args, kwargs, out)
+            if work.bytes or work.flops:
+                self._phase.work.append(work)
         return out
 
     def _follow(self, t: Tensor) -> int | None:
@@ -245,6 +244,13 @@ def _from_engine() -> bool:
     while frame is not None and frame.f_globals.get("__name__", "").startswith(_WRAPPERS):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_name == "_engine_run_backward"
+
+
+def work_of(func: Any, args: tuple, kwargs: dict, out: Any) -> Work:
+    """Of one call of an operator."""
+    made = [t for t in tree_iter(out) if isinstance(t, Tensor)]
+    moved, flops = moved_bytes(func, args, kwargs, made), flops_of(func, args, kwargs, out)
+    return Work(func.name(), _dtype(args, made), flops, moved)
 
 
 def _dtype(args: tuple, made: list[Tensor]) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -205,6 +208,21 @@ def test_the_package_imports_without_what_planning_needs():
                "print({'transformers', 'matplotlib', 'bigkernels.bench.limits'} & set(sys.modules))")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_measured_times_decide_nothing(monkeypatch):
+    """What a "selective" policy keeps follows from the limits: fake tensors take no time that means anything."""
+    from bigkernels.checkpointing import _select
+
+    found = set()
+    for times in (
+        itertools.count(),
+        itertools.count(0, -1),
+        map(random.Random(0).gauss, itertools.repeat(0), itertools.repeat(1)),
+    ):
+        monkeypatch.setattr(_select, "time", SimpleNamespace(perf_counter=times.__next__))
+        found.add(plan(CONFIGS["llama"](), **SETTING, checkpointing="selective").peak)
+    assert len(found) == 1
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
