@@ -14,8 +14,9 @@ TRITON = 3.6.0
 demo: build $(VENV)/.demo
 	$(VENV)/bin/bigkernels demo
 
+# One worker a core; `make test PYTEST_ARGS="-n 0 tests/ops"` runs some of it in one process.
 test: build $(VENV)/.test
-	$(python) -m pytest $(PYTEST_ARGS)
+	$(python) -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
 
 # Random and hostile calls of every operator under an allocator that closes the pages around each tensor.
 guard: build $(VENV)/.test

@@ -3,30 +3,102 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+# Idle threads of a parallel region sleep instead of spinning: workers of pytest-xdist share the cores. It is read when
+# torch is loaded, and inherited by the processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
 
 from bigkernels import _load
+from bigkernels._info import cores, info
 from bigkernels._load import cpu_library
 
 ROOT = Path(__file__).resolve().parent.parent
 # As BIGKERNELS_CPU_ISA names them, lowest first.
 ISA_LEVELS = ("base", "avx2", "avx512", "amx")
+# What a processor needs for each, as /proc/cpuinfo names it.
+FEATURES = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
+    "amx": {"amx_tile", "amx_bf16", "amx_int8"},
+}
 
 torch.set_num_threads(2)  # some results depend on their number
+GPU = torch.cuda.is_available()
+collect_ignore = [] if GPU else ["gpu"]
+
+# Files whose tests share a dear fixture: one worker runs them all.
+TOGETHER = ("test_distributed.py", "test_packaging.py", "test_cuda_source.py", "test_demo.py", "test_plan.py")
+# What takes longest begins first, so that no worker is left with it at the end.
+LONG = ("test_interpreter.py", "test_distributed.py", "test_packaging.py", "test_triton_aot.py", "test_demo.py")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker a core, which runs a test's second thread as well; a worker may need more than a GB."""
+    return min(cores(), 8)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+    for item in items:
+        if item.path.name in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    if not GPU:
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Names what no test of this run could reach on this machine: a run without it says nothing about it."""
+    missing = list(untested())
+    if missing:
+        terminalreporter.section("not tested on this machine", sep="-")
+        for line in missing:
+            terminalreporter.write_line(line)
+
+
+def untested() -> Iterator[str]:
+    """The instruction-set levels above this process's own, and GPUs where there is none, each with the reason."""
+    if reason := cpu_library().reason:
+        yield f"kernels of all instruction-set levels: {reason}"
+    else:
+        for level in ISA_LEVELS[ISA_LEVELS.index(torch.ops.bigkernels.cpu_isa()) + 1 :]:
+            yield f"kernels of level {level}: {why_not(level)}"
+    if not GPU:
+        yield "kernels on GPUs (tests/gpu): no CUDA device; the interpreter and the ahead-of-time tests stand for them"
+
+
+def why_not(level: str) -> str:
+    """Why this process does not run a level."""
+    cpu = info()["cpu"]
+    if platform.machine() != "x86_64":
+        return f"it is for x86-64, not {platform.machine()}"
+    if cpu["BIGKERNELS_CPU_ISA"]:
+        return f"BIGKERNELS_CPU_ISA is {cpu['BIGKERNELS_CPU_ISA']}"
+    lacking = sorted(set().union(*(FEATURES[name] for name in ISA_LEVELS[1 : ISA_LEVELS.index(level) + 1])) - flags())
+    return f"{cpu['model']} lacks {', '.join(lacking)}" if lacking else "this build or this system does not have it"
+
+
+def flags() -> set[str]:
+    """The features that /proc/cpuinfo lists."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +106,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if GPU else ["cpu"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
