@@ -36,10 +36,11 @@ torch.set_num_threads(2)  # some results depend on their number
 GPU = torch.cuda.is_available()
 collect_ignore = [] if GPU else ["gpu"]
 
-# Files whose tests share a dear fixture: one worker runs them all.
-TOGETHER = ("test_distributed.py", "test_packaging.py", "test_cuda_source.py", "test_demo.py", "test_plan.py")
+# Files whose tests share what takes long to make: one worker runs them all.
+TOGETHER = ("test_distributed.py", "test_packaging.py", "test_cuda_source.py", "test_demo.py", "test_plan.py",
+            "test_training.py")  # fmt: skip
 # What takes longest begins first, so that no worker is left with it at the end.
-LONG = ("test_interpreter.py", "test_distributed.py", "test_packaging.py", "test_triton_aot.py", "test_demo.py")
+LONG = ("test_interpreter.py", "test_distributed.py", "test_packaging.py", "test_training.py", "test_triton_aot.py")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -53,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
         if item.path.name in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
     if not GPU:
         left_out = [item for item in items if item.get_closest_marker("gpu")]
         if left_out:

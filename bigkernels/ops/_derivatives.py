@@ -59,9 +59,7 @@ def gradients(
         return _pull(fn, leaves, grads, create_graph)
 
 
-def vjp(
-    fn: Callable, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
+def vjp(fn: Callable, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Gradients of `fn(*tensors)` as constants, for the backward fallbacks: None where an input is None."""
     return _pull(fn, [t if t is None else t.detach().requires_grad_() for t in tensors], grads)
 

@@ -382,6 +382,8 @@ def _append_fake(q, *rest):
 
 # A compiler would gather the cache to fuse the reference, so graphs hold the kernels.
 OPERATOR = Operator("decode_attention", in_graphs=True)
+
+
 def _flops(q, k_cache, v_cache, cache_seqlens, block_table, *_):
     lengths = values(cache_seqlens)
     if lengths is None:  # as if every cache were full
