@@ -18,7 +18,6 @@ from bigkernels.ops import cross_entropy
 from bigkernels.triton import OPERATORS as KERNELS
 from bigkernels.triton._launch import recording
 
-
 pytestmark = pytest.mark.usefixtures("launchers_serve_cpu_tensors")
 
 
