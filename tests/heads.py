@@ -24,9 +24,9 @@ def make(tokens: int, vocabulary: int, size: int, dtype=torch.float64, *, bias=T
 
 
 def logits(hidden, weight, bias, scale=1.0, softcap=None, temperature=1.0):
-    """As models compute them: the product in the dtype, the rest in float32, or everything in float64."""
-    z = F.linear(hidden, weight, bias)
-    z = (z if z.dtype == torch.float64 else z.float()) * scale
+    """Of numbers of the dtype, everything in float32, or in float64: nothing is rounded to 16 bits between."""
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    z = F.linear(*(t if t is None else t.to(wide) for t in (hidden, weight, bias))) * scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     return z / temperature

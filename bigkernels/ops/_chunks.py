@@ -47,13 +47,10 @@ class Objective:
 
     Attributes:
         outputs: how many numbers a token it returns.
-        wide: whether it is given logits in float32 (float64 for float64), scaled and capped; if not, the product in
-            the dtype of the hidden states (with a bias, and nothing else).
         tensors: what it reads beside the logits. They are constants, and must not be written before backward.
     """
 
     outputs = 1
-    wide = True
     tensors: Sequence[Tensor | None] = ()
 
     def values(self, z: Tensor, tokens: Tokens) -> tuple[Tensor, ...]:
@@ -78,7 +75,8 @@ class Objective:
 class Head:
     """``logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) / temperature``, for some tokens.
 
-    Without `softcap`, ``scale * (hidden @ weight.T + bias) / temperature``.
+    Without `softcap`, ``scale * (hidden @ weight.T + bias) / temperature``. Products are added up in float32 and not
+    rounded to 16 bits, so that every loss makes of one head one distribution.
     """
 
     def __init__(
@@ -107,21 +105,23 @@ class Head:
         if bias is not None:
             self.bias = bias.to(hidden.dtype)
 
-    def product(self, tokens: Tokens, wide: bool = False) -> Tensor:
-        """``hidden @ weight.T + bias``, in new memory. `wide` asks for float32 where that costs nothing more."""
+    def product(self, tokens: Tokens) -> Tensor:
+        """``hidden @ weight.T + bias`` in float32 (float64 for float64), in new memory."""
         x = self.hidden[tokens]
         if self.quantized is not None:
-            return _quantized.quantized_linear(x, self.quantized, self.bias)
+            return _quantized.wide_product(x, self.quantized, self.bias)
         if self.kernel:
-            return _linear._fwd(x, self.weight, self.bias, None)
-        if wide and x.is_cuda and self.wide != x.dtype:
+            return _linear._fwd(x, self.weight, self.bias, None, True)
+        if self.wide == x.dtype:
+            return F.linear(x, self.weight, self.bias)
+        if x.is_cuda:
             z = torch.mm(x, self.weight.T, out_dtype=self.wide)
             return z if self.bias is None else z.add_(self.bias)
-        return F.linear(x, self.weight, self.bias)
+        return _linear.wide_product(x, self.weight, self.bias)
 
     def logits(self, tokens: Tokens) -> Tensor:
         """(n, V) in float32 (float64 for float64), in new memory."""
-        z = self.product(tokens, wide=True).to(self.wide)
+        z = self.product(tokens)
         if self.softcap is not None:
             return z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
         return z if self.scale == self.temperature else z.mul_(self.scale / self.temperature)
@@ -224,10 +224,10 @@ def _scaled(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor |
     return out
 
 
-def chunk_rows(tokens: int, vocabulary: int, device: torch.device, element: int = 4) -> int:
-    """How many tokens are computed at once, from the bytes of an element of their logits."""
+def chunk_rows(tokens: int, vocabulary: int, device: torch.device) -> int:
+    """How many tokens are computed at once."""
     granted = max(_LEAST.get(device.type, _LEAST_ELSEWHERE), int(_SHARE * 2 * tokens * vocabulary))
-    return max(32, granted // (element * max(vocabulary, 1)) // 32 * 32)
+    return max(32, granted // (4 * max(vocabulary, 1)) // 32 * 32)
 
 
 def _split(tokens: int, index: Tensor | None, rows: int) -> Iterator[Tokens]:
@@ -297,15 +297,9 @@ class Call:
             index, mask = self.kept.nonzero().squeeze(1), None
             count = index.shape[0]
             index = None if count == head.hidden.shape[0] else index
-        element = 4 if self.objective.wide else head.hidden.element_size()
-        rows = self.rows or chunk_rows(head.hidden.shape[0], head.vocabulary, device, element)
+        rows = self.rows or chunk_rows(head.hidden.shape[0], head.vocabulary, device)
         return index, mask, list(_split(count, index, rows))
 
-    def logits(self, head: Head, tokens: Tokens) -> Tensor:
-        return head.logits(tokens) if self.objective.wide else head.product(tokens)
-
-    def slope(self, head: Head, z: Tensor) -> Tensor | float:
-        return head.slope(z) if self.objective.wide else 1.0
 
 
 @_disable_dynamo
@@ -358,10 +352,10 @@ class _Total(torch.autograd.Function):
             loss = hidden.new_zeros((), dtype=head.wide)
             rest = (None,) * (call.objective.outputs - 1)
             for tokens in chunks:
-                z = call.logits(head, tokens)
+                z = head.logits(tokens)
                 if sums:
                     one = z.new_ones(z.shape[0], dtype=head.wide) if mask is None else mask[tokens].to(head.wide)
-                    slope = call.slope(head, z)
+                    slope = head.slope(z)
                     values, dz = call.objective.both(z, tokens, (one, *rest))
                     sums.add(tokens, dz, slope)
                 else:
@@ -394,7 +388,7 @@ class _PerToken(torch.autograd.Function):
             index, mask, chunks = call.chunks(head)
             every = []
             for tokens in chunks:
-                every.append(call.objective.values(call.logits(head, tokens), tokens))
+                every.append(call.objective.values(head.logits(tokens), tokens))
             values = [torch.cat(parts) for parts in zip(*every, strict=True)]
             if index is not None:
                 values = [v.new_zeros(hidden.shape[0]).index_copy_(0, index, v) for v in values]
@@ -421,8 +415,8 @@ class _PerToken(torch.autograd.Function):
                 grads = [g if g is None else torch.where(mask, g, 0) for g in grads]
             grads, unit = _in_units(grads, hidden.dtype)
             for tokens in chunks if any(g is not None for g in grads) else ():
-                z = call.logits(head, tokens)
-                slope = call.slope(head, z)
+                z = head.logits(tokens)
+                slope = head.slope(z)
                 taken = [v[tokens] for v in values], [g if g is None else g[tokens] for g in grads]
                 sums.add(tokens, call.objective.gradient(z, tokens, *taken), slope)
         found = sums.hidden, sums.weight, sums.bias

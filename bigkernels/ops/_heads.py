@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor, type_name
 from ._registry import compute_dtype, is_forced, is_readable, sees_plain_alone
+from .linear import wide_product
 
 
 def as_reference(hidden: Tensor, weight: object, bias: Tensor | None) -> bool:
@@ -79,8 +79,8 @@ def logits_of(
     from .quantized_linear import quantized_linear
 
     if isinstance(weight, Tensor):
-        z = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+        z = wide_product(hidden, weight, bias)
     else:
-        z = quantized_linear(hidden, weight, bias)
-    z = z.to(compute_dtype(hidden.dtype)) * scale
+        z = quantized_linear(hidden.to(compute_dtype(hidden.dtype)), weight, bias)
+    z = z * scale
     return (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature

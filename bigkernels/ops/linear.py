@@ -94,8 +94,19 @@ def _reference(x, weight, bias):
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _fwd_fallback(x, weight, bias, packed):
-    return _reference(x, weight, bias).contiguous()
+def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` with a result as it was accumulated, in float32 (float64 for float64); plain PyTorch."""
+    wide = compute_dtype(x.dtype)
+    rounded = (t if t is None else t.to(x.dtype).to(wide) for t in (weight, bias))
+    return F.linear(x.to(wide), *rounded)
+
+
+def _fwd_fallback(x, weight, bias, packed, wide=False):
+    return (wide_product if wide else _reference)(x, weight, bias).contiguous()
+
+
+def _fwd_fake(x, weight, bias, packed, wide=False):
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=compute_dtype(x.dtype) if wide else None)
 
 
 def _bwd_fallback(grad, x, weight, input):
@@ -125,9 +136,9 @@ OPERATOR = Operator(
     "linear", implementations=(cpu_kernel(), Implementation("triton", "cuda", unavailable=lambda: "cuBLAS serves it"))
 )
 _fwd = define(
-    "linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? packed) -> Tensor",
-    lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]),
-    _fwd_fallback,
+    # `wide` leaves the result as it was accumulated.
+    "linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, bool wide=False) -> Tensor",
+    _fwd_fake, _fwd_fallback,
     lambda x, weight, *_: 2 * x.numel() * weight.shape[0],
 )
 _bwd = define(

@@ -127,17 +127,14 @@ def _in_chunks(hidden, weight, bias, target, class_weight, token_weight, logit_s
     targets_inside(_OP, target, weight.shape[0], ignore_index)
     target, token_weight = own(target), own(token_weight)
     kept = target != ignore_index
-    # On a GPU the kernel of the logits reads them as the product leaves them.
-    wide = not hidden.is_cuda or logit_scale != 1.0
     numbers = (ignore_index, label_smoothing, z_loss, softcap, focal_gamma)
-    objective = Losses(target, class_weight, token_weight, numbers, wide)
+    objective = Losses(target, class_weight, token_weight, numbers)
     quantized, weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
-    scaled = {"scale": float(logit_scale), "softcap": softcap} if wide else {}
 
     def reference(hidden, weight, bias):
         return _reference(hidden, weight, bias, target, class_weight, token_weight, logit_scale, *options)
 
-    call = Call(objective, kept, quantized, reference=reference, **scaled)
+    call = Call(objective, kept, quantized, reference=reference, scale=float(logit_scale))
     if reduction == "none":
         return per_token(hidden, weight, bias, call)[0]
     divisor = None
@@ -153,13 +150,10 @@ def _in_chunks(hidden, weight, bias, target, class_weight, token_weight, logit_s
 class Losses(Objective):
     """The loss of each token, by the kernels of `cross_entropy` where they serve its logits."""
 
-    def __init__(self, target, class_weight, token_weight, options, wide):
+    def __init__(self, target, class_weight, token_weight, options):
         self.target, self.class_weight, self.token_weight = target, class_weight, token_weight
         self.tensors = (target, class_weight, token_weight)
-        ignore_index, label_smoothing, z_loss, softcap, focal_gamma = options
-        self.wide = wide
-        # Wide logits come capped.
-        self.options = (ignore_index, label_smoothing, z_loss, None if wide else softcap, focal_gamma)
+        self.options = options  # the softcap among them: the head makes logits without it
 
     def _arguments(self, tokens: Tokens):
         of_token = None if self.token_weight is None else self.token_weight[tokens]

@@ -61,6 +61,16 @@ def quantized_linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = 
     return _reference(x, bias, *operands, k, dynamic)
 
 
+def wide_product(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """`quantized_linear` with a result as it was accumulated, in float32 (float64 for float64), and no gradient."""
+    *tensors, group = qweight.operands()
+    k, dynamic = qweight.shape[1], qweight.config.dynamic
+    if qweight.channel is not None:
+        x = x * qweight.channel.to(x.dtype)
+    kernel = OPERATOR.uses_kernel(x, *tensors, bias) and not (dynamic and k > _MOST_EXACT)
+    return (_fwd if kernel else _forward)(x, *tensors, bias, group, k, dynamic, True)
+
+
 def _check(x, qweight, bias):
     from ..quantization import QuantizedWeight
 
@@ -113,12 +123,12 @@ def round_tokens(x):
     return (x / safe).round().clamp(-127, 127), scale
 
 
-def _forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic):
-    wide = compute_dtype(x.dtype)
-    tokens, factor = x.to(wide), None
+def _forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wide=False):
+    tokens, factor = x.to(compute_dtype(x.dtype)), None
+    like = tokens if wide else x
     if dynamic:
         tokens, factor = round_tokens(tokens)
-    return _multiply(x, tokens, factor, codes, scale, zero, row_scale, book, bias, group, k)
+    return _multiply(like, tokens, factor, codes, scale, zero, row_scale, book, bias, group, k)
 
 
 def _multiply(x, tokens, factor, codes, scale, zero, row_scale, book, bias, group, k):
@@ -156,12 +166,17 @@ def _reference(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic):
     return _forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
 
 
+def _fwd_fake(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wide=False):
+    return x.new_empty(*x.shape[:-1], codes.shape[0], dtype=compute_dtype(x.dtype) if wide else None)
+
+
 OPERATOR = Operator("quantized_linear", in_graphs=True)
 _WEIGHT = "Tensor codes, Tensor scale, Tensor? zero, Tensor? row_scale, Tensor? book"
 _fwd = define(
-    f"quantized_linear_fwd(Tensor x, {_WEIGHT}, Tensor? bias, int group, SymInt k, bool dynamic) -> Tensor",
-    lambda x, codes, *rest: x.new_empty(*x.shape[:-1], codes.shape[0]),
-    _forward,
+    # `wide` leaves the result as it was accumulated.
+    f"quantized_linear_fwd(Tensor x, {_WEIGHT}, Tensor? bias, int group, SymInt k, bool dynamic, bool wide=False)"
+    " -> Tensor",
+    _fwd_fake, _forward,
     lambda x, codes, *_: 2 * x.numel() * codes.shape[0],
 )
 _bwd = define(

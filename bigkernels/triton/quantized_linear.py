@@ -214,9 +214,9 @@ def _splits(programs: int, k: int, block: int, device: torch.device) -> int:
 
 
 @falls_back(op._forward)
-def forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic) -> Tensor:
+def forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wide=False) -> Tensor:
     n = codes.shape[0]
-    out = x.new_empty(*x.shape[:-1], n)
+    out = x.new_empty(*x.shape[:-1], n, dtype=torch.float32 if wide else x.dtype)
     if n == 0:
         return out
     tokens = rows(x)

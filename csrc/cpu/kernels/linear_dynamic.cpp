@@ -298,7 +298,7 @@ void linear_dynamic(const Linear& a, const void* left, const float* scales, int6
         Integers::multiply(block, kSide, (const E*)left + left_at(s, d, strips, all), right, deep, a.m - s * kSide,
                            d > 0);
         if (d + kPiece < all) continue;
-        switch (a.type) {
+        switch (a.out_type) {
           case Type::f32: write_out<float>(a, block, sums + j * kSide, scales, s * kSide, column); break;
           case Type::bf16: write_out<bf16>(a, block, sums + j * kSide, scales, s * kSide, column); break;
           case Type::f16: write_out<f16>(a, block, sums + j * kSide, scales, s * kSide, column); break;

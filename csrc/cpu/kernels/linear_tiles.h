@@ -243,8 +243,12 @@ struct Product {
         transpose16(sums[r * T + t], 64, turned, 64);
         for (int64_t m = t * 16; m < a.m && m < t * 16 + 16; ++m) {
           vf y = load(turned[m % 16]) * scale + bias;
-          bf16* to = (bf16*)a.out + m * a.n + row;
-          count == 16 ? store(to, y) : store(to, y, count);
+          int64_t at = m * a.n + row;
+          if (a.out_type == Type::f32) {
+            store((float*)a.out + at, y, count);
+          } else {
+            count == 16 ? store((bf16*)a.out + at, y) : store((bf16*)a.out + at, y, count);
+          }
         }
       }
     }

@@ -4,7 +4,7 @@
 
 namespace bigkernels {
 
-Tensor empty_rows(const char* op, const Tensor& x, int64_t n) {
+Tensor empty_rows(const char* op, const Tensor& x, int64_t n, bool wide) {
   int64_t sizes[kMaxDim], strides[kMaxDim], stride = 1, dim = x.dim();
   STD_TORCH_CHECK(dim >= 1 && dim <= kMaxDim, "bigkernels::", op, ": x must have 1 to 16 dimensions");
   for (int64_t i = dim - 1; i >= 0; --i) {
@@ -12,7 +12,8 @@ Tensor empty_rows(const char* op, const Tensor& x, int64_t n) {
     strides[i] = stride;
     stride *= sizes[i];
   }
-  return empty_strided(sizes, strides, dim, x.scalar_type(), stride * size_of(type_of(x)));
+  ScalarType dtype = wide ? ScalarType::Float : x.scalar_type();
+  return empty_strided(sizes, strides, dim, dtype, stride * size_of(type_of(dtype)));
 }
 
 void linear_few(const Linear& a) {
@@ -64,17 +65,17 @@ void check_rows(const char* name, const Tensor& t, int64_t elements) {
 // The bytes of a weight (N, K) packed for x.
 int64_t packed_bytes(const Linear& a) { return (a.n + 31) / 32 * table().linear_packed_strip(a); }
 
-Tensor forward(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor packed) {
+Tensor forward(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor packed, bool wide) {
   check_cpu(kOp, "weight", weight);
   STD_TORCH_CHECK(weight.dim() == 2, "bigkernels::", kOp, ": weight must be a matrix");
   check_rows("x", x, weight.size(1));
   Linear a{};
   RowView stored(weight), rows(x);
   set_weight(a, stored.rows, weight, weight.size(0), weight.size(1));
-  a.in = rows.rows, a.type = a.out_type = type_of(x);
+  a.in = rows.rows, a.type = type_of(x), a.out_type = wide ? Type::f32 : a.type;
   VectorView added(kOp, "bias", bias, a.n);
   a.bias = added.data();
-  Tensor out = empty_rows(kOp, x, a.n);
+  Tensor out = empty_rows(kOp, x, a.n, wide);
   a.out = out.mutable_data_ptr();
   a.m = out.numel() / std::max<int64_t>(a.n, 1);
   if (packed) {

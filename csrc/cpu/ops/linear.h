@@ -50,8 +50,8 @@ void for_groups(const Linear& call, int64_t columns, int64_t strip, const Pack& 
 // The rows of a matrix as the weight of a product.
 void set_weight(Linear& a, const Rows& rows, const Tensor& like, int64_t n, int64_t k);
 
-// Contiguous, with the leading sizes of x and rows of n elements.
-Tensor empty_rows(const char* op, const Tensor& x, int64_t n);
+// Contiguous, with the leading sizes of x and rows of n elements, in the dtype of x or in float32.
+Tensor empty_rows(const char* op, const Tensor& x, int64_t n, bool wide = false);
 
 // Fills out, forward for a few tokens, by reading the weight as it is stored.
 void linear_few(const Linear&);

@@ -25,18 +25,18 @@ void run_dynamic(const Linear& a) {
 }
 
 Tensor forward(Tensor x, Tensor codes, Tensor scale, MaybeTensor zero, MaybeTensor row_scale, MaybeTensor book,
-               MaybeTensor bias, int64_t group, int64_t k, bool dynamic) {
+               MaybeTensor bias, int64_t group, int64_t k, bool dynamic, bool wide) {
   check_cpu(kOp, "x", x);
   QuantizedWeight w(kOp, codes, scale, zero, row_scale, book, group, k);
   Linear& a = w.a;
   STD_TORCH_CHECK(!dynamic || (a.kind == Codes::int8 && k <= kMostExact), "bigkernels::", kOp,
                   ": tokens are rounded for int8 codes alone, of rows of at most ", kMostExact);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "bigkernels::", kOp, ": x does not have rows of ", k);
-  a.type = a.out_type = type_of(x);
+  a.type = type_of(x), a.out_type = wide ? Type::f32 : a.type;
   VectorView added(kOp, "bias", bias, a.n);
   a.bias = added.data();
   RowView rows(x);
-  Tensor out = empty_rows(kOp, x, a.n);
+  Tensor out = empty_rows(kOp, x, a.n, wide);
   a.in = rows.rows, a.out = out.mutable_data_ptr();
   a.m = out.numel() / std::max<int64_t>(a.n, 1);
   if (a.m == 0 || a.n == 0) return out;
