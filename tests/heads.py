@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from bigkernels._compare import compare_all
 
 Results = Sequence[Tensor]
+LOST = torch.finfo(torch.bfloat16).smallest_normal  # 1e-38: the units that multiply bfloat16 take less for zero
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -70,4 +71,4 @@ def check(
     plain = results(formula, inputs, upstream, frozen)
     exact = results(formula, [t if t is None else t.double() for t in inputs], upstream, frozen)
     for name, comparison in compare_all(found, plain, exact, roundings=roundings, scale=scale).items():
-        assert comparison.ok, f"{name}: {comparison}"
+        assert comparison.problem is None and comparison.error <= comparison.bound + LOST, f"{name}: {comparison}"
