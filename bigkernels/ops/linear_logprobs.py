@@ -36,9 +36,9 @@ def linear_logprobs(
         z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature
 
     (without `softcap`, ``logit_scale * (hidden @ weight.T + bias) / temperature``). Logits exist for some tokens at a
-    time, in float32 as they were added up: `linear_cross_entropy` has the same numbers, and ratios of policies are exact.
-    Backward computes them again. Gradients reach `hidden`, `weight` and `bias` through both results, and those of
-    the weight and bias are added up in float32.
+    time, in float32 as they were added up: `linear_cross_entropy` has the same numbers, and ratios of policies are
+    exact. Backward computes them again. Gradients reach `hidden`, `weight` and `bias` through both results, and those
+    of the weight and bias are added up in float32.
 
     Args:
         hidden: (..., H), floating, any strides. Inside autocast it is cast; the weight is read as it is.

@@ -214,10 +214,11 @@ def test_losses_over_a_vocabulary(name: str, backend: str | None, library):
         torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
-def test_a_target_written_before_the_second_derivative_is_an_error(library):
+def test_a_class_weight_written_before_the_second_derivative_is_an_error(library):
     h, w, t = torch.randn(7, 16, requires_grad=True), torch.randn(33, 16), torch.randint(33, (7,))
-    loss = functional.linear_cross_entropy(h, w, t, softcap=3.0, label_smoothing=0.1)
-    t.fill_(0)
+    weight = torch.rand(33)
+    loss = functional.linear_cross_entropy(h, w, t, softcap=3.0, label_smoothing=0.1, class_weight=weight)
+    weight.fill_(0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, h, create_graph=True)
 
