@@ -108,6 +108,29 @@ def _definitions(path: str) -> dict[tuple[str, int], ast.FunctionDef]:
     return found
 
 
+def methods(cls: type, name: str) -> Iterator[Source]:
+    """A method of a class, and the methods that it calls."""
+    pending, seen = [name], {name}
+    while pending:
+        function = inspect.getattr_static(cls, pending.pop(), None)
+        while hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        if not isinstance(function, types.FunctionType) or function.__module__.split(".")[0] == "torch":
+            continue
+        node = find_node(function)
+        if node is not None:
+            source = Source(function, [], node, [])
+            yield source
+            more = called(source)
+            pending += sorted(more - seen)
+            seen |= more
+
+
+def called(source: Source) -> set[str]:
+    """Names of what a function calls of its self."""
+    return {path[0] for n in source.body() if isinstance(n, ast.Call) and (path := source.attribute(n.func))}
+
+
 def _imported(node: ast.AST) -> list[str]:
     names = []
     for child in ast.iter_child_nodes(node):
@@ -131,7 +154,7 @@ def check_rewritable(source: Source) -> None:
     """Raise Skip unless rewriting nothing gives back exactly the code that runs now."""
     chain = [*source.wrappers, source.function]
     for outer, inner in itertools.pairwise(chain):
-        if not any(_content(cell) is inner for cell in outer.__closure__ or ()):
+        if not any(content(cell) is inner for cell in outer.__closure__ or ()):
             raise Skip(f"a decorator of {source.function.__qualname__} cannot be seen through")
     if not _same_code(_compile(source, source.tree, {}), source.function.__code__):
         raise Skip(f"the source of {source.function.__qualname__} is not what runs")
@@ -147,7 +170,7 @@ def rewrite(source: Source, sites: list[Site]) -> types.FunctionType:
     cells |= {name: types.CellType(helper) for name, helper in helpers.items()}
     new = _clone(old, code, tuple(cells[name] for name in code.co_freevars))
     for wrapper in reversed(source.wrappers):
-        closure = tuple(types.CellType(new) if _content(c) is old else c for c in wrapper.__closure__ or ())
+        closure = tuple(types.CellType(new) if content(c) is old else c for c in wrapper.__closure__ or ())
         new, old = _clone(wrapper, wrapper.__code__, closure, wrapped=new), wrapper
     return new
 
@@ -208,7 +231,7 @@ def _same_code(a: types.CodeType, b: types.CodeType) -> bool:
     return True
 
 
-def _content(cell: types.CellType) -> Any:
+def content(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # an empty cell

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
 import types
 from collections.abc import Iterator
 
 from torch import nn
 
-from ._source import Source, find_node, resolve
+from ._source import Source, called, methods, resolve
 
 
 def written_after(model: nn.Module) -> set[nn.Module]:
@@ -36,34 +35,12 @@ def _calls(cls: type) -> frozenset[tuple[str, ...] | None]:
 
     In forward and in the methods that it calls.
     """
-    return frozenset().union(*(_calls_in(source) for source in _methods(cls, "forward")))
+    return frozenset().union(*(_calls_in(source) for source in methods(cls, "forward")))
 
 
 def _hands_on(cls: type, method: str) -> bool:
     """Whether a method calls something of self that is no method, such as a layer."""
-    return any(not callable(getattr(cls, name, None)) for source in _methods(cls, method) for name in _called(source))
-
-
-def _methods(cls: type, name: str) -> Iterator[Source]:
-    """A method of a class, and the methods that it calls."""
-    pending, seen = [name], {name}
-    while pending:
-        function = inspect.getattr_static(cls, pending.pop(), None)
-        while hasattr(function, "__wrapped__"):
-            function = function.__wrapped__
-        if not isinstance(function, types.FunctionType) or function.__module__.split(".")[0] == "torch":
-            continue
-        node = find_node(function)
-        if node is not None:
-            source = Source(function, [], node, [])
-            yield source
-            called = _called(source)
-            pending += sorted(called - seen)
-            seen |= called
-
-
-def _called(source: Source) -> set[str]:
-    return {path[0] for n in source.body() if isinstance(n, ast.Call) and (path := source.attribute(n.func))}
+    return any(not callable(getattr(cls, name, None)) for source in methods(cls, method) for name in called(source))
 
 
 def _calls_in(source: Source) -> set[tuple[str, ...] | None]:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._isolated import isolated
 from .._rule import Fit, Plan, Site, Skip, SourceRule
 from .._source import Source, call, resolve
 from .._verify import Probes, compare, doubled, gradients, outputs_only, undisturbed
@@ -204,6 +205,7 @@ def _decide(function: Callable) -> Spec:
     unknown = attributes - {"num_key_value_groups", "sinks", "training", "head_dim"}
     if unknown:
         raise Skip(f"{name} reads {', '.join(sorted(unknown))} of its module")
+    function = isolated(function)
     spec = Spec(frozenset(options), False, "num_key_value_groups" in attributes, "sinks" in attributes)
     try:
         return spec._replace(error=_error(function, spec))

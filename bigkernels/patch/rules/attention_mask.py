@@ -12,8 +12,10 @@ import copy
 import functools
 import inspect
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -267,19 +269,40 @@ def dense(mask: Any) -> Any:
     return mask.dense if type(mask) is StructuredMask else mask
 
 
+_lock, _calls = threading.Lock(), 0
+
+
+@contextmanager
+def _registered() -> Iterator[None]:
+    """The builder is in the library's registry while a mask is made, in any thread, and at no other time."""
+    global _calls
+    registry = sys.modules["transformers.masking_utils"].AttentionMaskInterface
+    with _lock:
+        _calls += 1
+        if _calls == 1:
+            registry.register(NAME, _build)
+    try:
+        yield
+    finally:
+        with _lock:
+            _calls -= 1
+            if _calls == 0:
+                registry._global_mapping.pop(NAME, None)  # there is no public way back
+
+
 @functools.cache
 def _structured(create: Callable) -> Callable:
     """`create` with the builder above."""
-    sys.modules["transformers.masking_utils"].AttentionMaskInterface.register(NAME, _build)
 
     @functools.wraps(create)
     def created(*args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("config", args[0] if args else None)
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is_served(config):
             return create(*args, **kwargs)
-        if "config" in kwargs:
-            return create(*args, **kwargs | {"config": _Config(config)})
-        return create(_Config(config), *args[1:], **kwargs)
+        with _registered():
+            if "config" in kwargs:
+                return create(*args, **kwargs | {"config": _Config(config)})
+            return create(_Config(config), *args[1:], **kwargs)
 
     return created
 

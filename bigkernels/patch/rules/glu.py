@@ -15,6 +15,7 @@ from torch import nn
 
 from ... import functional
 from ...ops.glu import ACTIVATIONS
+from .._isolated import sandbox
 from .._rule import Fit, Plan, Site, Skip, SourceRule, Write
 from .._source import Source, call, resolve
 from .._verify import Probes, compare, doubled, gradients, plain
@@ -44,7 +45,8 @@ def activate(act: Any, gate: Any, approximate: str | None = None) -> Any:
     else:
         name = _functions.get((act, approximate))
     if name is not None and plain(gate) and gate.is_floating_point():
-        return Pending(act, gate, approximate, name, None if gate.is_inference() else gate._version)
+        counted = not torch.compiler.is_compiling() and not gate.is_inference()
+        return Pending(act, gate, approximate, name, gate._version if counted else None)
     return _call(act, gate, approximate)
 
 
@@ -218,6 +220,7 @@ def _is_pointwise(act: nn.Module) -> bool:
         return False
     x = torch.linspace(-3, 3, 24, dtype=torch.float32, device="cpu").view(4, 6)
     try:
+        act = sandbox(act)
         y = type(act).forward(act, x)
         part = type(act).forward(act, x[1:3, ::2])
         return torch.allclose(y[1:3, ::2], part, rtol=1e-5, atol=1e-6) and not torch.equal(y, x)
@@ -227,6 +230,9 @@ def _is_pointwise(act: nn.Module) -> bool:
 
 def _name(act: Callable, approximate: str | None) -> tuple[str, float]:
     """Which of the operator's activations `act` computes, and the error of the product; Skip if none."""
+
+    if isinstance(act, nn.Module):
+        act = sandbox(act)
 
     def function(x):
         # A module's class has the code without the hooks.

@@ -22,6 +22,7 @@ from ...nn.linear import Linear
 from ...nn.quantized_linear import QuantizedLinear
 from ...ops._arguments import autocast_dtype
 from ...ops._registry import _transforms
+from .._isolated import Stand, check_effects, is_trusted, isolated
 from .._logits import Logits
 from .._places import stays
 from .._rule import Fit, Plan, Site, Skip, SourceRule
@@ -206,16 +207,6 @@ class _Head:
         return _Strict.of(self, hidden, self.weight, self.bias)
 
 
-class _Stand:
-    """A module of which some attributes are others. It is in training, and nothing is written to the module."""
-
-    def __init__(self, module: nn.Module, **others: Any):
-        self.__dict__.update(others, training=True, _module=module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
 class _Tail:
     """The statements of a forward from its head to its loss, as functions of (hidden, weight, bias)."""
 
@@ -245,9 +236,11 @@ class _Tail:
             sites = list(loss.SOURCE_RULE.sites(tail))
             tree = replace(tree, sites)
             helpers = {name: helper for site in sites for name, helper in site.helpers.items()}
+        if not is_trusted(source.function):
+            check_effects(tail)
         namespace = source.function.__globals__ | helpers
         exec(compile(ast.fix_missing_locations(ast.Module([tree], [])), "<tail>", "exec"), namespace)
-        return namespace["tail"]
+        return isolated(namespace["tail"])
 
     def error(self, verify: bool) -> float:
         """The largest error in every way in which models call their loss; Skip where it is another one."""
@@ -258,7 +251,7 @@ class _Tail:
         ways: list[dict] = [{}]
         if self.more and self.function is not None:
             ways.append({"num_items_in_batch": torch.tensor(5, dtype=torch.int64, device="cpu")})
-        original = None if self.function is None else self.function.args[0]
+        original = None if self.function is None else isolated(self.function.args[0])
         worst = 0.0
         for dtype in (torch.float32, torch.bfloat16) if verify else (torch.float32,):
             probe = Probes(dtype=dtype)
@@ -280,7 +273,7 @@ class _Tail:
         return worst
 
     def _run(self, dtypes, labels, way, tail, eager, function, hidden, weight, bias):
-        stand = _Stand(self.module, **{self.place.head: _Head(weight, bias, eager)}, loss_function=function)
+        stand = Stand(self.module, **{self.place.head: _Head(weight, bias, eager)}, loss_function=function)
         found = tail(stand, labels=labels, **{_HIDDEN: hidden}, **way)
         dtypes.append(found.dtype)
         # Logits in 16 bits are what the model computes: its loss is as exact as they are.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import functional
+from .._isolated import isolated
 from .._logits import Logits, settled
 from .._rule import Fit, ModuleRule, Plan, Site, Skip, SourceRule, Write
 from .._source import Source, find_source
@@ -180,6 +181,7 @@ def _identify(function: Callable, takes_shifted: bool) -> tuple[bool, float] | S
 
 def _check_function(function: Callable, shift: bool, takes_shifted: bool) -> float:
     """Every way in which models call a loss function, in two dtypes, with gradients."""
+    function = isolated(function)
     name = f"the loss function {getattr(function, '__name__', type(function).__name__)}"
     vocabulary, worst = 37, 0.0
     labels = torch.tensor([[5, 36, -100, 3, 0, 3, 12], [-100, 1, 2, 30, 3, -100, 7]], dtype=torch.int64, device="cpu")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional
+from .._isolated import sandbox
 from .._rule import Fit, ModuleRule, Plan, Skip, Write
 from .._source import find_source
 from .._verify import Probes, compare, doubled, gradients, outputs_only, plain
@@ -133,6 +134,7 @@ def _fingerprint(module: nn.Module) -> tuple:
 
 
 def _identify(module: nn.Module, verify: bool) -> tuple[Norm, float]:
+    module = sandbox(module)
     parameters = {name: p for name, p in module._parameters.items() if p is not None}
     for p in parameters.values():
         if isinstance(p, nn.parameter.UninitializedTensorMixin) or p.is_meta:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional
+from .._isolated import isolated
 from .._rule import Fit, Plan, Site, Skip, SourceRule
 from .._source import Source, call
 from .._verify import Probes, compare, doubled, gradients, outputs_only, plain, undisturbed
@@ -155,22 +156,23 @@ def _decide(function: Callable) -> Rope:
     named = "unsqueeze_dim" in names
     default = parameters["unsqueeze_dim"].default if named else None
     failure = Skip(f"{function.__name__} computes something else")
+    probe = isolated(function)
     for dim in [default] if default in (1, 2) else [1, 2]:
         for interleaved, halves in ((False, False), (True, False), (True, True)):
             rope = Rope(place == 1, named, dim, interleaved, halves)
             try:
-                error = max(_check(function, rope, torch.float32), _check(function, rope, torch.float32, batch=1))
-                error = max(error, _check(function, rope, torch.bfloat16))
+                error = max(_check(probe, rope, torch.float32), _check(probe, rope, torch.float32, batch=1))
+                error = max(error, _check(probe, rope, torch.bfloat16))
             except Exception as reason:  # noqa: BLE001  the function may refuse a layout that is not its own
                 if isinstance(reason, Skip) and "kernel" in str(reason):
                     failure = reason
                 continue
             if named:
-                error = max(error, _check(function, rope._replace(dim=3 - dim), torch.float32))
+                error = max(error, _check(probe, rope._replace(dim=3 - dim), torch.float32))
             _errors[function] = error
-            return rope._replace(partial=_holds(function, rope, torch.float32, rotary=8),
-                                 mixed=_holds(function, rope, torch.bfloat16, angles=torch.float32),
-                                 autocast=_autocast_keeps_dtype(function, rope))  # fmt: skip
+            return rope._replace(partial=_holds(probe, rope, torch.float32, rotary=8),
+                                 mixed=_holds(probe, rope, torch.bfloat16, angles=torch.float32),
+                                 autocast=_autocast_keeps_dtype(probe, rope))  # fmt: skip
     raise failure
 
 
