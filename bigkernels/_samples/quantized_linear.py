@@ -19,8 +19,10 @@ class _WeightSample(Sample):
     def call(self, inputs: dict[str, Tensor]) -> Tensor:
         config, n = named(self.options["config"]), self.options["n"]
         x = inputs["x"]
-        tensors = {name: t for name, t in inputs.items() if name not in ("x", "bias")}
-        weight = QuantizedWeight(config, (n, x.shape[-1]), x.dtype, tensors)
+        shape = n, x.shape[-1]
+        # As they are stored, also among inputs that were widened to float64.
+        tensors = {name: inputs[name].to(dtype) for name, (_, dtype) in config.layout(shape).items()}
+        weight = QuantizedWeight(config, shape, x.dtype, tensors)
         return functional.quantized_linear(x, weight, inputs.get("bias"))
 
 
