@@ -251,20 +251,26 @@ def sees_plain_alone(*tensors: Tensor | None) -> bool:
 
 def writes_graph() -> bool:
     """Whether `make_fx` or what is made of it, as `torch.export`, notes the operations."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    if not _modes._is_in_torch_dispatch_mode:
+        return False
+    key = torch._C._TorchDispatchModeKey.PROXY  # `torch.export` notes what is above autograd
+    return torch._C._get_dispatch_mode(key) is not None or torch._ops._get_dispatch_mode_pre_dispatch(key) is not None
 
 
 def _in_graph_without_gradients(*tensors: Tensor | None) -> bool:
     return needs_grad(*tensors) and writes_graph()
 
 
-def is_readable(t: Tensor) -> bool:
-    """Whether the values of a tensor may be read by the host: they are there, at no cost, and no graph is made of what
-    is done to them.
-    """
-    if not t.is_cpu or torch.compiler.is_compiling() or type(t) not in (Tensor, torch.nn.Parameter):
+def has_values(t: Tensor) -> bool:
+    """Whether the values of a tensor are there to be read, and no graph is made of what is done to them."""
+    if torch.compiler.is_compiling() or type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta:
         return False
     return _transforms() is None and not _is_jit_tracing() and not writes_graph()
+
+
+def is_readable(t: Tensor) -> bool:
+    """`has_values`, where it costs the host no waiting."""
+    return t.is_cpu and has_values(t)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

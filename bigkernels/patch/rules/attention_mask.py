@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ops._registry import has_values, is_readable
 from .._rule import Fit, Plan, Site, Skip, SourceRule
 from .._source import Source, find_source
 
@@ -173,7 +174,7 @@ def _structure(
 ) -> Structure | None:  # fmt: skip
     """What a builder's arguments describe; None where a dense mask is as good or the only way."""
     if isinstance(q_offset, Tensor):
-        if not q_offset.is_cpu or q_offset.numel() != 1:
+        if not is_readable(q_offset) or q_offset.numel() != 1:
             return None  # reading it would wait for the device
         q_offset = int(q_offset)
     if q_length == 1 or not (attention_mask is None or _is_padding(attention_mask, batch_size)):
@@ -187,6 +188,8 @@ def _structure(
     last = q_offset - kv_offset + q_length  # one after the key at the last query's place
     used = last if right == 0 else kv_length
     if used > kv_length or q_offset < kv_offset or ((left, right) != (-1, -1) and last != used):
+        return None
+    if sequences is not None and not has_values(sequences):
         return None
     if sequences is not None and (sequences.shape != (batch_size, q_length) or (q_offset, kv_length) != (0, q_length)):
         return None
@@ -209,7 +212,7 @@ def _structure(
 
 
 def _is_padding(mask: Any, batch: int) -> bool:
-    return type(mask) is Tensor and mask.dim() == 2 and mask.shape[0] == batch and mask.dtype == torch.bool
+    return isinstance(mask, Tensor) and has_values(mask) and mask.dim() == 2 and mask.shape[0] == batch and mask.dtype == torch.bool
 
 
 def _read(function: Any) -> tuple[int, int, Tensor | None] | None:
@@ -259,6 +262,8 @@ def _holds(structure: Structure, function: Callable, q_offset: int, kv_offset: i
         index = torch.arange(batch, device=device, dtype=torch.int64)[:, None, None, None]
         theirs = function(index, index.new_zeros(1, 1, 1, 1), (rows + q_offset)[:, None], keys[None, :])
         ours = replace(structure, padding=None).visible(rows)
+        if not has_values(theirs):
+            return False
         if not torch.equal(*torch.broadcast_tensors(ours, theirs)):
             return False
         _agreed.add(kind)
