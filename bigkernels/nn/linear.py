@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops._arguments import autocast_dtype
-from ..ops._registry import needs_grad
+from ..ops._registry import has_values, needs_grad
 from ..ops.linear import linear, pack_weight, packed_linear
 
 _FEW = 16  # tokens up to which the kernel reads the weight as it is
@@ -63,7 +63,7 @@ def forget_packed(weight: Tensor) -> None:
 
 def _packed_of(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
     copies = _packed.get(weight)
-    if copies is None or weight.dim() != 2 or not weight.numel():
+    if copies is None or weight.dim() != 2 or not weight.numel() or not has_values(weight):
         return None
     key = weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype
     held = copies.get(dtype)

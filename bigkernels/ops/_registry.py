@@ -249,6 +249,11 @@ def sees_plain_alone(*tensors: Tensor | None) -> bool:
     return _is_jit_tracing() or (_modes._is_in_torch_dispatch_mode and _in_graph_without_gradients(*tensors))
 
 
+def is_watched() -> bool:
+    """Whether something follows each operation, so that results of earlier calls mean nothing to it."""
+    return _transforms() is not None or _is_jit_tracing() or _modes._is_in_torch_dispatch_mode
+
+
 def writes_graph() -> bool:
     """Whether `make_fx` or what is made of it, as `torch.export`, notes the operations."""
     if not _modes._is_in_torch_dispatch_mode:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops._registry import is_watched
 from ..ops.quantized_linear import dequantize_rows
 from ._format import Format, Operands, named
 
-_transforms = torch._C._functorch.peek_interpreter_stack
 _AT_ONCE = 2**22  # elements: float32 copies and what the formats make of them stay small
 
 
@@ -34,7 +34,7 @@ class QuantizedWeight:
 
     def operands(self) -> Operands:
         """What `quantized_linear` reads; made once as long as the stored tensors stay what they are."""
-        if torch.compiler.is_dynamo_compiling() or _transforms() is not None:
+        if torch.compiler.is_dynamo_compiling() or is_watched():
             return self.config.operands(self.tensors)
         held = self._read
         if held is not None and all(map(_Seen.holds, held[0], self.tensors.values())):

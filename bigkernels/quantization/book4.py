@@ -6,6 +6,7 @@ bitsandbytes, and so are codes and scales where a row is a whole number of block
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -100,11 +101,11 @@ class NF4(Format):
 
     def operands(self, tensors: dict[str, Tensor]) -> Operands:
         codes = tensors["codes"]
-        book = torch.tensor(self.values, dtype=torch.float32, device=codes.device)
+        book = _beside(codes, self.values)
         scale = tensors.get("scale")
         if scale is None:
             inner = tensors["scale_codes"]
-            values = torch.tensor(DYNAMIC_BOOK, dtype=torch.float32, device=codes.device)[inner.flatten().long()]
+            values = _beside(codes, DYNAMIC_BOOK)[inner.flatten().long()]
             outer = tensors["scale_scale"].repeat_interleave(_SCALES_A_BLOCK)[: inner.numel()]
             scale = (values * outer + tensors["scale_offset"]).view(inner.shape)
         return codes, scale, None, None, book, self.block_size
@@ -116,6 +117,13 @@ class FP4(NF4):
 
     name: ClassVar[str] = "fp4"
     values: ClassVar[tuple[float, ...]] = tuple(v / 12 for v in _FP4) + tuple(-v / 12 for v in _FP4)
+
+
+def _beside(t: Tensor, values: tuple[float, ...]) -> Tensor:
+    """A codebook on the device of a tensor, and as fake as that."""
+    mode = getattr(t, "fake_mode", None)
+    with nullcontext() if mode is None else mode:
+        return torch.tensor(values, dtype=torch.float32, device=t.device)
 
 
 def _nearest(x: Tensor, values: tuple[float, ...]) -> Tensor:

@@ -212,7 +212,9 @@ def _structure(
 
 
 def _is_padding(mask: Any, batch: int) -> bool:
-    return isinstance(mask, Tensor) and has_values(mask) and mask.dim() == 2 and mask.shape[0] == batch and mask.dtype == torch.bool
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.dtype != torch.bool:
+        return False
+    return mask.shape[0] == batch and has_values(mask)
 
 
 def _read(function: Any) -> tuple[int, int, Tensor | None] | None:
