@@ -1,4 +1,4 @@
-"""Gradients by autograd of an operator's reference: for raw operators without a kernel, and for derivatives of gradients.
+"""Gradients by autograd of an operator's reference: where there is no kernel, and for derivatives of gradients.
 
 A backward kernel is no part of a graph: what it returns is a constant to autograd, and a batch of upstream gradients is
 none to it. Where something looks at the operations of backward (`create_graph=True`, as gradient penalties and Hessian
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ._registry import _forward_ad, _is_dynamo_compiling, _transforms
-
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # what `is_grads_batched` makes
 

@@ -15,10 +15,11 @@ from bigkernels._samples import SAMPLES, Sample, widen
 from bigkernels.ops import _derivatives
 
 # What the reference does in another way, beside one plain call of each operator.
-CHOSEN = ("residual", "offset and residual", "float32 weight", "bias alone", "interleaved, partial", "gelu_tanh, extreme",
-          "class weight", "token weight, none", "softcap", "focal", "everything", "bias", "mask and causal", "sinks",
-          "nothing seen", "dropout and bias", "lse", "empty sequences", "one dimension", "no tokens", "no queries",
-          "int8-dynamic, one token", "int4, one token", "scale", "strided rows", "label smoothing")  # fmt: skip
+CHOSEN = ("residual", "offset and residual", "float32 weight", "bias alone", "interleaved, partial",
+          "gelu_tanh, extreme", "class weight", "token weight, none", "softcap", "focal", "everything", "bias",
+          "mask and causal", "sinks", "nothing seen", "dropout and bias", "lse", "empty sequences", "one dimension",
+          "no tokens", "no queries", "int8-dynamic, one token", "int4, one token", "scale", "strided rows",
+          "label smoothing")  # fmt: skip
 TRAINED = {op: [s for s in samples if s.differentiable] for op, samples in SAMPLES.items()}
 PLAIN = [samples[0] for samples in TRAINED.values() if samples]
 ALL = PLAIN + [s for samples in TRAINED.values() for s in samples[1:] if s.name in CHOSEN]
@@ -187,8 +188,8 @@ HEADS = {
     "cross entropy a token": lambda h, w, t: functional.linear_cross_entropy(
         h, w, t, softcap=3.0, label_smoothing=0.1, reduction="none").square().sum(),
     "log probabilities": lambda h, w, t: functional.linear_logprobs(h, w, t, temperature=0.7, entropy=True)[0].sum(),
-    "distillation": lambda h, w, t: functional.linear_distillation(h, w, t, teacher_logits=h.detach() @ w.detach().T + 1,
-                                                                    temperature=2.0, alpha=0.5, divergence="jsd"),
+    "distillation": lambda h, w, t: functional.linear_distillation(
+        h, w, t, teacher_logits=h.detach() @ w.detach().T + 1, temperature=2.0, alpha=0.5, divergence="jsd"),
     "distillation a token": lambda h, w, t: functional.linear_distillation(
         h, w, teacher_hidden=h.detach().cos(), teacher_weight=w.detach(), reduction="none").square().sum(),
 }  # fmt: skip
@@ -214,13 +215,22 @@ def test_losses_over_a_vocabulary(name: str, backend: str | None, library):
         torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
-def test_a_class_weight_written_before_the_second_derivative_is_an_error(library):
-    h, w, t = torch.randn(7, 16, requires_grad=True), torch.randn(33, 16), torch.randint(33, (7,))
-    weight = torch.rand(33)
-    loss = functional.linear_cross_entropy(h, w, t, softcap=3.0, label_smoothing=0.1, class_weight=weight)
-    weight.fill_(0)
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "label_smoothing": 0.1}], ids=str)
+def test_constants_written_before_the_second_derivative(options, library):
+    """Labels are those of forward; other constants must be the same."""
+    h, w, t = torch.randn(7, 16), torch.randn(33, 16), torch.randint(33, (7,))
+
+    def product(change):
+        x, target, of_class = h.clone().requires_grad_(), t.clone(), torch.rand(33)
+        loss = functional.linear_cross_entropy(x, w, target, class_weight=of_class.fill_(0.5), **options)
+        change(target, of_class)
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    expected = product(lambda target, of_class: None)
+    assert torch.equal(product(lambda target, of_class: target.fill_(0)), expected)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(loss, h, create_graph=True)
+        product(lambda target, of_class: of_class.fill_(1.0))
 
 
 def test_the_forced_reference_makes_all_logits(library, monkeypatch):
