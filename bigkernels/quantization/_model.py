@@ -13,6 +13,7 @@ from ._format import Format
 from ._layers import rows
 from ._report import QuantizeReport, Row
 from ._select import Chosen, places, put, select
+from ._ties import name_codes, name_weights
 from ._weight import QuantizedWeight, quantize_weight
 from .qat import plain_kind
 
@@ -137,6 +138,7 @@ def quantize(
     for module in model.modules():
         if isinstance(module, Quantized):
             module._among_trained = trained
+    name_codes(model, {path: _stored(c) for members in selection.shared for c in members for path in c.paths})
     order = selection.order
     for listed in (report.quantized, report.skipped):
         listed.sort(key=lambda row: order.get(row.path, order.get(row.path.rpartition(".")[0], 0)))
@@ -174,6 +176,7 @@ def dequantize(model: nn.Module) -> None:
                 made.weight = weight
         found.append((module, made.weight))
         put(model, paths, made)
+    name_weights(model)
 
 
 def refresh(model: nn.Module) -> None:
@@ -192,6 +195,10 @@ def refresh(model: nn.Module) -> None:
         for p in module._parameters.values():
             if p is not None:
                 forget_packed(p)
+
+
+def _stored(chosen: Chosen) -> tuple[str, ...]:
+    return tuple(chosen.config.blind().layout(tuple(chosen.module.weight.shape)))
 
 
 def _set_parameter(model: nn.Module, path: str, weight: nn.Parameter) -> None:

@@ -130,6 +130,50 @@ def test_transformers_saves_and_ties_them(tie: bool, options: dict, name: str, t
     assert torch.equal(fresh(IDS).logits, expected)
 
 
+@pytest.mark.parametrize("kind", ["Bert", "T5"])
+def test_heads_with_other_names(kind: str, tmp_path):
+    """BERT ties biases beside the weights; T5 has the table under three names."""
+    from safetensors.torch import load_file
+
+    tf = pytest.importorskip("transformers")
+
+    def make() -> nn.Module:
+        if kind == "T5":
+            config = tf.T5Config(vocab_size=50, d_model=64, d_ff=96, num_layers=1, num_heads=4, d_kv=16,
+                                 decoder_start_token_id=0, pad_token_id=0)  # fmt: skip
+            return tf.T5ForConditionalGeneration(config).eval()
+        config = tf.BertConfig(vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+                               num_attention_heads=4)  # fmt: skip
+        return tf.BertForMaskedLM(config).eval()
+
+    def run(model: nn.Module) -> torch.Tensor:
+        return model(input_ids=IDS, **({"decoder_input_ids": IDS} if kind == "T5" else {})).logits.detach()
+
+    model = make()
+    plain = dict(model._tied_weights_keys)
+    bigkernels.quantize(model, "nf4", **ALL)
+    expected = run(model)
+    model.tie_weights()
+    copied = copy.deepcopy(model)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert len(state) < len(model.state_dict())
+    for assign in (False, True):
+        fresh = make()
+        bigkernels.quantize(fresh, "nf4", **ALL)
+        assert not torch.equal(run(fresh), expected)
+        assert not fresh.load_state_dict(state, strict=False, assign=assign).unexpected_keys
+        fresh.tie_weights()
+        assert torch.equal(run(fresh), expected)
+    for each in (model, copied):
+        assert torch.equal(run(each), expected)
+        bigkernels.dequantize(each)
+        assert each._tied_weights_keys == plain and "_tied_weights_keys" not in each.__dict__
+        each.tie_weights()
+        assert each.get_output_embeddings().weight is each.get_input_embeddings().weight
+        torch.testing.assert_close(run(each), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_transformers_resizes_what_is_plain():
     """A quantized table is refused by name; a plain one beside quantized layers is resized."""
     model = llama(True)
