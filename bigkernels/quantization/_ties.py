@@ -1,7 +1,7 @@
 """What models of transformers know of weights that are tied, where these are codes.
 
-Such a model lists the names of its tied weights (`_tied_weights_keys`); `tie_weights` looks them up among parameters and
-buffers, and `save_pretrained` leaves the second of two names out. Codes have other names.
+Such a model lists the names of its tied weights (`_tied_weights_keys`); `tie_weights` looks these up among parameters
+and buffers, and `save_pretrained` leaves the second of two names out. Codes have other names.
 """
 
 from __future__ import annotations
