@@ -13,12 +13,15 @@ import torch
 
 from ._load import cpu_library
 
-__all__ = ["Peak", "Pool", "PoolStats", "peak", "pool"]
+__all__ = ["Peak", "Pool", "PoolStats", "limit_workspaces", "peak", "pool", "release_workspaces", "workspaces"]
 
 torch.library.define("bigkernels::pool_on", "(int limit, bool huge_pages) -> str")
 torch.library.define("bigkernels::pool_off", "() -> ()")
 torch.library.define("bigkernels::pool_trim", "() -> int")
 torch.library.define("bigkernels::pool_stats", "() -> (int, int, int, int, int, int, int)")
+torch.library.define("bigkernels::workspaces_kept", "() -> int")
+torch.library.define("bigkernels::release_workspaces", "() -> int")
+torch.library.define("bigkernels::limit_workspaces", "(int nbytes) -> int")
 
 _UNLIMITED = 2**62
 _TRIED = 1 << 20  # bytes of a tensor that shows whether the pool serves torch; above the pool's smallest block
@@ -182,6 +185,38 @@ def _set(settings: tuple[int, bool] | None) -> str | None:
 def _blocks() -> int:
     *_, hits, misses, _ = torch.ops.bigkernels.pool_stats()
     return hits + misses
+
+
+def workspaces() -> int:
+    """Bytes that operators on CPU keep for their next call: each thread up to two workspaces of at most 64 MB, all
+    threads together 512 MB, or what `limit_workspaces` says. Fresh memory would be paid for in page faults, call by
+    call."""
+    return torch.ops.bigkernels.workspaces_kept() if cpu_library().reason is None else 0
+
+
+def release_workspaces() -> int:
+    """Give the memory of workspaces that no call uses back, of all threads, and return how many bytes. The next calls
+    make new ones."""
+    return torch.ops.bigkernels.release_workspaces() if cpu_library().reason is None else 0
+
+
+def limit_workspaces(nbytes: int) -> int:
+    """Keep at most so many bytes of workspaces between calls, of all threads together; 0 keeps none. A call has what it
+    needs in any case.
+
+    Returns:
+        The limit before, in bytes.
+
+    Raises:
+        TypeError, ValueError: it is no integer, or negative.
+    """
+    if isinstance(nbytes, bool) or not isinstance(nbytes, int):
+        raise TypeError(f"memory.limit_workspaces: nbytes must be an int, got {nbytes!r}")
+    if nbytes < 0:
+        raise ValueError(f"memory.limit_workspaces: nbytes must not be negative, got {nbytes}")
+    if cpu_library().reason is not None:
+        return 0
+    return torch.ops.bigkernels.limit_workspaces(min(nbytes, _UNLIMITED))
 
 
 class Peak:

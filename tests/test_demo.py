@@ -53,6 +53,12 @@ def test_formats_are_compared(tiny, tmp_path, monkeypatch, capsys):
     assert all((row["quantized"] > 0) == (name not in chosen[:2]) for name, row in rows.items())
 
 
+def test_decoding_is_timed_within_one_generation(tiny):
+    """Not as the difference of two, which may be negative on a busy machine."""
+    times = formats._decode(tiny.model, tiny.prompt, 4)
+    assert len(times) == 4 and times == sorted(times)
+
+
 def options(*arguments: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import bigkernels
+from bigkernels import memory
 from bigkernels.memory import PoolStats, peak
 
 MB = 1 << 20
@@ -436,3 +438,118 @@ class TestPeak:
     def test_other_devices_are_refused(self):
         with pytest.raises(ValueError, match=r"memory\.peak: device"), peak("meta"):
             pass
+
+
+# ---- workspaces ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def attend(library):
+    """A call with a workspace, in this thread; no workspace is there before or after."""
+    from bigkernels import functional
+
+    memory.release_workspaces()
+    before = memory.limit_workspaces(512 << 20)
+    q, k, v = torch.randn(3, 1, 2, 64, 64)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    def run() -> None:
+        torch.testing.assert_close(functional.attention(q, k, v), expected)
+
+    yield run
+    memory.limit_workspaces(before)
+    memory.release_workspaces()
+
+
+def test_workspaces_are_kept_and_released(attend):
+    assert memory.workspaces() == 0
+    attend()
+    kept = memory.workspaces()
+    assert kept > 0
+    attend()
+    assert memory.workspaces() == kept
+    assert memory.release_workspaces() == kept and memory.workspaces() == 0
+    attend()
+    assert memory.workspaces() == kept
+
+
+def test_workspaces_have_a_limit(attend):
+    assert memory.limit_workspaces(0) == 512 << 20
+    for _ in range(2):
+        attend()
+        assert memory.workspaces() == 0
+    assert memory.limit_workspaces(1 << 30) == 0
+    attend()
+    assert memory.workspaces() > 0
+    memory.limit_workspaces(1)
+    assert memory.workspaces() == 0
+
+
+def test_workspaces_of_other_threads(attend):
+    """They are released from any thread, while calls run; a thread that ends takes its own along."""
+    stop, errors = threading.Event(), []
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        try:
+            while not stop.is_set():
+                attend()
+        except BaseException as e:  # noqa: BLE001
+            errors.append(e)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for t in threads:
+        t.start()
+    for _ in range(50):
+        memory.release_workspaces()
+    stop.set()
+    for t in threads:
+        t.join()
+    assert not errors
+    memory.release_workspaces()
+    assert memory.workspaces() == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_workspaces_after_a_fork(attend):
+    """The child has those of its own thread, and not of threads that it does not have."""
+    held, stop = threading.Event(), threading.Event()
+
+    def other() -> None:
+        torch.set_num_threads(1)
+        attend()
+        held.set()
+        stop.wait()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    attend()
+    own = memory.workspaces()
+    thread = threading.Thread(target=other)
+    thread.start()
+    held.wait()
+    try:
+        assert memory.workspaces() == 2 * own
+        pid = os.fork()
+        if pid == 0:
+            try:
+                good = memory.workspaces() == own
+                again = threading.Thread(target=attend)
+                again.start()
+                again.join()
+                good = good and memory.release_workspaces() == own and memory.workspaces() == 0
+                attend()
+                os._exit(0 if good else 1)
+            finally:
+                os._exit(99)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        stop.set()
+        thread.join()
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("nbytes", "error"), [(1.5, TypeError), (True, TypeError), (-1, ValueError)])
+def test_limits_of_workspaces_are_checked(nbytes, error):
+    with pytest.raises(error, match="limit_workspaces"):
+        memory.limit_workspaces(nbytes)

@@ -29,7 +29,9 @@ def checkpoint(fn: Callable, *args: Any, policy: str | Policy = "recompute", **k
 
     As `torch.utils.checkpoint.checkpoint` without reentrance: any arguments and results, regions within regions, inputs
     and parameters with and without gradients, autocast and the random number generators as they were, and no work after
-    the last tensor that backward needs. `fn` must do the same each time. With "recompute", "selective" and "offload"
+    the last tensor that backward needs. Buffers of modules that `fn` is, is of, is given or closes over move once, and
+    `fn` runs again with what they were: statistics of batch norms, power iterations. `fn` must do the same each time.
+    With "recompute", "selective" and "offload"
     the gradients are, bit for bit, those of a plain call.
 
     Args:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ._buffers import Buffers
+
 _surrounding_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _backward_pass = torch._C._current_graph_task_id
 
@@ -198,6 +200,7 @@ class Region:
         self.made_in = None  # the backward pass that they are of
 
     def run(self, args: tuple, kwargs: dict) -> Any:
+        self.buffers = Buffers(self.fn, args)
         self.inputs = Inputs(args, kwargs, self.hooks)
         self.surroundings = self.inputs.surroundings
         with saved_tensors_hooks(self._pack, self._unpack):
@@ -207,6 +210,7 @@ class Region:
                 with self.forward():
                     out = self.fn(*args, **kwargs)
         self.surroundings.entered()
+        self.buffers.ended()
         self.watch = None
         return out
 
@@ -231,13 +235,17 @@ class Region:
         collector = _Collector(self.seen)
         args, kwargs = self.inputs.get()
         hooks = saved_tensors_hooks(collector.pack, _itself)
-        if self.again is None and self.surroundings.hold():  # as below, without a stack of nothing
+        if (
+            self.again is None and not self.buffers.before and self.surroundings.hold()
+        ):  # as below, without a stack of nothing
             with torch.enable_grad(), hooks:
                 if self._stopped(args, kwargs):
                     return collector.made
         else:
             with ExitStack() as stack:
                 self.surroundings.restore(stack)
+                if self.buffers.before:
+                    stack.enter_context(self.buffers.restored())
                 stack.enter_context(torch.enable_grad())
                 if self.again is not None:
                     stack.enter_context(self.again())

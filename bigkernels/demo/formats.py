@@ -132,11 +132,10 @@ def compare(given: Input, args: argparse.Namespace) -> list[Row]:
         for number in range(-1, args.rounds):  # the first does not count
             for row in rows:
                 seconds = _seconds(_prefill(models[row.name], prompt))
-                taken = _seconds(_decode(models[row.name], start, args.tokens))
-                first = _seconds(_decode(models[row.name], start, 1))
+                times = _decode(models[row.name], start, args.tokens)
                 if number >= 0:
                     row.prefill.append(prompt.numel() / seconds)
-                    row.decode.append((args.tokens - 1) / (taken - first))
+                    row.decode.append((len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0)
         for row in rows:
             held = {t.data_ptr(): t.nbytes for t in (*models[row.name].parameters(), *models[row.name].buffers())}
             row.peak = sum(held.values()) + extra_peak(_prefill(models[row.name], prompt), "cpu")
@@ -151,14 +150,20 @@ def _prefill(model: nn.Module, ids: Tensor) -> Callable[[], object]:
     return step
 
 
-def _decode(model: nn.Module, ids: Tensor, tokens: int) -> Callable[[], object]:
-    options = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
+def _decode(model: nn.Module, ids: Tensor, tokens: int) -> list[float]:
+    """When each new token was there: from the first on, nothing but decoding."""
+    from transformers import StoppingCriteriaList
 
-    def step() -> object:
-        with torch.inference_mode():
-            return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    times = []
 
-    return step
+    def note(ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        times.append(time.perf_counter())
+        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+
+    with torch.inference_mode():
+        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens,
+                       min_new_tokens=tokens, stopping_criteria=StoppingCriteriaList([note]))  # fmt: skip
+    return times
 
 
 def _seconds(step: Callable[[], object]) -> float:

@@ -2,10 +2,15 @@
 #include <bigkernels/pool.h>
 #include <bigkernels/stable.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <string>
 #include <utility>
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -28,27 +33,97 @@ namespace {
 
 constexpr int64_t kKept = int64_t{64} << 20;  // larger ones go back to the system
 
-// The workspaces of a thread that no call uses: two, as a call may hold one while another one works.
+// Bytes of all idle workspaces, and how many there may be.
+std::atomic<int64_t> kept{0}, most_kept{int64_t{512} << 20};
+// The workspaces of a thread that no call uses: two, as a call may hold one while another one works. The lock is taken by
+// the thread itself, and by another one only to free them.
 struct Idle {
   struct Block {
     void* data = nullptr;
     int64_t size = 0;
   } blocks[2];
-  ~Idle() {
-    for (Block& b : blocks) std::free(b.data);
+  std::mutex mutex;
+  Idle *before = nullptr, *after = nullptr;  // of all threads
+
+  Idle();
+  ~Idle();
+  int64_t release() {
+    std::lock_guard<std::mutex> lock(mutex);
+    int64_t freed = 0;
+    for (Block& b : blocks) {
+      std::free(b.data);
+      freed += b.size;
+      b = {};
+    }
+    kept.fetch_sub(freed, std::memory_order_relaxed);
+    return freed;
   }
 };
+
+struct Threads {
+  std::mutex mutex;
+  Idle* first = nullptr;
+};
+thread_local Idle* own = nullptr;
+
+void after_fork(Threads& t);
+
+// Never destroyed: threads end after it would be.
+Threads& threads() {
+  static Threads* const made = [] {
+    auto t = new Threads;
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork([] { threads().mutex.lock(); }, [] { threads().mutex.unlock(); }, [] { after_fork(threads()); });
+#endif
+    return t;
+  }();
+  return *made;
+}
+
+// The other threads are not in the child, and their memory there may become that of new ones.
+void after_fork(Threads& t) {
+  t.first = own;
+  int64_t mine = 0;
+  if (own) {
+    own->before = own->after = nullptr;
+    for (const Idle::Block& b : own->blocks) mine += b.size;
+  }
+  kept.store(mine, std::memory_order_relaxed);
+  t.mutex.unlock();
+}
+
+Idle::Idle() {
+  own = this;
+  std::lock_guard<std::mutex> lock(threads().mutex);
+  after = threads().first;
+  if (after) after->before = this;
+  threads().first = this;
+}
+Idle::~Idle() {
+  own = nullptr;
+  release();
+  std::lock_guard<std::mutex> lock(threads().mutex);
+  (before ? before->after : threads().first) = after;
+  if (after) after->before = before;
+}
 thread_local Idle idle;
 
 }  // namespace
 
 Scratch::Scratch(int64_t bytes) : data_(nullptr), size_(0) {
-  for (Idle::Block& b : idle.blocks)
-    if (b.size >= bytes && (!data_ || b.size < size_)) {
-      std::swap(b.data, data_);
-      std::swap(b.size, size_);
-    }
-  if (data_) return;
+  Idle& mine = idle;
+  {
+    std::lock_guard<std::mutex> lock(mine.mutex);
+    for (Idle::Block& b : mine.blocks)
+      if (b.size >= bytes && (!data_ || b.size < size_)) {
+        std::swap(b.data, data_);
+        std::swap(b.size, size_);
+      }
+  }
+  if (data_) {
+    kept.fetch_sub(size_, std::memory_order_relaxed);
+    return;
+  }
   size_ = (bytes + 4095) / 4096 * 4096;
   data_ = std::aligned_alloc(4096, size_);
   STD_TORCH_CHECK(data_, "bigkernels: no memory for a workspace of ", size_, " bytes");
@@ -56,13 +131,33 @@ Scratch::Scratch(int64_t bytes) : data_(nullptr), size_(0) {
 }
 
 Scratch::~Scratch() {
-  if (size_ <= kKept)
-    for (Idle::Block& b : idle.blocks)
+  if (size_ <= kKept && kept.load(std::memory_order_relaxed) + size_ <= most_kept.load(std::memory_order_relaxed)) {
+    int64_t size = size_;
+    Idle& mine = idle;
+    std::lock_guard<std::mutex> lock(mine.mutex);
+    for (Idle::Block& b : mine.blocks)
       if (b.size < size_) {  // the larger ones stay
         std::swap(b.data, data_);
         std::swap(b.size, size_);
       }
+    kept.fetch_add(size - size_, std::memory_order_relaxed);
+  }
   std::free(data_);
+}
+
+int64_t workspaces_kept() { return kept.load(std::memory_order_relaxed); }
+
+int64_t release_workspaces() {
+  std::lock_guard<std::mutex> lock(threads().mutex);
+  int64_t freed = 0;
+  for (Idle* i = threads().first; i; i = i->after) freed += i->release();
+  return freed;
+}
+
+int64_t limit_workspaces(int64_t bytes) {
+  int64_t before = most_kept.exchange(bytes, std::memory_order_relaxed);
+  if (workspaces_kept() > bytes) release_workspaces();
+  return before;
 }
 
 VectorView::VectorView(const char* op, const char* name, const MaybeTensor& t, int64_t size, float offset) {

@@ -1,4 +1,4 @@
-// bigkernels.memory.pool: the switch and the counters of csrc/cpu/pool.cpp.
+// bigkernels.memory: the switch and the counters of csrc/cpu/pool.cpp, and the workspaces that operators keep.
 #include <bigkernels/pool.h>
 #include <bigkernels/stable.h>
 
@@ -29,6 +29,9 @@ STABLE_TORCH_LIBRARY_IMPL(bigkernels, CompositeExplicitAutograd, m) {
   m.impl("pool_off", TORCH_BOX(&off));
   m.impl("pool_trim", TORCH_BOX(&trim));
   m.impl("pool_stats", TORCH_BOX(&stats));
+  m.impl("workspaces_kept", TORCH_BOX(&workspaces_kept));
+  m.impl("release_workspaces", TORCH_BOX(&release_workspaces));
+  m.impl("limit_workspaces", TORCH_BOX(&limit_workspaces));
 }
 
 }  // namespace bigkernels

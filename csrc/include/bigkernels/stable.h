@@ -232,6 +232,12 @@ class Scratch {
   int64_t size_;
 };
 
+// Bytes of the workspaces that no call uses, of all threads; free them, and return how many; keep at most so many from
+// here on, and return how many there might be.
+int64_t workspaces_kept();
+int64_t release_workspaces();
+int64_t limit_workspaces(int64_t bytes);
+
 // f(i) for i in [0, count), each on the first thread that is free: for work of uneven size. What f computes must not
 // depend on the thread.
 template <class F>
