@@ -14,7 +14,7 @@ _inside: list[object] = []
 
 
 class Running:
-    """A block that the interpreter waits for at its end; other threads than the main one end where they enter it then."""
+    """A block that the interpreter's end waits for; then other threads than the main one end where they enter it."""
 
     def __enter__(self) -> None:
         # In this order: either the end waits for this, or this knows of the end.

@@ -36,7 +36,8 @@ class Muon(Optimizer):
         ns_steps: how many.
         adjust_lr_fn: "original" (also None) multiplies lr with sqrt(max(1, rows / columns)), "match_rms_adamw"
             (Moonshot, https://arxiv.org/abs/2502.16982) with 0.2 sqrt(max(rows, columns)), so that AdamW's lr and decay
-            fit.
+            fit, "spectral_unclamped" (Bernstein, https://jeremybernste.in/writing/deriving-muon, as torch 2.14) with
+            sqrt(rows / columns).
         maximize: ascend.
         use_muon: None for the rule above, or True or False for a whole group.
         adamw_lr: learning rate of the other parameters; None: `lr`. Where `lr` is 0 they stand still as well, as
@@ -71,7 +72,7 @@ class Muon(Optimizer):
             raise ValueError(f"{name}: ns_coefficients are {o['ns_coefficients']!r}; accepted are three numbers")
         if not 0 <= o["ns_steps"] < 100:
             raise ValueError(f"{name}: ns_steps is {o['ns_steps']!r}; accepted are 0 to 99")
-        if o["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
+        if o["adjust_lr_fn"] not in (None, "original", "match_rms_adamw", "spectral_unclamped"):
             raise ValueError(f"{name}: Adjust learning rate function {o['adjust_lr_fn']} is not supported")
         for p in o["params"]:
             if o["use_muon"] and p.dim() not in (2, 3):

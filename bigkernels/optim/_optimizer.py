@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from .._exit import Running
-from ..ops import _registry
 from ..ops import optimizer as ops
-from ..ops._registry import compute_dtype, log
+from ..ops._registry import compute_dtype
 from . import _formats, _norm, _plan
 from ._plan import Entry, Plan, cut, dense, gathered, local, placed, shaped
 from ._reference import RULES, Rule, trust_ratio
@@ -29,6 +28,8 @@ _FORMATS = ("state_dtype", "rounding")
 _STATEFUL = ("amsgrad", "momentum", "centered")
 # What torch.optim's classes take and these have no use for.
 _OF_TORCH = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
+
+
 class Optimizer(States):
     """A torch optimizer whose step is one pass over memory.
 
@@ -52,6 +53,13 @@ class Optimizer(States):
 
     Gradients may have another dtype than their parameter. Parameters may have any strides; a view is updated inside the
     view only.
+
+    Groups, options, parameters and states may be edited between steps, by assignment or in place, as those of torch's
+    optimizers: each step looks at what there is. The options decide which states count. One that they no longer ask for
+    is kept as it is, and goes on from there when they ask for it again; but a remainder of "kahan" is dropped, as it is
+    of no use once the parameter has moved without it, and one of a parameter that was cast to float32 becomes part of
+    it. States in another dtype, on another device or in other strides are converted. RuntimeError for those of another
+    shape, as for gradients.
     """
 
     _takes_sparse = False
@@ -153,7 +161,10 @@ class Optimizer(States):
 
         Raises:
             RuntimeError: a gradient is sparse and the optimizer has no rule for that.
-            ValueError: `divisor` is not positive, or a group was given options out of their range.
+            RuntimeError: a gradient or a state has another shape than its parameter, or its memory was given back;
+                nothing has been stepped then.
+            ValueError: `divisor` is not positive, a step counter is no whole number from 0 on, or a group was given
+                options out of their range.
         """
         loss = None
         if closure is not None:
@@ -308,8 +319,9 @@ class Optimizer(States):
     def averaged(self) -> Iterator[None]:
         """The averaged weights in the parameters' place while the block runs, for evaluation and for saving.
 
-        The parameters are kept in a copy meanwhile, and come back exactly. Parameters without `ema_decay`, or that have
-        not taken a step, stay as they are. Steps inside the block raise RuntimeError.
+        The parameters are kept in a copy meanwhile, and come back exactly. Parameters that never had an `ema_decay`, or
+        have not taken a step, stay as they are; where it was switched off, the average is that of then. Steps inside
+        the block raise RuntimeError.
         """
         kept = [(p, self.state[p]) for p, _ in self._all() if isinstance(self.state.get(p), dict)]
         swapped = [(p, p.detach().clone(), s["ema"]) for p, s in kept if "ema" in s]

@@ -1,7 +1,7 @@
 """The records that the kernels work from (csrc/include/bigkernels/optimizer.h), for the parameters of one device.
 
-A plan is made when a parameter gets its first state, and is good while parameters and states are where they were and lie
-as they did, which every step looks at (`_look.py`): a step then writes the addresses of the gradients and nothing else.
+A plan is made when a parameter gets its first state, and is good while parameters and states are where they were and
+lie as they did, which every step looks at (`_look.py`): then it writes the addresses of the gradients and nothing else.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class Plan:
         self._kept.record(self._all({e.param: e.state for e in entries}))
 
     def _all(self, states: MutableMapping) -> list[Tensor]:
-        """The parameters, and what the kernel works on of their states; KeyError or TypeError where that is not there."""
+        """The parameters, and what the kernel works on of their states; KeyError or TypeError where it is not there."""
         found = list(self.params)
         for get, many, params in self._kinds:
             values = map(get, map(states.get, params))

@@ -138,6 +138,8 @@ def muon_factor(shape: torch.Size, adjust: str | None) -> float:
     rows, columns = shape[-2:]
     if adjust == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
+    if adjust == "spectral_unclamped":
+        return math.sqrt(rows / max(columns, 1))
     return math.sqrt(max(1.0, rows / max(columns, 1)))
 
 

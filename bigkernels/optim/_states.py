@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops._registry import compute_dtype
 from . import _formats
-from ._plan import Entry, backed, dense, laid_out, local, placed
+from ._plan import Entry, backed, dense, laid_out, local, placed, strides
 from ._reference import RULES, Rule
 
 _CODES = (torch.int8, torch.uint8)  # with a sign and without
@@ -55,15 +55,15 @@ class States(torch.optim.Optimizer):
         return found
 
     def _complete(self, p: Tensor, number: int) -> Entry:
-        """The state of a parameter as the options of its group want it: what is missing is made, what is kept in another
+        """The state of a parameter as the options of its group want it: what is missing is made, what is in another
         dtype, on another device or in other strides is converted, and what cannot be raises.
 
         Other tensors in it stay as they are, but for a remainder, which is a part of the parameter.
         """
         o, state = self.param_groups[number], self.state[p]
         if not isinstance(state, dict):
-            raise TypeError(f"{self._name}: the state of a parameter is a {type(state).__name__}; it has to be a dictionary")
-        if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+            raise TypeError(f"{self._name}: the state of a parameter is a {type(state).__name__} and no dictionary")
+        if p.layout == torch.strided and 0 in strides(p):
             raise RuntimeError(f"{self._name}: elements of a parameter are in one place; use clone()")
         if not backed(p):
             raise RuntimeError(f"{self._name}: the memory of a parameter was given back")
@@ -104,7 +104,7 @@ class States(torch.optim.Optimizer):
 
     def _count(self, p: Tensor, state: dict, rule: Rule, expected: dict) -> Tensor:
         """How many steps a parameter has taken, as kernels count them: float64 (), on the device, so that no step waits
-        for another, and as float32 stops counting at 2^24. A counter that is kept otherwise stays, and is counted on."""
+        for another, and as float32 stops counting at 2^24. Another counter stays what it is, and is counted on."""
         momentum = rule.name in ("sgd", "muon") and "momentum_buffer" in expected
         if momentum and rule.name == "sgd" and "momentum_buffer" not in state:
             state["step"] = 0  # the first momentum is the gradient itself
@@ -150,9 +150,9 @@ class States(torch.optim.Optimizer):
         if not backed(value):
             self._wrong(which, key, "a tensor whose memory was given back")
         if hasattr(value, "to_local") != hasattr(p, "to_local"):
-            are = ("is not", "is")
-            self._wrong(which, key, f"{are[hasattr(value, 'to_local')]} distributed and its parameter "
-                        f"{are[hasattr(p, 'to_local')]}; torch.distributed.checkpoint.state_dict turns one into the other")  # fmt: skip
+            mine, its = (("not ", "")[hasattr(t, "to_local")] for t in (value, p))
+            turns = "torch.distributed.checkpoint.state_dict turns one into the other"
+            self._wrong(which, key, f"{mine}distributed and its parameter is {its}distributed; {turns}")
         if value.dtype in _CODES:
             scale = state.get(key + "_scale")
             if not isinstance(scale, Tensor) or scale.shape != (_formats.blocks(local(value).numel()),):
@@ -355,4 +355,3 @@ def _state_dtype(p: Tensor, unsigned: bool, o: dict) -> torch.dtype:
     if o["state_dtype"] == "int8":
         return torch.float32 if p.numel() < _formats.LEAST_8BIT else torch.uint8 if unsigned else torch.int8
     return o["state_dtype"]
-

@@ -285,3 +285,17 @@ def test_other_levels(isa, highest_isa: str) -> None:
     if isa.name == highest_isa:
         pytest.skip("this process runs at that level")
     isa.pytest("tests/optim/test_algorithms.py", "-k", "float32_allows or kahan or (formats and AdamW) or no_bias")
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (3, 8, 32)])
+def test_muon_for_one_spectral_norm(shape: tuple[int, ...]) -> None:
+    """The update of "spectral_unclamped" is that of "original", times sqrt(rows / columns) where that clamps."""
+    moved = []
+    for adjust in ("original", "spectral_unclamped"):
+        p = torch.nn.Parameter(torch.zeros(shape))
+        optimizer = optim.Muon([p], lr=1.0, weight_decay=0.0, adjust_lr_fn=adjust)
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        optimizer.step()
+        moved.append(p.detach())
+    rows, columns = shape[-2:]
+    torch.testing.assert_close(moved[1], moved[0] * min(1.0, rows / columns) ** 0.5)
