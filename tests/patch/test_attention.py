@@ -207,7 +207,9 @@ def test_models_give_what_they_gave(model, spy, count):
     for name, given in _inputs(model).items():
         spy.clear()
         _assert_close(_step(module, given), before[name])
-        assert len(spy) == (model.attention if model.name != "FalconForCausalLM" else 2)
+        # Queries that see no key have a gradient by eager attention, which is then the model's own.
+        hidden = name == "left" and model.implementation == "eager" and model.inputs != "pair"
+        assert len(spy) == (0 if hidden else model.attention if model.name != "FalconForCausalLM" else 2)
     assert vars(module.config) == config
     bigkernels.unpatch(module)
     assert _attributes(module) == attributes
@@ -296,6 +298,7 @@ def test_no_mask_as_large_as_the_scores_is_made(monkeypatch, spy):
     monkeypatch.setattr(StructuredMask, "dense", property(lambda mask: built.append(mask) or mask._build()))
     module = _build(MODELS["mistral"])
     _patch(module, spy, **ONLY)
+    built.clear()  # of the check of the builders, which a process makes once
     module(_ids())
     module(_ids(), attention_mask=_padding(True))
     module(_ids(), position_ids=torch.arange(12).remainder(5).expand(2, -1), use_cache=False)
@@ -364,7 +367,8 @@ def test_output_attentions(name, spy, caplog):
     else:
         assert after[key] == before[key]  # torch's function gives none
     spy.clear()
-    module(**given)
+    with torch.no_grad():
+        module(**given)
     assert len(spy) == model.attention
 
 
@@ -472,7 +476,7 @@ def test_float64_is_left_to_the_model(name, spy):
 def test_dropout(name, spy):
     """In training alone, decided by torch's seed, and right on average."""
     module = _build(MODELS[name], attention_dropout=0.3)
-    given = {"input_ids": _ids(), "attention_mask": _padding(True)}
+    given = {"input_ids": _ids(), "attention_mask": _padding(False)}
     want = module(**given).logits
     _patch(module, spy, **ONLY)
     torch.testing.assert_close(module(**given).logits, want, rtol=1e-4, atol=1e-5)

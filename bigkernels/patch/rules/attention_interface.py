@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...ops._registry import needs_grad
 from .._isolated import isolated
 from .._rule import Fit, Plan, Site, Skip, SourceRule
 from .._source import Source, call, resolve
@@ -56,6 +58,8 @@ class Spec(NamedTuple):
                 return "the heads of query and key do not fit"
         bias = options.get("position_bias") if "position_bias" in self.reads else None
         reason = refusal(q, k, v, mask, self._dropout(module, options), bias)
+        if reason is None and (bias is not None or not self.sdpa) and needs_grad(q, k) and _hides_rows(mask):
+            reason = "some query sees no key"
         if reason is None and self.sinks:
             sinks = module.sinks
             if sinks is not None and (sinks.shape != (q.shape[1],) or sinks.device != q.device):
@@ -80,6 +84,32 @@ class Spec(NamedTuple):
             mask = _finite(mask, q.dtype)
         out = attend(q, k, v, mask, self._dropout(module, options), causal, options.get("scaling"), **extra)
         return out.transpose(1, 2).contiguous()
+
+
+_hiding = WeakTensorKeyDictionary()  # masks, which layers share: (their version, whether they hide a row)
+
+
+def _hides_rows(mask: Any) -> bool:
+    """Whether a query sees no key, where the mask is added to the scores.
+
+    Their sum is the least number everywhere, so that the weights are equal, and queries and keys have the gradients of
+    equal weights. The kernels, which compute the weights once more from a sum that has lost the scores' digits, have
+    other ones.
+    """
+    if type(mask) is StructuredMask and mask.structure is not None:
+        return mask.structure.may_hide_all
+    mask = dense(mask)
+    if type(mask) is not Tensor or mask.is_meta or torch.compiler.is_compiling():
+        return False  # a graph cannot depend on what is in a mask
+    version = None if mask.is_inference() else mask._version
+    known = _hiding.get(mask)
+    if known is None or known[0] != version:
+        if mask.dtype == torch.bool:
+            seen = mask.any(-1)
+        else:
+            seen = mask.amax(-1) > torch.finfo(mask.dtype).min / 2
+        known = _hiding[mask] = version, not bool(seen.all())
+    return known[1]
 
 
 def _finite(mask: Any, dtype: torch.dtype) -> Any:
