@@ -155,11 +155,11 @@ def test_operations_of_a_training_step():
 def test_a_large_model_is_planned_in_little_time_and_memory():
     config = transformers.LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336,
                                       num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)  # fmt: skip
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     found = plan(config, batch=4, seq=1024, dtype="bfloat16", limits=LIMITS)
-    taken = time.perf_counter() - began
+    taken = time.process_time() - began
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert found.parameters == 2 * 8030261248
     assert found.optimizer_state == 2 * 4 * 8030261248 + 8 * 291
     assert grown < 500e6
-    assert taken < 60  # about 3 s on one idle core
+    assert taken < 60  # of the processor, however busy it is: about 3 s
