@@ -361,3 +361,31 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
     size = q.numel() * 2
     used = extra_peak(lambda: torch.autograd.grad(B.attention(q, k, v, causal=True).sum(), (q, k, v)), "cpu")
     assert used < 16 * size
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("keys", [33, 300])
+def test_gradients_of_sinks_do_not_see_the_rounding_of_the_outputs(dtype, keys, library):
+    """They sum one number a row; from rounded outputs they were several times as far off as PyTorch's."""
+    q, k, v = (torch.randn(2, 4, keys, 24).to(dtype) for _ in range(3))
+    sinks, up, up_lse = torch.randn(4), torch.randn(2, 4, keys, 24).to(dtype), torch.randn(2, 4, keys)
+
+    def gradient(*tensors):
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        out, lse = B.attention(*leaves[:3], sinks=leaves[3], causal=True, return_lse=True)
+        return torch.autograd.grad((out, lse), leaves[3], (up.to(out.dtype), up_lse.to(lse.dtype)))[0]
+
+    exact = gradient(q.double(), k.double(), v.double(), sinks.double())
+    torch.testing.assert_close(gradient(q, k, v, sinks).double(), exact, rtol=0, atol=2e-6 * exact.abs().max().item())
+
+
+def test_the_score_of_the_only_key_has_no_gradient(library):
+    q, k, v = (torch.randn(2, 4, n, 16, requires_grad=True) for n in (5, 1, 1))
+    bias = torch.randn(1, 4, 5, 1, requires_grad=True)
+    for options in ({}, {"softcap": 3.0}, {"dropout_p": 0.5}):
+        out = B.attention(q, k, v, bias=bias, **options)
+        dq, dk, dv, dbias = torch.autograd.grad(out, (q, k, v, bias), torch.randn_like(out))
+        assert not dq.any() and not dk.any() and not dbias.any() and dv.any()
+    sinks = torch.zeros(4)
+    dq, dk = torch.autograd.grad(B.attention(q, k, v, sinks=sinks), (q, k), torch.randn_like(out))
+    assert dq.any() and dk.any()

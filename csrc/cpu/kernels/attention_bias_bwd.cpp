@@ -37,6 +37,7 @@ template <class F, class T>
 void add_head(const Unit<T>& u, int64_t begin, int64_t end, const Buffers<F>& w) {
   typedef typename F::Element E;
   const Attention& a = u.a;
+  if (u.keys == 1 && !a.sinks && !a.grad_lse) return;  // whatever its score is, the only key's weight is 1
   int64_t depth = blocks(a.d), values = blocks(a.dv), strips = blocks(end - begin), width = padded(a.keys);
   float keep_scale = 1 / (1 - a.dropout_p);
   pack_left<F, T>(u.query_rows(a.q), begin, strips, a.d, w.q);

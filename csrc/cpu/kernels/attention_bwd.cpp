@@ -19,7 +19,7 @@ struct Rows {
   typedef typename F::Element E;
   int64_t strips, depth, values, width, splits;
   E *q, *q_turned, *g, *g_turned;
-  float *lse, *lse_rest, *delta, *grad_q;
+  float *lse, *lse_rest, *delta, *exact, *grad_q;  // exact: delta without grad_lse, from weights and not from outputs
   Rows(const Attention& a, int64_t rows, int64_t splits, void* memory)
       : strips(blocks(rows)), depth(blocks(a.d)), values(blocks(a.dv)), width(depth * kSide), splits(splits) {
     Workspace w{(char*)memory};
@@ -30,6 +30,7 @@ struct Rows {
     lse = w.take<float>(strips * kSide);
     lse_rest = w.take<float>(strips * kSide);
     delta = w.take<float>(strips * kSide);
+    exact = w.take<float>(a.grad_sinks ? splits * strips * kSide : 0);
     grad_q = w.take<float>(splits * strips * kSide * width);
     end = w.next;
   }
@@ -80,8 +81,10 @@ void prepare(const Attention& a, const AttentionTask& task, int64_t splits, void
   });
   row_sums(u, task.begin, padded(task.end), n.lse + task.begin, n.lse_rest + task.begin, n.delta + task.begin);
   int64_t rows = count * kSide;
-  for (int64_t s = 0; s < splits; ++s)
+  for (int64_t s = 0; s < splits; ++s) {
     fill(n.grad_q + (s * n.strips * kSide + task.begin) * n.width, 0, rows * n.width, 0.0f);
+    if (a.grad_sinks) fill(n.exact + s * n.strips * kSide + task.begin, 0, rows, 0.0f);
+  }
 }
 
 // Weights and the gradients of scores, of two rows (r and r + 16) from their products.
@@ -90,15 +93,17 @@ struct Differentiate {
   const Strip<T>& strip;
   const Rows<F>& n;
   const Buffers<F>& w;
+  float* exact;   // of the strip's rows, or null
   int64_t block;  // of the strip among the rows that pass at once
   float factor, keep_scale;
   bool is_plain, all;
 
-  template <bool kSlope, bool kDropout>
+  template <bool kSlope, bool kDropout, bool kExact>
   inline __attribute__((always_inline)) void rows(int r) const {
     int64_t row = strip.row + r;
     float lse[2] = {n.lse[row], n.lse[row + 16]}, delta[2] = {n.delta[row], n.delta[row + 16]};
     float rest[2] = {n.lse_rest[row], n.lse_rest[row + 16]};
+    vf sum[2] = {};
     for (int64_t c = strip.begin; c < strip.end; c += kSide) {
       int64_t j = c / kSide;
       vf p[2][kVectors], ds[2][kVectors];
@@ -116,6 +121,7 @@ struct Differentiate {
             p[half][v] = e * keep;
             g = g * keep * keep_scale;
           }
+          if (kExact) sum[half] += e * g;
           ds[half][v] = e * (g - delta[half]);
           if (kSlope) ds[half][v] *= load(w.slope + half * kKeys + c + v * W);
         }
@@ -125,6 +131,12 @@ struct Differentiate {
       F::put_left(w.ds_left + (block * kKeyBlocks + j) * F::kBlock, r, ds[0]);
       F::put_left(w.ds_left + (block * kKeyBlocks + j) * F::kBlock, r + 16, ds[1]);
     }
+    if (kExact)
+      for (int half = 0; half < 2; ++half) exact[r + 16 * half] += BK_ISA::sum(sum[half]);
+  }
+  template <bool kSlope, bool kDropout>
+  inline __attribute__((always_inline)) void rows(int r) const {
+    exact ? rows<kSlope, kDropout, true>(r) : rows<kSlope, kDropout, false>(r);
   }
 
   void operator()() const {
@@ -172,6 +184,8 @@ void keys_of(const Attention& a, const AttentionTask& task, int64_t split, int64
   float* grad_q = n.grad_q + split * n.strips * kSide * n.width;
   bool is_plain = plain(a);
   float factor = is_plain ? a.scale * kLog2e : 1.0f, keep_scale = 1 / (1 - a.dropout_p);
+  // The weight of the only key is 1 whatever its score is. By sums of rounded products it would be nearly so.
+  bool alone = u.keys == 1 && !a.sinks && !a.grad_lse;
   auto keys = u.key_rows(a.k), values = u.key_rows(a.v);
   auto grad_k = u.key_rows(a.grad_k), grad_v = u.key_rows(a.grad_v);
   F::begin();
@@ -219,8 +233,9 @@ void keys_of(const Attention& a, const AttentionTask& task, int64_t split, int64
         }
         if (c.begin == c.end) continue;
         Strip<T> strip{u, (first + s) * kSide, key, c.begin * kSide, c.end * kSide};
-        Differentiate<F, T>{strip, n, w, s, factor, keep_scale, is_plain, sees_all(strip)}();
-        for (int64_t i = 0; i < n.depth; ++i)
+        float* exact = a.grad_sinks ? n.exact + (split * n.strips + first + s) * kSide : nullptr;
+        Differentiate<F, T>{strip, n, w, exact, s, factor, keep_scale, is_plain, sees_all(strip)}();
+        for (int64_t i = 0; i < n.depth && !alone; ++i)
           F::multiply(grad_q + (first + s) * kSide * n.width + i * kSide, n.width,
                       w.ds_left + (s * kKeyBlocks + c.begin) * F::kBlock, w.k + (i * kKeyBlocks + c.begin) * F::kBlock,
                       (c.end - c.begin) * kSide, kSide, a.d - i * kSide, true);
@@ -232,7 +247,7 @@ void keys_of(const Attention& a, const AttentionTask& task, int64_t split, int64
           F::multiply(w.grad_v + i * kSide * kKeys + j * kSide, kKeys,
                       n.g_turned + (i * n.strips + first + s) * F::kBlock, w.p + (j * kRowBlocks + s) * F::kBlock,
                       depth, a.dv - i * kSide, kSide, true);
-        for (int64_t i = 0; i < n.depth; ++i)
+        for (int64_t i = 0; i < n.depth && !alone; ++i)
           F::multiply(w.grad_k + i * kSide * kKeys + j * kSide, kKeys,
                       n.q_turned + (i * n.strips + first + s) * F::kBlock, w.ds + (j * kRowBlocks + s) * F::kBlock,
                       depth, a.d - i * kSide, kSide, true);
@@ -268,7 +283,10 @@ void finish(const Attention& a, const AttentionTask& task, int64_t splits, void*
     if (a.grad_sinks) {
       int64_t head = u.head + r % u.group_size;
       float weight = vexp2(splat(a.sinks[head] * kLog2e - n.lse[r]))[0];
-      a.grad_sinks[u.batch * a.heads + head] -= (double)(weight * n.delta[r]);
+      // Not from the outputs, which were rounded to 16 bits.
+      double delta = a.grad_lse ? -(double)a.grad_lse[u.lse_at(r)] : 0;
+      for (int64_t s = 0; s < splits; ++s) delta += n.exact[s * n.strips * kSide + r];
+      a.grad_sinks[u.batch * a.heads + head] -= weight * delta;
     }
   }
 }
