@@ -60,7 +60,8 @@ def varlen_attention(
         options = shared.options("varlen_attention", q.shape[-1], causal, scale, window, softcap, dropout_p)
         if OPERATOR.uses_kernel(q, k, v, *tensors) and not needs_grad(alibi_slopes):
             grad = needs_grad(q, k, v, sinks)
-            cu_q, cu_k, prefix = (shared.integers(t, grad) for t in (cu_seqlens_q, cu_seqlens_k, prefix_lengths))
+            cu_q, prefix = shared.integers(cu_seqlens_q, grad), shared.integers(prefix_lengths, grad)
+            cu_k = cu_q if cu_seqlens_k is cu_seqlens_q else shared.integers(cu_seqlens_k, grad)
             args = (q, k, v, cu_q, cu_k, alibi_slopes, sinks, prefix, shared.draw_seed(q, dropout_p), max_seqlen_q,
                     max_seqlen_k, *options)  # fmt: skip
             if grad:

@@ -51,6 +51,7 @@ def call(number: int, seed: int, valid: list[Call]) -> str | None:
     dice = random.Random(f"{seed} {number}")
     function, given = dice.choice(valid)
     declared = function._schema.arguments
+    given = (*given, *(d.default_value for d in declared[len(given) :]))  # the dispatcher leaves defaults out
     arguments = [
         a.clone() if isinstance(a, Tensor) and d.alias_info else a for a, d in zip(given, declared, strict=True)
     ]
