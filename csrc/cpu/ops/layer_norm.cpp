@@ -57,7 +57,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, MaybeTensor w
   RowView rows(x), grads(grad);
   VectorView w("layer_norm", "weight", weight, rows.d);
   for (const Tensor* t : {&mean, &rstd})
-    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->numel() >= rows.count,
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->dim() == x.dim() - 1 && t->is_contiguous() &&
+                        t->numel() >= rows.count,
                     "bigkernels::layer_norm: mean and rstd must be float32, one a row");
   Tensor dx = empty_contiguous_like(x);
   int64_t row_bytes = rows.d * size_of(a.type), blocks = block_count(rows.count, 3 * row_bytes);

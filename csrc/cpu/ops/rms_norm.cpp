@@ -55,7 +55,8 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, MaybeTensor weight, T
   a.type = type_of(x);
   RowView rows(x), grads(grad);
   VectorView w("rms_norm", "weight", weight, rows.d, (float)offset);
-  STD_TORCH_CHECK(rstd.scalar_type() == ScalarType::Float && rstd.is_contiguous() && rstd.numel() >= rows.count,
+  STD_TORCH_CHECK(rstd.scalar_type() == ScalarType::Float && rstd.dim() == x.dim() - 1 && rstd.is_contiguous() &&
+                      rstd.numel() >= rows.count,
                   "bigkernels::rms_norm: rstd must be float32, one a row");
   Tensor dx = empty_contiguous_like(x);
   int64_t row_bytes = rows.d * size_of(a.type), blocks = block_count(rows.count, 3 * row_bytes);
