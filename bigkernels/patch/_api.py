@@ -53,9 +53,9 @@ def patch(
         mlp: products of an activation with another tensor.
         loss: cross entropies; logits are then not copied to float32. In training (`train()`, labels given, gradients
             on) a language model whose logits go from a linear layer through a scale or a softcap into the loss never
-            makes them: its loss comes from `linear_cross_entropy`. What it returns as `logits` is then an object that
-            knows its shape and computes them when it is first used, as a tensor is; it is no `torch.Tensor`, and after
-            the head's weights have changed it raises RuntimeError. In evaluation nothing changes.
+            makes them: its loss comes from `linear_cross_entropy`. What it returns as `logits` is then a tensor that
+            has no memory until it is read, and that raises RuntimeError if it is first read after the head's weights
+            have changed. In evaluation, and where weights come and go (FSDP), nothing changes.
         verify: also compare gradients, 16-bit types and large and small inputs. What decides which kernel fits, a
             comparison of outputs in float32, always runs.
         strict: raise where a candidate cannot be patched.

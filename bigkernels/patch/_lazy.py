@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,21 @@ class Values:
             return compute().contiguous()
 
 
+class Kind(NamedTuple):
+    """What a lazy tensor is like."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None  # None is contiguous, and has no offset
+    offset: int | None
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, z: Tensor, dtype: torch.dtype | None = None) -> Kind:
+        """Contiguous, and else like z."""
+        return cls(z.shape, None, None, dtype or z.dtype, z.device)
+
+
 class Lazy(Tensor):
     """A dense tensor that has no memory before it is read.
 
@@ -54,11 +69,9 @@ class Lazy(Tensor):
     path: tuple[Callable[[Tensor], Tensor], ...]  # from the shared elements to this view of them
 
     @staticmethod
-    def __new__(cls, values: Values, like: Tensor, path: tuple = (), device: torch.device | None = None) -> Lazy:
-        """Of the shape, strides and dtype of `like`, which may be on the meta device."""
-        lazy = Tensor._make_wrapper_subclass(
-            cls, like.shape, like.stride(), like.storage_offset(), dtype=like.dtype, device=device or like.device
-        )
+    def __new__(cls, values: Values, kind: Kind, path: tuple = ()) -> Lazy:
+        shape, stride, offset, dtype, device = kind
+        lazy = Tensor._make_wrapper_subclass(cls, shape, stride, offset, dtype=dtype, device=device)
         lazy.values, lazy.path = values, path
         return lazy
 
@@ -76,25 +89,29 @@ class Lazy(Tensor):
         self.values.get()  # before which a view would be lazy too
         return _aten.expand.default(self, self.shape)
 
-    def _derived(self, function: Any, step: Callable, values: Values, like: Tensor, path: tuple) -> Lazy:
+    def _derived(self, function: Any, step: Callable, values: Values, kind: Kind, path: tuple) -> Lazy:
         """The result of a view, a copy or a cast, which is `step`; subclasses say what they know of it."""
-        return Lazy(values, like, path, self.device)
+        return Lazy(values, kind, path)
 
     def _later(self, function: Any, rest: tuple, keywords: dict[str, Any]) -> Lazy | None:
         """The lazy result of a view, a copy or a cast of what nobody has read; None for other operators."""
         view = _is_view(function)
         if not view and not _is_copy(function, self, keywords):
             return None
-        # As tensors without memory have it, which are no business of a mode that counts memory.
-        with _disable_current_modes():
-            made = function(_like(self), *rest, **keywords) if view else empty(self.shape, _dtype(self, keywords))
-        if made.dtype.is_complex:
+        kind = self._viewed(function, rest, keywords) if view else Kind.of(self, keywords.get("dtype"))
+        if kind.dtype.is_complex:
             return None
         step = functools.partial(_run, function, rest, keywords)
         values, path = self.values, self.path  # and not the tensor, whose history would be kept
         if view:
-            return self._derived(function, step, values, made, (*path, step))
-        return self._derived(function, step, Values(lambda: step(_follow(values.fresh(), path))), made, ())
+            return self._derived(function, step, values, kind, (*path, step))
+        return self._derived(function, step, Values(lambda: step(_follow(values.fresh(), path))), kind, ())
+
+    def _viewed(self, function: Any, rest: tuple, keywords: dict[str, Any]) -> Kind:
+        """As a tensor without memory has it, which is no business of a mode that counts memory."""
+        with _disable_current_modes():
+            made = function(_like(self), *rest, **keywords)
+        return Kind(made.shape, made.stride(), made.storage_offset(), made.dtype, self.device)
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -144,7 +161,7 @@ class Lazy(Tensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> Lazy:
         elements = inner["_elements"]
-        return Lazy(Values(None, elements), elements)
+        return Lazy(Values(None, elements), Kind.of(elements))
 
 
 def _is_fake() -> bool:
@@ -160,16 +177,6 @@ def _follow(elements: Tensor, path: tuple[Callable[[Tensor], Tensor], ...]) -> T
 
 def _run(function: Any, rest: tuple, keywords: dict[str, Any], x: Tensor) -> Tensor:
     return function(x, *rest, **keywords)
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Contiguous, and without memory."""
-    with _disable_current_modes():
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _dtype(lazy: Lazy, keywords: dict[str, Any]) -> torch.dtype:
-    return keywords.get("dtype") or lazy.dtype
 
 
 def _like(lazy: Lazy) -> Tensor:

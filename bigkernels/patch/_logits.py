@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .. import functional
 from ..ops._arguments import autocast_dtype
-from ._lazy import Lazy, Values, empty
+from ._lazy import Kind, Lazy, Values
 
 _aten = torch.ops.aten
 _ROWS_STAY = (_aten.view.default, _aten._unsafe_view.default, _aten._reshape_alias.default, _aten.alias.default,
@@ -103,16 +103,16 @@ class Logits(Lazy):
         return _Head.apply(cls, note, lowered or hidden.dtype, hidden, trained, bias)
 
     @classmethod
-    def _noted(cls, note: Note, like: Tensor, device: torch.device) -> Logits:
-        made = cls(Values(replace(note, origin=None).compute), like, (), device)
+    def _noted(cls, note: Note, kind: Kind) -> Logits:
+        made = cls(Values(replace(note, origin=None).compute), kind)
         made.note = note
         return made
 
-    def _derived(self, function, step, values, like, path):
+    def _derived(self, function, step, values, kind, path):
         note = self.note
-        if note is None or not _keeps_rows(function, self, like):
-            return super()._derived(function, step, values, like, path)
-        made = type(self)(values, like, path, self.device)
+        if note is None or not _keeps_rows(function, self, kind):
+            return super()._derived(function, step, values, kind, path)
+        made = type(self)(values, kind, path)
         made.note = note.then(step, origin=None if function is _aten.detach.default else note.origin)
         return made
 
@@ -144,8 +144,11 @@ def _plain(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _keeps_rows(function: Any, before: Tensor, after: Tensor) -> bool:
-    return function in _ROWS_STAY and after.dim() > 1 and after.shape[-1] == before.shape[-1] and after.is_contiguous()
+def _keeps_rows(function: Any, before: Tensor, after: Kind) -> bool:
+    """Whether a result has the same rows in the same order; views here are of contiguous tensors."""
+    if function not in _ROWS_STAY or len(after.shape) < 2 or after.shape[-1] != before.shape[-1]:
+        return False
+    return before.is_contiguous()
 
 
 # ---- what is noted --------------------------------------------------------------------------------------------------
@@ -197,18 +200,17 @@ class Gradient(Lazy):
     more: Tensor | None = None
 
     @classmethod
-    def of(cls, parts: tuple, more: Tensor | None, compute: Callable[[], Tensor], shape: torch.Size,
-           dtype: torch.dtype, device: torch.device) -> Gradient:  # fmt: skip
-        made = cls(Values(compute), empty(shape, dtype), (), device)
+    def of(cls, parts: tuple, more: Tensor | None, compute: Callable[[], Tensor], kind: Kind) -> Gradient:
+        made = cls(Values(compute), kind)
         made.parts, made.more = parts, more
         return made
 
-    def _derived(self, function, step, values, like, path):
-        if function is _aten.clone.default or not _keeps_rows(function, self, like):
-            return super()._derived(function, step, values, like, path)
-        made = type(self)(values, like, path, self.device)
+    def _derived(self, function, step, values, kind, path):
+        if function is _aten.clone.default or not _keeps_rows(function, self, kind):
+            return super()._derived(function, step, values, kind, path)
+        made = type(self)(values, kind, path)
         made.parts = self.parts
-        made.more = None if self.more is None else self.more.reshape(like.shape).to(like.dtype)
+        made.more = None if self.more is None else self.more.reshape(kind.shape).to(kind.dtype)
         return made
 
     @classmethod
@@ -218,17 +220,13 @@ class Gradient(Lazy):
             alike = type(other) is Tensor and other.shape == mine.shape and other.dtype == mine.dtype
             if alike and mine.holds:
                 more = other if mine.more is None else mine.more + other
-                return cls.of(mine.parts, more, lambda: mine.values.fresh() + other, *_kind(mine))
+                return cls.of(mine.parts, more, lambda: mine.values.fresh() + other, Kind.of(mine))
         return super().__torch_dispatch__(function, types, args, kwargs)
 
     @property
     def holds(self) -> bool:
         """Whether `parts` are still those of the elements."""
         return self.parts is not None and not self.values.lent
-
-
-def _kind(z: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return z.shape, z.dtype, z.device
 
 
 def _split(grad: Tensor) -> tuple[tuple | None, Tensor | None]:
@@ -246,7 +244,7 @@ class _Head(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias)
         ctx.replay, ctx.quantized = note.replay, _quantized(note.weight)
         shape = (*hidden.shape[:-1], note.weight.shape[0])
-        return cls._noted(note, empty(shape, dtype), hidden.device)
+        return cls._noted(note, Kind(shape, None, None, dtype, hidden.device))
 
     @staticmethod
     def backward(ctx, grad):
@@ -291,7 +289,7 @@ class _Step(torch.autograd.Function):
         ctx.step = step
         if step is torch.tanh:
             ctx.save_for_backward(z)
-        return type(z)._noted(z.note.then(step, **changes), empty(z.shape, z.dtype), z.device)
+        return type(z)._noted(z.note.then(step, **changes), Kind.of(z))
 
     @staticmethod
     def backward(ctx, grad):
@@ -304,7 +302,7 @@ class _Step(torch.autograd.Function):
         rest = None if rest is None else back(rest)
         if parts is None:
             return rest, None, None
-        return Gradient.of(parts, rest, lambda: back(grad.dense()), *_kind(grad)), None, None
+        return Gradient.of(parts, rest, lambda: back(grad.dense()), Kind.of(grad)), None, None
 
 
 class _Loss(torch.autograd.Function):
@@ -312,7 +310,8 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, target, class_weight, options):
-        note, ctx.options, ctx.like = z.note, options, _kind(z)
+        note, ctx.options, ctx.like = z.note, options, Kind.of(z)
+        target = target.clone()  # loaders fill theirs again
         origin = note.origin or (None, None, None)
         ctx.wanted = [t is not None and t.requires_grad for t in origin]
         # Tensors are saved as such, for their versions and to be freed with the graph.
@@ -339,7 +338,7 @@ class _Loss(torch.autograd.Function):
         asked = [t for t, w in zip(leaves, ctx.wanted, strict=True) if w]
         found = iter(torch.autograd.grad(made, asked, grad))
         parts = tuple(next(found) if w else None for w in ctx.wanted)
-        return Gradient.of(parts, None, elements, *ctx.like), None, None, None
+        return Gradient.of(parts, None, elements, ctx.like), None, None, None
 
 
 def _of_logits(z, target, class_weight, grad, ignore_index=-100, reduction="mean", label_smoothing=0.0):

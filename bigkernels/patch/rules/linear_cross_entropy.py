@@ -184,8 +184,8 @@ class _Strict(Logits):
     """Computes nothing: whatever needs logits is a reason to leave the model alone."""
 
     @classmethod
-    def _noted(cls, note, like, device):
-        made = super()._noted(note, like, device)
+    def _noted(cls, note, kind):
+        made = super()._noted(note, kind)
         made.values.compute = _refuse
         return made
 

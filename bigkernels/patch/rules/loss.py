@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,13 +49,15 @@ def cross_entropy(
     return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 
-def _fits(logits: Any, target: Any) -> bool:
+def _fits(logits: Any, target: Any, any_rank: bool = False) -> bool:
+    """Whether the kernel takes rows of logits, of two dimensions but with `any_rank`, and a class for each."""
+    if not plain(target) or not (isinstance(logits, Logits) or plain(logits)):
+        return False
+    shape = logits.shape
     return (
-        plain(target)
-        and (isinstance(logits, Logits) or plain(logits))
-        and logits.dim() == 2
-        and logits.shape[1] > 0
-        and target.shape == logits.shape[:1]
+        (len(shape) == 2 or any_rank)
+        and shape[-1] > 0
+        and target.shape == (math.prod(shape[:-1]),)
         and logits.dtype in _DTYPES
         and target.dtype == torch.int64
         and target.device == logits.device
@@ -107,8 +110,9 @@ def token_loss(
         and (shift or shift_labels is None)
         and (not kwargs or _ignores_options(original))
     ):
-        rows, targets = logits.reshape(-1, vocab_size), targets.reshape(-1).to(logits.device)
-        if _fits(rows, targets):
+        lazy = isinstance(logits, Logits)  # which knows its rows
+        rows, targets = logits if lazy else logits.reshape(-1, vocab_size), targets.reshape(-1).to(logits.device)
+        if _fits(rows, targets, lazy):
             reduction = "mean" if num_items_in_batch is None else "sum"
             loss = _kernel(rows, targets, ignore_index=ignore_index, reduction=reduction)
             if isinstance(num_items_in_batch, Tensor):
