@@ -157,7 +157,7 @@ class Attention(KeepsConstants):
         return self.rope is not None and self.rope.interleaved
 
     def _positions(self, x, cache, cu_seqlens):
-        at = torch.arange(x.shape[1], device=x.device)
+        at = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)
         if cache is not None:
             return cache.lengths[:, None] + at
         if cu_seqlens is not None:

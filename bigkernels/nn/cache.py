@@ -105,11 +105,12 @@ class KVCache:
         Raises:
             ValueError: a length is negative or more than the sequence has.
         """
-        given = [lengths] * self.batch if isinstance(lengths, int) else torch.as_tensor(lengths).tolist()
+        many = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+        given = [many] * self.batch if isinstance(many, int) else list(many)
         now = self.lengths.tolist()
         if len(given) != len(now) or any(not 0 <= want <= have for want, have in zip(given, now, strict=True)):
             raise ValueError(f"bigkernels.nn.KVCache: cannot truncate sequences of {now} tokens to {given}")
-        self.lengths.copy_(torch.tensor(given, dtype=torch.int32))
+        self.lengths.copy_(torch.tensor(given, dtype=torch.int32, device="cpu"))
         self.longest, self.ragged = max(given), min(given) < max(given)
 
     def append(

@@ -40,7 +40,7 @@ class RotaryEmbedding(KeepsConstants):
     def forward(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """q (B, Hq, S, D), k (B, Hk, S, D); `positions` (B, S) or (S,) defaults to 0, 1, ..., S - 1."""
         if positions is None:
-            positions = torch.arange(q.shape[2], device=q.device)
+            positions = torch.arange(q.shape[2], dtype=torch.int64, device=q.device)
         return rope(q, k, *self.angles(positions), interleaved=self.interleaved)
 
     def extra_repr(self) -> str:

@@ -26,7 +26,6 @@ FACTORIES = {
 }  # fmt: skip
 # Old constructors, which know no dtype but the default.
 UNTYPED = {"Tensor", "FloatTensor"}
-ELSEWHERE = ("optim", "quantization", "nn")  # for now
 DEFAULTS = ["bfloat16", "float16", "float64", "meta"]
 ALL = [sample for samples in SAMPLES.values() for sample in samples]
 
@@ -54,7 +53,6 @@ def test_every_factory_names_dtype_and_device():
     wrong = [
         f"{path.relative_to(PACKAGE.parent)}:{line}: {what}"
         for path in sorted(PACKAGE.rglob("*.py"))
-        if path.relative_to(PACKAGE).parts[0] not in ELSEWHERE
         for line, what in untyped_calls(path.read_text())
     ]
     assert not wrong, "\n".join(wrong)
@@ -89,8 +87,6 @@ def default(name: str) -> Iterator[None]:
 @pytest.mark.parametrize("sample", ALL, ids=named)
 def test_samples_under_other_defaults(sample: Sample, library):
     """Inputs, outputs and gradients: the same bits, by kernels and by references."""
-    if sample.operator == "quantized_linear" and "quantization" in ELSEWHERE:
-        pytest.skip("quantization makes tensors of the default dtype")
     # In a dtype that is none of the defaults, so that none can pass for it.
     inputs = sample.inputs(torch.float32)
     expected = {backend: sample.results(inputs, backend=backend) for backend in ("cpu", "reference")}
@@ -123,7 +119,6 @@ torch.testing.assert_close(bigkernels.functional.rms_norm(x), torch.nn.functiona
 """
 
 
-@pytest.mark.skipif("quantization" in ELSEWHERE, reason="quantization makes tensors of the default dtype")
 def test_import_under_other_defaults():
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run([sys.executable, "-c", IMPORT], env=environment, capture_output=True, text=True)
