@@ -17,12 +17,26 @@ from ._weight import quantize_weight
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w, config):
+    def forward(w, config):
         return quantize_weight(w, config).dequantize(w.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, grad):
         return grad, None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent.clone()  # a view would have to be one of the output too
+
+    @staticmethod
+    def vmap(info, dims, w, config):
+        if dims[0] is None:
+            return _StraightThrough.apply(w, config), None
+        return torch.stack([_StraightThrough.apply(each, config) for each in w.unbind(dims[0])]), 0
 
 
 def fake_quantize(w: Tensor, config: str | Format) -> Tensor:

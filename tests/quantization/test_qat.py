@@ -70,3 +70,23 @@ def test_what_is_left_alone_and_refused():
         prepare_qat(nn.Sequential(nn.Linear(8, 8)), Int4(32, "gptq"))
     with pytest.raises(ValueError, match="accepted are"):
         fake_quantize(torch.randn(4, 4), "int3")
+
+
+def test_transforms_see_the_straight_through_gradient():
+    layer, w = torch.nn.Sequential(torch.nn.Linear(64, 8)), torch.randn(3, 8, 64)
+    prepare_qat(layer, "int8", skip=())
+    parameters = {k: v.detach() for k, v in layer.named_parameters()}
+    x = torch.randn(4, 64)
+
+    def loss(parameters, one):
+        return torch.func.functional_call(layer, parameters, (one[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i, one in enumerate(x):
+        layer.zero_grad()
+        layer(one[None]).square().sum().backward()
+        torch.testing.assert_close(found["0.weight"][i], layer[0].weight.grad)
+    stacked = torch.stack([fake_quantize(each, "int8") for each in w])
+    assert torch.equal(torch.func.vmap(lambda each: fake_quantize(each, "int8"))(w), stacked)
+    _, tangent = torch.func.jvp(lambda each: fake_quantize(each, "int8"), (w[0],), (torch.ones_like(w[0]),))
+    assert torch.equal(tangent, torch.ones_like(w[0]))
