@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._torch_private import CALL, calls_go_through_instances
 from ._checkpoint import run
 from ._policy import Policy, Selection, named
 from ._select import Plan
 
-_KEY = "_call_impl"  # what a module's call goes through: `forward` and the hooks around it
+_KEY = CALL
 
 
 class _Checkpointed:
@@ -29,7 +30,7 @@ class _Checkpointed:
         return run(self._call, args, kwargs, self.policy, self.plan)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.module)._call_impl(self.module, *args, **kwargs)
+        return getattr(type(self.module), _KEY)(self.module, *args, **kwargs)
 
 
 def _is_cache(value: Any) -> bool:
@@ -61,9 +62,13 @@ def apply_checkpointing(
     Raises:
         TypeError, ValueError: there is no such policy; `every` is not positive; no repeated blocks are found; or a
             module of `modules` is not in the model.
+        RuntimeError: this torch does not call modules as regions need it to.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"bigkernels.apply_checkpointing: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not calls_go_through_instances():
+        raise RuntimeError(f"bigkernels.apply_checkpointing: torch {torch.__version__} calls modules in another way "
+                           f"than by {CALL}; use bigkernels.checkpoint")  # fmt: skip
     policy = named(policy)
     if every < 1:
         raise ValueError(f"bigkernels.apply_checkpointing: every is {every}, expected a positive number")

@@ -10,17 +10,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad as _forward_ad
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_flatten
 
+from .._torch_private import disable_dynamo, transforms, tree_flatten
 from ._policy import Policy, Selection, named
 from ._recompute import Region, within_region
 from ._saver import Saver, is_parameter
 from ._select import ATTENTION, PRODUCTS, Plan, Results
 
-_transforms = torch._C._functorch.peek_interpreter_stack
 _plans: WeakKeyDictionary[Any, dict[Selection, Plan]] = WeakKeyDictionary()
 
 
@@ -93,7 +91,7 @@ def run(fn: Callable, args: tuple, kwargs: dict, policy: Policy, plan: Plan | No
         return fn(*args, **kwargs)
     if torch.compiler.is_dynamo_compiling():  # before what follows, which it would find true
         return _compiled(fn, args, kwargs, policy)
-    if _transforms() is not None or _forward_ad._current_level >= 0:
+    if transforms() is not None or _forward_ad._current_level >= 0:
         return fn(*args, **kwargs)
     return _eager(fn, args, kwargs, policy, plan)
 
@@ -134,7 +132,7 @@ def _compiled(fn: Callable, args: tuple, kwargs: dict, policy: Policy) -> Any:
     from torch.utils.checkpoint import checkpoint as torchs
 
     if policy.code is not None or policy.place is not None or policy.keep in (None, "all"):
-        return _disable_dynamo(_eager)(fn, args, kwargs, policy, None)
+        return disable_dynamo(_eager)(fn, args, kwargs, policy, None)
     if policy.keep == "nothing":
         return torchs(fn, *args, use_reentrant=False, **kwargs)
     return torchs(fn, *args, use_reentrant=False, context_fn=_contexts(policy.keep), **kwargs)

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from .._torch_private import TorchDispatchMode, dispatch_modes, without_dispatch_modes
 
 _HELD = 6  # operators: as far back as a quotient is looked for the functions that it is made of
 _STATISTICS = 16  # a divisor this many times smaller than the dividend is a statistic of rows
@@ -114,8 +115,8 @@ class Watch(TorchDispatchMode):
     @contextmanager
     def away(self) -> Iterator[None]:
         """Around operators of the saver's own."""
-        alone = torch._C._len_torch_dispatch_stack() == 1
-        with torch._C._DisableTorchDispatch() if alone else ExitStack():  # it costs less than calls that do nothing
+        alone = dispatch_modes() == 1
+        with without_dispatch_modes() if alone else ExitStack():  # it costs less than calls that do nothing
             self.is_away = True
             try:
                 yield

@@ -14,12 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .._torch_private import backward_pass, surrounding_hooks, tree_flatten, tree_unflatten
 from ._buffers import Buffers
-
-_surrounding_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-_backward_pass = torch._C._current_graph_task_id
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
@@ -80,7 +77,7 @@ class Inputs:
         self.at = [i for i, v in enumerate(self.values) if isinstance(v, Tensor) and not v.is_inference()]
         tensors = [self.values[i] for i in self.at]
         self.surroundings = Surroundings(tensors)  # before the tensors are given away
-        if hooks is None and _surrounding_hooks(True) is None:
+        if hooks is None and surrounding_hooks(True) is None:
             self.versions = [t._version for t in tensors]
             return
         with saved_tensors_hooks(*hooks) if hooks else ExitStack(), torch.enable_grad():
@@ -221,7 +218,7 @@ class Region:
         return len(self.seen) - 1
 
     def _unpack(self, index: int) -> Tensor:
-        current = _backward_pass()
+        current = backward_pass()
         if self.made_in != current or not self.made or self.made[index] is None:
             try:
                 self.made = self._run_again()
@@ -284,7 +281,7 @@ class _Collector:
 
 def within_region() -> bool:
     """Whether a region around this gives up what is saved here and will run it again: nothing is kept here, then."""
-    hooks = _surrounding_hooks(True)
+    hooks = surrounding_hooks(True)
     return hooks is not None and isinstance(getattr(hooks[0], "__self__", None), (Region, _Collector))
 
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .._torch_private import is_traceable_wrapper_subclass
 from ..ops._arguments import is_dense
 from ..ops.compress import decompress, encode
 from ._again import recipe

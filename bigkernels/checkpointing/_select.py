@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._torch_private import TorchDispatchMode, counting_writes
 from ._policy import Selection
 from ._recompute import Misplaced, gpus, random_state
 from ._saver import Exact, Packed, Saver, is_parameter
@@ -292,7 +292,7 @@ class _Kept:
         self.saver = saver
         self.kind = type(out) if isinstance(out, (tuple, list)) else None
         # Without their graphs, which hold this; with their counters of what is written to them.
-        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        with counting_writes():
             pack = Exact if saver is None else saver.pack
             self.values = [pack(v) if isinstance(v, Tensor) else v for v in (out if self.kind else (out,))]
 
@@ -305,7 +305,7 @@ class _Kept:
 
     def _get(self, value: Any) -> Any:
         if isinstance(value, Exact):
-            with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+            with counting_writes():
                 return value.get().detach()
         return self.saver.unpack(value) if isinstance(value, Packed) else value
 

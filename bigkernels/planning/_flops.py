@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
+
+from .._torch_private import tree_iter
 
 _aten = torch.ops.aten
 # These read as many elements of their first argument as they give.

@@ -11,12 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
 
+from .._torch_private import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from . import _models, _optimizers
 from ._optimizers import Factory
 from ._steps import Inputs, Loss, call, default_loss, make_inputs, one_sequence_a_row, takes

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_map
 
+from .._torch_private import FakeTensor, tree_map
 from ._trace import tensors_in
 
 Inputs = dict[str, Any] | tuple

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from .._torch_private import TorchDispatchMode, storage_users, tree_iter
 from ..patch._lazy import Lazy
 from ._flops import flops_of, moved_bytes
 
@@ -205,7 +204,7 @@ class Recorder(TorchDispatchMode):
                 continue
             known = self._numbers.get(t.untyped_storage()._cdata)
             # Of a storage that only this gradient holds: it, the meta tensor inside of it, and a view's base.
-            if known is not None and torch._C._storage_Use_Count(t.untyped_storage()._cdata) <= 3:
+            if known is not None and storage_users(t.untyped_storage()._cdata) <= 3:
                 number = known[0]
                 self.trace.events.append((number, -self._sizes[number]))
                 self._sizes[number] = -1
