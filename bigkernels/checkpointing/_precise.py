@@ -127,6 +127,9 @@ class Watch(TorchDispatchMode):
         if self.is_away:
             return func(*args, **(kwargs or {}))
         self.results = _NONE
+        kind = kind_of(func)
+        if kind is Kind.PLAIN and not (self.waiting or self.held):
+            return func(*args, **(kwargs or {}))
         kind = _kind_of_call(func, args)
         if kind is not Kind.PLAIN:
             for kept in self.waiting:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .._torch_private import is_traceable_wrapper_subclass
+from .._torch_private import dispatch_modes, is_traceable_wrapper_subclass, without_dispatch_modes
 from ..ops._arguments import is_dense
 from ..ops.compress import decompress, encode
 from ._again import recipe
@@ -154,8 +154,14 @@ class Saver:
     def pack(self, tensor: Tensor) -> Exact | Packed:
         if self.watch is None:
             return self._pack(tensor)
-        with self.watch.away():
-            return self._pack(tensor)
+        self.watch.is_away = True
+        try:
+            if dispatch_modes() > 1:
+                return self._pack(tensor)
+            with without_dispatch_modes():  # it costs less than calls of a mode that does nothing
+                return self._pack(tensor)
+        finally:
+            self.watch.is_away = False
 
     def _pack(self, tensor: Tensor) -> Exact | Packed:
         if not self._worth(tensor):
