@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops import _registry
 from ..ops import optimizer as ops
 from ..ops._registry import log
-from ._plan import Entry, local
+from ._plan import Entry, dense, local
 from ._reference import RULES
 
 if TYPE_CHECKING:
@@ -60,7 +60,12 @@ class Schedule:
                 self.without.append((p, number))
         for reason, count in reasons.items():
             log.info("optim.%s: %d parameters by the reference (%s)", type(optimizer).__name__, count, reason)
-        self.plans = [plan for (_, name), found in entries.items() for plan in optimizer._plans_of(RULES[name], found)]
+        self.plans = [
+            plan
+            for (_, name), found in entries.items()
+            for together in _apart(found)
+            for plan in optimizer._plans_of(RULES[name], together)
+        ]
         self._forced, self._options = _registry._forced, list(map(optimizer._decides, optimizer.param_groups))
         self._kinds = [_kind(p) for p, _ in self.without]
 
@@ -80,6 +85,29 @@ class Schedule:
             len(members) == len(o["params"]) and all(map(operator.is_, members, o["params"]))
             for members, o in zip(self._members, groups, strict=True)
         )
+
+
+def _apart(entries: list[Entry]) -> list[list[Entry]]:
+    """Lists in which no two parameters share memory, or that of their states: such are stepped one after the other."""
+    spans = []
+    for i, entry in enumerate(entries):
+        for t in (entry.param, entry.count, *(entry.state[k] for k in (*entry.keys, "step"))):
+            here = t.to_local() if hasattr(t, "to_local") else t
+            if here.numel():
+                begin = here.data_ptr()
+                spans.append((begin, begin + (here.nbytes if dense(here) else here.itemsize), i))
+    spans.sort()
+    later: set[int] = set()
+    end, owner = 0, -1
+    for begin, stop, i in spans:
+        if begin < end and owner != i:
+            later.add(max(i, owner))
+        if stop > end:
+            end, owner = stop, i
+    if not later:
+        return [entries]
+    first = [entry for i, entry in enumerate(entries) if i not in later]
+    return [first, *_apart([entries[i] for i in sorted(later)])]
 
 
 def _kind(p: Tensor) -> tuple:

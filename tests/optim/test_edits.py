@@ -462,6 +462,52 @@ def test_the_native_look_is_there(library) -> None:
         assert _look._native() is not None
 
 
+def views(module, dtype) -> tuple[list, torch.optim.Optimizer]:
+    base = torch.ones(100, 100, dtype=dtype)
+    params = [nn.Parameter(base), nn.Parameter(base[:50]), nn.Parameter(base[25:75])]
+    return params, module.AdamW(params, lr=0.1, **({"foreach": False} if module is torch.optim else {}))
+
+
+def state_of_another(module, dtype) -> tuple[list, torch.optim.Optimizer]:
+    params = [nn.Parameter(torch.ones(3000, dtype=dtype)) for _ in range(2)]
+    o = module.AdamW(params, lr=0.1, **({"foreach": False} if module is torch.optim else {}))
+    for p in params:
+        p.grad = torch.ones(3000, dtype=dtype)
+    o.step()
+    o.state[params[1]] = o.state[params[0]]
+    return params, o
+
+
+def counter_of_another(module, dtype) -> tuple[list, torch.optim.Optimizer]:
+    params, o = state_of_another(module, dtype)
+    a, b = (o.state[p] for p in params)
+    o.state[params[1]] = {k: v if k == "step" else v.clone() for k, v in b.items()}
+    return params, o
+
+
+def twice(module, dtype) -> tuple[list, torch.optim.Optimizer]:
+    p = nn.Parameter(torch.ones(3000, dtype=dtype))
+    o = module.AdamW([p], lr=0.1, **({"foreach": False} if module is torch.optim else {}))
+    o.param_groups[0]["params"].append(p)
+    return [p], o
+
+
+@pytest.mark.parametrize("make", [views, state_of_another, counter_of_another, twice])
+@pytest.mark.parametrize("reference", [False, True])
+def test_parameters_that_share_memory_are_stepped_one_after_the_other(make, reference: bool) -> None:
+    made = []
+    for module, dtype in ((optim, torch.float32), (torch.optim, torch.float64)):
+        params, o = make(module, dtype)
+        torch.manual_seed(0)
+        for _ in range(4):
+            for p in params:
+                p.grad = torch.randn(p.shape).to(dtype)
+            with backend("reference" if reference else ""):
+                o.step()
+        made.append([p.detach().double() for p in params])
+    torch.testing.assert_close(*made, rtol=1e-5, atol=1e-5)
+
+
 # ---- what users keep in states --------------------------------------------------------------------------------------
 
 

@@ -134,16 +134,17 @@ std::vector<OptimizerScalars> scalars_for(Algorithm algorithm, const Lists& list
   const OptimizerGroup* group = records<OptimizerGroup>("groups", groups, &group_count);
   lists.check_tensors(algorithm, group, group_count);
   std::vector<OptimizerScalars> scalars(lists.tensor_count);
-  int64_t last = -1;  // its scalars serve the next tensor of its group and step
+  int64_t last = -1;  // its scalars are those of the next tensor of its group and step, too
+  double last_step = 0.0;
   for (int64_t i = 0; i < lists.tensor_count; ++i) {
     if (!lists.grads[i].data) continue;
     const OptimizerTensor& t = lists.tensors[i];
     if (advance) *t.step += 1.0;
-    if (last >= 0 && lists.tensors[last].group == t.group && *lists.tensors[last].step == *t.step)
+    if (last >= 0 && lists.tensors[last].group == t.group && last_step == *t.step)
       scalars[i] = scalars[last];
     else
       scalars[i] = scalars_of(algorithm, group[t.group], *t.step, factor);
-    last = i;
+    last = i, last_step = *t.step;
   }
   return scalars;
 }
