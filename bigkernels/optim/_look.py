@@ -23,6 +23,7 @@ class Seen:
     def __init__(self) -> None:
         self.addresses = array("q")
         self._hints = array("q")
+        self._at: tuple[int, ...] = ()
         self._layouts: array | list[tuple] | None = None
 
     def record(self, tensors: list[Tensor]) -> None:
@@ -34,11 +35,15 @@ class Seen:
             return
         self._hints = array("q", self.addresses)
         layouts = array("q", bytes(8 * 6 * len(tensors)))
-        words = native(tensors, self.addresses, self._hints, layouts, False)
+        words = native(tensors, *self._arrays(layouts), False)
         if words > len(layouts):
             layouts = array("q", bytes(8 * words))
-            native(tensors, self.addresses, self._hints, layouts, False)
+            native(tensors, *self._arrays(layouts), False)
         self._layouts = layouts[:words]
+        self._at = self._arrays(self._layouts)
+
+    def _arrays(self, layouts: array) -> tuple[int, ...]:
+        return (*(numbers.buffer_info()[0] for numbers in (self.addresses, self._hints, layouts)), len(layouts))
 
     def look(self, tensors: list[Tensor]) -> tuple[bool, bool]:
         """Whether dtypes, devices, shapes and strides are what they were, and whether addresses are, too.
@@ -52,7 +57,7 @@ class Seen:
             self.addresses = array("q", [row[0] for row in rows])
             alike = [row[1:] for row in rows] == self._layouts and all(row[0] or 0 in row[3] for row in rows)
             return alike, alike and before == self.addresses
-        found = _native()(tensors, self.addresses, self._hints, self._layouts, True)
+        found = _native()(tensors, *self._at, True)
         return found >= 1, found == 3
 
 
@@ -61,7 +66,7 @@ def _described(t: Tensor) -> tuple:
 
 
 @functools.cache
-def _native() -> Callable[[list[Tensor], array, array, array, bool], int] | None:
+def _native() -> Callable[[list[Tensor], int, int, int, int, bool], int] | None:
     """`bk_look` of csrc/cpu/look.cpp; None where there is no such library, or a torch without DLPack's C functions."""
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if api is None or cpu_library().reason is not None or not hasattr(ctypes, "pythonapi"):
@@ -79,8 +84,7 @@ def _native() -> Callable[[list[Tensor], array, array, array, bool], int] | None
     p, q = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = (ctypes.py_object, q, p, p, p, p, p, q, ctypes.c_int)
 
-    def look(tensors: list[Tensor], addresses: array, hints: array, layouts: array, compare: bool) -> int:
-        at = [numbers.buffer_info()[0] for numbers in (addresses, hints, layouts)]
-        return function(tensors, len(tensors), describe, item, *at, len(layouts), compare)
+    def look(tensors: list[Tensor], addresses: int, hints: int, layouts: int, room: int, compare: bool) -> int:
+        return function(tensors, len(tensors), describe, item, addresses, hints, layouts, room, compare)
 
     return look

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import struct
 from array import array
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from itertools import chain
 from typing import NamedTuple
 
@@ -98,8 +98,10 @@ def backed(t: Tensor) -> bool:
         t = t.to_local()
     if t.numel() == 0 or t.layout != torch.strided or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return True
+    if t.is_contiguous():
+        return (t.storage_offset() + t.numel()) * t.itemsize <= t.untyped_storage().nbytes() or t.is_meta
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.device.type == "meta" or (t.storage_offset() + last + 1) * t.itemsize <= t.untyped_storage().nbytes()
+    return t.is_meta or (t.storage_offset() + last + 1) * t.itemsize <= t.untyped_storage().nbytes()
 
 
 def shaped(g: Tensor, p: Tensor) -> Tensor:
@@ -177,7 +179,11 @@ class Plan:
         for entry in entries:
             alike.setdefault((*entry.keys, "step"), []).append(entry.param)
         self._kinds = [(operator.itemgetter(*keys), len(keys), params) for keys, params in alike.items()]
-        self._kept, self._given = Seen(), Seen()
+        self._kept, self._own, self._given = Seen(), Seen(), Seen()
+        self._there: list[bool] = []
+        self._given_types = self._own_types = array("q", [TYPES[t.dtype] for t in work])
+        if not (self.copies or self._distributed or self._complex):
+            self._own.record(self.params)
         self._kept.record(self._all({e.param: e.state for e in entries}))
 
     def _all(self, states: MutableMapping) -> list[Tensor]:
@@ -215,16 +221,34 @@ class Plan:
         return self._grads(rows), grads
 
     def _seen(self, grads: list[Tensor | None]) -> array | None:
-        """The records of gradients that lie as the last ones did, which were right."""
+        """The records of gradients that lie as their parameters do, or as the last ones did, which were right; None
+        where one does not."""
+        there = [g is not None for g in grads]
+        whole = all(there)
         try:
-            alike, _ = self._given.look(grads)
-        except (TypeError, AttributeError, RuntimeError, ValueError, BufferError):  # one is None, sparse, a subclass
+            seen, types = self._own, self._own_types
+            alike, _ = seen.look(
+                grads if whole else [p if g is None else g for p, g in zip(self.params, grads, strict=True)]
+            )
+            if not alike:
+                seen, types = self._given, self._given_types
+                alike = there == self._there and seen.look([g for g in grads if g is not None])[0]
+        except (TypeError, AttributeError, RuntimeError, ValueError, BufferError):  # one is sparse, or a subclass
             return None
-        if not alike or any(grads[i].is_neg() for i in self._single):
+        if not alike or any(there[i] and grads[i].is_neg() for i in self._single):
             return None
+        addresses = seen.addresses
+        if not whole:
+            given = iter(addresses) if seen is self._own else self._spread(addresses)
+            addresses = array("q", [at if own else 0 for own, at in zip(there, given, strict=True)])
         rows = array("q", bytes(16 * len(grads)))
-        rows[::2], rows[1::2] = self._given.addresses, self._grad_types
+        rows[::2], rows[1::2] = addresses, types
         return rows
+
+    def _spread(self, addresses: array) -> Iterator[int]:
+        """With zeros where the last gradients were None."""
+        given = iter(addresses)
+        return (next(given) if own else 0 for own in self._there)
 
     def _records(
         self, grads: list[Tensor | None], dense_of: Callable[[Tensor], Tensor], moved: bool
@@ -245,9 +269,10 @@ class Plan:
             if g is not None and not self._fits(i, g):
                 grads[i] = torch.empty_like(self._work[i], dtype=g.dtype).copy_(g)
         pairs = [(0, 0) if g is None else (g.data_ptr(), TYPES[g.dtype]) for g in grads]
-        if not moved and all(g is not None and g is o for g, o in zip(grads, own, strict=True)):
-            self._given.record(grads)
-            self._grad_types = array("q", [number for _, number in pairs])
+        if not moved and all(map(operator.is_, grads, own)):
+            self._given.record([g for g in grads if g is not None])
+            self._given_types = array("q", [number for _, number in pairs])
+            self._there = [g is not None for g in grads]
         return grads, array("q", chain.from_iterable(pairs))
 
     def _fits(self, i: int, g: Tensor) -> bool:
