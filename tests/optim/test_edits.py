@@ -406,6 +406,29 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(wrong: str, way
     torch.testing.assert_close((other, o.state[other]), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.float32, torch.bfloat16)], ids=str)
+def test_gradients_that_come_and_go(native: bool, dtypes: tuple, monkeypatch) -> None:
+    """In any pattern, dtype and order of elements, after each other."""
+    if not native:
+        monkeypatch.setattr(_look, "_native", lambda: None)
+    torch.manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.full((3, n), 0.5, dtype=d)) for n in (1, 4, 0, 7)] for d in (torch.float32,
+                    torch.float64))  # fmt: skip
+    optimizers = optim.AdamW(ours, lr=0.1), torch.optim.AdamW(theirs, lr=0.1)
+    for pattern in (15, 15, 5, 5, 10, 15, 0, 9, 9, 15, 15):
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            g = torch.randn(p.shape).bfloat16()
+            g = g.t().contiguous().t() if pattern == 10 else g
+            p.grad = q.grad = None
+            if pattern >> i & 1:
+                p.grad, q.grad = torch.zeros_like(p), g.double()
+                p.grad.data = g.to(dtypes[pattern % len(dtypes)])
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.testing.assert_close([p.double() for p in ours], theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_a_gradient_that_is_a_negative_view() -> None:
     p, q = (nn.Parameter(torch.ones(())) for _ in range(2))
     z = torch.tensor(1.0 + 2.0j)
