@@ -158,13 +158,15 @@ struct Many {
                  : count >= W        ? load(bias + column + v * W)
                                      : load(bias + column + v * W, count);
     out += row * width + column;
-    int streamed = 0;  // vectors of a row: a third of the time that plain stores take, which fetch their lines first
-    if (a.stream) streamed = width - column >= kSide ? kVectors : (int)((width - column) / (2 * W)) * 2;
+    if (a.stream && width - column >= kSide) {  // a third of the time of plain stores, which fetch their lines first
+      for (int64_t r = 0; r < rows; ++r, out += width, c += kSide)
+        for (int v = 0; v < kVectors; v += 2)
+          stream2(out + v * W, load(c + v * W) + added[v], load(c + v * W + W) + added[v + 1]);
+      return;
+    }
     for (int64_t r = 0; r < rows; ++r, out += width, c += kSide) {
-      for (int v = 0; v < streamed; v += 2)
-        stream2(out + v * W, load(c + v * W) + added[v], load(c + v * W + W) + added[v + 1]);
-      count = width - column - streamed * W;
-      for (int v = streamed; v < kVectors && count > 0; ++v, count -= W) {
+      count = width - column;
+      for (int v = 0; v < kVectors && count > 0; ++v, count -= W) {
         vf y = load(c + v * W) + added[v];
         count >= W ? store(out + v * W, y) : store(out + v * W, y, count);
       }
