@@ -301,7 +301,6 @@ class Call:
         return index, mask, list(_split(count, index, rows))
 
 
-
 @_disable_dynamo
 def total(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, divisor: Tensor | None, call: Call) -> Tensor:
     """The sum of the objective's first output over the tokens that count, over `divisor`.

@@ -138,7 +138,8 @@ OPERATOR = Operator(
 _fwd = define(
     # `wide` leaves the result as it was accumulated.
     "linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, bool wide=False) -> Tensor",
-    _fwd_fake, _fwd_fallback,
+    _fwd_fake,
+    _fwd_fallback,
     lambda x, weight, *_: 2 * x.numel() * weight.shape[0],
 )
 _bwd = define(

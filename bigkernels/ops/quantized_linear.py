@@ -176,7 +176,8 @@ _fwd = define(
     # `wide` leaves the result as it was accumulated.
     f"quantized_linear_fwd(Tensor x, {_WEIGHT}, Tensor? bias, int group, SymInt k, bool dynamic, bool wide=False)"
     " -> Tensor",
-    _fwd_fake, _forward,
+    _fwd_fake,
+    _forward,
     lambda x, codes, *_: 2 * x.numel() * codes.shape[0],
 )
 _bwd = define(

@@ -1,6 +1,6 @@
 // Where the tensors of a Python list are and how they lie, without a Python call for each: an optimizer asks that of
-// 100,000 of them at every step. Through DLPack's C exchange API (https://dmlc.github.io/dlpack), which torch.Tensor has
-// as a table of functions; the interpreter's function comes from the caller, so that this needs no Python to build.
+// 100,000 of them at every step. Through DLPack's C exchange API (https://dmlc.github.io/dlpack), which torch.Tensor
+// has as a table of functions; the interpreter's function comes from the caller, so that this needs no Python to build.
 #include <stdint.h>
 
 namespace {
@@ -22,13 +22,14 @@ constexpr int64_t kAhead = 6;  // tensors whose memory is asked for before its t
 
 // With the interpreter's lock held, as from ctypes.PyDLL.
 //
-// addresses: (count,). hints: (count,), zeros at first: where the tensor's shape was last, beside which its other fields
-// lie. layouts: of each tensor its device, dtype and number of dimensions in two words, its shape, and its strides.
+// addresses: (count,). hints: (count,), zeros at first: where the tensor's shape was last, beside which its other
+// fields lie. layouts: of each tensor its device, dtype and number of dimensions in two words, its shape, and its
+// strides.
 //
-// Where `compare` is zero the layouts are written, `room` words at most; returns how many there are, more than `room` if
-// they do not fit. Otherwise they are compared with what is there: returns 0 where one differs; else 1, or 3 where the
-// addresses are the same too. In both cases the addresses are written. -1 and a Python error for what is no tensor with
-// an address.
+// Where `compare` is zero the layouts are written, `room` words at most; returns how many there are, more than `room`
+// if they do not fit. Otherwise they are compared with what is there: returns 0 where one differs; else 1, or 3 where
+// the addresses are the same too. In both cases the addresses are written. -1 and a Python error for what is no tensor
+// with an address.
 BK_EXPORT int64_t bk_look(void* list, int64_t count, int (*describe)(void*, DLTensor*), void* (*item)(void*, int64_t),
                           int64_t* addresses, const char** hints, int64_t* layouts, int64_t room, int compare) {
   int64_t words = 0, moved = 0;
@@ -56,7 +57,8 @@ BK_EXPORT int64_t bk_look(void* list, int64_t count, int (*describe)(void*, DLTe
       int64_t empty = t.data != nullptr;
       for (int64_t d = 0; d < dimensions; ++d) empty |= t.shape[d] == 0;
       if (!empty) return 0;  // memory that was given back
-      for (int64_t d = 0; d < dimensions; ++d) other |= (at[2 + d] ^ t.shape[d]) | (at[2 + dimensions + d] ^ t.strides[d]);
+      for (int64_t d = 0; d < dimensions; ++d)
+        other |= (at[2 + d] ^ t.shape[d]) | (at[2 + dimensions + d] ^ t.strides[d]);
       if (other) return 0;
     } else {
       at[0] = device, at[1] = kind;

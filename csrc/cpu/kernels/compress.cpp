@@ -14,7 +14,7 @@ BK_INLINE vf unit(vu random) { return (vf)((random >> 9) | 0x3f800000u) - 1.0f; 
 // What codes say beside numbers (see bigkernels/ops/compress.py): a value that is not zero and smaller than what the
 // codes can tell from it, infinity, and NaN.
 constexpr int kInt8Tiny = 126, kInt8Infinite = 127, kInt8Nan = -128, kFp8Infinite = 0x7e, kFp8Nan = 0x7f;
-constexpr float kTiny = 0x1p-8f;         // in steps
+constexpr float kTiny = 0x1p-8f;          // in steps
 constexpr float kLeastScale = 0x1p-116f;  // what is scaled by it is a normal number in every type
 constexpr int kExponent = 0x7f800000;
 
@@ -24,8 +24,8 @@ BK_INLINE vi int8_codes(vf y, vu random, vi bits) {
   y = vmax(splat(-125.0f), vmin(splat(125.0f), y));
   const vf shifter = splat(0x1.8p23f);  // adding it rounds to an integer in the low bits, half to even
   // 16 random bits are what a sum of up to 256 holds; products are exact, so that it does not matter which are fused.
-  vi codes = kStochastic ? ints(y + 128.0f + floats((vi)(random >> 16)) * 0x1p-16f) - 128
-                         : (vi)(y + shifter) - (vi)shifter;
+  vi codes =
+      kStochastic ? ints(y + 128.0f + floats((vi)(random >> 16)) * 0x1p-16f) - 128 : (vi)(y + shifter) - (vi)shifter;
   vi magnitude = bits & 0x7fffffff, negative = bits >> 31;
   codes = (codes == 0) & (magnitude != 0) ? ((vi{} + kInt8Tiny) ^ negative) - negative : codes;
   if (kNumbers) return codes;
@@ -131,7 +131,8 @@ struct Numbers {
     constexpr float infinity = __builtin_inff();
     static_assert((kInt8Tiny & 7) == 6 && (kInt8Infinite & 7) == 7 && (kInt8Nan & 7) == 0, "places of the table");
     alignas(64) static const float table[16] = {
-        __builtin_nanf(""), -infinity, -1, 0, 0, 0, 1, infinity, __builtin_nanf(""), -infinity, -1, 0, 0, 0, 1, infinity,
+        __builtin_nanf(""), -infinity, -1, 0, 0, 0, 1, infinity,
+        __builtin_nanf(""), -infinity, -1, 0, 0, 0, 1, infinity,
     };
 #if defined(__AVX2__)
     special = read<vf>(table) * tiny;

@@ -35,8 +35,8 @@ constexpr int64_t kKept = int64_t{64} << 20;  // larger ones go back to the syst
 
 // Bytes of all idle workspaces, and how many there may be.
 std::atomic<int64_t> kept{0}, most_kept{int64_t{512} << 20};
-// The workspaces of a thread that no call uses: two, as a call may hold one while another one works. The lock is taken by
-// the thread itself, and by another one only to free them.
+// The workspaces of a thread that no call uses: two, as a call may hold one while another one works. The lock is taken
+// by the thread itself, and by another one only to free them.
 struct Idle {
   struct Block {
     void* data = nullptr;

@@ -70,8 +70,7 @@ struct Lists {
       if (!grads[i].data) continue;
       STD_TORCH_CHECK(t.group >= 0 && t.group < group_count, "bigkernels::optimizer_step: no such group");
       STD_TORCH_CHECK(t.step && (t.n == 0 || t.param) && is_type(t.param_type, kLastType) &&
-                          is_type(t.state_type, kLastState) &&
-                          (!t.remainder || t.param_type == (int64_t)Type::bf16),
+                          is_type(t.state_type, kLastState) && (!t.remainder || t.param_type == (int64_t)Type::bf16),
                       "bigkernels::optimizer_step: no such parameter");
       STD_TORCH_CHECK(*t.step >= 0.0 && *t.step < 0x1p53 && *t.step == (double)(int64_t)*t.step,
                       "bigkernels::optimizer_step: a step is ", *t.step, "; it has to be a whole number from 0 on");
