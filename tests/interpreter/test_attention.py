@@ -58,3 +58,20 @@ def test_determinism_goes_first(nondeterministic):
 
 def test_determinism_is_the_default():
     assert kernels.backward_queries in _backward_kernels(torch.float16)
+
+
+@pytest.mark.parametrize("window", [(0, 0), (0, -1)])
+def test_windows_that_begin_at_the_query_itself(window):
+    """Blocks of keys on the diagonal are the first that a query sees, as well as the last."""
+    q, k, v = (torch.randn(1, 1, 150, 16) for _ in range(3))
+    upstream = torch.randn(1, 1, 150, 16)
+
+    def results(backend, *tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        with bigkernels.use(backend):
+            out = bigkernels.functional.attention(*leaves, window=window)
+        return out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))
+
+    exact = results("reference", q.double(), k.double(), v.double())
+    for found, expected in zip(results("triton", q, k, v), exact, strict=True):
+        torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)

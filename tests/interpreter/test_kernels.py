@@ -139,3 +139,47 @@ def test_inputs_are_not_written():
 def test_wrong_arguments_are_named(call):
     with use("triton"), pytest.raises(ValueError, match="weight|bias|up|cos has|target|softcap is 0"):
         call()
+
+
+OPS = torch.ops.bigkernels
+
+
+@pytest.mark.parametrize(
+    "op, args",
+    [
+        (OPS.rms_norm_fwd, ((2, 8), 7, None, 1e-6, 0.0)),
+        (OPS.rms_norm_fwd, ((2, 8), 8, (2, 7), 1e-6, 0.0)),
+        (OPS.rms_norm_bwd, ((2, 7), (2, 8), 8, 2, None, 0.0)),
+        (OPS.rms_norm_bwd, ((2, 8), (2, 8), 7, 2, None, 0.0)),
+        (OPS.rms_norm_bwd, ((2, 8), (2, 8), 8, 3, None, 0.0)),
+        (OPS.rms_norm_bwd, ((2, 8), (2, 8), 8, 2, (2, 7), 0.0)),
+        (OPS.layer_norm_fwd, ((2, 8), 8, 7, None, 1e-5)),
+        (OPS.layer_norm_bwd, ((2, 7), (2, 8), 8, 8, 2, 2, None)),
+        (OPS.layer_norm_bwd, ((2, 8), (2, 8), 7, 8, 2, 2, None)),
+        (OPS.layer_norm_bwd, ((2, 8), (2, 8), 8, 8, 3, 2, None)),
+        (OPS.layer_norm_bwd, ((2, 8), (2, 8), 8, 8, 2, 3, None)),
+        (OPS.layer_norm_bwd, ((2, 8), (2, 8), 8, 8, 2, 2, (2, 7))),
+    ],
+    ids=str,
+)
+def test_raw_operators_check_what_a_kernel_would_read(op, args):
+    """Integers and tuples stand for tensors of such shapes."""
+    with pytest.raises((RuntimeError, ValueError), match="fit|weight|bias|residual|grad"):
+        op(*(torch.ones(a) if isinstance(a, int | tuple) else a for a in args))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_packed_heads_that_do_not_fit(heads):
+    starts = torch.tensor([0, 3, 5], dtype=torch.int32)
+    q, k = torch.ones(5, 4, 16), torch.ones(5, heads, 16)
+    v = k if heads == 3 else torch.ones(5, 2, 16)
+    with pytest.raises((RuntimeError, ValueError), match="heads|groups|shape|fit"):
+        OPS.varlen_attention_fwd(q, k, v, starts, starts, *(None,) * 4, 3, 3, -1, -1, 1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("size", [48, 16999])
+def test_rows_far_from_zero_keep_their_variance(size):
+    x = torch.randn(2, size) + 300.0
+    with use("triton"):
+        y = functional.layer_norm(x)
+    torch.testing.assert_close(y, functional.layer_norm(x.double()).float(), rtol=1e-3, atol=1e-3)

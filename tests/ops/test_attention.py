@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -159,6 +160,16 @@ def test_windows_of_every_width(queries: int, keys: int, left: int, right: int):
     agree(lambda **t: B.attention(**t, window=(left, right)), tensors(1, 2, 1, queries, keys, 16), scale=2.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_with_holes(dtype: torch.dtype):
+    """Blocks of rows between two that see a block of keys, and do not see it themselves."""
+    mask = torch.zeros(224, 224, dtype=torch.bool)
+    for row, keys in enumerate(([0], [3, 4], [0, 4], [5], [1, 6], [2], [0, 6])):
+        for key in keys:
+            mask[32 * row : 32 * row + 32, 32 * key : 32 * key + 32] = True
+    agree(lambda **t: B.attention(**t, mask=mask), tensors(1, 1, 1, 224, dtype=dtype), scale=2.0)
+
+
 # ---- dropout ---------------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +180,13 @@ def test_dropout_is_decided_by_torchs_seed():
     torch.manual_seed(3)
     again = B.attention(**given, dropout_p=0.3)
     assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("left", [5, 100])
+def test_dropout_within_a_window(left: int):
+    """Rows whose first keys lie deep in a strip of keys: their random words do too."""
+    call = functools.partial(B.attention, window=(left, 0), dropout_p=0.3)
+    agree(call, tensors(1, 2, 1, 500), scale=2.0)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

@@ -56,6 +56,19 @@ def test_any_cache(case, seed, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("value_size", [12, 24, 40, 72, 100])
+def test_values_between_whole_vectors(value_size, dtype):
+    args = decode_arguments([50, 7], 1, 4, 2, 24, value_size, dtype=dtype)
+    check_decoded(torch.ops.bigkernels.decode_attention(*args), args)
+
+
+@pytest.mark.parametrize("heads, queries", [(1, 300), (3, 131), (8, 40)])
+def test_more_rows_than_one_pass_over_the_keys_takes(heads, queries):
+    args = decode_arguments([queries + 9, queries], queries, heads, 1, 16)
+    check_decoded(torch.ops.bigkernels.decode_attention(*args), args)
+
+
 @st.composite
 def append_cases(draw):
     new = draw(st.integers(1, 16))

@@ -162,6 +162,23 @@ def test_jump_of_a_later_logit(tokens, dtype, way):
     Case(tokens, 1000, dtype).check([hidden, weight, bias], roundings=8.0)
 
 
+@pytest.mark.parametrize("at", [3, 20, 45, 255, 256, 599])
+@pytest.mark.parametrize("biased", [False, True])
+def test_one_large_logit_wherever_it_is(at, biased):
+    """The exponentials are shifted by the largest logit, which any lane of a block may have."""
+    inputs = make(20, 600, 64, torch.float32, bias=biased)
+    inputs[0][:, 0], inputs[1][at], inputs[1][at, 0] = 1.0, 0.0, 200.0
+    Case(20, 600, torch.float32).check(inputs)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_upstream_gradients_far_apart(first):
+    """float16 holds the factors of the tokens relative to the largest one, wherever it is."""
+    case, inputs = Case(40, 600, torch.float16, reduction="none"), make(40, 600, 64, torch.float16)
+    up = torch.where(torch.arange(40) % 2 == first, 1e3, 1e-3).double()
+    check(case.ours, case.formula, inputs, [up], roundings=8.0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_in_the_ten_thousands(dtype, way):
     inputs = make(41, 137, 40, dtype, spread=1e4)
