@@ -299,3 +299,19 @@ def test_muon_for_one_spectral_norm(shape: tuple[int, ...]) -> None:
         moved.append(p.detach())
     rows, columns = shape[-2:]
     torch.testing.assert_close(moved[1], moved[0] * min(1.0, rows / columns) ** 0.5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("size", [1e-41, 3e-39])
+def test_blocks_of_8_bits_without_a_reciprocal_are_zero(size: float, backend: str, library) -> None:
+    """What a subnormal scale would divide by it may be infinite."""
+    p = torch.nn.Parameter(torch.ones(16384))
+    optimizer = optim.SGD([p], lr=1.0, momentum=0.9, state_dtype="int8")
+    with bigkernels.use(backend):
+        for _ in range(2):
+            p.grad = torch.zeros(16384)
+            p.grad[::3], p.grad[5] = size, -size / 2
+            optimizer.step()
+    assert not any(t.dequantize().any() if hasattr(t, "dequantize") else t.any()
+                   for name, t in optimizer.state[p].items() if "momentum" in name)  # fmt: skip
+    assert torch.equal(p, torch.ones(16384))
