@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import bigkernels
 from bigkernels.triton import cross_entropy as launchers
 from bigkernels.triton._launch import recording
 
@@ -47,3 +48,15 @@ def test_one_program_a_row():
     (launch,) = launches
     assert launch.args["IN_PLACE"] and launch.args["D_LOGITS"].data_ptr() == launch.args["LOGITS"].data_ptr()
     assert launch.grid == (4, 1)
+
+
+@pytest.mark.usefixtures("launchers_serve_cpu_tensors")
+def test_focal_weights_of_confident_tokens():
+    """1 - p of the target, from log p: by a series where it is small."""
+    z = torch.linspace(-1.0, 1.5, 64)
+    logits, target = torch.stack([z, torch.zeros(64)], 1), torch.zeros(64, dtype=torch.int64)
+    options = {"focal_gamma": 2.0, "reduction": "none"}
+    with bigkernels.use("triton"):
+        found = bigkernels.functional.cross_entropy(logits, target, **options)
+    exact = bigkernels.functional.cross_entropy(logits.double(), target, **options)
+    torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=0.0)

@@ -177,6 +177,14 @@ def test_packed_heads_that_do_not_fit(heads):
         OPS.varlen_attention_fwd(q, k, v, starts, starts, *(None,) * 4, 3, 3, -1, -1, 1.0, 0.0, 0.0)
 
 
+@pytest.mark.parametrize("groups, lengths", [(3, 1), (2, 2)])
+def test_caches_that_do_not_fit(groups, lengths):
+    q, k, v = torch.ones(1, 4, 1, 16), torch.ones(1, 8, groups, 16), torch.ones(1, 8, groups, 16)
+    seen = torch.full((lengths,), 5, dtype=torch.int32)
+    with pytest.raises((RuntimeError, ValueError), match="heads|cache|length|fit"):
+        OPS.decode_attention(q, k, v, seen, *(None,) * 5, -1, 1.0, 0.0)
+
+
 @pytest.mark.parametrize("size", [48, 16999])
 def test_rows_far_from_zero_keep_their_variance(size):
     x = torch.randn(2, size) + 300.0

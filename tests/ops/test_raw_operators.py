@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import bigkernels
+
 OPS = torch.ops.bigkernels
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -127,3 +129,11 @@ def test_pages_that_do_not_exist(left):
         for bad in (-1, 4):
             with pytest.raises(RuntimeError, match="is not one of 4 pages"):
                 call([bad if j == i else j for j in range(4)])
+
+
+def test_results_lie_in_memory_as_their_inputs():
+    q, k = (torch.randn(2, 5, heads, 16).transpose(1, 2) for heads in (4, 2))
+    angles = torch.randn(2, 5, 16)
+    with bigkernels.use("cpu"):
+        rotated = bigkernels.functional.rope(q, k, angles.cos(), angles.sin())
+    assert [t.stride() for t in rotated] == [q.stride(), k.stride()]

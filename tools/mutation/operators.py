@@ -75,7 +75,7 @@ OPERATORS = {
             triton="_append.py _decode.py decode_attention.py",
         ),
         {RECIPE: r"\[decode_attention: ", "tests/ops/test_decode.py": "", MODULE: "cache|generation|prompts"},
-        {INTERPRETED: r"\[decode_attention: ", "tests/interpreter/test_decode.py": ""},
+        {INTERPRETED: r"\[decode_attention: |caches_that", "tests/interpreter/test_decode.py": ""},
     ),
     "linear": Operator(
         _files(

@@ -58,7 +58,7 @@ def write_table(root: Path, reasons: dict[str, str], results: list[dict]) -> Non
         f"{sum(total[level, 'all'] for level in LEVELS)} runs, of which "
         f"{sum(total[level, 'killed'] for level in LEVELS)} were noticed ("
         + ", ".join(f"{n} by {how}" for how, n in _words(hows))
-        + f") and {same} change no result on this machine. Below, these are not counted.",
+        + f") and {same} change no result on this machine, by the reasons below. The tables leave these out.",
         "",
         "Bindings and headers that know no instruction-set level run at the highest one only. Lines for AMX are not"
         " mutated on a machine without it.",
