@@ -88,6 +88,8 @@ class LazyWeight(Tensor):
         kwargs = kwargs or {}
         if func is torch.ops.aten.detach.default:
             return args[0]._detached()
+        if func._schema.is_mutable and isinstance(args[0], cls):  # what does not pass `__torch_function__`, as `set_`
+            _refuse(func)
         flat, _ = tree_flatten((args, kwargs))
         if torch.is_grad_enabled() and any(isinstance(t, cls) and t._trained for t in flat):
             raise RuntimeError(f"bigkernels: {func} reads a weight that is computed from trained parameters where "

@@ -101,9 +101,9 @@ class Muon(Optimizer):
     def _decides(self, o: dict) -> tuple:
         return (*super()._decides(o), o["use_muon"], *_orthogonalization(o))
 
-    def _plans_of(self, rule: Rule, entries: list[Entry]) -> list[Plan]:
+    def _plans_of(self, rule: Rule, entries: list[Entry], follows: bool = False) -> list[Plan]:
         if rule is not RULES["muon"]:
-            return super()._plans_of(rule, entries)
+            return super()._plans_of(rule, entries, follows)
         alike: dict[tuple, list] = {}
         for entry in entries:
             p, o = entry.param, self.param_groups[entry.group]

@@ -42,7 +42,7 @@ def offload_states(optimizer: Optimizer) -> None:
     optimizer._offload(_plans)
 
 
-def _plans(rule: Rule, entries: list[Entry]) -> list[Plan]:
+def _plans(rule: Rule, entries: list[Entry], follows: bool) -> list[Plan]:
     buckets, size = [[]], 0
     for entry in entries:
         if size >= _BUCKET:
@@ -51,14 +51,17 @@ def _plans(rule: Rule, entries: list[Entry]) -> list[Plan]:
         buckets[-1].append(entry)
         size += entry.param.numel()
     stream = torch.cuda.Stream(entries[0].param.device) if entries[0].param.is_cuda else None
-    return [_OffloadedPlan(rule, bucket, stream) for bucket in buckets]
+    return [_OffloadedPlan(rule, bucket, stream, follows) for bucket in buckets]
 
 
 class _OffloadedPlan(Plan):
-    """A bucket: host copies of its parameters are stepped in their place."""
+    """A bucket: host copies of its parameters are stepped in their place.
 
-    def __init__(self, rule: Rule, entries: list[Entry], stream: torch.cuda.Stream | None):
-        self._stream = stream
+    `follows`: their memory is that of parameters which are stepped before, so that they are copied when these are done.
+    """
+
+    def __init__(self, rule: Rule, entries: list[Entry], stream: torch.cuda.Stream | None, follows: bool = False):
+        self._stream, self._follows = stream, follows
         self._shadows = [_host(local(entry.param)) for entry in entries]
         self._buffers: list[Tensor | None] = [None] * len(entries)
         super().__init__(rule, entries, targets=self._shadows)
@@ -85,18 +88,26 @@ class _OffloadedPlan(Plan):
                 host.append(self._buffers[i].copy_(g.detach(), non_blocking=True))
                 if self._stream is not None:
                     g.record_stream(self._stream)
-            # Others may have written into a parameter since the last step, and what they write through `.data` no
-            # version counts.
-            for p, shadow in zip(self.params, self._shadows, strict=True):
-                shadow.copy_(local(p), non_blocking=True)
+            if not self._follows:
+                self._read()
             self._arrived = self._stream.record_event() if self._stream is not None else None
         return super().gradients(host)
+
+    def _read(self) -> None:
+        # Others may have written into a parameter since the last step, and what they write through `.data` no version
+        # counts.
+        for p, shadow in zip(self.params, self._shadows, strict=True):
+            shadow.copy_(local(p), non_blocking=True)
 
     def wait(self) -> None:
         if self._arrived is not None:
             self._arrived.synchronize()
 
     def before(self) -> None:
+        if self._follows:
+            with self._aside():
+                self._read()
+                self._arrived = self._stream.record_event() if self._stream is not None else None
         self.wait()
         self.counts_in()
 

@@ -220,10 +220,12 @@ class Optimizer(States):
         sums = [_norm.squares(plan, grads) for plan, grads, _ in work] + [_norm.squares_of(g) for g in eager]
         return _scaled(_norm.total(sums).sqrt(), scale, divisor).float() if sums else None
 
-    def _plans_of(self, rule: Rule, entries: list[Entry]) -> list[Plan]:
-        return [Plan(rule, entries)] if self._offloaded_plans is None else self._offloaded_plans(rule, entries)
+    def _plans_of(self, rule: Rule, entries: list[Entry], follows: bool = False) -> list[Plan]:
+        if self._offloaded_plans is None:
+            return [Plan(rule, entries)]
+        return self._offloaded_plans(rule, entries, follows)
 
-    def _offload(self, plans: Callable[[Rule, list], list[Plan]]) -> None:
+    def _offload(self, plans: Callable[[Rule, list, bool], list[Plan]]) -> None:
         """Keep states in host memory, with plans made by `plans` (`offload_states`)."""
         self._offloaded, self._offloaded_plans, self._schedule = True, plans, None
         for p, _ in self._all():

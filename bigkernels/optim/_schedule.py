@@ -63,8 +63,8 @@ class Schedule:
         self.plans = [
             plan
             for (_, name), found in entries.items()
-            for together in _apart(found)
-            for plan in optimizer._plans_of(RULES[name], together)
+            for number, together in enumerate(_apart(found))
+            for plan in optimizer._plans_of(RULES[name], together, follows=number > 0)
         ]
         self._forced, self._options = _registry._forced, list(map(optimizer._decides, optimizer.param_groups))
         self._kinds = [_kind(p) for p, _ in self.without]

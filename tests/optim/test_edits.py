@@ -516,16 +516,18 @@ def twice(module, dtype) -> tuple[list, torch.optim.Optimizer]:
 
 
 @pytest.mark.parametrize("make", [views, state_of_another, counter_of_another, twice])
-@pytest.mark.parametrize("reference", [False, True])
-def test_parameters_that_share_memory_are_stepped_one_after_the_other(make, reference: bool) -> None:
+@pytest.mark.parametrize("way", ["kernel", "reference", "in host memory"])
+def test_parameters_that_share_memory_are_stepped_one_after_the_other(make, way: str) -> None:
     made = []
     for module, dtype in ((optim, torch.float32), (torch.optim, torch.float64)):
         params, o = make(module, dtype)
+        if module is optim and way == "in host memory":
+            optim.offload_states(o)
         torch.manual_seed(0)
         for _ in range(4):
             for p in params:
                 p.grad = torch.randn(p.shape).to(dtype)
-            with backend("reference" if reference else ""):
+            with backend(way):
                 o.step()
         made.append([p.detach().double() for p in params])
     torch.testing.assert_close(*made, rtol=1e-5, atol=1e-5)

@@ -107,6 +107,7 @@ WRITES = {
     "data replaced": lambda w: setattr(w, "data", torch.ones(w.shape)), "split": lambda w: w.split(8)[0].add_(1),
     "numpy": lambda w: w.detach().numpy().__setitem__((0, 0), 1.0), "rows": lambda w: [r.zero_() for r in w],
     "address": lambda w: w.data_ptr(), "storage": lambda w: w.untyped_storage(), "resize": lambda w: w.resize_(3),
+    "memory of another": lambda w: w.set_(torch.ones(w.shape)),
     "trained": lambda w: w.requires_grad_(), "gradient": lambda w: setattr(w, "grad", torch.ones(w.shape)),
     "index": lambda w: w.data.index_fill_(0, torch.tensor([1]), 0.0), "imul": lambda w: w.__imul__(2),
     "out": lambda w: torch.add(torch.ones(w.shape), 1, out=w),
