@@ -381,7 +381,7 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
     assert used < 16 * size
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("keys", [33, 300])
 def test_gradients_of_sinks_do_not_see_the_rounding_of_the_outputs(dtype, keys, library):
     """They sum one number a row; from rounded outputs they were several times as far off as PyTorch's."""

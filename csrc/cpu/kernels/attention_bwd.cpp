@@ -19,7 +19,8 @@ struct Rows {
   typedef typename F::Element E;
   int64_t strips, depth, values, width, splits;
   E *q, *q_turned, *g, *g_turned;
-  float *lse, *lse_rest, *delta, *exact, *grad_q;  // exact: delta without grad_lse, from weights and not from outputs
+  float *lse, *lse_rest, *delta, *grad_q;
+  float* exact;  // delta of the sinks' gradient without grad_lse, from weights; null where outputs were not rounded
   Rows(const Attention& a, int64_t rows, int64_t splits, void* memory)
       : strips(blocks(rows)), depth(blocks(a.d)), values(blocks(a.dv)), width(depth * kSide), splits(splits) {
     Workspace w{(char*)memory};
@@ -30,7 +31,7 @@ struct Rows {
     lse = w.take<float>(strips * kSide);
     lse_rest = w.take<float>(strips * kSide);
     delta = w.take<float>(strips * kSide);
-    exact = w.take<float>(a.grad_sinks ? splits * strips * kSide : 0);
+    exact = a.grad_sinks && a.type != Type::f32 ? w.take<float>(splits * strips * kSide) : nullptr;
     grad_q = w.take<float>(splits * strips * kSide * width);
     end = w.next;
   }
@@ -83,7 +84,7 @@ void prepare(const Attention& a, const AttentionTask& task, int64_t splits, void
   int64_t rows = count * kSide;
   for (int64_t s = 0; s < splits; ++s) {
     fill(n.grad_q + (s * n.strips * kSide + task.begin) * n.width, 0, rows * n.width, 0.0f);
-    if (a.grad_sinks) fill(n.exact + s * n.strips * kSide + task.begin, 0, rows, 0.0f);
+    if (n.exact) fill(n.exact + s * n.strips * kSide + task.begin, 0, rows, 0.0f);
   }
 }
 
@@ -233,7 +234,7 @@ void keys_of(const Attention& a, const AttentionTask& task, int64_t split, int64
         }
         if (c.begin == c.end) continue;
         Strip<T> strip{u, (first + s) * kSide, key, c.begin * kSide, c.end * kSide};
-        float* exact = a.grad_sinks ? n.exact + (split * n.strips + first + s) * kSide : nullptr;
+        float* exact = n.exact ? n.exact + (split * n.strips + first + s) * kSide : nullptr;
         Differentiate<F, T>{strip, n, w, exact, s, factor, keep_scale, is_plain, sees_all(strip)}();
         for (int64_t i = 0; i < n.depth && !alone; ++i)
           F::multiply(grad_q + (first + s) * kSide * n.width + i * kSide, n.width,
@@ -282,10 +283,13 @@ void finish(const Attention& a, const AttentionTask& task, int64_t splits, void*
     }
     if (a.grad_sinks) {
       int64_t head = u.head + r % u.group_size;
-      float weight = vexp2(splat(a.sinks[head] * kLog2e - n.lse[r]))[0];
-      // Not from the outputs, which were rounded to 16 bits.
-      double delta = a.grad_lse ? -(double)a.grad_lse[u.lse_at(r)] : 0;
-      for (int64_t s = 0; s < splits; ++s) delta += n.exact[s * n.strips * kSide + r];
+      double score = (double)a.sinks[head] * kLog2e - n.lse[r] - n.lse_rest[r];
+      double weight = vexp2(splat((float)score))[0];
+      double delta = n.delta[r];
+      if (n.exact) {
+        delta = a.grad_lse ? -(double)a.grad_lse[u.lse_at(r)] : 0;
+        for (int64_t s = 0; s < splits; ++s) delta += n.exact[s * n.strips * kSide + r];
+      }
       a.grad_sinks[u.batch * a.heads + head] -= weight * delta;
     }
   }
