@@ -200,9 +200,9 @@ def _is_view(function: Any) -> bool:
 
 
 def _is_copy(function: Any, lazy: Lazy, keywords: dict[str, Any]) -> bool:
-    if not lazy.is_contiguous():
+    if function not in (_aten.clone.default, _aten._to_copy.default) or not lazy.is_contiguous():
         return False
     asked = {name: value for name, value in keywords.items() if value not in _DEFAULTS and value != lazy.device}
     if function is _aten.clone.default:
         return not asked
-    return function is _aten._to_copy.default and set(asked) == {"dtype"} and asked["dtype"].is_floating_point
+    return set(asked) == {"dtype"} and asked["dtype"].is_floating_point

@@ -124,6 +124,7 @@ TERMS = {
     "written to by index": mask,
     "written to in a view": write_in_a_view,
     "written to after a copy": lambda z: z.float().clone().mul_(0).sum() + z.square().mean(),
+    "into a given tensor": lambda z: torch.add(z.detach(), 1, out=torch.empty(z.shape)).mean() + gap(z),
     "factors": lambda z: (torch.tanh(2 * z / 3) * 4).square().mean(),
 }
 
