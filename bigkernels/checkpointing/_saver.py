@@ -179,7 +179,8 @@ class Saver:
             if before is not None:
                 before.fetch()
         kept, shape, stride, offset = packed
-        return kept.get().as_strided(shape, stride, offset)
+        flat = kept.get()
+        return flat.as_strided(shape, stride, flat.storage_offset() + offset)  # what stayed has one of its own
 
     def fetch(self) -> None:
         for reference in reversed(self.slots):  # backward needs the last first

@@ -121,6 +121,24 @@ def test_views(view, w, x) -> None:
             assert back.stride() == v.stride()
 
 
+@pytest.mark.parametrize("parts", [lambda t: t.chunk(2), lambda t: (t[1], t[3]), lambda t: (t[1].T, t[3].T)])
+@pytest.mark.parametrize("policy", ["offload", "int8", "fp8", "int8+offload"])
+def test_parts_that_stay_as_they_are(policy: str, parts) -> None:
+    """Too small to be put elsewhere, or divided by: they lie where they did in the memory of the whole."""
+    x = torch.rand(4, ROWS, WIDTH) + 0.5
+
+    def fn(x):
+        a, b = parts(x * 2)
+        return a / b
+
+    def gradient(run):
+        leaf = x.clone().requires_grad_()
+        run(leaf).sum().backward()
+        return leaf.grad
+
+    assert torch.equal(gradient(fn), gradient(lambda leaf: checkpoint(fn, leaf, policy=policy)))
+
+
 def test_layouts_of_dense_tensors_are_kept() -> None:
     for t in (torch.randn(4, 8, 16, 16).to(memory_format=torch.channels_last), torch.randn(64, 128).T):
         saver = Saver(int8())
