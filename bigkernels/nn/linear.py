@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops._arguments import autocast_dtype
@@ -65,7 +66,9 @@ def _packed_of(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
     copies = _packed.get(weight)
     if copies is None or weight.dim() != 2 or not weight.numel() or not has_values(weight):
         return None
-    key = weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype
+    # The storage beside the address: what `weight.data = ...` frees is where the next one may be allocated.
+    storage = StorageWeakRef(weight.untyped_storage())
+    key = storage, weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype
     held = copies.get(dtype)
     if held is None or held[0] != key:
         held = copies[dtype] = key, pack_weight(weight.detach(), dtype)

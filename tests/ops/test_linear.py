@@ -204,8 +204,16 @@ def test_packed_once_where_it_is_of_use(layer):
     assert held(layer) is first
 
 
+def at_the_old_address(w):
+    """Where an allocator may place new data once the old are freed."""
+    memory = w.detach().numpy()
+    memory *= 2
+    w.data = torch.from_numpy(memory)
+
+
 COUNTED = {
     "in place": lambda w: w.add_(1.0), "data replaced": lambda w: setattr(w, "data", torch.randn(40, 64)),
+    "data at the old address": at_the_old_address,
     "a row": lambda w: w[3].zero_(), "loaded": lambda w: w.copy_(torch.ones(40, 64)),
 }  # fmt: skip
 UNCOUNTED = {
