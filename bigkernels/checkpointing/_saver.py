@@ -75,8 +75,9 @@ class _Stored(_Kept):
         self.code, self.place, self.dtype, self.scale, self.slots = code, place, flat.dtype, None, slots
 
     def settle(self) -> None:
-        if self.exact and self.place is not None:  # there it is exact, too
-            self.exact, self.code = False, None
+        if self.exact and self.flat is not None and self.place is not None:  # there it is exact, too
+            self.stored = self.stored and self.scale is None  # in codes, for a node that can do with them
+            self.exact, self.code, self.scale = False, None, None
         super().settle()
 
     def store(self, flat: Tensor) -> None:
@@ -234,8 +235,8 @@ class Saver:
         kept = found[2]
         if self.watch is None:
             kept.settle()
-        elif not kept.exact:
-            kept.flat = Exact(flat)  # it may have gone into codes before
+        elif not kept.exact or kept.flat is None:
+            kept.exact, kept.flat = False, Exact(flat)  # it may have gone into codes before
             self.watch.hold(kept, storage._cdata)
         return kept, stride, offset
 

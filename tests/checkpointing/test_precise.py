@@ -122,6 +122,27 @@ def test_regions_and_functions_of_ones_own(code: str) -> None:
     assert found.isfinite().all() and torch.equal(found.sign(), expected.sign())
 
 
+@pytest.mark.parametrize("policy", ["int8", "fp8", "int8+offload", "fp8+offload"])
+@pytest.mark.parametrize("marked", [False, True])
+def test_divided_by_after_it_went_into_codes(policy: str, marked: bool) -> None:
+    """For a product that came long before; `marked`: as what a logarithm is made of, too late."""
+    x = (torch.rand(N) * -12).requires_grad_()
+
+    def fn(x):
+        small = x.exp()
+        result = small * x
+        y = x
+        for _ in range(8):
+            y = y.cos()
+        if marked:
+            result = result + (small * 2).log()
+        return result + y.detach() / small
+
+    (expected,) = gradients(fn(x), [x])
+    (found,) = gradients(checkpoint(fn, x, policy=policy), [x])
+    assert ((found - expected) / expected).abs().max() < 0.02
+
+
 def test_what_is_written_to_meanwhile() -> None:
     """Values are put into codes before an operator overwrites them."""
     x = torch.randn(N, requires_grad=True)
