@@ -114,6 +114,12 @@ class Quantized(nn.Module):
             self._buffers[_DESCRIPTION] = _bytes(self._described, described.device)
         return self
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        described = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if described is not None:
+            described["dtype"] = str(self.dtype).removeprefix("torch.")
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         given = {name: state_dict.get(prefix + name) for name in self._buffers}
         kind, path = f"bigkernels.nn.{type(self).__name__}", prefix[:-1] or "the module"
@@ -137,6 +143,10 @@ class Quantized(nn.Module):
             return
         before = {name: self._buffers[name] for name in self.qweight.tensors}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if local_metadata.get("assign_to_params_buffers"):  # dtypes are those of the state, of a plain weight, too
+            bias = state_dict.get(prefix + "bias")  # files without metadata have no other
+            name = local_metadata.get("dtype")
+            self.dtype = getattr(torch, name) if name else self.dtype if bias is None else bias.dtype
         self._qweight = None
         for other in self._tie.members if self._tie is not None else ():
             for name, t in before.items():  # `assign=True` puts other tensors here

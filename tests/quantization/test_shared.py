@@ -90,6 +90,23 @@ def test_through_the_meta_device(name: str):
     assert model.output.weight is model.table.weight
 
 
+@pytest.mark.parametrize("metadata", [True, False])
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_assigned_state_brings_its_dtype(name: str, metadata: bool, tmp_path):
+    source = tied(name).bfloat16()
+    torch.save(source.state_dict(), tmp_path / "state")
+    state, model = torch.load(tmp_path / "state"), tied(name)
+    if not metadata:  # a file of tensors alone: the dtype is that of the bias, where there is one
+        state = {key: t for key, t in state.items() if key.startswith("output")}
+    model.load_state_dict(state, assign=True, strict=metadata)
+    assert model.output.weight.dtype == torch.bfloat16
+    assert metadata == (model.table.weight.dtype == torch.bfloat16)
+    if metadata:
+        assert torch.equal(model(IDS), source(IDS)) and model(IDS).dtype == torch.bfloat16
+        bigkernels.dequantize(model)
+        assert model(IDS).dtype == torch.bfloat16 and model.output.weight is model.table.weight
+
+
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("saved", ["table", "output"])
 def test_a_state_may_hold_them_once(saved: str, assign: bool):
