@@ -142,7 +142,8 @@ def test_tokens_do_not_know_of_each_other(kind: str, m: int):
 
 @pytest.mark.parametrize("change, message", [
     ({"k": 65}, "rows of 65"), ({"codes": lambda t: t.short()}, "codes"), ({"scale": lambda t: t.double()}, "scale"),
-    ({"scale": lambda t: t[:-1]}, "scale"), ({"codes": lambda t: t[..., None]}, "matrix"), ({"zero": lambda t: None}, "zero"), ({"group": 48}, "groups of 48"),
+    ({"scale": lambda t: t[:-1]}, "scale"), ({"codes": lambda t: t[..., None]}, "matrix"),
+    ({"zero": lambda t: None}, "zero"), ({"group": 48}, "groups of 48"),
 ])  # fmt: skip
 def test_operands_that_do_not_fit(change: dict, message: str):
     names = ("codes", "scale", "zero", "row_scale", "book", "group", "k")
