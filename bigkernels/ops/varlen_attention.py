@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import _attention as shared
 from ._arguments import check_tensor
@@ -61,7 +62,9 @@ def varlen_attention(
         if OPERATOR.uses_kernel(q, k, v, *tensors) and not needs_grad(alibi_slopes):
             grad = needs_grad(q, k, v, sinks)
             cu_q, prefix = shared.integers(cu_seqlens_q, grad), shared.integers(prefix_lengths, grad)
-            cu_k = cu_q if cu_seqlens_k is cu_seqlens_q else shared.integers(cu_seqlens_k, grad)
+            # The compiler does not take one tensor for two arguments of an autograd function.
+            once = cu_seqlens_k is cu_seqlens_q and not is_compiling()
+            cu_k = cu_q if once else shared.integers(cu_seqlens_k, grad)
             args = (q, k, v, cu_q, cu_k, alibi_slopes, sinks, prefix, shared.draw_seed(q, dropout_p), max_seqlen_q,
                     max_seqlen_k, *options)  # fmt: skip
             if grad:
