@@ -6,11 +6,14 @@ import atexit
 import os
 import threading
 import time
+from weakref import WeakSet
 
 _LONGEST = 10.0  # seconds that the interpreter waits for what runs
+_GRACE = 0.25  # and for threads on their way into or out of such a block, who pass through torch there
 
 _ending = False
 _inside: list[object] = []
+_threads: WeakSet[threading.Thread] = WeakSet()  # others than the main one that have been inside
 
 
 class Running:
@@ -19,9 +22,12 @@ class Running:
     def __enter__(self) -> None:
         # In this order: either the end waits for this, or this knows of the end.
         _inside.append(self)
-        if _ending and threading.current_thread() is not threading.main_thread():
-            _inside.remove(self)
-            raise SystemExit  # which ends a thread without a word
+        thread = threading.current_thread()
+        if thread is not threading.main_thread():
+            _threads.add(thread)
+            if _ending:
+                _inside.remove(self)
+                raise SystemExit  # which ends a thread without a word
 
     def __exit__(self, *_: object) -> None:
         _inside.remove(self)
@@ -33,7 +39,16 @@ def _end() -> None:
     until = time.monotonic() + _LONGEST
     while _inside and time.monotonic() < until:
         time.sleep(0.001)
+    until = min(until, time.monotonic() + _GRACE)
+    for thread in list(_threads):
+        thread.join(max(0.0, until - time.monotonic()))
+
+
+def _forked() -> None:
+    # The threads of the parent are not there.
+    _inside.clear()
+    _threads.clear()
 
 
 atexit.register(_end)
-os.register_at_fork(after_in_child=_inside.clear)  # the threads of the parent are not there
+os.register_at_fork(after_in_child=_forked)
