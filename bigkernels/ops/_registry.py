@@ -251,7 +251,12 @@ def sees_plain_alone(*tensors: Tensor | None) -> bool:
 
 def is_watched() -> bool:
     """Whether something follows each operation, so that results of earlier calls mean nothing to it."""
-    return _transforms() is not None or _is_jit_tracing() or _modes._is_in_torch_dispatch_mode
+    return _transforms() is not None or _is_jit_tracing() or (_modes._is_in_torch_dispatch_mode and _has_modes())
+
+
+def _has_modes() -> bool:
+    # The flag is one of the process: where two threads leave their modes in the order of entering, it stays set.
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
 
 
 def writes_graph() -> bool:

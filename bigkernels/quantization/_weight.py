@@ -34,7 +34,10 @@ class QuantizedWeight:
 
     def operands(self) -> Operands:
         """What `quantized_linear` reads; made once as long as the stored tensors stay what they are."""
-        if torch.compiler.is_dynamo_compiling() or is_watched():
+        if torch.compiler.is_dynamo_compiling():
+            return self.config.operands(self.tensors)
+        if is_watched():
+            self._check_dtypes()
             return self.config.operands(self.tensors)
         held = self._read
         if held is not None and all(map(_Seen.holds, held[0], self.tensors.values())):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
 from torch import nn
+from torch.utils import _python_dispatch
+from torch.utils.flop_counter import FlopCounterMode
 
 import bigkernels
 from bigkernels.nn import QuantizedEmbedding, QuantizedLinear
+from bigkernels.ops._registry import is_watched
 from bigkernels.quantization import Int4
 
 IDS = torch.arange(24).reshape(2, 12) % 50
@@ -252,6 +256,35 @@ def test_wrong_tensors_of_the_right_format():
             model.load_state_dict(good | {f"0.{key}": t})
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict({k: t for k, t in good.items() if k != "0.zero"})
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_cast_buffers_are_refused_where_operations_are_followed(name: str):
+    made = layer(name)
+    key = next(key for key, t in made.named_buffers() if t.is_floating_point())
+    buffer = made.get_buffer(key)
+    buffer.data = buffer.data.bfloat16()
+    with FlopCounterMode(display=False), pytest.raises(TypeError, match=f"{key} is torch.bfloat16"):
+        made(torch.randn(2, 96))
+
+
+def test_modes_that_threads_left_in_the_order_of_entering_are_over(monkeypatch):
+    monkeypatch.setattr(_python_dispatch, "_is_in_torch_dispatch_mode", False)  # which stays set otherwise
+    entered, left = threading.Event(), threading.Event()
+
+    def other():
+        with FlopCounterMode(display=False):
+            entered.set()
+            left.wait()
+
+    thread = threading.Thread(target=other)
+    with FlopCounterMode(display=False):
+        thread.start()
+        entered.wait()
+        assert is_watched()
+    left.set()
+    thread.join()
+    assert not is_watched()
 
 
 @pytest.mark.parametrize("name", FORMATS)
