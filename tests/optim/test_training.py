@@ -195,8 +195,8 @@ def trains(size: Size, name: str, margin: float) -> None:
 
 
 # Over four seeds formats were between -0.5 % and +0.3 %, which is chance in either direction, steps in backward between
-# -0.5 % and +0.1 %, Lion between +2 % and +5 % at this rate, Muon between -5.5 % and -2.9 %. The text comes with Python:
-# of Python 3.11.2 it leaves Lion 10.8 % behind, of 3.11.7 as said.
+# -0.5 % and +0.1 %, Lion between +2 % and +5 % at this rate, Muon between -5.5 % and -2.9 %. The text is of Python;
+# that of Python 3.11.2 leaves Lion 10.8 % behind.
 MARGINS = {"in backward": 0.01, "Lion": 0.15, "Muon": 0.0}
 
 
