@@ -182,19 +182,13 @@ struct DecodeSizes {
 // half.
 enum class Codes : int { f32 = 0, bf16 = 1, f16 = 2, int8 = 3, fp8 = 4, affine4 = 5, book4 = 6 };
 
-// y = x w^T + bias, (M, N), or backward the gradient of x, (M, K), from that of y. What the weight (N, K) holds are
+// A weight (N, K) as it is stored:
 //   f32, bf16, f16  the numbers themselves
 //   int8, fp8       code * scale[n]
 //   affine4         (code - zero[n, k / group]) * scale[n, k / group] * row_scale[n], scale and zero in float16
 //   book4           book[code] * scale[n, k / group], scale in float32
-// The gradient of a weight is such a backward pass too: of the turned gradient of y, with x for a weight.
-struct Linear {
-  Rows in;         // x, or the gradient of y
-  bool in_turned;  // element i of row m is element m of row i
-  void* out;       // contiguous
-  Type type;       // of in
-  Type out_type;
-  int64_t m, n, k;
+struct Weight {
+  int64_t n, k;
   Codes kind;
   const uint8_t* codes;
   int64_t code_row;  // bytes
@@ -202,10 +196,22 @@ struct Linear {
   const uint16_t* zero;
   const float* row_scale;
   const float* book;
-  const float* bias;      // (N,) or null
   int64_t group, groups;  // of elements of a row; 0 where a row has one scale
-  bool stream;            // write past the caches
-  const void* packed;     // the whole weight as linear_pack_right makes it for this type, forward; null: not at hand
+  bool transposed;        // numbers only: element k of row n is element n of stored row k
+};
+
+// y = x w^T + bias, (M, N), or backward the gradient of x, (M, K), from that of y. The gradient of a weight is such a
+// backward pass too: of the transposed gradient of y, with x for a weight.
+struct Linear : Weight {
+  Rows in;         // x, or the gradient of y
+  bool in_turned;  // element i of row m is element m of row i
+  void* out;       // contiguous
+  Type type;       // of in
+  Type out_type;
+  int64_t m;
+  const float* bias;   // (N,) or null
+  bool stream;         // write past the caches
+  const void* packed;  // the whole weight as linear_pack_right makes it for this type, forward; null: not at hand
 };
 
 // Cross entropy of the logits `logit_scale * (x w^T + bias)`, which are made a block at a time. All pointers to tokens

@@ -1,0 +1,1 @@
+"""A model's step in one native call."""

@@ -1,0 +1,223 @@
+"""A model's step as operations on rows: what is found in a model, before it has addresses.
+
+Between operations are values, by number: each is (rows, width), one row a token, in float32. `Graph.hidden` is what
+goes in (the embedded tokens, by the model's own code), `Graph.logits` what comes out. The operations are in the order
+in which they run; each value is made once. `_reference.py` runs them in plain PyTorch, in any dtype: that is what they
+mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A parameter or buffer where the model keeps it: read at each use, never copied."""
+
+    module: nn.Module
+    name: str
+
+    def get(self) -> Tensor:
+        return getattr(self.module, self.name)
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """kind: "rms" or "layer". The weight has `offset` added to it; None is all ones."""
+
+    kind: str
+    size: int
+    eps: float
+    weight: Stored | None = None
+    bias: Stored | None = None
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Norm:
+    """out = scale * norm(x), over groups of `spec.size` columns, + residual_scale * residual"""
+
+    x: int
+    out: int
+    spec: NormSpec
+    residual: int | None = None
+    scale: float = 1.0
+    residual_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Combine:
+    """out = sum of scale * x [* channel]: terms are (x, scale, channel or None), at most 4"""
+
+    out: int
+    terms: tuple[tuple[int, float, Stored | None], ...]
+
+
+@dataclass(frozen=True)
+class Activate:
+    """out = scale * act(x[x_column:]) [* (up[up_column:] + up_offset)], then softcap.
+
+    act: silu, gelu, gelu_tanh, relu, relu2, sigmoid, identity, tanh or quick_gelu. `limit` cuts x from above and up on
+    both sides.
+    """
+
+    x: int
+    out: int
+    act: str
+    width: int
+    up: int | None = None
+    x_column: int = 0
+    up_column: int = 0
+    scale: float = 1.0
+    softcap: float = 0.0
+    limit: float = 0.0
+    alpha: float = 1.702
+    up_offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Product:
+    """out = layer(x[x_column:]): `module` is a linear layer (nn.Linear, a quantized one, or transformers' Conv1D). A
+    layer with adapters is several products and a sum.
+    """
+
+    x: int
+    out: int
+    module: nn.Module
+    x_column: int = 0
+
+
+@dataclass(frozen=True)
+class HeadsOf:
+    """Head h is the `d` columns of value x that begin at columns[h]."""
+
+    x: int
+    columns: tuple[int, ...]
+    d: int
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Norms (each head) and rotates queries and keys; keys and values are appended to the cache of `layer`.
+
+    `k` and `v` are None where a layer reads the cache of another. `angles` is an index of `Graph.angles`, or None.
+    The first `rotary` elements of a head are rotated; pairs are (2 i, 2 i + 1) if `interleaved`, else (i, i + half).
+    """
+
+    q: HeadsOf
+    k: HeadsOf | None
+    v: HeadsOf | None
+    out: int
+    layer: int
+    q_norm: NormSpec | None = None
+    k_norm: NormSpec | None = None
+    angles: int | None = None
+    rotary: int = 0
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Attend:
+    """Causal attention of q, (heads * d), over the cache of `layer`: out (heads * dv).
+
+    `window`: keys that a token sees, itself included; 0 is all. `alibi`: a slope a head, adds slope * (key - query).
+    """
+
+    q: int
+    out: int
+    layer: int
+    heads: int
+    groups: int
+    d: int
+    dv: int
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    sinks: Stored | None = None
+    alibi: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """out = sum over the `top` experts e of a row of weight_e * down_e(act(gate_e x) * up_e x).
+
+    The router is `logits` (experts), by softmax or sigmoid, the largest `top`, made to sum to 1 with `renormalize`,
+    times `scale`; or the model's own code, which gave `weights` and `chosen` (top) each. `module` holds the stacked
+    weights.
+    """
+
+    x: int
+    out: int
+    module: nn.Module
+    experts: int
+    top: int
+    act: str
+    logits: int | None = None
+    weights: int | None = None
+    chosen: int | None = None
+    renormalize: bool = False
+    sigmoid: bool = False
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """Values `outs` = function(*values `xs`), each (B, S, width): the model's own code in the middle of the program."""
+
+    xs: tuple[int, ...]
+    outs: tuple[int, ...]
+    function: Callable
+    path: str
+
+
+@dataclass(frozen=True)
+class Keep:
+    """out = the last rows of each sequence of x: what the head is asked for. Later values have those rows only."""
+
+    x: int
+    out: int
+
+
+Operation = Norm | Combine | Activate | Product | Heads | Attend | Experts | Call | Keep
+
+
+@dataclass(frozen=True)
+class Angles:
+    """A rotary embedding: `module(x, position_ids, *extra)` gives (cos, sin); `table` where it depends on a token's
+    position alone, so that it may be tabulated (not for dynamic scaling).
+    """
+
+    module: nn.Module
+    extra: tuple
+    rotary: int
+    table: bool
+
+
+@dataclass
+class Graph:
+    """What was found in a model.
+
+    Attributes:
+        widths: of the values, by number.
+        embed: (input_ids or inputs_embeds, position_ids) to the hidden states (B, S, width) that the first operation
+            reads: the model's own code before its first block.
+        layers: how many caches there are.
+        modules: all modules whose code the program stands for; what is called instead of them must be watched.
+    """
+
+    widths: list[int] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+    angles: list[Angles] = field(default_factory=list)
+    hidden: int = 0
+    logits: int = -1
+    layers: int = 0
+    embed: Callable | None = None
+    modules: list[nn.Module] = field(default_factory=list)
+
+    def value(self, width: int) -> int:
+        self.widths.append(width)
+        return len(self.widths) - 1

@@ -1,0 +1,245 @@
+// A model's step as records: what a token passes through, from its hidden state to its logits, in plain structs that
+// one call walks with a team of threads (csrc/cpu/program.cpp).
+//
+// Values between records are rows of float32, one row a token: `batch` sequences of `tokens` new tokens each, row
+// b * tokens + s. Weights are read where the model keeps them: records hold addresses, and no copy can go stale. Every
+// record writes values of its own, so that two threads that make the same chunk write the same bits.
+//
+// bigkernels/program/_records.py has the same structs for Python; tests compare their sizes.
+#pragma once
+#include "table.h"
+
+namespace bigkernels {
+
+typedef int32_t Value;  // its number in the program's list; -1: none
+
+// A vector that the model keeps, read as it is stored; data null: absent.
+struct Vector {
+  const void* data;
+  Type type;
+  int32_t pad;
+};
+
+enum class NormKind : int32_t { none = 0, rms = 1, layer = 2 };
+
+struct NormOf {
+  NormKind kind;
+  float eps;
+  float offset;  // added to the weight
+  int32_t pad;
+  Vector weight, bias;
+};
+
+enum class Op : int32_t {
+  norm = 0,      // out = scale * norm(x) + residual, over groups of `size` columns
+  combine = 1,   // out = sum of scale[i] * x[i], cut at +-limit where that is not 0
+  activate = 2,  // out = scale * activation(x) * up; softcap
+  product = 3,   // out = epilogue(x w^T + bias)
+  heads = 4,     // norms and rotates queries and keys; keys and values go to the cache
+  attend = 5,    // attention over the cache
+  experts = 6,   // routed gated units
+  keep = 7,      // the last `keep` rows of each sequence; what follows has batch * keep rows
+};
+
+enum class Act : int32_t {  // the first six as Activation
+  silu = 0,
+  gelu = 1,
+  gelu_tanh = 2,
+  relu = 3,
+  relu2 = 4,
+  sigmoid = 5,
+  identity = 6,
+  tanh = 7,
+  quick_gelu = 8
+};
+
+struct NormRecord {
+  Value x, out, residual;
+  int32_t pad;
+  int64_t size;  // columns that are normed together; divides the width of x
+  NormOf norm;   // weight and bias have `size` elements
+  float scale, residual_scale;
+};
+
+constexpr int kMaxTerms = 4;
+struct CombineRecord {
+  Value out;
+  int32_t count;
+  Value x[kMaxTerms];
+  float scale[kMaxTerms];
+  Vector channel[kMaxTerms];  // (width,), multiplied with its term; absent: 1
+};
+
+struct ActivateRecord {
+  Value x, up, out;  // up: none, or what the activation is multiplied with
+  Act act;
+  int32_t x_column, up_column;  // where in x and up the operands begin, for halves of one value
+  int32_t width;                // of out
+  float scale, softcap;         // out = softcap * tanh(out / softcap) at the end; 0: none
+  float limit;                  // gpt-oss: x is cut at limit, up at +-limit; 0: none
+  float alpha;                  // of quick_gelu, x * sigmoid(alpha x)
+  float up_offset;              // added to up
+};
+
+// Weights that share an input, and where their rows go. With `gated` there are two, and
+// out[0] = act(y[0]) * y[1]; else out[i] = out_scale * act(y[i]) + residual_scale * residual.
+constexpr int kMaxWeights = 4;
+struct ProductRecord {
+  Value x;
+  int32_t count;
+  Value out[kMaxWeights];
+  int32_t column[kMaxWeights];  // of out at which row 0 of a weight goes
+  Weight weight[kMaxWeights];
+  Vector bias[kMaxWeights];
+  Act act;
+  int32_t gated;
+  int32_t integers;  // codes of 4 and 8 bits are multiplied as integers, with tokens rounded to 8 bits per 32 values
+  Value residual;    // the width of out[0]
+  float out_scale, residual_scale;
+  int32_t x_column;  // where in x the input begins
+  int32_t pad;
+};
+
+// Head h of a row is the `d` columns of value x from column[h] on.
+struct HeadsOf {
+  Value x;
+  int32_t count;
+  const int32_t* column;
+};
+
+struct HeadsRecord {
+  HeadsOf q, k, v;  // k and v of no heads: the layer reads another layer's cache
+  Value out;        // (q.count * d) rotated queries
+  int32_t layer;    // of the cache
+  int32_t d, dv;
+  NormOf q_norm, k_norm;  // of d elements
+  int32_t angles;         // number in the run's list; -1: nothing is rotated
+  int32_t rotary;         // the first elements of a head that are
+  int32_t interleaved;
+  int32_t pad;
+};
+
+struct AttendRecord {
+  Value q, out;  // (heads * d), (heads * dv)
+  int32_t layer;
+  int32_t heads, groups;  // query heads, and key heads
+  int32_t d, dv;
+  float scale, softcap;
+  int32_t pad;
+  int64_t window;      // keys that a token sees, itself included; 0: all
+  Vector sinks;        // (heads,)
+  const float* alibi;  // (heads,): adds slope * (key - query); null: none
+  Value state;         // parts of long caches: sums, to be merged
+  int32_t pad2;
+};
+
+// y[row] = sum over its `top` experts e of weight * down_e(act(gate_e x) * up_e x).
+struct ExpertsRecord {
+  Value x, out;
+  Value logits;           // (experts) of the router
+  Value weights, chosen;  // (top) each, when the router is the model's own; chosen holds whole numbers
+  int32_t experts, top;
+  int32_t renormalize;  // the chosen weights of a row to sum 1
+  int32_t sigmoid;      // of the logits instead of softmax
+  float scale;          // of the weights
+  Act act;
+  int32_t pad;
+  const Weight *gate, *up, *down;  // one an expert
+  float limit, alpha, up_offset;   // as in ActivateRecord
+  Value residual;
+};
+
+struct KeepRecord {
+  Value x, out;
+};
+
+struct Record {
+  Op op;
+  int32_t pad;
+  union {
+    NormRecord norm;
+    CombineRecord combine;
+    ActivateRecord activate;
+    ProductRecord product;
+    HeadsRecord heads;
+    AttendRecord attend;
+    ExpertsRecord experts;
+    KeepRecord keep;
+  };
+};
+
+constexpr int kMaxAngles = 4;
+struct ProgramHeader {
+  int32_t records, values;
+  const int32_t* width;  // of each value
+  const Record* record;
+};
+
+// ---- one call -------------------------------------------------------------------------------------------------------
+
+// cos and sin as rows of `rotary` elements (both halves, as Hugging Face models make them), indexed by a token's
+// position or, with `by_row`, by its row.
+struct AngleTable {
+  const void *cos, *sin;
+  Type type;
+  int32_t by_row;
+  int64_t stride;  // elements
+};
+
+// The keys and values of a layer, with room for the new tokens: token s of sequence b is written at slot held + s, and
+// sees slots up to its own. Slot j holds the token that is `past - held + j` from the beginning.
+struct LayerCache {
+  void *k, *v;
+  int64_t k_batch, k_head, k_token, v_batch, v_head, v_token;  // strides in elements; a head's values are contiguous
+  int64_t held;
+  Type type;     // of numbers
+  int32_t bits;  // 0: numbers; 8: int8 with a float32 scale a token and head
+  float *k_scale, *v_scale;
+  int64_t scale_batch, scale_head;  // strides; the next token is the next scale
+};
+
+struct Run {
+  int64_t batch, tokens, past;
+  int64_t keep;              // rows a sequence after Op::keep
+  const int64_t* positions;  // (batch, tokens)
+  const int64_t* starts;     // (batch,) the first token that is no padding, or null
+  AngleTable angles[kMaxAngles];
+  const LayerCache* caches;
+  int64_t rows() const { return batch * tokens; }
+};
+
+// chunks, floats of state that all of them leave (0: keys are not cut), and bytes of workspace a thread.
+struct AttendPlan {
+  int64_t chunks, parts, rows, keys;  // parts: of the keys; rows: queries of a chunk; keys: of a part
+  int64_t state, workspace;
+};
+
+// ---- kernels: one level's copies, csrc/cpu/kernels/program_*.cpp
+// ------------------------------------------------------
+
+// Rows [begin, end) of a chunk; `v` has the address of each value's row 0, and values are rows of their width.
+struct ProgramTable {
+  void (*norm)(const NormRecord&, float* const* v, const int32_t* width, int64_t begin, int64_t end);
+  void (*combine)(const CombineRecord&, float* const* v, const int32_t* width, int64_t begin, int64_t end);
+  void (*activate)(const ActivateRecord&, float* const* v, const int32_t* width, int64_t begin, int64_t end);
+  // Products. Tokens are made ready once for all weights of one form; then rows [begin, end) of a weight are multiplied
+  // with all m tokens: out[t * stride + row - begin], in float32 and without the bias. Sizes in bytes.
+  int32_t (*product_form)(const Weight&, bool integers);
+  int64_t (*product_ready)(const Weight&, bool integers, int64_t m);
+  void (*product_prepare)(const Weight&, bool integers, const float* x, int64_t stride, int64_t m, int64_t begin,
+                          int64_t end, void* ready);
+  int64_t (*product_workspace)(const Weight&, bool integers, int64_t m, int64_t rows);
+  void (*product)(const Weight&, bool integers, const void* ready, int64_t m, int64_t begin, int64_t end, float* out,
+                  int64_t stride, void* workspace);
+  // Tokens [begin, end): queries to their value, keys and values to the cache.
+  void (*heads)(const HeadsRecord&, const Run&, float* const* v, const int32_t* width, int64_t begin, int64_t end);
+  // Attention: how a record is cut for a run, and one chunk of it. Where keys are cut, chunks leave sums in `state`,
+  // and merge makes rows [begin, end) of out.
+  AttendPlan (*attend_plan)(const AttendRecord&, const Run&, int64_t threads);
+  void (*attend)(const AttendRecord&, const Run&, const AttendPlan&, int64_t chunk, float* const* v,
+                 const int32_t* width, void* workspace);
+  void (*attend_merge)(const AttendRecord&, const Run&, const AttendPlan&, float* const* v, const int32_t* width,
+                       int64_t begin, int64_t end);
+};
+
+}  // namespace bigkernels
