@@ -39,6 +39,7 @@ enum class Op : int32_t {
   attend = 5,    // attention over the cache
   experts = 6,   // routed gated units
   keep = 7,      // the last `keep` rows of each sequence; what follows has batch * keep rows
+  call = 8,      // a stop, at which the model's own code reads and writes values
 };
 
 enum class Act : int32_t {  // the first six as Activation
@@ -153,6 +154,11 @@ struct KeepRecord {
   Value x, out;
 };
 
+struct CallRecord {
+  int32_t reads, writes;
+  const Value *x, *out;
+};
+
 struct Record {
   Op op;
   int32_t pad;
@@ -165,12 +171,17 @@ struct Record {
     AttendRecord attend;
     ExpertsRecord experts;
     KeepRecord keep;
+    CallRecord call;
   };
 };
 
+// The header, and after it in the same memory its records and widths. `id` names this content: no two programs of a
+// process share one, and a program whose records are changed gets another.
 constexpr int kMaxAngles = 4;
 struct ProgramHeader {
-  int32_t records, values;
+  int64_t id;
+  int32_t records, values, layers, angles;
+  Value hidden, logits;  // what goes in, and comes out
   const int32_t* width;  // of each value
   const Record* record;
 };
@@ -184,14 +195,16 @@ struct AngleTable {
   Type type;
   int32_t by_row;
   int64_t stride;  // elements
+  int64_t rows;
 };
 
 // The keys and values of a layer, with room for the new tokens: token s of sequence b is written at slot held + s, and
-// sees slots up to its own. Slot j holds the token that is `past - held + j` from the beginning.
+// sees slots up to its own. Slot j holds the token that is `past - held + j` from the beginning. There are `capacity`
+// slots.
 struct LayerCache {
   void *k, *v;
   int64_t k_batch, k_head, k_token, v_batch, v_head, v_token;  // strides in elements; a head's values are contiguous
-  int64_t held;
+  int64_t held, capacity;
   Type type;     // of numbers
   int32_t bits;  // 0: numbers; 8: int8 with a float32 scale a token and head
   float *k_scale, *v_scale;
@@ -217,11 +230,18 @@ struct AttendPlan {
 // ---- kernels: one level's copies, csrc/cpu/kernels/program_*.cpp
 // ------------------------------------------------------
 
-// Rows [begin, end) of a chunk; `v` has the address of each value's row 0, and values are rows of their width.
+// Rows [begin, end) of a chunk; `v` has the address of each value's row 0, and values are rows of their width. Several
+// threads may run the same chunk, while others read what the first of them has made: each element of an output is
+// written once, with its last bits, and outputs are no room for anything else.
 struct ProgramTable {
   void (*norm)(const NormRecord&, float* const* v, const int32_t* width, int64_t begin, int64_t end);
+  // Elements [begin, end) of out, counted over its rows.
   void (*combine)(const CombineRecord&, float* const* v, const int32_t* width, int64_t begin, int64_t end);
   void (*activate)(const ActivateRecord&, float* const* v, const int32_t* width, int64_t begin, int64_t end);
+  // What comes after a product: rows [begin, end) of weight i, y (m, end - begin) at `stride`, get their bias,
+  // activation, scale and residual and go to their place in out. With `gated` i is 0 and `up` is y of weight 1.
+  void (*finish)(const ProductRecord&, int i, const float* y, const float* up, int64_t stride, int64_t m,
+                 float* const* v, const int32_t* width, int64_t begin, int64_t end);
   // Products. Tokens are made ready once for all weights of one form; then rows [begin, end) of a weight are multiplied
   // with all m tokens: out[t * stride + row - begin], in float32 and without the bias. Sizes in bytes.
   int32_t (*product_form)(const Weight&, bool integers);
@@ -241,5 +261,14 @@ struct ProgramTable {
   void (*attend_merge)(const AttendRecord&, const Run&, const AttendPlan&, float* const* v, const int32_t* width,
                        int64_t begin, int64_t end);
 };
+
+#define BIGKERNELS_DECLARE(level)          \
+  namespace level {                        \
+  extern const ProgramTable program_table; \
+  }
+BIGKERNELS_LEVELS(BIGKERNELS_DECLARE)
+#undef BIGKERNELS_DECLARE
+
+const ProgramTable& program_table();  // the chosen level's
 
 }  // namespace bigkernels

@@ -1,0 +1,49 @@
+"""The raw operators of `bigkernels.program`: a model's step over records, which are addresses and sizes as numbers.
+
+The records are those of csrc/include/bigkernels/program.h; bigkernels/program/_records.py mirrors them, and a program
+keeps alive what they point to. Nobody else should call these: there is no way to check an address.
+
+`program` is a uint8 tensor (`_records.pack`), `hidden` (B, S, width) floating, `positions` (B, S) int64, `starts` (B,)
+int64, `caches` int64 with a LayerCache a row, `angles` int64 with an AngleTable a row, `logits` (B, keep, V) floating.
+
+`program_run` is a whole step. Where the model's own code runs in between (call records), the same in pieces:
+`program_start` gives a run's number, `program_step` runs up to the next call record and returns its index, or -1 at the
+end; at either, values are read and written as (B, S, width) tensors; `program_finish` ends the run, whatever happened.
+
+A call returns when its results are there, and threads that lost their core may still be inside it: they write where
+nobody reads any more, and may read weights, tables and records, and write the call's own keys and values to the cache
+again. `program_settle` waits for them: it has to be called before a cache is cropped, reordered or freed, and before a
+program or what it points to is freed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+RUN = (
+    "program_run(Tensor program, Tensor hidden, Tensor positions, Tensor? starts, Tensor caches, Tensor angles, "
+    "Tensor(a!) logits, int past) -> ()"
+)
+START = (
+    "program_start(Tensor program, Tensor hidden, Tensor positions, Tensor? starts, Tensor caches, Tensor angles, "
+    "int keep, int past) -> int"
+)
+STEP = "program_step(int run) -> int"
+READ = "program_read(int run, int value, Tensor(a!) out) -> ()"
+WRITE = "program_write(int run, int value, Tensor x) -> ()"
+FINISH = "program_finish(int run) -> ()"
+SETTLE = "program_settle() -> ()"
+SIZES = "program_sizes() -> int[]"  # of the records, for tests
+
+for schema in (RUN, START, STEP, READ, WRITE, FINISH, SETTLE, SIZES):
+    name, brace, rest = schema.partition("(")
+    torch.library.define("bigkernels::" + name, brace + rest)
+
+run = torch.ops.bigkernels.program_run.default
+start = torch.ops.bigkernels.program_start.default
+step = torch.ops.bigkernels.program_step.default
+read = torch.ops.bigkernels.program_read.default
+write = torch.ops.bigkernels.program_write.default
+finish = torch.ops.bigkernels.program_finish.default
+settle = torch.ops.bigkernels.program_settle.default
+sizes = torch.ops.bigkernels.program_sizes.default
