@@ -1,5 +1,5 @@
 // Chooses the instruction-set level once, from what the machine has and what BIGKERNELS_CPU_ISA allows.
-#include <bigkernels/table.h>
+#include <bigkernels/program.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -61,20 +61,25 @@ Isa isa() {
 
 const char* isa_name() { return kNames[(int)isa()]; }
 
-const CpuTable& table() {
-  static const CpuTable* const tables[] = {
-      &base::table,
-#if BK_MAX_ISA_LEVEL >= 1
-      &avx2::table,
-#endif
-#if BK_MAX_ISA_LEVEL >= 2
-      &avx512::table,
-#endif
 #if BK_MAX_ISA_LEVEL >= 3
-      &amx::table,
+#define BK_ALL_LEVELS(name) {&base::name, &avx2::name, &avx512::name, &amx::name}
+#elif BK_MAX_ISA_LEVEL == 2
+#define BK_ALL_LEVELS(name) {&base::name, &avx2::name, &avx512::name}
+#elif BK_MAX_ISA_LEVEL == 1
+#define BK_ALL_LEVELS(name) {&base::name, &avx2::name}
+#else
+#define BK_ALL_LEVELS(name) {&base::name}
 #endif
-  };
+
+const CpuTable& table() {
+  static const CpuTable* const tables[] = BK_ALL_LEVELS(table);
   static const CpuTable* const chosen = tables[(int)isa()];
+  return *chosen;
+}
+
+const ProgramTable& program_table() {
+  static const ProgramTable* const tables[] = BK_ALL_LEVELS(program_table);
+  static const ProgramTable* const chosen = tables[(int)isa()];
   return *chosen;
 }
 

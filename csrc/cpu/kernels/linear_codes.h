@@ -6,9 +6,12 @@ namespace bigkernels {
 namespace BK_ISA {
 namespace {
 
-BK_INLINE bool packed(const Linear& a) { return a.kind == Codes::affine4 || a.kind == Codes::book4; }
+constexpr bool is_packed(Codes kind) {
+  return kind == Codes::affine4 || kind == Codes::book4 || kind == Codes::affine4m;
+}
+BK_INLINE bool packed(const Weight& a) { return is_packed(a.kind); }
 
-BK_INLINE bool plain(const Linear& a) { return a.kind == Codes::f32 || a.kind == Codes::bf16 || a.kind == Codes::f16; }
+BK_INLINE bool plain(const Weight& a) { return a.kind == Codes::f32 || a.kind == Codes::bf16 || a.kind == Codes::f16; }
 
 BK_INLINE int64_t code_bytes(Codes kind, int64_t elements) {
   switch (kind) {
@@ -16,6 +19,7 @@ BK_INLINE int64_t code_bytes(Codes kind, int64_t elements) {
     case Codes::bf16:
     case Codes::f16: return 2 * elements;
     case Codes::affine4:
+    case Codes::affine4m:
     case Codes::book4: return elements / 2;
     default: return elements;
   }
@@ -82,9 +86,14 @@ BK_INLINE void group_values(const Linear& a, int64_t n, int64_t g, float* values
     return;
   }
   int64_t at = n * a.groups + g;
-  float scale = load_one((const f16*)a.scale + at) * a.row_scale[n], zero = load_one((const f16*)a.zero + at);
+  float scale = load_one((const f16*)a.scale + at), zero = load_one((const f16*)a.zero + at);
   vf code;
   for (int i = 0; i < W; ++i) code[i] = (float)i;
+  if (a.kind == Codes::affine4m) {
+    for (int i = 0; i < 16; i += W) store(values + i, (code + (float)i) * scale + zero);
+    return;
+  }
+  scale *= a.row_scale[n];
   for (int i = 0; i < 16; i += W) store(values + i, (code + (float)i - zero) * scale);
 }
 
@@ -133,7 +142,7 @@ template <class T>
 void decode_row(const Linear& a, int64_t n, int64_t k, int64_t span, T* to) {
   const uint8_t* row = a.codes + n * a.code_row;
   for (int64_t end = k + span; k < end;) {
-    int64_t last = packed(a) ? (k / a.group + 1) * a.group : end;
+    int64_t last = a.group ? (k / a.group + 1) * a.group : end;
     if (last > end) last = end;
     auto each = [&](auto f) __attribute__((always_inline)) {
       for (; k < last; k += 32, to += 32) f(row + code_bytes(a.kind, k), a.k - k);
@@ -151,8 +160,10 @@ void decode_row(const Linear& a, int64_t n, int64_t k, int64_t span, T* to) {
         break;
       case Codes::f16: each([&](const uint8_t* from, int64_t count) { convert32((const f16*)from, count, to); }); break;
       case Codes::int8:
+      case Codes::int8g:
       case Codes::fp8: {
-        vf scale = splat(((const float*)a.scale)[n]);
+        vf scale =
+            splat(a.group ? load_one((const f16*)a.scale + n * a.groups + k / a.group) : ((const float*)a.scale)[n]);
         each([&](const uint8_t* from, int64_t count) __attribute__((always_inline)) {
           uint8_t part[32] = {};
           if (count < 32) {
@@ -160,7 +171,7 @@ void decode_row(const Linear& a, int64_t n, int64_t k, int64_t span, T* to) {
             from = part;
           }
           for (int i = 0; i < 32; i += W)
-            store(to + i, (a.kind == Codes::int8 ? load((const int8_t*)from + i) : load_fp8(from + i)) * scale);
+            store(to + i, (a.kind == Codes::fp8 ? load_fp8(from + i) : load((const int8_t*)from + i)) * scale);
         });
         break;
       }

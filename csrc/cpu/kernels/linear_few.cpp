@@ -59,23 +59,26 @@ void widen_tokens(const Linear& a, float* to) {
 // What a row holds from element k on, before its scale.
 template <Codes kKind>
 struct Reader {
-  static constexpr bool kPacked = kKind == Codes::affine4 || kKind == Codes::book4;
+  static constexpr bool kPacked = is_packed(kKind);
   static constexpr bool kScaled = kKind > Codes::f16;
   static constexpr int kVectors = kPacked ? 2 : 1, kStep = kVectors * W;
 
   static constexpr int64_t bytes(int64_t elements) {
     return kPacked ? (elements + 1) / 2 : kKind == Codes::f32 ? 4 * elements : kScaled ? elements : 2 * elements;
   }
-  BK_INLINE void read(const Linear& a, const uint8_t* codes, float zero, vf* v) {
+  BK_INLINE void read(const Linear& a, const uint8_t* codes, float zero, float scale, vf* v) {
     if constexpr (kKind == Codes::f32) v[0] = load((const float*)codes);
     if constexpr (kKind == Codes::bf16) v[0] = load((const bf16*)codes);
     if constexpr (kKind == Codes::f16) v[0] = load((const f16*)codes);
-    if constexpr (kKind == Codes::int8) v[0] = load((const int8_t*)codes);
+    if constexpr (kKind == Codes::int8 || kKind == Codes::int8g) v[0] = load((const int8_t*)codes);
     if constexpr (kKind == Codes::fp8) v[0] = load_fp8(codes);
     if constexpr (kPacked) {
       vi both = widen_bytes(codes), high = (vi)((vu)both >> 4);
       if constexpr (kKind == Codes::book4) {
         v[0] = look_up(a.book, both), v[1] = look_up(a.book, high);
+      } else if constexpr (kKind == Codes::affine4m) {
+        v[0] = __builtin_convertvector(both & 15, vf) * scale + zero;
+        v[1] = __builtin_convertvector(high, vf) * scale + zero;
       } else {
         v[0] = __builtin_convertvector(both & 15, vf) - zero, v[1] = __builtin_convertvector(high, vf) - zero;
       }
@@ -91,34 +94,38 @@ void floats_tile(const Linear& a, const float* x, int64_t n, int64_t token) {
   int64_t groups = a.group ? a.groups : 1, size = a.group ? a.group : a.k;
   for (int64_t g = 0; g < groups; ++g) {
     int64_t begin = g * size, end = begin + size < a.k ? begin + size : a.k, k = begin;
-    float scale[R], zero[R] = {};
+    float scale[R], zero[R] = {}, step[R] = {};
     for (int r = 0; r < R && Read::kScaled; ++r) {
       int64_t at = a.group ? (n + r) * a.groups + g : n + r;
       if (kKind == Codes::affine4) {
         scale[r] = load_one((const f16*)a.scale + at) * a.row_scale[n + r];
         zero[r] = load_one((const f16*)a.zero + at);
+      } else if (kKind == Codes::affine4m) {
+        scale[r] = 1, zero[r] = load_one((const f16*)a.zero + at), step[r] = load_one((const f16*)a.scale + at);
+      } else if (kKind == Codes::int8g) {
+        scale[r] = load_one((const f16*)a.scale + at);
       } else {
         scale[r] = ((const float*)a.scale)[at];
       }
     }
     vf acc[R][T] = {};
-    auto step = [&](auto code) __attribute__((always_inline)) {
+    auto advance = [&](auto code) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         vf v[Read::kVectors];
-        Read::read(a, code(r), zero[r], v);
+        Read::read(a, code(r), zero[r], step[r], v);
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t)
           for (int i = 0; i < Read::kVectors; ++i) acc[r][t] += v[i] * load(x + t * whole(a.k) + k + i * W);
       }
     };
     for (; k + Read::kStep <= end; k += Read::kStep)
-      step([&](int r) __attribute__((always_inline)) { return a.codes + (n + r) * a.code_row + Read::bytes(k); });
+      advance([&](int r) __attribute__((always_inline)) { return a.codes + (n + r) * a.code_row + Read::bytes(k); });
     if (k < end) {  // the end of the row; x is zero beyond it
       uint8_t part[R][Read::bytes(Read::kStep)] = {};
       for (int r = 0; r < R; ++r)
         __builtin_memcpy(part[r], a.codes + (n + r) * a.code_row + Read::bytes(k), Read::bytes(end - k));
-      step([&](int r) __attribute__((always_inline)) { return part[r]; });
+      advance([&](int r) __attribute__((always_inline)) { return part[r]; });
     }
     for (int r = 0; r < R; ++r)
       for (int t = 0; t < T; ++t)
@@ -136,8 +143,8 @@ void floats_tile(const Linear& a, const float* x, int64_t n, int64_t token) {
 #if defined(__AVX512BF16__)
 
 BK_INLINE bool by_pairs(const Linear& a) {
-  return a.type == Type::bf16 &&
-         (a.kind == Codes::bf16 || (packed(a) && (a.group == 32 || a.group == 64 || a.group == 128)));
+  return a.type == Type::bf16 && (a.kind == Codes::bf16 || ((a.kind == Codes::affine4 || a.kind == Codes::book4) &&
+                                                            (a.group == 32 || a.group == 64 || a.group == 128)));
 }
 
 // Rows of bfloat16 with tokens of bfloat16: both are read where they are.
@@ -396,6 +403,8 @@ void linear_few(const Linear& a, const void* ready, int64_t begin, int64_t end) 
     case Codes::fp8: return floats<Codes::fp8>(a, ready, begin, end);
     case Codes::affine4: return floats<Codes::affine4>(a, ready, begin, end);
     case Codes::book4: return floats<Codes::book4>(a, ready, begin, end);
+    case Codes::affine4m: return floats<Codes::affine4m>(a, ready, begin, end);
+    case Codes::int8g: return floats<Codes::int8g>(a, ready, begin, end);
   }
 }
 

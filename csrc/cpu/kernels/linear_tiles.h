@@ -19,7 +19,8 @@ constexpr int64_t pieces(int64_t k) { return (k + kPiece - 1) / kPiece; }
 BK_INLINE int64_t token_groups(const Linear& a) { return (a.m + 15) / 16; }
 
 BK_INLINE bool serves(const Linear& a) {
-  return a.type == Type::bf16 && a.kind != Codes::f32 && a.kind != Codes::f16 && a.m > 1 && a.m <= kMost;
+  return a.type == Type::bf16 && (a.kind == Codes::bf16 || (a.kind >= Codes::int8 && a.kind <= Codes::book4)) &&
+         a.m > 1 && a.m <= kMost;
 }
 BK_INLINE int64_t ready_bytes(const Linear& a) {
   return token_groups(a) * pieces(a.k) * kBlocks * kTile * (int64_t)sizeof(uint16_t);
