@@ -32,7 +32,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
                             layer_types=["sliding_attention", "sliding_attention", "full_attention"])),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config",
              dict(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=256, pad_token_id=0,
-                  bos_token_id=1, eos_token_id=None, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)),
+                  bos_token_id=1, eos_token_id=None, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+                  tie_word_embeddings=False)),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", SIZES),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", SIZES | EXPERTS | dict(norm_topk_prob=True)),
     "mistral": ("MistralForCausalLM", "MistralConfig", SIZES | dict(sliding_window=WINDOW)),
@@ -59,7 +60,7 @@ def spread(model: nn.Module, seed: int = 0) -> nn.Module:
                 parameter += 0.2 * noise
             elif parameter is model.get_output_embeddings().weight is model.get_input_embeddings().weight:
                 parameter.copy_(0.05 * noise)  # else it gives the last token again, whatever the blocks say
-            elif "embed" in path or "wpe" in path:
+            elif "embed" in path or "wte" in path or "wpe" in path:
                 parameter.copy_(noise)
             else:
                 parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)

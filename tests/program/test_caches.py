@@ -7,8 +7,6 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from decoders import (
     CACHE,
     MODELS,
@@ -22,6 +20,7 @@ from decoders import (
     uses_modules,
     uses_program,
 )
+from torch import Tensor, nn
 
 TOKENS = prompt(2, 24, seed=8)
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from decoders import CACHE, MODELS, Pair, build, generate, given, pair, prompt, transformers, uses_modules, uses_program
 from torch import Tensor, nn
 
 import bigkernels
-from decoders import CACHE, MODELS, Pair, build, generate, given, pair, prompt, transformers, uses_modules, uses_program
 
 IDS = prompt(2, 9, seed=5)
 
@@ -77,7 +77,7 @@ def _norm_weight(model):
 
 
 def _eps(model):
-    for path, m in model.named_modules():
+    for m in model.modules():
         if hasattr(m, "variance_epsilon"):
             m.variance_epsilon = 0.7
 
