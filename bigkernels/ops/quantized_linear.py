@@ -90,15 +90,21 @@ def _check(x, qweight, bias):
 
 
 def dequantize_rows(codes, scale, zero, row_scale, book, group, k, dtype):
-    """Rows of the weight in `dtype`, which is wide enough to hold them."""
+    """Rows of the weight in `dtype`, which is wide enough to hold them. `zero` without row_scale is the minimum of a
+    block, added after the scale.
+    """
     scale = scale.to(dtype)
     if group == 0:
         if codes.dtype == torch.uint8:
             codes = codes.view(torch.float8_e4m3fn)
         return codes.to(dtype) * scale[:, None]
+    if codes.dtype == torch.int8:
+        return codes.to(dtype) * _spread(scale, group, k)
     pairs = torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, :k]
     if book is not None:
         return book.to(dtype)[pairs.long()] * _spread(scale, group, k)
+    if row_scale is None:
+        return pairs.to(dtype) * _spread(scale, group, k) + _spread(zero.to(dtype), group, k)
     values = pairs.to(dtype) - _spread(zero.to(dtype), group, k)
     return values * _spread(scale, group, k) * row_scale.to(dtype)[:, None]
 

@@ -145,7 +145,7 @@ def quantize_weight(w: Tensor, config: str | Format, gram: Tensor | None = None)
 
     Args:
         w: (N, K), floating, any strides; every value finite.
-        config: a format, or its name: "int8", "int8-dynamic", "int4", "nf4", "fp4" or "fp8".
+        config: a format, or its name: "int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "q4_1" or "q8_0".
         gram: (K, K), the sum or mean of ``x x^T`` over inputs x of the layer; for formats that are calibrated, and of
             no use to others.
 
@@ -153,8 +153,9 @@ def quantize_weight(w: Tensor, config: str | Format, gram: Tensor | None = None)
 
     Raises:
         TypeError: `w` is not a floating tensor.
-        ValueError: `w` is no matrix or holds a value that is not finite (in float32), there is no such format, or
-            `gram` is missing, of another shape, or not finite.
+        ValueError: `w` is no matrix or holds a value that is not finite (in float32) or beyond the format's range
+            (float16 in "q4_1" and "q8_0"), there is no such format, or `gram` is missing, of another shape, or not
+            finite.
     """
     config = named(config)
     if not isinstance(w, Tensor) or not w.is_floating_point():

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..ops import quantized_linear as op
 from ._launch import falls_back, launch, power_of_2, processors, rows
 
-INT8, FP8, AFFINE4, BOOK4 = range(4)
+INT8, FP8, AFFINE4, BOOK4, AFFINE4M, INT8G = range(6)
 _FEW = 16  # tokens: the least that tensor cores multiply
 
 
@@ -50,24 +50,34 @@ def _decode(
         if SCALED:
             values = values * tl.load(SCALE + row, mask=inside, other=0.0)[:, None]
     else:
-        half = k // 2 + tl.arange(0, BK // 2)
-        mask = inside[:, None] & (2 * half < K)[None, :]
-        pairs = tl.load(CODES + row[:, None] * stride + half[None, :], mask=mask, other=0)
-        codes = tl.interleave(pairs & 15, pairs >> 4)
+        if KIND == 5:
+            at = k + tl.arange(0, BK)
+            mask = inside[:, None] & (at < K)[None, :]
+            codes = tl.load(CODES + row[:, None] * stride + at[None, :], mask=mask, other=0)
+        else:
+            half = k // 2 + tl.arange(0, BK // 2)
+            mask = inside[:, None] & (2 * half < K)[None, :]
+            pairs = tl.load(CODES + row[:, None] * stride + half[None, :], mask=mask, other=0)
+            codes = tl.interleave(pairs & 15, pairs >> 4)
         GROUPS: tl.constexpr = BK // GROUP if BK > GROUP else 1
         g = k // GROUP + tl.arange(0, GROUPS)
         where = row[:, None] * groups + g[None, :]
         known = inside[:, None] & (g < groups)[None, :]
         scale = tl.load(SCALE + where, mask=known, other=0.0).to(tl.float32)
-        if KIND == 2:
-            zero = tl.load(ZERO + where, mask=known, other=0.0).to(tl.float32)
-            scale = scale * tl.load(ROW_SCALE + row, mask=inside, other=0.0)[:, None]
-            values = tl.reshape(codes.to(tl.float32), (BN, GROUPS, BK // GROUPS)) - zero[:, :, None]
-        else:
+        if KIND == 3:
             # Not by loads: in a loop the compiler would stage what they gather in shared memory.
             book = tl.broadcast_to(tl.load(BOOK + tl.arange(0, 16))[None, :], (BN, 16))
             values = tl.reshape(tl.gather(book, codes.to(tl.int32), 1), (BN, GROUPS, BK // GROUPS))
-        values = tl.reshape(values * scale[:, :, None], (BN, BK))
+        else:
+            values = tl.reshape(codes.to(tl.float32), (BN, GROUPS, BK // GROUPS))
+        if KIND == 2:
+            zero = tl.load(ZERO + where, mask=known, other=0.0).to(tl.float32)
+            scale = scale * tl.load(ROW_SCALE + row, mask=inside, other=0.0)[:, None]
+            values = values - zero[:, :, None]
+        values = values * scale[:, :, None]
+        if KIND == 4:
+            values += tl.load(ZERO + where, mask=known, other=0.0).to(tl.float32)[:, :, None]
+        values = tl.reshape(values, (BN, BK))
     return values
 
 
@@ -191,10 +201,12 @@ def multiply_integers(
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
-def _kind(codes: Tensor, group: int, book: Tensor | None) -> int:
+def _kind(codes: Tensor, row_scale: Tensor | None, group: int, book: Tensor | None) -> int:
     if codes.dtype == torch.int8:
-        return INT8
-    return FP8 if group == 0 else AFFINE4 if book is None else BOOK4
+        return INT8G if group else INT8
+    if group == 0:
+        return FP8
+    return BOOK4 if book is not None else AFFINE4M if row_scale is None else AFFINE4
 
 
 def _tile(m: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
@@ -229,7 +241,7 @@ def forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wid
     depth = triton.cdiv(triton.cdiv(k, splits), tile["BK"]) * tile["BK"]
     splits = triton.cdiv(k, depth)
     parts = x.new_empty(splits, m, n, dtype=torch.float32) if splits > 1 else None
-    kind = _kind(codes, group, book)
+    kind = _kind(codes, row_scale, group, book)
     groups = scale.shape[1] if group else 0
     launch(multiply, (programs, splits), tokens, codes, scale, zero, row_scale, book, bias, out, parts, m, n, k, groups,
            tokens.stride(0), codes.stride(0), depth, KIND=kind, GROUP=group or 32, SPLIT=splits > 1, num_warps=warps,
@@ -269,8 +281,9 @@ def backward(grad, codes, scale, zero, row_scale, book, group, k) -> Tensor:
     }
     grid = (triton.cdiv(m, tile["BM"]) * triton.cdiv(k, tile["BK"]),)
     launch(multiply_back, grid, rows_of_grad, codes, scale, zero, row_scale, book, out, m, n, k,
-           scale.shape[1] if group else 0, rows_of_grad.stride(0), codes.stride(0), KIND=_kind(codes, group, book),
-           GROUP=group or 32, num_warps=8 if tile["BM"] == 128 else 4, **tile)  # fmt: skip
+           scale.shape[1] if group else 0, rows_of_grad.stride(0), codes.stride(0),
+           KIND=_kind(codes, row_scale, group, book), GROUP=group or 32, num_warps=8 if tile["BM"] == 128 else 4,
+           **tile)  # fmt: skip
     return out
 
 
@@ -285,6 +298,9 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
         scale = one.new_empty(n, k // group)
         operands.append((halves, scale.half(), scale.half(), one, None, group))
         operands.append((halves, scale, None, None, book, group))
+        if group == 32:
+            operands.append((halves, scale.half(), scale.half(), None, None, group))
+            operands.append((bytes.to(torch.int8), scale.half(), None, None, None, group))
     for weight in operands:
         typical = weight[5] in (0, 64)  # the others differ in how many groups meet in a tile
         for m in (1, 64, 2048) if typical else (1, 2048):

@@ -30,7 +30,7 @@ _SIZES = [1, 2, 3, 5, 7, 8, 9, 13, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 97, 1
           513, 1023, 1024, 1025]  # fmt: skip
 _HEADS = [1, 2, 3, 4, 5, 7, 8, 9, 11, 13, 16, 17, 24, 31, 32, 33, 40, 63, 64, 65, 72, 80, 96, 128]
 _LENGTHS = [0, 1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 200, 257]
-_FORMATS = ["int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", Int4(32, "rtn"), Int4(128, "rtn"),
+_FORMATS = ["int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "q4_1", "q8_0", Int4(32, "rtn"), Int4(128, "rtn"),
             NF4(64, double_quant=False), NF4(128, double_quant=False)]  # fmt: skip
 
 

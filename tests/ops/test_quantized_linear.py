@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bigkernels.ops import quantized_linear as op
 
-KINDS = ("int8", "fp8", "affine4", "book4")
+KINDS = ("int8", "fp8", "affine4", "book4", "affine4m", "int8g")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MANY = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -32,8 +32,14 @@ def weight(kind: str, n: int, k: int, group: int = 64) -> tuple:
             0,
             k,
         )
-    codes = torch.randint(0, 256, (n, (k + 1) // 2), dtype=torch.uint8)
     groups = -(-k // group)
+    if kind == "int8g":
+        codes = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+        return codes, (torch.rand(n, groups) / 100).half(), None, None, None, group, k
+    codes = torch.randint(0, 256, (n, (k + 1) // 2), dtype=torch.uint8)
+    if kind == "affine4m":
+        scale = torch.rand(n, groups) / 10
+        return codes, scale.half(), (scale * -torch.rand(n, groups) * 15).half(), None, None, group, k
     if kind == "book4":
         return codes, torch.rand(n, groups) / 10, None, None, torch.randn(16), group, k
     scale, zero = torch.rand(n, groups).half() + 0.5, (torch.rand(n, groups) * 15).half()
@@ -110,8 +116,8 @@ def test_every_code(kind: str, m: int):
     """One element a row of the weight, so that nothing hides a code that is read wrongly."""
     operands = list(weight(kind, 256, 33))
     codes = torch.arange(256, dtype=torch.uint8)
-    if kind in ("int8", "fp8"):
-        operands[0] = codes.view(torch.int8 if kind == "int8" else torch.uint8)[:, None].repeat(1, 33)
+    if kind in ("int8", "fp8", "int8g"):
+        operands[0] = codes.view(torch.uint8 if kind == "fp8" else torch.int8)[:, None].repeat(1, 33)
     else:
         operands[0] = codes[:, None].repeat(1, 17)
     w = dense(tuple(operands)).float()

@@ -19,7 +19,7 @@ from bigkernels.quantization import FP4, NF4, Int4, checkpoints, prepare_qat
 FORMATS = {
     "int8": "int8", "int8-dynamic": "int8-dynamic", "fp8": "fp8", "int4": Int4(32), "rtn": Int4(64, "rtn"),
     "gptq": Int4(32, "gptq"), "awq": Int4(32, "awq"), "nf4": NF4(), "nf4 plain": NF4(32, double_quant=False),
-    "fp4": FP4(), "fp4 plain": FP4(128, double_quant=False),
+    "fp4": FP4(), "fp4 plain": FP4(128, double_quant=False), "q4_1": "q4_1", "q8_0": "q8_0",
 }  # fmt: skip
 DEFAULTS = ("bfloat16", "float16", "float64", "meta")
 

@@ -14,7 +14,7 @@ from bigkernels.nn import QuantizedEmbedding, QuantizedLinear
 from bigkernels.quantization import Int4
 
 IDS = torch.arange(24).reshape(2, 12) % 50
-FORMATS = ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8")
+FORMATS = ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "q4_1", "q8_0")
 
 
 def llama() -> nn.Module:

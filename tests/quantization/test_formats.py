@@ -10,10 +10,11 @@ from torch import Tensor
 
 from bigkernels import quantization as Q
 from bigkernels.functional import quantize_weight
-from bigkernels.quantization import FP4, FP8, NF4, Int4, Int8, Int8Dynamic
+from bigkernels.quantization import FP4, FP8, NF4, Q4_1, Q8_0, Int4, Int8, Int8Dynamic
 from bigkernels.quantization.book4 import DYNAMIC_BOOK
 
-CONFIGS = [Int8(), Int8Dynamic(), FP8(), Int4(), Int4(64), Int4(32, "rtn"), NF4(), NF4(32, double_quant=False), FP4()]
+CONFIGS = [Int8(), Int8Dynamic(), FP8(), Int4(), Int4(64), Int4(32, "rtn"), NF4(), NF4(32, double_quant=False), FP4(),
+           Q4_1(), Q8_0()]  # fmt: skip
 SHAPES = [(1, 1), (3, 5), (7, 64), (33, 131), (2, 300), (0, 64), (5, 0)]
 
 
@@ -25,6 +26,9 @@ def steps(config: Q.Format, w: Tensor, found: Q.QuantizedWeight) -> Tensor:
     if isinstance(config, Int8):
         return scale[:, None].expand(w.shape) / 2
     spread = scale.float().repeat_interleave(group, 1)[:, : w.shape[1]]
+    if isinstance(config, Q4_1 | Q8_0):  # scales and minima are rounded to float16 after the codes are made
+        minimum = 0 if zero is None else zero.float().abs().repeat_interleave(group, 1)[:, : w.shape[1]]
+        return spread * 0.5 + (spread * (15 if zero is not None else 127) + minimum) / 2048 + 2.0**-25 * 128
     if isinstance(config, Int4):
         return spread * row_scale[:, None] / 2
     ordered = book.sort().values
@@ -72,7 +76,7 @@ def test_rows_do_not_know_of_each_other(config: Q.Format):
     assert torch.equal(whole[3:7], quantize_weight(w[3:7], config).dequantize())
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS[:-2], ids=str)  # GGUF's have scales in float16
 @pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-38, 1e-30, 1e30, 3.4e38])
 def test_extreme_sizes(config: Q.Format, scale: float):
     w = torch.randn(4, 200).clamp(-1, 1) * scale
@@ -163,14 +167,16 @@ def test_weights_that_are_refused(w, error):
         quantize_weight(w, "int8")
 
 
+NAMES = ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "q4_1", "q8_0")
+
+
 def test_formats_that_are_refused():
     for make in (lambda: Int4(48), lambda: Int4(algorithm="spqr"), lambda: NF4(16), lambda: Q.named("int3")):
         with pytest.raises(ValueError, match="accepted are"):
             make()
     with pytest.raises(TypeError, match="accepted are"):
         Q.named(4)
-    assert [Q.named(n).name for n in ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8")] == [
-        "int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8"]  # fmt: skip
+    assert [Q.named(n).name for n in NAMES] == list(NAMES)
 
 
 def test_operands_are_made_again_when_a_tensor_changes():

@@ -29,7 +29,7 @@ from bigkernels.nn import LoRALinear, QuantizedEmbedding, QuantizedLinear
 from bigkernels.nn._quantized import Quantized
 from bigkernels.quantization import Int4, named, prepare_qat
 
-FORMATS = ("int8", "int8-dynamic", Int4(32, "rtn"), Int4(64), "nf4", "fp4", "fp8")
+FORMATS = ("int8", "int8-dynamic", Int4(32, "rtn"), Int4(64), "nf4", "fp4", "fp8", "q4_1", "q8_0")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = ("table", "a", "b", "output")
 IDS = torch.arange(24).view(2, 12) % 20

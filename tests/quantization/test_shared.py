@@ -19,7 +19,7 @@ from bigkernels.quantization import Int4
 
 IDS = torch.arange(24).reshape(2, 12) % 50
 ALL = {"embeddings": True, "skip": ()}
-FORMATS = ("int8", "int4", "nf4", "fp8")
+FORMATS = ("int8", "int4", "nf4", "fp8", "q4_1", "q8_0")
 
 
 class Tied(nn.Module):

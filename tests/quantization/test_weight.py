@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bigkernels
 from bigkernels.nn import LoRALinear, QuantizedEmbedding, QuantizedLinear
 
-FORMATS = ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8")
+FORMATS = ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "q4_1", "q8_0")
 
 
 def conv1d() -> nn.Module:
