@@ -5,6 +5,7 @@ from ._info import info
 from ._memory import reuse_memory
 from ._version import __version__
 from .checkpointing import apply_checkpointing, checkpoint, remove_checkpointing, saved_activations
+from .gguf import load_gguf
 from .nn.linear import pack
 from .ops import allow_nondeterministic, use
 from .patch import patch, patched, unpatch
@@ -19,6 +20,7 @@ __all__ = [
     "dequantize",
     "functional",
     "info",
+    "load_gguf",
     "losses",
     "memory",
     "nn",

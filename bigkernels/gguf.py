@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,8 @@ def load_gguf(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> nn
     with _Unfilled():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     processor = known.TENSOR_PROCESSORS.get(architecture, known.TensorProcessor)(config=config.to_dict())
-    names = known.get_gguf_hf_weights_map(model, processor)
     expected = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    names = _names(architecture, config.get_text_config().num_hidden_layers, expected)
     state: dict[str, Tensor] = {}
     formats: dict[str, Format] = {}
 
@@ -99,6 +100,22 @@ def load_gguf(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> nn
     return model
 
 
+def _names(architecture: str, layers: int, parameters: Iterable[str]) -> dict[str, str]:
+    """The parameters of a model by the names that their tensors have in a file."""
+    import gguf
+
+    kind = next((kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
+    known = None if kind is None else gguf.get_tensor_name_map(kind, layers)
+    found = {}
+    for parameter in parameters if known else ():
+        path, _, attribute = parameter.rpartition(".")
+        parts = path.split(".")
+        ends = (".".join(parts[i:]) for i in range(len(parts)))  # the file may be of a model inside of this one
+        if name := next(filter(None, map(known.get_name, ends)), None):
+            found.setdefault(f"{name}.{attribute}", parameter)
+    return found
+
+
 def _fill(model: nn.Module, state: dict[str, Tensor], formats: dict[str, Format], path: Path) -> None:
     tied = {id(p): [] for p in model.parameters()}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -115,7 +132,9 @@ def _fill(model: nn.Module, state: dict[str, Tensor], formats: dict[str, Format]
             state[f"{name}.format"] = module.description()
     found = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    empty = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    filled = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in state}
+    empty = [name for name, t in (*model.named_parameters(), *model.named_buffers())
+             if t.is_meta or (isinstance(t, nn.Parameter) and id(t) not in filled)]  # fmt: skip
     if empty or found.unexpected_keys:
         raise ValueError(f"bigkernels.load_gguf: {path} has no tensor for {', '.join(empty or found.unexpected_keys)}")
 

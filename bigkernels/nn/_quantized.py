@@ -70,6 +70,10 @@ class Quantized(nn.Module):
         """Whether both read the same codes."""
         return self._tie is not None and self._tie is other._tie
 
+    def description(self) -> Tensor:
+        """The buffer that a state dict says format and size with, on the CPU."""
+        return _bytes(self._described, torch.device("cpu"))
+
     def refresh(self) -> None:
         """Forget what was derived from the codes."""
         self._qweight = self._weight = None
