@@ -141,3 +141,8 @@ def uses_modules(model: nn.Module) -> Iterator[None]:
 def given(out: Any) -> Any:
     """The cache of a model's or of `generate`'s output."""
     return out[CACHE] if CACHE in out else out["past_key_values"]
+
+
+def has_programs() -> bool:
+    """Whether patched models of this build run programs."""
+    return HAS_DECODE
