@@ -33,6 +33,7 @@ __all__ = [
     "disable_dynamo",
     "dispatch_modes",
     "is_traceable_wrapper_subclass",
+    "is_transformed",
     "storage_users",
     "surrounding_hooks",
     "transforms",
@@ -41,6 +42,7 @@ __all__ = [
     "tree_map",
     "tree_unflatten",
     "without_dispatch_modes",
+    "without_functions",
 ]
 
 transforms = torch._C._functorch.peek_interpreter_stack  # None outside of torch.func
@@ -49,6 +51,8 @@ backward_pass = torch._C._current_graph_task_id
 dispatch_modes = torch._C._len_torch_dispatch_stack
 without_dispatch_modes = torch._C._DisableTorchDispatch
 storage_users = torch._C._storage_Use_Count
+without_functions = torch._C.DisableTorchFunction  # subclasses and modes
+is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
 CALL = "_call_impl"  # what a module's call goes through: `forward` and the hooks around it
 
 

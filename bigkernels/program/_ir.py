@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 
@@ -23,6 +24,26 @@ class Stored:
 
     def get(self) -> Tensor:
         return getattr(self.module, self.name)
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """A linear layer that is no module of its own: a parameter that the model's code multiplies with.
+
+    `transposed`: the parameter is (in, out), as Conv1D of transformers has it.
+    """
+
+    stored: Stored
+    stored_bias: Stored | None = None
+    transposed: bool = False
+
+    @property
+    def weight(self) -> Tensor:
+        return self.stored.get()
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.stored_bias is None else self.stored_bias.get()
 
 
 @dataclass(frozen=True)
@@ -81,13 +102,13 @@ class Activate:
 
 @dataclass(frozen=True)
 class Product:
-    """out = layer(x[x_column:]): `module` is a linear layer (nn.Linear, a quantized one, or transformers' Conv1D). A
-    layer with adapters is several products and a sum.
+    """out = layer(x[x_column:]): `module` is a linear layer (nn.Linear, a quantized one, transformers' Conv1D, or a
+    StoredLinear). A layer with adapters is several products and a sum.
     """
 
     x: int
     out: int
-    module: nn.Module
+    module: nn.Module | StoredLinear
     x_column: int = 0
 
 
@@ -187,14 +208,16 @@ Operation = Norm | Combine | Activate | Product | Heads | Attend | Experts | Cal
 
 @dataclass(frozen=True)
 class Angles:
-    """A rotary embedding: `module(x, position_ids, *extra)` gives (cos, sin); `table` where it depends on a token's
-    position alone, so that it may be tabulated (not for dynamic scaling).
+    """A rotary embedding: `module(x, position_ids, *extra)` gives (cos, sin), (B or 1, S, rotary) each, of the dtype
+    that the model rotates with, for x of its hidden states' `dtype`; `table` where they depend on a token's position
+    alone, so that they may be tabulated (not for dynamic scaling).
     """
 
-    module: nn.Module
+    module: Callable
     extra: tuple
     rotary: int
     table: bool
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass

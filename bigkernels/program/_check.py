@@ -1,0 +1,60 @@
+"""A graph against the model's own code, both in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import _reference
+from ._ir import Graph
+from ._record import _vocabulary, arguments, new_cache, record
+from ._trace import Refused
+
+_ERROR = 1e-6  # relative to the largest logit
+
+
+def check(model: nn.Module, graph: Graph) -> None:
+    """Prefill, a token, a few tokens, and a batch that is padded on the left.
+
+    Raises:
+        Refused: they differ.
+    """
+    vocabulary = _vocabulary(model)
+    device = next(p.device for p in model.parameters())
+    generator = torch.Generator("cpu").manual_seed(11)
+
+    def tokens(batch, length):
+        low = min(8, vocabulary // 2)
+        made = torch.randint(low, vocabulary, (batch, length), generator=generator, dtype=torch.int64, device="cpu")
+        return made.to(device)
+
+    with torch.no_grad():
+        _steps(model, graph, [tokens(1, n) for n in (9, 1, 3, 1)], None)
+        if "mask" in arguments(model):
+            starts = torch.tensor([4, 0], dtype=torch.int64, device=device)
+            _steps(model, graph, [tokens(2, n) for n in (7, 1)], starts)
+
+
+def _steps(model: nn.Module, graph: Graph, pieces: list[Tensor], starts: Tensor | None) -> None:
+    cache, ours = new_cache(), _reference.Cache(graph.layers)
+    past = 0
+    for piece in pieces:
+        batch, length = piece.shape
+        positions = torch.arange(past, past + length, dtype=torch.int64, device=piece.device).expand(batch, -1)
+        mask = None
+        if starts is not None:
+            positions = (positions - starts[:, None]).clamp_min(0)
+            mask = (torch.arange(past + length, device=piece.device)[None] >= starts[:, None]).long()
+        trace = record(model, piece, positions, cache, mask)
+        theirs = trace.recorder.steps[trace.logits.step].outs[trace.logits.number]
+        hidden = graph.embed(piece, positions).double()
+        made = _reference.run(graph, hidden, positions, ours, starts=starts)
+        seen = torch.ones(batch, length, dtype=torch.bool, device=piece.device)
+        if starts is not None:
+            seen = torch.arange(past, past + length, device=piece.device)[None] >= starts[:, None]
+        past += length
+        error = (made - theirs.view_as(made)).abs()[seen].max().item()
+        scale = theirs.abs().max().item()
+        if not error <= _ERROR * scale:
+            what = "padded on the left" if starts is not None else f"{length} tokens after {past - length}"
+            raise Refused(f"(model): what was found differs from the model by {error / scale:.1e}, {what}")

@@ -1,0 +1,155 @@
+"""What a model's first block reads, by the model's own code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from . import _layers
+from ._forms import close, constant, plain, random
+from ._ir import Stored
+from ._replay import refs_of, replay
+from ._trace import Ref, Refused
+
+if TYPE_CHECKING:
+    from ._identify import Builder
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Rows of a table that the model keeps, at positions + offset."""
+
+    table: Stored
+    offset: int
+
+    def __call__(self, position_ids: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(
+            position_ids + self.offset if self.offset else position_ids, self.table.get()
+        )
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Hidden states (B, S, width) of tokens, or of what their embedding module gave, `inputs_embeds`.
+
+    Attributes:
+        tokens: the embedding module.
+        scale: of what it gives.
+        positions: what is added for the positions of tokens.
+    """
+
+    tokens: nn.Module
+    scale: float = 1.0
+    positions: tuple[Positions, ...] = ()
+
+    def __call__(self, input_ids: Tensor | None = None, position_ids: Tensor | None = None,
+                 inputs_embeds: Tensor | None = None) -> Tensor:  # fmt: skip
+        hidden = self.tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.scale != 1.0:
+            hidden = hidden * self.scale
+        for part in self.positions:
+            hidden = hidden + part(position_ids)
+        return hidden
+
+
+def embedding_of(b: Builder, needed: set[int]) -> tuple[Ref, Embed]:
+    """(the tensor that it makes, the callable)"""
+    recorder = b.recorder
+    ids = Ref(0, 0)
+    readers = [n for n in sorted(needed) if any(b.tensor(r).dtype.is_floating_point for r in [Ref(n, 0)])
+               and all(not b.tensor(r).dtype.is_floating_point for r in recorder.steps[n].inputs)
+               and recorder.steps[n].inputs]  # fmt: skip
+    if len(readers) != 1:
+        raise Refused("(model): its tokens are embedded in more than one place")
+    first = Ref(readers[0], 0)
+    # The outermost module that makes one tensor of the tokens alone.
+    found = None
+    for call in recorder.calls:
+        if len(call.outs) == 1 and call.begin <= readers[0] < call.end and _only_tokens(call, ids) \
+                and not any(_layers.is_linear(m) for m in call.module.modules()):  # fmt: skip
+            found = call
+            break
+    if found is None or not isinstance(found.outs[0], Ref):
+        raise Refused(f"{b.path(first)}: its tokens are embedded by no module")
+    token = found.outs[0]
+    del first
+    positions = _with_positions(b, token, needed)
+    if positions is None:
+        return token, Embed(found.module)
+    ref, scale, parts = positions
+    return ref, Embed(found.module, scale, parts)
+
+
+def _only_tokens(call, ids: Ref) -> bool:
+    given = [*call.args, *call.kwargs.values()]
+    return bool(given) and given[0] == ids and all(v is None for v in given[1:])
+
+
+def _with_positions(b: Builder, token: Ref, needed: set[int]) -> tuple[Ref, float, tuple[Positions, ...]] | None:
+    """(the sum, the scale of the tokens' part, tables) where positions are embedded and added to the tokens."""
+    recorder = b.recorder
+    here, tables = token, []
+    found = None
+    for number in sorted(needed):
+        step = recorder.steps[number]
+        if number <= token.step or here not in step.inputs:
+            continue
+        if step.module is not None or step.inputs != (here,):
+            break
+        ref = Ref(number, 0)
+        like = b.tensor(token)
+        if b.tensor(ref).shape != like.shape:
+            break
+        zeros = torch.zeros(like.shape, dtype=torch.float64, device=b.device)
+        zero, one = (replay(recorder, [ref], {token: zeros + v})[0] for v in (0.0, 1.0))
+        scale = constant(one - zero)
+        if not scale or not _is_sum(b, ref, token, scale, zero):
+            break
+        here = ref
+        if zero.abs().max() == 0:
+            continue
+        tables = [t for n in range(token.step + 1, number + 1) for t in _tables(b, n)]
+        tables = list(dict.fromkeys(tables))
+        total = sum(t(b.trace.positions).double() for t in tables) if tables else None
+        if total is None or not close(zero, total.expand_as(zero), 1e-6):
+            break
+        found = ref, plain(scale), tuple(tables)
+    return found
+
+
+def _is_sum(b: Builder, ref: Ref, token: Ref, scale: float, rest: Tensor) -> bool:
+    x = random(*rest.shape, device=b.device)
+    return close(replay(b.recorder, [ref], {token: x})[0], scale * x + rest)
+
+
+def _tables(b: Builder, number: int):
+    """What a step adds that was looked up by position."""
+    step = b.recorder.steps[number]
+    if not step.depends:
+        return
+    todo = [r for r in refs_of(step) if not b.recorder.steps[r.step].depends]
+    seen = set()
+    while todo:
+        ref = todo.pop()
+        if ref in seen:
+            continue
+        seen.add(ref)
+        other = b.recorder.steps[ref.step]
+        stored = next(
+            (b.trace.stored[id(a)] for a in other.args if isinstance(a, Tensor) and id(a) in b.trace.stored), None
+        )
+        index = next((b.tensor(a) if isinstance(a, Ref) else a for a in other.args
+                      if isinstance(a, (Ref, Tensor)) and not b._value(a).dtype.is_floating_point), None)  # fmt: skip
+        if (
+            stored is not None
+            and index is not None
+            and stored.get().dim() == 2
+            and other.name in ("embedding", "index_select", "__getitem__")
+        ):
+            offset = index.reshape(-1)[0] - b.trace.positions.reshape(-1)[0]
+            yield Positions(stored, int(offset))
+        else:
+            todo += refs_of(other)

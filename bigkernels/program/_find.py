@@ -1,0 +1,41 @@
+"""`find`: the graph of a model, compared with the model's own code before anybody gets it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ._check import check
+from ._identify import Builder
+from ._ir import Graph
+from ._record import traced
+from ._suspend import disturbance
+from ._trace import Refused
+
+
+def find(model: nn.Module) -> Graph | str:
+    """What a causal language model computes, or why it has no program.
+
+    The model's own code runs on a few tokens, in float64 where it matters; what it computed is told from the numbers
+    and then compared with it on other tokens, lengths and paddings. Nothing is kept on the model, and no weight is
+    copied.
+
+    Args:
+        model: takes `input_ids` and a cache, and gives `.logits`.
+    """
+    try:
+        reason = disturbance(model)
+        if reason is not None:
+            raise Refused(reason)
+        trace = traced(model)
+        if trace.recorder.reads is not None:
+            raise Refused(f"{trace.recorder.reads or '(model)'}: its code looks at numbers that it computed")
+        graph = Builder(trace).build()
+        graph.layers = 1 + max((u.layer for u in trace.updates), default=-1)
+        graph.modules = list(model.modules())
+        check(model, graph)
+        return graph
+    except Refused as refused:
+        return str(refused)
+    except Exception as error:  # noqa: BLE001  whatever a model does, it is left to its modules
+        message = (str(error).splitlines() or [""])[0][:120]
+        return f"(model): the search failed: {type(error).__name__}: {message}"
