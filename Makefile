@@ -9,7 +9,7 @@ python = $(VENV)/bin/python
 pip = $(python) -m pip install --disable-pip-version-check --constraint $(VENV)/constraints.txt
 TRITON = 3.6.0
 
-.PHONY: demo test test-torches guard build lint wheel clean
+.PHONY: demo test test-torches guard fuzz-generation build lint wheel clean
 
 demo: build $(VENV)/.demo
 	$(VENV)/bin/bigkernels demo
@@ -21,6 +21,10 @@ test: build $(VENV)/.test
 # Random and hostile calls of every operator under an allocator that closes the pages around each tensor.
 guard: build $(VENV)/.test
 	$(python) tests/guard/run.py --calls 50000 $(GUARD_ARGS)
+
+# Random small language models: what patched ones give against their modules.
+fuzz-generation: build $(VENV)/.test
+	PYTHONPATH=tests $(python) -W ignore tests/program/fuzz.py --count 500 $(FUZZ_ARGS)
 
 # On the oldest torch that is supported, the pinned one and the newest, in environments of their own.
 test-torches:
