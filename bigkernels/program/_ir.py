@@ -163,17 +163,36 @@ class Attend:
 
 
 @dataclass(frozen=True)
+class ExpertWeights:
+    """The stacked weights of experts, by their names in `module`: parameters, or `QuantizedExperts`.
+
+    gate and up lie in one, (E, 2 I, K), or (E, K, 2 I) if `transposed`: gate's rows before up's, or in turn if
+    `interleaved`. down is (E, K, I), or (E, I, K). With `up_first`, halves are the other way round. Biases are (E, 2 I)
+    and (E, K), or None.
+    """
+
+    module: nn.Module
+    gate_up: str
+    down: str
+    gate_up_bias: str | None = None
+    down_bias: str | None = None
+    transposed: bool = False
+    interleaved: bool = False
+    up_first: bool = False
+
+
+@dataclass(frozen=True)
 class Experts:
-    """out = sum over the `top` experts e of a row of weight_e * down_e(act(gate_e x) * up_e x).
+    """out = sum over the `top` experts e of a row of weight_e * down_e(act(gate_e x) * (up_e x + up_offset)).
 
     The router is `logits` (experts), by softmax or sigmoid, the largest `top`, made to sum to 1 with `renormalize`,
-    times `scale`; or the model's own code, which gave `weights` and `chosen` (top) each. `module` holds the stacked
-    weights.
+    times `scale`; or the model's own code, which gave `weights` and `chosen` (top) each. `limit` and `alpha` are those
+    of `Activate`.
     """
 
     x: int
     out: int
-    module: nn.Module
+    stacked: ExpertWeights
     experts: int
     top: int
     act: str
@@ -183,6 +202,9 @@ class Experts:
     renormalize: bool = False
     sigmoid: bool = False
     scale: float = 1.0
+    limit: float = 0.0
+    alpha: float = 1.702
+    up_offset: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -134,20 +134,23 @@ struct AttendRecord {
   int32_t pad2;
 };
 
-// y[row] = sum over its `top` experts e of weight * down_e(act(gate_e x) * up_e x).
+// out[row] = residual + sum over its `top` experts e, in their order, of weight * down_e(act(gate_e x) * up_e x).
 struct ExpertsRecord {
   Value x, out;
-  Value logits;           // (experts) of the router
-  Value weights, chosen;  // (top) each, when the router is the model's own; chosen holds whole numbers
-  int32_t experts, top;
+  Value logits;           // (experts) of the router; none where weights and chosen are made by the model's own code
+  Value weights, chosen;  // (top) each; chosen holds whole numbers, and what is no expert's counts for nothing
+  Value hidden;           // (top * inner): what goes into down
+  Value residual;
+  int32_t experts, top, inner;
   int32_t renormalize;  // the chosen weights of a row to sum 1
   int32_t sigmoid;      // of the logits instead of softmax
   float scale;          // of the weights
   Act act;
-  int32_t pad;
-  const Weight *gate, *up, *down;  // one an expert
-  float limit, alpha, up_offset;   // as in ActivateRecord
-  Value residual;
+  int32_t integers;                // as in ProductRecord
+  const Weight *gate, *up, *down;  // one an expert; up null: it is in gate, whose rows are gate's and up's in turn
+  const Vector *gate_bias, *up_bias, *down_bias;  // likewise, or null
+  int32_t plain;                                  // there is no up: act(gate_e x)
+  float limit, alpha, up_offset;                  // as in ActivateRecord
 };
 
 struct KeepRecord {
