@@ -1,7 +1,8 @@
 """The records that the kernels work from (csrc/include/bigkernels/optimizer.h), for the parameters of one device.
 
 A plan is made when a parameter gets its first state, and is good while parameters and states are where they were and
-lie as they did, which every step looks at (`_look.py`): then it writes the addresses of the gradients and nothing else.
+lie as they did, which every step looks at (`bigkernels/_look.py`): then it writes the addresses of the gradients and
+nothing else.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._look import Seen
+from .._look import Seen
 from ._reference import Rule
 
 CHUNK = 128 * 256  # kChunk

@@ -67,3 +67,14 @@ BK_EXPORT int64_t bk_look(void* list, int64_t count, int (*describe)(void*, DLTe
   }
   return compare ? words == room ? moved ? 1 : 3 : 0 : words;
 }
+
+// The first of the words [begin, count) that is not what it was, or `count`. Words are compared in their order: one that
+// says where others are protects these. Plain reads of memory, for which no lock is needed.
+BK_EXPORT int64_t bk_same_words(const int64_t* const* addresses, const int64_t* words, int64_t begin, int64_t count) {
+  constexpr int64_t kFar = 24;  // cache lines under way: they are all over the heap
+  for (int64_t i = begin; i < count; ++i) {
+    if (i + kFar < count) __builtin_prefetch(addresses[i + kFar]);
+    if (*addresses[i] != words[i]) return i;
+  }
+  return count;
+}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import bigkernels
-from bigkernels import optim
-from bigkernels.optim import _formats, _look
+from bigkernels import _look, optim
+from bigkernels.optim import _formats
 
 # Every way in which a step is taken on this machine.
 WAYS = {

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._load import cpu_library
+from ._load import cpu_library
 
 
 class Seen:
