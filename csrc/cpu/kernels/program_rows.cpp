@@ -1,0 +1,158 @@
+// The row records of a step program: norms, sums, activations, and what comes after a product.
+//
+// Where a chunk ends depends on the number of threads, and results do not: each loop has its arithmetic once, for whole
+// vectors and for the end of a row alike, so that the compiler cannot contract the two differently.
+#include <bigkernels/program.h>
+
+#include "activation.h"
+
+namespace bigkernels {
+namespace BK_ISA {
+namespace {
+
+BK_INLINE vf part(const float* p, int64_t n) { return n >= W ? load(p) : load(p, n); }
+BK_INLINE void put(float* p, vf v, int64_t n) { n >= W ? store(p, v) : store(p, v, n); }
+
+// Up to W elements of a vector from i on.
+BK_INLINE vf part(const Vector& v, int64_t i, int64_t n) {
+  switch (v.type) {
+    case Type::f32: return part((const float*)v.data + i, n);
+    case Type::bf16: return n >= W ? load((const bf16*)v.data + i) : load((const bf16*)v.data + i, n);
+    default: return n >= W ? load((const f16*)v.data + i) : load((const f16*)v.data + i, n);
+  }
+}
+
+BK_INLINE vf activation(Act act, vf x, float alpha) {
+  switch (act) {
+    case Act::silu: return activate<Activation::silu>(x);
+    case Act::gelu: return activate<Activation::gelu>(x);
+    case Act::gelu_tanh: return activate<Activation::gelu_tanh>(x);
+    case Act::relu: return activate<Activation::relu>(x);
+    case Act::relu2: return activate<Activation::relu2>(x);
+    case Act::sigmoid: return vsigmoid(x);
+    case Act::tanh: return vtanh(x);
+    case Act::quick_gelu: return x * vsigmoid(x * alpha);
+    default: return x;
+  }
+}
+
+// The lanes from n on, which no sum may see, are 0.
+BK_INLINE vf within(vf v, int64_t n) {
+  if (n < W)
+    for (int i = 0; i < W; ++i) v[i] = i < n ? v[i] : 0.0f;
+  return v;
+}
+
+struct Moments {
+  float mean, rstd;
+};
+
+BK_INLINE Moments moments(const float* x, int64_t d, NormKind kind, float eps) {
+  Moments m{0, 1};
+  if (kind == NormKind::none) return m;
+  vf acc[4] = {};
+  int64_t i = 0;
+  if (kind == NormKind::layer) {
+    for (; i + 4 * W <= d; i += 4 * W)
+      for (int u = 0; u < 4; ++u) acc[u] += load(x + i + u * W);
+    for (; i < d; i += W) acc[0] += part(x + i, d - i);
+    m.mean = sum((acc[0] + acc[1]) + (acc[2] + acc[3])) / (float)d;
+    for (vf& a : acc) a = vf{};
+    i = 0;
+  }
+  for (; i + 4 * W <= d; i += 4 * W)
+    for (int u = 0; u < 4; ++u) {
+      vf v = load(x + i + u * W) - m.mean;
+      acc[u] += v * v;
+    }
+  for (; i < d; i += W) {
+    vf v = within(part(x + i, d - i) - m.mean, d - i);
+    acc[0] += v * v;
+  }
+  m.rstd = 1.0f / __builtin_sqrtf(sum((acc[0] + acc[1]) + (acc[2] + acc[3])) / (float)d + eps);
+  return m;
+}
+
+}  // namespace
+
+void program_norm(const NormRecord& a, float* const* v, const int32_t* width, int64_t begin, int64_t end) {
+  const int64_t all = width[a.x], d = a.size;
+  for (int64_t g = begin * (all / d); g < end * (all / d); ++g) {
+    const float* x = v[a.x] + g * d;
+    const float* residual = a.residual >= 0 ? v[a.residual] + g * d : nullptr;
+    float* out = v[a.out] + g * d;
+    const Moments m = moments(x, d, a.norm.kind, a.norm.eps);
+    for (int64_t i = 0; i < d; i += W) {
+      const int64_t n = d - i;
+      vf y = (part(x + i, n) - m.mean) * m.rstd;
+      if (a.norm.weight.data) y *= part(a.norm.weight, i, n) + a.norm.offset;
+      if (a.norm.bias.data) y += part(a.norm.bias, i, n);
+      y *= a.scale;
+      if (residual) y += part(residual + i, n) * a.residual_scale;
+      put(out + i, y, n);
+    }
+  }
+}
+
+void program_combine(const CombineRecord& a, float* const* v, const int32_t* width, int64_t begin, int64_t end) {
+  const int64_t d = width[a.out];
+  while (begin < end) {
+    const int64_t column = begin % d, here = d - column < end - begin ? d - column : end - begin;
+    for (int64_t i = 0; i < here; i += W) {
+      const int64_t n = here - i;
+      vf y{};
+      for (int t = 0; t < a.count; ++t) {
+        vf term = part(v[a.x[t]] + begin + i, n) * a.scale[t];
+        if (a.channel[t].data) term *= part(a.channel[t], column + i, n);
+        y = t ? y + term : term;
+      }
+      put(v[a.out] + begin + i, y, n);
+    }
+    begin += here;
+  }
+}
+
+void program_activate(const ActivateRecord& a, float* const* v, const int32_t* width, int64_t begin, int64_t end) {
+  const int64_t d = a.width;
+  const float limit = a.limit > 0 ? a.limit : __builtin_inff();
+  while (begin < end) {
+    const int64_t row = begin / d, column = begin % d, here = d - column < end - begin ? d - column : end - begin;
+    const float* x = v[a.x] + row * width[a.x] + a.x_column + column;
+    const float* up = a.up >= 0 ? v[a.up] + row * width[a.up] + a.up_column + column : nullptr;
+    for (int64_t i = 0; i < here; i += W) {
+      const int64_t n = here - i;
+      vf y = activation(a.act, vmin(splat(limit), part(x + i, n)), a.alpha);
+      if (up) y *= vmax(splat(-limit), vmin(splat(limit), part(up + i, n))) + a.up_offset;
+      y *= a.scale;
+      if (a.softcap > 0) y = vtanh(y * (1.0f / a.softcap)) * a.softcap;
+      put(v[a.out] + begin + i, y, n);
+    }
+    begin += here;
+  }
+}
+
+void program_finish(const ProductRecord& a, int w, const float* y, const float* up, int64_t stride, int64_t m,
+                    float* const* v, const int32_t* width, int64_t begin, int64_t end) {
+  const int64_t all = width[a.out[w]], rows = end - begin;
+  for (int64_t t = 0; t < m; ++t) {
+    float* out = v[a.out[w]] + t * all + a.column[w] + begin;
+    const float* residual = a.residual >= 0 ? v[a.residual] + t * width[a.residual] + a.column[w] + begin : nullptr;
+    for (int64_t i = 0; i < rows; i += W) {
+      const int64_t n = rows - i;
+      vf z = part(y + t * stride + i, n);
+      if (a.bias[w].data) z += part(a.bias[w], begin + i, n);
+      if (a.act != Act::identity) z = activation(a.act, z, 1.702f);
+      if (up) {
+        vf u = part(up + t * stride + i, n);
+        if (a.bias[1].data) u += part(a.bias[1], begin + i, n);
+        z *= u;
+      }
+      z *= a.out_scale;
+      if (residual) z += part(residual + i, n) * a.residual_scale;
+      put(out + i, z, n);
+    }
+  }
+}
+
+}  // namespace BK_ISA
+}  // namespace bigkernels

@@ -1,0 +1,175 @@
+// Step programs: the tensors of a call, checked, and its logits. bigkernels/program/_records.py writes the records.
+#include <bigkernels/runner.h>
+#include <bigkernels/stable.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace bigkernels {
+namespace {
+
+#define BK_CHECK(condition, ...) STD_TORCH_CHECK(condition, "bigkernels::program: ", __VA_ARGS__)
+
+template <class T>
+const T* list_of(const char* name, const Tensor& t, int64_t* count) {
+  BK_CHECK(t.is_cpu() && t.is_contiguous() && (t.scalar_type() == ScalarType::Long || sizeof(T) == 1), name,
+           " is no list of records");
+  const int64_t bytes = t.numel() * t.element_size();
+  BK_CHECK(bytes % sizeof(T) == 0, name, " has half a record");
+  *count = bytes / (int64_t)sizeof(T);
+  return (const T*)t.const_data_ptr();
+}
+
+// The header, whose records and widths have to lie in the tensor, too.
+const ProgramHeader* header_of(const Tensor& t) {
+  BK_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Byte &&
+               t.numel() >= (int64_t)sizeof(ProgramHeader) && (uintptr_t)t.const_data_ptr() % 8 == 0,
+           "no program");
+  const char* begin = (const char*)t.const_data_ptr();
+  const char* end = begin + t.numel();
+  const auto* h = (const ProgramHeader*)begin;
+  auto inside = [&](const void* p, int64_t count, int64_t size) {
+    return count >= 0 && (const char*)p >= begin && (const char*)p <= end && count <= (end - (const char*)p) / size;
+  };
+  BK_CHECK(inside(h->record, h->records, sizeof(Record)) && inside(h->width, h->values, sizeof(int32_t)),
+           "its records are elsewhere");
+  return h;
+}
+
+Type float_type(const char* name, const Tensor& t) {
+  check_cpu("program", name, t);
+  return type_of(t);
+}
+
+ProgramRun* start_run(const Tensor& program, const Tensor& hidden, const Tensor& positions, const MaybeTensor& starts,
+                      const Tensor& caches, const Tensor& angles, int64_t keep, int64_t past) {
+  const ProgramHeader* h = header_of(program);
+  RunInput in{};
+  in.program = h;
+  in.threads = torch::stable::get_num_threads();
+  BK_CHECK(hidden.dim() == 3 && h->hidden >= 0 && h->hidden < h->values && hidden.size(2) == h->width[h->hidden],
+           "hidden states do not fit");
+  Run& run = in.run;
+  run.batch = hidden.size(0), run.tokens = hidden.size(1), run.past = past, run.keep = keep;
+  BK_CHECK(run.batch >= 1 && run.tokens >= 1 && keep >= 1 && keep <= run.tokens && past >= 0 &&
+               run.batch * run.tokens < int64_t{1} << 31,
+           "a run of ", run.batch, " sequences, ", run.tokens, " tokens after ", past, ", ", keep, " kept");
+  in.hidden_type = float_type("hidden", hidden);
+  Tensor dense = hidden.is_contiguous() ? hidden : torch::stable::contiguous(hidden);
+  in.hidden = dense.const_data_ptr();
+
+  BK_CHECK(positions.is_cpu() && positions.scalar_type() == ScalarType::Long && positions.dim() == 2 &&
+               positions.is_contiguous() && positions.size(0) == run.batch && positions.size(1) == run.tokens,
+           "positions do not fit");
+  run.positions = (const int64_t*)positions.const_data_ptr();
+  if (starts) {
+    BK_CHECK(starts->is_cpu() && starts->scalar_type() == ScalarType::Long && starts->is_contiguous() &&
+                 starts->numel() == run.batch,
+             "starts do not fit");
+    run.starts = (const int64_t*)starts->const_data_ptr();
+  }
+  int64_t layers, tables;
+  run.caches = list_of<LayerCache>("caches", caches, &layers);
+  const auto* table = list_of<AngleTable>("angles", angles, &tables);
+  BK_CHECK(layers == h->layers && tables == h->angles && tables <= kMaxAngles, "it has ", h->layers, " caches and ",
+           h->angles, " rotary tables");
+  std::copy(table, table + tables, run.angles);
+  ProgramRun* made = nullptr;
+  std::string why = program_start(in, &made);
+  BK_CHECK(why.empty(), why);
+  return made;
+}
+
+struct Held {
+  ProgramRun* run;
+  ~Held() { program_finish(run); }
+};
+
+// Rows of float32 to a tensor of as many elements, and back.
+void copy_out(const float* from, int64_t n, const Tensor& to) {
+  const Type type = float_type("out", to);
+  BK_CHECK(to.is_contiguous() && to.numel() == n, "the output does not fit");
+  void* data = to.mutable_data_ptr();
+  if (type == Type::f32)
+    std::memcpy(data, from, n * 4);
+  else
+    table().convert(type, true, from, data, n);
+}
+
+void run(Tensor program, Tensor hidden, Tensor positions, MaybeTensor starts, Tensor caches, Tensor angles,
+         Tensor logits, int64_t past) {
+  BK_CHECK(logits.dim() == 3 && hidden.dim() == 3 && logits.size(0) == hidden.size(0), "logits do not fit");
+  Held held{start_run(program, hidden, positions, starts, caches, angles, logits.size(1), past)};
+  int64_t stop, rows, width;
+  program_step(held.run, &stop);
+  BK_CHECK(stop < 0, "its own code has to run in between: program_start");
+  const float* made = program_value(held.run, header_of(program)->logits, false, &rows, &width);
+  BK_CHECK(made && logits.size(2) == width, "logits do not fit");
+  copy_out(made, rows * width, logits);
+}
+
+int64_t start(Tensor program, Tensor hidden, Tensor positions, MaybeTensor starts, Tensor caches, Tensor angles,
+              int64_t keep, int64_t past) {
+  return program_number(start_run(program, hidden, positions, starts, caches, angles, keep, past));
+}
+
+ProgramRun* find(int64_t number) {
+  ProgramRun* found = program_find(number);
+  BK_CHECK(found, "no run ", number);
+  return found;
+}
+
+int64_t step(int64_t number) {
+  int64_t stop;
+  program_step(find(number), &stop);
+  return stop;
+}
+
+void read(int64_t number, int64_t value, Tensor out) {
+  int64_t rows, width;
+  const float* from = program_value(find(number), value, false, &rows, &width);
+  BK_CHECK(from, "value ", value, " is not to be read here");
+  copy_out(from, rows * width, out);
+}
+
+void write(int64_t number, int64_t value, Tensor x) {
+  int64_t rows, width;
+  float* to = program_value(find(number), value, true, &rows, &width);
+  BK_CHECK(to, "value ", value, " is not to be written here");
+  const Type type = float_type("x", x);
+  Tensor dense = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  BK_CHECK(dense.numel() == rows * width, "value ", value, " has ", rows, " rows of ", width);
+  if (type == Type::f32)
+    std::memcpy(to, dense.const_data_ptr(), rows * width * 4);
+  else
+    table().convert(type, false, dense.const_data_ptr(), to, rows * width);
+}
+
+void finish(int64_t number) {
+  if (ProgramRun* found = program_find(number)) program_finish(found);
+}
+
+std::vector<int64_t> sizes() {
+  return {sizeof(Vector),         sizeof(NormOf),        sizeof(Weight),     sizeof(NormRecord),  sizeof(CombineRecord),
+          sizeof(ActivateRecord), sizeof(ProductRecord), sizeof(HeadsOf),    sizeof(HeadsRecord), sizeof(AttendRecord),
+          sizeof(ExpertsRecord),  sizeof(KeepRecord),    sizeof(CallRecord), sizeof(Record),      sizeof(ProgramHeader),
+          sizeof(AngleTable),     sizeof(LayerCache)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bigkernels, CPU, m) {
+  m.impl("program_run", TORCH_BOX(&run));
+  m.impl("program_start", TORCH_BOX(&start));
+  m.impl("program_write", TORCH_BOX(&write));
+  m.impl("program_read", TORCH_BOX(&read));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bigkernels, CompositeExplicitAutograd, m) {
+  m.impl("program_step", TORCH_BOX(&step));
+  m.impl("program_finish", TORCH_BOX(&finish));
+  m.impl("program_settle", TORCH_BOX(&program_settle));
+  m.impl("program_sizes", TORCH_BOX(&sizes));
+}
+
+}  // namespace bigkernels

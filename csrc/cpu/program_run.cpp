@@ -1,0 +1,197 @@
+#include "program_run.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "program_check.h"
+
+namespace bigkernels {
+
+Block::~Block() { release(); }
+
+void Block::release() {
+  std::free(data_);
+  data_ = nullptr, bytes_ = 0;
+}
+
+char* Block::reserve(int64_t bytes) {
+  if (bytes <= bytes_ && data_) return data_;
+  release();
+  bytes_ = round_up(std::max<int64_t>(bytes, 1), 4096);
+  data_ = (char*)std::aligned_alloc(4096, bytes_);
+  if (!data_) {
+    bytes_ = 0;
+    throw std::bad_alloc();
+  }
+  return data_;
+}
+
+std::string ProgramRun::start(const RunInput& in) {
+  const Run& run = in.run;
+  const RunShape shape{in.program->id, run.batch, run.tokens, run.keep, in.threads};
+  header_ = in.program;
+  if (!matches(shape)) {
+    std::string why = make_plan(*in.program, shape, &plan_);
+    if (!why.empty()) {
+      plan_.shape = {};
+      return why;
+    }
+    width_.assign(header_->width, header_->width + header_->values);
+  }
+  std::string why = check_run(*header_, run, plan_.rotary);
+  if (!why.empty()) return why;
+  copy_input(in);
+
+  attends_.clear();
+  int64_t state = plan_.shared;
+  workspace_ = plan_.workspace;
+  std::vector<int64_t> states;
+  for (const AttendRecord* a : plan_.attends) {
+    AttendPlan cut = program_table().attend_plan(*a, run_, in.threads);
+    if (cut.state > 0 && a->state < 0) return "an attention has no value for its state";
+    states.push_back(state);
+    if (plan_.help) state += round_up(cut.state * 4, 64);
+    workspace_ = std::max(workspace_, cut.workspace);
+    attends_.push_back(cut);
+  }
+  int64_t most = 0;
+  for (const AttendPlan& a : attends_) most = std::max(most, a.state * 4);
+  const int64_t needed = state + round_up(most, 64);
+  // Twice the state, which grows with every token.
+  if (needed > block_.bytes()) block_.reserve(needed + (needed - plan_.shared));
+  values_.resize(header_->values);
+  for (int v = 0; v < header_->values; ++v)
+    values_[v] = plan_.place[v] >= 0 ? (float*)(block_.data() + plan_.place[v]) : nullptr;
+  for (size_t i = 0; i < attends_.size(); ++i)
+    if (plan_.attends[i]->state >= 0) values_[plan_.attends[i]->state] = (float*)(block_.data() + states[i]);
+
+  float* hidden = values_[header_->hidden];
+  const int64_t n = run.rows() * width_[header_->hidden];
+  if (in.hidden_type == Type::f32)
+    std::memcpy(hidden, in.hidden, n * 4);
+  else
+    table().convert(in.hidden_type, false, in.hidden, hidden, n);
+  at = 0;
+  return "";
+}
+
+// A thread that lost its core may read these long after the call has returned.
+void ProgramRun::copy_input(const RunInput& in) {
+  run_ = in.run;
+  positions_.assign(in.run.positions, in.run.positions + in.run.rows());
+  run_.positions = positions_.data();
+  if (in.run.starts) {
+    starts_.assign(in.run.starts, in.run.starts + in.run.batch);
+    run_.starts = starts_.data();
+  }
+  caches_.assign(in.run.caches, in.run.caches + header_->layers);
+  run_.caches = caches_.data();
+  for (int t = 0; t < header_->angles; ++t) {
+    AngleTable& a = run_.angles[t];
+    const int64_t columns = plan_.rotary[t], size = size_of(a.type);
+    if (!a.by_row || !columns) continue;
+    for (int part = 0; part < 2; ++part) {
+      const void*& data = part ? a.sin : a.cos;
+      std::vector<char>& to = angles_[2 * t + part];
+      to.resize(in.run.rows() * columns * size);
+      for (int64_t r = 0; r < in.run.rows(); ++r)
+        std::memcpy(to.data() + r * columns * size, (const char*)data + r * a.stride * size, columns * size);
+      data = to.data();
+    }
+    a.stride = columns;
+  }
+}
+
+float* ProgramRun::value(int64_t value, bool write, int64_t* rows, int64_t* width) {
+  if (value < 0 || value >= header_->values || plan_.place[value] < 0) return nullptr;
+  bool found = false;
+  if (at < (int64_t)plan_.steps.size()) {
+    const Step& s = plan_.steps[at];
+    if (s.work != Work::call) return nullptr;
+    const CallRecord& c = s.record->call;
+    const Value* list = write ? c.out : c.x;
+    for (int i = 0; i < (write ? c.writes : c.reads); ++i) found = found || list[i] == value;
+  } else {
+    found = !write && value == header_->logits;
+  }
+  if (!found) return nullptr;
+  *rows = plan_.rows[value], *width = width_[value];
+  return values_[value];
+}
+
+void ProgramRun::enter(Worker& w) const {
+  const int64_t ready = plan_.owned, scratch = ready + plan_.ready, workspace = scratch + plan_.scratch;
+  char* memory = w.block.reserve(round_up(workspace, 4096) + workspace_);
+  w.ready = memory + ready, w.scratch = memory + scratch, w.workspace = memory + round_up(workspace, 4096);
+  w.values.assign(values_.begin(), values_.end());
+  for (size_t v = 0; v < w.values.size(); ++v)
+    if (plan_.place[v] < 0 && plan_.place[v] != kNowhere) w.values[v] = (float*)(memory + ~plan_.place[v]);
+}
+
+namespace {
+
+// Tokens [begin, end) made ready for the weights of a product, once for each form of theirs.
+void make_ready(const Step& s, float* const* v, const int32_t* width, int64_t begin, int64_t end, char* ready) {
+  const ProductRecord& a = s.record->product;
+  for (int i = 0; i < a.count; ++i)
+    if (s.first[i])
+      program_table().product_prepare(a.weight[i], a.integers, v[a.x] + a.x_column, width[a.x], s.m, begin, end,
+                                      ready + s.ready[i]);
+}
+
+}  // namespace
+
+void ProgramRun::prepare(const Step& s, Worker& w) const {
+  if (s.work == Work::product && s.prepares) make_ready(s, w.values.data(), width_.data(), 0, s.m, w.ready);
+}
+
+void ProgramRun::make_product(const Step& s, int64_t piece, Worker& w) const {
+  const ProductRecord& a = s.record->product;
+  const ProgramTable& table = program_table();
+  int i = 0;
+  while (piece >= s.pieces[i]) piece -= s.pieces[i++];
+  const int64_t begin = piece * s.cut[i], end = std::min(begin + s.cut[i], a.weight[i].n), stride = s.cut[i];
+  const char* ready = s.prepares ? w.ready : block_.data();
+  float *y = (float*)w.scratch, *up = (float*)(w.scratch + round_up(s.m * stride * 4, 64));
+  table.product(a.weight[i], a.integers, ready + s.ready[i], s.m, begin, end, y, stride, w.workspace);
+  if (a.gated) table.product(a.weight[1], a.integers, ready + s.ready[1], s.m, begin, end, up, stride, w.workspace);
+  table.finish(a, i, y, a.gated ? up : nullptr, stride, s.m, w.values.data(), width_.data(), begin, end);
+}
+
+void ProgramRun::make(const Step& s, int64_t chunk, Worker& w) const {
+  const ProgramTable& table = program_table();
+  const Record& r = *s.record;
+  float* const* v = w.values.data();
+  const int32_t* width = width_.data();
+  const int64_t begin = chunk * s.size, end = std::min(begin + s.size, s.count);
+  switch (s.work) {
+    case Work::rows:
+      if (r.op == Op::norm) {
+        table.norm(r.norm, v, width, begin, end);
+      } else if (r.op == Op::heads) {
+        table.heads(r.heads, run_, v, width, begin, end);
+      } else {  // keep, by sequences
+        const int64_t bytes = run_.keep * width[r.keep.x] * 4, all = run_.tokens * width[r.keep.x];
+        for (int64_t b = begin; b < end; ++b)
+          std::memcpy((char*)v[r.keep.out] + b * bytes, v[r.keep.x] + (b + 1) * all - bytes / 4, bytes);
+      }
+      break;
+    case Work::elements:
+      r.op == Op::combine ? table.combine(r.combine, v, width, begin, end)
+                          : table.activate(r.activate, v, width, begin, end);
+      break;
+    case Work::prepare: make_ready(s, v, width, begin, end, block_.data()); break;
+    case Work::product:
+      for (int64_t piece = begin; piece < end; ++piece) make_product(s, piece, w);
+      break;
+    case Work::attend: table.attend(r.attend, run_, attends_[s.index], chunk, v, width, w.workspace); break;
+    case Work::merge:
+      if (attends_[s.index].state > 0) table.attend_merge(r.attend, run_, attends_[s.index], v, width, begin, end);
+      break;
+    default: break;
+  }
+}
+
+}  // namespace bigkernels
