@@ -18,6 +18,8 @@
 namespace py = pybind11;
 using namespace bigkernels;
 
+void bind_program(py::module_&);
+
 namespace {
 
 template <class T>
@@ -182,5 +184,6 @@ PYBIND11_MODULE(_native, m) {
         "fourth, in all threads.");
   m.def("matrix_peak", &matrix_peak, py::arg("dtype"), py::arg("seconds"), py::arg("threads") = 0,
         "Operations a second (a multiply-add is two) of the level's matrix or vector unit, in all threads.");
+  bind_program(m);
   m.def("matrix_dtypes", &matrix_dtypes, "The types that matrix_peak can measure here.");
 }

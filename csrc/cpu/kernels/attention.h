@@ -10,6 +10,18 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLargest = 0x1.fffffep127f;
 
+// The rows of q, grad, out or dq, T as they are stored.
+template <class T>
+struct QueryRows {
+  T* data;
+  int64_t head, token, group_size, count;
+  BK_INLINE T* get(const QueryRows& s, int64_t r) {
+    if (r >= s.count) return nullptr;
+    int64_t i = s.group_size == 1 ? r : r / s.group_size;
+    return s.data + (r - i * s.group_size) * s.head + i * s.token;
+  }
+};
+
 // The query heads that read one key head of one sequence. Row r is query r / G of head r % G among them, so that a
 // strip of rows has few positions, and few queries still fill it.
 template <class T>
@@ -31,18 +43,9 @@ struct Unit {
     rows = queries * group_size;
   }
 
-  // The rows of q, grad, out or dq; then the tokens of k or v.
-  struct QueryRows {
-    T* data;
-    int64_t head, token, group_size, count;
-    BK_INLINE T* get(const QueryRows& s, int64_t r) {
-      if (r >= s.count) return nullptr;
-      int64_t i = s.group_size == 1 ? r : r / s.group_size;
-      return s.data + (r - i * s.group_size) * s.head + i * s.token;
-    }
-  };
-  QueryRows query_rows(const Attention::Heads& x) const {
-    return {(T*)x.data + batch * x.batch + head * x.head + first_query * x.token, x.head, x.token, group_size, rows};
+  template <class Q = T>
+  QueryRows<Q> query_rows(const Attention::Heads& x) const {
+    return {(Q*)x.data + batch * x.batch + head * x.head + first_query * x.token, x.head, x.token, group_size, rows};
   }
   StridedRows<T> key_rows(const Attention::Heads& x) const {
     return {(T*)x.data + batch * x.batch + group * x.head + first_key * x.token, x.token, keys};

@@ -22,7 +22,8 @@ template <class F>
 struct Buffers {
   typename F::Element *q, *k, *v, *p[2];
   float *s[2], *o, *m, *l, *keep;
-  Buffers(Workspace w, const Sizes<F>& n) {
+  char *k_values, *v_values;  // a block of an int8 cache
+  Buffers(Workspace w, const Attention& a, const Sizes<F>& n) {
     q = w.take<typename F::Element>(n.strips * n.depth * F::kBlock);
     k = w.take<typename F::Element>(kKeys / kSide * n.depth * F::kBlock);
     v = w.take<typename F::Element>(kKeys / kSide * n.values * F::kBlock);
@@ -32,6 +33,8 @@ struct Buffers {
     m = w.take<float>(n.rows);
     l = w.take<float>(n.rows);
     keep = w.take<float>(kKeys);
+    k_values = w.take<char>(a.int8 ? kKeys * a.d * size_of(a.type) : 0);
+    v_values = w.take<char>(a.int8 ? kKeys * a.dv * size_of(a.type) : 0);
     end = w.next;
   }
   char* end;
@@ -134,12 +137,12 @@ void softmax(const Strip<T>& strip, const Buffers<F>& w, float* scores, typename
   }
 }
 
-template <class T>
+template <class Q, class T>
 void finish(const Unit<T>& u, const AttentionTask& task, const float* o, const float* m, const float* l,
             int64_t width) {
   constexpr int64_t kAhead = 16;  // rows: each may be on a page of its own
   const Attention& a = u.a;
-  auto out = u.query_rows(a.out);
+  auto out = u.template query_rows<Q>(a.out);
   for (int64_t r = task.begin; r < task.end; ++r) {
     int64_t at = r - task.begin;
     float top = m[at], total = l[at], scale = 1;
@@ -151,9 +154,9 @@ void finish(const Unit<T>& u, const AttentionTask& task, const float* o, const f
     }
     if (a.lse) a.lse[u.lse_at(r)] = total == 0 ? -kInfinity : (float)(((double)top + __builtin_log2(total)) / kLog2e);
     scale = total == 0 ? 0.0f : scale / (total * (1 - a.dropout_p));
-    T* to = out.get(out, r);
+    Q* to = out.get(out, r);
     if (r + kAhead < task.end)
-      for (int64_t i = 0; i < a.dv; i += 64 / (int64_t)sizeof(T))
+      for (int64_t i = 0; i < a.dv; i += 64 / (int64_t)sizeof(Q))
         __builtin_prefetch(out.get(out, r + kAhead) + i, 1, 2);
     const float* from = o + at * width;
     int64_t i = 0;
@@ -162,26 +165,49 @@ void finish(const Unit<T>& u, const AttentionTask& task, const float* o, const f
   }
 }
 
+// The block of an int8 cache that begins with token `key`, as numbers; row r of the result is token r.
+template <class T>
+StridedRows<T> values_of(const Unit<T>& u, const Attention::Heads& x, const Attention::Heads& scales, int64_t d,
+                         int64_t key, char* memory) {
+  const int8_t* from = (const int8_t*)x.data + u.batch * x.batch + u.group * x.head;
+  const float* scale = (const float*)scales.data + u.batch * scales.batch + u.group * scales.head;
+  T* to = (T*)memory;
+  for (int64_t t = key; t < key + kKeys && t < u.keys; ++t, to += d) {
+    const int8_t* codes = from + t * x.token;
+    float by = scale[t * scales.token];
+    int64_t i = 0;
+    for (; i + W <= d; i += W) store(to + i, load(codes + i) * by);
+    if (i < d) store(to + i, load(codes + i, d - i) * by, d - i);
+  }
+  return {(T*)memory - key * d, d, u.keys};
+}
+
 template <class T>
 void run(const Attention& a, const AttentionTask& task, void* workspace) {
   typedef typename FormatOf<T>::type F;
   Unit<T> u(a, task.batch, task.group);
   Sizes<F> n(a, task.end - task.begin);
-  Buffers<F> w({(char*)workspace}, n);
+  Buffers<F> w({(char*)workspace}, a, n);
   int64_t width = n.values * kSide;
   fill(w.o, 0, n.rows * width, 0.0f);
   fill(w.l, 0, n.rows, 0.0f);
   fill(w.m, 0, n.rows, -kInfinity);
   Queue<F> queue;
   F::begin();
-  auto queries = u.query_rows(a.q);
-  pack_left<F, T>(queries, task.begin, n.strips, a.d, w.q);
+  if (a.floats)
+    pack_left<F, float>(u.template query_rows<float>(a.q), task.begin, n.strips, a.d, w.q);
+  else
+    pack_left<F, T>(u.query_rows(a.q), task.begin, n.strips, a.d, w.q);
   auto keys = u.key_rows(a.k), values = u.key_rows(a.v);
   Columns all = seen_by(u, task.begin, task.end, 0, u.keys);
   for (int64_t key = all.begin / kKeys * kKeys; key < all.end; key += kKeys) {
     Columns block = seen_by(u, task.begin, task.end, key, key + kKeys < u.keys ? key + kKeys : u.keys);
     if (block.begin == block.end) continue;
     int64_t first = (block.begin - key) / kSide, count = blocks(block.end - key);  // of the block's 32s
+    if (a.int8) {
+      keys = values_of<T>(u, a.k, a.k_scale, a.d, key, w.k_values);
+      values = values_of<T>(u, a.v, a.v_scale, a.dv, key, w.v_values);
+    }
     each_block<F, T>(keys, key + first * kSide, count - first, a.d,
                      [&](int64_t j, int64_t i, const typename F::Element* staged) {
                        F::right_turned(w.k + ((first + j) * n.depth + i) * F::kBlock, staged);
@@ -216,7 +242,7 @@ void run(const Attention& a, const AttentionTask& task, void* workspace) {
     for (int64_t s = 0; s < n.strips; ++s) {
       // The next block of keys, a few with each strip.
       int64_t next = key + kKeys + kKeys * s / n.strips, last = key + kKeys + kKeys * (s + 1) / n.strips;
-      if (next < all.end) {
+      if (next < all.end && !a.int8) {
         prefetch_rows(keys, next, last, a.d);
         prefetch_rows(values, next, last, a.dv);
       }
@@ -235,7 +261,7 @@ void run(const Attention& a, const AttentionTask& task, void* workspace) {
     queue.finish();
   }
   F::end();
-  finish(u, task, w.o, w.m, w.l, width);
+  a.floats ? finish<float>(u, task, w.o, w.m, w.l, width) : finish<T>(u, task, w.o, w.m, w.l, width);
 }
 
 }  // namespace
@@ -251,7 +277,7 @@ void attention_fwd(const Attention& a, const AttentionTask& task, void* workspac
 template <class T>
 static int64_t workspace_of(const Attention& a, int64_t rows) {
   typedef typename FormatOf<T>::type F;
-  return Buffers<F>({nullptr}, Sizes<F>(a, rows)).end - (char*)nullptr;
+  return Buffers<F>({nullptr}, a, Sizes<F>(a, rows)).end - (char*)nullptr;
 }
 
 int64_t attention_fwd_workspace(const Attention& a, int64_t rows) {

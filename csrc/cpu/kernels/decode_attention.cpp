@@ -120,6 +120,9 @@ BK_INLINE void weights(const Layout& n, const State& state, int64_t r, int64_t c
 
 // ---- in and out -----------------------------------------------------------------------------------------------------
 
+// The type of q and out.
+BK_INLINE Type outside(const DecodeAttention& a) { return a.floats ? Type::f32 : a.type; }
+
 template <class E, class T>
 void read_queries(const DecodeAttention& a, const DecodePart& p, const Layout& n, int64_t group, char* q) {
   for (int64_t r = 0; r < n.rows; ++r) {
@@ -132,24 +135,35 @@ void read_queries(const DecodeAttention& a, const DecodePart& p, const Layout& n
   }
 }
 
+// Queries [begin, end) of a head from what the parts of its keys add up to.
 template <class E, class T>
-void write_rows(const DecodeAttention& a, const DecodePart& p, const Layout& n, int64_t group, const State& state) {
-  for (int64_t r = 0; r < n.rows; ++r) {
-    int64_t head = group * n.group_size + r % n.group_size, query = p.first_query + r / n.group_size;
-    float most = state.most[r], total = sum(load(state.total + r * W)), factor = 1;
-    if (a.sinks) {
-      float sink = a.sinks[head], larger = sink > most ? sink : most, base = larger > -kInfinity ? larger : 0;
-      factor = vexp_nonpositive(splat(most - base))[0];
-      total = total * factor + vexp_nonpositive(splat(sink - base))[0];
-      most = larger;
+void write_rows(const DecodeAttention& a, const DecodePart* parts, int64_t count, const Layout& n, int64_t g,
+                int64_t begin, int64_t end) {
+  float factor[kDecodeParts];
+  const DecodePart& p = *parts;
+  for (int64_t r = begin * n.group_size; r < end * n.group_size; ++r) {
+    int64_t head = (p.group + g) * n.group_size + r % n.group_size, query = p.first_query + r / n.group_size;
+    float sink = a.sinks ? a.sinks[head] : -kInfinity, most = sink;
+    for (int64_t i = 0; i < count; ++i) {
+      float one = State(n, parts[i].state, g).most[r];
+      most = one > most ? one : most;
     }
-    float by = total == 0 ? 0 : factor / total;
+    float base = most > -kInfinity ? most : 0, total = a.sinks ? vexp_nonpositive(splat(sink - base))[0] : 0;
+    for (int64_t i = 0; i < count; ++i) {
+      State part(n, parts[i].state, g);
+      factor[i] = vexp_nonpositive(splat(part.most[r] - base))[0];
+      total += sum(load(part.total + r * W)) * factor[i];
+    }
+    float by = total == 0 ? 0 : 1 / total;
     if (a.lse)
       a.lse[p.batch * a.lse_batch + head * a.lse_head + query] = total == 0 ? -kInfinity : most + __builtin_logf(total);
     T* to = (T*)a.out.data + p.batch * a.out.batch + head * a.out.head + query * a.out.token;
     for (int64_t e = 0; e < a.dv; e += E::kVectors * W) {
-      vf x[E::kVectors];
-      E::row(n, state.acc, r, e, x);
+      vf x[E::kVectors] = {}, one[E::kVectors];
+      for (int64_t i = 0; i < count; ++i) {
+        E::row(n, State(n, parts[i].state, g).acc, r, e, one);
+        for (int v = 0; v < E::kVectors; ++v) x[v] += one[v] * factor[i];
+      }
       for (int i = 0; i < E::kVectors; ++i) {
         int64_t left = a.dv - e - i * W;
         if (left >= W)
@@ -162,13 +176,13 @@ void write_rows(const DecodeAttention& a, const DecodePart& p, const Layout& n, 
 }
 
 template <class E>
-void write_out(const DecodeAttention& a, const DecodePart& p, const Layout& n, float* states) {
-  for (int64_t g = 0; g < p.groups; ++g) {
-    State state(n, states, g);
-    switch (a.type) {
-      case Type::f32: write_rows<E, float>(a, p, n, p.group + g, state); break;
-      case Type::bf16: write_rows<E, bf16>(a, p, n, p.group + g, state); break;
-      case Type::f16: write_rows<E, f16>(a, p, n, p.group + g, state); break;
+void write_out(const DecodeAttention& a, const DecodePart* parts, int64_t count, const Layout& n, int64_t begin,
+               int64_t end) {
+  for (int64_t g = 0; g < parts->groups; ++g) {
+    switch (outside(a)) {
+      case Type::f32: write_rows<E, float>(a, parts, count, n, g, begin, end); break;
+      case Type::bf16: write_rows<E, bf16>(a, parts, count, n, g, begin, end); break;
+      case Type::f16: write_rows<E, f16>(a, parts, count, n, g, begin, end); break;
     }
   }
 }
@@ -182,7 +196,7 @@ int64_t workspace_of(const Layout& n, int64_t groups) {
 }
 
 template <class E>
-void attend(const DecodeAttention& a, const DecodePart& p, char* workspace) {
+void attend(const DecodeAttention& a, DecodePart p, char* workspace) {
   Layout n = E::layout(a, p.queries);
   auto take = [&](int64_t bytes) { return workspace += bytes, workspace - bytes; };  // aligned while sizes are
   char* q = take(p.groups * n.q_head);
@@ -192,15 +206,16 @@ void attend(const DecodeAttention& a, const DecodePart& p, char* workspace) {
   float* factor = (float*)take(n.padded_rows * sizeof(float));
   float* k_scale = (float*)take(kKeys * sizeof(float));
   float* v_scale = (float*)take(kKeys * sizeof(float));
-  float* states = p.state ? p.state : (float*)workspace;
+  float* parted = p.state;  // gets the sums when they are final: another thread may have made and read them before
+  p.state = (float*)workspace;
   for (int64_t g = 0; g < p.groups; ++g) {
     char* head = q + g * n.q_head;
-    switch (a.type) {
+    switch (outside(a)) {
       case Type::f32: read_queries<E, float>(a, p, n, p.group + g, head); break;
       case Type::bf16: read_queries<E, bf16>(a, p, n, p.group + g, head); break;
       case Type::f16: read_queries<E, f16>(a, p, n, p.group + g, head); break;
     }
-    State state(n, states, g);
+    State state(n, p.state, g);
     fill(state.acc, 0, n.acc_rows * n.acc_width, 0);
     fill(state.most, 0, n.padded_rows, -kInfinity);
     fill(state.total, 0, n.padded_rows * W, 0);
@@ -216,7 +231,7 @@ void attend(const DecodeAttention& a, const DecodePart& p, char* workspace) {
     Ahead ahead(*next, p.groups, {next->k, k_head, padded(a.d * size, kLine) / kLine},
                 {next->v, v_head, padded(a.dv * size, kLine) / kLine});
     for (int64_t g = 0; g < p.groups; ++g) {
-      State state(n, states, g);
+      State state(n, p.state, g);
       E::scores(n, q + g * n.q_head, *now, g * k_head, a.d, s, staging, ahead);
       if (a.int8)
         for (int64_t t = 0; t < padded(now->count, W); ++t) {
@@ -242,30 +257,8 @@ void attend(const DecodeAttention& a, const DecodePart& p, char* workspace) {
     now = next, next = done;
     if (!now->count) E::end();
   }
-  if (!p.state) write_out<E>(a, p, n, states);
-}
-
-template <class E>
-void merge(const DecodeAttention& a, const DecodePart* parts, int64_t count) {
-  Layout n = E::layout(a, parts->queries);
-  for (int64_t g = 0; g < parts->groups; ++g) {
-    State all(n, parts->state, g);
-    for (int64_t i = 1; i < count; ++i) {
-      State one(n, parts[i].state, g);
-      for (int64_t r = 0; r < n.rows; ++r) {
-        float most = all.most[r] > one.most[r] ? all.most[r] : one.most[r], base = most > -kInfinity ? most : 0;
-        float x = vexp_nonpositive(splat(all.most[r] - base))[0], y = vexp_nonpositive(splat(one.most[r] - base))[0];
-        all.most[r] = most;
-        store(all.total + r * W, load(all.total + r * W) * x + load(one.total + r * W) * y);
-        for (int64_t m = r; m < E::kRows * n.rows; m += n.rows)
-          for (int64_t e = 0; e < n.acc_width; e += W) {
-            int64_t at = m * n.acc_width + e;
-            store(all.acc + at, load(all.acc + at) * x + load(one.acc + at) * y);
-          }
-      }
-    }
-  }
-  write_out<E>(a, *parts, n, parts->state);
+  if (!parted) return write_out<E>(a, &p, 1, n, 0, p.queries);
+  __builtin_memcpy(parted, p.state, p.groups * n.state() * sizeof(float));
 }
 
 // f(the products that serve the call)
@@ -297,8 +290,9 @@ void decode_attention(const DecodeAttention& a, const DecodePart* parts, int64_t
   });
 }
 
-void decode_merge(const DecodeAttention& a, const DecodePart* parts, int64_t count) {
-  by_type(a, [&](auto e) { merge<decltype(e)>(a, parts, count); });
+void decode_merge(const DecodeAttention& a, const DecodePart* parts, int64_t count, int64_t begin, int64_t end) {
+  by_type(a,
+          [&](auto e) { write_out<decltype(e)>(a, parts, count, decltype(e)::layout(a, parts->queries), begin, end); });
 }
 
 }  // namespace BK_ISA

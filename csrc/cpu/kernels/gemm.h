@@ -210,7 +210,7 @@ struct Pairs {
       const T* from = Row::get(rows, row + r);
       uint16_t* to = block + r * kSide;
       int64_t n = from ? columns - column : 0;
-      if (P == 1) {  // bfloat16 as it is
+      if constexpr (P == 1 && sizeof(T) == 2) {  // bfloat16 as it is
         __m512i line = _mm512_setzero_si512();
         if (n >= kSide)
           line = read<__m512i>(from + column);

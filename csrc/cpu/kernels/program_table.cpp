@@ -10,6 +10,11 @@ void program_combine(const CombineRecord&, float* const*, const int32_t*, int64_
 void program_activate(const ActivateRecord&, float* const*, const int32_t*, int64_t, int64_t);
 void program_finish(const ProductRecord&, int, const float*, const float*, int64_t, int64_t, float* const*,
                     const int32_t*, int64_t, int64_t);
+void program_heads(const HeadsRecord&, const Run&, float* const*, const int32_t*, int64_t, int64_t);
+AttendPlan program_attend_plan(const AttendRecord&, const Run&, int64_t);
+void program_attend(const AttendRecord&, const Run&, const AttendPlan&, int64_t, float* const*, const int32_t*, void*);
+void program_attend_merge(const AttendRecord&, const Run&, const AttendPlan&, float* const*, const int32_t*, int64_t,
+                          int64_t);
 
 extern const ProgramTable program_table = {
     program_norm, program_combine, program_activate, program_finish,
@@ -18,10 +23,10 @@ extern const ProgramTable program_table = {
     nullptr,  // product_prepare
     nullptr,  // product_workspace
     nullptr,  // product
-    nullptr,  // heads
-    nullptr,  // attend_plan
-    nullptr,  // attend
-    nullptr,  // attend_merge
+    program_heads,
+    program_attend_plan,
+    program_attend,
+    program_attend_merge,
 };
 
 }  // namespace BK_ISA

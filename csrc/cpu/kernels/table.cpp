@@ -24,7 +24,7 @@ void attention_bias_bwd(const Attention&, const AttentionTask&, void*);
 int64_t attention_bias_bwd_workspace(const Attention&, int64_t);
 DecodeSizes decode_sizes(const DecodeAttention&, int64_t groups, int64_t queries);
 void decode_attention(const DecodeAttention&, const DecodePart*, int64_t count, void* workspace);
-void decode_merge(const DecodeAttention&, const DecodePart*, int64_t count);
+void decode_merge(const DecodeAttention&, const DecodePart*, int64_t count, int64_t begin, int64_t end);
 void append_kv(const AppendKv&, int64_t, int64_t);
 void linear_few_prepare(const Linear&, void*);
 void linear_few(const Linear&, const void*, int64_t, int64_t);

@@ -50,7 +50,8 @@ struct Plan {
     int64_t total = 0;
     for (const DecodePart& p : whole) total += (p.end - p.begin) * p.groups;
     int64_t bytes = total * (a.d + a.dv) * (a.int8 ? 1 : size_of(a.type));
-    int64_t threads = std::clamp<int64_t>(bytes / grain_bytes(), 1, torch::stable::get_num_threads());
+    int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), kDecodeParts);
+    threads = std::clamp<int64_t>(bytes / grain_bytes(), 1, threads);
     int64_t done = 0, thread = 1;
     runs.push_back(0);
     for (DecodePart p : whole) {
@@ -103,7 +104,8 @@ void decode_attention(const DecodeAttention& a) {
     torch::stable::parallel_for(0, threads, 1, work);
   }
   for (size_t i = 0; i < plan.merges.size(); i += 2)
-    kernels.decode_merge(a, plan.parts.data() + plan.merges[i], plan.merges[i + 1] - plan.merges[i]);
+    kernels.decode_merge(a, plan.parts.data() + plan.merges[i], plan.merges[i + 1] - plan.merges[i], 0,
+                         plan.parts[plan.merges[i]].queries);
 }
 
 namespace {

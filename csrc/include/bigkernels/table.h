@@ -126,6 +126,7 @@ struct Attention {
   };
   Heads q, k, v, out;                  // backward reads out
   Heads grad, grad_q, grad_k, grad_v;  // backward
+  Heads k_scale, v_scale;              // of an int8 cache: float32, one value a head of a token
   Scores bias, mask;                   // null where absent; the mask is of bytes, 0 hides a key
   float* lse;                          // (batch, head, query), queries contiguous
   const float* grad_lse;               // null where absent; strides as lse
@@ -144,6 +145,8 @@ struct Attention {
   uint32_t threshold;  // a random word below it drops its weight
   float scale, softcap, dropout_p;
   Type type, bias_type;
+  bool floats;  // q and out are float32, whatever the type of k and v; without gradients
+  bool int8;    // k and v; q and out have `type`, or are float32
 };
 
 // The query heads of one key head in one sequence, and rows of them: row r is query r / G of head r % G in the group.
@@ -156,8 +159,6 @@ struct DecodeAttention : Attention {
   const int32_t* lengths;      // (B,) the keys of each sequence; null: all have `keys`
   const int32_t* block_table;  // key j of sequence b is token j % page of page block_table[b * table_stride + j / page]
   int64_t table_stride, page;
-  Heads k_scale, v_scale;  // of an int8 cache: float32, one value a head of a token
-  bool int8;               // k and v; q and out have `type`
 };
 
 // Writes the last `queries` keys and values of each sequence into its cache, k and v, and rotates q into out.
@@ -172,6 +173,8 @@ struct DecodePart {
   int64_t batch, group, groups, first_query, queries, begin, end;
   float* state;  // what the keys add up to, to be merged with other parts; null: this part is all there is
 };
+
+constexpr int64_t kDecodeParts = 256;
 
 struct DecodeSizes {
   int64_t workspace;  // bytes a thread
@@ -302,10 +305,10 @@ struct CpuTable {
   void (*attention_bias_bwd)(const Attention&, const AttentionTask&, void* workspace);
   int64_t (*attention_bias_bwd_workspace)(const Attention&, int64_t queries);
   // What a call needs for parts of so many heads and queries; the attention of some parts; several parts of the same
-  // rows, merged in their order and written out.
+  // rows, at most kDecodeParts, merged in their order: queries [begin, end) of theirs are written out.
   DecodeSizes (*decode_sizes)(const DecodeAttention&, int64_t groups, int64_t queries);
   void (*decode_attention)(const DecodeAttention&, const DecodePart*, int64_t count, void* workspace);
-  void (*decode_merge)(const DecodeAttention&, const DecodePart*, int64_t count);
+  void (*decode_merge)(const DecodeAttention&, const DecodePart*, int64_t count, int64_t begin, int64_t end);
   Kernel<AppendKv> append_kv;  // rows: the new tokens of all sequences
   // A few tokens: x made ready once, then rows [begin, end) of the weight. Bytes of what is made ready.
   void (*linear_few_prepare)(const Linear&, void* ready);

@@ -1,0 +1,252 @@
+"""What a cache of transformers is to a step program: where its keys and values lie, or why they cannot be used.
+
+Layers of dynamic caches become layers with room (`_cache_layers.py`), those of static caches are used as they are. What
+was found is kept as long as nobody changes the cache, so that a token costs a few microseconds here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from ctypes import addressof, c_int64, sizeof
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.program import settle
+from . import _records as records
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FIELDS = sizeof(records.LayerCache) // 8
+FIELD = {name: getattr(records.LayerCache, name).offset // 8 for name, _ in records.LayerCache._fields_}
+
+
+class CacheShape(NamedTuple):
+    """What a program keeps of a token in one layer: `groups` heads of d and dv elements; `window` keys are seen, the
+    token's own included, 0: all."""
+
+    groups: int
+    d: int
+    dv: int
+    window: int = 0
+
+
+class Description:
+    """The layers of a cache for a run: `packed` is (layers, LayerCache) as int64, `past` the tokens it has seen.
+
+    After the run `advance` takes the new tokens in. The runner copies `packed` when a run begins.
+    """
+
+    def __init__(self, shapes: Sequence[CacheShape], batch: int, dtype: torch.dtype, past: int):
+        self.shapes, self.batch, self.dtype, self.past = shapes, batch, dtype, past
+        self.packed = torch.zeros((len(shapes), FIELDS), dtype=torch.int64, device="cpu")
+        self.numbers = (c_int64 * (len(shapes) * FIELDS)).from_address(self.packed.data_ptr())
+        self.room = 1 << 62
+        self.full: list[tuple[int, Any]] = []  # where `held` is, and the layer
+        self.windows: list[tuple[int, Any]] = []
+        self.static: list[tuple[int, Any, Tensor, Tensor, Tensor, c_int64]] = []
+        self.stamp = object()  # that dynamic layers bear as long as nobody changes them
+
+    def __del__(self) -> None:
+        if self.static:
+            settle()  # before the memory of static layers can go: threads that lost their core may still write there
+
+    def fits(self, cache: Any, tokens: int) -> bool:
+        """Whether the cache is as it was left here, with room for more."""
+        layers, past, stamp = cache.layers, self.past, self.stamp
+        if tokens > self.room:
+            return False
+        for i, layer in self.full:
+            if layers[i // FIELDS] is not layer or layer._stamp is not stamp:
+                return False
+        for i, layer in self.windows:
+            if layers[i // FIELDS] is not layer or layer._stamp is not stamp or layer.cumulative_length != past:
+                return False
+        for i, layer, k, v, length, number in self.static:
+            if layers[i // FIELDS] is not layer or layer.keys is not k or layer.values is not v:
+                return False
+            if layer.cumulative_length is not length or number.value != past:
+                return False
+            if layer.is_sliding and layer.cumulative_length_int != past:
+                return False
+        return True
+
+    def advance(self, tokens: int) -> None:
+        """The run has written so many tokens."""
+        self.past += tokens
+        self.room -= tokens
+        numbers = self.numbers
+        for i, layer in self.full:
+            layer._end += tokens
+            numbers[i] += tokens
+        for i, layer in self.windows:
+            layer._end += tokens
+            begin = layer._begin
+            layer._moved(tokens)
+            numbers[i] = layer._end - layer._begin
+            if dropped := layer._begin - begin:
+                row = i - FIELD["held"]
+                numbers[row + FIELD["capacity"]] -= dropped
+                for x in ("k", "v"):
+                    size = layer._k.element_size() if x == "k" else layer._v.element_size()
+                    numbers[row + FIELD[x]] += dropped * numbers[row + FIELD[x + "_token"]] * size
+        for i, layer, _, _, _, number in self.static:
+            number.value += tokens
+            if layer.is_sliding:
+                layer.cumulative_length_int += tokens
+            numbers[i] += tokens
+
+    def add(self, index: int, layer: Any, k: Tensor, v: Tensor, begin: int, held: int) -> None:
+        """A layer whose tokens are slots [begin, begin + held) of k (B, H, slots, d) and v."""
+        row = records.LayerCache.from_address(addressof(self.numbers) + index * FIELDS * 8)
+        row.k, row.v = k[:, :, begin:].data_ptr(), v[:, :, begin:].data_ptr()
+        row.k_batch, row.k_head, row.k_token, _ = k.stride()
+        row.v_batch, row.v_head, row.v_token, _ = v.stride()
+        row.held, row.capacity, row.type = held, k.shape[2] - begin, TYPES[self.dtype]
+        self.room = min(self.room, row.capacity - held)
+
+
+known: weakref.WeakKeyDictionary[Any, Description] = weakref.WeakKeyDictionary()
+
+
+def describe(
+    cache: Any, shapes: Sequence[CacheShape], batch: int, tokens: int, dtype: torch.dtype
+) -> Description | str:
+    """The cache with room for `tokens` more of `batch` sequences, or why the program cannot use it.
+
+    Args:
+        cache: transformers' `Cache`.
+        shapes: of the program's layers, whose numbers are those of the cache's.
+        dtype: of the model, which the cache has to have.
+    """
+    try:
+        found = known.get(cache)
+    except TypeError:  # no weak references
+        return f"the cache is a {type(cache).__name__}"
+    if found is not None:
+        if found.shapes is shapes and found.batch == batch and found.dtype is dtype and found.fits(cache, tokens):
+            return found
+        if found.static:
+            settle()  # their owner does not: slots may be written again
+    found = _look(cache, shapes, batch, tokens, dtype)
+    if isinstance(found, Description):
+        known[cache] = found
+    return found
+
+
+def _look(cache: Any, shapes: Sequence[CacheShape], batch: int, tokens: int, dtype: torch.dtype) -> Description | str:
+    from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
+
+    from . import _cache_layers
+
+    if not isinstance(cache, Cache):
+        return f"the cache is a {type(cache).__name__}"
+    for name in ("update", "get_seq_length", "get_mask_sizes", "get_query_offset"):
+        if getattr(type(cache), name) is not getattr(Cache, name) or name in cache.__dict__:
+            return f"the cache has its own `{name}`"
+    if cache.offloading:
+        return "the cache is offloaded"
+    if dtype not in TYPES:
+        return f"a cache in {dtype}"
+    layers = cache.layers
+    if cache.layer_class_to_replicate is not None:
+        while len(layers) < len(shapes):
+            layers.append(cache.layer_class_to_replicate())
+    if len(layers) < len(shapes):
+        return f"the cache has {len(layers)} layers, and the model {len(shapes)}"
+    pasts = set()
+    for i, (layer, shape) in enumerate(zip(layers, shapes, strict=False)):
+        of = type(layer)
+        if "update" in layer.__dict__:
+            return f"layer {i} of the cache has its own `update`"
+        if of in _cache_layers.BUFFERED:
+            _cache_layers.buffered(layer)
+        if isinstance(layer, _cache_layers.BufferedLayer):
+            reason = _dynamic(layer, shape, batch, dtype)
+        elif of is StaticLayer or of is StaticSlidingWindowLayer:
+            if not layer.is_initialized:
+                new = (torch.empty((batch, shape.groups, 0, n), dtype=dtype, device="cpu") for n in (shape.d, shape.dv))
+                layer.lazy_initialization(*new)
+            reason = _static(layer, shape, batch, tokens, dtype)
+        else:
+            reason = f"it is a {of.__name__}"
+        if reason:
+            return f"layer {i} of the cache: {reason}"
+        pasts.add(int(layer.get_seq_length()))
+    if len(pasts) > 1:
+        return "the layers of the cache have different lengths"
+    found = Description(shapes, batch, dtype, pasts.pop() if pasts else 0)
+    for i, (layer, shape) in enumerate(zip(layers, shapes, strict=False)):
+        at = i * FIELDS + FIELD["held"]
+        if isinstance(layer, StaticLayer):
+            found.add(i, layer, layer.keys, layer.values, 0, found.past)
+            length = layer.cumulative_length
+            found.static.append((at, layer, layer.keys, layer.values, length, c_int64.from_address(length.data_ptr())))
+            continue
+        _room(layer, shape, batch, tokens, dtype)
+        layer._stamp, layer._lent = found.stamp, True
+        found.add(i, layer, layer._k, layer._v, layer._begin, layer._end - layer._begin)
+        (found.full if type(layer) is _cache_layers.BufferedLayer else found.windows).append((at, layer))
+    return found
+
+
+def _unlike(keys: Any, values: Any, shape: CacheShape, batch: int, dtype: torch.dtype) -> str | None:
+    """What is not as the program's own keys and values would be."""
+    for name, x, size in (("keys", keys, shape.d), ("values", values, shape.dv)):
+        if type(x) is not Tensor or x.device.type != "cpu" or x.layout != torch.strided:
+            return f"its {name} are no plain tensors on the CPU"
+        if x.dtype != dtype:
+            return f"its {name} are {x.dtype}, and the model's {dtype}"
+        if x.requires_grad:
+            return f"its {name} have gradients"
+        if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, shape.groups, size):
+            return f"its {name} have shape {tuple(x.shape)}, which is not that of the model's"
+    if keys.shape[2] != values.shape[2]:
+        return "it has more keys than values, or fewer"
+    return None
+
+
+def _dynamic(layer: Any, shape: CacheShape, batch: int, dtype: torch.dtype) -> str | None:
+    window = getattr(layer, "sliding_window", 0)
+    if window and (window != shape.window or window < 2):
+        return f"it keeps a window of {window} tokens, and the model sees {shape.window or 'all'}"
+    if not layer.is_initialized or (layer.keys is not None and layer.keys.dim() == 1 and not layer.keys.numel()):
+        return None
+    reason = _unlike(layer.keys, layer.values, shape, batch, dtype)
+    if not reason and window:
+        kept = min(layer.cumulative_length, window - 1)
+        if not kept <= layer._length() <= layer.cumulative_length:
+            return "it does not have the tokens of its window"
+    return reason
+
+
+def _static(layer: Any, shape: CacheShape, batch: int, tokens: int, dtype: torch.dtype) -> str | None:
+    if reason := _unlike(layer.keys, layer.values, shape, batch, dtype):
+        return reason
+    if layer.keys.stride(3) != 1 or layer.values.stride(3) != 1:
+        return "its heads are not contiguous"
+    past = int(layer.get_seq_length())
+    if past + tokens > layer.keys.shape[2]:
+        return f"it has room for {layer.keys.shape[2]} tokens"
+    length = layer.cumulative_length
+    if type(length) is not Tensor or length.dtype != torch.int64 or length.device.type != "cpu" or length.numel() != 1:
+        return "its length is no number on the CPU"
+    if layer.is_sliding and (shape.window == 0 or past != int(length)):
+        return "it is a window that has moved, or is one where the model sees all"
+    return None
+
+
+def _room(layer: Any, shape: CacheShape, batch: int, tokens: int, dtype: torch.dtype) -> None:
+    from ._cache_layers import room_for
+
+    if layer._length() == 0 and layer._k is None:
+        k, v = (
+            torch.empty((batch, shape.groups, room_for(tokens), size), dtype=dtype, device="cpu")
+            for size in (shape.d, shape.dv)
+        )
+        if not layer.is_initialized:
+            layer.lazy_initialization(k[:, :, :0], v[:, :, :0])
+        layer._buffers(k, v, 0)
+    else:
+        layer._reserve(tokens)

@@ -1,0 +1,270 @@
+"""Layers of transformers' caches that keep keys and values in buffers with room.
+
+A new token is written where there is room for it, instead of copying the whole cache, and the step program works on the
+same buffers as the modules. What is seen from outside (`keys`, `values`, lengths, masks, errors) is what transformers'
+own layers show; a layer of theirs becomes one of these where it is (`buffered`), in any cache.
+
+This module imports transformers; `_cache.py` imports it where a cache is at hand.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .._torch_private import storage_users, transforms
+from ..ops.program import settle
+
+STEP = 64  # buffers grow to multiples of it, by a quarter and two steps more than is needed
+
+
+def room_for(tokens: int) -> int:
+    return (tokens + tokens // 4 + 3 * STEP - 1) // STEP * STEP
+
+
+def copied(x: Tensor, length: int, capacity: int) -> Tensor:
+    """A buffer (B, H, capacity, D) that begins with the last `length` tokens of x (B, H, tokens, D)."""
+    out = torch.empty((x.shape[0], x.shape[1], capacity, x.shape[3]), dtype=x.dtype, device=x.device)
+    out[:, :, :length].copy_(x[:, :, x.shape[2] - length :])
+    return out
+
+
+class BufferedLayer(DynamicLayer):
+    """Its keys and values are slots [begin, end) of two buffers, or two tensors as somebody has set them."""
+
+    _own_class: type[DynamicLayer] = DynamicLayer
+    # Defaults of what `_buffers` sets, so that layers that transformers makes need no __init__ of ours.
+    _k: Tensor | None = None
+    _v: Tensor | None = None
+    _begin = _end = 0
+    _set_keys: Tensor | None = None
+    _set_values: Tensor | None = None
+    _stamp: object = None  # of the description (`_cache.py`) that knows this layer as it is
+    _lent = False  # whether a program has had the buffers: threads that lost their core may still write to them
+
+    # ---- keys and values --------------------------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> Tensor | None:
+        return self._set_keys if self._k is None else self._k[:, :, self._begin : self._end]
+
+    @keys.setter
+    def keys(self, x: Tensor | None) -> None:
+        self._release()
+        self._set_keys = x
+
+    @property
+    def values(self) -> Tensor | None:
+        return self._set_values if self._v is None else self._v[:, :, self._begin : self._end]
+
+    @values.setter
+    def values(self, x: Tensor | None) -> None:
+        self._release()
+        self._set_values = x
+
+    def _release(self) -> None:
+        """From buffers to two tensors."""
+        self._stamp = None
+        if self._k is not None:
+            keys, values = self.keys, self.values
+            self._settle()
+            self._k = self._v = None
+            self._set_keys, self._set_values = keys, values
+
+    def _buffers(self, k: Tensor, v: Tensor, length: int) -> None:
+        self._settle()
+        self._k, self._v, self._begin, self._end = k, v, 0, length
+        self._set_keys = self._set_values = self._stamp = None
+
+    def _settle(self) -> None:
+        if self._lent:
+            settle()
+            self._lent = False
+
+    def _length(self) -> int:
+        """Tokens that are stored."""
+        if self._k is not None:
+            return self._end - self._begin
+        return self._set_keys.shape[-2] if self._set_keys is not None and self._set_keys.dim() > 1 else 0
+
+    def _reserve(self, tokens: int) -> None:
+        """Room for so many more, in buffers that nobody else writes to; what is there has four dimensions."""
+        if self._k is not None and self._end + tokens <= self._k.shape[2]:
+            if not self._k.is_inference() or torch.is_inference_mode_enabled():
+                return
+        length = self._length()
+        capacity = room_for(length + tokens)
+        self._buffers(copied(self.keys, length, capacity), copied(self.values, length, capacity), length)
+
+    def _unshare(self) -> None:
+        """Before slots are written again: not under the eyes of those who hold views of them."""
+        if any(storage_users(x.untyped_storage()._cdata) > ALONE for x in (self._k, self._v)):
+            length = self._length()
+            capacity = self._k.shape[2] - self._begin
+            self._buffers(copied(self.keys, length, capacity), copied(self.values, length, capacity), length)
+        else:
+            self._settle()
+
+    # ---- what transformers calls ------------------------------------------------------------------------------------
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if not self._appends(key_states, value_states):
+            return super().update(key_states, value_states, *args, **kwargs)
+        tokens = key_states.shape[-2]
+        if self._length() == 0 and self._k is None:
+            capacity = room_for(tokens)
+            self._buffers(copied(key_states, 0, capacity), copied(value_states, 0, capacity), 0)
+        self._reserve(tokens)
+        self._stamp = None
+        self._k[:, :, self._end : self._end + tokens].copy_(key_states)
+        self._v[:, :, self._end : self._end + tokens].copy_(value_states)
+        return self._appended(tokens)
+
+    def _appends(self, k: Tensor, v: Tensor) -> bool:
+        """Whether new tokens can be written behind those that are there. Autograd, which remembers what it has read,
+        and tracing get tensors of their own."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms() is not None:
+            return False
+        if not (type(k) is type(v) is Tensor and k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3]):
+            return False
+        for new, old in ((k, self.keys), (v, self.values)):
+            if type(old) is not Tensor or new.dtype != old.dtype or new.device != old.device:
+                return False
+            if old.dim() == 4:
+                if (*old.shape[:2], old.shape[3]) != (*new.shape[:2], new.shape[3]):
+                    return False
+            elif old.numel():
+                return False
+        return self.keys.dim() == self.values.dim() and self.keys.shape[:-1] == self.values.shape[:-1]
+
+    def _appended(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """The layer moves on by tokens that are written; returns what the new ones see."""
+        self._end += tokens
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        if self._k is None:
+            return super().get_seq_length()
+        return self._end - self._begin if self.is_initialized and self._k.numel() else 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self._k is None or tokens_to_remove >= 0 or not self.is_initialized:
+            return super().crop(tokens_to_remove)
+        self._cut(-tokens_to_remove)
+
+    def _cut(self, tokens: int) -> None:
+        self._unshare()
+        self._stamp = None
+        self._end = max(self._begin, self._end - tokens)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self._k is None or self._length() == 0 or torch.is_grad_enabled():
+            return super().reorder_cache(beam_idx)
+        beam_idx = beam_idx.to(self._k.device)
+        length, capacity = self._length(), self._k.shape[2] - self._begin
+        new = []
+        for x in (self.keys, self.values):
+            y = torch.empty((len(beam_idx), x.shape[1], capacity, x.shape[3]), dtype=x.dtype, device=x.device)
+            torch.index_select(x, 0, beam_idx, out=y[:, :, :length])
+            new.append(y)
+        self._buffers(*new, length)
+
+    # ---- copies -----------------------------------------------------------------------------------------------------
+
+    def _rest(self) -> dict[str, Any]:
+        return {name: x for name, x in self.__dict__.items() if name not in OURS}
+
+    def _copy(self, rest: dict[str, Any], tensors: dict[str, Any]) -> Any:
+        new = object.__new__(type(self))
+        new.__dict__.update(rest)
+        if self._k is not None:
+            length = self._length()
+            new._buffers(*(copied(x, length, room_for(length)) for x in (self.keys, self.values)), length)
+        else:
+            new._set_keys, new._set_values = tensors["keys"], tensors["values"]
+        return new
+
+    def __copy__(self) -> Any:
+        return self._copy(self._rest(), {"keys": self._set_keys, "values": self._set_values})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        loose = {"keys": self._set_keys, "values": self._set_values}
+        new = self._copy(copy.deepcopy(self._rest(), memo), copy.deepcopy(loose, memo))
+        memo[id(self)] = new
+        return new
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        """As transformers' own layer, which any process knows."""
+        tensors = {name: getattr(self, name) for name in ("keys", "values")}
+        if self._k is not None:
+            tensors = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+        return object.__new__, (self._own_class,), self._rest() | tensors
+
+    def __del__(self) -> None:
+        self._settle()
+
+
+OURS = {"_k", "_v", "_begin", "_end", "_set_keys", "_set_values", "_stamp", "_lent"}
+
+
+class BufferedSlidingWindowLayer(BufferedLayer, DynamicSlidingWindowLayer):
+    """The window is the last slots in use; those before it are given up when there is no more room."""
+
+    _own_class = DynamicSlidingWindowLayer
+
+    def _appended(self, tokens: int) -> tuple[Tensor, Tensor]:
+        self._end += tokens
+        begin = self._begin
+        if self.record_past:
+            begin = max(begin, self._end - (self.sliding_window - 1 + tokens))
+        seen = self._k[:, :, begin : self._end], self._v[:, :, begin : self._end]
+        self._moved(tokens)
+        return seen
+
+    def _moved(self, tokens: int) -> None:
+        self.cumulative_length += tokens
+        if not self.record_past and self.sliding_window > 1:
+            self._begin = max(self._begin, self._end - (self.sliding_window - 1))
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        full = self.cumulative_length >= self.sliding_window
+        if self._k is None or tokens_to_remove > 0 or (full and not self.record_past):
+            return DynamicSlidingWindowLayer.crop(self, tokens_to_remove)
+        if not full:
+            if tokens_to_remove < 0 and self.is_initialized:
+                self._cut(-tokens_to_remove)
+            self.cumulative_length = self._end - self._begin
+            return
+        if tokens_to_remove:
+            self._cut(-tokens_to_remove)
+            self.cumulative_length += tokens_to_remove
+        if self.sliding_window > 1:
+            self._stamp = None
+            self._begin = max(self._begin, self._end - (self.sliding_window - 1))
+
+
+BUFFERED = {DynamicLayer: BufferedLayer, DynamicSlidingWindowLayer: BufferedSlidingWindowLayer}
+
+
+def buffered(layer: Any) -> None:
+    """Makes a layer of transformers' one of these, where it is."""
+    keys, values = layer.__dict__.pop("keys", None), layer.__dict__.pop("values", None)
+    layer.__class__ = BUFFERED[type(layer)]
+    layer._set_keys, layer._set_values = keys, values
+
+
+def _alone() -> int:
+    x = torch.empty(1, dtype=torch.uint8, device="cpu")
+    return storage_users(x.untyped_storage()._cdata)
+
+
+ALONE = _alone()  # users of a storage that one tensor has, as counted in `_unshare`
