@@ -12,7 +12,7 @@ from . import _layers
 from ._forms import close, constant, plain, random
 from ._ir import Stored
 from ._replay import refs_of, replay
-from ._trace import Ref, Refused
+from ._trace import ModuleCall, Ref, Refused
 
 if TYPE_CHECKING:
     from ._identify import Builder
@@ -58,7 +58,6 @@ class Embed:
 def embedding_of(b: Builder, needed: set[int]) -> tuple[Ref, Embed]:
     """(the tensor that it makes, the callable)"""
     recorder = b.recorder
-    ids = Ref(0, 0)
     readers = [n for n in sorted(needed) if any(b.tensor(r).dtype.is_floating_point for r in [Ref(n, 0)])
                and all(not b.tensor(r).dtype.is_floating_point for r in recorder.steps[n].inputs)
                and recorder.steps[n].inputs]  # fmt: skip
@@ -68,7 +67,7 @@ def embedding_of(b: Builder, needed: set[int]) -> tuple[Ref, Embed]:
     # The outermost module that makes one tensor of the tokens alone.
     found = None
     for call in recorder.calls:
-        if len(call.outs) == 1 and call.begin <= readers[0] < call.end and _only_tokens(call, ids) \
+        if len(call.outs) == 1 and call.begin <= readers[0] < call.end and _only_tokens(b, call) \
                 and not any(_layers.is_linear(m) for m in call.module.modules()):  # fmt: skip
             found = call
             break
@@ -83,9 +82,12 @@ def embedding_of(b: Builder, needed: set[int]) -> tuple[Ref, Embed]:
     return ref, Embed(found.module, scale, parts)
 
 
-def _only_tokens(call, ids: Ref) -> bool:
+def _only_tokens(b: Builder, call: ModuleCall) -> bool:
     given = [*call.args, *call.kwargs.values()]
-    return bool(given) and given[0] == ids and all(v is None for v in given[1:])
+    if not given or not isinstance(given[0], Ref) or any(v is not None for v in given[1:]):
+        return False
+    t = b.tensor(given[0])
+    return b.recorder.steps[given[0].step].depends and torch.equal(t, b.trace.tokens)
 
 
 def _with_positions(b: Builder, token: Ref, needed: set[int]) -> tuple[Ref, float, tuple[Positions, ...]] | None:

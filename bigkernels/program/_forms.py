@@ -11,6 +11,7 @@ from torch import Tensor
 from ._ir import NormSpec, Stored
 from ._reference import ACTIVATIONS, norm
 
+_VECTORS = 5e-7  # where the model adds to a parameter in float32
 CLOSE = 1e-9  # of float64 values, relative to the largest
 
 
@@ -75,7 +76,7 @@ def as_norm(function: Callable[[Tensor], Tensor], size: int, x: Tensor, vectors:
     for eps in epses:
         spec = NormSpec(kind, size, eps, weight, bias_of, offset)
         probes = [s * x + m for s, m in ((1.0, 0.0), (1e-3, 2e-4), (30.0, 11.0))]
-        if all(close(function(p), scale * norm(p, spec), 1e-8) for p in probes):
+        if all(close(function(p), scale * norm(p, spec), _VECTORS) for p in probes):
             return spec, scale
     return None
 

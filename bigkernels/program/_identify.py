@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from ._ir import (
     StoredLinear,  # fmt: skip
 )
 from ._keep import keep_last
+from ._masks import far_windows, hints
 from ._record import Trace
 from ._replay import between, dominators, replay
 from ._trace import Ref, Refused, Step
@@ -387,8 +389,24 @@ class Builder:
                 if found is not None:
                     self._product(number, *found)
         self.graph.logits = self.value(self.trace.logits)
+        self._windows()
         keep_last(self.graph)
         return self.graph
+
+    def _windows(self) -> None:
+        """What a window of more tokens than were recorded hides."""
+        most = hints(self.trace.model)
+        if most <= 1:
+            return
+        found = far_windows(self.trace.model, self.trace.vocabulary, most + 5)
+        attends = [i for i, op in enumerate(self.graph.operations) if isinstance(op, Attend)]
+        if len(found) != len(attends):
+            raise Refused("(model): its masks far into a text cannot be told apart")
+        for i, window in zip(attends, found, strict=True):
+            op = self.graph.operations[i]
+            if op.window not in (0, window):
+                raise Refused("(model): a layer has two windows")
+            self.graph.operations[i] = replace(op, window=window)
 
     def _needed(self, ref: Ref) -> set[int]:
         found: set[int] = set()

@@ -41,6 +41,7 @@ class Trace:
     stored: dict[int, Stored]  # by id of a parameter or buffer
     dtype: torch.dtype
     past: int
+    vocabulary: int = 0
     paths: dict[nn.Module, str] = field(default_factory=dict)
 
     @property
@@ -112,10 +113,8 @@ def record(model: nn.Module, tokens: Tensor, positions: Tensor, cache: Any, mask
     if ref is None or not recorder.steps[ref.step].depends:
         raise Refused("(model): its logits are not computed from the tokens by PyTorch functions")
     dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
-    for part in leaves(out.__dict__ if hasattr(out, "__dict__") else out):
-        del part
     paths = {module: path for path, module in model.named_modules()}
-    return Trace(model, recorder, tokens, positions, ref, updates, stored, dtype, 0, paths)
+    return Trace(model, recorder, tokens, positions, ref, updates, stored, dtype, 0, 0, paths)
 
 
 def _wrap(recorder: Recorder, module: nn.Module, path: str) -> Callable:
@@ -221,7 +220,7 @@ def traced(model: nn.Module) -> Trace:
     every = torch.arange(PAST + length, dtype=torch.int64, device=device).expand(BATCH, -1)
     record(model, tokens[:, :PAST].clone(), every[:, :PAST], cache)
     found = record(model, tokens[:, PAST:].clone(), every[:, PAST:].clone(), cache)
-    found.past = PAST
+    found.past, found.vocabulary = PAST, vocabulary
     return found
 
 

@@ -148,7 +148,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         depends = any(self._depends(t) for t in tensors)
         if depends and name in _READS:
-            if not self.inside:
+            if not self.inside and not (name == "__contains__" and not floating(args[0])):  # a warning about padding
                 self.reads = self.reads or self.path
             return func(*args, **kwargs)
         if depends and name in _LIKE:
