@@ -201,21 +201,19 @@ def spelled_out(b: Builder, number: int) -> tuple[Ref, Ref] | None:
             keys.add(Ref(update.step, 0))
             values.add(Ref(update.step, 1))
     # Scores: the step where something of the keys meets something that is not.
-    of_keys: set[int] = set()
     first = min((r.step for r in keys), default=number)
     query = None
 
     def has(ref: Ref, roots: set[Ref], memo: dict[Ref, bool], stop: int) -> bool:
-        """Whether `ref` comes from `roots` alone and not from other values."""
+        """Whether `ref` comes from `roots`, not through a value."""
         if ref in roots:
             return True
-        if ref.step < stop:
+        if ref.step < stop or ref in b.values:
             return False
         if ref not in memo:
             memo[ref] = any(has(r, roots, memo, stop) for r in recorder.steps[ref.step].inputs)
         return memo[ref]
 
-    del of_keys
     memo_k: dict[Ref, bool] = {}
     here = recorder.steps[number].inputs
     if not any(has(r, keys, memo_k, first) for r in here):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
+from ._calls import enclosing
 from ._check import check
 from ._identify import Builder
 from ._ir import Graph
-from ._record import traced
+from ._record import Trace, traced
 from ._suspend import disturbance
-from ._trace import Refused
+from ._trace import ModuleCall, Refused
 
 
 def find(model: nn.Module) -> Graph | str:
@@ -29,7 +30,7 @@ def find(model: nn.Module) -> Graph | str:
         trace = traced(model)
         if trace.recorder.reads is not None:
             raise Refused(f"{trace.recorder.reads or '(model)'}: its code looks at numbers that it computed")
-        graph = Builder(trace).build()
+        graph = _built(trace)
         graph.layers = 1 + max((u.layer for u in trace.updates), default=-1)
         graph.modules = list(model.modules())
         check(model, graph)
@@ -39,3 +40,18 @@ def find(model: nn.Module) -> Graph | str:
     except Exception as error:  # noqa: BLE001  whatever a model does, it is left to its modules
         message = (str(error).splitlines() or [""])[0][:120]
         return f"(model): the search failed: {type(error).__name__}: {message}"
+
+
+def _built(trace: Trace) -> Graph:
+    """The graph, with modules that nobody knows as calls of their own code: the innermost that will do."""
+    opaque: list[ModuleCall] = []
+    first = None
+    while True:
+        try:
+            return Builder(trace, opaque).build()
+        except Refused as refused:
+            first = first or refused
+            more = [] if refused.step is None else enclosing(trace, refused.step, opaque)
+            if not more:
+                raise first from None
+            opaque += more

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from . import _layers
 from ._attention import attention_between, spelled_out
+from ._calls import add_call
+from ._experts import add_experts
 from ._forms import as_activation, as_norm, as_softcap, close, constant, plain, random
 from ._heads import Rotations, heads_between
 from ._ir import (
@@ -27,7 +29,7 @@ from ._keep import keep_last
 from ._masks import far_windows, hints
 from ._record import Trace
 from ._replay import between, dominators, replay
-from ._trace import Ref, Refused, Step
+from ._trace import ModuleCall, Ref, Refused, Step, leaves
 
 _FAR = 40  # how many tensors before a value are tried as what it was made from
 _PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "addmm"}
@@ -36,13 +38,15 @@ _PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "addmm"}
 class Builder:
     """Makes a graph of a trace."""
 
-    def __init__(self, trace: Trace):
+    def __init__(self, trace: Trace, opaque: Collection[ModuleCall] = ()):
         self.trace, self.recorder = trace, trace.recorder
         self.graph = Graph()
         self.values: dict[Ref, int] = {}
         self.rotations = Rotations(self)
         self.appended: dict[int, Ref] = {}  # layer of the cache: the step that its keys come from
         self.device = trace.tokens.device
+        self.memory: dict[tuple, object] = {}  # what was found of modules of a kind
+        self.opaque = {c.begin: c for c in sorted(opaque, key=lambda c: c.begin - c.end)}
         self.made: dict[int, object] = {}  # the operation that makes a value
 
     # ---- rows --------------------------------------------------------------------------------------------------------
@@ -95,8 +99,6 @@ class Builder:
         return list(found)
 
     def _constants(self, step: Step):
-        from ._trace import leaves
-
         for leaf in leaves((step.args, step.kwargs)):
             if isinstance(leaf, Ref):
                 other = self.recorder.steps[leaf.step]
@@ -130,7 +132,7 @@ class Builder:
                 if found is not None:
                     break
         if found is None:
-            raise Refused(f"{self.path(ref)}: what it computes is not known")
+            raise Refused(f"{self.path(ref)}: what it computes is not known", ref.step)
         self.values[ref] = found
         return found
 
@@ -374,14 +376,23 @@ class Builder:
     def build(self) -> Graph:
         needed = self._needed(self.trace.logits)
         self._tokens(needed)
-        for number in sorted(needed):
+        inside = -1
+        for number in sorted({*needed, *self.opaque}):
             step = self.recorder.steps[number]
+            if number < inside:
+                continue
+            if number in self.opaque:
+                inside = self.opaque[number].end
+                add_call(self, self.opaque[number])
+                continue
             if Ref(number, 0) in self.values:
                 continue
             if step.module is not None and _layers.is_linear(step.module):
                 self._product(number, step.args[0], step.module)
             elif step.name == "scaled_dot_product_attention":
                 self._attention(number, *step.args[:3])
+            elif step.module is not None:
+                add_experts(self, number)
             elif step.name in ("softmax", "_softmax"):
                 self._softmax(number)
             elif step.name in _PRODUCTS:

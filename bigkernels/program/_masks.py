@@ -1,7 +1,7 @@
 """Which keys a token sees far into a text: a model's masks, after more tokens than anybody wants to compute with.
 
-Masks depend on positions and on the cache's length alone. So the model runs on two tokens with a cache that says that it
-holds many and gives numbers without memory, and what attention functions are told to leave out is looked at.
+Masks depend on positions and on the cache's length alone. So the model runs on two tokens with a cache that says that
+it holds many and gives numbers without memory, and what attention functions are told to leave out is looked at.
 """
 
 from __future__ import annotations

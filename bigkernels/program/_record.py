@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import _layers
 from ._ir import Stored
 from ._suspend import suspended, wrapped
-from ._trace import ModuleCall, Recorder, Ref, Refused, leaves
+from ._trace import ModuleCall, Recorder, Ref, Refused, leaves, mapped
 
 BATCH, PAST = 2, 3
 
@@ -85,7 +85,8 @@ def length_for(model: nn.Module) -> int:
 def record(model: nn.Module, tokens: Tensor, positions: Tensor, cache: Any, mask: Tensor | None = None) -> Trace:
     """The model's own code on (B, S) tokens, in evaluation; the cache is written to."""
     names = arguments(model)
-    recorder = Recorder(tokens)
+    recorder = Recorder()
+    recorder.give(tokens)
     given = {names["ids"]: tokens, names["cache"]: cache, "use_cache": True}
     if "positions" in names:
         given[names["positions"]] = positions
@@ -147,7 +148,7 @@ def _call(recorder: Recorder, module: nn.Module, path: str, original: Callable, 
 
 
 def _noted_arguments(recorder: Recorder, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    return tuple(recorder.ref(a) for a in args), {k: recorder.ref(v) for k, v in kwargs.items()}
+    return mapped(recorder.ref, args), mapped(recorder.ref, kwargs)
 
 
 def stacked(module: nn.Module) -> bool:

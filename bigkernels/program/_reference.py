@@ -14,6 +14,7 @@ from ._ir import (
     Call,
     Combine,
     Experts,
+    ExpertWeights,
     Graph,
     Heads,
     HeadsOf,
@@ -80,7 +81,7 @@ def run(graph: Graph, hidden: Tensor, positions: Tensor, cache: Cache, *, starts
             case Attend():
                 values[op.out] = _attend(op, values[op.q], cache, starts)
             case Experts():
-                values[op.out] = _experts(op, values)
+                values[op.out] = experts(op, values)
             case Call():
                 outs = op.function(*(values[x] for x in op.xs))
                 outs = outs if isinstance(outs, (tuple, list)) else (outs,)
@@ -177,5 +178,40 @@ def _attend(op: Attend, q: Tensor, cache: Cache, starts: Tensor | None) -> Tenso
     return out.transpose(1, 2).flatten(2)
 
 
-def _experts(op: Experts, values: dict[int, Tensor]) -> Tensor:
-    raise NotImplementedError
+def choose(op: Experts, values: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+    """(weights, numbers) of each row's experts, (..., top)."""
+    if op.logits is None:
+        return values[op.weights], values[op.chosen].round().long()
+    logits = values[op.logits]
+    weights, chosen = (logits.sigmoid() if op.sigmoid else logits.softmax(-1)).topk(op.top)
+    if op.renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return op.scale * weights, chosen
+
+
+def experts(op: Experts, values: dict[int, Tensor]) -> Tensor:
+    x, stacked = values[op.x], op.stacked
+    weights, chosen = choose(op, values)
+    out = torch.zeros_like(x)
+    for expert in chosen.unique().tolist():
+        rows, slot = (chosen == expert).nonzero(as_tuple=True)[:-1], (chosen == expert).nonzero()[:, -1]
+        both = _part(stacked, stacked.gate_up, stacked.gate_up_bias, expert, x[rows])
+        if stacked.interleaved:
+            gate, up = both[..., ::2], both[..., 1::2]
+        else:
+            gate, up = both.chunk(2, -1)
+        if stacked.up_first:
+            gate, up = up, gate
+        limits = Activate(0, 2, op.act, gate.shape[-1], up=1, limit=op.limit, alpha=op.alpha, up_offset=op.up_offset)
+        inner = activate(limits, {0: gate, 1: up})
+        made = _part(stacked, stacked.down, stacked.down_bias, expert, inner)
+        out[rows] += weights[(*rows, slot)].unsqueeze(-1) * made
+    return out
+
+
+def _part(stacked: ExpertWeights, name: str, bias: str | None, expert: int, x: Tensor) -> Tensor:
+    """Rows times one expert's weight."""
+    weight = getattr(stacked.module, name)[expert]
+    weight = weight.dequantize() if hasattr(weight, "dequantize") and not isinstance(weight, Tensor) else weight
+    y = _layers.product(x, weight.T if stacked.transposed else weight)
+    return y if bias is None else y + _cast(getattr(stacked.module, bias)[expert], x)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import Tensor
 
 from .._torch_private import without_functions
+from ._layers import is_linear
 from ._trace import _IN_PLACE, Recorder, Ref, Refused, Step, exact, leaves, mapped
 
 
@@ -41,9 +42,9 @@ def steps_between(recorder: Recorder, outs: Collection[Ref], given: Collection[R
     for number, found in depends.items():
         step = recorder.steps[number]
         if found and any(r not in given and not depends.get(r.step, False) for r in step.inputs):
-            raise Refused(f"{step.path}: {step.name} reads something else that depends on the tokens")
+            raise Refused(f"{step.path}: {step.name} reads something else that depends on the tokens", number)
         if not found and step.depends and any(ref.step == number for ref in outs):
-            raise Refused(f"{step.path}: {step.name} reads the tokens")
+            raise Refused(f"{step.path}: {step.name} reads the tokens", number)
     return sorted(number for number, found in depends.items() if found)
 
 
@@ -59,6 +60,8 @@ def replay(recorder: Recorder, outs: Collection[Ref], given: Mapping[Ref, Tensor
     with without_functions():
         for number in steps_between(recorder, outs, given):
             step = recorder.steps[number]
+            if step.module is not None and not is_linear(step.module):
+                raise Refused(f"{step.path}: its inside is not looked at", number)
             args, kwargs = mapped(value, step.args), mapped(value, step.kwargs)
             if is_in_place(step):
                 args = (args[0].clone(), *args[1:])

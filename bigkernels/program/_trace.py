@@ -21,7 +21,11 @@ from ._layers import product
 
 
 class Refused(Exception):
-    """Why a model has no program."""
+    """Why a model has no program; `step` is where it was noticed, if it was in a recorded call."""
+
+    def __init__(self, reason: str, step: int | None = None):
+        super().__init__(reason)
+        self.step = step
 
 
 class Ref(NamedTuple):
@@ -43,6 +47,7 @@ class Step:
     inputs: tuple[Ref, ...]  # those of them that depend on the tokens
     path: str
     module: nn.Module | None = None  # a leaf's
+    number: int = -1
 
     @property
     def name(self) -> str:
@@ -119,9 +124,9 @@ _QUIET = {"size", "stride", "dim", "numel", "__len__", "is_contiguous", "element
 
 
 class Recorder(TorchFunctionMode):
-    """Records what a model computes. `tokens`: what is given to it as token numbers."""
+    """Records what a model computes from what it is given."""
 
-    def __init__(self, tokens: Tensor):
+    def __init__(self):
         super().__init__()
         self.steps: list[Step] = []
         self.calls: list[ModuleCall] = []
@@ -132,7 +137,12 @@ class Recorder(TorchFunctionMode):
         self.changed: set[int] = set()  # storages that a step wrote to
         self.reads: str | None = None  # where the model's code looked at a number that depends on the tokens
         self.inside = 0  # calls of leaves
-        self._note(lambda: tokens, (), {}, (tokens,), True, ())
+
+    def give(self, t: Tensor, seeming: torch.dtype | None = None) -> None:
+        """`t`, token numbers or what is computed from them, is what the record is about."""
+        self._note(_same, (), {}, (t,), True, ())
+        if seeming is not None:
+            self.seeming[id(t)] = seeming
 
     # ---- what is called by the model -----------------------------------------------------------------------------
 
@@ -269,7 +279,7 @@ class Recorder(TorchFunctionMode):
 
     def _note(self, func, args, kwargs, outs, depends, inputs, module=None) -> None:
         step = Step(func, mapped(self.ref, args), mapped(self.ref, kwargs), tuple(outs), depends, tuple(inputs),
-                    self.path, module)  # fmt: skip
+                    self.path, module, len(self.steps))  # fmt: skip
         number = len(self.steps)
         self.steps.append(step)
         for i, t in enumerate(outs):
