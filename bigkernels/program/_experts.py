@@ -95,17 +95,21 @@ def _identify(b: Builder, step: Step, x: Ref, chosen: Ref, weights: Ref) -> tupl
         return probe.get(leaf, leaf) if isinstance(leaf, Ref) else leaf
 
     with torch.no_grad():
-        args, kwargs = mapped(fill, step.args), mapped(fill, step.kwargs)
-        seeming = {id(t): b.recorder.seeming.get(id(b.tensor(r)), t.dtype) for r, t in probe.items()}
-        want = b.rows(in_float64(module, args, kwargs, seeming))
-        given = {0: b.rows(probe[x])[None], 1: b.rows(probe[weights])[None], 2: b.rows(probe[chosen])[None].double()}
+        calls = []
+        for factor in (1, 1e4):  # far enough from zero that limits are met
+            probe[x] = factor * probe[x]
+            args, kwargs = mapped(fill, step.args), mapped(fill, step.kwargs)
+            seeming = {id(t): b.recorder.seeming.get(id(b.tensor(r)), t.dtype) for r, t in probe.items()}
+            want = b.rows(in_float64(module, args, kwargs, seeming))
+            rows_of = {0: b.rows(probe[x])[None], 1: b.rows(probe[weights])[None]}
+            calls.append((rows_of | {2: b.rows(probe[chosen])[None].double()}, want))
         floats = [v for v in vars(module).values() if isinstance(v, (int, float)) and type(v) is not bool]
         for stacked in _layouts(module, width):
             made = ExpertWeights(module, *stacked)
             for act, limit, alpha, offset in _acts(floats):
                 options = {"limit": limit, "alpha": alpha, "up_offset": offset}
                 op = Experts(0, 3, made, count, top, act, weights=1, chosen=2, **options)
-                if close(experts(op, given)[0], want, 1e-6):
+                if all(close(experts(op, given)[0], want, 1e-6) for given, want in calls):
                     return stacked, act, limit, alpha, offset
     return None
 
