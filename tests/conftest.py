@@ -144,6 +144,10 @@ class Isa:
         """What a Python snippet prints at this level; its failure is the test's."""
         return _python(self.name, "-c", snippet, *arguments)
 
+    def script(self, *arguments: str) -> str:
+        """What a Python file prints at this level."""
+        return _python(self.name, *arguments)
+
     def pytest(self, *arguments: str) -> str:
         """Run tests, given as pytest names them, at this level."""
         return _python(self.name, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)

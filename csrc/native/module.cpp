@@ -18,6 +18,7 @@
 namespace py = pybind11;
 using namespace bigkernels;
 
+void bind_products(py::module_&);
 void bind_program(py::module_&);
 
 namespace {
@@ -186,4 +187,5 @@ PYBIND11_MODULE(_native, m) {
         "Operations a second (a multiply-add is two) of the level's matrix or vector unit, in all threads.");
   bind_program(m);
   m.def("matrix_dtypes", &matrix_dtypes, "The types that matrix_peak can measure here.");
+  bind_products(m);
 }

@@ -79,7 +79,7 @@ BK_INLINE vf look_up(const float* book, vi code) {
 }
 
 // The values that the codes of 4 bits stand for in group g of row n.
-BK_INLINE void group_values(const Linear& a, int64_t n, int64_t g, float* values) {
+BK_INLINE void group_values(const Weight& a, int64_t n, int64_t g, float* values) {
   if (a.kind == Codes::book4) {
     vf scale = splat(((const float*)a.scale)[n * a.groups + g]);
     for (int i = 0; i < 16; i += W) store(values + i, load(a.book + i) * scale);
@@ -111,7 +111,7 @@ struct Values {
 #endif
   T each[16];
 
-  Values(const Linear& a, int64_t n, int64_t g) {
+  Values(const Weight& a, int64_t n, int64_t g) {
     alignas(64) float values[16];
     group_values(a, n, g, values);
     for (int i = 0; i < 16; i += W) store(each + i, load(values + i));
@@ -139,7 +139,7 @@ struct Values {
 
 // Elements [k, k + span) of row n as T, zero from the row's end on; k and span are multiples of 32, and so are groups.
 template <class T>
-void decode_row(const Linear& a, int64_t n, int64_t k, int64_t span, T* to) {
+void decode_row(const Weight& a, int64_t n, int64_t k, int64_t span, T* to) {
   const uint8_t* row = a.codes + n * a.code_row;
   for (int64_t end = k + span; k < end;) {
     int64_t last = a.group ? (k / a.group + 1) * a.group : end;

@@ -15,18 +15,16 @@ AttendPlan program_attend_plan(const AttendRecord&, const Run&, int64_t);
 void program_attend(const AttendRecord&, const Run&, const AttendPlan&, int64_t, float* const*, const int32_t*, void*);
 void program_attend_merge(const AttendRecord&, const Run&, const AttendPlan&, float* const*, const int32_t*, int64_t,
                           int64_t);
+int32_t product_form(const Weight&, int32_t);
+int64_t product_ready(const Weight&, int32_t, int64_t);
+void product_prepare(const Weight&, int32_t, const float*, int64_t, int64_t, int64_t, int64_t, void*);
+int64_t product_workspace(const Weight&, int32_t, int64_t, int64_t);
+void product(const Weight&, int32_t, const void*, int64_t, int64_t, int64_t, float*, int64_t, void*);
 
 extern const ProgramTable program_table = {
-    program_norm, program_combine, program_activate, program_finish,
-    nullptr,  // product_form
-    nullptr,  // product_ready
-    nullptr,  // product_prepare
-    nullptr,  // product_workspace
-    nullptr,  // product
-    program_heads,
-    program_attend_plan,
-    program_attend,
-    program_attend_merge,
+    program_norm,        program_combine, program_activate,     program_finish, product_form,
+    product_ready,       product_prepare, product_workspace,    product,        program_heads,
+    program_attend_plan, program_attend,  program_attend_merge,
 };
 
 }  // namespace BK_ISA

@@ -94,7 +94,7 @@ struct ProductRecord {
   Vector bias[kMaxWeights];
   Act act;
   int32_t gated;
-  int32_t integers;  // codes of 4 and 8 bits are multiplied as integers, with tokens rounded to 8 bits per 32 values
+  int32_t integers;  // as ProgramTable::product takes it
   Value residual;    // the width of out[0]
   float out_scale, residual_scale;
   int32_t x_column;  // where in x the input begins
@@ -245,14 +245,16 @@ struct ProgramTable {
   // activation, scale and residual and go to their place in out. With `gated` i is 0 and `up` is y of weight 1.
   void (*finish)(const ProductRecord&, int i, const float* y, const float* up, int64_t stride, int64_t m,
                  float* const* v, const int32_t* width, int64_t begin, int64_t end);
-  // Products. Tokens are made ready once for all weights of one form; then rows [begin, end) of a weight are multiplied
-  // with all m tokens: out[t * stride + row - begin], in float32 and without the bias. Sizes in bytes.
-  int32_t (*product_form)(const Weight&, bool integers);
-  int64_t (*product_ready)(const Weight&, bool integers, int64_t m);
-  void (*product_prepare)(const Weight&, bool integers, const float* x, int64_t stride, int64_t m, int64_t begin,
+  // Products. Tokens [begin, end) of m are made ready once for all weights of one form; then rows [begin, end) of a
+  // weight are multiplied with all m tokens: out[t * stride + row - begin], in float32 and without the bias. Sizes in
+  // bytes. `integers` says what becomes of tokens that meet codes: 0, nothing; 1, they are rounded to 8 bits per 32
+  // values (to bfloat16 for fp8 and book4); 2, to bfloat16. With weights of bfloat16 they always are.
+  int32_t (*product_form)(const Weight&, int32_t integers);
+  int64_t (*product_ready)(const Weight&, int32_t integers, int64_t m);
+  void (*product_prepare)(const Weight&, int32_t integers, const float* x, int64_t stride, int64_t m, int64_t begin,
                           int64_t end, void* ready);
-  int64_t (*product_workspace)(const Weight&, bool integers, int64_t m, int64_t rows);
-  void (*product)(const Weight&, bool integers, const void* ready, int64_t m, int64_t begin, int64_t end, float* out,
+  int64_t (*product_workspace)(const Weight&, int32_t integers, int64_t m, int64_t rows);
+  void (*product)(const Weight&, int32_t integers, const void* ready, int64_t m, int64_t begin, int64_t end, float* out,
                   int64_t stride, void* workspace);
   // Tokens [begin, end): queries to their value, keys and values to the cache.
   void (*heads)(const HeadsRecord&, const Run&, float* const* v, const int32_t* width, int64_t begin, int64_t end);

@@ -1,0 +1,195 @@
+// The tokens of a product as its kernels read them: rounded or not, and in the order in which codes come.
+//
+// Up to kFew tokens are multiplied along the rows of the weight: each token by itself, in the order of a vector of
+// codes. More of them are multiplied with panels of 16 rows, in blocks of up to kMost tokens: 32 bits of each token in
+// turn, so that a token's are broadcast from a fixed place. A block is followed by the scales of its tokens (of 32
+// values each, where they are rounded to 8 bits) and by their sums over each group of the weight.
+#pragma once
+#include <bigkernels/program.h>
+
+#include "gemm.h"
+#include "linear_codes.h"
+
+namespace bigkernels {
+namespace BK_ISA {
+namespace {
+
+// bytes: 8 bits; quads: 8 bits for codes of 4; pairs: bfloat16; nibbles: bfloat16 for codes of 4 bits; rounded: float32
+// that are bfloat16.
+enum class Form : int { floats, rounded, pairs, nibbles, bytes, quads };
+
+constexpr int64_t kFew = 3;
+constexpr int64_t kMost = W == 16 ? 16 : W == 8 ? 6 : 2;
+constexpr int64_t kPad = 512;   // a token's values are followed by zeros up to a multiple
+constexpr int64_t kSpan = 128;  // values that are put into order at once
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+BK_INLINE Form form_of(const Weight& w, int32_t integers, bool few) {
+  const Form rounded = kHasPairs ? Form::pairs : Form::rounded;
+  switch (w.kind) {
+    case Codes::f32:
+    case Codes::f16: return Form::floats;
+    case Codes::bf16: return few && w.transposed ? Form::rounded : rounded;
+    default: break;
+  }
+  if (!integers) return Form::floats;
+  switch (w.kind) {
+    case Codes::affine4:
+    case Codes::affine4m: return integers == 1 ? Form::quads : kHasPairs ? Form::nibbles : Form::rounded;
+    case Codes::book4: return kHasPairs ? Form::nibbles : Form::rounded;
+    case Codes::fp8: return rounded;
+    default: return integers == 1 ? Form::bytes : few ? Form::rounded : rounded;
+  }
+}
+
+struct Tokens {
+  Form form;
+  bool few;
+  int64_t m, k, group, count, blocks;  // count: tokens of a block
+  int64_t pick, width;                 // value i of run j of a stretch of codes is value i * pick + j; 1: as they come
+  int64_t deep, sums, scale_at, sums_at, bytes;  // of a block
+
+  Tokens(const Weight& w, int32_t integers, int64_t tokens) : m(tokens), k(w.k), group(w.group) {
+    few = m <= kFew;
+    form = form_of(w, integers, few);
+    blocks = few ? m : (m + kMost - 1) / kMost;
+    count = few ? 1 : ((m + blocks - 1) / blocks + 1) / 2 * 2;
+    pick = 1, width = 1;
+    if (form == Form::quads) {
+      pick = 2, width = few ? 4 * W : 4;
+    } else if (form == Form::nibbles) {
+      pick = 4, width = few ? 2 * W : 2;
+    } else if (few && (form == Form::floats || form == Form::rounded) && packed(w)) {
+      pick = 2, width = W;
+    }
+    deep = (k + kPad - 1) / kPad * kPad;
+    sums = group ? (w.groups + 15) / 16 * 16 : 16;
+    scale_at = count * deep * size();
+    sums_at = scale_at + (integer() ? count * deep / 32 * 4 : 0);
+    bytes = sums_at + (integer() || form == Form::nibbles ? count * sums * 4 : 0);
+  }
+  bool integer() const { return form == Form::bytes || form == Form::quads; }
+  int64_t size() const {
+    switch (form) {
+      case Form::bytes:
+      case Form::quads: return 1;
+      case Form::pairs:
+      case Form::nibbles: return 2;
+      default: return 4;
+    }
+  }
+  // What a token is made into, as a number: equal for weights that may share it.
+  int32_t number() const {
+    return (int32_t)form | (int32_t)pick << 4 | (int32_t)(sums_at < bytes ? group / 32 : 0) << 8;
+  }
+
+  const char* block(const void* ready, int64_t b) const { return (const char*)ready + b * bytes; }
+  const float* scales(const char* block) const { return (const float*)(block + scale_at); }
+  const float* sums_of(const char* block) const { return (const float*)(block + sums_at); }
+};
+
+// 32 values to 8 bits: their scale, 0 where all are. Of values that are not finite, no product is.
+BK_INLINE float round_to_bytes(const float* x, int8_t* to) {
+  vf most{}, odd{};
+  for (int i = 0; i < 32; i += W) {
+    vf v = load(x + i);
+    most = vmax(vabs(v), most);
+    odd += v * 0.0f;
+  }
+  float top = max(most), scale = top > 0x1p-100f ? top / 127.0f : 0.0f, factor = scale > 0 ? 1.0f / scale : 0.0f;
+  for (int i = 0; i < 32; i += W) {
+    vf v = load(x + i) * factor;
+    v = vmin(vmax(v, splat(-127.0f)), splat(127.0f));
+    store(to + i, v);
+  }
+  return scale + sum(odd);
+}
+
+// Values in their order, `n` of them, spread by 32 bits each `count` apart.
+template <class E>
+void put_in_order(const Tokens& a, const E* x, int64_t n, uint32_t* to) {
+  alignas(64) E ordered[kSpan];
+  if (a.pick > 1) {
+    for (int64_t c = 0; c < n; c += a.pick * a.width)
+      for (int64_t j = 0; j < a.pick; ++j)
+        for (int64_t i = 0; i < a.width; ++i) ordered[c + j * a.width + i] = x[c + a.pick * i + j];
+    x = ordered;
+  }
+  if (a.count == 1) {
+    __builtin_memcpy(to, x, n * sizeof(E));
+    return;
+  }
+  for (int64_t i = 0; i < n * (int64_t)sizeof(E) / 4; ++i) {
+    uint32_t part;
+    __builtin_memcpy(&part, (const char*)x + 4 * i, 4);
+    to[i * a.count] = part;
+  }
+}
+
+void prepare_token(const Tokens& a, const float* x, int64_t token, void* ready) {
+  int64_t lane = token % a.count;
+  char* block = (char*)ready + token / a.count * a.bytes;
+  float *scales = (float*)(block + a.scale_at) + lane, *sums = (float*)(block + a.sums_at) + lane;
+  bool summed = a.sums_at < a.bytes;
+  // Other threads may read what another has written here already: each place is written once.
+  int64_t group = 0;
+  float sum = 0;
+  auto add = [&](int64_t k, float part) {
+    if (k >= a.k) return;
+    sum += part;
+    if (k + 32 < a.k && (!a.group || (k + 32) % a.group)) return;
+    sums[group++ * a.count] = sum, sum = 0;
+  };
+  for (int64_t k = 0; k < a.deep; k += kSpan) {
+    alignas(64) float part[kSpan];
+    const float* from = x + k;
+    if (k + kSpan > a.k) {
+      __builtin_memset(part, 0, sizeof part);
+      if (k < a.k) __builtin_memcpy(part, from, (a.k - k) * sizeof(float));
+      from = part;
+    }
+    uint32_t* to = (uint32_t*)block + k * a.size() / 4 * a.count + lane;
+    if (a.integer()) {
+      alignas(64) int8_t bytes[kSpan];
+      for (int64_t i = 0; i < kSpan; i += 32) {
+        float scale = round_to_bytes(from + i, bytes + i);
+        int total = 0;
+        for (int j = 0; j < 32; ++j) total += bytes[i + j];
+        scales[(k + i) / 32 * a.count] = scale;
+        add(k + i, (float)total * scale);
+      }
+      put_in_order(a, bytes, kSpan, to);
+    } else if (a.form == Form::pairs || a.form == Form::nibbles) {
+      alignas(64) bf16 pairs[kSpan];
+      for (int64_t i = 0; i < kSpan; i += W) store(pairs + i, load(from + i));
+      if (summed)
+        for (int64_t i = 0; i < kSpan; i += 32) {
+          vf total{};
+          for (int64_t j = 0; j < 32; j += W) total += load(pairs + i + j);
+          add(k + i, BK_ISA::sum(total));
+        }
+      put_in_order(a, pairs, kSpan, to);
+    } else {
+      if (a.form == Form::rounded) {
+        for (int64_t i = 0; i < kSpan; i += W) store(part + i, rounded<bf16>(load(from + i)));
+        from = part;
+      }
+      put_in_order(a, from, kSpan, to);
+    }
+  }
+  if (summed)
+    for (; group < a.sums; ++group) sums[group * a.count] = 0;
+}
+
+}  // namespace
+}  // namespace BK_ISA
+}  // namespace bigkernels
