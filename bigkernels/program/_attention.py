@@ -171,7 +171,7 @@ def _slopes(bias: Tensor, visible: Tensor, last: Tensor, where: str) -> tuple[fl
     distance = torch.arange(bias.shape[-1], device=bias.device) - last.view(-1, 1)
     distance = (distance * visible[0, 0]).double()
     slopes = (bias * distance).sum((0, 2, 3)) / (distance.square().sum() * bias.shape[0])
-    if not close(bias, slopes.view(1, -1, 1, 1) * distance, 1e-6):
+    if not close(bias, (slopes.view(1, -1, 1, 1) * distance).expand_as(bias), 1e-6):
         raise Refused(f"{where}: its scores have a bias that is not known")
     return tuple(plain_within(s, 1e-7) for s in slopes.tolist())
 

@@ -12,7 +12,7 @@ from . import _layers
 from ._forms import close, constant, plain, random
 from ._ir import Stored
 from ._replay import refs_of, replay
-from ._trace import ModuleCall, Ref, Refused
+from ._trace import ModuleCall, Ref, Refused, floating
 
 if TYPE_CHECKING:
     from ._identify import Builder
@@ -58,9 +58,9 @@ class Embed:
 def embedding_of(b: Builder, needed: set[int]) -> tuple[Ref, Embed]:
     """(the tensor that it makes, the callable)"""
     recorder = b.recorder
-    readers = [n for n in sorted(needed) if any(b.tensor(r).dtype.is_floating_point for r in [Ref(n, 0)])
-               and all(not b.tensor(r).dtype.is_floating_point for r in recorder.steps[n].inputs)
-               and recorder.steps[n].inputs]  # fmt: skip
+    whole = _whole(b, needed)
+    readers = [n for n in sorted(needed) if n not in whole and recorder.steps[n].inputs
+               and all(r.step in whole for r in recorder.steps[n].inputs)]  # fmt: skip
     if len(readers) != 1:
         raise Refused("(model): its tokens are embedded in more than one place")
     first = Ref(readers[0], 0)
@@ -80,6 +80,16 @@ def embedding_of(b: Builder, needed: set[int]) -> tuple[Ref, Embed]:
         return token, Embed(found.module)
     ref, scale, parts = positions
     return ref, Embed(found.module, scale, parts)
+
+
+def _whole(b: Builder, needed: set[int]) -> set[int]:
+    """The steps that make whole numbers of whole numbers: still tokens."""
+    found: set[int] = set()
+    for n in sorted(needed):
+        step = b.recorder.steps[n]
+        if not any(floating(t) for t in step.outs) and all(r.step in found for r in step.inputs):
+            found.add(n)
+    return found
 
 
 def _only_tokens(b: Builder, call: ModuleCall) -> bool:

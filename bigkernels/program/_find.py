@@ -8,7 +8,7 @@ from ._calls import enclosing
 from ._check import check
 from ._identify import Builder
 from ._ir import Graph
-from ._record import Trace, traced
+from ._record import Trace, arguments, traced
 from ._suspend import disturbance
 from ._trace import ModuleCall, Refused
 
@@ -32,6 +32,7 @@ def find(model: nn.Module) -> Graph | str:
             raise Refused(f"{trace.recorder.reads or '(model)'}: its code looks at numbers that it computed")
         graph = _built(trace)
         graph.layers = 1 + max((u.layer for u in trace.updates), default=-1)
+        graph.position_ids = "positions" in arguments(model)
         graph.modules = list(model.modules())
         check(model, graph)
         return graph

@@ -12,6 +12,7 @@ from ._ir import NormSpec, Stored
 from ._reference import ACTIVATIONS, norm
 
 _VECTORS = 5e-7  # where the model adds to a parameter in float32
+_WRITTEN = 2e-8  # constants that are written with nine digits
 CLOSE = 1e-9  # of float64 values, relative to the largest
 
 
@@ -143,7 +144,7 @@ def as_activation(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[str,
         for alpha in alphas if name == "quick_gelu" else (0.0,):
             value = act(probe, alpha) if name == "quick_gelu" else act(probe)
             scale = (value * y).sum().item() / max(value.square().sum().item(), 1e-300)
-            if scale != 0 and close(y, scale * value) and _elsewhere(function, act, name, alpha, scale, x):
+            if scale != 0 and close(y, scale * value, _WRITTEN) and _elsewhere(function, act, name, alpha, scale, x):
                 return name, plain(scale), alpha or 1.702
     return None
 
@@ -152,7 +153,7 @@ def _elsewhere(function, act, name, alpha, scale, x) -> bool:
     """Far from zero and near it, too."""
     for factor in (1e-3, 12.0):
         value = act(factor * x, alpha) if name == "quick_gelu" else act(factor * x)
-        if not close(function(factor * x), scale * value):
+        if not close(function(factor * x), scale * value, _WRITTEN):
             return False
     return True
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ._attention import as_heads
-from ._forms import close, constant, plain, random
-from ._ir import Combine, HeadsOf, Norm, NormSpec
+from ._forms import as_norm, close, constant, plain, random
+from ._ir import Combine, HeadsOf, NormSpec
 from ._reference import rotate
 from ._replay import between, refs_of, replay
 from ._rotary import Rotary
@@ -90,9 +90,34 @@ def heads_between(b: Builder, ref: Ref, plain: bool = False) -> Found:
     Raises:
         Refused: they are no columns of one value.
     """
+    late, inner = _late_norm(b, ref)
+    source, (columns, d, scale, angles) = _farthest(b, inner)
+    norm = late
+    if norm is None and source not in b.values:
+        for before in b._sources(source):
+            found = _norm(b, source, before, d)
+            if found is not None and found[1] == 1.0:
+                try:
+                    base, (own, width, factor, turned) = _farthest(b, before)
+                except Refused:
+                    break
+                order = tuple(c // d for c in columns)  # of the heads that are normed
+                if turned is None and factor == 1.0 and width == d and all(c % d == 0 for c in columns):
+                    source, columns, norm = base, tuple(own[i] for i in order), found[0]
+                break
+    x, before = b.part(source)
+    if scale != 1.0 and plain:
+        if norm is not None:
+            raise Refused(f"{b.path(ref)}: heads are scaled after their norm")
+        scaled = b.new(b.graph.widths[x])
+        x, scale = b.add(Combine(scaled, ((x, scale, None),)), scaled), 1.0
+    return Found(HeadsOf(x, tuple(c + before for c in columns), d), angles, scale, norm)
+
+
+def _farthest(b: Builder, ref: Ref) -> tuple[Ref, tuple]:
+    """The first tensor that heads are columns of, and which."""
     best = None
-    sources = [ref, *b._sources(ref)]
-    for source in sources:
+    for source in [ref, *b._sources(ref)]:
         found = _columns(b, ref, source)
         if found is None:
             if best is not None:
@@ -102,23 +127,31 @@ def heads_between(b: Builder, ref: Ref, plain: bool = False) -> Found:
         if source in b.values:
             break
     if best is None:
-        raise Refused(f"{b.path(ref)}: heads are no columns of one value")
-    source, (columns, d, scale, angles) = best
-    x, before = b.part(source)
-    norm = None
-    op = b.made.get(x)
-    if isinstance(op, Norm) and op.spec.size == d and op.scale == 1.0 and op.residual is None and before == 0:
-        if b.graph.operations[-1] is op:  # made for this alone
-            b.graph.operations.pop()
-            del b.made[x]
-            b.values = {r: v for r, v in b.values.items() if v != x}
-            x, norm = op.x, op.spec
-    if scale != 1.0 and plain:
-        if norm is not None:
-            raise Refused(f"{b.path(ref)}: heads are scaled after their norm")
-        scaled = b.new(b.graph.widths[x])
-        x, scale = b.add(Combine(scaled, ((x, scale, None),)), scaled), 1.0
-    return Found(HeadsOf(x, tuple(c + before for c in columns), d), angles, scale, norm)
+        raise Refused(f"{b.path(ref)}: heads are no columns of one value", ref.step)
+    return best
+
+
+def _norm(b: Builder, ref: Ref, source: Ref, d: int) -> tuple[NormSpec, float] | None:
+    """The norm of each head."""
+    rows, before = b.rows(b.tensor(ref)), b.rows(b.tensor(source))
+    if rows is None or before is None or rows.shape != before.shape or rows.shape[1] % d:
+        return None
+    return as_norm(b.function(ref, source), d, b.sample(rows.shape[1]), b.vectors(ref, {source}))
+
+
+def _late_norm(b: Builder, ref: Ref) -> tuple[NormSpec | None, Ref]:
+    """A norm after the rotation, which is one before it where it has no weights; and what it is of."""
+    steps = between(b.recorder, ref, b.values)
+    if not b.rotations.sources(steps):
+        return None, ref
+    d = b.tensor(ref).shape[-1]
+    for source in b._sources(ref):
+        if not b.rotations.sources(between(b.recorder, source, b.values)):
+            break
+        found = _norm(b, ref, source, d)
+        if found is not None and found[1] == 1.0 and found[0].weight is None and found[0].kind == "rms":
+            return found[0], source
+    return None, ref
 
 
 def _columns(b: Builder, ref: Ref, source: Ref) -> tuple | None:

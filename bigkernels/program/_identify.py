@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _layers
-from ._attention import attention_between, spelled_out
+from ._attention import as_heads, attention_between, from_heads, spelled_out
 from ._calls import add_call
 from ._experts import add_experts
 from ._forms import as_activation, as_norm, as_softcap, close, constant, plain, random
@@ -62,17 +62,19 @@ class Builder:
         batch, length = self.trace.tokens.shape
         if t.dim() >= 3 and t.shape[:2] == (batch, length):
             return t.reshape(batch * length, -1)
-        if t.dim() == 4 and t.shape[0] == batch and t.shape[2] == length:
-            return t.transpose(1, 2).reshape(batch * length, -1)
+        heads = as_heads(t, batch, length)
+        if heads is not None:
+            return heads.transpose(1, 2).reshape(batch * length, -1)
         if t.dim() >= 2 and t.shape[0] == batch * length:
             return t.reshape(batch * length, -1)
         return None
 
     def unrows(self, rows: Tensor, like: Tensor) -> Tensor:
         batch, length = self.trace.tokens.shape
-        if like.dim() == 4 and like.shape[:2] != (batch, length) and like.shape[2] == length:
-            return rows.view(batch, length, like.shape[1], like.shape[3]).transpose(1, 2)
-        return rows.reshape(like.shape)
+        if like.shape[:2] == (batch, length) or as_heads(like, batch, length) is None:
+            return rows.reshape(like.shape)
+        heads = rows.view(batch, length, -1, like.shape[-1]).transpose(1, 2)
+        return from_heads(heads, like, batch, length)
 
     def function(self, ref: Ref, source: Ref) -> Callable[[Tensor], Tensor]:
         """Rows of `ref` from rows of `source`."""
@@ -351,7 +353,7 @@ class Builder:
                 terms.append(here)
                 continue
             if step.module is not None or not step.inputs or any(self._width(r) != width for r in step.inputs) \
-                    or not self._is_linear(step, here):  # fmt: skip
+                    or not self._is_linear(step, here) or (here != ref and self._is_norm(step, here)):  # fmt: skip
                 terms.append(here)
                 continue
             for r in step.inputs:
@@ -359,6 +361,19 @@ class Builder:
                     seen.add(r)
                     todo.append(r)
         return terms if len(terms) <= 12 else None
+
+    def _is_norm(self, step: Step, here: Ref) -> bool:
+        """Whether a term is the last step of a norm, whose weight is no channel of a sum."""
+        if len(step.inputs) != 1:
+            return False
+        ones = torch.ones_like(self.tensor(step.inputs[0]))
+        gain = self.rows(replay(self.recorder, [here], {step.inputs[0]: ones})[0])
+        if constant(gain[0]) is not None:
+            return False
+        found = self._norm(here)
+        if found is not None:
+            self.values[here] = found
+        return found is not None
 
     def _is_linear(self, step: Step, out: Ref) -> bool:
         """Whether one step is linear in all that depends on the tokens, together."""

@@ -251,6 +251,7 @@ class Graph:
         embed: (input_ids or inputs_embeds, position_ids) to the hidden states (B, S, width) that the first operation
             reads: the model's own code before its first block.
         layers: how many caches there are.
+        position_ids: whether the model's forward takes them; if not, a token's position is its place in the cache.
         modules: all modules whose code the program stands for; what is called instead of them must be watched.
     """
 
@@ -261,6 +262,7 @@ class Graph:
     logits: int = -1
     layers: int = 0
     embed: Callable | None = None
+    position_ids: bool = True
     modules: list[nn.Module] = field(default_factory=list)
 
     def value(self, width: int) -> int:
