@@ -42,8 +42,9 @@ def _steps(model: nn.Module, graph: Graph, pieces: list[Tensor], starts: Tensor 
         batch, length = piece.shape
         positions = torch.arange(past, past + length, dtype=torch.int64, device=piece.device).expand(batch, -1)
         mask = None
-        if starts is not None and graph.position_ids:
-            positions = (positions - starts[:, None]).clamp_min(0)
+        if starts is not None:
+            if graph.position_ids:
+                positions = (positions - starts[:, None]).clamp_min(0)
             mask = (torch.arange(past + length, device=piece.device)[None] >= starts[:, None]).long()
         trace = record(model, piece, positions, cache, mask)
         theirs = trace.recorder.steps[trace.logits.step].outs[trace.logits.number]
