@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import torch
 
+from ..nn.quantized_experts import QuantizedExperts
 from . import _records as records
 from ._fuse import Products, fuse
-from ._ir import Activate, Attend, Call, Combine, Graph, Heads, HeadsOf, Keep, Norm, NormSpec
+from ._ir import Activate, Attend, Call, Combine, Experts, Graph, Heads, HeadsOf, Keep, Norm, NormSpec
+from ._lower_experts import experts_record
 from ._trace import Refused
 from ._weights import TYPES, Operand, Reads, rows_of
 
@@ -183,6 +185,17 @@ class Lowered:
             -1,
         )
 
+    def _experts(self, o: Experts) -> tuple[str, records.ExpertsRecord]:
+        made = experts_record(o, self.reads, self._new, self._integers)
+        self.products += 3
+        held = (getattr(o.stacked.module, name) for name in (o.stacked.gate_up, o.stacked.down))
+        self.rounds |= bool(made.integers) and any(isinstance(weights, QuantizedExperts) for weights in held)
+        return "experts", made
+
+    def _new(self, width: int) -> int:
+        self._widths.append(width)
+        return len(self._widths) - 1
+
     def _keep(self, o: Keep) -> tuple[str, records.KeepRecord]:
         return "keep", records.KeepRecord(o.x, o.out)
 
@@ -227,6 +240,7 @@ _LOWER = {
     Products: Lowered._product,
     Heads: Lowered._heads,
     Attend: Lowered._attend,
+    Experts: Lowered._experts,
     Keep: Lowered._keep,
     Call: Lowered._call,
 }
@@ -235,7 +249,7 @@ _VALUES = {
     "activate": ("x", "up", "out"),
     "keep": ("x", "out"),
     "attend": ("q", "out", "state"),
-    "experts": ("x", "out", "logits", "weights", "chosen", "residual"),
+    "experts": ("x", "out", "logits", "weights", "chosen", "hidden", "residual"),
 }
 
 

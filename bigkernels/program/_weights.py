@@ -48,7 +48,7 @@ class Reads:
             t = _stored(t)
         if t is None:
             return records.Vector(None, 0, 0)
-        _plain(t, what)
+        plain_tensor(t, what)
         if t.numel() != size:
             raise Refused(f"{what} has {t.numel()} elements, not {size}")
         if t.dtype not in TYPES:
@@ -60,7 +60,8 @@ class Reads:
     def weight(self, module: nn.Module | StoredLinear) -> Operand:
         """The weight of a linear layer, plain or quantized."""
         if isinstance(module, QuantizedLinear):
-            made = self._quantized(module)
+            weight, rounds = self.quantized(module.qweight)
+            made = Operand(weight, module.bias, rounds)
         elif isinstance(module, Quantized):
             raise Refused(f"{type(module).__name__} in the place of a linear layer")
         else:
@@ -78,7 +79,7 @@ class Reads:
 
     def matrix(self, weight: Tensor, transposed: bool = False) -> records.Weight:
         """Numbers (N, K), or (K, N) if transposed."""
-        _plain(weight, "a weight")
+        plain_tensor(weight, "a weight")
         if weight.dtype not in TYPES:
             raise Refused(f"a weight is {_name(weight.dtype)}")
         rows, columns = weight.shape
@@ -93,21 +94,20 @@ class Reads:
         return records.Weight(n=n, k=k, kind=TYPES[weight.dtype], codes=self.address(weight),
                               code_row=row * weight.itemsize, transposed=transposed)  # fmt: skip
 
-    def _quantized(self, module: QuantizedLinear) -> Operand:
-        qweight = module.qweight
+    def quantized(self, qweight: QuantizedWeight) -> tuple[records.Weight, bool]:
+        """Its record, and whether its format rounds tokens by itself."""
         operands = qweight.operands()
         if qweight.config.derived:
             self.derived.append((qweight, operands))
         stored = {id(t) for t in qweight.tensors.values()}
         for t in operands[:-1]:
             if t is not None:
-                _plain(t, "codes")
+                plain_tensor(t, "codes")
                 if id(t) not in stored:
                     self.made.append(t)
         for t in qweight.tensors.values():
             self.address(t)
-        weight = coded(operands, qweight.shape[1])
-        return Operand(weight, module.bias, qweight.config.dynamic)
+        return coded(operands, qweight.shape[1]), qweight.config.dynamic
 
 
 class Operand(NamedTuple):
@@ -154,7 +154,7 @@ def rows_of(weight: records.Weight, begin: int, end: int) -> records.Weight:
     return part
 
 
-def _plain(t: Tensor, what: str) -> None:
+def plain_tensor(t: Tensor, what: str) -> None:
     if not isinstance(t, Tensor) or (type(t) not in (Tensor, nn.Parameter)) or t.layout is not torch.strided:
         raise Refused(f"{what} is a {type(t).__name__}")
     if t.device.type != "cpu":

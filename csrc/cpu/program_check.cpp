@@ -147,24 +147,39 @@ class Checker {
     if (a.state >= 0 && !make(a.state, rows_)) return false;
     return make(a.out, rows_) && (width(a.out) == (int64_t)a.heads * a.dv || no("the output does not fit"));
   }
+  bool same_form(const Weight& a, const Weight& b) const {
+    return a.n == b.n && a.k == b.k && a.kind == b.kind && a.group == b.group && a.transposed == b.transposed;
+  }
+  // One weight and bias an expert, (n, k) and (n,), all of one form.
+  bool experts_ok(const ExpertsRecord& a, const Weight* weight, const Vector* bias, int64_t n, int64_t k) const {
+    if (bias && !weight) return false;
+    for (int e = 0; weight && e < a.experts; ++e)
+      if (!weight_ok(weight[e]) || weight[e].n != n || weight[e].k != k || !same_form(weight[e], weight[0]) ||
+          (bias && !vector_ok(bias[e])))
+        return false;
+    return true;
+  }
   bool check(const ExpertsRecord& a) {
-    if (!has(a.x) || a.experts < 1 || a.top < 1 || a.top > a.experts || !act_ok(a.act) || !a.gate || !a.up || !a.down)
+    if (!has(a.x) || a.experts < 1 || a.top < 1 || a.top > a.experts || a.inner < 1 || !act_ok(a.act) || !a.gate ||
+        !a.down || !exists(a.out) || (a.plain && a.up))
       return no("no such experts");
-    const int64_t rows = made_[a.x], d = width(a.x), inner = a.gate[0].n;
-    const bool given = a.weights >= 0;
-    if (given ? !fits(a.weights, rows, 0, a.top) || width(a.weights) != a.top || !fits(a.chosen, rows, 0, a.top) ||
-                    width(a.chosen) != a.top
-              : !fits(a.logits, rows, 0, a.experts) || width(a.logits) != a.experts)
+    const int64_t rows = made_[a.x], d = width(a.x);
+    if (rows * a.top > INT32_MAX || (int64_t)a.top * a.inner > INT32_MAX || a.experts > 1 << 24)
+      return no("too many experts");
+    if (!experts_ok(a, a.gate, a.gate_bias, (a.up || a.plain ? 1 : 2) * (int64_t)a.inner, d) ||
+        !experts_ok(a, a.up, a.up_bias, a.inner, d) || (a.up && !same_form(a.gate[0], a.up[0])) ||
+        !experts_ok(a, a.down, a.down_bias, width(a.out), a.inner))
+      return no("an expert does not fit");
+    if (a.logits >= 0 && (!fits(a.logits, rows, 0, a.experts) || width(a.logits) != a.experts))
       return no("the router does not fit");
-    for (int e = 0; e < a.experts; ++e) {
-      if (!weight_ok(a.gate[e]) || !weight_ok(a.up[e]) || !weight_ok(a.down[e])) return no("no such weight");
-      if (a.gate[e].k != d || a.up[e].k != d || a.gate[e].n != inner || a.up[e].n != inner || a.down[e].k != inner ||
-          !exists(a.out) || a.down[e].n != width(a.out))
-        return no("an expert does not fit");
+    for (Value v : {a.weights, a.chosen}) {
+      if (a.logits >= 0 && !make(v, rows)) return false;
+      if (!fits(v, rows, 0, a.top) || width(v) != a.top) return no("the router does not fit");
     }
     if (a.residual >= 0 && (!fits(a.residual, rows, 0, width(a.out)) || width(a.residual) != width(a.out)))
       return no("the residual does not fit");
-    return make(a.out, rows);
+    return make(a.hidden, rows) && (width(a.hidden) == (int64_t)a.top * a.inner || no("its units do not fit")) &&
+           make(a.out, rows);
   }
   bool check(const KeepRecord& a) {
     if (!has(a.x) || made_[a.x] != rows_ || !exists(a.out) || width(a.out) != width(a.x)) return no("nothing to keep");

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "program_check.h"
+#include "program_experts.h"
 
 namespace bigkernels {
 namespace {
@@ -38,8 +39,13 @@ void for_reads(const Step& s, const F& f) {
       break;
     case Op::attend: one(r.attend.q); break;
     case Op::experts:
-      one(r.experts.x), one(r.experts.residual);
-      r.experts.weights >= 0 ? (one(r.experts.weights), one(r.experts.chosen)) : one(r.experts.logits);
+      if (s.work == Work::route) {
+        one(r.experts.logits);
+        break;
+      }
+      one(r.experts.chosen);
+      if (s.work == Work::expert_in) one(r.experts.x);
+      if (s.work == Work::expert_out) one(r.experts.hidden), one(r.experts.weights), one(r.experts.residual);
       break;
     case Op::keep: one(r.keep.x); break;
     case Op::call:
@@ -49,7 +55,8 @@ void for_reads(const Step& s, const F& f) {
 }
 
 template <class F>
-void for_writes(const Record& r, const F& f) {
+void for_writes(const Step& s, const F& f) {
+  const Record& r = *s.record;
   switch (r.op) {
     case Op::norm: f(r.norm.out); break;
     case Op::combine: f(r.combine.out); break;
@@ -59,7 +66,12 @@ void for_writes(const Record& r, const F& f) {
       break;
     case Op::heads: f(r.heads.out); break;
     case Op::attend: f(r.attend.out); break;
-    case Op::experts: f(r.experts.out); break;
+    case Op::experts:
+      if (s.work == Work::route)
+        f(r.experts.weights), f(r.experts.chosen);
+      else
+        f(s.work == Work::expert_in ? r.experts.hidden : r.experts.out);
+      break;
     case Op::keep: f(r.keep.out); break;
     case Op::call:
       for (int i = 0; i < r.call.writes; ++i) f(r.call.out[i]);
@@ -205,7 +217,17 @@ class Planner {
     s->chunks = (int32_t)((s->count + s->size - 1) / s->size);
   }
 
-  void add_experts(const Record&, int32_t) {}
+  void add_experts(const Record& r, int32_t index) {
+    const ExpertsRecord& a = r.experts;
+    const int64_t m = p_.rows[a.x];
+    if (a.logits >= 0) cut(step(r, Work::route, index, m), m, a.experts, 1);
+    for (Work work : {Work::expert_in, Work::expert_out}) {
+      const ExpertsBytes bytes = cut_experts(a, width(a.out), threads_, &step(r, work, index, m));
+      p_.ready = std::max(p_.ready, round_up(bytes.ready, kLine));
+      p_.scratch = std::max(p_.scratch, round_up(bytes.scratch, kLine));
+      p_.workspace = std::max(p_.workspace, bytes.workspace);
+    }
+  }
 
   // ---- where values lie
   // ----------------------------------------------------------------------------------------------
@@ -263,7 +285,7 @@ class Planner {
         made[s.record->attend.out] = i - 1;  // its chunks write it, where keys are not cut
         continue;
       }
-      if (s.work != Work::prepare) for_writes(*s.record, [&](Value v) { made[v] = made[v] < 0 ? i : made[v]; });
+      if (s.work != Work::prepare) for_writes(s, [&](Value v) { made[v] = made[v] < 0 ? i : made[v]; });
       for_reads(s, [&](Value v) { last[v] = i; });
     }
     last[h_.logits] = last[h_.hidden] = steps;

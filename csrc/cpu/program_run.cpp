@@ -145,6 +145,8 @@ void make_ready(const Step& s, float* const* v, const int32_t* width, int64_t be
 
 void ProgramRun::prepare(const Step& s, Worker& w) const {
   if (s.work == Work::product && s.prepares) make_ready(s, w.values.data(), width_.data(), 0, s.m, w.ready);
+  if (s.work == Work::expert_in || s.work == Work::expert_out)
+    prepare_experts(s, w.values.data(), width_.data(), w.experts());
 }
 
 void ProgramRun::make_product(const Step& s, int64_t piece, Worker& w) const {
@@ -189,6 +191,11 @@ void ProgramRun::make(const Step& s, int64_t chunk, Worker& w) const {
     case Work::attend: table.attend(r.attend, run_, attends_[s.index], chunk, v, width, w.workspace); break;
     case Work::merge:
       if (attends_[s.index].state > 0) table.attend_merge(r.attend, run_, attends_[s.index], v, width, begin, end);
+      break;
+    case Work::route: table.route(r.experts, v, begin, end); break;
+    case Work::expert_in:
+    case Work::expert_out:
+      for (int64_t piece = begin; piece < end; ++piece) make_experts(s, piece, v, width, w.experts());
       break;
     default: break;
   }

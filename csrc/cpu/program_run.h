@@ -5,7 +5,7 @@
 #include <atomic>
 #include <vector>
 
-#include "program_plan.h"
+#include "program_experts.h"
 
 namespace bigkernels {
 
@@ -31,6 +31,8 @@ struct Worker {
   Block block;
   std::vector<float*> values;  // all of a run's, with this thread's own
   char *ready = nullptr, *scratch = nullptr, *workspace = nullptr;
+  Routes routes;
+  ExpertsMemory experts() { return {ready, scratch, workspace, &routes}; }
 };
 
 class ProgramRun {

@@ -10,6 +10,11 @@ void program_combine(const CombineRecord&, float* const*, const int32_t*, int64_
 void program_activate(const ActivateRecord&, float* const*, const int32_t*, int64_t, int64_t);
 void program_finish(const ProductRecord&, int, const float*, const float*, int64_t, int64_t, float* const*,
                     const int32_t*, int64_t, int64_t);
+void program_route(const ExpertsRecord&, float* const*, int64_t, int64_t);
+void program_units(const ExpertsRecord&, int64_t, const float*, const float*, int64_t, int64_t, float* const*, int64_t,
+                   int64_t);
+void program_expert_sum(const ExpertsRecord&, int64_t, const float*, int64_t, int64_t, float* const*, const float*,
+                        int64_t, int64_t);
 void program_heads(const HeadsRecord&, const Run&, float* const*, const int32_t*, int64_t, int64_t);
 AttendPlan program_attend_plan(const AttendRecord&, const Run&, int64_t);
 void program_attend(const AttendRecord&, const Run&, const AttendPlan&, int64_t, float* const*, const int32_t*, void*);
@@ -22,9 +27,9 @@ int64_t product_workspace(const Weight&, int32_t, int64_t, int64_t);
 void product(const Weight&, int32_t, const void*, int64_t, int64_t, int64_t, float*, int64_t, void*);
 
 extern const ProgramTable program_table = {
-    program_norm,        program_combine, program_activate,     program_finish, product_form,
-    product_ready,       product_prepare, product_workspace,    product,        program_heads,
-    program_attend_plan, program_attend,  program_attend_merge,
+    program_norm,    program_combine,     program_activate, program_finish,       product_form,  product_ready,
+    product_prepare, product_workspace,   product,          program_route,        program_units, program_expert_sum,
+    program_heads,   program_attend_plan, program_attend,   program_attend_merge,
 };
 
 }  // namespace BK_ISA

@@ -256,6 +256,14 @@ struct ProgramTable {
   int64_t (*product_workspace)(const Weight&, int32_t integers, int64_t m, int64_t rows);
   void (*product)(const Weight&, int32_t integers, const void* ready, int64_t m, int64_t begin, int64_t end, float* out,
                   int64_t stride, void* workspace);
+  // Experts: rows [begin, end) of a router's logits to weights and numbers; what products with an expert's gate and up
+  // have given for m tokens, units [begin, end), to the places of the tokens' units; and the same of its down, times
+  // weights, added to m places of sums.
+  void (*route)(const ExpertsRecord&, float* const* v, int64_t begin, int64_t end);
+  void (*units)(const ExpertsRecord&, int64_t expert, const float* y, const float* up, int64_t stride, int64_t m,
+                float* const* to, int64_t begin, int64_t end);
+  void (*expert_sum)(const ExpertsRecord&, int64_t expert, const float* y, int64_t stride, int64_t m, float* const* to,
+                     const float* weight, int64_t begin, int64_t end);
   // Tokens [begin, end): queries to their value, keys and values to the cache.
   void (*heads)(const HeadsRecord&, const Run&, float* const* v, const int32_t* width, int64_t begin, int64_t end);
   // Attention: how a record is cut for a run, and one chunk of it. Where keys are cut, chunks leave sums in `state`,
