@@ -205,7 +205,7 @@ def experts(op: Experts, values: dict[int, Tensor]) -> Tensor:
         limits = Activate(0, 2, op.act, gate.shape[-1], up=1, limit=op.limit, alpha=op.alpha, up_offset=op.up_offset)
         inner = activate(limits, {0: gate, 1: up})
         made = _part(stacked, stacked.down, stacked.down_bias, expert, inner)
-        out[rows] += weights[(*rows, slot)].unsqueeze(-1) * made
+        out.index_put_(rows, weights[(*rows, slot)].unsqueeze(-1) * made, accumulate=True)
     return out
 
 
