@@ -65,11 +65,28 @@ def random_batches(ids: Tensor, steps: int, batch: int, length: int, seed: int =
     return ids[starts + torch.arange(length, dtype=torch.int64, device="cpu")]
 
 
-@torch.no_grad()
-def perplexity(model: nn.Module, batches: Tensor) -> float:
-    """exp of the mean loss a token over windows (N, S), one window at a time."""
+@torch.inference_mode()
+def perplexity(model: nn.Module, batches: Tensor, at_once: int | None = None) -> float:
+    """exp of the mean loss a token over windows (N, S), one window at a time.
+
+    Args:
+        at_once: tokens of a call: a window then goes through the model and its cache in parts, as a prompt does and,
+            with few tokens, as in decoding; by default a window is one call without a cache.
+    """
     device = next(model.parameters()).device
-    losses = [model(input_ids=ids, labels=ids, use_cache=False).loss.item() for ids in batches.to(device).split(1)]
+    losses = []
+    for ids in batches.to(device).split(1):
+        if at_once is None:
+            losses.append(model(input_ids=ids, labels=ids, use_cache=False).loss.item())
+            continue
+        cache, total = None, 0.0
+        for begin in range(0, ids.shape[1] - 1, at_once):
+            part = ids[:, begin : min(begin + at_once, ids.shape[1] - 1)]
+            out = model(input_ids=part, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            target = ids[0, begin + 1 : begin + 1 + part.shape[1]]
+            total += nn.functional.cross_entropy(out.logits[0].float(), target, reduction="sum").item()
+        losses.append(total / (ids.shape[1] - 1))
     return math.exp(math.fsum(losses) / len(losses))
 
 
