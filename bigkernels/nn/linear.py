@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .._load import cpu_library
 from ..ops._arguments import autocast_dtype
 from ..ops._registry import has_values, needs_grad
 from ..ops.linear import linear, pack_weight, packed_linear
@@ -16,6 +20,14 @@ _FEW = 16  # tokens up to which the kernel reads the weight as it is
 # Of weights that `pack` declared: by dtype of the tokens, what says that the weight is still the same, and its packed
 # form. Neither saved nor copied.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+# From how many to how many tokens a call without gradients is no slower by the kernel than by
+# `torch.nn.functional.linear`, by the level of its instructions and the dtype (csrc/cpu/NOTES.md).
+_TOKENS: dict[str, dict[torch.dtype, tuple[int, int]]] = {
+    "amx": {torch.bfloat16: (1, 64)},
+    "avx512": {torch.bfloat16: (1, 16), torch.float16: (4, sys.maxsize), torch.float32: (1, 5)},
+}
 
 
 class Linear(nn.Linear):
@@ -30,7 +42,7 @@ def pack(model: nn.Module) -> list[str]:
     and no gradient read a packed copy, made on first use, which takes memory once more (for float16 and float32 up to
     twice that on CPUs with tile units). It is worth it where packing takes long beside the product: a few dozen tokens
     on tile units. Layers are those of class `bigkernels.nn.Linear`, and `torch.nn.Linear` patched by
-    ``bigkernels.patch(model, linear=True)``.
+    `bigkernels.patch`.
 
     A weight that is written all the same, moved or trained loses its copy, as far as PyTorch counts writes. After one
     through ``weight.data``, a numpy array or another process, call `bigkernels.refresh`, which forgets all copies: call
@@ -45,6 +57,28 @@ def pack(model: nn.Module) -> list[str]:
             _packed[module.weight] = {}
             names.append(name)
     return names
+
+
+@functools.cache
+def _tokens() -> dict[torch.dtype, tuple[int, int]]:
+    return {} if cpu_library().reason else _TOKENS.get(torch.ops.bigkernels.cpu_isa(), {})
+
+
+def may_pay() -> bool:
+    """Whether the kernel is known to be as fast as PyTorch's product for some calls on this machine."""
+    return bool(_tokens())
+
+
+def pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernel computes a call without gradients at least as fast as PyTorch: a few tokens, or a weight that
+    `pack` declared. False wherever something but values is asked for (graphs, transforms, autocast).
+    """
+    if type(x) is not Tensor or x.dim() == 0 or not has_values(x) or needs_grad(x, weight, bias):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    least, most = _tokens().get(x.dtype, (1, 0))
+    return max(least * x.shape[-1], 1) <= x.numel() <= most * x.shape[-1] or (len(_packed) > 0 and weight in _packed)
 
 
 def linear_by_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

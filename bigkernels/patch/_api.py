@@ -33,7 +33,7 @@ def patch(
     rope: bool = True,
     mlp: bool = True,
     loss: bool = True,
-    linear: bool = False,
+    linear: bool | None = None,
     verify: bool = True,
     strict: bool = False,
 ) -> PatchReport:
@@ -47,7 +47,9 @@ def patch(
         model: any module; its classes and every other model stay as they are.
         attention: attention functions of Hugging Face models, calls of `scaled_dot_product_attention`, and
             `nn.MultiheadAttention`.
-        linear: linear layers (CPU); `bigkernels.pack` gives them packed weights for inference.
+        linear: linear layers (CPU). By default the kernel takes calls without gradients where it is known to be at
+            least as fast as PyTorch's product on such a machine (a few tokens, above all), and no others; True: all
+            calls, training too; False: none. `bigkernels.pack` gives them packed weights for inference.
         norm: RMSNorm and LayerNorm modules, and the residual addition before them where the block's code has it.
         rope: calls of a rotary embedding function.
         mlp: products of an activation with another tensor.
@@ -95,7 +97,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 @contextmanager
-def patched(model: nn.Module, **options: bool) -> Iterator[PatchReport]:
+def patched(model: nn.Module, **options: bool | None) -> Iterator[PatchReport]:
     """`patch(model, **options)` inside a `with` block and `unpatch(model)` after it."""
     report = patch(model, **options)
     try:
@@ -150,16 +152,17 @@ def _foreign(module: nn.Module, key: str) -> bool:
     return value is not _ABSENT and value is not module.__dict__.get(_RECORD, {}).get(key, (_ABSENT,))[0]
 
 
-def _plan(model: nn.Module, flags: dict[str, bool], verify: bool) -> tuple[list[Write], PatchReport]:
+def _plan(model: nn.Module, flags: dict[str, bool | None], verify: bool) -> tuple[list[Write], PatchReport]:
     """What to write and the report about it. Nothing is changed."""
-    plan, report, writes = Plan(verify, written_after(model)), PatchReport(), []
+    plan = Plan(verify, flags["linear"], written_after(model))
+    report, writes = PatchReport(), []
     order: dict[str, int] = {}
     taken: set[nn.Module] = set()
     extra: dict[tuple[int, str], Write] = {}
     for path, module in model.named_modules():
         order[path] = len(order)
         for rule in MODULE_RULES:
-            if not flags[rule.flag]:
+            if flags[rule.flag] is False:
                 continue
             found = _attempt(report, path, functools.partial(rule.plan, module, plan))
             if found is None:
@@ -169,7 +172,7 @@ def _plan(model: nn.Module, flags: dict[str, bool], verify: bool) -> tuple[list[
                 report.skipped.append(Row(path, f"{write.key} was already replaced on this instance", None))
                 continue
             writes.append(write)
-            report.patched.append(Row(path, fit.kernel, fit.error))
+            (report.inference if fit.inference else report.patched).append(Row(path, fit.kernel, fit.error))
             if write.key == "forward":
                 taken.add(module)
     for path, module in model.named_modules():
@@ -189,7 +192,7 @@ def _plan(model: nn.Module, flags: dict[str, bool], verify: bool) -> tuple[list[
         if chosen:
             writes.append(Write(module, "forward", Bound(rewritten(type(module), tuple(chosen)), module)))
     writes += extra.values()
-    for rows in (report.patched, report.skipped):
+    for rows in (report.patched, report.inference, report.skipped):
         rows.sort(key=lambda row: order[row.path])
     return writes, report
 

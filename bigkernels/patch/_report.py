@@ -21,13 +21,17 @@ class Row(NamedTuple):
 
 @dataclass
 class PatchReport:
-    """The outcome of `patch`: `patched` and `skipped` are lists of `Row`; `str()` is a table with equal rows joined."""
+    """The outcome of `patch`: `patched`, `inference` (what a kernel computes in calls without gradients alone, where it
+    pays) and `skipped` are lists of `Row`; `str()` is a table with equal rows joined.
+    """
 
     patched: list[Row] = field(default_factory=list)
     skipped: list[Row] = field(default_factory=list)
+    inference: list[Row] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = _table("patched", self.patched) + _table("skipped", self.skipped)
+        lines = _table("patched", self.patched) + _table("in inference", self.inference)
+        lines += _table("skipped", self.skipped)
         return "\n".join(lines) if lines else "nothing to patch"
 
 
@@ -37,7 +41,7 @@ def _table(title: str, rows: list[Row]) -> list[str]:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((re.sub(r"\b\d+\b", "*", row.path) or "(model)", row.what), []).append(row)
-    cells = [("count", "module", "kernel" if title == "patched" else "reason", "largest error")]
+    cells = [("count", "module", "reason" if title == "skipped" else "kernel", "largest error")]
     for (path, what), members in groups.items():
         errors = [row.error for row in members if row.error is not None]
         path = members[0].path or "(model)" if len(members) == 1 else path

@@ -23,11 +23,14 @@ class Write(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """A check that succeeded: the kernel's name for the report, the largest error seen, and what else to write."""
+    """A check that succeeded: the kernel's name for the report, the largest error seen, what else to write, and whether
+    it is for calls without gradients alone.
+    """
 
     kernel: str
     error: float | None = None
     writes: tuple[Write, ...] = ()
+    inference: bool = False
 
 
 @dataclass
@@ -35,6 +38,7 @@ class Plan:
     """What the rules share while one model is planned; nothing is written until the plan is complete."""
 
     verify: bool
+    linear: bool | None = None  # linear layers: in every call, in none, or in inference where that pays
     written: set[nn.Module] = field(
         default_factory=set
     )  # modules whose inputs may be written to after they were called

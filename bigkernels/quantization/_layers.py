@@ -41,6 +41,22 @@ def has_state_hooks(module: nn.Module) -> bool:
     return any(module.__dict__.get(name) for name in _STATE_HOOKS)
 
 
+_PATCH = "_bigkernels_patch"  # where `patch` keeps what it wrote into an instance
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether an instance has a forward that `patch` did not give it: what it computes is then not known."""
+    held = module.__dict__.get("forward")
+    return held is not None and held is not module.__dict__.get(_PATCH, {}).get("forward", (None,))[0]
+
+
+def _unpatched(module: nn.Module) -> dict[str, object]:
+    """Attributes without what `patch` wrote: what it wrote is for that instance."""
+    record = module.__dict__.get(_PATCH, {})
+    kept = {key: value for key, value in module.__dict__.items() if key != _PATCH and key not in record}
+    return kept | {key: before for key, (_, before) in record.items() if not isinstance(before, str)}
+
+
 class Shell:
     """A layer without its parameters: its class, its options and what users put on it.
 
@@ -52,7 +68,7 @@ class Shell:
     def __init__(self, module: nn.Module, kind: type | None = None) -> None:
         self.kind = kind or type(module)
         own = {"_parameters", "_buffers", "_modules", *_HOOKS}
-        self.options = {key: value for key, value in module.__dict__.items() if key not in own}
+        self.options = {key: value for key, value in _unpatched(module).items() if key not in own}
         self._names = tuple(module._parameters)
 
     def filled(self, values: Tensor, bias: nn.Parameter | None, trained: bool, like: nn.Module) -> nn.Module:
@@ -72,7 +88,7 @@ def become(module: nn.Module, other: type, /, **attributes: object) -> nn.Module
     """A module of another class with the attributes, parameters and hooks of a layer."""
     made = other.__new__(other)
     nn.Module.__init__(made)
-    made.__dict__.update(module.__dict__)
+    made.__dict__.update(_unpatched(module))
     made._parameters = dict(module._parameters)
     for name, value in attributes.items():
         setattr(made, name, value)

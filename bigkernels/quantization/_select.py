@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ._format import Format, named
-from ._layers import exact_weight, has_state_hooks, is_linear, is_transposed
+from ._layers import exact_weight, has_own_forward, has_state_hooks, is_linear, is_transposed
 from ._report import QuantizeReport
 
 Filter = Callable[[str, nn.Module], bool]
@@ -202,7 +202,7 @@ def _refusal(module: nn.Module) -> str | None:
         return _kind_of(module.weight)
     if getattr(module, "max_norm", None) is not None:
         return "it changes its weight (max_norm)"
-    if "forward" in module.__dict__:
+    if has_own_forward(module):
         return "its forward was replaced"
     if has_state_hooks(module):
         return "it has hooks on its state dict"

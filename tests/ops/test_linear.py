@@ -340,7 +340,3 @@ def test_patched_layers_and_look_alikes():
         model(torch.randn(2, 63))
     bigkernels.unpatch(model)
     assert torch.equal(model(x), before)
-
-
-def test_linear_layers_are_left_alone_by_default():
-    assert not bigkernels.patch(nn.Sequential(nn.Linear(8, 8))).patched

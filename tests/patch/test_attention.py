@@ -1123,7 +1123,7 @@ def test_layers_of_torch_keep_their_fast_path(spy):
     with torch.no_grad():
         want = layer(x, src_key_padding_mask=padding)
     slow = layer(x, src_key_padding_mask=padding).detach()
-    report = bigkernels.patch(layer, **ONLY)
+    report = _patch(layer, spy, **ONLY)
     assert [row.path for row in report.patched] == ["self_attn"]
     with torch.no_grad():
         assert torch.equal(layer(x, src_key_padding_mask=padding), want)

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import functional
-from ...nn.linear import linear_by_packed
+from ...nn.linear import linear_by_packed, may_pay, pays
 from .._rule import Fit, ModuleRule, Plan, Skip, Write
 from .._verify import Probes, compare, doubled, gradients, outputs_only, plain
 
 
 def _fits(module: nn.Linear, x: Any) -> bool:
+    if type(module) is not nn.Linear:  # another class since
+        return False
     weight, bias = module.weight, module.bias
     if not isinstance(x, Tensor) or not plain(x, weight) or (bias is not None and not plain(bias)):
         return False
@@ -28,14 +30,27 @@ def _fits(module: nn.Linear, x: Any) -> bool:
 def forward(module: nn.Linear, *args: Any, **kwargs: Any) -> Any:
     """Takes the place of a linear layer's forward: the kernel where it serves the call, the layer's own elsewhere."""
     if len(args) != 1 or kwargs or not _fits(module, args[0]):
-        return nn.Linear.forward(module, *args, **kwargs)
+        return type(module).forward(module, *args, **kwargs)
     return linear_by_packed(args[0], module.weight, module.bias)
+
+
+def in_inference(module: nn.Linear, *args: Any, **kwargs: Any) -> Any:
+    """The same for calls without gradients that the kernel is known to make no slower."""
+    if len(args) == 1 and not kwargs and _fits(module, args[0]) and pays(args[0], module.weight, module.bias):
+        return linear_by_packed(args[0], module.weight, module.bias)
+    return type(module).forward(module, *args, **kwargs)
+
+
+WRITTEN = (forward, in_inference)  # what stands for the forward of a layer that computes what its class says
 
 
 def _plan(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
     if type(module) is not nn.Linear:
         return None
     weight, bias = module.weight, module.bias
+    asked = plan.linear is True
+    if not asked and not (plain(weight) and weight.is_cpu and may_pay()):
+        return None
     if not plain(weight) or (bias is not None and not plain(bias)):
         raise Skip("its parameters are not plain tensors")
     if weight.is_meta or not weight.is_cpu:
@@ -43,7 +58,8 @@ def _plan(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
     key = "linear", bias is not None, weight.dtype
     if key not in plan.memory:
         plan.memory[key] = _error(bias is not None, weight.dtype, plan.verify)
-    return Write(module, "forward", functools.partial(forward, module)), Fit("linear", plan.memory[key])
+    made = functools.partial(forward if asked else in_inference, module)
+    return Write(module, "forward", made), Fit("linear", plan.memory[key], inference=not asked)
 
 
 def _error(bias: bool, own: torch.dtype, verify: bool) -> float:

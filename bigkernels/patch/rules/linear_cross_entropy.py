@@ -57,7 +57,7 @@ def _traced() -> bool:
 def _weight(head: Any) -> Any:
     """The weight of a linear layer that runs its class's own code, plain or quantized; None for anything else."""
     held = getattr(head, "__dict__", {}).get("forward")
-    if held is not None and not (type(held) is functools.partial and held.func is linear.forward):
+    if held is not None and not (type(held) is functools.partial and held.func in linear.WRITTEN):
         return None
     if type(head) in (nn.Linear, Linear):
         return head.weight if plain(head.weight) else None
