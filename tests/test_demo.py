@@ -17,7 +17,7 @@ import torch
 
 import bigkernels
 from bigkernels import _cli, demo
-from bigkernels.demo import assets, formats, measure
+from bigkernels.demo import assets, formats, measure, rounding
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,7 +38,7 @@ def tiny() -> demo.Input:
 def test_formats_are_compared(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(formats, "_real_input", lambda: tiny)
     monkeypatch.setattr(formats, "reuse_memory", lambda: True)  # of the whole process
-    chosen = [name for name in formats.FORMATS if name not in ("fp4", "fp8")]
+    chosen = [name for name in formats.FORMATS if name not in ("fp4", "fp8", "q8_0")]
     path = tmp_path / "rows.json"
     small = ["--windows", "2", "--length", "32", "--tokens", "4", "--rounds", "1", "--json", str(path)]
     assert _cli.main(["formats", "--markdown", *small, "--only", *chosen]) == 0
@@ -51,6 +51,26 @@ def test_formats_are_compared(tiny, tmp_path, monkeypatch, capsys):
     assert rows["int4, hqq"]["peak"] < rows["bfloat16"]["peak"]
     assert all(row["prefill"][0] > 0 and row["decode"][0] > 0 for row in rows.values())
     assert all((row["quantized"] > 0) == (name not in chosen[:2]) for name, row in rows.items())
+
+
+def test_products_of_integers_are_compared(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(formats, "_real_input", lambda: tiny)
+    monkeypatch.setattr(formats, "reuse_memory", lambda: True)
+    monkeypatch.delitem(rounding.MODELS, "the GGUF file's codes")
+    assert _cli.main(["formats", "--integers", "--markdown", "--windows", "2", "--length", "70"]) == 0
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    assert [row[0].strip() for row in rows] == list(rounding.MODELS)
+    floats, program = (torch.tensor([float(row[i]) for row in rows]) for i in (1, 2))
+    assert (floats > 1).all() and abs(program[0] / floats[0] - 1) < 1e-3  # nothing is rounded there
+    assert ((program / floats - 1).abs() < 0.05).all()
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 64])
+def test_perplexity_does_not_depend_on_the_tokens_of_a_call(tiny, at_once):
+    batches = measure.windows(tiny.held_out_ids, 2, 32)
+    assert measure.perplexity(tiny.model, batches, at_once) == pytest.approx(
+        measure.perplexity(tiny.model, batches), 1e-4
+    )
 
 
 def test_decoding_is_timed_within_one_generation(tiny):

@@ -30,8 +30,10 @@ FORMATS: dict[str, str | Format | None] = {
     "bfloat16, eager": None,
     "bfloat16": None,
     "int8": "int8",
+    "q8_0": "q8_0",
     "int8-dynamic": "int8-dynamic",
     "fp8": "fp8",
+    "q4_1": "q4_1",
     "nf4": "nf4",
     "fp4": "fp4",
     "int4, rtn": Int4(64, "rtn"),
@@ -81,6 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=32, help="decoded after a short prompt (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of timing, in turn (default %(default)s)")
     parser.add_argument("--only", nargs="+", choices=FORMATS, metavar="ROW", help=f"some of: {'; '.join(FORMATS)}")
+    parser.add_argument("--integers", action="store_true",
+                        help="another table: perplexity by floats, and by the step program's integers")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
 
@@ -94,12 +98,17 @@ def run(args: argparse.Namespace) -> int:
         print(f"bigkernels formats: {error}", file=sys.stderr)
         return 2
     reuse_memory()
-    rows = compare(given, args)
+    if args.integers:
+        from . import rounding
+
+        columns, rows = rounding.COLUMNS, rounding.compare(given, args)
+    else:
+        columns, rows = COLUMNS, compare(given, args)
     if args.markdown:
-        lines = [COLUMNS, ["---"] * len(COLUMNS), *(row.cells() for row in rows)]
+        lines = [columns, ["---"] * len(columns), *(row.cells() for row in rows)]
         print("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
     else:
-        table(f"SmolLM2-135M-Instruct on {_machine(torch.device('cpu'))}", COLUMNS, [row.cells() for row in rows])
+        table(f"SmolLM2-135M-Instruct on {_machine(torch.device('cpu'))}", columns, [row.cells() for row in rows])
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
         print(f"wrote {args.json}")
