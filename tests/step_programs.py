@@ -67,6 +67,23 @@ class Maker:
         self.add(r.ACTIVATE, activate=r.ActivateRecord(x=x, up=up, out=out, act=r.ACTS[act], width=width, **more))
         return out
 
+    def product(
+        self, x, *weights: Tensor, act="identity", gated=False, bias=None, residual=-1, scale=1.0, residual_scale=1.0
+    ) -> list[int]:
+        """Dense weights side by side, (N, K) each; a gated one is act(first) * second."""
+        record = r.ProductRecord(x=x, count=len(weights), act=r.ACTS[act], gated=gated, residual=residual)
+        record.out_scale, record.residual_scale = scale, residual_scale
+        for i, weight in enumerate(weights):
+            self.kept.append(weight)
+            n, k = weight.shape
+            record.weight[i] = r.Weight(
+                n=n, k=k, kind=TYPES[weight.dtype], codes=weight.data_ptr(), code_row=weight.stride(0) * weight.itemsize
+            )
+            record.out[i] = -1 if gated and i else self.value(n)
+            record.bias[i] = self.vector(bias[i] if bias else None)
+        self.add(r.PRODUCT, product=record)
+        return [record.out[i] for i in range(1 if gated else len(weights))]
+
     def keep(self, x: int) -> int:
         out = self.value(self.widths[x])
         self.add(r.KEEP, keep=r.KeepRecord(x=x, out=out))

@@ -34,8 +34,11 @@ WRITE = "program_write(int run, int value, Tensor x) -> ()"
 FINISH = "program_finish(int run) -> ()"
 SETTLE = "program_settle() -> ()"
 SIZES = "program_sizes() -> int[]"  # of the records, for tests
+# For tests: threads pause at random, about once in `every` places where they might lose their core, 0 never. Returns how
+# many chunks were taken over from other threads, and made again, since the last call.
+DELAYS = "program_delays(int every) -> (int, int)"
 
-for schema in (RUN, START, STEP, READ, WRITE, FINISH, SETTLE, SIZES):
+for schema in (RUN, START, STEP, READ, WRITE, FINISH, SETTLE, SIZES, DELAYS):
     name, brace, rest = schema.partition("(")
     torch.library.define("bigkernels::" + name, brace + rest)
 
@@ -47,3 +50,4 @@ write = torch.ops.bigkernels.program_write.default
 finish = torch.ops.bigkernels.program_finish.default
 settle = torch.ops.bigkernels.program_settle.default
 sizes = torch.ops.bigkernels.program_sizes.default
+delays = torch.ops.bigkernels.program_delays.default

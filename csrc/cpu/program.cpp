@@ -1,23 +1,20 @@
-// Walks programs: one thread, for now.
+// Runs of step programs: where they live, and the calls of which one consists.
 #include <algorithm>
 #include <memory>
 #include <mutex>
 #include <vector>
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 
-#include "program_run.h"
+#include "program_team.h"
 
 namespace bigkernels {
 namespace {
 
-struct Place {
-  ProgramRun run;
-  Worker worker;
-};
+constexpr size_t kPlaces = 4;                 // more only while threads are inside these, or callers hold them
+constexpr int64_t kKept = int64_t{32} << 20;  // bytes of a place that nobody holds
 
-constexpr size_t kPlaces = 4;
-constexpr int64_t kKept = int64_t{32} << 20;  // bytes of a place that is not used
-
-// Never destroyed: threads end after it would be.
 struct Places {
   std::mutex mutex;
   std::vector<std::unique_ptr<Place>> all;  // the last used in front
@@ -26,80 +23,90 @@ struct Places {
   Place* take(const RunShape& shape) {
     std::lock_guard<std::mutex> lock(mutex);
     auto found = all.end();
-    for (auto p = all.begin(); p != all.end(); ++p)
-      if (!(*p)->run.held && (*p)->run.matches(shape)) {
+    for (auto p = all.begin(); p != all.end(); ++p) {
+      if ((*p)->held || is_occupied(p->get())) continue;
+      if ((*p)->run.matches(shape)) {
         found = p;
         break;
       }
-    if (found == all.end() && all.size() >= kPlaces)
-      for (auto p = all.begin(); p != all.end(); ++p)
-        if (!(*p)->run.held) found = p;  // the one that has not been used for longest
+      if (all.size() >= kPlaces) found = p;  // the one that has not been used for longest
+    }
     if (found == all.end()) found = all.insert(all.begin(), std::make_unique<Place>());
     std::rotate(all.begin(), found, found + 1);
-    all.front()->run.held = true, all.front()->run.number = ++number;
-    return all.front().get();
+    Place* place = all.front().get();
+    place->held = true, place->number = ++number;
+    return place;
   }
 };
+
+// Never destroyed: threads end with the process, after it would be.
 Places& places() {
-  static Places* const made = new Places;
+  static Places* const made = [] {
+    auto p = new Places;
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork([] { places().mutex.lock(); }, [] { places().mutex.unlock(); }, [] { places().mutex.unlock(); });
+#endif
+    return p;
+  }();
   return *made;
 }
-Place* place_of(ProgramRun* run) { return (Place*)run; }
 
 }  // namespace
 
-std::string program_start(const RunInput& in, ProgramRun** out) {
+std::string program_start(const RunInput& in, Place** out) {
   RunInput input = in;
-  input.threads = 1;
+  input.threads = std::clamp<int64_t>(in.threads, 1, kMaxThreads);
   Place* place = places().take({in.program->id, in.run.batch, in.run.tokens, in.run.keep, input.threads});
   std::string why;
   try {
     why = place->run.start(input);
   } catch (...) {
-    program_finish(&place->run);
+    program_finish(place);
     throw;
   }
   if (!why.empty())
-    program_finish(&place->run);
+    program_finish(place);
   else
-    *out = &place->run;
+    *out = place;
   return why;
 }
 
-std::string program_step(ProgramRun* run, int64_t* stop) {
-  const Plan& plan = run->plan();
-  Worker& w = place_of(run)->worker;
-  run->enter(w);
-  const int64_t end = (int64_t)plan.steps.size();
-  if (run->at < end && plan.steps[run->at].work == Work::call) ++run->at;
-  for (; run->at < end && plan.steps[run->at].work != Work::call; ++run->at) {
-    const Step& s = plan.steps[run->at];
-    run->prepare(s, w);
-    for (int64_t c = 0, n = run->chunks(s); c < n; ++c) run->make(s, c, w);
-  }
-  *stop = run->at < end ? plan.steps[run->at].index : -1;
-  return "";
+int64_t program_step(Place* place) {
+  ProgramRun& run = place->run;
+  const std::vector<Step>& steps = run.plan().steps;
+  auto is_stop = [&](int64_t i) { return i < (int64_t)steps.size() && steps[i].work == Work::call; };
+  int64_t at = run.at.load(std::memory_order_acquire);
+  if (is_stop(at)) run.at.fetch_add(1, std::memory_order_acq_rel), ++at;
+  int64_t end = at;
+  while (end < (int64_t)steps.size() && !is_stop(end)) ++end;
+  run_steps(place, end);
+  return is_stop(end) ? steps[end].index : -1;
 }
 
-float* program_value(ProgramRun* run, int64_t value, bool write, int64_t* rows, int64_t* width) {
-  return run->value(value, write, rows, width);
+float* program_value(Place* place, int64_t value, bool write, int64_t* rows, int64_t* width) {
+  return place->run.value(value, write, rows, width);
 }
 
-void program_finish(ProgramRun* run) {
+void program_finish(Place* place) {
   std::lock_guard<std::mutex> lock(places().mutex);
-  if (run->bytes() > kKept) run->release();
-  run->held = false;
+  if (place->run.bytes() > kKept && !is_occupied(place)) place->run.release();
+  place->held = false;
 }
 
-int64_t program_number(const ProgramRun* run) { return run->number; }
+int64_t program_number(const Place* place) { return place->number; }
 
-ProgramRun* program_find(int64_t number) {
+Place* program_find(int64_t number) {
   std::lock_guard<std::mutex> lock(places().mutex);
   for (auto& p : places().all)
-    if (p->run.held && p->run.number == number) return &p->run;
+    if (p->held && p->number == number) return p.get();
   return nullptr;
 }
 
-void program_settle() {}
+void program_settle() { settle_team(); }
+
+std::pair<int64_t, int64_t> program_delays(int64_t every) {
+  delay_team(every);
+  return {team_counts.taken_over.exchange(0), team_counts.made_again.exchange(0)};
+}
 
 }  // namespace bigkernels

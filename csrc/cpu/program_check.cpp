@@ -6,6 +6,9 @@
 namespace bigkernels {
 namespace {
 
+// As in the kernels of heads and attention.
+constexpr int kMostElements = 2048, kMostRotary = 1024, kMostSinks = 1024;
+
 bool type_ok(Type t) { return (int)t >= 0 && (int)t <= (int)Type::f16; }
 bool vector_ok(const Vector& v) { return !v.data || type_ok(v.type); }
 bool act_ok(Act a) { return (int)a >= 0 && (int)a <= (int)Act::quick_gelu; }
@@ -127,13 +130,15 @@ class Checker {
     return true;
   }
   bool check(const HeadsRecord& a) {
-    if (a.q.count < 1 || !has(a.q.x) || a.d < 1 || a.dv < 1) return no("no heads");
+    if (a.q.count < 1 || !has(a.q.x) || a.d < 1 || a.dv < 1 || a.d > kMostElements || a.dv > kMostElements)
+      return no("no such heads");
     const int64_t rows = made_[a.q.x];
     if (rows != rows_) return no("heads of some of the rows");
     if (!heads_ok(a.q, rows, a.d) || !heads_ok(a.k, rows, a.d) || !heads_ok(a.v, rows, a.dv) || a.k.count != a.v.count)
       return no("the heads do not fit");
     if (a.layer < 0 || a.layer >= h_.layers) return no("no such cache");
-    if (a.angles >= 0 && (a.angles >= h_.angles || a.rotary < 2 || a.rotary % 2 || a.rotary > a.d))
+    if (a.angles >= 0 &&
+        (a.angles >= h_.angles || a.rotary < 2 || a.rotary % 2 || a.rotary > a.d || a.rotary > kMostRotary))
       return no("no such angles");
     if (!norm_ok(a.q_norm) || !norm_ok(a.k_norm)) return no("no such norm");
     return make(a.out, rows) && (width(a.out) == (int64_t)a.q.count * a.d || no("the output does not fit"));
@@ -143,8 +148,10 @@ class Checker {
       return no("no such attention");
     if (made_[a.q] != rows_ || width(a.q) != (int64_t)a.heads * a.d) return no("the queries do not fit");
     if (a.layer < 0 || a.layer >= h_.layers) return no("no such cache");
-    if (a.window < 0 || !vector_ok(a.sinks)) return no("no such window or sinks");
-    if (a.state >= 0 && !make(a.state, rows_)) return false;
+    if (a.window < 0 || !vector_ok(a.sinks) || (a.sinks.data && a.heads > kMostSinks))
+      return no("no such window or sinks");
+    if (a.d > kMostElements || a.dv > kMostElements) return no("heads are too wide");
+    if (a.state < -1 || (a.state >= 0 && !make(a.state, rows_))) return no("no such state");
     return make(a.out, rows_) && (width(a.out) == (int64_t)a.heads * a.dv || no("the output does not fit"));
   }
   bool same_form(const Weight& a, const Weight& b) const {

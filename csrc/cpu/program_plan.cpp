@@ -90,6 +90,12 @@ class Planner {
     p_.rotary.assign(kMaxAngles, 0);
     for (int i = 0; i < h_.records; ++i) add(h_.record[i], i);
     find_places();
+    int32_t product = -1;
+    for (size_t i = p_.steps.size(); i-- > 0;) {
+      p_.steps[i].product = product;
+      if (p_.steps[i].work == Work::product) product = (int32_t)i;
+    }
+    for (Step& s : p_.steps) s.barrier = s.own || s.work == Work::call ? -1 : p_.barriers++;
   }
 
  private:
@@ -330,13 +336,20 @@ class Planner {
     if (threads_ == 1) return owned_.get();
     for (Step& s : p_.steps)
       if (s.work == Work::merge && !p_.help) s.own = false, divide(s, 1);
+    std::vector<bool> outside(h_.values, false);
+    outside[h_.logits] = true;
+    for (const Step& s : p_.steps) {
+      if (s.work != Work::call) continue;
+      for_reads(s, [&](Value v) { outside[v] = true; });
+      for_writes(s, [&](Value v) { outside[v] = true; });
+    }
     for (bool changed = true; changed;) {
       changed = false;
       const std::vector<int> next = barriers();
       for (int v = 0; v < h_.values; ++v) {
         if (made[v] < 0) continue;
         Step& s = p_.steps[made[v]];
-        owned_[v] = s.own && last[v] >= 0 && last[v] <= next[made[v]];
+        owned_[v] = s.own && !outside[v] && last[v] >= 0 && last[v] <= next[made[v]];
         if (!owned_[v] && s.own && !p_.help) {
           s.own = false, changed = true;
           divide(s, s.work == Work::elements ? kLine : 1);

@@ -38,6 +38,8 @@ struct Step {
   int64_t count;                                  // rows, elements or pieces that there are
   int64_t size;                                   // of a chunk
   int32_t chunks;                                 // 0 for attend, which every run cuts anew
+  int32_t barrier;                                // its number among the divided steps
+  int32_t product;                                // the step of the product that comes next; -1: none
   int32_t cut[kMaxWeights], pieces[kMaxWeights];  // product: rows of a chunk, and chunks, of each weight
   int64_t ready[kMaxWeights];                     // where tokens lie made ready for a weight; the same for one form
   bool first[kMaxWeights];                        // of its form
@@ -53,6 +55,7 @@ struct Plan {
       place;  // of values, in bytes: in the run's memory, or ~place in each thread's own; none: kNowhere
   std::vector<int64_t> rows;  // of values
   std::vector<const AttendRecord*> attends;
+  int32_t barriers = 0;
   std::vector<int32_t> rotary;                               // columns of each angle table that are read
   int64_t shared = 0;                                        // bytes of the run's memory
   int64_t owned = 0, ready = 0, scratch = 0, workspace = 0;  // of each thread's

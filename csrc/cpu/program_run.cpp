@@ -6,6 +6,9 @@
 #include <new>
 
 #include "program_check.h"
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
 
 namespace bigkernels {
 
@@ -39,33 +42,33 @@ std::string ProgramRun::start(const RunInput& in) {
       return why;
     }
     width_.assign(header_->width, header_->width + header_->values);
+    shares_.reset(new Share[plan_.barriers * in.threads]());
+    typical_.reset(new std::atomic<int32_t>[plan_.barriers]());
+    epoch_ = 0;
   }
   std::string why = check_run(*header_, run, plan_.rotary);
   if (!why.empty()) return why;
   copy_input(in);
 
   attends_.clear();
-  int64_t state = plan_.shared;
+  states_.clear();
+  int64_t end = plan_.shared, most = 0;
   workspace_ = plan_.workspace;
-  std::vector<int64_t> states;
   for (const AttendRecord* a : plan_.attends) {
-    AttendPlan cut = program_table().attend_plan(*a, run_, in.threads);
-    if (cut.state > 0 && a->state < 0) return "an attention has no value for its state";
-    states.push_back(state);
-    if (plan_.help) state += round_up(cut.state * 4, 64);
+    const AttendPlan cut = program_table().attend_plan(*a, run_, in.threads);
+    const int64_t bytes = round_up(cut.state * 4, 64);
+    states_.push_back(end);
+    if (plan_.help) end += bytes;
+    most = std::max(most, bytes);
     workspace_ = std::max(workspace_, cut.workspace);
     attends_.push_back(cut);
   }
-  int64_t most = 0;
-  for (const AttendPlan& a : attends_) most = std::max(most, a.state * 4);
-  const int64_t needed = state + round_up(most, 64);
-  // Twice the state, which grows with every token.
-  if (needed > block_.bytes()) block_.reserve(needed + (needed - plan_.shared));
+  if (!plan_.help) end += most;
+  // Twice the sums, which grow with every token.
+  if (end > block_.bytes()) block_.reserve(end + (end - plan_.shared));
   values_.resize(header_->values);
   for (int v = 0; v < header_->values; ++v)
     values_[v] = plan_.place[v] >= 0 ? (float*)(block_.data() + plan_.place[v]) : nullptr;
-  for (size_t i = 0; i < attends_.size(); ++i)
-    if (plan_.attends[i]->state >= 0) values_[plan_.attends[i]->state] = (float*)(block_.data() + states[i]);
 
   float* hidden = values_[header_->hidden];
   const int64_t n = run.rows() * width_[header_->hidden];
@@ -73,7 +76,15 @@ std::string ProgramRun::start(const RunInput& in) {
     std::memcpy(hidden, in.hidden, n * 4);
   else
     table().convert(in.hidden_type, false, in.hidden, hidden, n);
-  at = 0;
+  // After a wrap, words of the run 2^32 runs ago would count.
+  if (++epoch_ == 0) {
+    std::fill_n((char*)shares_.get(), plan_.barriers * in.threads * sizeof(Share), 0);
+    epoch_ = 1;
+  }
+#if defined(__SSE2__)
+  control_ = _mm_getcsr();
+#endif
+  at.store(0, std::memory_order_relaxed);  // published with the run
   return "";
 }
 
@@ -107,8 +118,9 @@ void ProgramRun::copy_input(const RunInput& in) {
 float* ProgramRun::value(int64_t value, bool write, int64_t* rows, int64_t* width) {
   if (value < 0 || value >= header_->values || plan_.place[value] < 0) return nullptr;
   bool found = false;
-  if (at < (int64_t)plan_.steps.size()) {
-    const Step& s = plan_.steps[at];
+  const int64_t now = at.load(std::memory_order_acquire);
+  if (now < (int64_t)plan_.steps.size()) {
+    const Step& s = plan_.steps[now];
     if (s.work != Work::call) return nullptr;
     const CallRecord& c = s.record->call;
     const Value* list = write ? c.out : c.x;
@@ -125,9 +137,10 @@ void ProgramRun::enter(Worker& w) const {
   const int64_t ready = plan_.owned, scratch = ready + plan_.ready, workspace = scratch + plan_.scratch;
   char* memory = w.block.reserve(round_up(workspace, 4096) + workspace_);
   w.ready = memory + ready, w.scratch = memory + scratch, w.workspace = memory + round_up(workspace, 4096);
-  w.values.assign(values_.begin(), values_.end());
-  for (size_t v = 0; v < w.values.size(); ++v)
-    if (plan_.place[v] < 0 && plan_.place[v] != kNowhere) w.values[v] = (float*)(memory + ~plan_.place[v]);
+  w.values.assign(1, nullptr);
+  w.values.insert(w.values.end(), values_.begin(), values_.end());
+  for (size_t v = 0; v < values_.size(); ++v)
+    if (plan_.place[v] < 0 && plan_.place[v] != kNowhere) w.values[v + 1] = (float*)(memory + ~plan_.place[v]);
 }
 
 namespace {
@@ -144,9 +157,9 @@ void make_ready(const Step& s, float* const* v, const int32_t* width, int64_t be
 }  // namespace
 
 void ProgramRun::prepare(const Step& s, Worker& w) const {
-  if (s.work == Work::product && s.prepares) make_ready(s, w.values.data(), width_.data(), 0, s.m, w.ready);
+  if (s.work == Work::product && s.prepares) make_ready(s, w.values.data() + 1, width_.data(), 0, s.m, w.ready);
   if (s.work == Work::expert_in || s.work == Work::expert_out)
-    prepare_experts(s, w.values.data(), width_.data(), w.experts());
+    prepare_experts(s, w.values.data() + 1, width_.data(), w.experts());
 }
 
 void ProgramRun::make_product(const Step& s, int64_t piece, Worker& w) const {
@@ -159,15 +172,30 @@ void ProgramRun::make_product(const Step& s, int64_t piece, Worker& w) const {
   float *y = (float*)w.scratch, *up = (float*)(w.scratch + round_up(s.m * stride * 4, 64));
   table.product(a.weight[i], a.integers, ready + s.ready[i], s.m, begin, end, y, stride, w.workspace);
   if (a.gated) table.product(a.weight[1], a.integers, ready + s.ready[1], s.m, begin, end, up, stride, w.workspace);
-  table.finish(a, i, y, a.gated ? up : nullptr, stride, s.m, w.values.data(), width_.data(), begin, end);
+  table.finish(a, i, y, a.gated ? up : nullptr, stride, s.m, w.values.data() + 1, width_.data(), begin, end);
+}
+
+void ProgramRun::ask_ahead(const Step& s, int64_t thread) const {
+  if (s.product < 0) return;
+  const Step& next = plan_.steps[s.product];
+  const ProductRecord& a = next.record->product;
+  int64_t piece = next.chunks * thread / plan_.shape.threads * next.size;
+  int i = 0;
+  while (i < kMaxWeights - 1 && piece >= next.pieces[i] && next.pieces[i + 1]) piece -= next.pieces[i++];
+  const Weight& w = a.weight[i];
+  if (w.transposed) return;
+  const uint8_t* p = w.codes + std::min(piece * next.cut[i], w.n - 1) * w.code_row;
+  const int64_t bytes = std::min<int64_t>(2048, w.code_row);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 0, 2);
 }
 
 void ProgramRun::make(const Step& s, int64_t chunk, Worker& w) const {
   const ProgramTable& table = program_table();
   const Record& r = *s.record;
-  float* const* v = w.values.data();
+  float** v = w.values.data() + 1;
   const int32_t* width = width_.data();
-  const int64_t begin = chunk * s.size, end = std::min(begin + s.size, s.count);
+  const int64_t size = chunk_size(s), begin = chunk * size;
+  const int64_t end = std::min(begin + size, s.work == Work::attend ? attends_[s.index].chunks : s.count);
   switch (s.work) {
     case Work::rows:
       if (r.op == Op::norm) {
@@ -188,7 +216,11 @@ void ProgramRun::make(const Step& s, int64_t chunk, Worker& w) const {
     case Work::product:
       for (int64_t piece = begin; piece < end; ++piece) make_product(s, piece, w);
       break;
-    case Work::attend: table.attend(r.attend, run_, attends_[s.index], chunk, v, width, w.workspace); break;
+    case Work::attend:
+      v[r.attend.state] = (float*)(block_.data() + states_[s.index]);
+      for (int64_t piece = begin; piece < end; ++piece)
+        table.attend(r.attend, run_, attends_[s.index], piece, v, width, w.workspace);
+      break;
     case Work::merge:
       if (attends_[s.index].state > 0) table.attend_merge(r.attend, run_, attends_[s.index], v, width, begin, end);
       break;

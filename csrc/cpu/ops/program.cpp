@@ -41,8 +41,8 @@ Type float_type(const char* name, const Tensor& t) {
   return type_of(t);
 }
 
-ProgramRun* start_run(const Tensor& program, const Tensor& hidden, const Tensor& positions, const MaybeTensor& starts,
-                      const Tensor& caches, const Tensor& angles, int64_t keep, int64_t past) {
+Place* start_run(const Tensor& program, const Tensor& hidden, const Tensor& positions, const MaybeTensor& starts,
+                 const Tensor& caches, const Tensor& angles, int64_t keep, int64_t past) {
   const ProgramHeader* h = header_of(program);
   RunInput in{};
   in.program = h;
@@ -74,14 +74,14 @@ ProgramRun* start_run(const Tensor& program, const Tensor& hidden, const Tensor&
   BK_CHECK(layers == h->layers && tables == h->angles && tables <= kMaxAngles, "it has ", h->layers, " caches and ",
            h->angles, " rotary tables");
   std::copy(table, table + tables, run.angles);
-  ProgramRun* made = nullptr;
+  Place* made = nullptr;
   std::string why = program_start(in, &made);
   BK_CHECK(why.empty(), why);
   return made;
 }
 
 struct Held {
-  ProgramRun* run;
+  Place* run;
   ~Held() { program_finish(run); }
 };
 
@@ -100,9 +100,8 @@ void run(Tensor program, Tensor hidden, Tensor positions, MaybeTensor starts, Te
          Tensor logits, int64_t past) {
   BK_CHECK(logits.dim() == 3 && hidden.dim() == 3 && logits.size(0) == hidden.size(0), "logits do not fit");
   Held held{start_run(program, hidden, positions, starts, caches, angles, logits.size(1), past)};
-  int64_t stop, rows, width;
-  program_step(held.run, &stop);
-  BK_CHECK(stop < 0, "its own code has to run in between: program_start");
+  int64_t rows, width;
+  BK_CHECK(program_step(held.run) < 0, "its own code has to run in between: program_start");
   const float* made = program_value(held.run, header_of(program)->logits, false, &rows, &width);
   BK_CHECK(made && logits.size(2) == width, "logits do not fit");
   copy_out(made, rows * width, logits);
@@ -113,17 +112,13 @@ int64_t start(Tensor program, Tensor hidden, Tensor positions, MaybeTensor start
   return program_number(start_run(program, hidden, positions, starts, caches, angles, keep, past));
 }
 
-ProgramRun* find(int64_t number) {
-  ProgramRun* found = program_find(number);
+Place* find(int64_t number) {
+  Place* found = program_find(number);
   BK_CHECK(found, "no run ", number);
   return found;
 }
 
-int64_t step(int64_t number) {
-  int64_t stop;
-  program_step(find(number), &stop);
-  return stop;
-}
+int64_t step(int64_t number) { return program_step(find(number)); }
 
 void read(int64_t number, int64_t value, Tensor out) {
   int64_t rows, width;
@@ -146,7 +141,7 @@ void write(int64_t number, int64_t value, Tensor x) {
 }
 
 void finish(int64_t number) {
-  if (ProgramRun* found = program_find(number)) program_finish(found);
+  if (Place* found = program_find(number)) program_finish(found);
 }
 
 std::vector<int64_t> sizes() {
@@ -154,6 +149,12 @@ std::vector<int64_t> sizes() {
           sizeof(ActivateRecord), sizeof(ProductRecord), sizeof(HeadsOf),    sizeof(HeadsRecord), sizeof(AttendRecord),
           sizeof(ExpertsRecord),  sizeof(KeepRecord),    sizeof(CallRecord), sizeof(Record),      sizeof(ProgramHeader),
           sizeof(AngleTable),     sizeof(LayerCache)};
+}
+
+std::tuple<int64_t, int64_t> delays(int64_t every) {
+  BK_CHECK(every >= 0, "pauses once in ", every, " places");
+  auto [taken_over, made_again] = program_delays(every);
+  return {taken_over, made_again};
 }
 
 }  // namespace
@@ -170,6 +171,7 @@ STABLE_TORCH_LIBRARY_IMPL(bigkernels, CompositeExplicitAutograd, m) {
   m.impl("program_finish", TORCH_BOX(&finish));
   m.impl("program_settle", TORCH_BOX(&program_settle));
   m.impl("program_sizes", TORCH_BOX(&sizes));
+  m.impl("program_delays", TORCH_BOX(&delays));
 }
 
 }  // namespace bigkernels

@@ -130,7 +130,7 @@ struct AttendRecord {
   int64_t window;      // keys that a token sees, itself included; 0: all
   Vector sinks;        // (heads,)
   const float* alibi;  // (heads,): adds slope * (key - query); null: none
-  Value state;         // parts of long caches: sums, to be merged
+  Value state;         // -1: the runner has room for the sums of parts of long caches at v[-1]; or a value of their own
   int32_t pad2;
 };
 

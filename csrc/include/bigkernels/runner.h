@@ -1,6 +1,7 @@
-// Running a step program: torch-free, csrc/cpu/program.cpp. Functions return why they refuse; empty: they did it.
+// Running a step program: torch-free, csrc/cpu/program*.cpp.
 #pragma once
 #include <string>
+#include <utility>
 
 #include "program.h"
 
@@ -15,19 +16,22 @@ struct RunInput {
   Type hidden_type;
 };
 
-class ProgramRun;  // one run: its values, and how far it is
+struct Place;  // where a run is: its values, and how far it is
 
-// A run that is ready for its first record. It holds a place that program_finish gives back.
-std::string program_start(const RunInput&, ProgramRun**);
+// A run that is ready for its first record, to be given back by program_finish; or why there is none.
+std::string program_start(const RunInput&, Place**);
 // Up to the next call record, whose index it gives, or to the end: -1.
-std::string program_step(ProgramRun*, int64_t* stop);
-// A value's rows, as float32, between steps: null where the program's own code has no business with it there.
-float* program_value(ProgramRun*, int64_t value, bool write, int64_t* rows, int64_t* width);
-void program_finish(ProgramRun*);
+int64_t program_step(Place*);
+// A value's rows, as float32, at a stop or at the end: null where the model's own code has no business with it.
+float* program_value(Place*, int64_t value, bool write, int64_t* rows, int64_t* width);
+void program_finish(Place*);
 // A run by its number, which is never given again; null: it has ended.
-int64_t program_number(const ProgramRun*);
-ProgramRun* program_find(int64_t number);
+int64_t program_number(const Place*);
+Place* program_find(int64_t number);
 // Waits until no thread is inside a run that has ended.
 void program_settle();
+// For tests: makes threads pause at random, about once in so many places where they might lose their core, 0 never;
+// returns how many chunks have been taken over from others, and made again, since the last call.
+std::pair<int64_t, int64_t> program_delays(int64_t every);
 
 }  // namespace bigkernels

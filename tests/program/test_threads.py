@@ -1,0 +1,171 @@
+"""Programs on a team of threads: the same bits as on one, whatever becomes of the threads."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+
+import pytest
+import torch
+from step_programs import Maker, no_records, run
+
+from bigkernels._load import cpu_library
+from bigkernels.ops import program as raw
+
+pytestmark = pytest.mark.skipif(cpu_library().reason is not None, reason=str(cpu_library().reason))
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+    raw.delays(0)
+
+
+def model(layers: int, width: int, inner: int, vocabulary: int, seed: int) -> tuple[torch.Tensor, Maker]:
+    """Norms, products with epilogues, sums and activations, small and large enough to be divided."""
+    g = torch.Generator().manual_seed(seed)
+    m = Maker(width)
+
+    def weight(n: int, k: int) -> torch.Tensor:
+        return torch.randn(n, k, generator=g) / k**0.5
+
+    x = m.hidden
+    for layer in range(layers):
+        y = m.norm(x, weight=torch.rand(width, generator=g) + 0.5)
+        (a, b) = m.product(y, weight(width, width), weight(32, width))
+        (c,) = m.product(m.activate(a, "tanh"), weight(width, width), residual=x)
+        d = m.norm(c, residual=x if layer % 2 else -1)
+        (h,) = m.product(d, weight(inner, width), weight(inner, width), act="silu", gated=True)
+        (x,) = m.product(h, weight(width, inner), residual=c, bias=[torch.randn(width, generator=g)])
+        (e,) = m.product(b, weight(width, 32))
+        x = m.combine((x, 1.0, None), (e, 0.5, None))
+    (logits,) = m.product(m.norm(m.keep(x)), weight(vocabulary, width))
+    return m.program(logits), m
+
+
+SHAPES = ((1, 1, 1), (2, 3, 1), (1, 64, 64), (3, 150, 2))  # batch, tokens, kept: with help, and without
+
+
+@pytest.fixture(scope="module")
+def programs():
+    made = [(*model(3, 48, 96, 200, 1), 200), (*model(2, 160, 80, 130, 2), 130)]
+    torch.set_num_threads(1)
+    g = torch.Generator().manual_seed(3)
+    cases = []
+    for program, m, width in made:
+        for batch, tokens, keep in SHAPES:
+            x = torch.randn(batch, tokens, m.widths[0], generator=g)
+            cases.append((program, m, x, width, keep, run(program, x, width, keep=keep)))
+    return cases
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_threads_give_the_bits_of_one(programs, threads):
+    torch.set_num_threads(threads)
+    for _ in range(20):
+        for program, _m, x, width, keep, expected in programs:
+            assert torch.equal(run(program, x, width, keep=keep), expected)
+
+
+def test_threads_that_lose_their_cores(programs):
+    """Pauses at random wherever a thread could be stopped: chunks are taken over, and made again by others."""
+    torch.set_num_threads(4)
+    raw.delays(40)
+    counts = torch.zeros(2, dtype=torch.int64)
+    for i in range(1200):
+        program, _m, x, width, keep, expected = programs[(0, 4, 0, 1, 5, 2)[i % 6]]
+        assert torch.equal(run(program, x, width, keep=keep), expected), i
+        if i % 50 == 0:
+            raw.settle()
+            counts += torch.tensor(raw.delays(40))
+    taken_over, made_again = counts.tolist()
+    assert taken_over > 100 and made_again > 20
+
+
+def test_callers_that_meet(programs):
+    """The second of two callers works alone, and neither sees the other's values."""
+    torch.set_num_threads(2)
+    wrong: list[int] = []
+
+    def call(first: int) -> None:
+        for i in range(150):
+            program, _m, x, width, keep, expected = programs[(first + i) % len(programs)]
+            if not torch.equal(run(program, x, width, keep=keep), expected):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_number_of_threads_changes_between_calls(programs):
+    program, _m, x, width, keep, expected = programs[0]
+    for threads in (1, 5, 2, 9, 1, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(run(program, x, width, keep=keep), expected)
+
+
+def _in_child(programs, queue) -> None:
+    torch.set_num_threads(3)
+    queue.put(all(torch.equal(run(p, x, width, keep=keep), e) for p, _m, x, width, keep, e in programs))
+
+
+def test_a_forked_child_has_a_team_of_its_own(programs):
+    torch.set_num_threads(3)
+    program, _m, x, width, keep, expected = programs[0]
+    run(program, x, width, keep=keep)
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_in_child, args=(programs, queue))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0 and queue.get()
+    assert torch.equal(run(program, x, width, keep=keep), expected)
+
+
+def test_the_models_own_code_runs_between_threads(programs):
+    torch.set_num_threads(4)
+    g = torch.Generator().manual_seed(6)
+    m = Maker(40)
+    w1, w2, w3 = (torch.randn(40, 40, generator=g) / 6 for _ in range(3))
+    (a,) = m.product(m.norm(m.hidden), w1, residual=m.hidden)
+    (b,) = m.call([a], [40])
+    (c,) = m.product(b, w2, residual=a)
+    (d,) = m.call([c, b], [40])
+    (logits,) = m.product(m.combine((d, 1.0, None), (m.hidden, 1.0, None)), w3)
+    program = m.program(logits)
+    x = torch.randn(1, 2, 40, generator=g)
+    positions = torch.zeros(1, 2, dtype=torch.int64)
+
+    def call() -> torch.Tensor:
+        number = raw.start(program, x, positions, None, no_records(15), no_records(), 2, 0)
+        try:
+            u, v, w, out = (torch.empty(1, 2, 40) for _ in range(4))
+            assert raw.step(number) == 2
+            raw.read(number, a, u)
+            raw.write(number, b, u.sin())
+            assert raw.step(number) == 4
+            raw.read(number, c, v)
+            raw.read(number, b, w)
+            raw.write(number, d, v * w)
+            assert raw.step(number) == -1
+            raw.read(number, logits, out)
+            return out
+        finally:
+            raw.finish(number)
+
+    torch.set_num_threads(1)
+    expected = call()
+    torch.set_num_threads(4)
+    raw.delays(20)
+    for _ in range(200):
+        assert torch.equal(call(), expected)
+    h = x.double()
+    a64 = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5) @ w1.double().T + h
+    d64 = (a64.sin() @ w2.double().T + a64) * a64.sin()
+    torch.testing.assert_close(expected.double(), (d64 + h) @ w3.double().T, rtol=1e-4, atol=1e-4)
