@@ -128,14 +128,21 @@ def generate(model: nn.Module, ids: Tensor | None = None, new: int = 12, **optio
 
 @contextmanager
 def uses_program(model: nn.Module, at_least: int = 1) -> Iterator[None]:
-    """The block's calls of the model take its program. Before there are programs this asserts nothing."""
+    """The block's calls of the model take its program, all of them."""
+    steps = model.__dict__["_bigkernels_program"]
+    taken, left = steps.taken, steps.left
     yield
+    assert steps.left == left, steps.why
+    assert steps.taken >= taken + at_least
 
 
 @contextmanager
 def uses_modules(model: nn.Module) -> Iterator[None]:
     """No call in the block takes the program."""
+    steps = model.__dict__.get("_bigkernels_program")
+    taken = 0 if steps is None else steps.taken
     yield
+    assert (0 if steps is None else steps.taken) == taken
 
 
 def given(out: Any) -> Any:

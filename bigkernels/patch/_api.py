@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..program._suspend import ABSENT as _ABSENT
+from ..program._suspend import RECORD as _RECORD
+from . import _decode
+from ._bound import Bound
 from ._generated import rewritten
 from ._report import PatchReport, Row
 from ._rule import Plan, Skip, Write
@@ -19,10 +23,6 @@ from ._source import all_sites, check_rewritable, find_source
 from ._verify import undisturbed
 from ._writes import written_after
 from .rules import MODULE_RULES, SOURCE_RULES
-
-# Key in a module's __dict__ under which the values that patch wrote and those that were there before are kept.
-_RECORD = "_bigkernels_patch"
-_ABSENT = "absent"
 
 
 def patch(
@@ -34,6 +34,7 @@ def patch(
     mlp: bool = True,
     loss: bool = True,
     linear: bool | None = None,
+    decode: bool = True,
     verify: bool = True,
     strict: bool = False,
 ) -> PatchReport:
@@ -71,7 +72,8 @@ def patch(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"bigkernels.patch: model must be a torch.nn.Module, got {type(model).__name__}")
-    flags = {"attention": attention, "norm": norm, "rope": rope, "mlp": mlp, "loss": loss, "linear": linear}
+    flags = {"attention": attention, "norm": norm, "rope": rope, "mlp": mlp, "loss": loss, "linear": linear,
+             "decode": decode}  # fmt: skip
     with undisturbed(p.device for p in model.parameters()):
         writes, report = _plan(model, flags, verify)
     if strict and report.skipped:
@@ -104,14 +106,6 @@ def patched(model: nn.Module, **options: bool | None) -> Iterator[PatchReport]:
         yield report
     finally:
         unpatch(model)
-
-
-class Bound(functools.partial):
-    """Like a bound method, but pickled with its function, where a method would be looked up in the class again."""
-
-    @property
-    def __func__(self) -> Callable:  # accelerate takes wrapped forwards apart by it
-        return self.func
 
 
 def _write(module: nn.Module, key: str, value: Any) -> None:
@@ -192,6 +186,15 @@ def _plan(model: nn.Module, flags: dict[str, bool | None], verify: bool) -> tupl
         if chosen:
             writes.append(Write(module, "forward", Bound(rewritten(type(module), tuple(chosen)), module)))
     writes += extra.values()
+    if flags["decode"]:
+        for path, module in _decode.candidates(model):
+            reason = "forward was already replaced on this instance" if _foreign(module, "forward") else None
+            reason = reason or _decode.unsupported(module)
+            if reason is not None:
+                report.skipped.append(Row(path, f"decode program: {reason}", None))
+                continue
+            writes += _decode.writes_for(module, writes)
+            report.inference.append(Row(path, "decode program, found at first use", None))
     for rows in (report.patched, report.inference, report.skipped):
         rows.sort(key=lambda row: order[row.path])
     return writes, report

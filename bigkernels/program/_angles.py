@@ -17,10 +17,10 @@ _WORDS = ctypes.sizeof(records.AngleTable) // 8
 
 
 class Tables:
-    """The angles of a graph, made at first use."""
+    """The angles of a graph for hidden states of a dtype, made at first use."""
 
-    def __init__(self, angles: list[Angles]) -> None:
-        self._angles = angles
+    def __init__(self, angles: list[Angles], dtype: torch.dtype) -> None:
+        self._angles, self._dtype = angles, dtype
         self._made: list[tuple[Tensor, Tensor] | None] = [None] * len(angles)
         self._rows = torch.zeros(len(angles), _WORDS, dtype=torch.int64, device="cpu")
         self._length = 0 if any(a.table for a in angles) else None
@@ -50,7 +50,7 @@ class Tables:
 
     def _make(self, i: int, positions: Tensor) -> None:
         angles = self._angles[i]
-        x = torch.zeros(1, 1, 1, dtype=angles.dtype, device="cpu")
+        x = torch.zeros(1, 1, 1, dtype=self._dtype, device="cpu")
         pair = tuple(
             t.expand(*positions.shape, -1).reshape(-1, t.shape[-1]) for t in angles.module(x, positions, *angles.extra)
         )

@@ -54,7 +54,7 @@ class Lowered:
         """
         self.reads, self.products, self.rounds = Reads(), 0, False
         self._integers = dtype in (torch.bfloat16, torch.float16) if integers is None else integers
-        self._widths = list(graph.widths)
+        self._dtype, self._widths = dtype, list(graph.widths)
         self.records: list[records.Record] = []
         self.calls: dict[int, Call] = {}
         for operation in fuse(graph.operations, self._widths, graph.logits):
@@ -123,9 +123,9 @@ class Lowered:
             out_scale=o.out_scale,
             residual_scale=o.residual_scale,
             x_column=o.x_column,
-            integers=all(operand.rounds or self._integers for operand in operands),
+            integers=self._rounding(all(operand.rounds for operand in operands)),
         )
-        self.rounds |= bool(made.integers) and any(w.weight.kind not in TYPES.values() for w in operands)
+        self.rounds |= made.integers == 1 and any(w.weight.kind not in TYPES.values() for w in operands)
         for i in range(records.MAX_WEIGHTS):
             made.out[i] = -1
         for i, (part, operand) in enumerate(zip(o.parts, operands, strict=True)):
@@ -134,6 +134,10 @@ class Lowered:
             made.weight[i] = operand.weight if end - begin == operand.weight.n else rows_of(operand.weight, begin, end)
             made.bias[i] = self._bias(operand, begin, end)
         return "product", made
+
+    def _rounding(self, dynamic: bool) -> int:
+        """What becomes of tokens that meet codes; `dynamic`: the format rounds them by itself."""
+        return 1 if dynamic or self._integers else 2 if self._dtype == torch.bfloat16 else 0
 
     def _bias(self, operand: Operand, begin: int, end: int) -> records.Vector:
         made = self.reads.vector(operand.bias, operand.weight.n, "a bias")
@@ -186,10 +190,10 @@ class Lowered:
         )
 
     def _experts(self, o: Experts) -> tuple[str, records.ExpertsRecord]:
-        made = experts_record(o, self.reads, self._new, self._integers)
+        made = experts_record(o, self.reads, self._new, self._rounding(False))
         self.products += 3
         held = (getattr(o.stacked.module, name) for name in (o.stacked.gate_up, o.stacked.down))
-        self.rounds |= bool(made.integers) and any(isinstance(weights, QuantizedExperts) for weights in held)
+        self.rounds |= made.integers == 1 and any(isinstance(weights, QuantizedExperts) for weights in held)
         return "experts", made
 
     def _new(self, width: int) -> int:

@@ -15,11 +15,11 @@ from ._trace import Refused
 from ._weights import TYPES, Reads, plain_tensor, rows_of
 
 
-def experts_record(o: Experts, reads: Reads, new: Callable[[int], int], integers: bool) -> records.ExpertsRecord:
+def experts_record(o: Experts, reads: Reads, new: Callable[[int], int], integers: int) -> records.ExpertsRecord:
     """
     Args:
         new: gives a value of some columns.
-        integers: whether tokens are rounded for codes of 4 and 8 bits.
+        integers: what becomes of tokens that meet codes.
 
     Raises:
         Refused: with what records cannot hold.
@@ -39,8 +39,8 @@ def experts_record(o: Experts, reads: Reads, new: Callable[[int], int], integers
     gate, up = (first, second) if halves else ((both, both_bias), (None, None))
     made = records.ExpertsRecord(
         x=o.x, out=o.out, residual=-1, experts=o.experts, top=o.top, inner=inner, renormalize=o.renormalize,
-        sigmoid=o.sigmoid, scale=o.scale, act=records.ACTS[o.act], integers=integers or rounded or also, limit=o.limit,
-        alpha=o.alpha, up_offset=o.up_offset,
+        sigmoid=o.sigmoid, scale=o.scale, act=records.ACTS[o.act],
+        integers=1 if rounded or also else integers, limit=o.limit, alpha=o.alpha, up_offset=o.up_offset,
     )  # fmt: skip
     made.hidden = new(o.top * inner)
     if o.logits is None:

@@ -34,7 +34,8 @@ def disturbance(model: nn.Module) -> str | None:
             own = module.__dict__.get(key, ABSENT)
             if own is not ABSENT and own is not record.get(key, (ABSENT,))[0]:
                 return f"{where}: its forward was replaced on this instance"
-            if record.get(key, (None, ABSENT))[1] is not ABSENT:
+            before = record.get(key, (None, ABSENT))[1]
+            if not (isinstance(before, str) and before == ABSENT):  # of a pickle, it is another string
                 return f"{where}: its forward was replaced on this instance"
     return None
 

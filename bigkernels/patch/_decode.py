@@ -1,0 +1,44 @@
+"""The step program of causal language models: which modules get one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..program._forward import forward
+from ..program._state import KEY, Steps, unsupported
+from ._bound import Stepping
+from ._rule import Write
+
+
+def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that `generate` calls: they take tokens and a cache. Those inside of another one are left out."""
+    inside: set[nn.Module] = set()
+    for path, module in model.named_modules():
+        if module not in inside and _generates(module):
+            inside.update(module.modules())
+            yield path, module
+
+
+def _generates(module: nn.Module) -> bool:
+    if not hasattr(type(module), "prepare_inputs_for_generation") or not hasattr(module, "config"):
+        return False
+    try:
+        names = inspect.signature(type(module).forward).parameters
+    except (TypeError, ValueError):
+        return False
+    return "input_ids" in names and ("cache" in names or "past_key_values" in names)
+
+
+def writes_for(module: nn.Module, others: list[Write]) -> list[Write]:
+    """What to write, among what is written for other reasons: the program goes around the forward that they give."""
+    at = next((i for i, w in enumerate(others) if w.module is module and w.key == "forward"), None)
+    below = None if at is None else others[at].value.func
+    if at is not None:
+        del others[at]
+    return [Write(module, "forward", Stepping(forward, module, below)), Write(module, KEY, Steps())]
+
+
+__all__ = ["candidates", "unsupported", "writes_for"]

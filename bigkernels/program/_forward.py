@@ -1,0 +1,168 @@
+"""In the place of a causal language model's forward: its program where that gives the same, else its own code."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _hooks
+
+from .._torch_private import dispatch_modes, transforms
+from ..ops._registry import log
+from ._cache import describe
+from ._padding import Refusal, starts_of
+from ._program import Program
+from ._state import KEY, Steps
+from ._verify import new_cache
+
+# Arguments that say how a call is answered; whoever gives another one gets the model's own code.
+_KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache", "use_cache",
+          "logits_to_keep", "return_dict", "cache_position"}  # fmt: skip
+_ROWS = 256  # tokens of a run: what layers make of them stays in the caches
+_GLOBAL_HOOKS = (_hooks._global_forward_hooks, _hooks._global_forward_pre_hooks)
+_forward_ad = torch.autograd.forward_ad
+_is_jit_tracing = torch._C._is_tracing
+_function_modes = torch._C._len_torch_function_stack
+
+
+def forward(module: nn.Module, below: Callable | None, *args: Any, **kwargs: Any) -> Any:
+    """`below` is the function that would be called without it, None for the class's own."""
+    if not torch.compiler.is_compiling():
+        steps = module.__dict__.get(KEY)
+        if steps is not None:
+            out = _by_program(module, steps, args, kwargs)
+            if out is not None:
+                return out
+    return (type(module).forward if below is None else below)(module, *args, **kwargs)
+
+
+def _by_program(module: nn.Module, steps: Steps, args: tuple, kwargs: dict) -> Any:
+    try:
+        if args:
+            kwargs = steps.named(module, args, kwargs)
+        call = _Call(module, kwargs)
+        with steps.lock:
+            program = steps.ready(module)
+            if program is None:
+                raise Refusal(steps.reason)
+            out = call.run(steps, program)
+        steps.taken += 1
+        return out
+    except Refusal as refusal:
+        steps.left, steps.why = steps.left + 1, str(refusal)
+        _log(type(module).__qualname__, steps.why)
+        return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _log(name: str, reason: str) -> None:
+    """Once for each reason."""
+    log.info("decode: %s runs its modules: %s", name, reason)
+
+
+class _Call:
+    """The arguments of a call that a program can answer.
+
+    Raises:
+        Refusal: it cannot.
+    """
+
+    def __init__(self, module: nn.Module, given: dict[str, Any]) -> None:
+        get = given.get
+        ids, embeds = get("input_ids"), get("inputs_embeds")
+        x = embeds if ids is None else ids
+        if (ids is None) == (embeds is None) or type(x) is not Tensor or x.dim() != (2 if embeds is None else 3):
+            raise Refusal("neither tokens nor embeddings (B, S)")
+        if not x.is_cpu:
+            raise Refusal(f"tokens on {x.device.type}")
+        self.batch, self.tokens = x.shape[:2]
+        if not self.batch or not self.tokens:
+            raise Refusal("no tokens")
+        for key, value in given.items():
+            if key not in _KNOWN and value is not None and value is not False:
+                raise Refusal(f"{key} is given")
+        _check_surroundings()
+        config = module.config
+        for key in ("output_attentions", "output_hidden_states"):
+            if get(key) is None and getattr(config, key, False):
+                raise Refusal(f"the configuration asks for {key}")
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
+            raise Refusal("gradients are recorded")
+        self.module, self.ids, self.embeds = module, ids, embeds
+        self.cache = get("cache", get("past_key_values"))
+        self.use_cache = config.use_cache if get("use_cache") is None else get("use_cache")
+        keep = get("logits_to_keep", 0)
+        if type(keep) is not int or keep < 0:
+            raise Refusal("logits_to_keep is no whole number")
+        self.keep = min(keep, self.tokens) or self.tokens
+        self.tuple = get("return_dict") is False or (get("return_dict") is None and config.return_dict is False)
+        self.mask, self.positions = get("attention_mask"), get("position_ids")
+
+    def run(self, steps: Steps, program: Program) -> Any:
+        with torch.no_grad():
+            return self._run(steps, program)
+
+    def _run(self, steps: Steps, program: Program) -> Any:
+        cache = self.cache
+        if cache is None:
+            cache = new_cache(self.module)
+        described = describe(cache, program.shapes, self.batch, self.tokens, program.dtype)
+        if isinstance(described, str):
+            raise Refusal(described)
+        past = described.past
+        starts = starts_of(self.mask, self.batch, self.tokens, past, program.windows)
+        positions, longest = self._positions(past)
+        hidden = program.graph.embed(self.ids, positions, self.embeds)
+        if hidden.dtype != program.dtype or hidden.dim() != 3:
+            raise Refusal(f"hidden states are {hidden.dtype}")
+        logits = torch.empty(self.batch, self.keep, program.vocabulary, dtype=steps.output.dtype, device="cpu")
+        size = max(1, _ROWS // self.batch)
+        for begin in range(0, self.tokens, size):
+            end = min(begin + size, self.tokens)
+            part = (hidden, positions) if size >= self.tokens else (
+                hidden[:, begin:end].contiguous(), positions[:, begin:end].contiguous())  # fmt: skip
+            first = self.tokens - self.keep  # token of the first row of logits
+            wanted = logits[:, max(begin - first, 0) : max(end - first, 0)]
+            out = wanted if wanted.is_contiguous() and wanted.shape[1] else wanted.new_empty(
+                self.batch, max(wanted.shape[1], 1), program.vocabulary)  # fmt: skip
+            program.run(*part, starts, longest, described.packed, described.past, out)
+            described.advance(end - begin)
+            if out is not wanted and wanted.shape[1]:
+                wanted.copy_(out)
+        return steps.output.make(logits, cache if self.cache is not None or self.use_cache else None, self.tuple)
+
+    def _positions(self, past: int) -> tuple[Tensor, int]:
+        given = self.positions
+        if given is None:
+            every = torch.arange(past, past + self.tokens, dtype=torch.int64, device="cpu")
+            return every.expand(self.batch, -1).contiguous(), past + self.tokens - 1
+        if type(given) is not Tensor or given.dim() != 2 or given.dtype != torch.int64 or not given.is_cpu:
+            raise Refusal("position_ids are no whole numbers (B, S)")
+        if given.shape[1] != self.tokens or given.shape[0] not in (1, self.batch):
+            raise Refusal(f"position_ids are {tuple(given.shape)}")
+        if given.numel() == 1:
+            first = last = given.item()
+        else:
+            if self.mask is None and (given[:, 1:] - given[:, :-1] != 1).any():
+                raise Refusal("position_ids are not consecutive")  # several sequences in one
+            first, last = (int(t) for t in given.aminmax())
+        if first < 0:
+            raise Refusal("a position is negative")
+        if given.shape[0] != self.batch or not given.is_contiguous():
+            given = given.expand(self.batch, -1).contiguous()
+        return given, last
+
+
+def _check_surroundings() -> None:
+    """Nothing looks at or changes the operators of a call."""
+    if torch.is_autocast_enabled("cpu"):
+        raise Refusal("autocast is on")
+    if _function_modes() or dispatch_modes() or _is_jit_tracing():
+        raise Refusal("something watches the operators")
+    if transforms() is not None or _forward_ad._current_level >= 0:
+        raise Refusal("a transform of torch.func is around it")
+    if any(_GLOBAL_HOOKS):
+        raise Refusal("there are hooks on all modules")

@@ -1,0 +1,119 @@
+"""A graph as it runs: its records, its tables of angles, and the tensors that these point to."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from ..ops import program as ops
+from ._angles import Tables
+from ._cache import CacheShape
+from ._ir import Attend, Call, Graph
+from ._lower import Lowered
+from ._trace import Refused
+
+
+class Program:
+    """The steps of one model.
+
+    Attributes:
+        graph: what was found in the model.
+        dtype: of the hidden states that come in.
+        shapes: what it keeps of a token in each layer of the cache.
+        windows: how many keys a token sees in its layers; 0: all.
+        lowered: its records. They are good as long as the tensors that they point to stay where they are.
+    """
+
+    def __init__(self, graph: Graph, dtype: torch.dtype, integers: bool | None = None) -> None:
+        """
+        Raises:
+            Refused: with what records cannot hold.
+        """
+        self.graph, self.dtype, self._integers = graph, dtype, integers
+        self._tables = Tables(graph.angles, dtype)
+        self.shapes = _shapes(graph)
+        self.windows = {o.window for o in graph.operations if isinstance(o, Attend)}
+        self.lowered = Lowered(graph, dtype, integers)
+
+    def lower(self) -> None:
+        """Make the records anew: tensors are elsewhere, or lie in another way."""
+        ops.settle()
+        self._tables.forget()
+        self.lowered = Lowered(self.graph, self.dtype, self._integers)
+
+    @property
+    def reads(self) -> list[Tensor]:
+        """The tensors of the model that the records point to."""
+        return self.lowered.reads.held
+
+    @property
+    def rounds(self) -> bool:
+        """Whether tokens are rounded to 8 bits for some product."""
+        return self.lowered.rounds
+
+    @property
+    def vocabulary(self) -> int:
+        return self.lowered.widths[self.lowered.logits]
+
+    def run(
+        self, hidden: Tensor, positions: Tensor, starts: Tensor | None, longest: int, caches: Tensor, past: int,
+        logits: Tensor,
+    ) -> None:  # fmt: skip
+        """One run: keys and values go to the caches.
+
+        Args:
+            hidden: (B, S, width).
+            positions: (B, S), int64, `longest` the largest of them.
+            starts: (B,), int64, the first token of each sequence that is no padding; None where there is none.
+            caches: a LayerCache a row.
+            past: tokens that a sequence has in the caches.
+            logits: (B, keep, V), of the last `keep` tokens.
+        """
+        angles = self._tables.at(positions, longest)
+        if not self.lowered.calls:
+            ops.run(self.lowered.packed, hidden, positions, starts, caches, angles, logits, past)
+            return
+        number = ops.start(self.lowered.packed, hidden, positions, starts, caches, angles, logits.shape[1], past)
+        try:
+            while (at := ops.step(number)) >= 0:
+                tokens = (hidden if self.lowered.keeps is None or at < self.lowered.keeps else logits).shape[1]
+                self._call(number, self.lowered.calls[at], hidden.new_empty(hidden.shape[0], tokens, 0))
+            ops.read(number, self.lowered.logits, logits)
+        finally:
+            ops.finish(number)
+
+    def _call(self, number: int, call: Call, like: Tensor) -> None:
+        given = [like.new_empty(*like.shape[:2], self.lowered.widths[x]) for x in call.xs]
+        for x, t in zip(call.xs, given, strict=True):
+            ops.read(number, x, t)
+        made = call.function(*given)
+        made = made if isinstance(made, (tuple, list)) else (made,)
+        for value, t in zip(call.outs, made, strict=True):
+            ops.write(number, value, t)
+
+    def describe(self) -> str:
+        """For the report."""
+        formats = ", ".join(f"{count} {name}" for name, count in sorted(self.lowered.reads.formats.items()))
+        return f"decode program: {self.graph.layers} layers, {self.lowered.products} products ({formats})"
+
+    def __del__(self) -> None:
+        # Threads that lost their core may still read what goes away now.
+        if not sys.is_finalizing():
+            ops.settle()
+
+
+def _shapes(graph: Graph) -> list[CacheShape]:
+    shapes: dict[int, CacheShape] = {}
+    for o in graph.operations:
+        if isinstance(o, Attend):
+            shape = CacheShape(o.groups, o.d, o.dv, o.window)
+            held = shapes.setdefault(o.layer, shape)
+            if held[:3] != shape[:3]:
+                raise Refused("layers of different heads that share a cache")
+            if held.window != shape.window:
+                shapes[o.layer] = held._replace(window=0)
+    if sorted(shapes) != list(range(graph.layers)):
+        raise Refused("a layer of the cache that no attention reads")
+    return [shapes[i] for i in range(graph.layers)]

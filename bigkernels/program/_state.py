@@ -1,0 +1,187 @@
+"""What a model keeps of its program: made at first use, and made anew when the model is no longer what it was."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .._load import cpu_library
+from ._find import find
+from ._ir import Graph
+from ._program import Program
+from ._suspend import disturbance
+from ._trace import Refused
+from ._verify import Output, verify
+from ._watch import Snapshot, Watch
+
+KEY = "_bigkernels_program"
+_KEPT = 3  # states of a model that are remembered: with and without adapters, say
+_RANDOM = ("drop", "jitter", "noise")
+
+
+class _Entry(NamedTuple):
+    """One state of a model, and its program or the reason why there is none."""
+
+    snapshot: Snapshot
+    watch: Watch
+    program: Program | None
+    output: Output | None
+    reason: str
+
+
+class Steps:
+    """The program of a causal language model, under `KEY` in the model's `__dict__`.
+
+    Attributes:
+        reason: why there is no program, after `ready` returned None.
+        output: how logits are returned.
+        taken, left: how many calls were answered by the program, and by the modules; `why` the last of these.
+    """
+
+    def __init__(self, integers: bool | None = None) -> None:
+        self.integers = integers
+        self.reason, self.output = "", None
+        self.taken = self.left = 0
+        self.why = ""
+        self._entries: list[_Entry] = []  # the current one first
+        self._classes: list[tuple[type, Callable]] = []
+        self._names: tuple[str, ...] = ()
+        self._random: str | None = None  # why calls in training are the modules', as of `_mode_of`
+        self._mode_of: tuple[Watch, int] | None = None
+        self.lock = threading.Lock()
+        _all.add(self)
+
+    def __deepcopy__(self, memo: dict) -> Steps:
+        return Steps(self.integers)
+
+    def __reduce__(self) -> tuple:
+        return Steps, (self.integers,)
+
+    def named(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name."""
+        if not self._names:
+            self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        return dict(zip(self._names, args, strict=False)) | kwargs
+
+    def ready(self, module: nn.Module) -> Program | None:
+        """The program of the model as it is now; None with a `reason` where there is none."""
+        entry = self._entries[0] if self._entries else None
+        touched = entry is None or not entry.watch.untouched() or any(c.forward is not f for c, f in self._classes)
+        if touched or (entry.watch, entry.watch.forgiven) != self._mode_of:
+            self._random = _random(module)
+        if self._random:
+            self.reason, self._mode_of = self._random, None
+            return None
+        if touched:
+            entry = self._changed(module)
+        else:
+            alike, there = entry.watch.tensors_untouched()
+            if not there:
+                entry = self._entries[0] = self._moved(module, entry, alike)
+        self._mode_of = entry.watch, entry.watch.forgiven
+        self.reason, self.output = entry.reason, entry.output
+        return entry.program
+
+    def _changed(self, module: nn.Module) -> _Entry:
+        """Of a state that was not there a call ago."""
+        snapshot, known = Snapshot(module.modules()), None
+        classes = [(c, c.forward) for c in {type(m): None for m in module.modules()}]
+        if classes == self._classes:
+            known = next((e for e in self._entries if e.snapshot.alike(snapshot)), None)
+        self._classes = classes
+        others = [e for e in self._entries if e is not known and e.program is not None]
+        entry = self._made(module) if known is None else self._moved(module, known, True)
+        # Of states that are gone, nothing is kept alive.
+        held = {id(t) for t in (*module.parameters(), *module.buffers())}
+        others = [e for e in others if held.issuperset(map(id, e.program.reads))]
+        self._entries = [entry, *others][:_KEPT]
+        return entry
+
+    def _moved(self, module: nn.Module, entry: _Entry, alike: bool) -> _Entry:
+        """Of a state that was there before, with tensors elsewhere, or, without `alike`, that lie in another way."""
+        program = entry.program
+        if program is None:
+            return self._made(module)
+        try:
+            dtype = _dtype(program.graph)
+            if alike and dtype == program.dtype:
+                program.lower()
+                return _Entry(*self._watched(module, program), program, entry.output, "")
+            return self._checked(module, program.graph, dtype)
+        except Exception:  # noqa: BLE001  the search says what is wrong
+            return self._made(module)
+
+    def _made(self, module: nn.Module) -> _Entry:
+        reason = unsupported(module)
+        if reason is None:
+            try:
+                graph = find(module)
+                if not isinstance(graph, str):
+                    return self._checked(module, graph, _dtype(graph))
+                reason = graph
+            except Refused as refusal:
+                reason = str(refusal)
+            except Exception as error:  # noqa: BLE001  a check must never break the user's program
+                message = (str(error).splitlines() or [""])[0][:100]
+                reason = f"the check failed: {type(error).__name__}: {message}"
+        return _Entry(*self._watched(module, None), None, None, reason)
+
+    def _checked(self, module: nn.Module, graph: Graph, dtype: torch.dtype) -> _Entry:
+        program = Program(graph, dtype, self.integers)
+        output = verify(module, program)
+        return _Entry(*self._watched(module, program), program, output, "")
+
+    def _watched(self, module: nn.Module, program: Program | None) -> tuple[Snapshot, Watch]:
+        snapshot = Snapshot(module.modules())
+        return snapshot, Watch(snapshot, list(module.parameters()) if program is None else program.reads)
+
+
+def unsupported(module: nn.Module) -> str | None:
+    """Why a model cannot have a program, as far as that is seen without running it."""
+    if cpu_library().reason is not None:
+        return f"there are no kernels: {cpu_library().reason}"
+    for t in module.parameters():
+        if t.device.type != "cpu":
+            return f"a parameter is on {t.device.type}"
+    return disturbance(module)
+
+
+def _dtype(graph: Graph) -> torch.dtype:
+    """Of the hidden states that go in."""
+    ids, positions = (torch.zeros(1, 1, dtype=torch.int64, device="cpu") for _ in range(2))
+    with torch.no_grad():
+        return graph.embed(ids, positions).dtype
+
+
+def _random(module: nn.Module) -> str | None:
+    """What draws random numbers in training; None in evaluation, and where nothing does."""
+    if not module.training and not any(m.training for m in module.modules()):
+        return None
+    for m in module.modules():
+        if m.training:
+            for key, value in (*m.__dict__.items(), *vars(getattr(m, "config", m)).items()):
+                named = any(part in key for part in _RANDOM) or (
+                    key == "p" and isinstance(m, nn.modules.dropout._DropoutNd)
+                )
+                if named and isinstance(value, float) and value > 0:
+                    return f"it is in training, with {key} {value}"
+    return None
+
+
+_all: weakref.WeakSet[Steps] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for steps in _all:
+        steps.lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,107 @@
+"""A program against the modules that it stands for, before it is used."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ._cache import describe
+from ._program import Program
+from ._suspend import suspended
+from ._trace import Refused
+
+_TOKENS = (9, 1)  # a prompt, and a token after it
+_ALLOWED = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}  # of the largest logit
+_ROUNDED = 0.15  # where tokens are rounded
+
+
+def cache_name(kind: type) -> str:
+    """What a model's forward calls the cache."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+
+
+def new_cache(module: nn.Module | None) -> Any:
+    """An empty cache, as the model makes one where none is given."""
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache() if module is None else DynamicCache(config=module.config)
+
+
+class Output(NamedTuple):
+    """How a model returns logits and its cache."""
+
+    kind: type
+    cache: str  # the name of its field
+    dtype: torch.dtype
+
+    def make(self, logits: Tensor, cache: Any, as_tuple: bool) -> Any:
+        out = self.kind(logits=logits, **{self.cache: cache})
+        return out.to_tuple() if as_tuple else out
+
+
+def verify(module: nn.Module, program: Program) -> Output:
+    """
+    Raises:
+        Refused: the program gives other logits than the modules, or these return more than logits.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    batch, size = 2, getattr(module.get_input_embeddings(), "num_embeddings", program.vocabulary)
+    ids = torch.randint(size, (batch, sum(_TOKENS)), generator=generator, dtype=torch.int64, device="cpu")
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        with torch.no_grad(), suspended(module):
+            theirs, output = _theirs(module, ids, mask, positions)
+            ours = _ours(program, ids, mask, positions, output.dtype)
+    finally:
+        for m in training:
+            m.training = True
+    seen = mask.bool()
+    a, b = ours[seen].double(), theirs[seen].double()
+    scale = b.abs().max().item()
+    error = (a - b).abs().max().item()
+    allowed = _ROUNDED if program.rounds else _ALLOWED.get(program.dtype, 2e-4)
+    if not error <= allowed * scale:
+        raise Refused(f"it gives other logits than the modules ({error / scale if scale else error:.1e} apart)")
+    return output
+
+
+def _theirs(module: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Output]:
+    """The modules' logits for every token, and how they come."""
+    name = cache_name(type(module))
+    made, cache, seen = [], new_cache(module), 0
+    for size in _TOKENS:
+        end = seen + size
+        out = type(module).forward(module, input_ids=ids[:, seen:end], attention_mask=mask[:, :end],
+                                   position_ids=positions[:, seen:end], use_cache=True, **{name: cache})  # fmt: skip
+        made.append(out.logits)
+        seen = end
+    kind = type(out)
+    others = [key for key in out.keys() if key not in ("logits", name)] if hasattr(out, "keys") else [kind.__name__]
+    if others or out[name] is not cache:
+        raise Refused(f"its output has {', '.join(others) or 'another cache'}")
+    return torch.cat(made, 1), Output(kind, name, made[0].dtype)
+
+
+def _ours(program: Program, ids: Tensor, mask: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    made, cache, seen = [], new_cache(None), 0
+    starts = ids.shape[1] - mask.sum(1)
+    for size in _TOKENS:
+        part = positions[:, seen : seen + size].contiguous()
+        hidden = program.graph.embed(ids[:, seen : seen + size], part)
+        described = describe(cache, program.shapes, ids.shape[0], size, program.dtype)
+        if isinstance(described, str):
+            raise Refused(described)
+        logits = torch.empty(ids.shape[0], size, program.vocabulary, dtype=dtype, device="cpu")
+        program.run(hidden, part, starts, int(part.max()), described.packed, described.past, logits)
+        described.advance(size)
+        made.append(logits)
+        seen += size
+    return torch.cat(made, 1)
