@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ._forms import close
 from ._ir import Call
 from ._suspend import suspended, wrapped
-from ._trace import ModuleCall, Recorder, Ref, Refused, exact, floating, leaves, mapped
+from ._trace import ModuleCall, Recorder, Ref, Refused, leaves, mapped
 
 if TYPE_CHECKING:
     from ._identify import Builder
@@ -147,7 +148,18 @@ def add_call(b: Builder, call: ModuleCall) -> None:
     if not outs:
         raise Refused(f"{where}: makes nothing that has a row for each token")
     code = ModuleCode(call.module, args, kwargs, tuple(kept))
+    if not _by_token(b, code, refs):
+        raise Refused(f"{where}: what it makes of a token depends on the others", call.begin)
     b.graph.operations.append(Call(tuple(numbers.values()), tuple(outs), code, call.path))
 
 
-__all__ = ["ModuleCode", "add_call", "enclosing", "exact", "floating", "in_float64"]
+def _by_token(b: Builder, code: ModuleCode, refs: list[Ref]) -> bool:
+    """Whether a token's outputs are the same whatever tokens stand beside it: they may come in any pieces."""
+    batch, length = b.trace.tokens.shape
+    given = [b.rows(b.tensor(r)).double().view(batch, length, -1) for r in refs]
+    whole = code(*given)
+    for first, last in ((0, 1), (1, 3), (length - 2, length)):
+        part = code(*(t[1:, first:last] for t in given))
+        if not all(close(p, w[1:, first:last], 1e-7) for p, w in zip(part, whole, strict=True)):
+            return False
+    return True

@@ -55,7 +55,7 @@ def _steps(model: nn.Module, graph: Graph, pieces: list[Tensor], starts: Tensor 
             seen = torch.arange(past, past + length, device=piece.device)[None] >= starts[:, None]
         past += length
         error = (made - theirs.view_as(made)).abs()[seen].max().item()
-        scale = theirs.abs().max().item()
+        scale = theirs.view_as(made)[seen].abs().max().item()
         if not error <= _ERROR * scale:
             what = "padded on the left" if starts is not None else f"{length} tokens after {past - length}"
             raise Refused(f"(model): what was found differs from the model by {error / scale:.1e}, {what}")

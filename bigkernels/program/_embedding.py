@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Positions:
-    """Rows of a table that the model keeps, at positions + offset."""
+    """Rows of a table that the model keeps, at positions + offset; or one `row` of it for all tokens."""
 
     table: Stored
     offset: int
+    row: int | None = None
 
     def __call__(self, position_ids: Tensor) -> Tensor:
-        return torch.nn.functional.embedding(
-            position_ids + self.offset if self.offset else position_ids, self.table.get()
-        )
+        table = self.table.get()
+        if self.row is not None:
+            return table[self.row]
+        return torch.nn.functional.embedding(position_ids + self.offset if self.offset else position_ids, table)
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,8 @@ def _with_positions(b: Builder, token: Ref, needed: set[int]) -> tuple[Ref, floa
             continue
         tables = [t for n in range(token.step + 1, number + 1) for t in _tables(b, n)]
         tables = list(dict.fromkeys(tables))
-        total = sum(t(b.trace.positions).double() for t in tables) if tables else None
-        if total is None or not close(zero, total.expand_as(zero), 1e-6):
+        total = sum(t(b.trace.positions).double().expand_as(zero) for t in tables) if tables else None
+        if total is None or not close(zero, total, 1e-6):
             break
         found = ref, plain(scale), tuple(tables)
     return found
@@ -161,7 +163,11 @@ def _tables(b: Builder, number: int):
             and stored.get().dim() == 2
             and other.name in ("embedding", "index_select", "__getitem__")
         ):
-            offset = index.reshape(-1)[0] - b.trace.positions.reshape(-1)[0]
-            yield Positions(stored, int(offset))
+            positions = b.trace.positions[:1] if index.shape[:1] == (1,) else b.trace.positions
+            offset = int(index.reshape(-1)[0] - positions.reshape(-1)[0])
+            if bool((index == index.reshape(-1)[0]).all()):
+                yield Positions(stored, 0, int(index.reshape(-1)[0]))
+            elif index.shape == positions.shape and bool((index == positions + offset).all()):
+                yield Positions(stored, offset)
         else:
             todo += refs_of(other)

@@ -27,12 +27,13 @@ def find(model: nn.Module) -> Graph | str:
         reason = disturbance(model)
         if reason is not None:
             raise Refused(reason)
+        names = arguments(model)
         trace = traced(model)
         if trace.recorder.reads is not None:
             raise Refused(f"{trace.recorder.reads or '(model)'}: its code looks at numbers that it computed")
         graph = _built(trace)
         graph.layers = 1 + max((u.layer for u in trace.updates), default=-1)
-        graph.position_ids = "positions" in arguments(model)
+        graph.position_ids = "positions" in names
         graph.modules = list(model.modules())
         check(model, graph)
         return graph

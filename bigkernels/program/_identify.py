@@ -45,6 +45,7 @@ class Builder:
         self.rotations = Rotations(self)
         self.appended: dict[int, Ref] = {}  # layer of the cache: the step that its keys come from
         self.device = trace.tokens.device
+        self.refused: Refused | None = None  # the first of an attempt that failed inside
         self.memory: dict[tuple, object] = {}  # what was found of modules of a kind
         self.opaque = {c.begin: c for c in sorted(opaque, key=lambda c: c.begin - c.end)}
         self.made: dict[int, object] = {}  # the operation that makes a value
@@ -130,13 +131,26 @@ class Builder:
         found = self._same(ref)
         if found is None:
             for attempt in (self._norm, self._activation, self._gated, self._combination):
-                found = attempt(ref)
+                found = self._tried(attempt, ref)
                 if found is not None:
                     break
         if found is None:
-            raise Refused(f"{self.path(ref)}: what it computes is not known", ref.step)
+            refused, self.refused = self.refused, None
+            raise refused or Refused(f"{self.path(ref)}: what it computes is not known", ref.step)
+        self.refused = None
         self.values[ref] = found
         return found
+
+    def _tried(self, attempt: Callable, ref: Ref) -> int | None:
+        """What an attempt finds; one that fails on the way leaves nothing behind."""
+        count, known = len(self.graph.operations), dict(self.values)
+        try:
+            return attempt(ref)
+        except Refused as refused:
+            self.refused = self.refused or refused
+            del self.graph.operations[count:]
+            self.values = known
+            return None
 
     def part(self, ref: Ref) -> tuple[int, int]:
         """(value, column) of rows that may be columns of a value."""

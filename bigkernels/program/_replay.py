@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection, Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from .._torch_private import without_functions
@@ -50,7 +51,7 @@ def steps_between(recorder: Recorder, outs: Collection[Ref], given: Collection[R
 
 def replay(recorder: Recorder, outs: Collection[Ref], given: Mapping[Ref, Tensor]) -> list[Tensor]:
     """`outs` from other values of `given`, in float64."""
-    values = dict(given)
+    values = {ref: _laid_out(t, recorder.steps[ref.step].outs[ref.number]) for ref, t in given.items()}
 
     def value(leaf):
         if isinstance(leaf, Ref):
@@ -65,12 +66,23 @@ def replay(recorder: Recorder, outs: Collection[Ref], given: Mapping[Ref, Tensor
             args, kwargs = mapped(value, step.args), mapped(value, step.kwargs)
             if is_in_place(step):
                 args = (args[0].clone(), *args[1:])
-            out = step.func(*args, **kwargs)
+            try:
+                out = step.func(*args, **kwargs)
+            except Exception as error:
+                where = f"{step.path}: {step.name} does not run on other numbers"
+                raise Refused(f"{where} ({type(error).__name__})", number) from error
             made = [args[0]] if step.name == "__setitem__" else [t for t in leaves(out) if isinstance(t, Tensor)]
             for i, t in enumerate(made):
                 if Ref(number, i) not in given:
                     values[Ref(number, i)] = t
         return [values[ref] if ref in values else exact(recorder.steps[ref.step].outs[ref.number]) for ref in outs]
+
+
+def _laid_out(t: Tensor, like: Tensor) -> Tensor:
+    """`t` with the strides that the model's tensor has: its code may only take a view of that."""
+    if t.stride() == like.stride() or t.shape != like.shape:
+        return t
+    return torch.empty_like(like, dtype=t.dtype).copy_(t)
 
 
 def is_in_place(step: Step) -> bool:
