@@ -15,6 +15,7 @@ from .._memory import reuse_memory
 from ..bench import engine, limits, report
 from ..bench.case import Settings
 from ..bench.families import FAMILIES, cases
+from ..bench.generation_bars import print_bars
 from .terminal import progress, table
 
 
@@ -34,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not keep freed memory for the next tensor (bigkernels.reuse_memory), for any candidate",
     )
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="cases whose name has all of these words in it")
+    parser.add_argument("--candidates", nargs="+", metavar="NAME", help="of the generation family; default: all")
+    parser.add_argument("--model", default="", metavar="DIR", help="of the generation family (default: the demo's)")
+    parser.add_argument("--baseline", default="", metavar="DIR",
+                        help="another checkout, built: the generation family measures its patch, too")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
 
 
@@ -43,7 +49,10 @@ def run(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         return _refuse("there is no CUDA device here")
     settings = _settings(args)
-    line_up = {family: cases(family, settings) for family in args.families or FAMILIES}
+    line_up = {
+        family: [case for case in cases(family, settings) if all(word in str(case) for word in args.only or ())]
+        for family in args.families or FAMILIES
+    }
     if args.list:
         rows = [[c.family, c, ", ".join(c.candidates)] for listed in line_up.values() for c in listed]
         table("Cases", ["family", "case", "candidates"], rows)
@@ -79,7 +88,8 @@ def _measure(line_up: dict, settings: Settings) -> tuple[list[engine.Row], limit
     rows = []
     with progress(1 + sum(map(len, line_up.values()))) as steps:
         steps.begin("limits of the machine")
-        measured = limits.measure(settings.device, seconds=0.05 if settings.quick else 1.0)
+        threads = {case.threads for listed in line_up.values() for case in listed}
+        measured = limits.measure(settings.device, seconds=0.05 if settings.quick else 1.0, threads=threads)
         report.print_limits(measured)
         for family, listed in line_up.items():
             of_family = []
@@ -87,15 +97,18 @@ def _measure(line_up: dict, settings: Settings) -> tuple[list[engine.Row], limit
                 steps.begin(f"{case.family} {case}")
                 of_family += engine.run(case, measured, settings, steps.note)
             report.print_rows(f"{family}: {FAMILIES[family]}", of_family)
+            if family == "generation":
+                print_bars(of_family, settings.quick)
             rows += of_family
     return rows, measured
 
 
 def _settings(args: argparse.Namespace) -> Settings:
     settings = Settings.quickly(args.device) if args.quick else Settings(args.device)
-    given = {name: getattr(args, name) for name in ("seconds", "batch", "length") if getattr(args, name) is not None}
+    names = ("seconds", "batch", "length", "model", "baseline")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return replace(settings, compile=settings.compile and not args.no_compile,
-                   fresh_memory=args.fresh_memory, **given)  # fmt: skip
+                   fresh_memory=args.fresh_memory, candidates=tuple(args.candidates or ()), **given)  # fmt: skip
 
 
 def _refuse(message: str) -> int:

@@ -32,6 +32,9 @@ class Settings:
         rounds: how often each candidate of a case is timed at least.
         seconds: how long the rounds of a case go on, at least.
         batch, length: of the model family's input.
+        model: the folder of the generation family's model; "" is the demo's.
+        baseline: a checkout of bigkernels that the generation family measures beside this one.
+        candidates: of the generation family, those that compete; () is all of them.
         fresh_memory: let the process give freed memory back, so that large outputs pay for their page faults.
     """
 
@@ -42,6 +45,9 @@ class Settings:
     seconds: float = 3.0
     batch: int = 1
     length: int = 1024
+    model: str = ""
+    baseline: str = ""
+    candidates: tuple[str, ...] = ()
     fresh_memory: bool = False
 
     @classmethod
@@ -56,11 +62,13 @@ class Candidate:
     Attributes:
         results: does the work once and returns what it computed, by name, to be checked.
         step: does the work once; this is what is timed. It must not change what the other candidates see.
+        timed: its step says itself how many seconds the part took that counts; its memory is not measured around it.
         bytes: that it reads and writes, where its formats make that another number than that of the case; else 0.
         part: of the work of the case, which is all that its step does; its times are scaled up to the whole.
         slow: its step takes so long that it is timed once, and its memory is not measured.
         state_bytes: for optimizers, what it keeps from one step to the next, in bytes a parameter.
         kept_bytes: for checkpoints, what it keeps between forward and backward.
+        figures: what else is known of it after the timing, by name.
     """
 
     name: str
@@ -71,6 +79,8 @@ class Candidate:
     slow: bool = False
     state_bytes: Callable[[], float] | None = None
     kept_bytes: Callable[[], int] | None = None
+    timed: bool = False
+    figures: Callable[[], dict[str, float]] | None = None
 
     @property
     def ours(self) -> bool:
@@ -116,6 +126,7 @@ class Case:
         flops: of the matrix products in it; 0 for row operators.
         products: the dtype of those products, where it is not that of the case.
         tokens: processed by a step, for whole models.
+        threads: that the case is about; 0 where those of the process are.
         cold: whether a GPU's cache is flushed between steps.
     """
 
@@ -134,6 +145,7 @@ class Case:
     only_read: bool = False
     in_place: bool = False
     products: str = ""
+    threads: int = 0
 
     @property
     def direction(self) -> str:

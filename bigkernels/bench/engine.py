@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 
 from .._compare import worst
-from .case import EAGER, OURS, Case, Missing, Settings, direction
+from .case import EAGER, OURS, Candidate, Case, Missing, Settings, direction
 from .limits import Limits
 from .memory import extra_peak
 from .timing import CpuTimer, CudaTimer, Statistics, Step, interleave
@@ -32,6 +32,9 @@ class Row:
         extra_bytes: the peak of the memory allocated during a step.
         state_bytes: for optimizers, what is kept from one step to the next, in bytes a parameter.
         kept_bytes: for checkpoints, what is kept between forward and backward.
+        figures: what else a candidate says: for generation, `cpu`, the processor seconds of a step by all threads,
+            `peak`, the most bytes held, weights included, and `perplexity`.
+        threads: that the case is about; 0 where those of the process are.
         part: of the work of the case, which is what was timed; `seconds` are scaled up to the whole.
         slow: timed once.
         vs_eager: how many times faster than eager.
@@ -59,6 +62,8 @@ class Row:
     extra_bytes: int | None = None
     state_bytes: float | None = None
     kept_bytes: int | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+    threads: int = 0
     part: float = 1.0
     slow: bool = False
     vs_eager: float | None = None
@@ -84,18 +89,27 @@ def run(case: Case, limits: Limits, settings: Settings, announce: Announce = lam
         announce: is told what is being done, for a progress bar.
     """
     with torch.set_grad_enabled(bool(case.backward)):
-        steps, rows = check(case, announce)
+        candidates, rows = _check(case, announce)
+        steps = {name: candidate.step for name, candidate in candidates.items()}
         by_name = {row.candidate: row for row in rows}
         announce("timing")
         timer = CudaTimer(case.cold) if case.device == "cuda" else CpuTimer()
+        themselves = {candidate.step for candidate in candidates.values() if candidate.timed}
         once = {name for name in steps if by_name[name].slow}
-        seconds = interleave(steps, timer, rounds=settings.rounds, seconds=settings.seconds, once=once)
+        seconds = interleave(
+            steps,
+            lambda step, repeats: step() if step in themselves else timer(step, repeats),
+            rounds=settings.rounds,
+            seconds=settings.seconds,
+            once=once,
+        )
         announce("memory")
-        for name, step in steps.items():
+        for name, candidate in candidates.items():
             row = by_name[name]
             row.seconds = Statistics.of([taken / row.part for taken in seconds[name]])
-            row.extra_bytes = None if row.slow else extra_peak(step, case.device)
-    _judge(case, limits, by_name)
+            row.figures = candidate.figures() if candidate.figures else {}
+            row.extra_bytes = None if row.slow or candidate.timed else extra_peak(candidate.step, case.device)
+    _judge(case, limits.at(case.threads), by_name)
     return rows
 
 
@@ -105,6 +119,11 @@ def check(case: Case, announce: Announce = lambda what: None) -> tuple[dict[str,
     Returns:
         The steps of the candidates that are right, each run before; and a row, not timed yet, for every candidate.
     """
+    candidates, rows = _check(case, announce)
+    return {name: candidate.step for name, candidate in candidates.items()}, rows
+
+
+def _check(case: Case, announce: Announce) -> tuple[dict[str, Candidate], list[Row]]:
     announce("inputs and reference")
     try:
         with torch.enable_grad():  # patching a model also compares gradients
@@ -114,7 +133,7 @@ def check(case: Case, announce: Announce = lambda what: None) -> tuple[dict[str,
         return {}, [_row(case, "all", status="missing", reason=str(reason))]
     except Exception as error:  # noqa: BLE001 - the other cases can still run
         return {}, [_row(case, "all", status="failed", reason=_first_line(error), ours=True)]
-    steps, rows = {}, []
+    right, rows = {}, []
     for candidate in contest.candidates:
         announce(f"{candidate.name}: checking")
         row = _row(case, candidate.name, ours=candidate.ours)
@@ -126,6 +145,9 @@ def check(case: Case, announce: Announce = lambda what: None) -> tuple[dict[str,
                 candidate.step()
             row.state_bytes = candidate.state_bytes() if candidate.state_bytes else None
             row.kept_bytes = candidate.kept_bytes() if candidate.kept_bytes else None
+        except Missing as reason:
+            row.status, row.reason = "missing", str(reason)
+            continue
         except Exception as error:  # noqa: BLE001 - whatever it is, the others can still be timed
             row.status, row.reason = "failed", _first_line(error)
             continue
@@ -136,12 +158,12 @@ def check(case: Case, announce: Announce = lambda what: None) -> tuple[dict[str,
         if not comparison.ok:
             row.status, row.reason = "wrong", f"{name}: {comparison}"
             continue
-        steps[candidate.name] = candidate.step
+        right[candidate.name] = candidate
         if candidate.name == EAGER:
             # The criterion's "PyTorch in the same dtype" is what models run; it has been compared with the reference.
             plain = results
     rows += [_row(case, name, status="missing", reason=reason) for name, reason in contest.missing.items()]
-    return steps, rows
+    return right, rows
 
 
 def failed(rows: list[Row]) -> list[Row]:
@@ -151,7 +173,7 @@ def failed(rows: list[Row]) -> list[Row]:
 
 def _row(case: Case, candidate: str, *, ours: bool = False, status: str = "ok", reason: str | None = None) -> Row:
     return Row(case.family, case.name, case.device, case.dtype, case.backward, candidate, ours, case.metric,
-               case.bytes, case.flops, status, reason)  # fmt: skip
+               case.bytes, case.flops, status, reason, threads=case.threads)  # fmt: skip
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,8 @@ reading is measured by: within a few per cent of our loop on an Intel machine, t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
 import torch
 
@@ -36,6 +37,7 @@ class Limits:
         read: bytes a second where nothing is written; 0 where that was not measured.
         update: bytes a second, reads and writes counted, where most of what is read is written back to its place: the
             caches then need not fetch what is written, as a copy's do; 0 where that was not measured.
+        by_threads: the same with other numbers of CPU threads.
     """
 
     device: str
@@ -47,6 +49,11 @@ class Limits:
     read_method: str = _METHODS["mv"]
     update: float = 0.0
     update_method: str = _METHODS["add"]
+    by_threads: dict[int, Limits] = field(default_factory=dict)
+
+    def at(self, threads: int) -> Limits:
+        """Those of so many threads; of this one, where they were not measured."""
+        return self.by_threads.get(threads, self)
 
     def least_seconds(
         self, *, bytes: int, flops: int, dtype: str, only_read: bool = False, in_place: bool = False
@@ -57,8 +64,20 @@ class Limits:
         return max(bytes / bandwidth, flops / peak if flops and peak else 0.0)
 
 
-def measure(device: str, *, seconds: float = 1.0) -> Limits:
-    """Measure the limits of "cpu" or "cuda", about `seconds` for each figure."""
+def measure(device: str, *, seconds: float = 1.0, threads: Collection[int] = ()) -> Limits:
+    """Measure the limits of "cpu" or "cuda", about `seconds` for each figure, and on CPU by other `threads` too."""
+    found = _measure(device, seconds)
+    before = torch.get_num_threads()
+    try:
+        for count in sorted({*threads} - {0, before}):
+            torch.set_num_threads(count)
+            found.by_threads[count] = _measure(device, seconds)
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
+def _measure(device: str, seconds: float) -> Limits:
     native = _native() if device == "cpu" else None
     if native is not None:
         threads = torch.get_num_threads()

@@ -73,9 +73,10 @@ def print_limits(limits: Limits) -> None:
 def print_rows(title: str, rows: Sequence[Row]) -> None:
     """One table of a family's rows, and below it what is missing or wrong.
 
-    "limit" is the part of the measured limit that was reached, "memory" the peak during a step, "kept" what is held
-    between forward and backward, "state" the bytes a parameter that an optimizer keeps, "vs best" how many times faster
-    than the best candidate that is not ours, and "error" the part of the allowed error that was used.
+    "limit" is the part of the measured limit that was reached, "memory" the peak during a step, "peak" that of all
+    that a model holds, "cpu" the processor time of a step by all threads, "kept" what is held between forward and
+    backward, "state" the bytes a parameter that an optimizer keeps, "vs best" how many times faster than the best
+    candidate that is not ours, and "error" the part of the allowed error that was used.
     """
     shown = [row for row in rows if row.status != "missing"]
     # Latencies of small calls are not bounded by bandwidth.
@@ -144,6 +145,9 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "tokens/s": lambda r: _number(r.tokens_per_second),
     "limit": lambda r: f"{r.limit_percent:.0f} %" if r.limit_percent else "",
     "memory": lambda r: size(r.extra_bytes) if r.extra_bytes is not None else "",
+    "peak": lambda r: size(int(r.figures["peak"])) if r.figures.get("peak") else "",
+    "cpu": lambda r: duration(r.figures["cpu"]) if r.figures.get("cpu") else "",
+    "perplexity": lambda r: f"{r.figures['perplexity']:.2f}" if r.figures.get("perplexity") else "",
     "kept": lambda r: size(r.kept_bytes) if r.kept_bytes is not None else "",
     "state": lambda r: f"{r.state_bytes:.2f} B" if r.state_bytes is not None else "",
     "vs eager": lambda r: _times(r.vs_eager),

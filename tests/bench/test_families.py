@@ -16,7 +16,7 @@ from bigkernels.bench.peers import BITSANDBYTES, FLASH, FLEX, LIGER
 from bigkernels.ops import _registry, use
 
 QUICK = Settings.quickly()
-OPERATOR_FAMILIES = [name for name in FAMILIES if name != "model"]
+OPERATOR_FAMILIES = [name for name in FAMILIES if name not in ("model", "generation")]  # these have tests of their own
 
 
 @pytest.mark.parametrize("family", OPERATOR_FAMILIES)
@@ -63,6 +63,7 @@ def test_the_measured_cases_are_the_ones_of_the_design(family):
         "linear_cross_entropy": "2048 tokens, 1024 to 128256, bfloat16, forward + backward",
         "checkpointing": "8 Llama blocks of 1024, B 1, S 1024, bfloat16, forward + backward",
         "small": "cross_entropy 49152, bfloat16, forward",
+        "generation": "decode B 1, context 512, 1 thread, bfloat16, forward",
         "model": "training step, B 1, S 1024, bfloat16, forward + backward",
     }
     assert expected[family] in names

@@ -21,6 +21,7 @@ FAMILIES = {
     "optimizers": "a step of an optimizer, 100 million parameters",
     "checkpointing": "less kept for backward: eight Llama blocks",
     "small": "one token: the cost of a call",
+    "generation": "a language model reads a prompt and generates",
     "model": "a Llama model at the size of SmolLM2-135M",
 }
 

@@ -1,0 +1,5 @@
+FAMILY = "generation"
+
+
+def test_generation(benchmark, step):
+    benchmark(step)
