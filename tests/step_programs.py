@@ -84,6 +84,24 @@ class Maker:
         self.add(r.PRODUCT, product=record)
         return [record.out[i] for i in range(1 if gated else len(weights))]
 
+    def heads(self, q: int, k: int, v: int, heads: int, groups: int, d: int, layer: int) -> int:
+        """Of values that hold heads of d columns side by side; all of a head is rotated, by table 0."""
+        out = self.value(heads * d)
+        columns = (c_int32 * heads)(*(h * d for h in range(heads)))
+        self.kept.append(columns)
+        of = [r.HeadsOf(x=x, count=n, column=addressof(columns)) for x, n in ((q, heads), (k, groups), (v, groups))]
+        record = r.HeadsRecord(q=of[0], k=of[1], v=of[2], out=out, layer=layer, d=d, dv=d, angles=0, rotary=d)
+        self.layers = max(self.layers, layer + 1)
+        self.add(r.HEADS, heads=record)
+        return out
+
+    def attend(self, q: int, layer: int, heads: int, groups: int, d: int) -> int:
+        out = self.value(heads * d)
+        record = r.AttendRecord(q=q, out=out, layer=layer, heads=heads, groups=groups, d=d, dv=d, scale=d**-0.5)
+        record.state = -1
+        self.add(r.ATTEND, attend=record)
+        return out
+
     def keep(self, x: int) -> int:
         out = self.value(self.widths[x])
         self.add(r.KEEP, keep=r.KeepRecord(x=x, out=out))

@@ -18,7 +18,11 @@ program or what it points to is freed.
 
 from __future__ import annotations
 
+import atexit
+
 import torch
+
+from .._load import cpu_library
 
 RUN = (
     "program_run(Tensor program, Tensor hidden, Tensor positions, Tensor? starts, Tensor caches, Tensor angles, "
@@ -34,8 +38,8 @@ WRITE = "program_write(int run, int value, Tensor x) -> ()"
 FINISH = "program_finish(int run) -> ()"
 SETTLE = "program_settle() -> ()"
 SIZES = "program_sizes() -> int[]"  # of the records, for tests
-# For tests: threads pause at random, about once in `every` places where they might lose their core, 0 never. Returns how
-# many chunks were taken over from other threads, and made again, since the last call.
+# For tests: threads pause at random, about once in `every` places where they might lose their core, 0 never. Returns
+# how many chunks were taken over from other threads, and made again, since the last call.
 DELAYS = "program_delays(int every) -> (int, int)"
 
 for schema in (RUN, START, STEP, READ, WRITE, FINISH, SETTLE, SIZES, DELAYS):
@@ -51,3 +55,7 @@ finish = torch.ops.bigkernels.program_finish.default
 settle = torch.ops.bigkernels.program_settle.default
 sizes = torch.ops.bigkernels.program_sizes.default
 delays = torch.ops.bigkernels.program_delays.default
+
+if cpu_library().reason is None:
+    # What a late thread reads is about to be freed.
+    atexit.register(settle)

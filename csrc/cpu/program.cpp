@@ -102,6 +102,25 @@ Place* program_find(int64_t number) {
   return nullptr;
 }
 
+int64_t program_kept() {
+  std::lock_guard<std::mutex> lock(places().mutex);
+  int64_t bytes = 0;
+  for (auto& p : places().all)
+    if (!p->held) bytes += p->run.bytes();
+  return bytes;
+}
+
+int64_t program_release() {
+  std::lock_guard<std::mutex> lock(places().mutex);
+  int64_t bytes = 0;
+  for (auto& p : places().all) {
+    if (p->held || is_occupied(p.get())) continue;
+    bytes += p->run.bytes();
+    p->run.release();
+  }
+  return bytes;
+}
+
 void program_settle() { settle_team(); }
 
 std::pair<int64_t, int64_t> program_delays(int64_t every) {

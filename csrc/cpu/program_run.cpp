@@ -6,6 +6,9 @@
 #include <new>
 
 #include "program_check.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
@@ -28,6 +31,9 @@ char* Block::reserve(int64_t bytes) {
     bytes_ = 0;
     throw std::bad_alloc();
   }
+#if defined(__linux__)
+  if (bytes_ >= int64_t{4} << 20) madvise(data_, bytes_, MADV_HUGEPAGE);  // page faults would cost more than it is for
+#endif
   return data_;
 }
 
@@ -222,6 +228,7 @@ void ProgramRun::make(const Step& s, int64_t chunk, Worker& w) const {
         table.attend(r.attend, run_, attends_[s.index], piece, v, width, w.workspace);
       break;
     case Work::merge:
+      v[r.attend.state] = (float*)(block_.data() + states_[s.index]);
       if (attends_[s.index].state > 0) table.attend_merge(r.attend, run_, attends_[s.index], v, width, begin, end);
       break;
     case Work::route: table.route(r.experts, v, begin, end); break;

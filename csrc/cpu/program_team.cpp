@@ -292,8 +292,9 @@ class Team {
     for (; count < threads; ++count) {
       members_[count] = new Member;
 #if defined(__unix__) || defined(__APPLE__)
-      sigset_t all, before;  // signals are for the program's own threads
+      sigset_t all, before;  // signals are for the program's own threads, but for those that a thread gives itself
       sigfillset(&all);
+      for (int own : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS}) sigdelset(&all, own);
       pthread_sigmask(SIG_SETMASK, &all, &before);
 #endif
       bool started = true;

@@ -134,7 +134,7 @@ def test_what_is_refused():
 
     for make, message in (
         (lambda m: m.activate(5, "silu", width=8), "no such activation"),
-        (lambda m: m.activate(0, "silu", width=9), "operand"),
+        (lambda m: m.activate(0, "silu", width=9) and 0, "operand"),
         (lambda m: m.norm(0, size=3), "no such norm"),
         (lambda m: m.combine((0, 1.0, None), (m.value(8), 1.0, None)), "a term"),
         (lambda m: m.combine((m.keep(0), 1.0, None), (0, 1.0, None)), "a term"),

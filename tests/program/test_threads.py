@@ -169,3 +169,60 @@ def test_the_models_own_code_runs_between_threads(programs):
     a64 = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5) @ w1.double().T + h
     d64 = (a64.sin() @ w2.double().T + a64) * a64.sin()
     torch.testing.assert_close(expected.double(), (d64 + h) @ w3.double().T, rtol=1e-4, atol=1e-4)
+
+
+def decoder(layers: int, width: int, heads: int, d: int, capacity: int, dtype: torch.dtype, batch: int = 1):
+    """A program with a cache of `capacity` slots: (program, its caches, what keeps them alive, its rotary table)."""
+    g = torch.Generator().manual_seed(8)
+    m = Maker(width)
+
+    def weight(n: int, k: int) -> torch.Tensor:
+        return (torch.randn(n, k, generator=g) / k**0.5).to(dtype)
+
+    angle = torch.arange(capacity)[:, None] * torch.rand(1, d, generator=g)
+    table = [angle.cos(), angle.sin()]
+    angles = torch.tensor([[table[0].data_ptr(), table[1].data_ptr(), 0, d, capacity]])
+    x = m.hidden
+    for layer in range(layers):
+        q, k, v = m.product(m.norm(x), weight(heads * d, width), weight(d, width), weight(d, width))
+        (y,) = m.product(m.attend(m.heads(q, k, v, heads, 1, d, layer), layer, heads, 1, d), weight(width, heads * d))
+        x = m.combine((x, 1.0, None), (y, 1.0, None))
+    (logits,) = m.product(m.keep(x), weight(64, width))
+    caches, kept = torch.zeros(layers, 15, dtype=torch.int64), []
+    for layer in range(layers):
+        k, v = (torch.zeros(batch, 1, capacity, d, dtype=dtype) for _ in range(2))
+        kept.append((k, v))
+        strides = [capacity * d, capacity * d, d]
+        caches[layer, :11] = torch.tensor([k.data_ptr(), v.data_ptr(), *strides, *strides, 0, capacity, 0])
+        caches[layer, 10] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[dtype]
+    return m.program(logits, angles=1), caches, kept, (angles, table, m)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_cached_and_cropped(dtype):
+    """Keys long enough to be cut, several tokens at once, and a cache that is cropped and written again."""
+    program, caches, kept, (angles, _table, _m) = decoder(3, 48, 6, 64, 1400, dtype)
+    g = torch.Generator().manual_seed(9)
+    inputs = [torch.randn(1, n, 48, generator=g) for n in (1200, *[1] * 30, 5, 1, 1, 3, 1)]
+
+    def generate(crops: bool) -> list[torch.Tensor]:
+        out, past = [], 0
+        for i, x in enumerate(inputs):
+            caches[:, 8] = past
+            out.append(run(program, x, 64, past=past, caches=caches, angles=angles))
+            past += x.shape[1]
+            if crops and i % 7 == 6:
+                raw.settle()
+                for k, v in kept:
+                    k[:, :, past - 1 :], v[:, :, past - 1 :] = -1.0, -1.0
+                past -= 1
+        return out + [t[:, :, :past].clone() for pair in kept for t in pair]
+
+    torch.set_num_threads(1)
+    expected = {crops: generate(crops) for crops in (False, True)}
+    torch.set_num_threads(4)
+    raw.delays(30)
+    for crops in (False, True) * 3:
+        for a, b in zip(generate(crops), expected[crops], strict=True):
+            assert torch.equal(a, b)
+        raw.settle()

@@ -1,5 +1,6 @@
 // What every CPU binding shares and no header needs to hold.
 #include <bigkernels/pool.h>
+#include <bigkernels/runner.h>
 #include <bigkernels/stable.h>
 
 #include <atomic>
@@ -145,13 +146,13 @@ Scratch::~Scratch() {
   std::free(data_);
 }
 
-int64_t workspaces_kept() { return kept.load(std::memory_order_relaxed); }
+int64_t workspaces_kept() { return kept.load(std::memory_order_relaxed) + program_kept(); }
 
 int64_t release_workspaces() {
   std::lock_guard<std::mutex> lock(threads().mutex);
   int64_t freed = 0;
   for (Idle* i = threads().first; i; i = i->after) freed += i->release();
-  return freed;
+  return freed + program_release();
 }
 
 int64_t limit_workspaces(int64_t bytes) {

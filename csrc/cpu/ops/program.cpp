@@ -85,25 +85,42 @@ struct Held {
   ~Held() { program_finish(run); }
 };
 
-// Rows of float32 to a tensor of as many elements, and back.
-void copy_out(const float* from, int64_t n, const Tensor& to) {
-  const Type type = float_type("out", to);
+// Rows of float32 to a tensor of as many elements, and back. Torch's threads are asked only where it pays well: they
+// spin for a while afterwards, on the team's cores.
+constexpr int64_t kLarge = 1 << 20;  // elements
+
+void check_out(const Tensor& to, int64_t n) {
+  float_type("out", to);
   BK_CHECK(to.is_contiguous() && to.numel() == n, "the output does not fit");
-  void* data = to.mutable_data_ptr();
-  if (type == Type::f32)
-    std::memcpy(data, from, n * 4);
-  else
-    table().convert(type, true, from, data, n);
+}
+void copy_out(const float* from, int64_t n, const Tensor& to) {
+  const Type type = type_of(to);
+  char* data = (char*)to.mutable_data_ptr();
+  auto part = [&](int64_t begin, int64_t end) {
+    char* at = data + begin * size_of(type);
+    if (type == Type::f32)
+      std::memcpy(at, from + begin, (end - begin) * 4);
+    else
+      table().convert(type, true, from + begin, at, end - begin);
+  };
+  if (n < kLarge) return part(0, n);
+  torch::stable::parallel_for(0, n, kLarge / 8, part);
 }
 
 void run(Tensor program, Tensor hidden, Tensor positions, MaybeTensor starts, Tensor caches, Tensor angles,
          Tensor logits, int64_t past) {
-  BK_CHECK(logits.dim() == 3 && hidden.dim() == 3 && logits.size(0) == hidden.size(0), "logits do not fit");
+  const ProgramHeader* h = header_of(program);
+  BK_CHECK(logits.dim() == 3 && hidden.dim() == 3 && logits.size(0) == hidden.size(0) && h->logits >= 0 &&
+               h->logits < h->values && logits.size(2) == h->width[h->logits],
+           "logits do not fit");
+  check_out(logits, logits.numel());
+  for (int i = 0; i < h->records; ++i)
+    BK_CHECK(h->record[i].op != Op::call, "its own code has to run in between: program_start");
   Held held{start_run(program, hidden, positions, starts, caches, angles, logits.size(1), past)};
+  program_step(held.run);
   int64_t rows, width;
-  BK_CHECK(program_step(held.run) < 0, "its own code has to run in between: program_start");
-  const float* made = program_value(held.run, header_of(program)->logits, false, &rows, &width);
-  BK_CHECK(made && logits.size(2) == width, "logits do not fit");
+  const float* made = program_value(held.run, h->logits, false, &rows, &width);
+  BK_CHECK(made && rows * width == logits.numel(), "logits are of all rows");
   copy_out(made, rows * width, logits);
 }
 
@@ -124,6 +141,7 @@ void read(int64_t number, int64_t value, Tensor out) {
   int64_t rows, width;
   const float* from = program_value(find(number), value, false, &rows, &width);
   BK_CHECK(from, "value ", value, " is not to be read here");
+  check_out(out, rows * width);
   copy_out(from, rows * width, out);
 }
 

@@ -30,6 +30,9 @@ int64_t program_number(const Place*);
 Place* program_find(int64_t number);
 // Waits until no thread is inside a run that has ended.
 void program_settle();
+// Bytes of values that runs have left for the next ones; frees them, and returns how many.
+int64_t program_kept();
+int64_t program_release();
 // For tests: makes threads pause at random, about once in so many places where they might lose their core, 0 never;
 // returns how many chunks have been taken over from others, and made again, since the last call.
 std::pair<int64_t, int64_t> program_delays(int64_t every);
