@@ -177,14 +177,15 @@ def _look(cache: Any, shapes: Sequence[CacheShape], batch: int, tokens: int, dty
     if len(pasts) > 1:
         return "the layers of the cache have different lengths"
     found = Description(shapes, batch, dtype, pasts.pop() if pasts else 0)
-    for i, (layer, shape) in enumerate(zip(layers, shapes, strict=False)):
+    pairs = zip(layers, shapes, strict=False)
+    _make_room([p for p in pairs if isinstance(p[0], _cache_layers.BufferedLayer)], batch, tokens, dtype)
+    for i, layer in enumerate(layers[: len(shapes)]):
         at = i * FIELDS + FIELD["held"]
         if isinstance(layer, StaticLayer):
             found.add(i, layer, layer.keys, layer.values, 0, found.past)
             length = layer.cumulative_length
             found.static.append((at, layer, layer.keys, layer.values, length, c_int64.from_address(length.data_ptr())))
             continue
-        _room(layer, shape, batch, tokens, dtype)
         layer._stamp, layer._lent = found.stamp, True
         found.add(i, layer, layer._k, layer._v, layer._begin, layer._end - layer._begin)
         (found.full if type(layer) is _cache_layers.BufferedLayer else found.windows).append((at, layer))
@@ -237,16 +238,22 @@ def _static(layer: Any, shape: CacheShape, batch: int, tokens: int, dtype: torch
     return None
 
 
-def _room(layer: Any, shape: CacheShape, batch: int, tokens: int, dtype: torch.dtype) -> None:
-    from ._cache_layers import room_for
+def _make_room(layers: Sequence[tuple[Any, CacheShape]], batch: int, tokens: int, dtype: torch.dtype) -> None:
+    """Buffers for the layers that lack room, made together."""
+    from ._cache_layers import room_for, side_by_side
 
-    if layer._length() == 0 and layer._k is None:
-        k, v = (
-            torch.empty((batch, shape.groups, room_for(tokens), size), dtype=dtype, device="cpu")
-            for size in (shape.d, shape.dv)
-        )
+    layers = [(layer, shape) for layer, shape in layers if not layer._has_room(tokens)]
+    sizes = []
+    for layer, shape in layers:
+        capacity = room_for(layer._length() + tokens)
+        sizes += [(batch, shape.groups, capacity, shape.d), (batch, shape.groups, capacity, shape.dv)]
+    made = side_by_side(sizes, dtype)
+    made.reverse()
+    for layer, _ in layers:
+        k, v, length = made.pop(), made.pop(), layer._length()
+        if length:
+            k[:, :, :length].copy_(layer.keys)
+            v[:, :, :length].copy_(layer.values)
         if not layer.is_initialized:
             layer.lazy_initialization(k[:, :, :0], v[:, :, :0])
-        layer._buffers(k, v, 0)
-    else:
-        layer._reserve(tokens)
+        layer._buffers(k, v, length)

@@ -202,6 +202,17 @@ def test_keys_are_cut_and_merged(dtype, int8):
     assert check(replace(case, starts=(0, 1990), alibi=True))["parts"] > 1
 
 
+@pytest.mark.parametrize(("dtype", "int8"), DTYPES)
+def test_whole_blocks_of_any_size(dtype, int8):
+    """What one token reads a long cache with, for one to nine heads that share it."""
+    for group, (d, dv) in itertools.product((1, 2, 3, 4, 5, 9), ((64, 64), (128, 128), (80, 80), (40, 24), (96, 200))):
+        check(Case(batch=1, heads=group, groups=1, d=d, dv=dv, held=150, dtype=dtype, int8=int8, scale=d**-0.5))
+    check(Case(batch=2, heads=4, groups=2, d=64, dv=64, held=150, tokens=3, dtype=dtype, int8=int8, starts=(0, 30)))
+    check(Case(batch=2, heads=4, groups=2, d=64, dv=64, held=150, dtype=dtype, int8=int8, head_last=True, window=140))
+    # A later score that is far above those before it.
+    check(Case(batch=1, heads=2, groups=1, d=64, dv=64, held=1000, dtype=dtype, int8=int8, scale=6.0))
+
+
 def test_many_rows_in_pieces():
     assert (
         check(Case(batch=3, heads=4, groups=2, d=64, dv=64, held=100, tokens=300, starts=(0, 250, 500)))["chunks"] > 6
@@ -346,6 +357,7 @@ def check_level() -> None:
         check_heads(dtype, int8=int8, **options)
     for dtype, int8 in DTYPES:
         test_keys_are_cut_and_merged(dtype, int8)
+        test_whole_blocks_of_any_size(dtype, int8)
     print("checked")
 
 

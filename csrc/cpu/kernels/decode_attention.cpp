@@ -1,7 +1,7 @@
 // Attention of few queries over many keys. Keys and values come from memory once: for a block of keys, head by head,
 // all rows that read the head are served, while the next block is asked for in the order of its addresses.
+#include "decode_line.h"
 #include "decode_tiles.h"
-#include "decode_vectors.h"
 
 namespace bigkernels {
 namespace BK_ISA {
@@ -27,9 +27,7 @@ BK_INLINE void add_bias(float* s, const B* bias, int64_t step, int64_t count) {
 }
 
 // Whether scores are products times one factor, but for the keys that are hidden.
-BK_INLINE bool plain(const DecodeAttention& a) {
-  return !a.bias.data && !a.mask.data && !a.alibi && a.softcap == 0 && !a.int8;
-}
+BK_INLINE bool plain(const DecodeAttention& a) { return !a.bias.data && !a.mask.data && !a.alibi && a.softcap == 0; }
 
 // The keys that a query sees are [0, prefix) and [low, high), here counted from a block's first key.
 struct Seen {
@@ -76,20 +74,6 @@ void finish_scores(const DecodeAttention& a, const DecodePart& p, const Block& b
   fill(s, seen.prefix, seen.low, -kInfinity);
   fill(s, seen.high > seen.prefix ? seen.high : seen.prefix, padded(b.count, W), -kInfinity);
 }
-
-BK_INLINE bool any_above(vf x, float bound) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)(x > bound)) != 0;
-#else
-  return max(x) > bound;
-#endif
-}
-
-// A weight is the exponential of its score less a shift, which is an earlier maximum as long as no score exceeds it by
-// more than this: then the sums so far seldom change.
-constexpr float kSlack = 8;
 
 // Weights of row r from `by` times s, and in `factor` what its sums so far are to be multiplied with. The shift does
 // not become NaN, so that a NaN shows in what it is a part of.
@@ -195,6 +179,14 @@ int64_t workspace_of(const Layout& n, int64_t groups) {
          (n.padded_rows + 2 * kKeys + groups * n.state()) * sizeof(float);
 }
 
+// Whether all rows see a whole block of keys at one distance from each other, scales of int8 side by side.
+bool lines(const DecodeAttention& a, const DecodePart& p, const Block& b) {
+  for (int i = 0; i < kKeys / 16; ++i)
+    if (b.k_step[i] == 0 || b.v_step[i] == 0 || b.k_step[i] != b.k_step[0] || b.v_step[i] != b.v_step[0]) return false;
+  if (a.block_table || (a.int8 && (a.k_scale.token != 1 || a.v_scale.token != 1))) return false;
+  return Seen(a, p, b, p.first_query).all(kKeys) && Seen(a, p, b, p.first_query + p.queries - 1).all(kKeys);
+}
+
 template <class E>
 void attend(const DecodeAttention& a, DecodePart p, char* workspace) {
   Layout n = E::layout(a, p.queries);
@@ -230,8 +222,26 @@ void attend(const DecodeAttention& a, DecodePart p, char* workspace) {
     next->find(a, p, now->key + kKeys, size);
     Ahead ahead(*next, p.groups, {next->k, k_head, padded(a.d * size, kLine) / kLine},
                 {next->v, v_head, padded(a.dv * size, kLine) / kLine});
+    const bool in_line = E::kLines && simple && now->count == kKeys && lines(a, p, *now);
     for (int64_t g = 0; g < p.groups; ++g) {
       State state(n, p.state, g);
+      if constexpr (E::kLines)
+        if (in_line) {
+          // After the last key of a head comes the first of the next.
+          bool last = now->key + kKeys >= p.end;
+          auto line = [&](const char* first, const Attention::Heads& x, const Attention::Heads& scales, int64_t by) {
+            const float* scale = a.int8 ? (const float*)scales.data + p.batch * scales.batch +
+                                              (p.group + g) * scales.head + now->key * scales.token
+                                        : nullptr;
+            int64_t head = x.head * size,
+                    after = last && p.end == a.keys ? head - (now->key - p.begin) * by : kKeys * by;
+            first += g * head;
+            return Line{first, first + after, by, by, scale};
+          };
+          line_block<typename E::Cache>(n, q + g * n.q_head, state, line(now->k[0], a.k, a.k_scale, now->k_step[0]),
+                                        line(now->v[0], a.v, a.v_scale, now->v_step[0]), a.d, a.dv, a.scale);
+          continue;
+        }
       E::scores(n, q + g * n.q_head, *now, g * k_head, a.d, s, staging, ahead);
       if (a.int8)
         for (int64_t t = 0; t < padded(now->count, W); ++t) {
@@ -242,7 +252,7 @@ void attend(const DecodeAttention& a, DecodePart p, char* workspace) {
       Ahead::begin(ahead, n.rows);
       for (int64_t i = 0, r = 0; i < p.queries; ++i) {
         Seen seen(a, p, *now, p.first_query + i);
-        bool as_it_is = simple && seen.all(now->count) && now->count % W == 0;
+        bool as_it_is = simple && !a.int8 && seen.all(now->count) && now->count % W == 0;
         for (int64_t h = 0; h < n.group_size; ++h, ++r) {
           Ahead::step(ahead);
           if (!as_it_is)

@@ -51,9 +51,11 @@ struct Block {
     key = from;
     count = p.end - from < kKeys ? p.end - from : kKeys;
     if (count < 0) count = 0;
+    if (!count) return;
+    if (!a.block_table) return find_in_line(a, p, size);
     const int32_t* table = a.block_table ? a.block_table + p.batch * a.table_stride : nullptr;
     int64_t batch = p.batch, token = from, page = 0;
-    if (table && count) page = from / a.page, token = from % a.page, batch = table[page];
+    if (table) page = from / a.page, token = from % a.page, batch = table[page];
     for (int64_t t = 0; t < count; ++t, ++token) {
       if (table && token == a.page) token = 0, batch = table[++page];
       auto at = [&](const Attention::Heads& x) { return batch * x.batch + token * x.token + p.group * x.head; };
@@ -64,8 +66,7 @@ struct Block {
         v_scale[t] = (const float*)a.v_scale.data + at(a.v_scale);
       }
     }
-    if (count)
-      for (int64_t t = count; t <= kKeys; ++t) k[t] = k[count - 1], v[t] = v[count - 1];
+    repeat_last();
     for (int64_t t = 0; t < count; t += 16) {
       k_step[t / 16] = t + 16 <= count ? step(k + t) : 0;
       v_step[t / 16] = t + 16 <= count ? step(v + t) : 0;
@@ -73,6 +74,27 @@ struct Block {
   }
 
  private:
+  void repeat_last() {
+    for (int64_t t = count; t <= kKeys; ++t) k[t] = k[count - 1], v[t] = v[count - 1];
+  }
+  // Keys that are not in pages: by vectors of addresses.
+  void find_in_line(const DecodeAttention& a, const DecodePart& p, int64_t size) {
+    auto at = [&](const Attention::Heads& x) { return (p.batch * x.batch + key * x.token + p.group * x.head) * size; };
+    const char *first_k = (const char*)a.k.data + at(a.k), *first_v = (const char*)a.v.data + at(a.v);
+    const int64_t by_k = a.k.token * size, by_v = a.v.token * size;
+    for (int64_t t = 0; a.int8 && t < count; ++t) {
+      auto scale = [&](const Attention::Heads& x) {
+        return (const float*)x.data + p.batch * x.batch + (key + t) * x.token + p.group * x.head;
+      };
+      k_scale[t] = scale(a.k_scale), v_scale[t] = scale(a.v_scale);
+    }
+    for (int64_t t = 0; t <= kKeys; ++t) k[t] = first_k + t * by_k, v[t] = first_v + t * by_v;
+    repeat_last();
+    for (int64_t t = 0; t < count; t += 16) {
+      k_step[t / 16] = t + 16 <= count ? by_k : 0;
+      v_step[t / 16] = t + 16 <= count ? by_v : 0;
+    }
+  }
   static int64_t step(const char* const* tokens) {
     int64_t step = tokens[1] - tokens[0];
     for (int i = 2; i < 16; ++i)

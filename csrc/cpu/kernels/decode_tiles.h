@@ -70,6 +70,7 @@ template <class C>
 struct Tiles {
   typedef C Cache;
   static constexpr int kVectors = 2, kRows = 2;
+  static constexpr bool kLines = false;
 
   static Layout layout(const DecodeAttention& a, int64_t queries) {
     Layout n(a, queries, 32);

@@ -145,15 +145,28 @@ BK_INLINE void score_tile(const typename Elements<C>::Left* q, int64_t q_row, co
   for (int r = 0; r < R; ++r) __builtin_memcpy(s + r * kKeys, (const float*)&total + r * K, K * sizeof(float));
 }
 
-// Calls f(Number<R>(), row) for tiles of R rows, W / 4 of them and fewer at the end. Rows of padding may be included.
+// Calls f(Number<R>(), row) for tiles of R rows: W / 4 of them, and fewer at the end.
 template <class F>
 BK_INLINE void for_rows(int64_t rows, F f) {
   int64_t r = 0;
-  for (; rows - r > W / 8; r += W / 4) f(Number<W / 4>(), r);
+  for (; rows - r >= W / 4; r += W / 4) f(Number<W / 4>(), r);
   if constexpr (W == 16)
-    if (rows - r == 2) f(Number<2>(), r), r += 2;
+    if (rows - r >= 2) f(Number<2>(), r), r += 2;
   if constexpr (W >= 8)
     if (rows - r == 1) f(Number<1>(), r);
+}
+// The same where a tile may have any number of rows up to W / 4.
+template <class F>
+BK_INLINE void for_any_rows(int64_t rows, F f) {
+  if constexpr (W == 16) {
+    int64_t r = 0;
+    for (; rows - r >= 4; r += 4) f(Number<4>(), r);
+    if (rows - r == 3) return f(Number<3>(), r);
+    if (rows - r == 2) return f(Number<2>(), r);
+    if (rows - r == 1) return f(Number<1>(), r);
+  } else {
+    for_rows(rows, f);
+  }
 }
 
 // R rows of weights times U steps of the values' elements; Last: less than a step, n elements.
@@ -205,6 +218,7 @@ struct Vectors {
   typedef typename E::Left Left;
   static constexpr int kVectors = E::kVectors;  // that `row` gives at once
   static constexpr int kRows = 1;               // of sums for one of weights
+  static constexpr bool kLines = true;          // whether its blocks may be those of decode_line.h
 
   static Layout layout(const DecodeAttention& a, int64_t queries) {
     Layout n(a, queries, E::kStep);
@@ -241,9 +255,9 @@ struct Vectors {
   static void weigh(const Layout& n, const float* s, const float*, const Block& b, int64_t at, int64_t dv, float* acc,
                     const float* factor, char*, Ahead& ahead) {
     Ahead::begin(ahead, (b.count + E::kKeysAtOnce - 1) / E::kKeysAtOnce);
-    for_rows(n.rows, [&](auto count, int64_t r) __attribute__((always_inline)) {
+    for_any_rows(n.rows, [&](auto count, int64_t r) __attribute__((always_inline)) {
       constexpr int R = decltype(count)::value;
-      constexpr int V = W == 16 ? (R == 4 ? 4 : 8) : W == 8 ? (R == 2 ? 4 : 8) : 8;  // vectors of sums a row
+      constexpr int V = W == 16 ? (R >= 3 ? 4 : 8) : W == 8 ? (R == 2 ? 4 : 8) : 8;  // vectors of sums a row
       weigh_columns<C, R, V / kVectors>(n, (const Left*)(s + r * kKeys), b, at, 0, dv, acc + r * n.acc_width,
                                         factor + r, r == 0 ? &ahead : nullptr);
     });
