@@ -130,6 +130,7 @@ def run(program: Tensor, hidden: Tensor, width: int, keep: int = 1, past: int = 
     caches = no_records(15) if caches is None else caches
     angles = no_records() if angles is None else angles
     raw.run(program, hidden, positions, None, caches, angles, logits, past)
+    raw.settle()  # what the program points to may be gone next
     return logits
 
 
