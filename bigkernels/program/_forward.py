@@ -85,23 +85,22 @@ class _Call:
             if key not in _KNOWN and value is not None and value is not False:
                 raise Refusal(f"{key} is given")
         _check_surroundings()
-        config = module.config
-        for key in ("output_attentions", "output_hidden_states"):
-            if get(key) is None and getattr(config, key, False):
-                raise Refusal(f"the configuration asks for {key}")
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
             raise Refusal("gradients are recorded")
         self.module, self.ids, self.embeds = module, ids, embeds
         self.cache = get("cache", get("past_key_values"))
-        self.use_cache = config.use_cache if get("use_cache") is None else get("use_cache")
         keep = get("logits_to_keep", 0)
         if type(keep) is not int or keep < 0:
             raise Refusal("logits_to_keep is no whole number")
         self.keep = min(keep, self.tokens) or self.tokens
-        self.tuple = get("return_dict") is False or (get("return_dict") is None and config.return_dict is False)
-        self.mask, self.positions = get("attention_mask"), get("position_ids")
+        self.given, self.mask, self.positions = given, get("attention_mask"), get("position_ids")
 
     def run(self, steps: Steps, program: Program) -> Any:
+        asks = steps.defaults.asks
+        if asks is not None and self.given.get(asks) is None:
+            raise Refusal(f"the configuration asks for {asks}")
+        if not torch.is_grad_enabled():
+            return self._run(steps, program)
         with torch.no_grad():
             return self._run(steps, program)
 
@@ -115,15 +114,18 @@ class _Call:
         past = described.past
         starts = starts_of(self.mask, self.batch, self.tokens, past, program.windows)
         positions, longest = self._positions(past)
-        hidden = program.graph.embed(self.ids, positions, self.embeds)
+        hidden = program.embed(self.ids, positions, self.embeds)
         if hidden.dtype != program.dtype or hidden.dim() != 3:
             raise Refusal(f"hidden states are {hidden.dtype}")
         logits = torch.empty(self.batch, self.keep, program.vocabulary, dtype=steps.output.dtype, device="cpu")
         size = max(1, _ROWS // self.batch)
-        for begin in range(0, self.tokens, size):
+        if size >= self.tokens:
+            program.run(hidden, positions, starts, longest, described.packed, past, logits)
+            described.advance(self.tokens)
+            size = self.tokens
+        for begin in range(0, 0 if size == self.tokens else self.tokens, size):
             end = min(begin + size, self.tokens)
-            part = (hidden, positions) if size >= self.tokens else (
-                hidden[:, begin:end].contiguous(), positions[:, begin:end].contiguous())  # fmt: skip
+            part = hidden[:, begin:end].contiguous(), positions[:, begin:end].contiguous()
             first = self.tokens - self.keep  # token of the first row of logits
             wanted = logits[:, max(begin - first, 0) : max(end - first, 0)]
             out = wanted if wanted.is_contiguous() and wanted.shape[1] else wanted.new_empty(
@@ -132,7 +134,11 @@ class _Call:
             described.advance(end - begin)
             if out is not wanted and wanted.shape[1]:
                 wanted.copy_(out)
-        return steps.output.make(logits, cache if self.cache is not None or self.use_cache else None, self.tuple)
+        get, defaults = self.given.get, steps.defaults
+        kept, as_tuple = get("use_cache"), get("return_dict")
+        if self.cache is None and not (defaults.use_cache if kept is None else kept):
+            cache = None
+        return steps.output.make(logits, cache, defaults.as_tuple if as_tuple is None else not as_tuple)
 
     def _positions(self, past: int) -> tuple[Tensor, int]:
         given = self.positions

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops import program as ops
 from ._angles import Tables
 from ._cache import CacheShape
+from ._embedding import Embed
 from ._ir import Attend, Call, Graph
 from ._lower import Lowered
 from ._trace import Refused
@@ -36,6 +37,7 @@ class Program:
         self.shapes = _shapes(graph)
         self.windows = {o.window for o in graph.operations if isinstance(o, Attend)}
         self.lowered = Lowered(graph, dtype, integers)
+        self._table = _table(graph)
 
     def lower(self) -> None:
         """Make the records anew: tensors are elsewhere, or lie in another way."""
@@ -52,6 +54,12 @@ class Program:
     def rounds(self) -> bool:
         """Whether tokens are rounded to 8 bits for some product."""
         return self.lowered.rounds
+
+    def embed(self, ids: Tensor | None, positions: Tensor, embeds: Tensor | None) -> Tensor:
+        """The hidden states that go in, by the model's own code or, of the simplest, what that comes to."""
+        if self._table is None or embeds is not None or not ids.numel():
+            return self.graph.embed(ids, positions, embeds)
+        return torch.embedding(self._table.weight, ids)
 
     @property
     def vocabulary(self) -> int:
@@ -102,6 +110,15 @@ class Program:
         # Threads that lost their core may still read what goes away now.
         if not sys.is_finalizing():
             ops.settle()
+
+
+def _table(graph: Graph) -> nn.Embedding | None:
+    """The embedding that is all that happens to tokens, if it is a plain one."""
+    embed = graph.embed
+    plain = isinstance(embed, Embed) and embed.scale == 1.0 and not embed.positions
+    if not plain or type(embed.tokens) is not nn.Embedding or embed.tokens.max_norm is not None:
+        return None
+    return embed.tokens
 
 
 def _shapes(graph: Graph) -> list[CacheShape]:

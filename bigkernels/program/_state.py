@@ -6,7 +6,6 @@ import inspect
 import os
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,21 @@ _KEPT = 3  # states of a model that are remembered: with and without adapters, s
 _RANDOM = ("drop", "jitter", "noise")
 
 
+class Defaults(NamedTuple):
+    """What a call gets where nothing is given, by the model's configuration."""
+
+    asks: str | None  # for what programs do not give
+    use_cache: bool
+    as_tuple: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Defaults:
+        config = module.config
+        names = ("output_attentions", "output_hidden_states")
+        asks = next((name for name in names if getattr(config, name, False)), None)
+        return cls(asks, bool(getattr(config, "use_cache", True)), getattr(config, "return_dict", None) is False)
+
+
 class _Entry(NamedTuple):
     """One state of a model, and its program or the reason why there is none."""
 
@@ -34,6 +48,7 @@ class _Entry(NamedTuple):
     program: Program | None
     output: Output | None
     reason: str
+    defaults: Defaults
 
 
 class Steps:
@@ -41,17 +56,16 @@ class Steps:
 
     Attributes:
         reason: why there is no program, after `ready` returned None.
-        output: how logits are returned.
+        output: how logits are returned; `defaults`, and what else the configuration says.
         taken, left: how many calls were answered by the program, and by the modules; `why` the last of these.
     """
 
     def __init__(self, integers: bool | None = None) -> None:
         self.integers = integers
-        self.reason, self.output = "", None
+        self.reason, self.output, self.defaults = "", None, None
         self.taken = self.left = 0
         self.why = ""
         self._entries: list[_Entry] = []  # the current one first
-        self._classes: list[tuple[type, Callable]] = []
         self._names: tuple[str, ...] = ()
         self._random: str | None = None  # why calls in training are the modules', as of `_mode_of`
         self._mode_of: tuple[Watch, int] | None = None
@@ -73,29 +87,24 @@ class Steps:
     def ready(self, module: nn.Module) -> Program | None:
         """The program of the model as it is now; None with a `reason` where there is none."""
         entry = self._entries[0] if self._entries else None
-        touched = entry is None or not entry.watch.untouched() or any(c.forward is not f for c, f in self._classes)
-        if touched or (entry.watch, entry.watch.forgiven) != self._mode_of:
+        now = Watch.TOUCHED if entry is None else entry.watch.look()
+        if now != Watch.SAME or (entry.watch, entry.watch.forgiven) != self._mode_of:
             self._random = _random(module)
         if self._random:
             self.reason, self._mode_of = self._random, None
             return None
-        if touched:
+        if now == Watch.TOUCHED:
             entry = self._changed(module)
-        else:
-            alike, there = entry.watch.tensors_untouched()
-            if not there:
-                entry = self._entries[0] = self._moved(module, entry, alike)
+        elif now != Watch.SAME:
+            entry = self._entries[0] = self._moved(module, entry, now == Watch.MOVED)
         self._mode_of = entry.watch, entry.watch.forgiven
-        self.reason, self.output = entry.reason, entry.output
+        self.reason, self.output, self.defaults = entry.reason, entry.output, entry.defaults
         return entry.program
 
     def _changed(self, module: nn.Module) -> _Entry:
         """Of a state that was not there a call ago."""
-        snapshot, known = Snapshot(module.modules()), None
-        classes = [(c, c.forward) for c in {type(m): None for m in module.modules()}]
-        if classes == self._classes:
-            known = next((e for e in self._entries if e.snapshot.alike(snapshot)), None)
-        self._classes = classes
+        snapshot = Snapshot(module.modules())
+        known = next((e for e in self._entries if e.snapshot.alike(snapshot)), None)
         others = [e for e in self._entries if e is not known and e.program is not None]
         entry = self._made(module) if known is None else self._moved(module, known, True)
         # Of states that are gone, nothing is kept alive.
@@ -113,7 +122,7 @@ class Steps:
             dtype = _dtype(program.graph)
             if alike and dtype == program.dtype:
                 program.lower()
-                return _Entry(*self._watched(module, program), program, entry.output, "")
+                return _Entry(*self._watched(module, program), program, entry.output, "", Defaults.of(module))
             return self._checked(module, program.graph, dtype)
         except Exception:  # noqa: BLE001  the search says what is wrong
             return self._made(module)
@@ -131,16 +140,18 @@ class Steps:
             except Exception as error:  # noqa: BLE001  a check must never break the user's program
                 message = (str(error).splitlines() or [""])[0][:100]
                 reason = f"the check failed: {type(error).__name__}: {message}"
-        return _Entry(*self._watched(module, None), None, None, reason)
+        return _Entry(*self._watched(module, None), None, None, reason, Defaults.of(module))
 
     def _checked(self, module: nn.Module, graph: Graph, dtype: torch.dtype) -> _Entry:
         program = Program(graph, dtype, self.integers)
         output = verify(module, program)
-        return _Entry(*self._watched(module, program), program, output, "")
+        return _Entry(*self._watched(module, program), program, output, "", Defaults.of(module))
 
     def _watched(self, module: nn.Module, program: Program | None) -> tuple[Snapshot, Watch]:
         snapshot = Snapshot(module.modules())
-        return snapshot, Watch(snapshot, list(module.parameters()) if program is None else program.reads)
+        if program is None:
+            return snapshot, Watch(snapshot, list(module.parameters()))
+        return snapshot, Watch(snapshot, program.reads, program.lowered.reads.sources)
 
 
 def unsupported(module: nn.Module) -> str | None:

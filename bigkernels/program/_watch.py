@@ -8,18 +8,18 @@ counts in it (PEP 509), and looks closer only where that differs.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import types
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._load import cpu_library
 from .._look import Seen
+from ..nn._quantized import Quantized
+from ._memory_words import Words, of_class, of_dict, of_list, of_set, of_tensor, of_type, same_bytes, same_words
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 # What says nothing about the numbers of a step: `training` counts for what draws random numbers, which is asked apart.
@@ -47,7 +47,8 @@ class Snapshot:
 
     def _module(self, module: nn.Module) -> None:
         held = module.__dict__
-        self._holders[id(module)] = _Module(module)
+        self._holders[id(module)] = _Object(module)
+        self._holders.setdefault(id(type(module)), _Class(type(module)))
         self._holders[id(held)] = _Dict(held)
         for name in ("_parameters", "_buffers"):
             self._holders[id(held[name])] = _Tensors(held[name])
@@ -57,8 +58,9 @@ class Snapshot:
         for key, value in held.items():
             if key not in _IGNORED and "hook" not in key:
                 self._value(value, _DEPTH)
-        for t in held["_buffers"].values():
-            self._tensor(t)
+        if not isinstance(module, Quantized):  # whose codes are read at each use
+            for t in held["_buffers"].values():
+                self._tensor(t)
 
     def _value(self, value: object, depth: int) -> None:
         if isinstance(value, _SIMPLE) or id(value) in self._holders or depth == 0:
@@ -79,7 +81,7 @@ class Snapshot:
         elif isinstance(value, _OPAQUE) or not isinstance(getattr(value, "__dict__", None), dict):
             return
         else:
-            self._holders[id(value)] = _Module(value)
+            self._holders[id(value)] = _Object(value)
             return self._value(value.__dict__, depth)
         for v in tuple(inner):
             self._value(v, depth - 1)
@@ -113,86 +115,103 @@ class Snapshot:
 
 
 class Watch:
-    """Tells whether what a snapshot holds was touched, and whether tensors are where they were and lie as they did.
+    """Tells what became of a snapshot, and of tensors that programs point to.
 
     Attributes:
         forgiven: how often something was touched and held the same, but for what snapshots leave out (`training`).
     """
 
-    def __init__(self, snapshot: Snapshot, tensors: list[Tensor]) -> None:
+    SAME, TOUCHED, MOVED, CHANGED = range(4)
+
+    def __init__(self, snapshot: Snapshot, tensors: list[Tensor], sources: Sequence[Tensor] = ()) -> None:
         """
         Args:
             tensors: that are looked at besides those of the snapshot; their contents may change.
+            sources: those of them whose contents may not, contiguous.
         """
         self.forgiven = 0
-        self._snapshot = snapshot
-        self._holders = snapshot.holders()
-        self._owners: list[int] = []
-        self._begins: list[int] = []
-        self._addresses, self._words = array("q"), array("q")
-        for i, holder in enumerate(self._holders):
-            self._begins.append(len(self._words))
-            for address, word in holder.words():
-                self._owners.append(i)
-                self._addresses.append(address)
-                self._words.append(word)
-        self._sets = [h for h in self._holders if isinstance(h, _Set)]
+        self._snapshot, self._holders = snapshot, snapshot.holders()
         self._tensors = [*tensors, *snapshot.tensors]
         self._seen: Seen | None = Seen()
         try:
             self._seen.record(self._tensors)
         except RuntimeError:  # one has no address, as on the meta device
             self._seen = None
-        self._versions = [t._version if not t.is_inference() else 0 for t in snapshot.large]
-        self._contents = _Words(snapshot.tensors)
-        self._same = _same_words()
-        self._at = self._addresses.buffer_info()[0], self._words.buffer_info()[0]
+        self._versions = _versions(snapshot.large)
+        self._contents = _Copies(snapshot.tensors if self._seen else ())
+        self._sources = _Copies(sources if self._seen else ())
+        self._native = same_words()
+        self._arm()
 
-    def untouched(self) -> bool:
-        """Whether modules are what they were; holders that were touched and hold the same are forgiven."""
-        if self._same is None:
-            return all(h.state_alike(h.take()) for h in self._holders)
-        count, begin = len(self._words), 0
-        while (at := self._same(*self._at, begin, count)) < count:
-            holder = self._holders[self._owners[at]]
-            self.forgiven += 1
-            if not holder.state_alike(holder.take()):
-                return False
-            begin = self._begins[self._owners[at]]
-            for i, (address, word) in enumerate(holder.words(), begin):
-                self._addresses[i], self._words[i] = address, word
-        return not self._sets or all(h.state_alike(h.take()) for h in self._sets)
+    def _arm(self) -> None:
+        first, second = [], []
+        self._knows_tensors = self._seen is not None
+        for holder in self._holders:
+            a, b = holder.words()
+            first += a
+            second += b
+        for t in self._tensors if self._knows_tensors else ():
+            words = of_tensor(t)
+            if words is None:
+                self._knows_tensors = False
+                break
+            first += words[0]
+            second += words[1]
+        # By address, which is the order in which memory is best read; the second are there if the first are the same.
+        words = sorted(first) + sorted(second)
+        self._addresses, self._words = (array("q", column) for column in zip(*words, strict=True))
+        self._at = self._addresses.buffer_info()[0], self._words.buffer_info()[0], 0, len(words)
 
-    def tensors_untouched(self) -> tuple[bool, bool]:
-        """Whether tensors lie as they did, and whether they are where they were, with the small ones' contents."""
+    def look(self) -> int:
+        """SAME; TOUCHED: modules are not what they were; MOVED: tensors are elsewhere, or have other contents where
+        these count; CHANGED: they lie in another way, too, or a small one of the modules' own has other contents.
+        """
+        native = self._native
+        if native is not None and native(*self._at) == self._at[3]:
+            if self._knows_tensors and not self._snapshot.large and self._sources.same() and self._contents.same():
+                return self.SAME
+            return self._tensors_now()
+        if not all(h.state_alike(h.take()) for h in self._holders):
+            return self.TOUCHED
+        self.forgiven += 1
+        now = self._tensors_now()
+        if now == self.SAME and native is not None:
+            self._arm()
+        return now
+
+    def _tensors_now(self) -> int:
         try:
             alike, there = (False, False) if self._seen is None else self._seen.look(self._tensors)
         except RuntimeError:
             alike, there = False, False
         if not there:
-            return alike, False
-        snapshot = self._snapshot
-        if snapshot.large and [t._version if not t.is_inference() else 0 for t in snapshot.large] != self._versions:
-            return False, False
-        if self._contents.same(self._same) or all(map(_same_values, snapshot.tensors, snapshot.contents)):
-            return True, True
-        return False, False
+            return self.MOVED if alike else self.CHANGED
+        if _versions(self._snapshot.large) != self._versions or not self._contents.same():
+            return self.CHANGED
+        return self.SAME if self._sources.same() else self.MOVED
 
 
-class _Words:
-    """The memory of tensors, as words."""
+def _versions(tensors: list[Tensor]) -> list[int]:
+    return [0 if t.is_inference() else t._version for t in tensors]
 
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self._addresses, self._words = array("q"), array("q")
-        for t in tensors:
-            for i in range(-(-t.nbytes // 8)):
-                self._addresses.append(t.data_ptr() + 8 * i)
-                self._words.append(_word(t.data_ptr() + 8 * i))
-        self._at = self._addresses.buffer_info()[0], self._words.buffer_info()[0]
 
-    def same(self, same_words: Callable | None) -> bool:
-        count = len(self._words)
-        return same_words is not None and same_words(*self._at, 0, count) == count
+class _Copies:
+    """Tensors whose contents are compared with copies of them."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._copies = [t.detach().clone() for t in tensors]
+        pieces = zip(tensors, self._copies, strict=True)
+        self._pieces = array("q", [n for t, c in pieces for n in (t.data_ptr(), c.data_ptr(), t.nbytes)])
+        self._native = same_bytes()
+
+    def same(self) -> bool:
+        """Where each of them is must have been looked at."""
+        if not self._tensors:
+            return True
+        if self._native is None:
+            return all(map(_same_values, self._tensors, self._copies))
+        return bool(self._native(self._pieces.buffer_info()[0], len(self._tensors)))
 
 
 # ---- what holds something --------------------------------------------------------------------------------------------
@@ -201,15 +220,26 @@ class _Words:
 class _Holder:
     """An object, kept alive, and what it held."""
 
-    def __init__(self, of: object) -> None:
+    def __init__(self, of: Any) -> None:
         self.of = of
         self.state = self.take()
 
+    def take(self) -> Any:
+        raise NotImplementedError
+
+    def state_alike(self, other: Any) -> bool:
+        raise NotImplementedError
+
     def kinds_alike(self, other: Any) -> bool:
+        """Whether another state is alike for those who read tensors at each use."""
         return self.state_alike(other)
 
+    def words(self) -> tuple[Words, Words]:
+        """Some of these change with the object; the second may be read where the first have not."""
+        raise NotImplementedError
 
-class _Module(_Holder):
+
+class _Object(_Holder):
     """An object's class."""
 
     def take(self) -> type:
@@ -218,8 +248,21 @@ class _Module(_Holder):
     def state_alike(self, other: type) -> bool:
         return self.state is other
 
-    def words(self) -> list[tuple[int, int]]:
-        return [_at(self.of, _TYPE)]
+    def words(self) -> tuple[Words, Words]:
+        return of_class(self.of), []
+
+
+class _Class(_Holder):
+    """The functions of a class of modules that a call goes through."""
+
+    def take(self) -> tuple:
+        return tuple(getattr(self.of, name, None) for name in ("forward", "__call__", "_call_impl"))
+
+    def state_alike(self, other: tuple) -> bool:
+        return all(a is b for a, b in zip(self.state, other, strict=True))
+
+    def words(self) -> tuple[Words, Words]:
+        return of_type(self.of), []
 
 
 class _Dict(_Holder):
@@ -228,12 +271,10 @@ class _Dict(_Holder):
 
     def state_alike(self, other: dict) -> bool:
         mine = self.state
-        if mine.keys() != other.keys():
-            return False
-        return all(_alike(value, other[key]) for key, value in mine.items())
+        return mine.keys() == other.keys() and all(_alike(value, other[key]) for key, value in mine.items())
 
-    def words(self) -> list[tuple[int, int]]:
-        return [_at(self.of, _VERSION)]
+    def words(self) -> tuple[Words, Words]:
+        return of_dict(self.of), []
 
 
 class _Tensors(_Dict):
@@ -253,10 +294,8 @@ class _List(_Holder):
     def state_alike(self, other: list) -> bool:
         return len(self.state) == len(other) and all(map(_alike, self.state, other))
 
-    def words(self) -> list[tuple[int, int]]:
-        # Its length and where its elements are come first: these are not read where they were given back.
-        size, items = _at(self.of, _SIZE), _at(self.of, _ITEMS)
-        return [size, items, *((items[1] + 8 * i, _word(items[1] + 8 * i)) for i in range(size[1]))]
+    def words(self) -> tuple[Words, Words]:
+        return of_list(self.of)
 
 
 class _Set(_Holder):
@@ -266,8 +305,8 @@ class _Set(_Holder):
     def state_alike(self, other: set) -> bool:
         return self.state == other
 
-    def words(self) -> list[tuple[int, int]]:
-        return []
+    def words(self) -> tuple[Words, Words]:
+        return of_set(self.of)
 
 
 def _alike(a: object, b: object) -> bool:
@@ -283,57 +322,3 @@ def _kind(t: Tensor | None) -> tuple | None:
 
 def _same_values(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-
-
-# ---- CPython's memory ------------------------------------------------------------------------------------------------
-
-_TYPE, _SIZE, _VERSION, _ITEMS = 8, 16, 24, 24  # bytes into PyObject, PyVarObject, PyDictObject and PyListObject
-
-
-def _word(address: int) -> int:
-    return ctypes.c_int64.from_address(address).value
-
-
-def _at(of: object, offset: int) -> tuple[int, int]:
-    address = id(of) + offset
-    return address, _word(address)
-
-
-@functools.cache
-def _same_words() -> Callable[[int, int, int, int], int] | None:
-    """`bk_same_words` of csrc/cpu/look.cpp; None where there is no library, or an interpreter that counts no versions:
-    then everything is compared at each call.
-    """
-    if cpu_library().reason is not None or not _counts_versions():
-        return None
-    function = ctypes.CDLL(str(cpu_library().path)).bk_same_words
-    function.restype = ctypes.c_int64
-    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    return function
-
-
-def _counts_versions() -> bool:
-    """Whether this interpreter has the words where they are looked for: tried on a module."""
-    module = nn.Linear(1, 1, device="cpu", dtype=torch.float32)
-    held, items = module.__dict__, [1, 2]
-
-    def edit(change: Callable[[], object], of: object) -> bool:
-        before = _at(of, _VERSION)[1]
-        change()
-        return _at(of, _VERSION)[1] != before
-
-    weight = nn.Parameter(torch.zeros(1, 1, dtype=torch.float32, device="cpu"))
-    hook = []
-    changes = (
-        (lambda: setattr(module, "x", 1.5), held), (lambda: setattr(module, "x", 2.5), held),
-        (lambda: held.update(x=3.5), held), (lambda: delattr(module, "x"), held),
-        (lambda: held.setdefault("y", 1), held), (lambda: held.pop("y"), held), (lambda: module.train(False), held),
-        (lambda: setattr(module, "weight", weight), module._parameters),
-        (lambda: hook.append(module.register_forward_hook(print)), module._forward_hooks),
-        (lambda: hook[0].remove(), module._forward_hooks),
-        (lambda: module._modules.update(a=None), module._modules), (lambda: module._modules.clear(), module._modules),
-    )  # fmt: skip
-    if ctypes.sizeof(ctypes.c_void_p) != 8 or not all(edit(*change) for change in changes):
-        return False
-    listed = _word(_at(items, _ITEMS)[1] + 8) == id(items[1]) and _at(items, _SIZE)[1] == 2
-    return listed and _at(module, _TYPE)[1] == id(nn.Linear)

@@ -26,13 +26,13 @@ class Reads:
     Attributes:
         held: those of the model, whose addresses are watched.
         made: those that were computed from the model's, kept alive.
-        derived: quantized weights some of whose operands were computed, and these operands.
+        sources: those of the model's from which some of `made` were computed.
     """
 
     def __init__(self) -> None:
         self.held: list[Tensor] = []
         self.made: list[object] = []
-        self.derived: list[tuple[QuantizedWeight, tuple]] = []
+        self.sources: list[Tensor] = []
         self.formats: dict[str, int] = {}
         self._seen: set[int] = set()
 
@@ -98,7 +98,9 @@ class Reads:
         """Its record, and whether its format rounds tokens by itself."""
         operands = qweight.operands()
         if qweight.config.derived:
-            self.derived.append((qweight, operands))
+            self.sources += (qweight.tensors[name] for name in qweight.config.derived)
+            if not all(t.is_contiguous() for t in self.sources):
+                raise Refused("codes are not contiguous")
         stored = {id(t) for t in qweight.tensors.values()}
         for t in operands[:-1]:
             if t is not None:

@@ -68,10 +68,26 @@ BK_EXPORT int64_t bk_look(void* list, int64_t count, int (*describe)(void*, DLTe
   return compare ? words == room ? moved ? 1 : 3 : 0 : words;
 }
 
+// Whether memory holds what copies of it do: `count` pieces, each an address, that of its copy and a number of bytes.
+BK_EXPORT int bk_same_bytes(const int64_t* pieces, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (__builtin_memcmp((const void*)pieces[3 * i], (const void*)pieces[3 * i + 1], (unsigned long)pieces[3 * i + 2])) return 0;
+  return 1;
+}
+
+// Whether none of `count` integers of `size` bytes, 1 or 8, is zero.
+BK_EXPORT int bk_all_set(const void* values, int64_t count, int64_t size) {
+  if (size == 1) return !__builtin_memchr(values, 0, (unsigned long)count);
+  const int64_t* words = (const int64_t*)values;
+  for (int64_t i = 0; i < count; ++i)
+    if (!words[i]) return 0;
+  return 1;
+}
+
 // The first of the words [begin, count) that is not what it was, or `count`. Words are compared in their order: one that
 // says where others are protects these. Plain reads of memory, for which no lock is needed.
 BK_EXPORT int64_t bk_same_words(const int64_t* const* addresses, const int64_t* words, int64_t begin, int64_t count) {
-  constexpr int64_t kFar = 24;  // cache lines under way: they are all over the heap
+  constexpr int64_t kFar = 32;  // cache lines under way: they are all over the heap
   for (int64_t i = begin; i < count; ++i) {
     if (i + kFar < count) __builtin_prefetch(addresses[i + kFar]);
     if (*addresses[i] != words[i]) return i;
