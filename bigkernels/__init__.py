@@ -46,4 +46,8 @@ def __getattr__(name: str):
         from .planning import plan
 
         return plan
+    if name == "Cache":  # imports transformers
+        from .program._cache_int8 import Cache
+
+        return Cache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

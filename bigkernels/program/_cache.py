@@ -6,6 +6,7 @@ was found is kept as long as nobody changes the cache, so that a token costs a f
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
 from ctypes import addressof, c_int64, sizeof
@@ -49,7 +50,7 @@ class Description:
         self.stamp = object()  # that dynamic layers bear as long as nobody changes them
 
     def __del__(self) -> None:
-        if self.static:
+        if self.static and not sys.is_finalizing():
             settle()  # before the memory of static layers can go: threads that lost their core may still write there
 
     def fits(self, cache: Any, tokens: int) -> bool:
@@ -88,9 +89,10 @@ class Description:
             if dropped := layer._begin - begin:
                 row = i - FIELD["held"]
                 numbers[row + FIELD["capacity"]] -= dropped
-                for x in ("k", "v"):
-                    size = layer._k.element_size() if x == "k" else layer._v.element_size()
-                    numbers[row + FIELD[x]] += dropped * numbers[row + FIELD[x + "_token"]] * size
+                for x, part in (("k", layer._k), ("v", layer._v)):
+                    numbers[row + FIELD[x]] += dropped * numbers[row + FIELD[x + "_token"]] * part.element_size()
+                    if part.dtype == torch.int8:
+                        numbers[row + FIELD[x + "_scale"]] += dropped * 4
         for i, layer, _, _, _, number in self.static:
             number.value += tokens
             if layer.is_sliding:
@@ -104,6 +106,10 @@ class Description:
         row.k_batch, row.k_head, row.k_token, _ = k.stride()
         row.v_batch, row.v_head, row.v_token, _ = v.stride()
         row.held, row.capacity, row.type = held, k.shape[2] - begin, TYPES[self.dtype]
+        if k.dtype == torch.int8:
+            scales = [x[:, :, begin:] for x in (layer._k_scale, layer._v_scale)]
+            row.bits, (row.k_scale, row.v_scale) = 8, (x.data_ptr() for x in scales)
+            row.scale_batch, row.scale_head, _ = scales[0].stride()
         self.room = min(self.room, row.capacity - held)
 
 
@@ -188,7 +194,8 @@ def _look(cache: Any, shapes: Sequence[CacheShape], batch: int, tokens: int, dty
             continue
         layer._stamp, layer._lent = found.stamp, True
         found.add(i, layer, layer._k, layer._v, layer._begin, layer._end - layer._begin)
-        (found.full if type(layer) is _cache_layers.BufferedLayer else found.windows).append((at, layer))
+        windowed = isinstance(layer, _cache_layers.BufferedSlidingWindowLayer)
+        (found.windows if windowed else found.full).append((at, layer))
     return found
 
 
@@ -212,9 +219,14 @@ def _dynamic(layer: Any, shape: CacheShape, batch: int, dtype: torch.dtype) -> s
     window = getattr(layer, "sliding_window", 0)
     if window and (window != shape.window or window < 2):
         return f"it keeps a window of {window} tokens, and the model sees {shape.window or 'all'}"
-    if not layer.is_initialized or (layer.keys is not None and layer.keys.dim() == 1 and not layer.keys.numel()):
+    if layer._k is not None and layer._k.dtype == torch.int8:
+        reason = _unlike(layer._k, layer._v, shape, batch, torch.int8)
+        if not reason and layer.dtype != dtype:
+            reason = f"its values are {layer.dtype}, and the model's {dtype}"
+    elif not layer.is_initialized or (layer.keys is not None and layer.keys.dim() == 1 and not layer.keys.numel()):
         return None
-    reason = _unlike(layer.keys, layer.values, shape, batch, dtype)
+    else:
+        reason = _unlike(layer.keys, layer.values, shape, batch, dtype)
     if not reason and window:
         kept = min(layer.cumulative_length, window - 1)
         if not kept <= layer._length() <= layer.cumulative_length:
@@ -243,17 +255,13 @@ def _make_room(layers: Sequence[tuple[Any, CacheShape]], batch: int, tokens: int
     from ._cache_layers import room_for, side_by_side
 
     layers = [(layer, shape) for layer, shape in layers if not layer._has_room(tokens)]
-    sizes = []
+    kinds = []
     for layer, shape in layers:
         capacity = room_for(layer._length() + tokens)
-        sizes += [(batch, shape.groups, capacity, shape.d), (batch, shape.groups, capacity, shape.dv)]
-    made = side_by_side(sizes, dtype)
-    made.reverse()
-    for layer, _ in layers:
-        k, v, length = made.pop(), made.pop(), layer._length()
-        if length:
-            k[:, :, :length].copy_(layer.keys)
-            v[:, :, :length].copy_(layer.values)
+        kinds.append(layer._kinds(batch, shape.groups, capacity, shape.d, shape.dv, dtype))
+    made = iter(side_by_side([kind for of in kinds for kind in of]))
+    for (layer, shape), of in zip(layers, kinds, strict=True):
         if not layer.is_initialized:
-            layer.lazy_initialization(k[:, :, :0], v[:, :, :0])
-        layer._buffers(k, v, length)
+            new = (torch.empty((batch, shape.groups, 0, n), dtype=dtype, device="cpu") for n in (shape.d, shape.dv))
+            layer.lazy_initialization(*new)
+        layer._move([next(made) for _ in of])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import mmap
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,10 @@ SLAB = 16 << 20  # bytes
 HUGE = 4 << 20  # bytes from which on memory is asked for in huge pages
 
 
-def side_by_side(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
+Kind = tuple[tuple[int, ...], torch.dtype]  # of a buffer
+
+
+def side_by_side(kinds: Sequence[Kind]) -> list[Tensor]:
     """Uninitialized tensors, each of a storage of its own. Several share a piece of memory on huge pages where the
     system has them: a cache that is read at each token would else be twice as slow for the translation of addresses.
     """
@@ -41,19 +45,19 @@ def side_by_side(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[
 
     def make() -> None:
         if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-            out.extend(torch.empty(shape, dtype=dtype, device="cpu") for shape, _ in waiting)
+            out.extend(torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype, _ in waiting)
         else:
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             try:
                 memory.madvise(mmap.MADV_HUGEPAGE)
             except OSError:
                 pass  # it is advice
-            for shape, at in waiting:
+            for shape, dtype, at in waiting:
                 flat = torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=at)
                 out.append(flat.view(shape))
 
-    for shape in shapes:
-        waiting.append((shape, size))
+    for shape, dtype in kinds:
+        waiting.append((shape, dtype, size))
         size += -(-math.prod(shape) * dtype.itemsize // 64) * 64
         if size >= SLAB:
             make()
@@ -62,17 +66,11 @@ def side_by_side(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[
     return out
 
 
-def copied(x: Tensor, length: int, capacity: int) -> Tensor:
-    """A buffer (B, H, capacity, D) that begins with the last `length` tokens of x (B, H, tokens, D)."""
-    out = torch.empty((x.shape[0], x.shape[1], capacity, x.shape[3]), dtype=x.dtype, device=x.device)
-    out[:, :, :length].copy_(x[:, :, x.shape[2] - length :])
-    return out
-
-
 class BufferedLayer(DynamicLayer):
     """Its keys and values are slots [begin, end) of two buffers, or two tensors as somebody has set them."""
 
-    _own_class: type[DynamicLayer] = DynamicLayer
+    _own_class: type[DynamicLayer] = DynamicLayer  # as which it is pickled
+    _names = ("_k", "_v")  # of its buffers, (B, H, slots, ...)
     # Defaults of what `_buffers` sets, so that layers that transformers makes need no __init__ of ours.
     _k: Tensor | None = None
     _v: Tensor | None = None
@@ -108,12 +106,16 @@ class BufferedLayer(DynamicLayer):
         if self._k is not None:
             keys, values = self.keys, self.values
             self._settle()
-            self._k = self._v = None
+            for name in self._names:
+                setattr(self, name, None)
             self._set_keys, self._set_values = keys, values
 
-    def _buffers(self, k: Tensor, v: Tensor, length: int) -> None:
+    def _buffers(self, parts: Sequence[Tensor], length: int) -> None:
+        """Takes buffers that hold so many tokens from their first slot on."""
         self._settle()
-        self._k, self._v, self._begin, self._end = k, v, 0, length
+        for name, x in zip(self._names, parts, strict=True):
+            setattr(self, name, x)
+        self._begin, self._end = 0, length
         self._set_keys = self._set_values = self._stamp = None
 
     def _settle(self) -> None:
@@ -132,20 +134,37 @@ class BufferedLayer(DynamicLayer):
             return False
         return not self._k.is_inference() or torch.is_inference_mode_enabled()
 
-    def _reserve(self, tokens: int) -> None:
-        """Room for so many more, in buffers that nobody else writes to; what is there has four dimensions."""
-        if self._has_room(tokens):
-            return
+    def _kinds(self, batch: int, groups: int, capacity: int, d: int, dv: int, dtype: torch.dtype) -> list[Kind]:
+        return [((batch, groups, capacity, n), dtype) for n in (d, dv)]
+
+    def _move(self, parts: Sequence[Tensor], beams: Tensor | None = None) -> None:
+        """Into other buffers with what is there, or with rows `beams` of it."""
         length = self._length()
-        capacity = room_for(length + tokens)
-        self._buffers(copied(self.keys, length, capacity), copied(self.values, length, capacity), length)
+        if self._k is not None:
+            for name, new in zip(self._names, parts, strict=True):
+                old = getattr(self, name)[:, :, self._begin : self._end]
+                if beams is None:
+                    new[:, :, :length].copy_(old)
+                else:
+                    torch.index_select(old, 0, beams, out=new[:, :, :length])
+        elif length:
+            self._write(parts, 0, self._set_keys, self._set_values)
+        self._buffers(parts, length)
+
+    def _write(self, parts: Sequence[Tensor], at: int, k: Tensor, v: Tensor) -> None:
+        """Tokens into slots from `at` on."""
+        for part, x in zip(parts, (k, v), strict=True):
+            part[:, :, at : at + x.shape[2]].copy_(x)
+
+    def _like(self, capacity: int, batch: int = 0) -> list[Tensor]:
+        """Empty buffers of another size, or for another batch."""
+        parts = (getattr(self, name) for name in self._names)
+        return [x.new_empty((batch or x.shape[0], x.shape[1], capacity, *x.shape[3:])) for x in parts]
 
     def _unshare(self) -> None:
         """Before slots are written again: not under the eyes of those who hold views of them."""
         if any(storage_users(x.untyped_storage()._cdata) > ALONE for x in (self._k, self._v)):
-            length = self._length()
-            capacity = self._k.shape[2] - self._begin
-            self._buffers(copied(self.keys, length, capacity), copied(self.values, length, capacity), length)
+            self._move(self._like(self._k.shape[2] - self._begin))
         else:
             self._settle()
 
@@ -156,14 +175,14 @@ class BufferedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         if not self._appends(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)
-        tokens = key_states.shape[-2]
-        if self._length() == 0 and self._k is None:
-            capacity = room_for(tokens)
-            self._buffers(copied(key_states, 0, capacity), copied(value_states, 0, capacity), 0)
-        self._reserve(tokens)
+        tokens = key_states.shape[2]
+        if not self._has_room(tokens):
+            capacity = room_for(self._length() + tokens)
+            kinds = self._kinds(*key_states.shape[:2], capacity, key_states.shape[3], value_states.shape[3],
+                                key_states.dtype)  # fmt: skip
+            self._move([torch.empty(shape, dtype=dtype, device=key_states.device) for shape, dtype in kinds])
         self._stamp = None
-        self._k[:, :, self._end : self._end + tokens].copy_(key_states)
-        self._v[:, :, self._end : self._end + tokens].copy_(value_states)
+        self._write([getattr(self, name) for name in self._names], self._end, key_states, value_states)
         return self._appended(tokens)
 
     def _appends(self, k: Tensor, v: Tensor) -> bool:
@@ -173,7 +192,14 @@ class BufferedLayer(DynamicLayer):
             return False
         if not (type(k) is type(v) is Tensor and k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3]):
             return False
-        for new, old in ((k, self.keys), (v, self.values)):
+        if k.dtype != v.dtype or k.device != v.device:
+            return False
+        return self._continues(k, v)
+
+    def _continues(self, k: Tensor, v: Tensor) -> bool:
+        """Whether new tokens are of the kind of those that are there."""
+        keys, values = (self._set_keys, self._set_values) if self._k is None else (self._k, self._v)
+        for new, old in ((k, keys), (v, values)):
             if type(old) is not Tensor or new.dtype != old.dtype or new.device != old.device:
                 return False
             if old.dim() == 4:
@@ -181,7 +207,7 @@ class BufferedLayer(DynamicLayer):
                     return False
             elif old.numel():
                 return False
-        return self.keys.dim() == self.values.dim() and self.keys.shape[:-1] == self.values.shape[:-1]
+        return keys.dim() == values.dim() and keys.shape[:-1] == values.shape[:-1]
 
     def _appended(self, tokens: int) -> tuple[Tensor, Tensor]:
         """The layer moves on by tokens that are written; returns what the new ones see."""
@@ -206,14 +232,7 @@ class BufferedLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self._k is None or self._length() == 0 or torch.is_grad_enabled():
             return super().reorder_cache(beam_idx)
-        beam_idx = beam_idx.to(self._k.device)
-        length, capacity = self._length(), self._k.shape[2] - self._begin
-        new = []
-        for x in (self.keys, self.values):
-            y = torch.empty((len(beam_idx), x.shape[1], capacity, x.shape[3]), dtype=x.dtype, device=x.device)
-            torch.index_select(x, 0, beam_idx, out=y[:, :, :length])
-            new.append(y)
-        self._buffers(*new, length)
+        self._move(self._like(self._k.shape[2] - self._begin, len(beam_idx)), beam_idx.to(self._k.device))
 
     # ---- copies -----------------------------------------------------------------------------------------------------
 
@@ -225,7 +244,10 @@ class BufferedLayer(DynamicLayer):
         new.__dict__.update(rest)
         if self._k is not None:
             length = self._length()
-            new._buffers(*(copied(x, length, room_for(length)) for x in (self.keys, self.values)), length)
+            parts = self._like(room_for(length))
+            for name, x in zip(self._names, parts, strict=True):
+                x[:, :, :length].copy_(getattr(self, name)[:, :, self._begin : self._end])
+            new._buffers(parts, length)
         else:
             new._set_keys, new._set_values = tensors["keys"], tensors["values"]
         return new
@@ -247,10 +269,11 @@ class BufferedLayer(DynamicLayer):
         return object.__new__, (self._own_class,), self._rest() | tensors
 
     def __del__(self) -> None:
-        self._settle()
+        if not sys.is_finalizing():  # operators are gone by then, and so are threads
+            self._settle()
 
 
-OURS = {"_k", "_v", "_begin", "_end", "_set_keys", "_set_values", "_stamp", "_lent"}
+OURS = {"_k", "_v", "_k_scale", "_v_scale", "_begin", "_end", "_set_keys", "_set_values", "_stamp", "_lent"}
 
 
 class BufferedSlidingWindowLayer(BufferedLayer, DynamicSlidingWindowLayer):
@@ -263,9 +286,12 @@ class BufferedSlidingWindowLayer(BufferedLayer, DynamicSlidingWindowLayer):
         begin = self._begin
         if self.record_past:
             begin = max(begin, self._end - (self.sliding_window - 1 + tokens))
-        seen = self._k[:, :, begin : self._end], self._v[:, :, begin : self._end]
+        seen = self._views(begin)
         self._moved(tokens)
         return seen
+
+    def _views(self, begin: int) -> tuple[Tensor, Tensor]:
+        return self._k[:, :, begin : self._end], self._v[:, :, begin : self._end]
 
     def _moved(self, tokens: int) -> None:
         self.cumulative_length += tokens

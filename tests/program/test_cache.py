@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import random
 from ctypes import memmove
@@ -13,15 +14,20 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
+import transformers
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
+import bigkernels
 from bigkernels.program import _cache, _cache_layers
 from bigkernels.program import _records as records
 from bigkernels.program._cache import CacheShape, Description, describe
+from bigkernels.program._cache_int8 import Int8Layer, Int8SlidingWindowLayer, decode, encode
 from bigkernels.program._cache_layers import BufferedLayer, BufferedSlidingWindowLayer, buffered
 
 GROUPS, D, DV, WINDOW = 2, 4, 6, 7
+# As models call the argument; older releases know one name only.
+CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
 SHAPES = (CacheShape(GROUPS, D, DV), CacheShape(GROUPS, D, DV, WINDOW))
 
 
@@ -71,11 +77,19 @@ def program_step(cache: DynamicCache, k: list[Tensor], v: list[Tensor], shapes=S
     for i, (keys, values) in enumerate(zip(k, v, strict=True)):
         layer = records.LayerCache.from_address(found.packed[i].data_ptr())
         tokens = keys.shape[2]
-        assert layer.held + tokens <= layer.capacity and layer.bits == 0
-        for address, x, strides in (
+        assert layer.held + tokens <= layer.capacity
+        writes = [
             (layer.k, keys, (layer.k_batch, layer.k_head, layer.k_token)),
             (layer.v, values, (layer.v_batch, layer.v_head, layer.v_token)),
-        ):
+        ]
+        if layer.bits == 8:
+            scales, strides = [], (layer.scale_batch, layer.scale_head, 1)
+            for j, address in enumerate((layer.k_scale, layer.v_scale)):
+                codes, scale = encode(writes[j][1])
+                writes[j] = (writes[j][0], codes, writes[j][2])
+                scales.append((address, scale[..., None], strides))
+            writes += scales
+        for address, x, strides in writes:
             for b in range(x.shape[0]):
                 for h in range(x.shape[1]):
                     for t in range(tokens):
@@ -90,14 +104,16 @@ class Pair:
     """The same operations on a cache that transformers' modules fill and on one that modules and a program fill in
     turns."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, bits: int = 0):
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.batch = self.random.choice((1, 2, 3))
         make = lambda: DynamicCache.__new__(DynamicCache)  # noqa: E731
         self.theirs, self.ours = make(), make()
-        for cache in (self.theirs, self.ours):
-            super(DynamicCache, cache).__init__(layers=[DynamicLayer(), DynamicSlidingWindowLayer(WINDOW)])
+        self.bits = bits
+        kinds = (Int8Layer, Int8SlidingWindowLayer) if bits else (DynamicLayer, DynamicSlidingWindowLayer)
+        super(DynamicCache, self.theirs).__init__(layers=[DynamicLayer(), DynamicSlidingWindowLayer(WINDOW)])
+        super(DynamicCache, self.ours).__init__(layers=[kinds[0](), kinds[1](WINDOW)])
         self.recording = False
 
     def both(self, f) -> None:
@@ -116,13 +132,20 @@ class Pair:
 
     def append(self) -> None:
         tokens = self.random.choice((1, 1, 1, 2, 5, 70))
+        states, known = self.states(tokens)
+        self.both(lambda c: [x for i, s in enumerate(states if c is self.ours else known) for x in c.update(*s, i)])
+
+    def states(self, tokens: int) -> tuple[list, list]:
+        """New keys and values, and what they are in 8 bits."""
         states = [new(self.batch, tokens, self.generator) for _ in SHAPES]
-        self.both(lambda c: [x for i, s in enumerate(states) for x in c.update(*s, i)])
+        if not self.bits:
+            return states, states
+        return states, [tuple(decode(*encode(x), torch.float32) for x in s) for s in states]
 
     def step(self) -> None:
         tokens = self.random.choice((1, 1, 1, 3, 8))
-        states = [new(self.batch, tokens, self.generator) for _ in SHAPES]
-        for i, s in enumerate(states):
+        states, known = self.states(tokens)
+        for i, s in enumerate(known):
             self.theirs.update(*s, i)
         found = program_step(self.ours, *(list(x) for x in zip(*states, strict=True)))
         assert isinstance(found, Description), found
@@ -169,7 +192,8 @@ class Pair:
     def pickle(self) -> None:
         old = self.ours
         self.ours = pickle.loads(pickle.dumps(old))
-        assert {type(x) for x in self.ours.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+        if not self.bits:
+            assert {type(x) for x in self.ours.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
     def set(self) -> None:
         if self.theirs.layers[0].is_initialized:
@@ -197,13 +221,16 @@ OPERATIONS = ("append", "step", "step", "step", "crop", "reorder", "repeat", "se
               "write", "offload", "record")  # fmt: skip
 
 
+@pytest.mark.parametrize("bits", [0, 8])
 @pytest.mark.parametrize("seed", range(40))
 @torch.no_grad()
-def test_any_sequence_of_operations(seed):
-    pair = Pair(seed)
+def test_any_sequence_of_operations(seed, bits):
+    pair = Pair(seed, bits)
     kept = []
+    # What reads values of 8 bits and sets them again rounds them again.
+    operations = [x for x in OPERATIONS if not bits or x not in ("repeat", "select", "set", "write", "offload")]
     for _ in range(40):
-        operation = pair.random.choice(OPERATIONS)
+        operation = pair.random.choice(operations)
         getattr(pair, operation)()
         pair.compare()
         # What somebody took out of the cache stays what it was, whatever comes after.
@@ -414,3 +441,54 @@ def test_a_layer_stays_the_object_it_was():
     assert layers[0].mine == "note" and isinstance(layers[0], DynamicLayer)
     for layer, (k, v) in zip(layers, before, strict=True):
         assert layer.keys is k and layer.values is v
+
+
+# ---- a cache of the package's own -----------------------------------------------------------------------------------
+
+
+def tiny():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+                           num_attention_heads=4, num_key_value_heads=2, sliding_window=8)  # fmt: skip
+    return MistralForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def test_modules_and_program_take_turns_on_a_cache_of_8_bits(monkeypatch):
+    monkeypatch.undo()  # the threads of a program are there
+    ids = torch.randint(3, 64, (2, 20))
+    sizes = (9, 1, 1, 4, 1, 1, 3)
+
+    def logits(model, patched: set[int]) -> Tensor:
+        cache, out, at = bigkernels.Cache(model, bits=8), [], 0
+        for i, n in enumerate(sizes):
+            if i in patched:
+                with bigkernels.patched(model):
+                    out.append(model(input_ids=ids[:, at : at + n], **{CACHE: cache}).logits)
+                assert all(layer._lent for layer in cache.layers)
+            else:
+                out.append(model(input_ids=ids[:, at : at + n], **{CACHE: cache}).logits)
+            at += n
+        assert {type(x) for x in cache.layers} == {Int8SlidingWindowLayer} and cache.get_seq_length() == 20
+        return torch.cat(out, 1)
+
+    model = tiny()
+    expected = logits(model, set())
+    torch.testing.assert_close(logits(model, {0, 1, 4, 6}), expected, rtol=1e-3, atol=2e-3)
+    exact = model(input_ids=ids).logits
+    assert (expected - exact).abs().max() < 0.1 * exact.std()
+
+
+def test_a_cache_of_8_bits_takes_half_of_the_memory():
+    cache = bigkernels.Cache(tiny().config, bits=8)
+    with torch.no_grad():
+        cache.update(*(torch.randn(1, 2, 640, 64).bfloat16() for _ in range(2)), 0)
+    layer = cache.layers[0]
+    slots = layer._k.shape[2]
+    stored = sum(getattr(layer, name).nbytes for name in layer._names)
+    assert stored == 2 * 2 * slots * (64 + 4) and layer.keys.dtype == torch.bfloat16
+    assert type(bigkernels.Cache(tiny()).layers[0]) is DynamicSlidingWindowLayer
+    with pytest.raises(ValueError, match="bits is 4"):
+        bigkernels.Cache(tiny(), bits=4)
