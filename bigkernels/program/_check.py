@@ -48,7 +48,7 @@ def _steps(model: nn.Module, graph: Graph, pieces: list[Tensor], starts: Tensor 
             mask = (torch.arange(past + length, device=piece.device)[None] >= starts[:, None]).long()
         trace = record(model, piece, positions, cache, mask)
         theirs = trace.recorder.steps[trace.logits.step].outs[trace.logits.number]
-        hidden = graph.embed(piece, positions).double()
+        hidden = graph.embed.exact(piece, positions)
         made = _reference.run(graph, hidden, positions, ours, starts=starts)
         seen = torch.ones(batch, length, dtype=torch.bool, device=piece.device)
         if starts is not None:

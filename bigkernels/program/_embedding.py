@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _layers
+from ._calls import in_float64
 from ._forms import close, constant, plain, random
 from ._ir import Stored
 from ._replay import refs_of, replay
@@ -54,6 +55,13 @@ class Embed:
             hidden = hidden * self.scale
         for part in self.positions:
             hidden = hidden + part(position_ids)
+        return hidden
+
+    def exact(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """The same without rounding, in float64."""
+        hidden = in_float64(self.tokens, (input_ids,), {}, {id(input_ids): input_ids.dtype}).double() * self.scale
+        for part in self.positions:
+            hidden = hidden + part(position_ids).double()
         return hidden
 
 

@@ -271,7 +271,7 @@ def _renumber(record: records.Record, number) -> None:
     elif name == "call":
         for values, count in ((made.x, made.reads), (made.out, made.writes)):
             listed = (ctypes.c_int32 * count).from_address(values)
-            listed[:] = map(number, listed)
+            listed[:] = [*map(number, listed)]
     elif name == "heads":
         for of in (made.q, made.k, made.v):
             of.x = number(of.x)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.quantized_embedding import QuantizedEmbedding
 from . import _layers
 from ._ir import Stored
 from ._suspend import suspended, wrapped
-from ._trace import ModuleCall, Recorder, Ref, Refused, leaves, mapped
+from ._trace import ModuleCall, Recorder, Ref, Refused, exact, leaves, mapped
 
 BATCH, PAST = 2, 3
 
@@ -124,6 +125,8 @@ def _wrap(recorder: Recorder, module: nn.Module, path: str) -> Callable:
         return functools.partial(_linear, recorder, module, original)
     if stacked(module):
         return functools.partial(_experts, recorder, module, path, original)
+    if type(module) is QuantizedEmbedding:
+        original = functools.partial(_rows, recorder, original)
     return functools.partial(_call, recorder, module, path, original)
 
 
@@ -131,6 +134,20 @@ def _linear(recorder: Recorder, module: nn.Module, original: Callable, *args: An
     if len(args) != 1 or kwargs or not recorder._depends(args[0]):
         return original(*args, **kwargs)
     return recorder.leaf(functools.partial(_layers.apply, module), args, {}, module, quiet=True)
+
+
+def _rows(recorder: Recorder, original: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Codes that are decoded are one step from tokens to numbers."""
+    made = []
+
+    def decode(*args: Any, **kwargs: Any) -> Tensor:
+        made.append(original(*args, **kwargs))
+        return exact(made[-1])
+
+    out = recorder.leaf(decode, args, kwargs, None, quiet=True)
+    if recorder._depends(out):
+        recorder.seeming[id(out)] = made[-1].dtype
+    return out
 
 
 def _call(recorder: Recorder, module: nn.Module, path: str, original: Callable, *args: Any, **kwargs: Any) -> Any:
