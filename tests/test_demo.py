@@ -61,7 +61,7 @@ def test_products_of_integers_are_compared(tiny, monkeypatch, capsys):
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
     assert [row[0].strip() for row in rows] == list(rounding.MODELS)
     floats, program = (torch.tensor([float(row[i]) for row in rows]) for i in (1, 2))
-    assert (floats > 1).all() and abs(program[0] / floats[0] - 1) < 1e-3  # nothing is rounded there
+    assert (floats > 1).all() and abs(program[0] / floats[0] - 1) < 1e-2  # bfloat16 alone
     assert ((program / floats - 1).abs() < 0.05).all()
 
 

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .. import load_gguf, patch, quantize
@@ -22,8 +23,8 @@ COLUMNS = ("weights", "perplexity, floats", "perplexity, program", "difference")
 
 @dataclass
 class Row:
-    """One model: perplexity of its modules, all tokens at once in float32, and of the same model patched, through its
-    cache, `AT_ONCE` tokens a call.
+    """One model: perplexity of its modules in float32, a window at once, and of these weights in bfloat16, where tokens
+    are rounded: patched, and through the cache, `AT_ONCE` tokens a call.
     """
 
     name: str
@@ -50,7 +51,7 @@ def _quantized(config: str | Format, **options: object) -> Callable[[Input], nn.
 
 _ALL = {"skip": (), "embeddings": True}
 MODELS: dict[str, Callable[[Input], nn.Module]] = {
-    "float32": lambda given: copy.deepcopy(given.model),
+    "plain": lambda given: copy.deepcopy(given.model),
     "the GGUF file's codes": lambda given: load_gguf(model_file()),
     "int4 in groups of 64": _quantized(Int4(64)),
     "int4 in groups of 64, head too": _quantized(Int4(64), **_ALL),
@@ -59,13 +60,13 @@ MODELS: dict[str, Callable[[Input], nn.Module]] = {
 
 
 def compare(given: Input, args: argparse.Namespace, names: Iterable[str] = MODELS) -> list[Row]:
-    """A row for each model, in float32, on held-out windows."""
+    """A row for each model, on held-out windows."""
     held_out, rows, names = windows(given.held_out_ids, args.windows, args.length), [], list(names)
     with progress(len(names)) as steps:
         for name in names:
             steps.begin(name)
             model = MODELS[name](given).eval()
             floats = perplexity(model, held_out)
-            patch(model)
+            patch(model.to(torch.bfloat16))
             rows.append(Row(name, floats, perplexity(model, held_out, AT_ONCE)))
     return rows
