@@ -14,6 +14,7 @@ from torch import nn
 import bigkernels
 from bigkernels._compare import compare
 from bigkernels.nn import QuantizedEmbedding, QuantizedLinear
+from bigkernels.program._state import KEY
 from bigkernels.quantization import Q4_1, Q8_0
 
 gguf = pytest.importorskip("gguf")
@@ -139,6 +140,21 @@ def test_a_loaded_model_is_one_like_others(files):
                                            do_sample=False))  # fmt: skip
     model(IDS, labels=IDS).loss.backward()
     assert model.model.norm.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["tied", "a head", "Q4_0", "dense, tied"])
+def test_the_step_program_takes_it(files, name: str, dtype: torch.dtype):
+    """Embeddings in codes are read once for each of their tensors, and rounded to the model's dtype."""
+    model = bigkernels.load_gguf(files[name], dtype)
+    with torch.inference_mode():
+        expected = model(IDS).logits
+        bigkernels.patch(model)
+        found = model(IDS, use_cache=True).logits
+    steps = model.__dict__[KEY]
+    assert steps.taken == 1, steps.reason
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert error < (1e-5 if dtype == torch.float32 else 0.05)
 
 
 def test_a_file_may_go_away(files, tmp_path):
