@@ -14,6 +14,7 @@ from pathlib import Path
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MARKS = re.compile(r"(<!-- figures:begin.*?-->\n).*?(<!-- figures:end -->)", re.S)
+GENERATION = re.compile(r"(<!-- generation:begin.*?-->\n).*?(<!-- generation:end -->)", re.S)
 DIRECTIONS = {False: "fwd", True: "fwd + bwd", None: "step"}
 OTHERS = ("eager", "builtin", "compile")
 
@@ -53,10 +54,56 @@ def lines(content: dict) -> Iterator[str]:
         )
 
 
+def generation(content: dict) -> Iterator[str]:
+    """Tokens a second of every model in the cases that all of them are in, and what these come to as ratios."""
+    cpu = content["machine"]["cpu"]
+    yield f"`{content['command']}`, commit {content['commit'][:10]}, {content['date'][:10]}, {cpu['model']}"
+    yield f"(level {cpu['isa']}), {cpu['cores']} cores. Tokens a second (in brackets per cent of the byte limit):"
+    yield ""
+    rows = {(row["case"], row["candidate"]): row for row in content["rows"] if row["status"] == "ok"}
+    cases = [case for case in dict.fromkeys(case for case, _ in rows) if case.startswith(("prefill B", "decode B"))
+             and "without" not in case]  # fmt: skip
+    names = dict.fromkeys(name for case, name in rows if case in cases)
+    yield f"| | {' | '.join(_short(case) for case in cases)} | peak memory | perplexity |"
+    yield "|---" * (len(cases) + 3) + "|"
+    for name in names:
+        figures = {key: value for case in cases for key, value in rows.get((case, name), {}).get("figures", {}).items()}
+        peak, perplexity = figures.get("peak"), figures.get("perplexity")
+        cells = [_speed(rows.get((case, name))) for case in cases]
+        cells += [f"{peak / 1e6:.0f} MB" if peak else "", f"{perplexity:.2f}" if perplexity else ""]
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield from ("", "| | measured | bar | aim |", "|---|---|---|---|")
+    for bar in content["ratios"]:
+        if bar["measured"] is not None:
+            values = (
+                f"{bar[key]:.3g}{bar['unit']}" if bar[key] is not None else "" for key in ("measured", "bar", "aim")
+            )
+            yield f"| {bar['name']} | {' | '.join(values)} |"
+
+
+def _short(case: str) -> str:
+    """Of "decode B 8, context 512, 2 threads": "decode, batch 8, context 512, 2 threads"; a batch of 1 goes unsaid."""
+    return case.replace(" B 1,", ",").replace(" B ", ", batch ")
+
+
+def _speed(row: dict | None) -> str:
+    if row is None:
+        return ""
+    limit = f" ({row['limit_percent']:.0f} %)" if row["limit_percent"] else ""
+    return f"{row['tokens_per_second']:.0f}{limit}"
+
+
 def main() -> None:
-    tables = ("\n".join(lines(json.loads(Path(path).read_text()))) for path in sys.argv[1:])
-    text = "\n## Figures\n\n" + "\n\n".join(tables) + "\n\n"
-    README.write_text(MARKS.sub(lambda m: m[1] + text + m[2], README.read_text()))
+    contents = [json.loads(Path(path).read_text()) for path in sys.argv[1:]]
+    of_generation = [content for content in contents if "ratios" in content]
+    tables = ("\n".join(lines(content)) for content in contents if content not in of_generation)
+    text = README.read_text()
+    figures = "\n## Figures\n\n" + "\n\n".join(tables) + "\n\n"
+    text = MARKS.sub(lambda m: m[1] + figures + m[2], text)
+    if of_generation:
+        made = "\n" + "\n\n".join("\n".join(generation(content)) for content in of_generation) + "\n\n"
+        text = GENERATION.sub(lambda m: m[1] + made + m[2], text)
+    README.write_text(text)
 
 
 if __name__ == "__main__":

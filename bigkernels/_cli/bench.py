@@ -15,7 +15,7 @@ from .._memory import reuse_memory
 from ..bench import engine, limits, report
 from ..bench.case import Settings
 from ..bench.families import FAMILIES, cases
-from ..bench.generation_bars import print_bars
+from ..bench.generation_bars import bars, print_bars
 from .terminal import progress, table
 
 
@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads or cores())
         rows, measured = _measure(line_up, settings)
         content = report.document(rows, measured, settings, shlex.join(("bigkernels", *sys.argv[1:])))
+        if "generation" in line_up:
+            content["ratios"] = [bar.as_dict() for bar in bars(rows, settings.quick)]
     finally:
         torch.set_num_threads(threads)
     if args.json:

@@ -69,6 +69,7 @@ class Candidate:
         state_bytes: for optimizers, what it keeps from one step to the next, in bytes a parameter.
         kept_bytes: for checkpoints, what it keeps between forward and backward.
         figures: what else is known of it after the timing, by name.
+        remark: what has to be said of how it was measured, after the timing; "" is nothing.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Candidate:
     kept_bytes: Callable[[], int] | None = None
     timed: bool = False
     figures: Callable[[], dict[str, float]] | None = None
+    remark: Callable[[], str] | None = None
 
     @property
     def ours(self) -> bool:

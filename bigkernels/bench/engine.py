@@ -23,7 +23,7 @@ class Row:
 
     Attributes:
         status: "ok"; "wrong" and "failed" (raised) are not timed; "missing" is not installed or not for this device.
-        reason: what was wrong, or why it is missing.
+        reason: what was wrong, why it is missing, or what has to be said beside the figures.
         error_ratio: the worst error as a part of what the criterion allows.
         seconds: of a step; None unless the status is "ok".
         bytes: of the case, or of the candidate where its formats make that another number.
@@ -108,6 +108,7 @@ def run(case: Case, limits: Limits, settings: Settings, announce: Announce = lam
             row = by_name[name]
             row.seconds = Statistics.of([taken / row.part for taken in seconds[name]])
             row.figures = candidate.figures() if candidate.figures else {}
+            row.reason = (candidate.remark() if candidate.remark else "") or None
             row.extra_bytes = None if row.slow or candidate.timed else extra_peak(candidate.step, case.device)
     _judge(case, limits.at(case.threads), by_name)
     return rows

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._info import cores
+from ..program._state import KEY, Steps
 from ..quantization import Int4
 from .case import EAGER, OURS, Missing, Settings
 from .families.model import QUICK_SIZES, random_model
@@ -54,18 +56,28 @@ class Contestant:
         bytes: that a token reads of the weights.
         cache: bytes that it reads more for each token of context.
         held: bytes of its weights; 0 where another process holds them.
-        expected: the losses of windows of text by the same weights in float32, from the second token on.
-        error: of `score`, once it was compared; the mean distance from the expected losses.
+        expected: the losses of a few tokens of text by the same weights in float32, from the second on.
+        error: of `score`, once it was compared: the distances from the expected losses.
         other: the process it is in.
+        steps: of a patched model, what counts the calls that its program answers.
     """
 
     ask: Callable[..., dict]
     bytes: int
     cache: int
     held: int = 0
-    expected: list[list[float]] = field(default_factory=list)
-    error: float | None = None
+    expected: list[float] = field(default_factory=list)
+    error: list[float] | None = None
     other: Process | None = None
+    steps: Steps | None = None
+    _left: int = 0
+
+    def remark(self) -> str:
+        """Whether calls since the last time were answered by the modules of a model that could have a program."""
+        if self.steps is None or self.steps.left == self._left:
+            return ""
+        self._left = self.steps.left
+        return f"by its modules: {self.steps.why}"
 
 
 class LineUp:
@@ -98,8 +110,10 @@ class LineUp:
     def _load(self, name: str) -> Contestant:
         if name in (Q4_1, Q4_0, Q4_0_HEAD):
             return self._llama(name.removeprefix("llama.cpp ").replace(", 4-bit", ""))
-        if name in (ONNX, OPENVINO):
-            return self._process(name.split("-")[0] + "_model", model=str(self.given.folder), into=self.folder.name)
+        if name == ONNX:
+            return self._process("onnxruntime_model", model=str(self.given.folder), into=self.folder.name)
+        if name == OPENVINO:
+            raise Missing("it reads models of its own format only, which optimum-intel writes")
         if name in BEFORE.values():
             if not self.settings.baseline:
                 raise Missing("no --baseline was given")
@@ -108,15 +122,22 @@ class LineUp:
         return self._ours(name)
 
     def _ours(self, name: str) -> Contestant:
-        source: Any = str(self.given.folder)
-        if name == GGUF:
-            source = partial(_load_gguf, self._file())
-        elif name == BIG:
-            source = partial(_billion, self.settings.quick)
-        windows = self.windows if name in (*_FORMATS, GGUF) else [self.windows[0][:SCORED]]
         model = Model()
-        info = model.load(source, text=windows, **_options(name))
-        return Contestant(lambda do, **what: getattr(model, do)(**what), **info)
+        info = model.load(self._source(name), text=self.windows[0][:SCORED], **_options(name))
+        return Contestant(lambda do, **what: getattr(model, do)(**what), **info, steps=model.model.__dict__.get(KEY))
+
+    def _source(self, name: str) -> str | Callable[[], nn.Module]:
+        if name == GGUF:
+            return partial(_load_gguf, self._file())
+        return partial(_billion, self.settings.quick) if name == BIG else str(self.given.folder)
+
+    def losses_of_modules(self, name: str) -> list[list[float]]:
+        """Those of each window's tokens by the weights of one of ours in float32, for formats; else []."""
+        if name not in (*_FORMATS, GGUF):
+            return []
+        model = Model()
+        model.load(self._source(name), **_options(name) | {"dtype": "float32", "patch": None})
+        return [model.losses(window, cores())["losses"] for window in self.windows]
 
     def _file(self) -> str:
         if isinstance(self.given.file, str):
@@ -166,7 +187,9 @@ def _options(name: str) -> dict:
 
 
 def _int8_cache(model: nn.Module) -> Any:
-    raise Missing("there is no such cache in this version")
+    from .. import Cache
+
+    return Cache(model, bits=8)
 
 
 def _load_gguf(path: str) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from .._cli.terminal import table
 from .case import EAGER, OURS
@@ -28,6 +28,10 @@ class Bar:
         if self.measured is None or self.bar is None:
             return None
         return self.measured <= self.bar if self.most else self.measured >= self.bar
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return {**asdict(self), "met": self.met}
 
     def cells(self) -> tuple[str, ...]:
         """What the table shows."""

@@ -106,6 +106,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
         for row in rows
         if row.status in ("wrong", "failed")
     ]
+    lines += [f"{row.candidate} in {row.case}: {row.reason}" for row in rows if row.status == "ok" and row.reason]
     lines += [
         f"{row.candidate} in {row.case} {row.dtype} {row.direction}: "
         + " ".join(["timed once"] * row.slow + [f"on {100 * row.part:.3g} % of the work, and scaled"] * (row.part < 1))

@@ -6,11 +6,12 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bigkernels import _cli
-from bigkernels.bench import engine, generation, generation_bars
+from bigkernels.bench import engine, generation, generation_bars, report
 from bigkernels.bench.case import EAGER, OURS, Missing, Settings
 from bigkernels.bench.engine import Row
 from bigkernels.bench.families import cases
@@ -47,7 +48,7 @@ def test_a_prompt_is_read_and_tokens_are_generated_by_all_that_compete(line_up):
     names = [EAGER, OURS, generation.INT4, generation.BEFORE[OURS]]
     for start, tokens in (("prefill B 1, 64 tokens", 64), ("decode B 1, context 8", 1), ("decode B 8, context 8", 8)):
         rows = run(find(start))
-        assert {name: row.reason for name, row in rows.items() if row.status == "ok"} == dict.fromkeys(names)
+        assert [name for name, row in rows.items() if row.status == "ok"] == names
         assert rows[generation.Q4_1].reason == "random weights have no GGUF file"
         for name in names:
             assert rows[name].tokens_per_second == pytest.approx(tokens / rows[name].seconds.median)
@@ -96,6 +97,19 @@ def test_a_model_that_computes_something_else_is_found(line_up, monkeypatch):
     row = run(find("decode B 1, context 8"))[OURS]
     assert row.status == "wrong" and row.seconds is None
     assert engine.failed([row]) == [row]
+
+
+def test_a_model_that_runs_its_modules_is_told(line_up, monkeypatch):
+    model = line_up.get(OURS)
+    counted = SimpleNamespace(left=0, why="a reason")
+    monkeypatch.setattr(model, "steps", counted)
+    monkeypatch.setattr(model, "_left", 0)
+    case = find("decode B 1, context 8")
+    assert run(case)[OURS].reason is None
+    counted.left = 3
+    rows = run(case)
+    assert rows[OURS].reason == "by its modules: a reason"
+    assert f"{OURS} in {case.name}: by its modules: a reason" in report.remarks(list(rows.values()))
 
 
 def test_the_full_run_has_the_cases_of_the_design():

@@ -55,6 +55,7 @@ _ALL = (EAGER, EAGER32, *_OURS, *BEFORE.values(), *_PEERS)
 _LONG = (EAGER, OURS, OURS32, INT8_CACHE, INT4, GGUF, Q4_1, Q4_0_HEAD)
 _OPERATOR = re.compile(r"(?:(\w+), )?(\d+) x (\d+) to ")
 _ALLOWED = 0.15  # nats: the mean distance of a token's loss from that of the same weights in float32
+_ANEW = 2.0  # and where another package rounds the weights once more, which a small model hardly survives
 
 
 def cases(settings: Settings) -> list[Case]:
@@ -111,7 +112,8 @@ def _raise(error: Exception) -> None:
 
 
 def _compare(results: dict[str, Tensor], *_: object, **__: object) -> dict[str, Comparison]:
-    return {"losses": Comparison(results["losses"].abs().mean().item(), _ALLOWED)}
+    return {name: Comparison(errors.abs().mean().item(), _ALLOWED if name == "losses" else _ANEW)
+            for name, errors in results.items()}  # fmt: skip
 
 
 def _checked(models: LineUp, name: str) -> dict[str, Tensor]:
@@ -119,9 +121,10 @@ def _checked(models: LineUp, name: str) -> dict[str, Tensor]:
     model = models.get(name)
     if model.error is None:
         window, expected = models.windows[0][:SCORED], model.expected or models.get(_same_codes(name)).expected
-        losses = model.ask("score", ids=window, known=KNOWN, threads=cores())["losses"]
-        model.error = [a - b for a, b in zip(losses, expected[0][KNOWN - 1 : SCORED - 1], strict=True)]
-    return {"losses": torch.tensor(model.error, dtype=torch.float64, device="cpu")}
+        losses = model.ask("score", ids=window, known=KNOWN, threads=1)["losses"]
+        model.error = [a - b for a, b in zip(losses, expected[KNOWN - 1 :], strict=True)]
+    kind = "losses of weights that were rounded anew" if name in (Q4_0, Q4_0_HEAD, ONNX) else "losses"
+    return {kind: torch.tensor(model.error, dtype=torch.float64, device="cpu")}
 
 
 def _same_codes(name: str) -> str:
@@ -147,7 +150,7 @@ def _decode(settings: Settings, context: int, threads: int, names: Sequence[str]
 
         def results() -> dict[str, Tensor]:
             found = _checked(models, name)
-            model.ask("prefill", ids=_prompts(models, context, batch), threads=cores())
+            model.ask("prefill", ids=_prompts(models, context, batch), threads=cores() if ours else threads)
             return found
 
         def step() -> float:
@@ -155,8 +158,15 @@ def _decode(settings: Settings, context: int, threads: int, names: Sequence[str]
             spent.append(answer["cpu"] / len(answer["seconds"]))
             return statistics.median(answer["seconds"])
 
-        return Candidate(name, results, step, timed=True, figures=lambda: {"cpu": statistics.median(spent)},
-                         bytes=model.bytes + batch * (context + steps // 2) * model.cache)  # fmt: skip
+        return Candidate(
+            name,
+            results,
+            step,
+            bytes=model.bytes + batch * (context + steps // 2) * model.cache,
+            timed=True,
+            figures=lambda: {"cpu": statistics.median(spent)},
+            remark=model.remark,
+        )
 
     where = f"B {batch}, context {context}" + ("" if way == "generate" else ", without generate")
     return _case(settings, f"{what}decode {where}", names, make, threads=threads, tokens=batch)
@@ -175,12 +185,12 @@ def _prefill(settings: Settings, length: int, threads: int, names: Sequence[str]
             losses = [model.ask("losses", ids=window, threads=cores())["losses"] for window in models.windows
                       if names is _ALL and threads == cores() and not model.other]  # fmt: skip
             found = {"peak": peak} | ({"perplexity": _perplexity(losses)} if losses else {})
-            if losses and len(model.expected) == len(losses):
-                found["perplexity of the modules in float32"] = _perplexity(model.expected)
+            if losses and (expected := models.losses_of_modules(name)):
+                found["perplexity of the modules in float32"] = _perplexity(expected)
             return found
 
         return Candidate(name, partial(_checked, models, name), lambda: model.ask("prefill", **what)["seconds"],
-                         timed=True, figures=figures)  # fmt: skip
+                         timed=True, remark=model.remark, figures=figures)  # fmt: skip
 
     return _case(settings, f"prefill B {batch}, {length} tokens", names, make, threads=threads, tokens=batch * length)
 
@@ -206,7 +216,7 @@ def _lookup(settings: Settings, threads: int) -> Case:
             return found
 
         ask = partial(model.ask, "generate", steps=steps, threads=threads, **options)
-        return Candidate(name, results, lambda: ask()["whole"], timed=True)
+        return Candidate(name, results, lambda: ask()["whole"], timed=True, remark=model.remark)
 
     names = [name + suffix for name in (EAGER, OURS, INT4, GGUF) for suffix in ("", LOOKUP)]
     return _case(settings, f"copying, {steps} tokens", names, make, threads=threads, tokens=1)
@@ -257,7 +267,7 @@ def _disturbed(settings: Settings, threads: int) -> Case:
             with busy:
                 return statistics.mean(ask(threads=threads)["seconds"])
 
-        return Candidate(name, results, step, timed=True)
+        return Candidate(name, results, step, timed=True, remark=model.remark)
 
     names = [name + suffix for name in (EAGER, OURS, INT4, GGUF, Q4_1) for suffix in ("", ALONE)]
     return _case(settings, f"decode, one core taken, context {context}", names, make, threads=threads, tokens=1)

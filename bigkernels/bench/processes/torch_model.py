@@ -28,7 +28,7 @@ class Model:
         head: bool = True,
         patch: dict | None = None,
         cache: Callable[[nn.Module], Any] | None = None,
-        text: list[list[int]] | None = None,
+        text: list[int] | None = None,
     ) -> dict:
         """Read a folder (or call what makes the model, in float32 or quantized already).
 
@@ -37,13 +37,13 @@ class Model:
             quantize: a format's name; "int4/64" is int4 in groups of 64.
             head: the embedding and the head are quantized as well.
             patch: options of `bigkernels.patch`; None leaves the model as it comes.
-            cache: makes the cache that it is called with; None leaves that to the model.
-            text: windows of tokens; gives `expected`, the losses of each by the modules in float32.
+            cache: makes the 8-bit cache that it is called with; None leaves the cache to the model.
+            text: tokens; gives `expected`, the losses of all but the first by the modules in float32.
         """
         self.model = (_read(model) if isinstance(model, str) else model()).eval()
         if quantize:
             self._quantize(quantize, head)
-        expected = [_losses(self.model, window) for window in text or ()]
+        expected = _losses(self.model, text) if text else []
         self.model.to(getattr(torch, dtype))
         if patch is not None:
             import bigkernels
@@ -55,7 +55,8 @@ class Model:
         config = self.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token = 2 * config.num_hidden_layers * heads * size * torch.finfo(self.model.dtype).bits // 8
+        head = size + 4 if cache else size * self.model.dtype.itemsize  # 8-bit codes and a scale, or numbers
+        token = 2 * config.num_hidden_layers * heads * head
         return {"bytes": bytes_of_a_step(self.model), "cache": token, "held": held(self.model), "expected": expected}
 
     def _quantize(self, name: str, head: bool) -> None:
