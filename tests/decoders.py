@@ -40,7 +40,6 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 # What calls of this version of transformers name the cache.
 CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
-HAS_DECODE = "decode" in inspect.signature(bigkernels.patch).parameters
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> nn.Module:
@@ -110,7 +109,7 @@ def shared_pair(name: str, dtype: torch.dtype = torch.float32) -> Pair:
 
 def patch_modules(model: nn.Module) -> nn.Module:
     """Patched, but for the program."""
-    bigkernels.patch(model, **({"decode": False} if HAS_DECODE else {}))
+    bigkernels.patch(model, decode=False)
     return model
 
 
@@ -150,11 +149,7 @@ def given(out: Any) -> Any:
     return out[CACHE] if CACHE in out else out["past_key_values"]
 
 
-def has_programs() -> bool:
-    """Whether patched models of this build run programs."""
-    return HAS_DECODE
-
-
-def runs(model: nn.Module) -> int:
-    """How many calls of a patched model have taken its program."""
-    return 0
+def runs(model: nn.Module) -> tuple[int, str]:
+    """How many calls of a patched model have taken its program, and why the last of the others did not."""
+    steps = model.__dict__["_bigkernels_program"]
+    return steps.taken, steps.why

@@ -123,13 +123,17 @@ def no_records(columns: int = 5) -> Tensor:
     return torch.empty(0, columns, dtype=torch.int64, device="cpu")
 
 
-def run(program: Tensor, hidden: Tensor, width: int, keep: int = 1, past: int = 0, caches=None, angles=None) -> Tensor:
+def run(
+    program: Tensor, hidden: Tensor, width: int, keep: int = 1, past: int = 0, caches=None, angles=None, settle=True
+) -> Tensor:
     batch, tokens, _ = hidden.shape
     logits = torch.empty(batch, keep, width, dtype=hidden.dtype, device="cpu")
     positions = (past + torch.arange(tokens, dtype=torch.int64, device="cpu")).expand(batch, tokens).contiguous()
     caches = no_records(15) if caches is None else caches
     angles = no_records() if angles is None else angles
     raw.run(program, hidden, positions, None, caches, angles, logits, past)
+    if settle:  # what the program points to may be gone next
+        raw.settle()
     return logits
 
 

@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kTokens = 128;                         // of one expert that are multiplied at once
 constexpr int64_t kRows = 16;                            // of a weight, at least
+constexpr int64_t kColumns = 128;                        // of outputs
 constexpr int64_t kFloats = 256 << 10;                   // of sums that a piece of outputs makes
 constexpr int64_t kReady = 512 << 10;                    // bytes of rows that every thread makes ready, once a step
 constexpr int64_t kLeast = 16 << 10, kMost = 256 << 10;  // bytes of weights that a piece reads
@@ -133,17 +134,6 @@ ExpertsBytes cut_experts(const ExpertsRecord& a, int64_t width, int64_t threads,
   const int64_t n = in ? a.inner : width;
   // What reading a row of outputs takes, and all of them.
   const int64_t row = row_bytes(w) * (in ? (a.plain ? 1 : 2) : active), bytes = row * n * (in ? active : 1);
-  int64_t target = threads == 1 ? kMost : std::clamp(bytes / (4 * threads), kLeast, kMost);
-  int64_t rows = std::max(target / row / kRows * kRows, kRows);
-  if (!in) rows = std::min(rows, std::max(kFloats / s->m / kRows * kRows, kRows));
-  rows = std::min(rows, round_up(n, kRows));
-  const int64_t pieces = (n + rows - 1) / rows;
-  s->cut[0] = (int32_t)round_up((n + pieces - 1) / pieces, kRows);
-  s->pieces[0] = (int32_t)((n + s->cut[0] - 1) / s->cut[0]);
-  s->count = (in ? active : 1) * s->pieces[0];
-  s->size = std::max<int64_t>((s->count + kMaxChunks * threads - 1) / (kMaxChunks * threads), 1);
-  s->chunks = (int32_t)((s->count + s->size - 1) / s->size);
-
   const int64_t tokens = most_tokens(a, s->m), ready = ready_bytes(w, a.integers, tokens);
   ExpertsBytes made{};
   made.ready = tokens * ready;
@@ -152,6 +142,21 @@ ExpertsBytes cut_experts(const ExpertsRecord& a, int64_t width, int64_t threads,
     s->prepares = s->m * a.top <= kTokens && together <= kReady;
     if (s->prepares) made.ready = together;
   }
+  int64_t target = threads == 1 ? kMost : std::clamp(bytes / (4 * threads), kLeast, kMost);
+  int64_t rows = std::max(target / row / kRows * kRows, kRows);
+  if (!in) {
+    // Where each piece makes rows ready anew, it is to have as much work with them as that takes.
+    if (!s->prepares) rows = std::max(rows, std::clamp(n / (2 * threads), kRows, kColumns) / kRows * kRows);
+    rows = std::min(rows, std::max(kFloats / s->m / kRows * kRows, kRows));
+  }
+  rows = std::min(rows, round_up(n, kRows));
+  const int64_t pieces = (n + rows - 1) / rows;
+  s->cut[0] = (int32_t)round_up((n + pieces - 1) / pieces, kRows);
+  s->pieces[0] = (int32_t)((n + s->cut[0] - 1) / s->cut[0]);
+  s->count = (in ? active : 1) * s->pieces[0];
+  s->size = std::max<int64_t>((s->count + kMaxChunks * threads - 1) / (kMaxChunks * threads), 1);
+  s->chunks = (int32_t)((s->count + s->size - 1) / s->size);
+
   const int64_t y = round_up(tokens * each * s->cut[0], 16), sums = round_up(s->m * s->cut[0], 16);
   made.scratch = 4 * (in ? 2 * y : y + sums);
   for (int64_t m = 1; m <= tokens; ++m)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from decoders import CACHE, given, has_programs, patch_modules, runs, spread
+from decoders import CACHE, given, patch_modules, runs, spread
 from torch import Tensor, nn
 
 import bigkernels
@@ -330,16 +330,15 @@ def run(c: Case) -> Result | None:
         c.notes.append(f"{type(error).__name__}: {error}")
         return None
     ours = copy.deepcopy(modules)
-    report = bigkernels.patch(ours, verify=False)
+    bigkernels.patch(ours, verify=False)
     patch_modules(modules)
-    before, threads = runs(ours), torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(c.threads)
     try:
         got = logits(ours, c, ids, mask)
     finally:
         torch.set_num_threads(threads)
-    used = runs(ours) - before
-    why = "" if used == len(c.sizes) else f"{used} of {len(c.sizes)} calls: {reason(report)}"
+    used, why = runs(ours)
     by_modules = logits(modules, c, ids, mask)
     if got.dtype != plain.dtype or got.shape != plain.shape:
         return Result(f"{got.dtype} {tuple(got.shape)}, expected {plain.dtype} {tuple(plain.shape)}", used > 0, why)
@@ -361,11 +360,6 @@ def _judge(c: Case, got: Tensor, plain: Tensor, by_modules: Tensor, exact: Tenso
     worse = torch.where((by_modules.double() - exact).abs() > (plain.double() - exact).abs(), by_modules, plain)
     found = compare(got, worse, exact, roundings=4.0 if c.dtype == torch.float32 else 1.0, scale="row")
     return None if found.ok else str(found)
-
-
-def reason(report: Any) -> str:
-    """Why a report's model has no program."""
-    return "; ".join(row.what for row in report.skipped if not row.path) or "no row in the report"
 
 
 def main() -> None:
@@ -397,9 +391,8 @@ def main() -> None:
         if result.fault:
             counts["FAULTS"] += 1
             print(f"FAULT {c}\n      {result.fault}", flush=True)
-    if has_programs():
-        for why, many in reasons.most_common():
-            print(f"{many:4}  {why}")
+    for why, many in reasons.most_common():
+        print(f"{many:4}  {why}")
     print(dict(counts), f"{time.perf_counter() - began:.0f} s, next seed {seed}")
     raise SystemExit(counts["FAULTS"] > 0)
 

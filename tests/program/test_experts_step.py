@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bigkernels._load import cpu_library
 from bigkernels.nn import QuantizedExperts
+from bigkernels.ops import program as raw
 from bigkernels.program import _records as r
 from bigkernels.program._ir import Experts, ExpertWeights
 from bigkernels.program._lower_experts import experts_record
@@ -143,6 +144,27 @@ def test_threads_and_rows_change_no_bit(threads: int):
         alone = step.run(hidden)
         torch.set_num_threads(before)
         assert torch.equal(here, alone)
+
+
+def test_threads_that_lose_their_cores():
+    """What one makes again while others read it are the bits that are there."""
+    stacked = Stacked(6, 96, 64, torch.float32, False, False)
+    op = dict(experts=6, top=3, act="silu", sigmoid=True, renormalize=True, scale=3.0)
+    step = Step(96, op, stacked.place(), given=False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        inputs = [step.tokens(1, n, seed=n) for n in (1, 1, 3, 20)]
+        expected = [step.run(x) for x in inputs]
+        torch.set_num_threads(4)
+        raw.delays(15)
+        for i in range(200):
+            got = run(step.program, inputs[i % 4], 96, keep=inputs[i % 4].shape[1], settle=False)
+            assert torch.equal(got, expected[i % 4])
+    finally:
+        raw.delays(0)
+        raw.settle()
+        torch.set_num_threads(before)
 
 
 def test_numbers_that_are_no_experts():

@@ -38,32 +38,41 @@ int64_t next_largest(const float* x, int64_t n, float value, int64_t index) {
 
 }  // namespace
 
+// Every number is written once: another thread may be reading what this one makes again.
 void program_route(const ExpertsRecord& a, float* const* v, int64_t begin, int64_t end) {
   const int64_t n = a.experts;
   for (int64_t row = begin; row < end; ++row) {
     const float* x = v[a.logits] + row * n;
     float *weights = v[a.weights] + row * a.top, *chosen = v[a.chosen] + row * a.top;
-    float value = __builtin_inff(), most = 0, kept = 0;
-    int64_t index = -1;
-    for (int64_t t = 0; t < a.top; ++t) {
-      index = next_largest(x, n, value, index);
-      if (index < 0) index = t;  // of numbers that are none
-      value = x[index];
-      if (t == 0) most = value;
-      chosen[t] = (float)index;
-      weights[t] = a.sigmoid ? vsigmoid(splat(value))[0] : vexp(splat(value - most))[0];
-      kept += weights[t];
-    }
-    float all = a.sigmoid ? 1.0f : 0.0f;
-    if (!a.sigmoid && !a.renormalize) {
+    float most = 0, kept = 0;
+    auto probability = [&](float value) {
+      return a.sigmoid ? vsigmoid(splat(value))[0] : vexp(splat(value - most))[0];
+    };
+    // The same numbers twice, so that none has to be kept.
+    auto for_chosen = [&](auto f) {
+      float value = __builtin_inff();
+      int64_t index = -1;
+      for (int64_t t = 0; t < a.top; ++t) {
+        index = next_largest(x, n, value, index);
+        if (index < 0) index = t;  // of numbers that are none
+        value = x[index];
+        if (t == 0) most = value;
+        f(t, index, probability(value));
+      }
+    };
+    for_chosen([&](int64_t, int64_t, float p) { kept += p; });
+    float all = 1;
+    if (a.renormalize) {
+      all = kept;
+    } else if (!a.sigmoid) {
       vf total{};
       for (int64_t i = 0; i < n; i += W) total += within(vexp(part(x + i, n - i) - most), n - i);
       all = sum(total);
     }
     float odd = 0;  // not a number, where a logit is none: no expert is right then
-    for (int64_t i = 0; i < n; ++i) odd += x[i] - x[i];
-    const float factor = a.scale / (a.renormalize ? kept : all) + odd;
-    for (int64_t t = 0; t < a.top; ++t) weights[t] *= factor;
+    for (int64_t i = 0; i < n; ++i) odd += x[i] != x[i] ? x[i] : 0.0f;
+    const float factor = a.scale / all + odd;
+    for_chosen([&](int64_t t, int64_t index, float p) { chosen[t] = (float)index, weights[t] = p * factor; });
   }
 }
 
