@@ -85,11 +85,12 @@ def test_quantized_in_float32(name: str, config: str):
     with uses_program(ours):
         got = _logits(ours)
     plain = _logits(modules)
-    if config == "int8-dynamic":
-        assert _far(got, plain.double()) < 0.03
-        return
     bigkernels.dequantize(exact)
-    found = compare(got, plain, _logits(exact.double()), scale="row")
+    exact = _logits(exact.double())
+    if config == "int8-dynamic":
+        assert _far(got, exact) < max(0.03, 1.5 * _far(plain, exact))
+        return
+    found = compare(got, plain, exact, scale="row")
     assert found.ok, str(found)
 
 
