@@ -203,7 +203,7 @@ class Planner {
   // Whole blocks of 16 rows, tens to hundreds of kilobytes; some four a thread, and at least one where there are so
   // many blocks. Of many tokens, what a chunk makes has to stay in a core's own cache.
   void cut_weights(const ProductRecord& a, int64_t bytes, Step* s) {
-    constexpr int64_t kLeast = 16 << 10, kMost = 256 << 10, kRows = 16, kFloats = 64 << 10;
+    constexpr int64_t kLeast = 16 << 10, kMost = 256 << 10, kRows = 16, kFloats = 32 << 10;
     int64_t target = threads_ == 1 ? kMost : std::clamp(bytes / (4 * threads_), kLeast, kMost);
     target = std::min(target, std::max<int64_t>(bytes / threads_, 1));
     for (int i = 0; i < (a.gated ? 1 : a.count); ++i) {
