@@ -14,7 +14,7 @@ _ERROR = 1e-5  # relative to the largest logit
 
 
 def check(model: nn.Module, graph: Graph) -> None:
-    """Prefill, a token, a few tokens, and a batch that is padded on the left.
+    """Prefill, a token and a few tokens, of sequences padded on the left where the model takes a mask.
 
     Raises:
         Refused: they differ.
@@ -29,10 +29,11 @@ def check(model: nn.Module, graph: Graph) -> None:
         return made.to(device)
 
     with torch.no_grad():
-        _steps(model, graph, [tokens(1, n) for n in (9, 1, 3, 1)], None)
-        if "mask" in arguments(model):
+        if "mask" in arguments(model):  # the second sequence has no padding
             starts = torch.tensor([4, 0], dtype=torch.int64, device=device)
-            _steps(model, graph, [tokens(2, n) for n in (7, 1)], starts)
+            _steps(model, graph, [tokens(2, n) for n in (7, 1, 3)], starts)
+        else:
+            _steps(model, graph, [tokens(1, n) for n in (9, 1, 3)], None)
 
 
 def _steps(model: nn.Module, graph: Graph, pieces: list[Tensor], starts: Tensor | None) -> None:

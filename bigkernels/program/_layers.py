@@ -10,7 +10,7 @@ from ..nn.quantized_linear import QuantizedLinear
 from ..quantization._layers import conv1d, rows
 from ._ir import StoredLinear
 
-_PART = 2**23  # elements of a weight that are cast at a time
+_PART = 2**16
 
 
 def is_linear(module: object) -> bool:
