@@ -17,31 +17,11 @@ from ._forms import close, plain_within, random
 from ._ir import Attend, Stored
 from ._reference import attention
 from ._replay import replay
+from ._rows import as_heads, from_heads
 from ._trace import Ref, Refused
 
 if TYPE_CHECKING:
     from ._identify import Builder
-
-
-def as_heads(t: Tensor, batch: int, length: int) -> Tensor | None:
-    """(B, H, S, D) of a tensor in any of the layouts that models use."""
-    if t.dim() == 4 and t.shape[0] == batch and t.shape[2] == length:
-        return t
-    if t.dim() == 4 and t.shape[:2] == (batch, length):
-        return t.transpose(1, 2)
-    if t.dim() == 3 and t.shape[1] == length and t.shape[0] % batch == 0:
-        return t.unflatten(0, (batch, -1))
-    if t.dim() == 5 and t.shape[0] == batch and t.shape[3] == length:
-        return t.flatten(1, 2)
-    return None
-
-
-def from_heads(heads: Tensor, like: Tensor, batch: int, length: int) -> Tensor:
-    if like.dim() == 4 and like.shape[0] == batch and like.shape[2] == length:
-        return heads.reshape(like.shape)
-    if like.dim() == 4:
-        return heads.transpose(1, 2)
-    return heads.reshape(like.shape)
 
 
 def attention_between(b: Builder, q: Ref, keys: Ref, values: Ref, out: Ref) -> Attend:
@@ -245,9 +225,28 @@ def spelled_out(b: Builder, number: int) -> tuple[Ref, Ref] | None:
         if not from_weights:
             continue
         if any(r not in weights and has(r, values, memo_v, first) for r in step.inputs):
-            return query, Ref(later, 0)
+            return query, _outlet(b, Ref(later, 0), keys)
         weights |= {Ref(later, i) for i in range(len(step.outs))}
     return None
+
+
+def _outlet(b: Builder, out: Ref, keys: set[Ref]) -> Ref:
+    """The first tensor from `out` on that all that comes from scores goes through: sums of weights may scale it."""
+    steps = b.recorder.steps
+    first = max(r.step for r in keys if r.step < out.step)
+    scores = set()
+    for number in range(first, len(steps)):
+        step = steps[number]
+        if number > out.step and (step.module is not None or step.name == "append"):
+            break
+        if step.depends and (number in {r.step for r in keys} or any(r.step in scores for r in step.inputs)):
+            scores.add(number)
+    for candidate in sorted(n for n in scores if n >= out.step):
+        later = [n for n in b.needed if n > candidate]
+        read = {r.step for n in later for r in steps[n].inputs}
+        if not any(n < candidate for n in read & scores):
+            return Ref(candidate, 0)
+    return out
 
 
 def _only(recorder, ref: Ref, roots: set[Ref]) -> bool:

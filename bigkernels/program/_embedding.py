@@ -171,7 +171,11 @@ def _tables(b: Builder, number: int):
             and stored.get().dim() == 2
             and other.name in ("embedding", "index_select", "__getitem__")
         ):
-            positions = b.trace.positions[:1] if index.shape[:1] == (1,) else b.trace.positions
+            positions = b.trace.positions
+            if index.numel() == positions.numel():
+                index = index.view(positions.shape)
+            elif index.shape[-1:] == positions.shape[-1:]:
+                positions = positions[0].expand(index.shape)
             offset = int(index.reshape(-1)[0] - positions.reshape(-1)[0])
             if bool((index == index.reshape(-1)[0]).all()):
                 yield Positions(stored, 0, int(index.reshape(-1)[0]))

@@ -45,15 +45,17 @@ def find(model: nn.Module) -> Graph | str:
 
 
 def _built(trace: Trace) -> Graph:
-    """The graph, with modules that nobody knows as calls of their own code: the innermost that will do."""
-    opaque: list[ModuleCall] = []
+    """The graph, with code that nobody knows as calls: of the innermost module that will do, or of recorded steps."""
     first = None
-    while True:
-        try:
-            return Builder(trace, opaque).build()
-        except Refused as refused:
-            first = first or refused
-            more = [] if refused.step is None else enclosing(trace, refused.step, opaque)
-            if not more:
-                raise first from None
-            opaque += more
+    for steps in (False, True):
+        opaque: list[ModuleCall] = []
+        while True:
+            try:
+                return Builder(trace, opaque, steps).build()
+            except Refused as refused:
+                first = first or refused
+                more = [] if refused.step is None else enclosing(trace, refused.step, opaque)
+                if not more:
+                    break
+                opaque += more
+    raise first

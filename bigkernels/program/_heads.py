@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ._attention import as_heads
 from ._forms import as_norm, close, constant, plain, random
 from ._ir import Combine, HeadsOf, NormSpec
 from ._reference import rotate
 from ._replay import between, refs_of, replay
 from ._rotary import Rotary
+from ._rows import as_heads
 from ._trace import Ref, Refused, floating
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _layers
-from ._attention import as_heads, attention_between, from_heads, spelled_out
+from ._attention import attention_between, spelled_out
 from ._calls import add_call
 from ._experts import add_experts
 from ._forms import as_activation, as_norm, as_softcap, close, constant, plain, random
@@ -29,6 +30,8 @@ from ._keep import keep_last
 from ._masks import far_windows, hints
 from ._record import Trace
 from ._replay import between, dominators, replay
+from ._rows import as_rows, from_rows
+from ._steps import add_steps
 from ._trace import ModuleCall, Ref, Refused, Step, leaves
 
 _FAR = 40  # how many tensors before a value are tried as what it was made from
@@ -38,13 +41,15 @@ _PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "addmm"}
 class Builder:
     """Makes a graph of a trace."""
 
-    def __init__(self, trace: Trace, opaque: Collection[ModuleCall] = ()):
+    def __init__(self, trace: Trace, opaque: Collection[ModuleCall] = (), steps: bool = False):
         self.trace, self.recorder = trace, trace.recorder
         self.graph = Graph()
         self.values: dict[Ref, int] = {}
         self.rotations = Rotations(self)
         self.appended: dict[int, Ref] = {}  # layer of the cache: the step that its keys come from
         self.device = trace.tokens.device
+        self.steps = steps  # whether recorded steps may stand for code that nobody knows
+        self.needed: set[int] = set()
         self.refused: Refused | None = None  # the first of an attempt that failed inside
         self.memory: dict[tuple, object] = {}  # what was found of modules of a kind
         self.opaque = {c.begin: c for c in sorted(opaque, key=lambda c: c.begin - c.end)}
@@ -59,23 +64,10 @@ class Builder:
         return self.recorder.steps[ref.step].path or "(model)"
 
     def rows(self, t: Tensor) -> Tensor | None:
-        """(rows, width) of a tensor in any of the layouts that models use."""
-        batch, length = self.trace.tokens.shape
-        if t.dim() >= 3 and t.shape[:2] == (batch, length):
-            return t.reshape(batch * length, -1)
-        heads = as_heads(t, batch, length)
-        if heads is not None:
-            return heads.transpose(1, 2).reshape(batch * length, -1)
-        if t.dim() >= 2 and t.shape[0] == batch * length:
-            return t.reshape(batch * length, -1)
-        return None
+        return as_rows(t, *self.trace.tokens.shape)
 
     def unrows(self, rows: Tensor, like: Tensor) -> Tensor:
-        batch, length = self.trace.tokens.shape
-        if like.shape[:2] == (batch, length) or as_heads(like, batch, length) is None:
-            return rows.reshape(like.shape)
-        heads = rows.view(batch, length, -1, like.shape[-1]).transpose(1, 2)
-        return from_heads(heads, like, batch, length)
+        return from_rows(rows, like, *self.trace.tokens.shape)
 
     def function(self, ref: Ref, source: Ref) -> Callable[[Tensor], Tensor]:
         """Rows of `ref` from rows of `source`."""
@@ -130,7 +122,8 @@ class Builder:
             return self.values[ref]
         found = self._same(ref)
         if found is None:
-            for attempt in (self._norm, self._activation, self._gated, self._combination):
+            attempts = (self._norm, self._activation, self._gated, self._combination)
+            for attempt in (*attempts, *([functools.partial(add_steps, self)] if self.steps else [])):
                 found = self._tried(attempt, ref)
                 if found is not None:
                     break
@@ -403,7 +396,7 @@ class Builder:
     # ---- the whole ---------------------------------------------------------------------------------------------------
 
     def build(self) -> Graph:
-        needed = self._needed(self.trace.logits)
+        self.needed = needed = self._needed(self.trace.logits)
         self._tokens(needed)
         inside = -1
         for number in sorted({*needed, *self.opaque}):

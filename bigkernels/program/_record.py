@@ -73,6 +73,9 @@ def stored_of(model: nn.Module) -> dict[int, Stored]:
         for name, t in (*module._parameters.items(), *module._buffers.items()):
             if t is not None:
                 found.setdefault(id(t), Stored(module, name))
+        for name, t in vars(module).items():
+            if isinstance(t, Tensor):
+                found.setdefault(id(t), Stored(module, name))
     return found
 
 

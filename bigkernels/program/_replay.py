@@ -51,7 +51,7 @@ def steps_between(recorder: Recorder, outs: Collection[Ref], given: Collection[R
 
 def replay(recorder: Recorder, outs: Collection[Ref], given: Mapping[Ref, Tensor]) -> list[Tensor]:
     """`outs` from other values of `given`, in float64."""
-    values = {ref: _laid_out(t, recorder.steps[ref.step].outs[ref.number]) for ref, t in given.items()}
+    values = {ref: laid_out(t, recorder.steps[ref.step].outs[ref.number]) for ref, t in given.items()}
 
     def value(leaf):
         if isinstance(leaf, Ref):
@@ -78,11 +78,11 @@ def replay(recorder: Recorder, outs: Collection[Ref], given: Mapping[Ref, Tensor
         return [values[ref] if ref in values else exact(recorder.steps[ref.step].outs[ref.number]) for ref in outs]
 
 
-def _laid_out(t: Tensor, like: Tensor) -> Tensor:
+def laid_out(t: Tensor, like: Tensor) -> Tensor:
     """`t` with the strides that the model's tensor has: its code may only take a view of that."""
     if t.stride() == like.stride() or t.shape != like.shape:
         return t
-    return torch.empty_like(like, dtype=t.dtype).copy_(t)
+    return torch.empty_like(like, dtype=t.dtype, device=t.device).copy_(t)
 
 
 def is_in_place(step: Step) -> bool:
