@@ -14,7 +14,7 @@ int64_t attention_fwd_workspace(const Attention&, int64_t);
 
 namespace {
 
-constexpr int64_t kFewTokens = 8;         // up to which keys are read as they lie, and not packed
+constexpr int64_t kFewRows = 40;          // of a head, up to which keys are read as they lie, and not packed
 constexpr int64_t kRowsOfHead = 128;      // that share one pass over the keys of a head
 constexpr int64_t kBlock = 64;            // keys: where they may be cut
 constexpr int64_t kPartBytes = 64 << 10;  // of keys and values, at least
@@ -34,7 +34,7 @@ struct Cut {
 
   Cut(const AttendRecord& r, const Run& u) : record(r), run(u), cache(u.caches[r.layer]) {
     group_size = r.heads / r.groups;
-    few = run.tokens <= kFewTokens;
+    few = run.tokens <= 2 || run.tokens * group_size <= kFewRows;
     queries = kRowsOfHead / group_size < 1 ? 1 : smaller(kRowsOfHead / group_size, run.tokens);
     blocks = ceiling(run.tokens, queries);
   }
