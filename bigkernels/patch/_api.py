@@ -193,8 +193,8 @@ def _plan(model: nn.Module, flags: dict[str, bool | None], verify: bool) -> tupl
             if reason is not None:
                 report.skipped.append(Row(path, f"decode program: {reason}", None))
                 continue
-            writes += _decode.writes_for(module, writes)
-            report.inference.append(Row(path, "decode program, found at first use", None))
+            report.programs[path] = _decode.steps_of(module)
+            writes += _decode.writes_for(module, writes, report.programs[path])
     for rows in (report.patched, report.inference, report.skipped):
         rows.sort(key=lambda row: order[row.path])
     return writes, report

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..program._forward import forward
+from ..program._forward import apply, forward
 from ..program._state import KEY, Steps, unsupported
-from ._bound import Stepping
+from ._bound import Bound, Stepping
 from ._rule import Write
 
 
@@ -32,13 +32,20 @@ def _generates(module: nn.Module) -> bool:
     return "input_ids" in names and ("cache" in names or "past_key_values" in names)
 
 
-def writes_for(module: nn.Module, others: list[Write]) -> list[Write]:
+def steps_of(module: nn.Module) -> Steps:
+    """Those that an earlier patch gave it, or new ones."""
+    held = module.__dict__.get(KEY)
+    return held if isinstance(held, Steps) else Steps()
+
+
+def writes_for(module: nn.Module, others: list[Write], steps: Steps) -> list[Write]:
     """What to write, among what is written for other reasons: the program goes around the forward that they give."""
     at = next((i for i, w in enumerate(others) if w.module is module and w.key == "forward"), None)
     below = None if at is None else others[at].value.func
     if at is not None:
         del others[at]
-    return [Write(module, "forward", Stepping(forward, module, below)), Write(module, KEY, Steps())]
+    return [Write(module, "forward", Stepping(forward, module, below)), Write(module, "_apply", Bound(apply, module)),
+            Write(module, KEY, steps)]  # fmt: skip
 
 
-__all__ = ["candidates", "unsupported", "writes_for"]
+__all__ = ["candidates", "steps_of", "unsupported", "writes_for"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
@@ -28,9 +28,17 @@ class PatchReport:
     patched: list[Row] = field(default_factory=list)
     skipped: list[Row] = field(default_factory=list)
     inference: list[Row] = field(default_factory=list)
+    programs: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def steps(self) -> list[Row]:
+        """A row for each model that generates: its program, or why it has none, as far as that is known by now; it is
+        looked for at the first call that can take it.
+        """
+        return [Row(path, steps.status(), None) for path, steps in self.programs.items()]
 
     def __str__(self) -> str:
-        lines = _table("patched", self.patched) + _table("in inference", self.inference)
+        lines = _table("patched", self.patched) + _table("in inference", [*self.inference, *self.steps])
         lines += _table("skipped", self.skipped)
         return "\n".join(lines) if lines else "nothing to patch"
 

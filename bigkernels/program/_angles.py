@@ -43,6 +43,10 @@ class Tables:
             self._make(i, positions)
         return self._rows
 
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for pair in self._made if pair is not None for t in pair)
+
     def forget(self) -> None:
         """Make them anew at the next use."""
         if self._length is not None:

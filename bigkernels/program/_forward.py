@@ -39,6 +39,14 @@ def forward(module: nn.Module, below: Callable | None, *args: Any, **kwargs: Any
     return (type(module).forward if below is None else below)(module, *args, **kwargs)
 
 
+def apply(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """In the place of `_apply`, which moves and casts: the old memory is given back tensor by tensor."""
+    steps = module.__dict__.get(KEY)
+    if steps is not None:
+        steps.release()
+    return type(module)._apply(module, *args, **kwargs)
+
+
 def _by_program(module: nn.Module, steps: Steps, args: tuple, kwargs: dict) -> Any:
     try:
         if args:

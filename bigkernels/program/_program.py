@@ -38,10 +38,23 @@ class Program:
         self.windows = {o.window for o in graph.operations if isinstance(o, Attend)}
         self.lowered = Lowered(graph, dtype, integers)
         self._table = _table(graph)
+        self._storages: list | None = None
+
+    def hold(self) -> None:
+        """Keep the memory of all that is read alive. Threads that lost their core may read weights after a call, which
+        `weight.data = ...` would give back under them.
+        """
+        if self._storages is None:
+            self._storages = [t.untyped_storage() for t in self.reads]
+
+    def release(self) -> None:
+        """Let memory go where it is replaced."""
+        ops.settle()
+        self._storages = None
 
     def lower(self) -> None:
         """Make the records anew: tensors are elsewhere, or lie in another way."""
-        ops.settle()
+        self.release()
         self._tables.forget()
         self.lowered = Lowered(self.graph, self.dtype, self._integers)
 
@@ -79,6 +92,7 @@ class Program:
             past: tokens that a sequence has in the caches.
             logits: (B, keep, V), of the last `keep` tokens.
         """
+        self.hold()
         angles = self._tables.at(positions, longest)
         if not self.lowered.calls:
             ops.run(self.lowered.packed, hidden, positions, starts, caches, angles, logits, past)
@@ -102,9 +116,12 @@ class Program:
             ops.write(number, value, t)
 
     def describe(self) -> str:
-        """For the report."""
+        """For the report: what there is, and the memory that it takes beside the model's."""
         formats = ", ".join(f"{count} {name}" for name, count in sorted(self.lowered.reads.formats.items()))
-        return f"decode program: {self.graph.layers} layers, {self.lowered.products} products ({formats})"
+        made = (t.nbytes for t in self.lowered.reads.made if isinstance(t, Tensor))
+        taken = (self.lowered.packed.nbytes + self._tables.nbytes + sum(made)) / 1e6
+        return (f"decode program: {self.graph.layers} layers, {self.lowered.products} products ({formats}), "
+                f"{taken:.1f} MB")  # fmt: skip
 
     def __del__(self) -> None:
         # Threads that lost their core may still read what goes away now.

@@ -101,6 +101,20 @@ class Steps:
         self.reason, self.output, self.defaults = entry.reason, entry.output, entry.defaults
         return entry.program
 
+    def release(self) -> None:
+        """Let memory go that is replaced now."""
+        with self.lock:
+            for entry in self._entries:
+                if entry.program is not None:
+                    entry.program.release()
+
+    def status(self) -> str:
+        """What is known, for reports."""
+        if not self._entries:
+            return "decode program, found at first use"
+        entry = self._entries[0]
+        return f"decode program: {entry.reason}" if entry.program is None else entry.program.describe()
+
     def _changed(self, module: nn.Module) -> _Entry:
         """Of a state that was not there a call ago."""
         snapshot = Snapshot(module.modules())

@@ -221,9 +221,15 @@ def test_switched_off(models: Pair):
 
 
 def test_the_report():
-    report = bigkernels.patch(build("llama"))
-    rows = [row for row in report.inference if "decode program" in row.what]
-    assert [row.path for row in rows] == [""]
+    model = build("llama")
+    report = bigkernels.patch(model)
+    assert [row[:2] for row in report.steps] == [("", "decode program, found at first use")]
+    generate(model)
+    assert report.steps[0].what.startswith("decode program: 2 layers, 15 products (15 float32), ")
+    assert report.steps[0].what in str(report)
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    generate(model)
+    assert report.steps[0].what == "decode program: model.layers.0: has hooks"
     encoder = transformers.BertModel(transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
                                                              intermediate_size=32, vocab_size=50))  # fmt: skip
     assert "decode" not in str(bigkernels.patch(encoder))
@@ -231,6 +237,22 @@ def test_the_report():
     hooked.model.layers[0].register_forward_hook(lambda *_: None)
     rows = [row for row in bigkernels.patch(hooked).skipped if "decode program" in row.what]
     assert "model.layers.0" in rows[0].what
+
+
+def test_memory_that_is_replaced_is_given_back(models: Pair):
+    """Programs hold the memory that their threads may still read; a cast lets it go, tensor by tensor."""
+    model = models.ours
+    generate(model)
+    program = _steps(model)._entries[0].program
+    assert len(program._storages) == len(program.reads)
+    model.to(torch.bfloat16)
+    assert program._storages is None
+    generate(model)
+    assert _steps(model)._entries[0].program._storages is not None
+    with torch.no_grad():
+        models.theirs.to(torch.bfloat16)
+        theirs, ours = models.both(lambda model: model(input_ids=IDS).logits)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05 * theirs.abs().max().item())
 
 
 def test_reasons_are_logged_once(models: Pair, caplog, monkeypatch):
@@ -488,7 +510,7 @@ def test_signature_and_unpatch(models: Pair):
     assert inspect.signature(models.ours.forward) == before
     _same(models, True)
     bigkernels.unpatch(models.ours)
-    assert not {"forward", _state.KEY} & models.ours.__dict__.keys()
+    assert not {"forward", "_apply", _state.KEY} & models.ours.__dict__.keys()
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
