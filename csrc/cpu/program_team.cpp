@@ -46,6 +46,7 @@ namespace {
 constexpr int64_t kSpin = 50000;   // nanoseconds between calls, after which threads sleep
 constexpr int64_t kLeast = 3000;   // what is waited for a chunk that another thread has begun
 constexpr int64_t kFirst = 20000;  // the same where nobody knows how long it takes
+constexpr int64_t kLeave = 5000;   // with help: what a call that is done waits for others to leave
 constexpr int64_t kYield = 20000;  // without help: after which waiting threads let others run
 constexpr int kWakes = 8;          // threads that one wakes
 
@@ -256,8 +257,14 @@ class Team {
     // From here on nobody enters: a thread says that it is inside, then looks whether the call is still there, and this
     // looks the other way round.
     ticket_.store(0, std::memory_order_seq_cst);
-    if (!place->run.plan().help)
-      while (occupied(place)) pause_or_yield();
+    // Who has its core is out in a moment, and the next call finds this place, in the caches.
+    const bool help = place->run.plan().help;
+    const int64_t start = now();
+    while (occupied(place)) {
+      const int64_t time = now() - start;
+      if (help && time > kLeave) break;
+      !help&& time > kYield ? std::this_thread::yield() : pause();
+    }
   }
 
   bool occupied(const Place* place) const {
@@ -270,7 +277,8 @@ class Team {
   void settle() const {
     const int count = count_.load(std::memory_order_acquire);
     for (int t = 1; t < count; ++t)
-      for (Place* p; (p = members_[t]->inside.load(std::memory_order_seq_cst)) && !p->held.load();) pause_or_yield();
+      for (Place* p; (p = members_[t]->inside.load(std::memory_order_seq_cst)) && !p->held.load();)
+        std::this_thread::yield();
   }
 
   void before_fork() { mutex_.lock(); }
@@ -285,8 +293,6 @@ class Team {
   }
 
  private:
-  static void pause_or_yield() { std::this_thread::yield(); }
-
   void grow(int64_t threads) {
     int count = count_.load(std::memory_order_relaxed);
     for (; count < threads; ++count) {
