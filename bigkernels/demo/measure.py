@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Iterator
@@ -75,6 +76,7 @@ def perplexity(model: nn.Module, batches: Tensor, at_once: int | None = None) ->
     """
     device = next(model.parameters()).device
     losses = []
+    held = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
     for ids in batches.to(device).split(1):
         if at_once is None:
             losses.append(model(input_ids=ids, labels=ids, use_cache=False).loss.item())
@@ -82,8 +84,8 @@ def perplexity(model: nn.Module, batches: Tensor, at_once: int | None = None) ->
         cache, total = None, 0.0
         for begin in range(0, ids.shape[1] - 1, at_once):
             part = ids[:, begin : min(begin + at_once, ids.shape[1] - 1)]
-            out = model(input_ids=part, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(input_ids=part, use_cache=True, **{held: cache})
+            cache = getattr(out, held)
             target = ids[0, begin + 1 : begin + 1 + part.shape[1]]
             total += nn.functional.cross_entropy(out.logits[0].float(), target, reduction="sum").item()
         losses.append(total / (ids.shape[1] - 1))
