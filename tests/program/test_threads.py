@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -226,3 +229,34 @@ def test_tokens_cached_and_cropped(dtype):
         for a, b in zip(generate(crops), expected[crops], strict=True):
             assert torch.equal(a, b)
         raw.settle()
+
+
+_SPINNING = """
+import time, torch
+from step_programs import Maker, run
+torch.set_num_threads({threads})
+m = Maker(16)
+program = m.program(m.keep(m.combine((m.hidden, 2.0, None))))
+x, logits = torch.randn(1, 1, 16), torch.randn(1, 1 << 16, dtype=torch.bfloat16)
+def token():
+    run(program, x, 16)
+    logits.float()
+    time.sleep(0.004)
+for _ in range(20):
+    token()
+start = time.process_time()
+for _ in range(50):
+    token()
+print((time.process_time() - start) / 50)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of GNU's OpenMP")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: OpenMP's threads do not spin")
+def test_torchs_threads_do_not_spin_between_tokens():
+    """They would take the team's cores: milliseconds after each operator that torch divides."""
+    cores = len(os.sched_getaffinity(0))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    script = _SPINNING.format(threads=cores)
+    out = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 0.0015 * cores / 2

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "program_neighbours.h"
+
 namespace bigkernels {
 namespace {
 
@@ -47,6 +49,7 @@ Place* start_run(const Tensor& program, const Tensor& hidden, const Tensor& posi
   RunInput in{};
   in.program = h;
   in.threads = torch::stable::get_num_threads();
+  calm_neighbours(in.threads);
   BK_CHECK(hidden.dim() == 3 && h->hidden >= 0 && h->hidden < h->values && hidden.size(2) == h->width[h->hidden],
            "hidden states do not fit");
   Run& run = in.run;
