@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 
 import torch
@@ -38,6 +39,7 @@ class Program:
         self.windows = {o.window for o in graph.operations if isinstance(o, Attend)}
         self.lowered = Lowered(graph, dtype, integers)
         self._table = _table(graph)
+        self._row = torch.empty(1, 1, graph.widths[graph.hidden], dtype=dtype, device="cpu")
         self._storages: list | None = None
 
     def hold(self) -> None:
@@ -70,9 +72,15 @@ class Program:
 
     def embed(self, ids: Tensor | None, positions: Tensor, embeds: Tensor | None) -> Tensor:
         """The hidden states that go in, by the model's own code or, of the simplest, what that comes to."""
-        if self._table is None or embeds is not None or not ids.numel():
+        if self._table is None or embeds is not None:
             return self.graph.embed(ids, positions, embeds)
-        return torch.embedding(self._table.weight, ids)
+        weight = self._table.weight
+        if ids.numel() == 1 and weight.dtype == self.dtype and weight.is_contiguous():
+            number = ids.item()
+            if 0 <= number < weight.shape[0]:
+                ctypes.memmove(self._row.data_ptr(), weight.data_ptr() + number * self._row.nbytes, self._row.nbytes)
+                return self._row  # which a run copies
+        return torch.embedding(weight, ids)
 
     @property
     def vocabulary(self) -> int:

@@ -24,6 +24,7 @@ from ._memory_words import Words, of_class, of_dict, of_list, of_set, of_tensor,
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 # What says nothing about the numbers of a step: `training` counts for what draws random numbers, which is asked apart.
 _IGNORED = {"training", "generation_config", "_non_persistent_buffers_set", "_bigkernels_patch", "_bigkernels_program"}
+_OWN = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _CAPTURING = "transformers.utils.output_capturing"  # its hooks do nothing where no outputs are asked for
 _OPAQUE = (nn.Module, Tensor, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType,
@@ -50,13 +51,17 @@ class Snapshot:
         self._holders[id(module)] = _Object(module)
         self._holders.setdefault(id(type(module)), _Class(type(module)))
         self._holders[id(held)] = _Dict(held)
-        for name in ("_parameters", "_buffers"):
+        for name in _OWN[:2]:
             self._holders[id(held[name])] = _Tensors(held[name])
         self._holders[id(held["_modules"])] = _Dict(held["_modules"])
+        if type(module) in (nn.Linear, nn.Embedding):  # whose code knows of no others
+            for name in _OWN[1:]:
+                if not held[name]:
+                    del self._holders[id(held[name])]
         for name in _HOOKS:
             self._holders[id(held[name])] = _Hooks(held[name])
         for key, value in held.items():
-            if key not in _IGNORED and "hook" not in key:
+            if key not in _IGNORED and key not in _OWN and "hook" not in key:
                 self._value(value, _DEPTH)
         if not isinstance(module, Quantized):  # whose codes are read at each use
             for t in held["_buffers"].values():
