@@ -34,7 +34,7 @@ struct Places {
     if (found == all.end()) found = all.insert(all.begin(), std::make_unique<Place>());
     std::rotate(all.begin(), found, found + 1);
     Place* place = all.front().get();
-    place->held = true, place->number = ++number;
+    place->held = true, place->number = ++number, place->stop = -1;
     return place;
   }
 };
@@ -76,10 +76,11 @@ int64_t program_step(Place* place) {
   const std::vector<Step>& steps = run.plan().steps;
   auto is_stop = [&](int64_t i) { return i < (int64_t)steps.size() && steps[i].work == Work::call; };
   int64_t at = run.at.load(std::memory_order_acquire);
-  if (is_stop(at)) run.at.fetch_add(1, std::memory_order_acq_rel), ++at;
+  if (place->stop == at && is_stop(at)) run.at.fetch_add(1, std::memory_order_acq_rel), ++at;
   int64_t end = at;
   while (end < (int64_t)steps.size() && !is_stop(end)) ++end;
   run_steps(place, end);
+  place->stop = end;
   return is_stop(end) ? steps[end].index : -1;
 }
 

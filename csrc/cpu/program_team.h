@@ -11,6 +11,7 @@ struct Place {
   Worker worker;
   std::atomic<bool> held{false};  // by a caller, from program_start to program_finish
   int64_t number = 0;             // of what it is held for
+  int64_t stop = -1;              // the step at which the caller was last given the run
 };
 
 // Steps up to `end` by the calling thread, with the team where no other call has it.

@@ -145,3 +145,26 @@ def test_what_is_refused():
         m = Maker(8)
         with pytest.raises(RuntimeError, match=message):
             call(program=m.program(make(m)))
+
+
+def test_a_stop_before_everything_else():
+    """The model's own code may come first; what it writes is read by the next record."""
+    x = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(4))
+    m = Maker(5)
+    (first,) = m.call([m.hidden], [5])
+    (second,) = m.call([first], [5])
+    program = m.program(m.combine((second, 2.0, None)))
+    positions = torch.arange(3).expand(1, 3).contiguous()
+    for _ in range(2):  # the place of the first run is used again
+        number = raw.start(program, x, positions, None, no_records(15), no_records(), 3, 0)
+        given, out = torch.empty(1, 3, 5), torch.empty(1, 3, 5)
+        assert raw.step(number) == 0
+        raw.read(number, m.hidden, given)
+        raw.write(number, first, -given)
+        assert raw.step(number) == 1
+        raw.read(number, first, given)
+        raw.write(number, second, given + 1)
+        assert raw.step(number) == -1
+        raw.read(number, m.records[-1].combine.out, out)
+        raw.finish(number)
+        assert torch.equal(out, 2 * (1 - x))
