@@ -98,8 +98,9 @@ def rounded(x: Tensor, kind: str, integers: int) -> Tensor:
     if integers == 0 or kind in PLAIN:
         return x.double()
     blocks = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    codes = (blocks * (1 / scale).where(scale > 0, 0)).round()
+    top = blocks.abs().amax(-1, keepdim=True)
+    scale = top * torch.tensor(1 / 127, dtype=torch.float32)
+    codes = (blocks * (torch.full_like(top, 127) / top).where(top > 0, 0)).round()
     return (codes.double() * scale.double()).flatten(1)[:, : x.shape[1]]
 
 

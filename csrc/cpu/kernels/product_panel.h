@@ -12,20 +12,24 @@ namespace {
 
 constexpr int kRows = 16;
 constexpr int V = kRows / W;
-constexpr int64_t kSteps = 128;      // of 32 bits, in a part of the depth: 8 KB of a panel, and of 16 tokens
-constexpr int64_t kPanels = 8;       // that are made before tokens pass by
-constexpr int64_t kPartBlocks = 16;  // of 32 elements, at most, in such a part
+constexpr int64_t kSteps = 128;  // of 32 bits, in a part of the depth: 8 KB of a panel, and of 16 tokens
+constexpr int64_t kPanels = 8;   // that are made before tokens pass by
+constexpr int64_t kGroups = 16;  // whose scales are at hand
 
 // Part of the depth of 16 rows, and by what its groups are multiplied.
 struct Panel {
   alignas(64) uint32_t line[kSteps][kRows];
-  alignas(64) float scale[kPartBlocks][kRows];   // of each block of 32, or group
-  alignas(64) float beside[kPartBlocks][kRows];  // of each group: what the tokens' sums count by
+  // Of groups [g, g + 16), g a multiple of 16: the scales, and what the tokens' sums count by.
+  alignas(64) float scale[kGroups][kRows];
+  alignas(64) float beside[kGroups][kRows];
 };
+
+static_assert(kPanels * sizeof(Panel) + 64 <= kProductWorkspace);
 
 // Where a panel's rows are in the weight, and what part of the depth: elements [k, k + count), count rounded up.
 struct Part {
   int64_t n, rows, k, left, count;
+  const uint8_t* next;  // the part that is made after this one: its first row
 };
 
 BK_INLINE int64_t part_depth(Form form) {
@@ -40,21 +44,55 @@ BK_INLINE int64_t part_depth(Form form) {
 
 // ---- making panels --------------------------------------------------------------------------------------------------
 
-// f(line, lines of 16 rows turned) for each 64 bytes of the rows' part.
-template <class F>
-BK_INLINE void for_lines(const Weight& w, const Part& p, int64_t bytes, F f) {
-  const uint8_t* first = w.codes + p.n * w.code_row + code_bytes(w.kind, p.k);
+// transpose16 of 16 rows of 32-bit lanes, with shuffles on AVX2, too.
+#if defined(__AVX2__)
+BK_INLINE void transpose8(const char* from, int64_t from_bytes, char* to, int64_t to_bytes) {
+  __m256 a[8], b[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) a[i] = read<__m256>(from + i * from_bytes);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      __m256d x = _mm256_castps_pd(b[i + j]), y = _mm256_castps_pd(b[i + 2 + j]);
+      a[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(x, y));
+      a[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(x, y));
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    write(to + i * to_bytes, _mm256_permute2f128_ps(a[i], a[4 + i], 0x20));
+    write(to + (4 + i) * to_bytes, _mm256_permute2f128_ps(a[i], a[4 + i], 0x31));
+  }
+}
+BK_INLINE void transpose_lines(const void* from, int64_t from_bytes, void* to, int64_t to_bytes) {
+  for (int i = 0; i < 16; i += 8)
+    for (int j = 0; j < 16; j += 8)
+      transpose8((const char*)from + i * from_bytes + j * 4, from_bytes, (char*)to + j * to_bytes + i * 4, to_bytes);
+}
+#else
+BK_INLINE void transpose_lines(const void* from, int64_t from_bytes, void* to, int64_t to_bytes) {
+  transpose16(from, from_bytes, to, to_bytes);
+}
+#endif
+
+// The lines of 16 rows' part as they are stored, transposed. The lines of `next` are asked for meanwhile.
+void stored_panel(const Weight& w, const Part& p, int64_t bytes, Panel& panel) {
+  const uint8_t *first = w.codes + p.n * w.code_row + code_bytes(w.kind, p.k), *next = p.next;
   for (int64_t at = 0; at < bytes; at += 64) {
-    alignas(64) uint32_t lines[16][kRows];
+    uint32_t* to = panel.line[at / 4];
     if (p.rows == kRows && at + 64 <= bytes) {
-      transpose16(first + at, w.code_row, lines, 64);
+      for (int r = 0; r < kRows; ++r) __builtin_prefetch(next + r * w.code_row + at, 0, 2);
+      transpose_lines(first + at, w.code_row, to, 64);
     } else {
       alignas(64) uint8_t part[kRows][64] = {};
       for (int64_t r = 0; r < p.rows; ++r)
         __builtin_memcpy(part[r], first + r * w.code_row + at, bytes - at < 64 ? bytes - at : 64);
-      transpose16(part, 64, lines, 64);
+      transpose_lines(part, 64, to, 64);
     }
-    f(at / 64, lines);
   }
 }
 
@@ -78,7 +116,7 @@ void decoded_panel(const Weight& w, const Part& p, bool scaled, Panel& panel) {
     decode_row(plain, n, p.k, p.count, memory[r]);
   }
   for (int64_t i = 0; i < p.count / kLine; ++i)
-    transpose16(memory[0] + i * kLine, sizeof memory[0], panel.line[16 * i], 64);
+    transpose_lines(memory[0] + i * kLine, sizeof memory[0], panel.line[16 * i], 64);
 }
 
 // 16 values side by side from p on, of which `rows` are there.
@@ -112,37 +150,39 @@ void transposed_pairs(const Weight& w, const Part& p, Panel& panel) {
   }
 }
 
-// The scales of the groups, one a block of 32 or one a group, and what counts beside them.
+// The scales of the next 16 groups, where the part is the first that needs them.
 template <Codes kKind>
-void put_scales(const Weight& w, const Part& p, int64_t each, Panel& panel) {
-  int64_t groups = (p.count + w.group - 1) / w.group;
+void put_scales(const Weight& w, const Part& p, Panel& panel) {
+  const int64_t first = p.k / w.group;
+  if (first % kGroups) return;
+  constexpr bool kBeside = kKind == Codes::affine4 || kKind == Codes::affine4m || (kKind == Codes::int8g && kOffset);
+  alignas(64) float scales[kRows][kGroups], beside[kRows][kGroups];
   for (int64_t r = 0; r < kRows; ++r)
-    for (int64_t i = 0; i < groups; ++i) {
-      int64_t g = p.k / w.group + i, at = (p.n + r) * w.groups + g;
-      float scale = 0, beside = 0;
-      if (r < p.rows && g < w.groups) {
+    for (int g = 0; g < kGroups; g += W) {
+      const int64_t count = r < p.rows ? w.groups - first - g : 0, at = (p.n + r) * w.groups + first + g;
+      vf scale{}, more{};
+      if (count > 0) {
         if constexpr (kKind == Codes::book4) {
-          scale = ((const float*)w.scale)[at];
+          const float* from = (const float*)w.scale + at;
+          scale = count >= W ? load(from) : load(from, count);
         } else {
-          scale = load_one((const f16*)w.scale + at);
-          if (kKind == Codes::affine4) scale *= w.row_scale[p.n + r];
-          if (kKind == Codes::int8g) beside = -(float)kOffset * scale;
-          if (kKind == Codes::affine4) beside = -scale * load_one((const f16*)w.zero + at);
-          if (kKind == Codes::affine4m) beside = load_one((const f16*)w.zero + at);
+          scale = load_some((const f16*)w.scale + at, count);
         }
+        if constexpr (kBeside) more = Coded<kKind>::beside(w, at, count);
+        if constexpr (kKind == Codes::affine4) scale *= w.row_scale[p.n + r], more *= w.row_scale[p.n + r];
       }
-      panel.beside[i][r] = beside;
-      for (int64_t j = 0; j < each; ++j) panel.scale[i * each + j][r] = scale;
+      store(scales[r] + g, scale), store(beside[r] + g, more);
     }
+  transpose_lines(scales, 64, panel.scale, 64);
+  if constexpr (kBeside) transpose_lines(beside, 64, panel.beside, 64);
 }
 
-void make_scales(const Weight& w, const Part& p, Form form, Panel& panel) {
-  int64_t each = form == Form::quads || form == Form::bytes ? w.group / 32 : 1;
+void make_scales(const Weight& w, const Part& p, Panel& panel) {
   switch (w.kind) {
-    case Codes::affine4: return put_scales<Codes::affine4>(w, p, each, panel);
-    case Codes::affine4m: return put_scales<Codes::affine4m>(w, p, each, panel);
-    case Codes::book4: return put_scales<Codes::book4>(w, p, each, panel);
-    default: return put_scales<Codes::int8g>(w, p, each, panel);
+    case Codes::affine4: return put_scales<Codes::affine4>(w, p, panel);
+    case Codes::affine4m: return put_scales<Codes::affine4m>(w, p, panel);
+    case Codes::book4: return put_scales<Codes::book4>(w, p, panel);
+    default: return put_scales<Codes::int8g>(w, p, panel);
   }
 }
 
@@ -151,181 +191,240 @@ void make_panel(const Weight& w, const Part& p, Form form, Panel& panel) {
   if (p.left < p.count) __builtin_memset(panel.line, 0, sizeof panel.line);
   switch (form) {
     case Form::quads:
-      for_lines(w, p, bytes, [&](int64_t at, uint32_t (*lines)[kRows]) __attribute__((always_inline)) {
-        for (int i = 0; i < 16; ++i)
-          for (int v = 0; v < kRows; v += W) {
-            vu codes = read<vu>(lines[i] + v);
-            uint32_t* to = panel.line[32 * at + 2 * i] + v;
-            write(to, codes & 0x0f0f0f0f);
-            write(to + kRows, (codes >> 4) & 0x0f0f0f0f);
-          }
-      });
-      return make_scales(w, p, form, panel);
     case Form::bytes:
-      for_lines(w, p, bytes, [&](int64_t at, uint32_t (*lines)[kRows]) __attribute__((always_inline)) {
-        for (int i = 0; i < 16; ++i)
-          for (int v = 0; v < kRows; v += W) {
-            vu codes = read<vu>(lines[i] + v);
-            write(panel.line[16 * at + i] + v, kOffset ? codes ^ 0x80808080u : codes);
-          }
-      });
-      if (w.group) make_scales(w, p, form, panel);
-      return;
+    case Form::nibbles: stored_panel(w, p, bytes, panel); break;
     case Form::pairs:
-      if (w.transposed) return transposed_pairs(w, p, panel);
-      if (w.kind == Codes::bf16)
-        return for_lines(w, p, bytes, [&](int64_t at, uint32_t (*lines)[kRows]) __attribute__((always_inline)) {
-          __builtin_memcpy(panel.line[16 * at], lines, 1024);
-        });
-      decoded_panel<bf16>(w, p, false, panel);
-      if (w.group) make_scales(w, p, form, panel);
-      return;
-#if defined(__AVX512BF16__)
-    case Form::nibbles: {
-      const __m512i table = code_table(w);
-      for_lines(w, p, bytes, [&](int64_t at, uint32_t (*lines)[kRows]) __attribute__((always_inline)) {
-        for (int i = 0; i < 16; ++i) {
-          __m512i four[4];
-          look_up_nibbles(read<__m512i>(lines[i]), table, four);
-          for (int j = 0; j < 4; ++j) write(panel.line[64 * at + 4 * i + j], four[j]);
-        }
-      });
-      return make_scales(w, p, form, panel);
-    }
-#endif
+      if (w.transposed)
+        transposed_pairs(w, p, panel);
+      else if (w.kind == Codes::bf16)
+        stored_panel(w, p, bytes, panel);
+      else
+        decoded_panel<bf16>(w, p, false, panel);
+      break;
     default:
-      if (!w.transposed) return decoded_panel<float>(w, p, true, panel);
+      if (!w.transposed)
+        return w.kind == Codes::f32 ? stored_panel(w, p, bytes, panel) : decoded_panel<float>(w, p, true, panel);
       if (w.kind == Codes::f32) return transposed_panel<float>(w, p, panel);
       if (w.kind == Codes::bf16) return transposed_panel<bf16>(w, p, panel);
       return transposed_panel<f16>(w, p, panel);
   }
+  if (w.group) make_scales(w, p, panel);
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------
+
+// Where the products read their lines, four at a time: a panel.
+struct PanelLines {
+  const uint32_t (*line)[kRows];
+
+  BK_INLINE void get(const PanelLines& p, int64_t i, vu (*to)[V]) {
+    for (int j = 0; j < 4; ++j)
+      for (int v = 0; v < V; ++v) to[j][v] = read<vu>(p.line[i + j] + v * W);
+  }
+};
+
+#if defined(__AVX512F__)
+// Or the rows themselves, where one block of tokens is all that meets them: 16 loads and 8 shuffles are done among the
+// products. Rows that lie a multiple of 2 KB apart share few sets of the first-level cache: each of their lines is
+// read once.
+struct RowLines {
+  const uint8_t *first, *next;
+  int64_t stride, bytes;
+  bool crowded;
+  uint32_t (*lines)[kRows];  // 16 of them
+
+  RowLines(const Weight& w, const Part& p, int64_t size, uint32_t (*memory)[kRows])
+      : first(w.codes + p.n * w.code_row + code_bytes(w.kind, p.k)), next(p.next), stride(w.code_row), bytes(size) {
+    crowded = stride % 2048 == 0 && bytes % 64 == 0, lines = memory;
+  }
+
+  BK_INLINE void get(const RowLines& p, int64_t i, vu (*to)[V]) {
+    const uint8_t* at = p.first + 4 * i;
+    if (i % 16 == 0) {
+      const uint8_t* ahead =
+          4 * i + kAheadOfRow < p.bytes ? at + kAheadOfRow : p.next + (4 * i + kAheadOfRow - p.bytes);
+      for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead + r * p.stride, 0, 2);
+      if (p.crowded) transpose_lines(at, p.stride, p.lines, 64);
+    }
+    if (p.crowded) return PanelLines::get({p.lines}, i % 16, to);
+    __m512i a[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const uint8_t* row = at + r * p.stride;
+      a[r] = _mm512_castsi128_si512(read<__m128i>(row));
+      a[r] = _mm512_inserti32x4(a[r], read<__m128i>(row + 4 * p.stride), 1);
+      a[r] = _mm512_inserti32x4(a[r], read<__m128i>(row + 8 * p.stride), 2);
+      a[r] = _mm512_inserti32x4(a[r], read<__m128i>(row + 12 * p.stride), 3);
+    }
+    __m512i even = _mm512_unpacklo_epi32(a[0], a[1]), odd = _mm512_unpacklo_epi32(a[2], a[3]);
+    to[0][0] = (vu)_mm512_unpacklo_epi64(even, odd), to[1][0] = (vu)_mm512_unpackhi_epi64(even, odd);
+    even = _mm512_unpackhi_epi32(a[0], a[1]), odd = _mm512_unpackhi_epi32(a[2], a[3]);
+    to[2][0] = (vu)_mm512_unpacklo_epi64(even, odd), to[3][0] = (vu)_mm512_unpackhi_epi64(even, odd);
+  }
+  static constexpr int64_t kAheadOfRow = 256;
+};
+#endif
 
 template <int T>
 struct Sixteen {
   vf acc[T][V];
 };
 
-template <int T>
-BK_INLINE void add_floats(Sixteen<T>& s, const Panel& panel, int64_t steps, const float* x) {
-  for (int64_t i = 0; i < steps; ++i, x += T) {
-    vf line[V];
-    for (int v = 0; v < V; ++v) line[v] = load((const float*)panel.line[i] + v * W);
+template <int T, class Lines>
+BK_INLINE void add_floats(Sixteen<T>& s, const Lines& lines, int64_t steps, const float* x) {
+  vf acc[T][V] = {};
+  for (int64_t i = 0; i < steps; i += 4) {
+    vu four[4][V];
+    Lines::get(lines, i, four);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j, x += T)
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) {
-      vf b = splat(x[t]);
-      for (int v = 0; v < V; ++v) s.acc[t][v] += line[v] * b;
-    }
+      for (int t = 0; t < T; ++t) {
+        vf b = broadcast(x[t]);
+        for (int v = 0; v < V; ++v) acc[t][v] = multiply_add((vf)four[j][v], b, acc[t][v]);
+      }
   }
+  for (int t = 0; t < T; ++t)
+    for (int v = 0; v < V; ++v) s.acc[t][v] = acc[t][v];
 }
 
 #if defined(__AVX512BF16__)
 template <int T>
-BK_INLINE void add_lines(vf* acc, const uint32_t (*line)[kRows], int64_t steps, const uint32_t* x) {
-  for (int64_t i = 0; i < steps; ++i, x += T) {
-    __m512bh w = (__m512bh)read<__m512i>(line[i]);
+BK_INLINE void add_pair(vf* acc, __m512i w, const uint32_t* x) {
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t)
-      acc[t] = (vf)_mm512_dpbf16_ps((__m512)acc[t], w, (__m512bh)_mm512_set1_epi32((int)x[t]));
+  for (int t = 0; t < T; ++t)
+    acc[t] = (vf)_mm512_dpbf16_ps((__m512)acc[t], (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x[t]));
+}
+
+// A line has a pair of each row or, of 4-bit codes, four.
+template <int T, bool kNibbles, class Lines>
+BK_INLINE void add_lines(vf* acc, const Lines& lines, int64_t from, int64_t end, __m512i table, const uint32_t* x) {
+  for (int64_t i = from; i < end; i += 4) {
+    vu four[4][V];
+    Lines::get(lines, i, four);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      if constexpr (kNibbles) {
+        __m512i w[4];
+        look_up_nibbles((__m512i)four[j][0], table, w);
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c, x += T) add_pair<T>(acc, w[c], x);
+      } else {
+        add_pair<T>(acc, (__m512i)four[j][0], x);
+        x += T;
+      }
+    }
   }
 }
 #endif
 
-BK_INLINE vi add_bytes(vi acc, vu line, uint32_t x, bool signed_codes) {
+// Four products for each row: of 4-bit codes, or of signed codes of 8 bits.
+template <bool kQuads>
+BK_INLINE vi add_bytes(vi acc, vu line, uint32_t x) {
   vq tokens = (vq)(vu{} + x);
 #if defined(__AVX512VNNI__)
-  (void)signed_codes;
-  return dot(acc, (vq)line, tokens);  // codes have no sign: kOffset was added
+  return dot(acc, (vq)line, tokens);  // no code has a sign: kOffset was added
 #else
-  return signed_codes ? dot_signed(acc, (vq)line, tokens) : dot(acc, (vq)line, tokens);
+  return kQuads ? dot(acc, (vq)line, tokens) : dot_signed(acc, (vq)line, tokens);
 #endif
 }
 
 // kGrouped: blocks have scales of the weight, too.
-template <int T, bool kGrouped, bool kSigned>
-BK_INLINE void add_integers(Sixteen<T>& s, const Panel& panel, int64_t blocks, const uint32_t* x, const float* scales) {
+template <int T, bool kGrouped, bool kQuads, class Lines>
+BK_INLINE void add_integers(Sixteen<T>& s, const Lines& lines, const float (*own_scales)[kRows], int64_t each,
+                            int64_t blocks, const uint32_t* x, const float* scales) {
+  constexpr int kLines = kQuads ? 4 : 8, kParts = kQuads ? 2 : 1;
   for (int64_t b = 0; b < blocks; ++b, scales += T) {
     vi sum[T][V] = {};
+#pragma GCC unroll 2
+    for (int i = 0; i < kLines; i += 4) {
+      vu four[4][V];
+      Lines::get(lines, kLines * b + i, four);
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i, x += T) {
-      vu line[V];
-      for (int v = 0; v < V; ++v) line[v] = read<vu>(panel.line[8 * b + i] + v * W);
+      for (int j = 0; j < 4 * kParts; ++j, x += T) {
+        vu codes[V];
+        for (int v = 0; v < V; ++v) {
+          const vu line = four[j / kParts][v];
+          codes[v] = kQuads ? (j % 2 ? line >> 4 : line) & 0x0f0f0f0fu : kOffset ? line ^ 0x80808080u : line;
+        }
 #pragma GCC unroll 16
-      for (int t = 0; t < T; ++t)
-        for (int v = 0; v < V; ++v) sum[t][v] = add_bytes(sum[t][v], line[v], x[t], kSigned);
+        for (int t = 0; t < T; ++t)
+          for (int v = 0; v < V; ++v) sum[t][v] = add_bytes<kQuads>(sum[t][v], codes[v], x[t]);
+      }
     }
     for (int v = 0; v < V; ++v) {
-      vf own = kGrouped ? load(panel.scale[b] + v * W) : splat(1);
+      vf own = kGrouped ? load(own_scales[b >> each] + v * W) : broadcast(1);
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) {
-        vf scale = splat(scales[t]);
+        vf scale = broadcast(scales[t]);
         if (kGrouped) scale *= own;
-        s.acc[t][v] += __builtin_convertvector(sum[t][v], vf) * scale;
+        s.acc[t][v] = multiply_add(to_floats(sum[t][v]), scale, s.acc[t][v]);
       }
     }
   }
 }
 
 template <int T>
-BK_INLINE void add_beside(Sixteen<T>& s, const Panel& panel, int64_t groups, const float* sums) {
+BK_INLINE void add_beside(Sixteen<T>& s, const float (*by)[kRows], int64_t groups, const float* sums) {
   for (int64_t g = 0; g < groups; ++g, sums += T)
     for (int v = 0; v < V; ++v) {
-      vf beside = load(panel.beside[g] + v * W);
+      vf beside = load(by[g] + v * W);
 #pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) s.acc[t][v] += beside * sums[t];
+      for (int t = 0; t < T; ++t) s.acc[t][v] = multiply_add(beside, broadcast(sums[t]), s.acc[t][v]);
     }
 }
 
 // What 16 rows' part of the depth gives, to where the parts before it are.
-template <int T>
-void add_part(const Weight& w, const Tokens& a, const Part& p, const Panel& panel, const char* block, int64_t count,
-              bool last, float* out, int64_t stride) {
+template <int T, class Lines>
+void add_part(const Weight& w, const Tokens& a, const Part& p, const Lines& lines, const Panel& panel,
+              const char* block, int64_t count, bool last, float* out, int64_t stride) {
   Sixteen<T> s;
   for (int t = 0; t < T; ++t)
     for (int v = 0; v < V; ++v) s.acc[t][v] = vf{};
   const int64_t left = p.left < p.count ? p.left : p.count;
   const int64_t group = w.group ? p.k / w.group : 0, groups = w.group ? (left + w.group - 1) / w.group : 0;
+  const float (*scale)[kRows] = panel.scale + group % kGroups, (*beside)[kRows] = panel.beside + group % kGroups;
   const uint32_t* x = (const uint32_t*)block + p.k * a.size() / 4 * T;
   switch (a.form) {
     case Form::bytes:
     case Form::quads: {
       const float* scales = a.scales(block) + p.k / 32 * T;
-      int64_t blocks = (left + 31) / 32;
+      int64_t blocks = (left + 31) / 32, each = w.group == 128 ? 2 : w.group == 64;  // 1 << each: blocks of a group
       if (a.form == Form::quads)
-        add_integers<T, true, false>(s, panel, blocks, x, scales);
+        add_integers<T, true, true>(s, lines, scale, each, blocks, x, scales);
       else if (w.group)
-        add_integers<T, true, true>(s, panel, blocks, x, scales);
+        add_integers<T, true, false>(s, lines, scale, each, blocks, x, scales);
       else
-        add_integers<T, false, true>(s, panel, blocks, x, scales);
+        add_integers<T, false, false>(s, lines, scale, each, blocks, x, scales);
       if (w.kind != Codes::int8 && (w.kind != Codes::int8g || kOffset))
-        add_beside<T>(s, panel, groups, a.sums_of(block) + group * T);
+        add_beside<T>(s, beside, groups, a.sums_of(block) + group * T);
       if (w.kind == Codes::int8 && kOffset && last)
         for (int t = 0; t < T; ++t)
-          for (int v = 0; v < V; ++v) s.acc[t][v] -= kOffset * a.sums_of(block)[t];
+          for (int v = 0; v < V; ++v) s.acc[t][v] -= broadcast(kOffset * a.sums_of(block)[t]);
       break;
     }
 #if defined(__AVX512BF16__)
     case Form::pairs:
-    case Form::nibbles:
-      if (!w.group) {
+    case Form::nibbles: {
+      const __m512i table = a.form == Form::nibbles ? code_table(w) : __m512i{};
+      const int64_t size = w.group ? w.group : p.count;
+      for (int64_t from = 0, g = 0; from < left; from += size, ++g) {
+        const int64_t steps = left - from < size ? (left - from + 31) / 32 * 16 : size / 2;  // of pairs
         vf acc[T] = {};
-        add_lines<T>(acc, panel.line, (left + 31) / 32 * 16, x);
-        for (int t = 0; t < T; ++t) s.acc[t][0] = acc[t];
-      }
-      for (int64_t g = 0; g < groups; ++g) {
-        vf acc[T] = {}, scale = load(panel.scale[g]);
-        int64_t steps = w.group / 2, from = g * steps;
-        if (from + steps > p.count / 2) steps = p.count / 2 - from;
-        add_lines<T>(acc, panel.line + from, steps, x + from * T);
-        for (int t = 0; t < T; ++t) s.acc[t][0] += acc[t] * scale;
+        const uint32_t* tokens = x + from / 2 * T;
+        if (a.form == Form::nibbles)
+          add_lines<T, true>(acc, lines, from / 8, from / 8 + steps / 4, table, tokens);
+        else
+          add_lines<T, false>(acc, lines, from / 2, from / 2 + steps, table, tokens);
+        vf own = w.group ? load(scale[g]) : broadcast(1);
+        for (int t = 0; t < T; ++t) s.acc[t][0] = multiply_add(acc[t], own, s.acc[t][0]);
       }
       if (w.kind == Codes::affine4 || w.kind == Codes::affine4m)
-        add_beside<T>(s, panel, groups, a.sums_of(block) + group * T);
+        add_beside<T>(s, beside, groups, a.sums_of(block) + group * T);
       break;
+    }
 #endif
-    default: add_floats<T>(s, panel, left, (const float*)x);
+    default: add_floats<T>(s, lines, left, (const float*)x);
   }
   // Codes with a scale a row, where it is not in the panel.
   bool scaled =
@@ -333,7 +432,7 @@ void add_part(const Weight& w, const Tokens& a, const Part& p, const Panel& pane
   for (int v = 0; v < V; ++v) {
     int64_t rows = p.rows - v * W;
     if (rows <= 0) break;
-    vf scale = splat(1);
+    vf scale = broadcast(1);
     if (scaled) {
       const float* from = (const float*)w.scale + p.n + v * W;
       scale = rows >= W ? load(from) : load(from, rows);
@@ -348,6 +447,12 @@ void add_part(const Weight& w, const Tokens& a, const Part& p, const Panel& pane
   }
 }
 
+// Whether lines are read from the rows as they are stored.
+BK_INLINE bool read_in_place(const Weight& w, const Tokens& a, const Part& p) {
+  if (W < 16 || a.blocks > 1 || w.transposed || p.rows < kRows || (p.left < p.count && p.left % 32)) return false;
+  return a.integer() || a.form == Form::nibbles || w.kind == Codes::f32 || (w.kind == Codes::bf16 && a.size() == 2);
+}
+
 template <int T>
 void panels_of(const Weight& w, const Tokens& a, const void* ready, int64_t begin, int64_t end, float* out,
                int64_t stride, Panel* panels) {
@@ -360,12 +465,25 @@ void panels_of(const Weight& w, const Tokens& a, const void* ready, int64_t begi
         Part& p = parts[count];
         p.n = n + count * kRows, p.rows = end - p.n < kRows ? end - p.n : kRows;
         p.k = k, p.left = left, p.count = left < depth ? (left + 127) / 128 * 128 : depth;
+        const int64_t row = left > depth ? p.n : p.n + at_once * kRows;
+        p.next = w.codes + row * w.code_row + code_bytes(w.kind, left > depth ? k + depth : 0);
+#if defined(__AVX512F__)
+        if (read_in_place(w, a, p)) {
+          if (w.group) make_scales(w, p, panels[0]);
+          RowLines lines(w, p, code_bytes(w.kind, left < depth ? left : depth), panels[0].line);
+          add_part<T>(w, a, p, lines, panels[0], a.block(ready, 0), a.m, left <= depth, out + p.n - begin, stride);
+          continue;
+        }
+#endif
         make_panel(w, p, a.form, panels[count]);
+        if (a.blocks == 1)
+          add_part<T>(w, a, p, PanelLines{panels[0].line}, panels[0], a.block(ready, 0), a.m, left <= depth,
+                      out + p.n - begin, stride);
       }
-      for (int64_t b = 0; b < a.blocks; ++b) {
+      for (int64_t b = 0; b < a.blocks && a.blocks > 1; ++b) {
         int64_t first = b * T, tokens = a.m - first < T ? a.m - first : T;
         for (int64_t i = 0; i < count; ++i)
-          add_part<T>(w, a, parts[i], panels[i], a.block(ready, b), tokens, k + depth >= w.k,
+          add_part<T>(w, a, parts[i], PanelLines{panels[i].line}, panels[i], a.block(ready, b), tokens, left <= depth,
                       out + first * stride + parts[i].n - begin, stride);
       }
     }

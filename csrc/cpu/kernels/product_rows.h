@@ -9,6 +9,18 @@ namespace bigkernels {
 namespace BK_ISA {
 namespace {
 
+// a * b + c, rounded once where there is an instruction for it: the compiler's own choice differs from place to place,
+// and results must not.
+BK_INLINE vf multiply_add(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 // The lanes of 16 rows' sums, for T tokens, and where they go.
 template <int T>
 struct Sums {
@@ -91,6 +103,8 @@ BK_INLINE vi dot_signed(vi acc, vq code, vq s) {
 }
 #endif
 
+BK_INLINE vf to_floats(vi v) { return __builtin_convertvector(v, vf); }
+
 // v[index[i]] in lane i.
 BK_INLINE vf pick_lanes(vf v, vi index) {
 #if defined(__AVX512F__)
@@ -118,6 +132,18 @@ BK_INLINE vf load_some(const f16* p, int64_t count) {
   return (vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, p));
 #else
   return count >= W ? load(p) : load(p, count > 0 ? count : 0);
+#endif
+}
+
+// The first `count` bytes of a vector, and zeros.
+BK_INLINE vq read_some(const uint8_t* p, int64_t count) {
+  if (count >= 4 * W) return read<vq>(p);
+#if defined(__AVX512F__)
+  return (vq)_mm512_maskz_loadu_epi8(~(__mmask64)0 >> (64 - count), p);
+#else
+  vq v{};
+  __builtin_memcpy(&v, p, count);
+  return v;
 #endif
 }
 
@@ -170,11 +196,11 @@ void integer_rows(const Weight& w, const Tokens& a, const void* ready, int64_t b
         } else {
           products = dot_signed(vi{}, codes, read<vq>(from));
         }
-        total[t] += __builtin_convertvector(products, vf) * pick_lanes(scale[t], pick);
+        total[t] = multiply_add(to_floats(products), pick_lanes(scale[t], pick), total[t]);
       }
     };
     auto block_scales = [&](int64_t count, vf* scale) __attribute__((always_inline)) {
-      vf own = splat(1);
+      vf own = broadcast(1);
       if constexpr (C::kGrouped) {
         own = load_some((const f16*)w.scale + group + g, count);
         if (kBlocks > 1) own = pick_lanes(own, spread);
@@ -194,19 +220,13 @@ void integer_rows(const Weight& w, const Tokens& a, const void* ready, int64_t b
       block_scales(w.groups - g < W / kBlocks ? w.groups - g : W / kBlocks, scale);
       int64_t left = C::kPacked ? (w.k - k + 1) / 2 : w.k - k;
       for (int v = 0; left > 0; ++v, left -= kBytes) {
-        vq codes{};
-        const uint8_t* from = row + v * kBytes;
-        if (left >= kBytes)
-          codes = read<vq>(from);
-        else
-          __builtin_memcpy(&codes, from, left);
-        vector(codes, k + v * kCodes, lanes[v], scale);
+        vector(read_some(row + v * kBytes, left), k + v * kCodes, lanes[v], scale);
       }
     }
     if constexpr (C::kGrouped && C::kSummed)
       for (g = 0; g < w.groups; g += W) {
         vf beside = C::beside(w, group + g, w.groups - g);
-        for (int t = 0; t < T; ++t) total[t] += beside * load(sums[t] + g);
+        for (int t = 0; t < T; ++t) total[t] = multiply_add(beside, load(sums[t] + g), total[t]);
       }
     if constexpr (kKind == Codes::int8)
       for (int t = 0; t < T; ++t) {
@@ -277,9 +297,12 @@ void float_rows(const Weight& w, const Tokens& a, const void* ready, int64_t beg
         N::read(codes, w.book, v);
         for (int i = 0; i < N::kVectors; ++i) {
           if constexpr (kKind == Codes::affine4) v[i] -= less;
-          if constexpr (kKind == Codes::affine4m) v[i] = v[i] * scale + more;
+          if constexpr (kKind == Codes::affine4m) v[i] = multiply_add(v[i], broadcast(scale), broadcast(more));
 #pragma GCC unroll 4
-          for (int t = 0; t < T; ++t) acc[t][N::kPacked ? i : chain] += v[i] * load(x[t] + k + i * W);
+          for (int t = 0; t < T; ++t) {
+            vf& to = acc[t][N::kPacked ? i : chain];
+            to = multiply_add(v[i], load(x[t] + k + i * W), to);
+          }
         }
       };
       constexpr int64_t kAtOnce = N::kPacked ? N::kStep : kChains * N::kStep;
@@ -296,7 +319,7 @@ void float_rows(const Weight& w, const Tokens& a, const void* ready, int64_t beg
         vf sum = acc[t][0] + acc[t][1];
         if (kChains == 4) sum += acc[t][kChains - 2] + acc[t][kChains - 1];
         if constexpr (N::kScaled && kKind != Codes::affine4m) {
-          total[t] += sum * scale;
+          total[t] = multiply_add(sum, broadcast(scale), total[t]);
         } else {
           total[t] += sum;
         }
@@ -401,7 +424,7 @@ void nibble_rows(const Weight& w, const Tokens& a, const void* ready, int64_t be
       for (int t = 0; t < T; ++t) {
         vf acc{};
         for (int j = 0; j < 4; ++j) acc = add_pairs(acc, v[j], x[t] + k + j * 32);
-        total[t] += acc * scale;
+        total[t] = multiply_add(acc, scale, total[t]);
       }
     };
     auto scales = [&](int64_t g, int64_t count) __attribute__((always_inline)) {
@@ -420,7 +443,7 @@ void nibble_rows(const Weight& w, const Tokens& a, const void* ready, int64_t be
     if constexpr (kKind != Codes::book4)
       for (g = 0; g < w.groups; g += W) {
         vf beside = Coded<kKind>::beside(w, n * w.groups + g, w.groups - g);
-        for (int t = 0; t < T; ++t) total[t] += beside * load(sums[t] + g);
+        for (int t = 0; t < T; ++t) total[t] = multiply_add(beside, load(sums[t] + g), total[t]);
       }
     if constexpr (kKind == Codes::affine4)
       for (int t = 0; t < T; ++t) total[t] *= w.row_scale[n];
@@ -447,7 +470,7 @@ void column_rows(const Weight& w, const Tokens& a, const void* ready, int64_t be
 #pragma GCC unroll 4
         for (int v = 0; v < kCount; ++v) {
           vf value = count >= W * kCount ? load(from + v * W) : load(from + v * W, count);
-          for (int t = 0; t < T; ++t) acc[t][v] += value * x[t][k];
+          for (int t = 0; t < T; ++t) acc[t][v] = multiply_add(value, broadcast(x[t][k]), acc[t][v]);
         }
       for (int t = 0; t < T; ++t)
         for (int v = 0; v < kCount; ++v) {

@@ -20,13 +20,25 @@ enum class Form : int { floats, rounded, pairs, nibbles, bytes, quads };
 
 constexpr int64_t kFew = 3;
 constexpr int64_t kMost = W == 16 ? 16 : W == 8 ? 6 : 2;
-constexpr int64_t kPad = 512;   // a token's values are followed by zeros up to a multiple
-constexpr int64_t kSpan = 128;  // values that are put into order at once
+constexpr int64_t kProductWorkspace = 96 << 10;  // bytes, at most
+constexpr int64_t kPad = 512;                    // a token's values are followed by zeros up to a multiple
+constexpr int64_t kSpan = 128;                   // values that are put into order at once
 #if defined(__AVX512BF16__)
 constexpr bool kHasPairs = true;
 #else
 constexpr bool kHasPairs = false;
 #endif
+
+// A value in all lanes, without splat's addition of zero, which the compiler must keep.
+BK_INLINE vf broadcast(float v) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_set1_ps(v);
+#elif defined(__AVX2__)
+  return (vf)_mm256_set1_ps(v);
+#else
+  return vf{v, v, v, v};
+#endif
+}
 
 template <int N>
 struct Count {
@@ -38,10 +50,10 @@ BK_INLINE Form form_of(const Weight& w, int32_t integers, bool few) {
   switch (w.kind) {
     case Codes::f32:
     case Codes::f16: return Form::floats;
-    case Codes::bf16: return few && w.transposed ? Form::rounded : rounded;
+    case Codes::bf16: return integers < 0 ? Form::floats : few && w.transposed ? Form::rounded : rounded;
     default: break;
   }
-  if (!integers) return Form::floats;
+  if (integers <= 0) return Form::floats;
   switch (w.kind) {
     case Codes::affine4:
     case Codes::affine4m: return integers == 1 ? Form::quads : kHasPairs ? Form::nibbles : Form::rounded;
@@ -97,45 +109,93 @@ struct Tokens {
   const float* sums_of(const char* block) const { return (const float*)(block + sums_at); }
 };
 
-// 32 values to 8 bits: their scale, 0 where all are. Of values that are not finite, no product is.
-BK_INLINE float round_to_bytes(const float* x, int8_t* to) {
-  vf most{}, odd{};
-  for (int i = 0; i < 32; i += W) {
-    vf v = load(x + i);
-    most = vmax(vabs(v), most);
-    odd += v * 0.0f;
+// kSpan values to 8 bits, and their scales, one for 32 values: 0 where all are. Where a value is not finite, neither
+// is the scale.
+BK_INLINE void round_to_bytes(const float* x, int8_t* to, float* scale) {
+  constexpr int kBlocks = kSpan / 32;
+  int32_t top[kBlocks];  // of the bits of magnitudes, which are in their order, and those of NaN above all
+  for (int b = 0; b < kBlocks; ++b) {
+    vi most{};
+    for (int i = 0; i < 32; i += W) {
+      vi bits = (vi)load(x + 32 * b + i) & 0x7fffffff;
+      most = bits > most ? bits : most;
+    }
+#if defined(__AVX512F__)
+    top[b] = _mm512_reduce_max_epi32((__m512i)most);
+#else
+    top[b] = most[0];
+    for (int i = 1; i < W; ++i) top[b] = most[i] > top[b] ? most[i] : top[b];
+#endif
   }
-  float top = max(most), scale = top > 0x1p-100f ? top / 127.0f : 0.0f, factor = scale > 0 ? 1.0f / scale : 0.0f;
-  for (int i = 0; i < 32; i += W) {
-    vf v = load(x + i) * factor;
-    v = vmin(vmax(v, splat(-127.0f)), splat(127.0f));
-    store(to + i, v);
+  float factor[kBlocks];
+  for (int b = 0; b < kBlocks; ++b) {
+    float most;
+    __builtin_memcpy(&most, &top[b], 4);
+    factor[b] = 127.0f / most;
+    scale[b] = most * (1.0f / 127.0f);
+    if (most < 0x1p-100f) factor[b] = scale[b] = 0;
   }
-  return scale + sum(odd);
+  for (int i = 0; i < kSpan; i += W)
+    store(to + i, vmin(vmax(load(x + i) * factor[i / 32], broadcast(-127.0f)), broadcast(127.0f)));
 }
 
-// Values in their order, `n` of them, spread by 32 bits each `count` apart.
+// Values from their order to that of codes: value i of run j of a stretch is value i * pick + j.
 template <class E>
-void put_in_order(const Tokens& a, const E* x, int64_t n, uint32_t* to) {
+BK_INLINE void sort_span(const Tokens& a, const E* x, E* to) {
+#if defined(__AVX512F__)
+  if (sizeof(E) == 1) {
+    for (int i = 0; i < 2; ++i) {
+      __m512i v = read<__m512i>(x + 64 * i);
+      if (a.few) {
+        write(to + 32 * i, _mm512_cvtepi16_epi8(v));
+        write(to + 64 + 32 * i, _mm512_cvtepi16_epi8(_mm512_srli_epi16(v, 8)));
+      } else {
+        const __m512i order =
+            _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+        write(to + 64 * i, _mm512_shuffle_epi8(v, order));
+      }
+    }
+    return;
+  }
+  if (sizeof(E) == 2) {
+    for (int i = 0; i < 4; ++i) {
+      __m512i v = read<__m512i>(x + 32 * i);
+      if (a.few) {
+        for (int j = 0; j < 4; ++j) write(to + j * 32 + i * 8, _mm512_cvtepi64_epi16(_mm512_srli_epi64(v, 16 * j)));
+      } else {
+        const __m512i order =
+            _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+        write(to + 32 * i, _mm512_shuffle_epi8(v, order));
+      }
+    }
+    return;
+  }
+#endif
+  for (int64_t c = 0; c < kSpan; c += a.pick * a.width)
+    for (int64_t j = 0; j < a.pick; ++j)
+      for (int64_t i = 0; i < a.width; ++i) to[c + j * a.width + i] = x[c + a.pick * i + j];
+}
+
+// A span of values in its order, by 32 bits each `count` apart.
+template <class E>
+BK_INLINE void put_in_order(const Tokens& a, const E* x, uint32_t* to) {
   alignas(64) E ordered[kSpan];
   if (a.pick > 1) {
-    for (int64_t c = 0; c < n; c += a.pick * a.width)
-      for (int64_t j = 0; j < a.pick; ++j)
-        for (int64_t i = 0; i < a.width; ++i) ordered[c + j * a.width + i] = x[c + a.pick * i + j];
+    sort_span(a, x, ordered);
     x = ordered;
   }
   if (a.count == 1) {
-    __builtin_memcpy(to, x, n * sizeof(E));
+    __builtin_memcpy(to, x, kSpan * sizeof(E));
     return;
   }
-  for (int64_t i = 0; i < n * (int64_t)sizeof(E) / 4; ++i) {
+  for (int64_t i = 0; i < kSpan * (int64_t)sizeof(E) / 4; ++i) {
     uint32_t part;
     __builtin_memcpy(&part, (const char*)x + 4 * i, 4);
     to[i * a.count] = part;
   }
 }
 
-void prepare_token(const Tokens& a, const float* x, int64_t token, void* ready) {
+BK_INLINE void prepare_token(const Tokens& a, const float* x, int64_t token, void* ready) {
   int64_t lane = token % a.count;
   char* block = (char*)ready + token / a.count * a.bytes;
   float *scales = (float*)(block + a.scale_at) + lane, *sums = (float*)(block + a.sums_at) + lane;
@@ -160,14 +220,15 @@ void prepare_token(const Tokens& a, const float* x, int64_t token, void* ready) 
     uint32_t* to = (uint32_t*)block + k * a.size() / 4 * a.count + lane;
     if (a.integer()) {
       alignas(64) int8_t bytes[kSpan];
+      float scale[kSpan / 32];
+      round_to_bytes(from, bytes, scale);
       for (int64_t i = 0; i < kSpan; i += 32) {
-        float scale = round_to_bytes(from + i, bytes + i);
         int total = 0;
         for (int j = 0; j < 32; ++j) total += bytes[i + j];
-        scales[(k + i) / 32 * a.count] = scale;
-        add(k + i, (float)total * scale);
+        scales[(k + i) / 32 * a.count] = scale[i / 32];
+        add(k + i, (float)total * scale[i / 32]);
       }
-      put_in_order(a, bytes, kSpan, to);
+      put_in_order(a, bytes, to);
     } else if (a.form == Form::pairs || a.form == Form::nibbles) {
       alignas(64) bf16 pairs[kSpan];
       for (int64_t i = 0; i < kSpan; i += W) store(pairs + i, load(from + i));
@@ -177,13 +238,13 @@ void prepare_token(const Tokens& a, const float* x, int64_t token, void* ready) 
           for (int64_t j = 0; j < 32; j += W) total += load(pairs + i + j);
           add(k + i, BK_ISA::sum(total));
         }
-      put_in_order(a, pairs, kSpan, to);
+      put_in_order(a, pairs, to);
     } else {
       if (a.form == Form::rounded) {
         for (int64_t i = 0; i < kSpan; i += W) store(part + i, rounded<bf16>(load(from + i)));
         from = part;
       }
-      put_in_order(a, from, kSpan, to);
+      put_in_order(a, from, to);
     }
   }
   if (summed)
