@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--seconds", type=float, help="time the candidates of a case at least so long (default 3)")
+    parser.add_argument("--rounds", type=int, help="time each candidate at least so often (default 5)")
     parser.add_argument("--batch", type=int, help="batch of the model family (default 1)")
     parser.add_argument("--length", type=int, help="sequence length of the model family (default 1024)")
     parser.add_argument(
@@ -107,7 +108,7 @@ def _measure(line_up: dict, settings: Settings) -> tuple[list[engine.Row], limit
 
 def _settings(args: argparse.Namespace) -> Settings:
     settings = Settings.quickly(args.device) if args.quick else Settings(args.device)
-    names = ("seconds", "batch", "length", "model", "baseline")
+    names = ("rounds", "seconds", "batch", "length", "model", "baseline")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return replace(settings, compile=settings.compile and not args.no_compile,
                    fresh_memory=args.fresh_memory, candidates=tuple(args.candidates or ()), **given)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ class LineUp:
         self.windows = [self.given.text[i * length : (i + 1) * length] for i in range(count)]
         self.found: dict[str, Contestant | Exception] = {}
         self.processes: list[Process | Busy] = []
+        atexit.register(self.close)
 
     def get(self, name: str) -> Contestant:
         """A model.
@@ -162,8 +164,9 @@ class LineUp:
 
     def close(self) -> None:
         """End the processes and forget the models."""
-        for process in self.processes:
-            process.close()
+        atexit.unregister(self.close)
+        while self.processes:
+            self.processes.pop().close()
         self.found.clear()
         self.folder.cleanup()
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,6 +202,18 @@ def test_a_busy_process_runs_inside_the_block_only():
         assert state in ("T", "R")  # the signal may still be on its way
     finally:
         busy.close()
+
+
+def test_a_busy_process_ends_with_the_one_that_started_it():
+    code = ("import os, signal; from bigkernels.bench.process import Busy; busy = Busy(); "
+            "print(busy.running.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)")  # fmt: skip
+    started = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, check=False)
+    stat = Path(f"/proc/{started.stdout.strip()}/stat")
+    for _ in range(200):
+        if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] in ("Z", "X"):
+            return
+        time.sleep(0.05)
+    raise AssertionError("it is still there")
 
 
 def test_llama_cpp_is_looked_for_where_it_may_be(monkeypatch, tmp_path):

@@ -150,7 +150,7 @@ def _decode(settings: Settings, context: int, threads: int, names: Sequence[str]
 
         def results() -> dict[str, Tensor]:
             found = _checked(models, name)
-            model.ask("prefill", ids=_prompts(models, context, batch), threads=cores() if ours else threads)
+            model.ask("prefill", ids=_prompts(models, context, batch), threads=cores())
             return found
 
         def step() -> float:
@@ -190,7 +190,7 @@ def _prefill(settings: Settings, length: int, threads: int, names: Sequence[str]
             return found
 
         return Candidate(name, partial(_checked, models, name), lambda: model.ask("prefill", **what)["seconds"],
-                         timed=True, remark=model.remark, figures=figures)  # fmt: skip
+                         slow=length > 1024, timed=True, remark=model.remark, figures=figures)  # fmt: skip
 
     return _case(settings, f"prefill B {batch}, {length} tokens", names, make, threads=threads, tokens=batch * length)
 
@@ -267,7 +267,8 @@ def _disturbed(settings: Settings, threads: int) -> Case:
             with busy:
                 return statistics.mean(ask(threads=threads)["seconds"])
 
-        return Candidate(name, results, step, timed=True, remark=model.remark)
+        slow = not ours and not alone  # llama.cpp falls to a twentieth of its speed
+        return Candidate(name, results, step, slow=slow, timed=True, remark=model.remark)
 
     names = [name + suffix for name in (EAGER, OURS, INT4, GGUF, Q4_1) for suffix in ("", ALONE)]
     return _case(settings, f"decode, one core taken, context {context}", names, make, threads=threads, tokens=1)
