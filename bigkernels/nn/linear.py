@@ -26,7 +26,7 @@ _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # `torch.nn.functional.linear`, by the level of its instructions and the dtype (csrc/cpu/NOTES.md).
 _TOKENS: dict[str, dict[torch.dtype, tuple[int, int]]] = {
     "amx": {torch.bfloat16: (1, 64)},
-    "avx512": {torch.bfloat16: (1, 16), torch.float16: (4, sys.maxsize), torch.float32: (1, 5)},
+    "avx512": {torch.bfloat16: (1, 8), torch.float16: (4, sys.maxsize), torch.float32: (1, 5)},
     "avx2": {torch.bfloat16: (4, sys.maxsize), torch.float16: (4, sys.maxsize), torch.float32: (1, 4)},
 }
 
