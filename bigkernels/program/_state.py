@@ -69,7 +69,7 @@ class Steps:
         self._names: tuple[str, ...] = ()
         self._random: str | None = None  # why calls in training are the modules', as of `_mode_of`
         self._mode_of: tuple[Watch, int] | None = None
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         _all.add(self)
 
     def __deepcopy__(self, memo: dict) -> Steps:
@@ -205,7 +205,7 @@ _all: weakref.WeakSet[Steps] = weakref.WeakSet()
 
 def _in_child() -> None:
     for steps in _all:
-        steps.lock = threading.Lock()
+        steps.lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

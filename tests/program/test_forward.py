@@ -327,6 +327,45 @@ def test_states_that_come_back_are_remembered(models: Pair, monkeypatch):
     assert len(found) == 1  # what has hooks is not looked into
 
 
+def test_adapters_that_are_switched(monkeypatch):
+    peft = pytest.importorskip("peft")
+    found = _made(monkeypatch)
+
+    def adapted():
+        torch.manual_seed(1)
+        options = {"task_type": "CAUSAL_LM", "lora_dropout": 0.1}
+        model = peft.get_peft_model(
+            build("llama"), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], **options)
+        )
+        model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["k_proj", "up_proj"], **options))
+        for path, p in model.named_parameters():
+            if "lora_B" in path:
+                nn.init.normal_(p, std=0.3)
+        return model.eval()
+
+    theirs, ours = adapted(), adapted()
+    (program,) = bigkernels.patch(ours).programs.values()
+    edits = [
+        lambda m: None, lambda m: m.set_adapter("other"), lambda m: m.base_model.disable_adapter_layers(),
+        lambda m: m.base_model.enable_adapter_layers(), lambda m: m.set_adapter("default"), lambda m: m.merge_adapter(),
+        lambda m: m.unmerge_adapter(),
+    ]  # fmt: skip
+    seen = []
+    for edit in edits:
+        results = []
+        for model in (theirs, ours):
+            edit(model)
+            with torch.no_grad():
+                results.append(model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits)
+        torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-4)
+        assert (program.taken, program.left) == (len(seen) + 1, 0), program.why
+        seen.append(results[1])
+    for same in ((1, 3), (0, 4), (4, 6)):
+        torch.testing.assert_close(*(seen[i] for i in same), rtol=0, atol=1e-4)
+    assert not torch.allclose(seen[0], seen[1]) and not torch.allclose(seen[1], seen[2])
+    assert len(found) <= 5  # of seven states, some came back
+
+
 def test_old_weights_are_let_go(models: Pair):
     model = models.ours
     _same(models, True)
