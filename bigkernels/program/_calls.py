@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._forms import close
-from ._ir import Call
+from ._ir import Call, Stored
 from ._suspend import suspended, wrapped
 from ._trace import ModuleCall, Recorder, Ref, Refused, leaves, mapped
 
@@ -53,6 +53,8 @@ class ModuleCode:
             given[place.number] = value.flatten(0, 1) if place.flat else value
 
         def fill(leaf: Any) -> Any:
+            if isinstance(leaf, Stored):
+                return leaf.get()
             return given[leaf.number] if isinstance(leaf, Place) else leaf
 
         args, kwargs = mapped(fill, self.args), {k: mapped(fill, v) for k, v in self.kwargs}
@@ -131,6 +133,8 @@ def add_call(b: Builder, call: ModuleCall) -> None:
             else:
                 raise Refused(f"{where}: reads a tensor that has no row for each token")
             return Place(refs.index(leaf), flat, b.recorder.seeming.get(id(t), t.dtype))
+        if isinstance(leaf, Tensor) and id(leaf) in b.trace.stored:
+            return b.trace.stored[id(leaf)]
         if isinstance(leaf, Ref):
             leaf = b.tensor(leaf)
         if isinstance(leaf, Tensor) and leaf.numel() > 1:

@@ -13,7 +13,7 @@ from ._calls import in_float64
 from ._forms import close, constant, plain, random
 from ._ir import Stored
 from ._replay import refs_of, replay
-from ._trace import ModuleCall, Ref, Refused, floating
+from ._trace import ModuleCall, Ref, Refused, floating, leaves
 
 if TYPE_CHECKING:
     from ._identify import Builder
@@ -163,8 +163,8 @@ def _tables(b: Builder, number: int):
         stored = next(
             (b.trace.stored[id(a)] for a in other.args if isinstance(a, Tensor) and id(a) in b.trace.stored), None
         )
-        index = next((b.tensor(a) if isinstance(a, Ref) else a for a in other.args
-                      if isinstance(a, (Ref, Tensor)) and not b._value(a).dtype.is_floating_point), None)  # fmt: skip
+        given = [b._value(a) for a in leaves(other.args) if isinstance(a, (Ref, Tensor))]
+        index = next((t for t in given if not t.dtype.is_floating_point), None)
         if (
             stored is not None
             and index is not None

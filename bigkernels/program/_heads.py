@@ -156,6 +156,13 @@ def _late_norm(b: Builder, ref: Ref) -> tuple[NormSpec | None, Ref]:
 
 def _columns(b: Builder, ref: Ref, source: Ref) -> tuple | None:
     """(first column of each head, d, scale, rotation) of heads as rotated columns of `source`."""
+    try:
+        return None if b.tensor(source).dtype.is_complex else _rotated_columns(b, ref, source)
+    except Refused:  # the steps between do not run on other numbers
+        return None
+
+
+def _rotated_columns(b: Builder, ref: Ref, source: Ref) -> tuple | None:
     batch, length = b.trace.tokens.shape
     heads = as_heads(b.tensor(ref), batch, length)
     rows = b.rows(b.tensor(source))
