@@ -10,7 +10,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
-from program.models import any_build  # noqa: E402
+from program.models import OWN, ROTATED_PART, any_build, causal, own, runs  # noqa: E402
 
 import bigkernels  # noqa: E402
 from bigkernels.program._find import find  # noqa: E402
@@ -309,3 +309,29 @@ def test_a_changed_model_has_another_graph():
 
 def test_what_is_no_language_model():
     refused(nn.Linear(3, 3), "input_ids")
+
+
+@pytest.mark.slow  # three minutes
+def test_breadth(capsys):
+    """How many of the causal language models of transformers that build small have a graph; prints why the others do
+    not.
+    """
+    rows, count = [], 0
+    for name in causal():
+        try:
+            model = own(name) if name in OWN else any_build(name)
+            if not runs(model):
+                model = any_build(name, **ROTATED_PART)
+        except pytest.skip.Exception as skip:
+            rows.append((name, f"not built: {skip}"))
+            continue
+        if not runs(model):
+            rows.append((name, "not built: does not run"))
+            continue
+        graph = find(model)
+        count += isinstance(graph, Graph)
+        rows.append((name, "found" if isinstance(graph, Graph) else graph))
+    with capsys.disabled():
+        print("\n" + "\n".join(f"{name:45} {row.splitlines()[0][:160]}" for name, row in rows))
+        print(f"{count} found")
+    assert count >= 108
