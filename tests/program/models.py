@@ -43,14 +43,14 @@ def any_build(name: str, **more: object) -> nn.Module:
         return build(name, "eager", **more)
 
 
-_SMALL = {"vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+_SMALL = {"vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
           "max_position_embeddings": 128}  # fmt: skip
 # (the configuration's class, its arguments) of models that the common sizes do not make small.
 OWN = {
     "GPTNeoForCausalLM": ("GPTNeoConfig", {
-        "vocab_size": 160, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 96, "window_size": 5,
-        "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 128}),
+        "vocab_size": 160, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 96,
+        "window_size": 5, "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 128}),
     "Dots1ForCausalLM": ("Dots1Config", {
         **_SMALL, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
         "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "head_dim": 16}),
