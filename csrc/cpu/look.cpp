@@ -71,7 +71,8 @@ BK_EXPORT int64_t bk_look(void* list, int64_t count, int (*describe)(void*, DLTe
 // Whether memory holds what copies of it do: `count` pieces, each an address, that of its copy and a number of bytes.
 BK_EXPORT int bk_same_bytes(const int64_t* pieces, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
-    if (__builtin_memcmp((const void*)pieces[3 * i], (const void*)pieces[3 * i + 1], (unsigned long)pieces[3 * i + 2])) return 0;
+    if (__builtin_memcmp((const void*)pieces[3 * i], (const void*)pieces[3 * i + 1], (unsigned long)pieces[3 * i + 2]))
+      return 0;
   return 1;
 }
 
@@ -84,8 +85,8 @@ BK_EXPORT int bk_all_set(const void* values, int64_t count, int64_t size) {
   return 1;
 }
 
-// The first of the words [begin, count) that is not what it was, or `count`. Words are compared in their order: one that
-// says where others are protects these. Plain reads of memory, for which no lock is needed.
+// The first of the words [begin, count) that is not what it was, or `count`. Words are compared in their order: one
+// that says where others are protects these. Plain reads of memory, for which no lock is needed.
 BK_EXPORT int64_t bk_same_words(const int64_t* const* addresses, const int64_t* words, int64_t begin, int64_t count) {
   constexpr int64_t kFar = 32;  // cache lines under way: they are all over the heap
   for (int64_t i = begin; i < count; ++i) {
