@@ -12,15 +12,19 @@ from decoders import (
     MODELS,
     WINDOW,
     Pair,
+    build,
     generate,
     given,
     prompt,
+    runs,
     shared_pair,
     transformers,
     uses_modules,
     uses_program,
 )
 from torch import Tensor, nn
+
+import bigkernels
 
 TOKENS = prompt(2, 24, seed=8)
 
@@ -65,6 +69,26 @@ def test_any_cache_in_any_parts(pair: Pair, kind: str, sizes: tuple[int, ...]):
     (theirs, _), (ours, cache) = pair.both(lambda model: _steps(model, _cache(kind, model), sizes))
     _close(ours, theirs)
     assert int(cache.get_seq_length()) == 24
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize(("batch", "length", "padding"), [(3, 300, 170), (70, 9, 3)])
+def test_more_rows_than_a_run_has(name: str, batch: int, length: int, padding: int):
+    """Long prompts, padded on the left, and many sequences: several runs a call."""
+    theirs = build(name, max_position_embeddings=512)
+    ours = copy.deepcopy(theirs)
+    bigkernels.patch(ours)
+    ids = prompt(batch, length + 2)
+    mask = torch.ones_like(ids)
+    mask[-1, :padding] = mask[0, : padding // 2] = 0
+    made = []
+    for model in (theirs, ours):
+        with torch.no_grad():
+            first = model(input_ids=ids[:, :length], attention_mask=mask[:, :length], use_cache=True)
+            second = model(input_ids=ids[:, length:], attention_mask=mask, **{CACHE: given(first)})
+        made.append(torch.cat([first.logits, second.logits], dim=1)[mask.bool()])
+    assert runs(ours) == (2, "")
+    _close(made[1], made[0])
 
 
 def test_a_cache_is_the_users(pair: Pair):
