@@ -69,7 +69,7 @@ def attention_between(b: Builder, q: Ref, keys: Ref, values: Ref, out: Ref) -> A
     window = _window(visible[0, 0], total - length, where)
     spec = Attend(-1, -1, -1, heads, groups, d, dv, 1.0, window)
     bias = none.clamp_min(1e-300).log()
-    last = torch.arange(total - length, total, device=b.device)  # a query's own key
+    last = torch.arange(total - length, total, dtype=torch.int64, device=b.device)  # a query's own key
     own = last.view(1, 1, -1, 1)
     bias = torch.where(visible, bias - bias.gather(-1, own.expand(batch, heads, -1, 1)), 0.0)
     spec = replace(spec, alibi=_slopes(bias, visible, last, where), sinks=_sinks(b, none, q, out, heads, keys, where))
@@ -135,7 +135,7 @@ def _softcap(want: Tensor, got: Tensor) -> float | None:
 def _window(visible: Tensor, past: int, where: str) -> int:
     """Keys that a query sees, itself included; 0 where it sees all before it."""
     length, total = visible.shape
-    key = torch.arange(total, device=visible.device)
+    key = torch.arange(total, dtype=torch.int64, device=visible.device)
     query = key[past:, None]
     if torch.equal(visible, key <= query):
         return 0
@@ -148,7 +148,7 @@ def _window(visible: Tensor, past: int, where: str) -> int:
 def _slopes(bias: Tensor, visible: Tensor, last: Tensor, where: str) -> tuple[float, ...] | None:
     if not bias.abs().max().item() > 1e-9:
         return None
-    distance = torch.arange(bias.shape[-1], device=bias.device) - last.view(-1, 1)
+    distance = torch.arange(bias.shape[-1], dtype=torch.int64, device=bias.device) - last.view(-1, 1)
     distance = (distance * visible[0, 0]).double()
     slopes = (bias * distance).sum((0, 2, 3)) / (distance.square().sum() * bias.shape[0])
     if not close(bias, (slopes.view(1, -1, 1, 1) * distance).expand_as(bias), 1e-6):
@@ -161,8 +161,9 @@ def _sinks(b: Builder, none: Tensor, q: Ref, out: Ref, heads: int, keys: Ref, wh
     lacking = 1 - none.sum(-1)
     if lacking.abs().max() < 1e-9:
         return None
-    own = none.gather(-1, torch.arange(none.shape[-1] - none.shape[2], none.shape[-1], device=none.device)
-                      .view(1, 1, -1, 1).expand(*none.shape[:3], 1))[..., 0]  # fmt: skip
+    keys, queries = none.shape[-1], none.shape[2]
+    own = torch.arange(keys - queries, keys, dtype=torch.int64, device=none.device)
+    own = none.gather(-1, own.view(1, 1, -1, 1).expand(*none.shape[:3], 1))[..., 0]
     sinks = (lacking / own).log()[0, :, 0]
     for vector in b.vectors(out, {q, keys}):
         values = vector.get().detach().double().flatten()

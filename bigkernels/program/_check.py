@@ -46,14 +46,14 @@ def _steps(model: nn.Module, graph: Graph, pieces: list[Tensor], starts: Tensor 
         if starts is not None:
             if graph.position_ids:
                 positions = (positions - starts[:, None]).clamp_min(0)
-            mask = (torch.arange(past + length, device=piece.device)[None] >= starts[:, None]).long()
+            mask = (torch.arange(past + length, dtype=torch.int64, device=piece.device)[None] >= starts[:, None]).long()
         trace = record(model, piece, positions, cache, mask)
         theirs = trace.recorder.steps[trace.logits.step].outs[trace.logits.number]
         hidden = graph.embed.exact(piece, positions)
         made = _reference.run(graph, hidden, positions, ours, starts=starts)
         seen = torch.ones(batch, length, dtype=torch.bool, device=piece.device)
         if starts is not None:
-            seen = torch.arange(past, past + length, device=piece.device)[None] >= starts[:, None]
+            seen = torch.arange(past, past + length, dtype=torch.int64, device=piece.device)[None] >= starts[:, None]
         past += length
         error = (made - theirs.view_as(made)).abs()[seen].max().item()
         scale = theirs.view_as(made)[seen].abs().max().item()

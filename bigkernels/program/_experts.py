@@ -85,7 +85,9 @@ def _identify(b: Builder, step: Step, x: Ref, chosen: Ref, weights: Ref) -> tupl
     probe = {
         x: 2 * b.unrows(b.sample(width, 1), b.tensor(x)),
         weights: b.unrows(b.sample(top, 2).abs(), b.tensor(weights)),
-        chosen: (torch.arange(rows * top, device=b.device) % min(2, count)).view(b.tensor(chosen).shape),
+        chosen: (torch.arange(rows * top, dtype=torch.int64, device=b.device) % min(2, count)).view(
+            b.tensor(chosen).shape
+        ),
     }
     if top > 1:  # an expert once a row
         every = torch.arange(top, dtype=torch.int64, device=b.device).expand(rows, top)

@@ -221,7 +221,7 @@ def _gather(compute: Callable, still: dict[Ref, Tensor], b: Builder, width: int,
     if not close(found, index[None, :, None].expand_as(found).double()):
         return None
     columns = index[:, 0] - 1
-    if not torch.equal(index, columns[:, None] + 1 + torch.arange(d, device=b.device)):
+    if not torch.equal(index, columns[:, None] + 1 + torch.arange(d, dtype=torch.int64, device=b.device)):
         return None
     return tuple(columns.tolist()), plain(scale)
 

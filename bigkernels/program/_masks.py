@@ -127,7 +127,7 @@ class _Watcher(TorchFunctionMode):
         last = seen[0, -1]
         if not torch.equal(seen, seen[:1].expand_as(seen)) or not bool(last[-1]):
             raise Refused("(model): its masks differ between heads")
-        key = torch.arange(self.total, device=mask.device)
+        key = torch.arange(self.total, dtype=torch.int64, device=mask.device)
         window = int(last.sum())
         if not torch.equal(last, key > self.total - 1 - window):
             raise Refused("(model): far into a text, its masks are no windows")

@@ -155,7 +155,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, op: Attend) -> T
         scores = op.softcap * torch.tanh(scores / op.softcap)
     if op.alibi is not None:
         slopes = torch.tensor(op.alibi, dtype=q.dtype, device=q.device).view(1, -1, 1, 1)
-        key = torch.arange(k.shape[2], device=q.device)
+        key = torch.arange(k.shape[2], dtype=torch.int64, device=q.device)
         scores = scores + slopes * (key - key[-q.shape[2] :, None]).to(q.dtype)
     scores = scores.masked_fill(~visible, float("-inf"))
     if op.sinks is not None:
@@ -167,7 +167,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, op: Attend) -> T
 
 def _attend(op: Attend, q: Tensor, cache: Cache, starts: Tensor | None) -> Tensor:
     k, v = (t[op.layer].to(q.dtype) for t in (cache.keys, cache.values))
-    key = torch.arange(k.shape[2], device=q.device)
+    key = torch.arange(k.shape[2], dtype=torch.int64, device=q.device)
     query = key[-q.shape[1] :, None]
     visible = (key <= query)[None]
     if op.window:

@@ -147,7 +147,7 @@ def _by_row(b: Builder, code: StepsCode, sources: list[Ref], ref: Ref) -> bool:
         whole = code(*given)
         if not close(b.rows(b.tensor(ref)).view_as(whole), whole, 1e-7):
             return False
-        order = torch.arange(batch * length, device=b.device).flip(0)
+        order = torch.arange(batch * length, dtype=torch.int64, device=b.device).flip(0)
         moved = code(*(g.flatten(0, 1)[order].view_as(g) for g in given))
         alone = code(*(g[1:, 2:3] for g in given))
     except (RuntimeError, Refused):
