@@ -280,7 +280,7 @@ BK_INLINE void add_floats(Sixteen<T>& s, const Lines& lines, int64_t steps, cons
     for (int j = 0; j < 4; ++j, x += T)
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) {
-        vf b = broadcast(x[t]);
+        vf b = splat(x[t]);
         for (int v = 0; v < V; ++v) acc[t][v] = multiply_add((vf)four[j][v], b, acc[t][v]);
       }
   }
@@ -353,10 +353,10 @@ BK_INLINE void add_integers(Sixteen<T>& s, const Lines& lines, const float (*own
       }
     }
     for (int v = 0; v < V; ++v) {
-      vf own = kGrouped ? load(own_scales[b >> each] + v * W) : broadcast(1);
+      vf own = kGrouped ? load(own_scales[b >> each] + v * W) : splat(1);
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) {
-        vf scale = broadcast(scales[t]);
+        vf scale = splat(scales[t]);
         if (kGrouped) scale *= own;
         s.acc[t][v] = multiply_add(to_floats(sum[t][v]), scale, s.acc[t][v]);
       }
@@ -370,7 +370,7 @@ BK_INLINE void add_beside(Sixteen<T>& s, const float (*by)[kRows], int64_t group
     for (int v = 0; v < V; ++v) {
       vf beside = load(by[g] + v * W);
 #pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) s.acc[t][v] = multiply_add(beside, broadcast(sums[t]), s.acc[t][v]);
+      for (int t = 0; t < T; ++t) s.acc[t][v] = multiply_add(beside, splat(sums[t]), s.acc[t][v]);
     }
 }
 
@@ -400,7 +400,7 @@ void add_part(const Weight& w, const Tokens& a, const Part& p, const Lines& line
         add_beside<T>(s, beside, groups, a.sums_of(block) + group * T);
       if (w.kind == Codes::int8 && kOffset && last)
         for (int t = 0; t < T; ++t)
-          for (int v = 0; v < V; ++v) s.acc[t][v] -= broadcast(kOffset * a.sums_of(block)[t]);
+          for (int v = 0; v < V; ++v) s.acc[t][v] -= splat(kOffset * a.sums_of(block)[t]);
       break;
     }
 #if defined(__AVX512BF16__)
@@ -416,7 +416,7 @@ void add_part(const Weight& w, const Tokens& a, const Part& p, const Lines& line
           add_lines<T, true>(acc, lines, from / 8, from / 8 + steps / 4, table, tokens);
         else
           add_lines<T, false>(acc, lines, from / 2, from / 2 + steps, table, tokens);
-        vf own = w.group ? load(scale[g]) : broadcast(1);
+        vf own = w.group ? load(scale[g]) : splat(1);
         for (int t = 0; t < T; ++t) s.acc[t][0] = multiply_add(acc[t], own, s.acc[t][0]);
       }
       if (w.kind == Codes::affine4 || w.kind == Codes::affine4m)
@@ -432,7 +432,7 @@ void add_part(const Weight& w, const Tokens& a, const Part& p, const Lines& line
   for (int v = 0; v < V; ++v) {
     int64_t rows = p.rows - v * W;
     if (rows <= 0) break;
-    vf scale = broadcast(1);
+    vf scale = splat(1);
     if (scaled) {
       const float* from = (const float*)w.scale + p.n + v * W;
       scale = rows >= W ? load(from) : load(from, rows);

@@ -200,7 +200,7 @@ void integer_rows(const Weight& w, const Tokens& a, const void* ready, int64_t b
       }
     };
     auto block_scales = [&](int64_t count, vf* scale) __attribute__((always_inline)) {
-      vf own = broadcast(1);
+      vf own = splat(1);
       if constexpr (C::kGrouped) {
         own = load_some((const f16*)w.scale + group + g, count);
         if (kBlocks > 1) own = pick_lanes(own, spread);
@@ -297,7 +297,7 @@ void float_rows(const Weight& w, const Tokens& a, const void* ready, int64_t beg
         N::read(codes, w.book, v);
         for (int i = 0; i < N::kVectors; ++i) {
           if constexpr (kKind == Codes::affine4) v[i] -= less;
-          if constexpr (kKind == Codes::affine4m) v[i] = multiply_add(v[i], broadcast(scale), broadcast(more));
+          if constexpr (kKind == Codes::affine4m) v[i] = multiply_add(v[i], splat(scale), splat(more));
 #pragma GCC unroll 4
           for (int t = 0; t < T; ++t) {
             vf& to = acc[t][N::kPacked ? i : chain];
@@ -319,7 +319,7 @@ void float_rows(const Weight& w, const Tokens& a, const void* ready, int64_t beg
         vf sum = acc[t][0] + acc[t][1];
         if (kChains == 4) sum += acc[t][kChains - 2] + acc[t][kChains - 1];
         if constexpr (N::kScaled && kKind != Codes::affine4m) {
-          total[t] = multiply_add(sum, broadcast(scale), total[t]);
+          total[t] = multiply_add(sum, splat(scale), total[t]);
         } else {
           total[t] += sum;
         }
@@ -470,7 +470,7 @@ void column_rows(const Weight& w, const Tokens& a, const void* ready, int64_t be
 #pragma GCC unroll 4
         for (int v = 0; v < kCount; ++v) {
           vf value = count >= W * kCount ? load(from + v * W) : load(from + v * W, count);
-          for (int t = 0; t < T; ++t) acc[t][v] = multiply_add(value, broadcast(x[t][k]), acc[t][v]);
+          for (int t = 0; t < T; ++t) acc[t][v] = multiply_add(value, splat(x[t][k]), acc[t][v]);
         }
       for (int t = 0; t < T; ++t)
         for (int v = 0; v < kCount; ++v) {

@@ -29,17 +29,6 @@ constexpr bool kHasPairs = true;
 constexpr bool kHasPairs = false;
 #endif
 
-// A value in all lanes, without splat's addition of zero, which the compiler must keep.
-BK_INLINE vf broadcast(float v) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_set1_ps(v);
-#elif defined(__AVX2__)
-  return (vf)_mm256_set1_ps(v);
-#else
-  return vf{v, v, v, v};
-#endif
-}
-
 template <int N>
 struct Count {
   static constexpr int value = N;
@@ -136,7 +125,7 @@ BK_INLINE void round_to_bytes(const float* x, int8_t* to, float* scale) {
     if (most < 0x1p-100f) factor[b] = scale[b] = 0;
   }
   for (int i = 0; i < kSpan; i += W)
-    store(to + i, vmin(vmax(load(x + i) * factor[i / 32], broadcast(-127.0f)), broadcast(127.0f)));
+    store(to + i, vmin(vmax(load(x + i) * factor[i / 32], splat(-127.0f)), splat(127.0f)));
 }
 
 // Values from their order to that of codes: value i of run j of a stretch is value i * pick + j.

@@ -48,7 +48,14 @@ BK_INLINE void write(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-BK_INLINE vf splat(float v) { return vf{} + v; }
+// Not vf{} + v, which is an addition: it makes +0 of -0.
+#if defined(__AVX512F__)
+BK_INLINE vf splat(float v) { return (vf)_mm512_set1_ps(v); }
+#elif defined(__AVX2__)
+BK_INLINE vf splat(float v) { return (vf)_mm256_set1_ps(v); }
+#else
+BK_INLINE vf splat(float v) { return vf{v, v, v, v}; }
+#endif
 BK_INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 // a < b ? x : y, lane by lane.
 BK_INLINE vf select_less(vf a, vf b, vf x, vf y) {
