@@ -14,6 +14,7 @@ from ._cache import CacheShape
 from ._embedding import Embed
 from ._ir import Attend, Call, Graph
 from ._lower import Lowered
+from ._pages import prefer_huge_pages
 from ._trace import Refused
 
 
@@ -38,6 +39,7 @@ class Program:
         self.shapes = _shapes(graph)
         self.windows = {o.window for o in graph.operations if isinstance(o, Attend)}
         self.lowered = Lowered(graph, dtype, integers)
+        prefer_huge_pages(self.reads)
         self._table = _table(graph)
         self._row = torch.empty(1, 1, graph.widths[graph.hidden], dtype=dtype, device="cpu")
         self._storages: list | None = None
@@ -59,6 +61,7 @@ class Program:
         self.release()
         self._tables.forget()
         self.lowered = Lowered(self.graph, self.dtype, self._integers)
+        prefer_huge_pages(self.reads)
 
     @property
     def reads(self) -> list[Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .._look import Seen
 from ..nn._quantized import Quantized
+from ..quantization._weight import QuantizedWeight
 from ._memory_words import Words, of_class, of_dict, of_list, of_set, of_tensor, of_type, same_bytes, same_words
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -27,8 +28,17 @@ _IGNORED = {"training", "generation_config", "_non_persistent_buffers_set", "_bi
 _OWN = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _CAPTURING = "transformers.utils.output_capturing"  # its hooks do nothing where no outputs are asked for
-_OPAQUE = (nn.Module, Tensor, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType,
-           functools.partial)  # fmt: skip
+_OPAQUE = (
+    nn.Module,
+    Tensor,
+    type,
+    types.FunctionType,
+    types.MethodType,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+    functools.partial,
+    QuantizedWeight,
+)  # codes and scales are read at each use
 _DEPTH = 4
 _SMALL = 65536  # bytes of a buffer that are compared
 
