@@ -154,7 +154,7 @@ class Isa:
 
 
 def _python(level: str, *arguments: str) -> str:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"BIGKERNELS_CPU_ISA": level, "PYTHONPATH": path}
     done = subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"at level {level}:\n{done.stdout}\n{done.stderr}"

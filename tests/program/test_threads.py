@@ -257,6 +257,7 @@ def test_torchs_threads_do_not_spin_between_tokens():
     """They would take the team's cores: milliseconds after each operator that torch divides."""
     cores = len(os.sched_getaffinity(0))
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     script = _SPINNING.format(threads=cores)
     out = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert float(out.stdout) < 0.0015 * cores / 2
