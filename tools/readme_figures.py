@@ -54,6 +54,9 @@ def lines(content: dict) -> Iterator[str]:
         )
 
 
+_FIGURES = {"peak": lambda x: f"{x / 1e6:.0f} MB", "perplexity": "{:.2f}".format}
+
+
 def generation(content: dict) -> Iterator[str]:
     """Tokens a second of every model in the cases that all of them are in, and what these come to as ratios."""
     cpu = content["machine"]["cpu"]
@@ -64,21 +67,21 @@ def generation(content: dict) -> Iterator[str]:
     cases = [case for case in dict.fromkeys(case for case, _ in rows) if case.startswith(("prefill B", "decode B"))
              and "without" not in case]  # fmt: skip
     names = dict.fromkeys(name for case, name in rows if case in cases)
-    yield f"| | {' | '.join(_short(case) for case in cases)} | peak memory | perplexity |"
-    yield "|---" * (len(cases) + 3) + "|"
+    figures = {name: {} for name in names}
+    for case in cases:
+        for name in names:
+            figures[name].update(rows.get((case, name), {}).get("figures", {}))
+    known = {key: write for key, write in _FIGURES.items() if any(key in made for made in figures.values())}
+    yield f"| | {' | '.join([*map(_short, cases), *known])} |"
+    yield "|---" * (len(cases) + len(known) + 1) + "|"
     for name in names:
-        figures = {key: value for case in cases for key, value in rows.get((case, name), {}).get("figures", {}).items()}
-        peak, perplexity = figures.get("peak"), figures.get("perplexity")
         cells = [_speed(rows.get((case, name))) for case in cases]
-        cells += [f"{peak / 1e6:.0f} MB" if peak else "", f"{perplexity:.2f}" if perplexity else ""]
+        cells += [write(figures[name][key]) if key in figures[name] else "" for key, write in known.items()]
         yield f"| {name} | {' | '.join(cells)} |"
-    yield from ("", "| | measured | bar | aim |", "|---|---|---|---|")
+    yield from ("", "| as ratios | measured |", "|---|---|")
     for bar in content["ratios"]:
         if bar["measured"] is not None:
-            values = (
-                f"{bar[key]:.3g}{bar['unit']}" if bar[key] is not None else "" for key in ("measured", "bar", "aim")
-            )
-            yield f"| {bar['name']} | {' | '.join(values)} |"
+            yield f"| {bar['name']} | {bar['measured']:.3g}{bar['unit']} |"
 
 
 def _short(case: str) -> str:
@@ -95,11 +98,13 @@ def _speed(row: dict | None) -> str:
 
 def main() -> None:
     contents = [json.loads(Path(path).read_text()) for path in sys.argv[1:]]
+    contents = [content for content in contents if isinstance(content, dict) and "machine" in content]
     of_generation = [content for content in contents if "ratios" in content]
-    tables = ("\n".join(lines(content)) for content in contents if content not in of_generation)
+    tables = ["\n".join(lines(content)) for content in contents if content not in of_generation]
     text = README.read_text()
-    figures = "\n## Figures\n\n" + "\n\n".join(tables) + "\n\n"
-    text = MARKS.sub(lambda m: m[1] + figures + m[2], text)
+    if tables:
+        figures = "\n## Figures\n\n" + "\n\n".join(tables) + "\n\n"
+        text = MARKS.sub(lambda m: m[1] + figures + m[2], text)
     if of_generation:
         made = "\n" + "\n\n".join("\n".join(generation(content)) for content in of_generation) + "\n\n"
         text = GENERATION.sub(lambda m: m[1] + made + m[2], text)
