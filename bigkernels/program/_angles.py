@@ -48,7 +48,7 @@ class Tables:
         return sum(t.nbytes for pair in self._made if pair is not None for t in pair)
 
     def forget(self) -> None:
-        """Make them anew at the next use."""
+        """Make them again at the next use."""
         if self._length is not None:
             self._length = 0
 

@@ -57,7 +57,7 @@ class Program:
         self._storages = None
 
     def lower(self) -> None:
-        """Make the records anew: tensors are elsewhere, or lie in another way."""
+        """Make the records again: tensors are elsewhere, or lie in another way."""
         self.release()
         self._tables.forget()
         self.lowered = Lowered(self.graph, self.dtype, self._integers)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..ops.glu import ACTIVATIONS as GATES
 from . import _layers
 from ._ir import (
     Activate,
@@ -24,15 +25,8 @@ from ._ir import (
     Product,  # fmt: skip
 )
 
-F = torch.nn.functional
-ACTIVATIONS: dict[str, Callable] = {
+ACTIVATIONS: dict[str, Callable] = GATES | {
     "identity": lambda x: x,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "quick_gelu": lambda x, alpha=1.702: x * torch.sigmoid(alpha * x),
 }
@@ -128,11 +122,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary: int, interleaved: bool) 
     """x (B, H, S, D); cos and sin (B or 1, S, rotary)."""
     a, rest = x[..., :rotary], x[..., rotary:]
     if interleaved:
-        turned = torch.stack((-a[..., 1::2], a[..., ::2]), -1).flatten(-2)
+        paired = torch.stack((-a[..., 1::2], a[..., ::2]), -1).flatten(-2)
     else:
         first, second = a.chunk(2, -1)
-        turned = torch.cat((-second, first), -1)
-    return torch.cat((a * cos.unsqueeze(1) + turned * sin.unsqueeze(1), rest), -1)
+        paired = torch.cat((-second, first), -1)
+    return torch.cat((a * cos.unsqueeze(1) + paired * sin.unsqueeze(1), rest), -1)
 
 
 def _heads(op: Heads, values: dict[int, Tensor], cache: Cache, angles: list) -> None:

@@ -1,4 +1,4 @@
-"""What a model keeps of its program: made at first use, and made anew when the model is no longer what it was."""
+"""What a model keeps of its program: made at first use, and again when the model is no longer what it was."""
 
 from __future__ import annotations
 

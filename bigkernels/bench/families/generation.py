@@ -124,12 +124,12 @@ def _checked(models: LineUp, name: str) -> dict[str, Tensor]:
         window, expected = models.windows[0][:SCORED], model.expected or models.get(_same_codes(name)).expected
         losses = model.ask("score", ids=window, known=KNOWN, threads=1)["losses"]
         model.error = [a - b for a, b in zip(losses, expected[KNOWN - 1 :], strict=True)]
-    kind = "losses of weights that were rounded anew" if name in (Q4_0, Q4_0_HEAD, ONNX) else "losses"
+    kind = "losses of weights that were rounded again" if name in (Q4_0, Q4_0_HEAD, ONNX) else "losses"
     return {kind: torch.tensor(model.error, dtype=torch.float64, device="cpu")}
 
 
 def _same_codes(name: str) -> str:
-    """The model of ours whose weights one of another process has, but for what that rounds anew."""
+    """The model of ours whose weights one of another process has, but for what that rounds again."""
     now = {before: ours for ours, before in BEFORE.items()}
     return now.get(name) or (GGUF if name.startswith("llama.cpp") else EAGER)
 

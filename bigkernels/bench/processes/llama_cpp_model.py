@@ -55,7 +55,7 @@ def library() -> Path | None:
 
 
 class Model:
-    """One file and one context, made for the first question and anew for one that does not fit into it."""
+    """One file and one context, made for the first question and again for one that does not fit into it."""
 
     def __init__(self) -> None:
         path = library()
@@ -82,7 +82,7 @@ class Model:
         self.context = None
 
     def load(self, model: str, quantize: str = "", into: str = "") -> dict:
-        """Read a file, or write it first to the file `into` with its weights quantized anew."""
+        """Read a file, or write it first to the file `into` with its weights quantized again."""
         if quantize:
             self._quantize(model, quantize, into)
             model = into
