@@ -36,26 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def launchers_serve_cpu_tensors():
-    """The dispatcher hands CPU tensors to the Triton launchers, and bigkernels.use("triton") accepts them."""
     import torch
+    from kernels_on_cpu import launchers_take_cpu_tensors
 
-    from bigkernels.ops import OPERATORS
-    from bigkernels.ops._registry import Implementation
-    from bigkernels.ops.compress import OPERATOR as CODES
-    from bigkernels.triton import OPERATORS as KERNELS
-    from bigkernels.triton import launchers
-
-    library = torch.library.Library("bigkernels", "IMPL")
-    operators = OPERATORS | {CODES.name: CODES}
-    before = {name: operator.implementations for name, operator in operators.items()}
-    for name, launcher in launchers().items():
-        library.impl(name, launcher, "CPU", allow_override=True)
-    for name in KERNELS:
-        # bfloat16 is left to real GPUs.
-        operators[name].implementations = (Implementation("triton", "cpu", dtypes=(torch.float32, torch.float16)),)
-        operators[name]._choices.clear()
-    yield
-    for name, operator in operators.items():
-        operator.implementations = before[name]
-        operator._choices.clear()
-    library._destroy()
+    with launchers_take_cpu_tensors((torch.float32, torch.float16)):  # bfloat16 is left to real GPUs
+        yield

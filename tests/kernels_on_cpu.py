@@ -1,0 +1,43 @@
+"""Hands CPU tensors to the launchers of bigkernels.triton, which `bigkernels.use("triton")` then accepts.
+
+What runs the kernels is another matter: Triton's interpreter (tests/interpreter), or nothing
+(driver_without_device.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from bigkernels.ops import OPERATORS
+from bigkernels.ops._registry import KERNEL_DTYPES, Implementation
+from bigkernels.ops.compress import OPERATOR as CODES
+from bigkernels.triton import OPERATORS as KERNELS
+from bigkernels.triton import launchers
+
+
+@contextmanager
+def launchers_take_cpu_tensors(dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) -> Iterator[None]:
+    library = torch.library.Library("bigkernels", "IMPL")
+    operators = OPERATORS | {CODES.name: CODES}
+    before = {name: operator.implementations for name, operator in operators.items()}
+
+    def forget() -> None:
+        for operator in operators.values():
+            operator._choices.clear()
+            operator._on_cpu.clear()
+
+    for name, launcher in launchers().items():
+        library.impl(name, launcher, "CPU", allow_override=True)
+    for name in KERNELS:
+        operators[name].implementations = (Implementation("triton", "cpu", dtypes=dtypes),)
+    forget()
+    try:
+        yield
+    finally:
+        for name, operator in operators.items():
+            operator.implementations = before[name]
+        forget()
+        library._destroy()
