@@ -10,6 +10,8 @@ import functools
 
 import torch
 from torch import nn
+from torch._C._dynamo.guards import _empty_strided_cpu as empty_cpu
+from torch._C._dynamo.guards import _empty_strided_cuda as empty_cuda
 from torch._compile import _disable_dynamo as disable_dynamo
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -30,8 +32,11 @@ __all__ = [
     "backward_pass",
     "calls_go_through_instances",
     "counting_writes",
+    "cuda_device",
     "disable_dynamo",
     "dispatch_modes",
+    "empty_cpu",
+    "empty_cuda",
     "is_traceable_wrapper_subclass",
     "is_transformed",
     "storage_users",
@@ -53,6 +58,7 @@ without_dispatch_modes = torch._C._DisableTorchDispatch
 storage_users = torch._C._storage_Use_Count
 without_functions = torch._C.DisableTorchFunction  # subclasses and modes
 is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
+cuda_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)  # a torch without CUDA lacks the first
 CALL = "_call_impl"  # what a module's call goes through: `forward` and the hooks around it
 
 

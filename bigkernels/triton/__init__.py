@@ -20,8 +20,15 @@ OPERATORS = (
 
 
 def _launcher(operator: str, direction: str) -> Callable:
+    found = None
+
     def call(*args):
-        return getattr(importlib.import_module("." + operator, __name__), direction)(*args)
+        nonlocal found
+        if found is None:
+            from ._prepared import prepared
+
+            found = prepared(getattr(importlib.import_module("." + operator, __name__), direction))
+        return found(*args)
 
     return call
 

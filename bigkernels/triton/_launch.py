@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from ..ops._registry import KERNEL_DTYPES
+from ._prepared import note_launch
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def launch(
     device = args[0].device
     guard = contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
     with guard:
-        kernel[grid](*args, num_warps=num_warps, maxnreg=maxnreg, debug=debug, **constants)
+        compiled = kernel[grid](*args, num_warps=num_warps, maxnreg=maxnreg, debug=debug, **constants)
+    note_launch(kernel, grid, compiled, args, constants)
 
 
 def falls_back(fallback: Callable, *, inputs: int = 1, empty: Callable | None = None) -> Callable[[Callable], Callable]:

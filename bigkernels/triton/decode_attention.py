@@ -147,6 +147,8 @@ def _run(
         PRECISION="ieee" if wide else None, num_warps=tiles.warps,
         maxnreg=240 if wide and tiles.warps == 8 else None, **common,
     )  # fmt: skip
+    if programs == 1 and lengths is None and capacity:
+        return out, lse  # no sequence lies in several parts, and none is empty
     rows = 1 if batch * heads * queries <= 4 * processors(q.device) else 4
     width = power_of_2(pack * value_size)
     launch(
