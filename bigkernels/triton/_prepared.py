@@ -1,14 +1,16 @@
 """Launchers that are read once: what one does for a layout of its arguments is noted, and done again without it.
 
 A launcher is a straight line once shapes, strides, dtypes, devices, alignments and scalars are known: it allocates, it
-launches, and it may call a few operators of torch. Yet every call checks arguments, chooses tiles and lets Triton look at
-each argument of each kernel (7 us a launch). The second call of a layout is therefore watched, by a dispatch mode
+launches, and it may call a few operators of torch. Yet every call checks arguments, chooses tiles and lets Triton look
+at each argument of each kernel (7 us a launch). The second call of a layout is therefore watched, by a dispatch mode
 that sees operators and by `launch`, which says what it launched; from the third on, a `_Tape` does the same with other
 tensors. A launcher that does what no tape can repeat, as reading a value from the device, is called as before.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import threading
 from collections.abc import Callable
@@ -23,7 +25,11 @@ from .._torch_private import TorchDispatchMode, cuda_device, dispatch_modes, emp
 from ..ops import _registry
 
 _MOST = 512  # layouts that a launcher remembers; then those that were noted first are forgotten
-_TRITONS = ((3, 6), (3, 8))  # the first and the last whose compiled kernels are known to take their arguments as here
+# How Triton launches what it has compiled, and tapes do; a release that does it in another way gets none.
+_RUN = (
+    "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata, "
+    "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values())"
+)
 
 _watching = threading.local()
 _deterministic = torch.are_deterministic_algorithms_enabled
@@ -302,9 +308,17 @@ def note_launch(kernel: Any, grid: tuple[int, ...], compiled: Any, args: tuple, 
         watch.launched(kernel, grid, compiled, args, constants)
 
 
+def _told_apart(args: tuple) -> tuple:
+    """The arguments, those that are one tensor as several: later calls with this layout may have others there."""
+    seen: set[int] = set()
+    return tuple(a.detach() if isinstance(a, Tensor) and (id(a) in seen or seen.add(id(a))) else a for a in args)
+
+
+@functools.cache
 def _can_prepare() -> bool:
-    version = tuple(map(int, triton.__version__.split(".")[:2]))
-    return not triton.knobs.runtime.interpret and _TRITONS[0] <= version <= _TRITONS[1]
+    if triton.knobs.runtime.interpret:
+        return False
+    return _RUN in " ".join(inspect.getsource(triton.runtime.jit.JITFunction.run).split())
 
 
 def prepared(launcher: Callable) -> Callable:
@@ -342,6 +356,7 @@ def prepared(launcher: Callable) -> Callable:
         if tape == 0:  # many layouts come once
             tapes[key] = 1
             return launcher(*args)
+        args = _told_apart(args)
         watch, outer = _Watch(args), getattr(_watching, "watch", None)
         _watching.watch = watch
         try:
