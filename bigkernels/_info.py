@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from ._load import Library, cpu_library, cuda_library, triton_unavailable
 from ._version import __version__
 from .ops import OPERATORS
 from .ops._registry import KERNEL_DTYPES
+from .ops._routes import TABLE, routes
 
 _PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "numpy")
 # The features that each of the CPU kernels' ISA levels adds to the one before it, as /proc/cpuinfo names them.
@@ -30,7 +32,9 @@ def info() -> dict:
 
     Returns:
         A dictionary that `json.dumps` accepts. `["operators"][op][device][dtype]` maps each implementation to None
-        where it can serve and to the reason where it cannot, in the order in which they are tried.
+        where it can serve and to the reason where it cannot, in the order in which they are tried. `["routes"]` lists
+        who computes what on GPUs, for the newest of this machine or, where there is none, for each range of compute
+        capabilities.
     """
     return {
         "versions": _versions(),
@@ -39,6 +43,7 @@ def info() -> dict:
         "gpus": _gpus(),
         "libraries": _libraries(),
         "operators": _operators(),
+        "routes": _routes(),
     }
 
 
@@ -132,6 +137,13 @@ def _libraries() -> dict[str, dict]:
 def _library(library: Library) -> dict:
     path = str(library.path) if library.path else None
     return {"loaded": library.reason is None, "path": path, "reason": library.reason}
+
+
+def _routes() -> list[dict]:
+    rows = TABLE
+    if torch.cuda.is_available():
+        rows = routes(max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())))
+    return [asdict(row) for row in rows]
 
 
 def _operators() -> dict:

@@ -26,7 +26,24 @@ def run(args: argparse.Namespace) -> int:
     table("Libraries", ["library", "state", "path or reason"], libraries)
     columns = ["operator", "device", "dtypes", "served by", "others"]
     table("Operators", columns, [row for op, devices in found["operators"].items() for row in _served(op, devices)])
+    columns = ["operator", "calls", "capabilities", "computed by", "evidence"]
+    table("Routes on GPUs", columns, [_route(row) for row in found["routes"]])
     return 0
+
+
+def _route(row: dict) -> list[str]:
+    since, before = (".".join(map(str, row[end])) for end in ("since", "before"))
+    first, last = row["since"] == (0, 0), row["before"] == (99, 0)
+    where = (
+        "all"
+        if first and last
+        else f"below {before}"
+        if first
+        else f"{since} and later"
+        if last
+        else f"{since} to below {before}"
+    )
+    return [row["operator"], row["call"], where, row["by"], f"{row['evidence']}: {row['source']}"]
 
 
 def _machine(found: dict) -> list[list[str]]:

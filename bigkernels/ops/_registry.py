@@ -26,7 +26,7 @@ if _LOG_CHOICES and not log.handlers:
     log.setLevel(logging.INFO)
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("cpu", "triton", "cuda", "reference")
+BACKENDS = ("cpu", "triton", "cuda", "torch", "reference")
 
 # What a kernel path raises on wrong arguments. The public function then runs its full checks, which raise an error that
 # names the argument: right calls need not pay for them.
@@ -75,6 +75,11 @@ def cpu_kernel() -> Implementation:
 
 def triton_kernel() -> Implementation:
     return Implementation("triton", "cuda", unavailable=triton_unavailable)
+
+
+def torch_kernel() -> Implementation:
+    """PyTorch's own kernels, for those calls that they take (`_routes`)."""
+    return Implementation("torch", "cuda", unavailable=lambda: None if torch.cuda.is_available() else "no CUDA device")
 
 
 class Operator:
@@ -152,6 +157,7 @@ class Operator:
                 self._in_graphs = tuple(
                     (i.device, dtype)
                     for i in self.implementations
+                    if i.name != "torch"  # graphs hold that as it is
                     for dtype in i.dtypes
                     # Asking for a GPU here would initialise its driver; a tensor on one is answer enough.
                     if (triton_missing() if i.name == "triton" else i.unavailable()) is None
@@ -180,10 +186,11 @@ class Operator:
 
 @contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Force one implementation, "cpu", "triton", "cuda" or "reference", inside a `with` block.
+    """Force one implementation, "cpu", "triton", "cuda", "torch" or "reference", inside a `with` block.
 
-    An operator that cannot be served by it raises RuntimeError with the reason. The choice holds for the whole
-    process while the block runs.
+    "torch" are PyTorch's own kernels, which compute by default what they are faster at (`bigkernels info` prints the
+    table of routes); "triton" takes ours there too. An operator that cannot be served raises RuntimeError with the
+    reason. The choice holds for the whole process while the block runs.
     """
     global _forced
     if backend not in BACKENDS:

@@ -6,10 +6,20 @@ import torch
 from torch import Tensor
 
 from . import _attention as shared
+from . import _routes
 from ._arguments import check_tensor
 from ._derivatives import gradients, is_observed, vjp
 from ._flops import attention_flops
-from ._registry import REFUSED, Operator, define, needs_grad
+from ._registry import (
+    REFUSED,
+    Operator,
+    cpu_kernel,
+    define,
+    needs_grad,
+    nondeterministic,
+    torch_kernel,
+    triton_kernel,
+)
 
 
 def attention(
@@ -77,6 +87,10 @@ def attention(
             mask = _four(mask)
         tensors = (bias, mask, alibi_slopes, sinks, prefix_lengths)
         if OPERATOR.uses_kernel(q, k, v, *tensors) and not needs_grad(alibi_slopes):
+            if not return_lse:
+                found = _by_torch(q, k, v, *tensors, *options)
+                if found is not None:
+                    return found
             grad = needs_grad(q, k, v, bias, sinks)
             prefix_lengths = shared.integers(prefix_lengths, grad)
             args = (q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths, shared.draw_seed(q, dropout_p), *options)
@@ -94,6 +108,17 @@ def attention(
     out, lse = _dense(q, k, v, *tensors, shared.draw_seed(q, dropout_p), *options)
     out = out.to(q.dtype)
     return (out, lse) if return_lse else out
+
+
+def _by_torch(q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths, left, right, scale, softcap, dropout_p):
+    """The result of PyTorch's kernels, where the table of routes sends the call there."""
+    if _routes.capability_of(q) is None:
+        return None
+    tensors = (bias, alibi_slopes, sinks, prefix_lengths)
+    # Our mask of dropout is a function of a seed and a place, theirs is not.
+    others = softcap > 0 or dropout_p > 0 or any(t is not None for t in tensors)
+    return _routes.by_torch(q, k, v, left=left, right=right, scale=scale, masked=mask is not None, others=others,
+                            deterministic=not nondeterministic())  # fmt: skip
 
 
 def _four(t):
@@ -171,7 +196,7 @@ def _flops(q, k, v, *_, backward=False):
 
 
 # A compiler would hold all scores to fuse the reference, so graphs hold the kernels.
-OPERATOR = Operator("attention", in_graphs=True)
+OPERATOR = Operator("attention", implementations=(cpu_kernel(), triton_kernel(), torch_kernel()), in_graphs=True)
 _ARGS = (
     "Tensor q, Tensor k, Tensor v, {}Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks,"
     f" Tensor? prefix_lengths, Tensor? seed, {shared.OPTIONS}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...functional import attention, varlen_attention
+from ...ops import _routes
 from ...ops._registry import KERNEL_DTYPES
 from ...ops.attention import OPERATOR
 from ...ops.varlen_attention import OPERATOR as PACKED
@@ -98,6 +99,14 @@ def attend(
         window = (-1, max(queries - keys, 0))
     if mask is not None and mask.dtype != torch.bool:
         mask, bias = None, mask if bias is None else bias + mask
+    left, right = (-1, -1) if window is None else window
+    found = _routes.by_torch(
+        q, k, v, left=left, right=right, scale=scale, masked=mask is not None,
+        others=bias is not None or any(option is not None for option in options.values()), dropout_p=dropout_p,
+        deterministic=torch.are_deterministic_algorithms_enabled(),  # the model's own attention promises no more
+    )  # fmt: skip
+    if found is not None:
+        return found
     return attention(q, k, v, mask=mask, bias=bias, window=window, dropout_p=dropout_p, scale=scale, **options)
 
 
