@@ -23,6 +23,8 @@ class Quantized(nn.Module):
     dtypes when it is cast. A state dict loads into a module of the same format and size alone.
     """
 
+    _is_hf_initialized = True  # transformers leaves it alone where it fills weights that no file had
+
     def __init__(self, qweight: QuantizedWeight, shell: Shell | None = None, trained: bool = True,
                  **described: int) -> None:  # fmt: skip
         super().__init__()
@@ -127,6 +129,8 @@ class Quantized(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         given = {name: state_dict.get(prefix + name) for name in self._buffers}
         kind, path = f"bigkernels.nn.{type(self).__name__}", prefix[:-1] or "the module"
+        if (mark := state_dict.get(prefix + "weight")) is not None and mark.shape == (0,):
+            del state_dict[prefix + "weight"]  # by which files of transformers refuse a model without codes
         if prefix + "weight" in state_dict and all(t is None for t in given.values()):
             errors.append(f"{kind}: {path} is quantized and the state has a plain weight for it; load it before "
                           "`quantize`")  # fmt: skip

@@ -47,6 +47,7 @@ class LazyWeight(Tensor):
         trained: whether gradients go through `make`.
     """
 
+    _is_hf_initialized = True  # transformers leaves it alone where it fills weights that no file had
     _is_param = True  # `isinstance(layer.weight, nn.Parameter)`, which is asked before weights are tied
 
     @staticmethod

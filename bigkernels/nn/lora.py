@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantization._layers import Shell, is_linear, is_transposed, rows
+from ..quantization._owners import note
 from ..quantization._select import as_names, never_called, places, put
 from ._weight import LazyWeight
 from .quantized_linear import QuantizedLinear
@@ -88,6 +89,7 @@ class LoRALinear(nn.Module):
             module.requires_grad_(False)  # each, as quantized layers note it
         for base, paths in found.items():
             put(model, paths, cls(base, rank, alpha, dropout).train(base.training))
+        note(model)
         return [paths[0] for paths in found.values()]
 
     @property

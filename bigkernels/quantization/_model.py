@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ._calibration import grams, groups
 from ._format import Format
 from ._layers import rows
+from ._owners import note
 from ._report import QuantizeReport, Row
 from ._select import Chosen, places, put, select
 from ._ties import name_codes, name_weights
@@ -142,6 +143,7 @@ def quantize(
     order = selection.order
     for listed in (report.quantized, report.skipped):
         listed.sort(key=lambda row: order.get(row.path, order.get(row.path.rpartition(".")[0], 0)))
+    note(model)
     return report
 
 
@@ -177,6 +179,7 @@ def dequantize(model: nn.Module) -> None:
         found.append((module, made.weight))
         put(model, paths, made)
     name_weights(model)
+    note(model)
 
 
 def refresh(model: nn.Module) -> None:

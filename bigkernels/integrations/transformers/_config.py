@@ -1,0 +1,91 @@
+"""What `from_pretrained` is told about quantization, and what config.json says about it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ...quantization import Format, named
+from ...quantization._select import as_names
+
+METHOD = "bigkernels"
+VERSION = 1
+
+Formats = str | Format | Mapping[str, str | Format | None]
+
+
+class Config(QuantizationConfigMixin):
+    """``from_pretrained(path, quantization_config=Config("int4"))`` quantizes each weight as it is read.
+
+    Args:
+        config, skip, embeddings: as `bigkernels.quantize` takes them. Formats that are calibrated need a loaded model.
+        formats, tied, adapters, version, quant_method: what config.json of a saved model says: the formats and the
+            names of their layers (``*`` for any number), layers that share the codes of another, and adapters
+            (`bigkernels.nn.LoRALinear`).
+
+    Raises:
+        ValueError: there is no such format, it needs data, or the file was written by a newer bigkernels.
+    """
+
+    def __init__(
+        self, config: Formats | dict | None = None, *, skip: str | tuple[str, ...] = ("lm_head",),
+        embeddings: bool = False, formats: list[dict] | None = None, tied: dict[str, str] | None = None,
+        adapters: list[dict] | None = None, version: int = VERSION, quant_method: str = METHOD,
+    ) -> None:  # fmt: skip
+        if version > VERSION:
+            raise ValueError(f"bigkernels: the model was saved by a newer bigkernels: files of version {version}, "
+                             f"where {VERSION} is known")  # fmt: skip
+        self.quant_method = quant_method
+        self.config, self.skip, self.embeddings = _formats(config), as_names(skip), embeddings
+        self.held = {"formats": formats or [], "tied": tied or {}, "adapters": adapters or []}
+        for each in self._chosen():
+            if each is not None and each.calibrated:
+                raise ValueError(f"bigkernels: {each} is calibrated; load the model, then "
+                                 "bigkernels.quantize(model, ..., calibration=batches)")  # fmt: skip
+
+    def _chosen(self) -> list[Format | None]:
+        return list(self.config.values()) if isinstance(self.config, dict) else [self.config]
+
+    def to_dict(self) -> dict[str, Any]:
+        made: dict[str, Any] = {"quant_method": self.quant_method, "version": VERSION}
+        if any(self.held.values()):
+            return made | {key: value for key, value in self.held.items() if value}
+        if isinstance(self.config, dict):
+            made["config"] = {key: None if f is None else as_dict(f) for key, f in self.config.items()}
+        elif self.config is not None:
+            made["config"] = as_dict(self.config)
+        return made | {"skip": list(self.skip), "embeddings": self.embeddings}
+
+    def __iter__(self):
+        yield from self.to_dict().items()
+
+
+def as_dict(config: Format) -> dict[str, Any]:
+    """A format as JSON holds it."""
+    return {"format": config.name, **dataclasses.asdict(config)}
+
+
+def from_dict(described: Mapping[str, Any]) -> Format:
+    """The format of what `as_dict` made.
+
+    Raises:
+        ValueError: it is none.
+    """
+    options = dict(described)
+    made = named(str(options.pop("format", None)))
+    try:
+        return dataclasses.replace(made, **options)
+    except TypeError as error:
+        raise ValueError(f"bigkernels: {made.name} has no such options: {options}") from error
+
+
+def _formats(config: Any) -> Any:
+    if config is None or isinstance(config, (str, Format)):
+        return config if config is None else named(config)
+    if "format" in config and isinstance(config["format"], str):
+        return from_dict(config)
+    return {key: from_dict(f) if isinstance(f, Mapping) else None if f is None else named(f)
+            for key, f in config.items()}  # fmt: skip
