@@ -182,3 +182,21 @@ def test_tables_without_rich(monkeypatch, capsys):
         steps.note("ignored")
         steps.begin("two")
     assert capsys.readouterr().err == "[1/2] one\n[2/2] two\n"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_device_is_the_gpu_where_there_is_one(there, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert terminal.default_device() == ("cuda" if there else "cpu")
+
+
+def test_bench_measures_on_the_gpu_by_itself(monkeypatch):
+    from bigkernels._cli import bench
+
+    monkeypatch.setattr(bench, "default_device", lambda: "cuda")
+    seen = []
+    monkeypatch.setattr(bench, "_settings", lambda args: seen.append(args.device) or bench.Settings(args.device))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _cli.main(["bench", "glu", "--list"]) == 0
+    assert _cli.main(["bench", "glu", "--list", "--device", "cpu"]) == 0
+    assert seen == ["cuda", "cpu"]

@@ -16,12 +16,12 @@ from ..bench import engine, limits, report
 from ..bench.case import Settings
 from ..bench.families import FAMILIES, cases
 from ..bench.generation_bars import bars, print_bars
-from .terminal import progress, table
+from .terminal import DEVICE_HELP, default_device, progress, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"default: all of {', '.join(FAMILIES)}")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help=DEVICE_HELP)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions, limits and every row")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write a PNG for each family (needs matplotlib)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, without torch.compile: shows that it runs")
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if unknown := [f for f in args.families if f not in FAMILIES]:
         return _refuse(f"there is no family {unknown[0]!r}; there are {', '.join(FAMILIES)}")
+    args.device = args.device or default_device()
     if args.device == "cuda" and not torch.cuda.is_available():
         return _refuse("there is no CUDA device here")
     settings = _settings(args)

@@ -12,7 +12,7 @@ from .._compare import worst
 from .._samples import SAMPLES, Sample, widen
 from ..ops import OPERATORS
 from ..ops._registry import KERNEL_DTYPES
-from .terminal import progress, table
+from .terminal import DEVICE_HELP, default_device, progress, table
 
 
 @dataclass
@@ -29,11 +29,11 @@ class Tally:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, otherwise cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help=DEVICE_HELP)
 
 
 def run(args: argparse.Namespace) -> int:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or default_device()
     if device == "cuda" and not torch.cuda.is_available():
         print("bigkernels check: there is no CUDA device here", file=sys.stderr)
         return 2

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .terminal import table
+from .terminal import DEVICE_HELP, default_device, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state-dtype", choices=("float32", "bfloat16", "int8"), help="of the optimizer's states")
     parser.add_argument("--checkpointing", metavar="POLICY", help="recompute, selective, int8, selective+int8, ...")
     parser.add_argument("--patch", choices=("no", "loss", "yes"), default="no", help="by bigkernels.patch (default no)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help=DEVICE_HELP)
     parser.add_argument("--limit", metavar="SIZE", help="such as 24GB: look for policies that fit")
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="plan for this and --tflops, not this machine")
     parser.add_argument("--tflops", type=float, help="of matrix products, whatever the dtype")
@@ -50,8 +50,9 @@ def run(args: argparse.Namespace) -> int:
         made = plan(
             args.model, batch=args.batch, seq=args.seq, dtype=args.dtype, autocast=args.autocast, mode=args.mode,
             new_tokens=args.new_tokens, optimizer=None if args.optimizer == "none" else args.optimizer,
-            state_dtype=args.state_dtype, checkpointing=args.checkpointing, patch=args.patch, device=args.device,
-            limit=args.limit, limits=limits, progress=lambda line: print(line, file=sys.stderr, flush=True),
+            state_dtype=args.state_dtype, checkpointing=args.checkpointing, patch=args.patch,
+            device=args.device or default_device(), limit=args.limit, limits=limits,
+            progress=lambda line: print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         return _refuse(str(error).removeprefix("bigkernels.plan: "))

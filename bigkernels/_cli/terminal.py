@@ -15,7 +15,14 @@ try:
 except ImportError:
     rich = None
 
+DEVICE_HELP = "default: cuda where there is one, otherwise cpu"
 _FILE_WIDTH = 200  # of a table that goes to a file or a pipe, where nothing says how wide is too wide
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[str] = ()) -> None:

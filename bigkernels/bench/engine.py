@@ -27,6 +27,7 @@ class Row:
         error_ratio: the worst error as a part of what the criterion allows.
         seconds: of a step; None unless the status is "ok".
         bytes: of the case, or of the candidate where its formats make that another number.
+        host_seconds: on GPUs, that the host takes to queue a step, at least; `seconds` do not hold them.
         gbps: these bytes by the median time. A candidate that moves more bytes than needed gets a low figure.
         limit_percent: the least time on this machine's measured limits by the median time.
         extra_bytes: the peak of the memory allocated during a step.
@@ -55,6 +56,7 @@ class Row:
     reason: str | None = None
     error_ratio: float | None = None
     seconds: Statistics | None = None
+    host_seconds: float | None = None
     gbps: float | None = None
     tflops: float | None = None
     tokens_per_second: float | None = None
@@ -107,6 +109,7 @@ def run(case: Case, limits: Limits, settings: Settings, announce: Announce = lam
         for name, candidate in candidates.items():
             row = by_name[name]
             row.seconds = Statistics.of([taken / row.part for taken in seconds[name]])
+            row.host_seconds = getattr(timer, "host", {}).get(candidate.step)
             row.figures = candidate.figures() if candidate.figures else {}
             row.reason = (candidate.remark() if candidate.remark else "") or None
             row.extra_bytes = None if row.slow or candidate.timed else extra_peak(candidate.step, case.device)

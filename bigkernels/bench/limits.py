@@ -118,23 +118,29 @@ def _best(step, device: str, seconds: float) -> float:
     return least
 
 
+def _random(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Values as kernels meet them: GPUs multiply constant ones up to 13 % faster, as they then draw less power."""
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+
+
 def _copy(device: str, seconds: float) -> float:
-    source, target = (torch.ones(_COPY_BYTES // 4, dtype=torch.float32, device=device) for _ in range(2))
+    source, target = (_random(_COPY_BYTES // 4, dtype=torch.float32, device=device) for _ in range(2))
     return 2 * _COPY_BYTES / _best(lambda: target.copy_(source), device, seconds)
 
 
 def _read(device: str, seconds: float) -> float:
-    matrix = torch.ones(_COPY_BYTES // 4, dtype=torch.float32, device=device).view(-1, 4096)
-    vector, out = (torch.ones(n, device=device, dtype=torch.float32) for n in (4096, matrix.shape[0]))
+    matrix = _random(_COPY_BYTES // 4, dtype=torch.float32, device=device).view(-1, 4096)
+    vector, out = (_random(n, device=device, dtype=torch.float32) for n in (4096, matrix.shape[0]))
     return _COPY_BYTES / _best(lambda: torch.mv(matrix, vector, out=out), device, seconds)
 
 
 def _update(device: str, seconds: float) -> float:
-    target, source = (torch.zeros(_COPY_BYTES // 4, dtype=torch.float32, device=device) for _ in range(2))
+    target, source = (_random(_COPY_BYTES // 4, dtype=torch.float32, device=device) for _ in range(2))
     return 3 * _COPY_BYTES / _best(lambda: target.add_(source), device, seconds)
 
 
 def _matmul(device: str, dtype: torch.dtype, seconds: float) -> float:
     size = _MATRIX[device]
-    a, b, out = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
+    a, b, out = (_random(size, size, dtype=dtype, device=device) for _ in range(3))
     return 2 * size**3 / _best(lambda: torch.mm(a, b, out=out), device, seconds)

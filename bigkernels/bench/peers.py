@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from .case import Missing, Settings
 
 LIGER = "liger-kernel"
 FLASH = "flash-attn"
+FLASH4 = "flash-attn-4"
+CUDNN = "cuDNN"
 FLEX = "flex_attention"
+TORCHAO = "torchao"
+MARLIN = "Marlin"
+INT_MM = "torch._int_mm"
+SCALED_MM = "torch._scaled_mm"
 BITSANDBYTES = "bitsandbytes"
 
 
@@ -46,6 +53,56 @@ def flash_attention(make: Callable) -> dict[str, Callable[[str], Callable]]:
         return make(flash_attn)
 
     return {FLASH: load}
+
+
+def flash_attention_4(make: Callable) -> dict[str, Callable[[str], Callable]]:
+    """The peer entry of the flash-attn-4 package: `make(its flash_attn_func)` returns the function to run."""
+
+    def load(device: str) -> Callable:
+        if device != "cuda":
+            raise Missing("its kernels run on GPUs only")
+        try:
+            from flash_attn.cute import flash_attn_func
+        except ImportError as error:
+            raise Missing(f"not installed here: {error}") from error
+
+        def first(*args, **options):
+            found = flash_attn_func(*args, **options)
+            return found[0] if isinstance(found, tuple) else found  # some versions return the log-sum-exps too
+
+        return make(first)
+
+    return {FLASH4: load}
+
+
+def cudnn(function: Callable) -> dict[str, Callable[[str], Callable]]:
+    """The peer entry of a function over `scaled_dot_product_attention`, by cuDNN's kernels alone."""
+
+    def load(device: str) -> Callable:
+        if device != "cuda":
+            raise Missing("its kernels run on GPUs only")
+
+        def call(*args, **inputs):
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return function(*args, **inputs)
+
+        return call
+
+    return {CUDNN: load}
+
+
+def on_cuda(name: str, make: Callable) -> dict[str, Callable[[str], Callable]]:
+    """A peer that `make()` makes on a GPU; what it cannot import is missing."""
+
+    def load(device: str) -> Callable:
+        if device != "cuda":
+            raise Missing("it competes on GPUs only")
+        try:
+            return make()
+        except ImportError as error:
+            raise Missing(f"not installed here: {error}") from error
+
+    return {name: load}
 
 
 def flex(settings: Settings, make: Callable[[Callable], Callable]) -> dict[str, Callable[[str], Callable]]:

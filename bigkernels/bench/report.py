@@ -26,7 +26,7 @@ def document(rows: Sequence[Row], limits: Limits, settings: Settings, command: s
         command: the command line that made the rows.
     """
     machine = info()
-    del machine["operators"]
+    del machine["operators"], machine["routes"]
     return {
         "schema": SCHEMA,
         "command": command,
@@ -73,10 +73,11 @@ def print_limits(limits: Limits) -> None:
 def print_rows(title: str, rows: Sequence[Row]) -> None:
     """One table of a family's rows, and below it what is missing or wrong.
 
-    "limit" is the part of the measured limit that was reached, "memory" the peak during a step, "peak" that of all
-    that a model holds, "cpu" the processor time of a step by all threads, "kept" what is held between forward and
-    backward, "state" the bytes a parameter that an optimizer keeps, "vs best" how many times faster than the best
-    candidate that is not ours, and "error" the part of the allowed error that was used.
+    "limit" is the part of the measured limit that was reached, "host" the time in which the host queues a step for a
+    GPU, "memory" the peak during a step, "peak" that of all that a model holds, "cpu" the processor time of a step by
+    all threads, "kept" what is held between forward and backward, "state" the bytes a parameter that an optimizer
+    keeps, "vs best" how many times faster than the best candidate that is not ours, and "error" the part of the
+    allowed error that was used.
     """
     shown = [row for row in rows if row.status != "missing"]
     # Latencies of small calls are not bounded by bandwidth.
@@ -141,6 +142,7 @@ def size(count: int) -> str:
 _COLUMNS: dict[str, Callable[[Row], str]] = {
     "median": lambda r: duration(r.seconds.median) if r.seconds else r.status.upper(),
     "spread": lambda r: f"{100 * r.seconds.spread:.0f} %" if r.seconds else "",
+    "host": lambda r: duration(r.host_seconds) if r.host_seconds else "",
     "GB/s": lambda r: _number(r.gbps),
     "TFLOP/s": lambda r: _number(r.tflops),
     "tokens/s": lambda r: _number(r.tokens_per_second),

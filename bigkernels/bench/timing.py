@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 
 _SAMPLE_SECONDS = 1e-3  # a shorter step is repeated within a sample: the clock and the loop cost about 0.1 us
+_SLEEP_SECONDS = 2e-4  # of the device, while the host queues a sample; longer where that takes longer
+_LONGEST_SLEEP = 0.1
+_CYCLES_PER_SECOND = 2e9  # at least those of any GPU so far: a sleep may last longer and not shorter
 _FLUSH_BYTES = 256 * 2**20  # larger than the last cache of any GPU so far
 
 Step = Callable[[], object]
@@ -53,23 +56,36 @@ class CpuTimer:
 class CudaTimer:
     """Times steps on the current stream by events; with `cold`, caches are flushed before each sample.
 
-    The flush also keeps the GPU busy while the host queues the step, so that launches are not part of a cold sample.
+    The device sleeps while the host queues a sample, for longer than that takes: what is timed are kernels, one behind
+    the other, and no launches. A step that waits for the device cannot be queued so, and is timed as it comes. How long
+    the host took is kept in `host`, by step: the least of all samples.
     """
 
     def __init__(self, cold: bool):
         self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda") if cold else None
+        self.host: dict[Step, float] = {}
+        self._sleeps: dict[Step, float] = {}  # seconds
 
     def __call__(self, step: Step, repeats: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if self.flush is not None:
-            self.flush.zero_()
             repeats = 1
-        start.record()
-        for _ in range(repeats):
-            step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
+        while True:
+            sleep = self._sleeps.setdefault(step, _SLEEP_SECONDS)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if self.flush is not None:
+                self.flush.zero_()
+            torch.cuda._sleep(int(sleep * _CYCLES_PER_SECOND))
+            start.record()
+            begin = time.perf_counter()
+            for _ in range(repeats):
+                step()
+            host = time.perf_counter() - begin
+            end.record()
+            end.synchronize()
+            if host < 0.8 * sleep or sleep >= _LONGEST_SLEEP:
+                self.host[step] = min(self.host.get(step, math.inf), host / repeats)
+                return start.elapsed_time(end) / 1e3 / repeats
+            self._sleeps[step] = min(2 * host, _LONGEST_SLEEP)
 
 
 def interleave(

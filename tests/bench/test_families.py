@@ -11,11 +11,24 @@ from bigkernels import functional
 from bigkernels.bench import engine, limits
 from bigkernels.bench.case import BUILTIN, EAGER, OURS, Settings
 from bigkernels.bench.families import FAMILIES, attention, cases, cross_entropy, model
+from bigkernels.bench.families.attention import OURS_ALONE
 from bigkernels.bench.operators import Call
-from bigkernels.bench.peers import BITSANDBYTES, FLASH, FLEX, LIGER
+from bigkernels.bench.peers import (
+    BITSANDBYTES,
+    CUDNN,
+    FLASH,
+    FLASH4,
+    FLEX,
+    INT_MM,
+    LIGER,
+    MARLIN,
+    SCALED_MM,
+    TORCHAO,
+)
 from bigkernels.ops import _registry, use
 
 QUICK = Settings.quickly()
+ON_GPUS = {LIGER, FLASH, FLASH4, CUDNN, FLEX, TORCHAO, MARLIN, INT_MM, SCALED_MM, OURS_ALONE}
 OPERATOR_FAMILIES = [name for name in FAMILIES if name not in ("model", "generation")]  # these have tests of their own
 
 
@@ -27,7 +40,7 @@ def test_all_candidates_of_a_family_are_right(family):
         assert OURS in steps
         assert [(r.candidate, r.reason) for r in rows if r.status not in ("ok", "missing")] == []
         assert {r.candidate for r in rows} == set(case.candidates)
-        missing = {LIGER, FLASH, FLEX, *({BITSANDBYTES} if find_spec("bitsandbytes") is None else ())}
+        missing = {*ON_GPUS, *({BITSANDBYTES} if find_spec("bitsandbytes") is None else ())}
         assert {r.candidate for r in rows if r.status == "missing"} == missing & set(case.candidates)
 
 

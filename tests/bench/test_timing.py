@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bigkernels.bench import timing
+from bigkernels.bench import limits, timing
 from bigkernels.bench.memory import extra_peak
 from bigkernels.bench.timing import CpuTimer, Statistics, interleave
 
@@ -98,3 +98,63 @@ def test_extra_memory_is_the_peak_within_a_step():
 
     peak = extra_peak(step, "cpu")
     assert 12000 <= peak < 12200  # scalars on the way
+
+
+class Device:
+    """A device with a clock: what is queued runs in order, and the host goes on meanwhile."""
+
+    def __init__(self):
+        self.host = self.free = 0.0
+
+    def queue(self, seconds: float) -> None:
+        self.free = max(self.free, self.host) + seconds
+
+    def event(self, **options):
+        device = self
+
+        class Event:
+            def record(self):
+                device.host += 1e-6
+                self.at = max(device.free, device.host)
+
+            def synchronize(self):
+                device.host = max(device.host, device.free)
+
+            def elapsed_time(self, other):
+                return (other.at - self.at) * 1e3
+
+        return Event()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    device = Device()
+    monkeypatch.setattr(timing.torch.cuda, "Event", device.event)
+    monkeypatch.setattr(timing.torch.cuda, "_sleep", lambda cycles: device.queue(cycles / 2e9), raising=False)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: device.host))
+    return device
+
+
+def test_cuda_timer_leaves_launches_out(gpu):
+    def step():  # ten kernels of 5 us, each of which takes the host 40 us
+        for _ in range(10):
+            gpu.host += 40e-6
+            gpu.queue(5e-6)
+
+    timer = timing.CudaTimer(cold=False)
+    assert timer(step, 1) == pytest.approx(50e-6, rel=0.05)
+    assert timer(step, 20) == pytest.approx(50e-6, rel=0.01)
+    assert timer.host[step] == pytest.approx(400e-6, rel=0.01)
+
+
+def test_cuda_timer_of_a_step_that_waits(gpu):
+    def step():
+        gpu.queue(30e-6)
+        gpu.host = max(gpu.host, gpu.free) + 10e-6
+
+    assert timing.CudaTimer(cold=False)(step, 3) == pytest.approx(40e-6, rel=0.5)
+
+
+def test_limits_are_measured_with_values_that_differ():
+    values = limits._random(100, 100, dtype=torch.bfloat16, device="cpu")
+    assert values.unique().numel() > 100

@@ -15,15 +15,21 @@ from ..._samples import Draw
 from ...ops import use
 from ..case import Case, Settings
 from ..operators import operator_case, upstream
-from ..peers import flash_attention, flex
+from ..peers import cudnn, flash_attention, flash_attention_4, flex, on_cuda
 
 HEADS = 16
+OURS_ALONE = "bigkernels by its own kernels"  # where the table of routes sends calls to PyTorch's
 _LARGEST_EAGER = 2048  # its scores take gigabytes beyond
 _LARGEST_COMPILED = 512
 _LARGEST_DENSE = 8192  # SDPA with a dense mask takes half a minute a step beyond
 _ROWS = 512  # queries that the check computes at once
 _PACKED = (1024, 37, 512, 891, 130, 640, 257, 64, 777, 384, 1000, 90, 450, 702, 333, 901)
 _PACKED_QUICK = (30, 7, 19)
+
+
+def _ours_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with use("triton"):
+        return functional.attention(q, k, v, causal=True)
 
 
 def visible(length: int, left: int = -1) -> int:
@@ -113,6 +119,10 @@ def causal(settings: Settings, length: int, size: int, dtype: torch.dtype, *, ba
            with_flex: bool = False) -> Case:  # fmt: skip
     peers = flash_attention(lambda peer: lambda q, k, v: peer.flash_attn_func(
         *(t.transpose(1, 2) for t in (q, k, v)), causal=True).transpose(1, 2))  # fmt: skip
+    peers |= flash_attention_4(lambda call: lambda q, k, v: call(
+        *(t.transpose(1, 2) for t in (q, k, v)), causal=True).transpose(1, 2))  # fmt: skip
+    peers |= cudnn(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    peers |= on_cuda(OURS_ALONE, lambda: _ours_alone)
     if with_flex:
         peers = peers | flex(settings, _flex(length, lambda b, h, i, j: i >= j))
     return _case(
@@ -144,6 +154,8 @@ def windowed(settings: Settings, length: int, size: int, dtype: torch.dtype, *, 
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[0])
 
     peers = flash_attention(lambda peer: lambda q, k, v: peer.flash_attn_func(
+        *(t.transpose(1, 2) for t in (q, k, v)), causal=True, window_size=(left, 0)).transpose(1, 2))  # fmt: skip
+    peers |= flash_attention_4(lambda call: lambda q, k, v: call(
         *(t.transpose(1, 2) for t in (q, k, v)), causal=True, window_size=(left, 0)).transpose(1, 2))  # fmt: skip
     if with_flex:
         peers = peers | flex(settings, _flex(length, lambda b, h, i, j: (i >= j) & (i - j <= left)))
