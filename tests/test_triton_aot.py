@@ -128,6 +128,71 @@ def test_every_kernel_is_compiled():
     assert len(defined) >= 10
 
 
+HUGE = 2**17  # sequences of 16 heads: two million programs and more
+
+
+def _huge_calls():
+    """Calls with many more rows, sequences and heads than the second dimension of a grid has places."""
+    bf16, f32, i32, i64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
+
+    def empty(*shape, dtype=bf16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    m = MODULES
+    x, w, row = empty(2**22, 64), empty(64), empty(2**22, dtype=f32)
+    yield m["rms_norm"].forward, (x, w, None, 1e-6, 0.0)
+    yield m["rms_norm"].backward, (x, x, w, row, None, 0.0)
+    yield m["layer_norm"].forward, (x, w, w, None, 1e-6)
+    yield m["layer_norm"].backward, (x, x, w, w, row, row, None)
+    yield m["glu"].forward, (x, x, 0)
+    yield m["glu"].backward, (x, x, x, 0)
+    q, angles = empty(HUGE, 16, 16, 64), empty(HUGE, 16, 64)
+    yield m["rope"].forward, (q, q, angles, angles, False)
+    target, options = empty(2**22, dtype=i64), (-100, 1, 0.0, 0.0, 0.0, 0.0)
+    yield m["cross_entropy"].forward, (x, target, None, None, *options)
+    yield m["cross_entropy"].backward, (empty(dtype=f32), x, target, None, None, row, empty(dtype=f32), *options)
+    lse, options = empty(HUGE, 16, 16, dtype=f32), (-1, -1, 0.125, 0.0, 0.0)
+    for bias in (None, empty(HUGE, 16, 16, 16), empty(16, 16, 16)[None]):
+        extra = (bias, None, None, None, None, None)
+        yield m["attention"].forward, (q, q, q, *extra, *options)
+        for atomics in (False, True):
+            yield m["attention"].backward_by, (atomics, q, None, q, q, q, q, lse, *extra, *options, bias is not None)
+    one = empty(HUGE, 16, 1, 64)
+    yield m["attention"].forward, (one, q, q, *(None,) * 6, *options)
+    flat, ends = empty(2**20, 16, 64), empty(HUGE + 1, dtype=i32)
+    rest = (ends, ends, None, None, None, None, 16, 16, *options)
+    yield m["varlen_attention"].forward, (flat, flat, flat, *rest)
+    yield m["varlen_attention"].backward, (flat, None, flat, flat, flat, flat, empty(16, 2**20, dtype=f32), *rest)
+    cache, lengths = empty(HUGE, 64, 16, 64), empty(HUGE, dtype=i32)
+    yield m["decode_attention"].infer, (one, cache, cache, lengths, *(None,) * 5, -1, 0.125, 0.0)
+    yield m["decode_attention"].append, (q, q, q, cache, cache, lengths, *(None,) * 5, False)
+    codes, scale = empty(64, 64, dtype=torch.int8), empty(64, dtype=f32)
+    for dynamic in (False, True):
+        yield m["quantized_linear"].forward, (x, codes, scale, None, None, None, None, 0, 64, dynamic)
+    yield m["quantized_linear"].backward, (x, codes, scale, None, None, None, 0, 64)
+    long = empty(2**33)
+    yield m["compress"].infer, (long, True, False, 0)
+    yield m["compress"].decompress, (empty(2**33, dtype=torch.uint8), empty(2**26, dtype=f32), True, bf16)
+
+
+def test_huge_batches_stay_within_the_grid():
+    """Only the first dimension of a grid goes beyond 65,535."""
+    found = {}
+    with recording() as recorded:
+        for launcher, args in _huge_calls():
+            launcher(*args)
+    for launch in recorded:
+        first, *rest = launch.grid
+        assert 0 < first < 2**31 and max(rest, default=1) <= 65535, f"{launch.kernel.__name__}: {launch.grid}"
+        found[launch.kernel] = max(found.get(launch.kernel, 0), first)
+    largest = max(found.values())
+    assert largest > 65535 * 16
+    named = {launch.kernel for operator in OPERATORS for launch in launches(operator, torch.bfloat16)}
+    # What is not reached has a program a row of a tile that is large already, or none more for more rows.
+    apart = {"forward_long", "backward_long", "backward_columns", "add_parts"}
+    assert {kernel.__name__ for kernel in named - found.keys()} <= apart
+
+
 def test_spills_are_noticed(tmp_path):
     """The check itself: a tile far too large for its registers must show a stack."""
     launch = next(x for x in launches("rms_norm", torch.float32) if x.args["D"] == 8192)

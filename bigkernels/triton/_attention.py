@@ -33,6 +33,15 @@ def _span(CU, length, sequence):
 
 
 @triton.jit
+def _block_of(length, BLOCK: tl.constexpr):
+    """Which of its blocks of rows or keys a program has, how many there are, and whose. All programs stand in the first
+    dimension of the grid: the others end at 65,535, which a batch of windows or of time series passes.
+    """
+    blocks = tl.cdiv(length, BLOCK)
+    return tl.program_id(0) % blocks, blocks, tl.program_id(0) // blocks
+
+
+@triton.jit
 def _rows(X, at, exists, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, END: tl.constexpr):
     """Elements FIRST to FIRST + WIDTH of rows; zeros from END on, and for rows that do not exist."""
     col = FIRST + tl.arange(0, WIDTH)[None, :]
@@ -165,13 +174,14 @@ def attend(
     base 2, and what its rounding left.
     """
     PREFIX: tl.constexpr = PREFIXES is not None
-    head = tl.program_id(1) % HEADS
-    sequence = tl.program_id(1) // HEADS
+    block, blocks, owner = _block_of(queries, BLOCK_M)
+    head = owner % HEADS
+    sequence = owner // HEADS
     wide_head, wide_batch = head.to(tl.int64), sequence.to(tl.int64)
     q_first, queries = _span(CU_Q, queries, sequence)
     k_first, keys = _span(CU_K, keys, sequence)
     # The last rows first: with causal attention they have the most keys, and the short ones fill what is left.
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    first = (blocks - 1 - block) * BLOCK_M
     if first >= queries:
         return
     Q += wide_batch * q_batch + wide_head * q_head + q_first * q_token
@@ -273,9 +283,10 @@ def delta(
     With LSE_2 also the logsumexp in base 2, infinity for rows that see nothing. Float32 gets it from `attend`: rounded,
     a logsumexp of 100 costs every weight of its row 4e-6, which 16-bit products do not notice.
     """
-    head = (tl.program_id(1) % HEADS).to(tl.int64)
-    batch = (tl.program_id(1) // HEADS).to(tl.int64)
-    at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    block, _, owner = _block_of(queries, BLOCK_M)
+    head = (owner % HEADS).to(tl.int64)
+    batch = (owner // HEADS).to(tl.int64)
+    at = block * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = at < queries
     GRAD += batch * grad_batch + head * grad_head
     OUT += batch * out_batch + head * out_head
@@ -323,12 +334,13 @@ def backward_queries(
 ):  # fmt: skip
     """The gradient of BLOCK_M queries of a head."""
     PREFIX: tl.constexpr = PREFIXES is not None
-    head = tl.program_id(1) % HEADS
-    sequence = tl.program_id(1) // HEADS
+    block, blocks, owner = _block_of(queries, BLOCK_M)
+    head = owner % HEADS
+    sequence = owner // HEADS
     wide_head, wide_batch = head.to(tl.int64), sequence.to(tl.int64)
     q_first, queries = _span(CU_Q, queries, sequence)
     k_first, keys = _span(CU_K, keys, sequence)
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    first = (blocks - 1 - block) * BLOCK_M
     if first >= queries:
         return
     Q += wide_batch * q_batch + wide_head * q_head + q_first * q_token
@@ -454,12 +466,13 @@ def backward_keys(
     atomics, in whatever order the programs come.
     """
     PREFIX: tl.constexpr = PREFIXES is not None
-    key_head = tl.program_id(1) % (HEADS // GROUP)
-    sequence = tl.program_id(1) // (HEADS // GROUP)
+    block, _, owner = _block_of(keys, BLOCK_N)
+    key_head = owner % (HEADS // GROUP)
+    sequence = owner // (HEADS // GROUP)
     wide_head, wide_batch = key_head.to(tl.int64), sequence.to(tl.int64)
     q_first, queries = _span(CU_Q, queries, sequence)
     k_first, keys = _span(CU_K, keys, sequence)
-    first = tl.program_id(0) * BLOCK_N
+    first = block * BLOCK_N
     if first >= keys:
         return
     K += wide_batch * k_batch + wide_head * k_head + k_first * k_token
@@ -581,21 +594,23 @@ def backward_bias(
 ):  # fmt: skip
     """The gradient of a tile of the bias (contiguous), summed over the dimensions in which the bias has one element."""
     PREFIX: tl.constexpr = PREFIXES is not None
+    key_block, _, above = _block_of(keys if KEYED else 1, BLOCK_N)
+    row_blocks = tl.cdiv(queries, BLOCK_M) if ROWED else 1
+    row_block, owner = above % row_blocks, above // row_blocks
     bias_heads = HEADS if HEADED else 1
-    bias_batch_at = tl.program_id(2) // bias_heads
-    bias_head_at = tl.program_id(2) % bias_heads
+    bias_batch_at, bias_head_at = owner // bias_heads, owner % bias_heads
     b_begin, b_end = bias_batch_at * 0, batches
     if BATCHED:
         b_begin, b_end = bias_batch_at, bias_batch_at + 1
     h_begin, h_end = bias_head_at * 0, HEADS
     if HEADED:
         h_begin, h_end = bias_head_at, bias_head_at + 1
-    m_begin, m_end = tl.program_id(0) * 0, queries
+    m_begin, m_end = row_block * 0, queries
     if ROWED:
-        m_begin, m_end = tl.program_id(0) * BLOCK_M, tl.minimum((tl.program_id(0) + 1) * BLOCK_M, queries)
-    n_begin, n_end = tl.program_id(1) * 0, keys
+        m_begin, m_end = row_block * BLOCK_M, tl.minimum((row_block + 1) * BLOCK_M, queries)
+    n_begin, n_end = key_block * 0, keys
     if KEYED:
-        n_begin, n_end = tl.program_id(1) * BLOCK_N, tl.minimum((tl.program_id(1) + 1) * BLOCK_N, keys)
+        n_begin, n_end = key_block * BLOCK_N, tl.minimum((key_block + 1) * BLOCK_N, keys)
     found = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for batch in range(b_begin, b_end):
         prefix = 0
@@ -660,15 +675,15 @@ def backward_bias(
     key_at = tl.arange(0, BLOCK_N)
     rows, keys_ = queries, keys
     if ROWED:
-        row_at += tl.program_id(0) * BLOCK_M
+        row_at += row_block * BLOCK_M
     else:
         found = tl.where(row_at[:, None] == 0, tl.sum(found, 0)[None, :], 0.0)
         rows = 1
     if KEYED:
-        key_at += tl.program_id(1) * BLOCK_N
+        key_at += key_block * BLOCK_N
     else:
         found = tl.where(key_at[None, :] == 0, tl.sum(found, 1)[:, None], 0.0)
         keys_ = 1
-    place = (tl.program_id(2).to(tl.int64) * rows + row_at[:, None]) * keys_ + key_at[None, :]
+    place = (owner.to(tl.int64) * rows + row_at[:, None]) * keys_ + key_at[None, :]
     inside = (row_at < rows)[:, None] & (key_at < keys_)[None, :]
     tl.store(BIAS_GRAD + place, found.to(BIAS_GRAD.dtype.element_ty), mask=inside)

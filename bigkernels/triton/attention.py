@@ -165,7 +165,7 @@ def run_forward(
     """Fills out and lse; with `rest` not out, but lse in base 2 and the rest of its rounding."""
     packed = call.tensors["CU_Q"] is not None
     tiles = call.tiles("attend")
-    grid = (-(-call.queries // tiles["BLOCK_M"]), call.batch * q.shape[1])
+    grid = (-(-call.queries // tiles["BLOCK_M"]) * call.batch * q.shape[1],)
     launch(
         attend, grid, q, k, v, out, lse, REST=rest, SINKS=sinks, **call.tensors, **call.common,
         **strides("out", out, packed=packed), **lse_strides(lse, packed=packed), **tiles,
@@ -185,7 +185,7 @@ def run_backward(
     block = power_of_2(value_size)
     per_program = max(1, 4096 // block)
     launch(
-        delta_kernel, (-(-tokens // per_program), (1 if packed else call.batch) * heads), grad, out, grad_lse, lse,
+        delta_kernel, (-(-tokens // per_program) * (1 if packed else call.batch) * heads,), grad, out, grad_lse, lse,
         delta, None if call.wide else base_2,
         queries=tokens, **given, **strides("out", out, packed=packed), **rows, HEADS=heads, DV=value_size,
         BLOCK_DV=block, BLOCK_M=per_program, num_warps=4,
@@ -200,12 +200,12 @@ def run_backward(
     if q_sum is None:
         tiles = call.tiles("queries")
         launch(
-            backward_queries, (-(-call.queries // tiles["BLOCK_M"]), call.batch * heads), *inputs, dq,
+            backward_queries, (-(-call.queries // tiles["BLOCK_M"]) * call.batch * heads,), *inputs, dq,
             q_scale=call.scale, **call.tensors, **common, **strides("dq", dq, packed=packed), **tiles,
         )  # fmt: skip
     tiles = call.tiles("keys" if q_sum is None else "sum")
     launch(
-        backward_keys, (-(-call.keys // tiles["BLOCK_N"]), call.batch * call.key_heads), *inputs, q_sum, dk, dv,
+        backward_keys, (-(-call.keys // tiles["BLOCK_N"]) * call.batch * call.key_heads,), *inputs, q_sum, dk, dv,
         q_scale=call.scale, **call.tensors, **common, **strides("sum", q_sum, packed=packed),
         **strides("dk", dk, packed=packed), **strides("dv", dv, packed=packed), **tiles,
     )  # fmt: skip
@@ -214,7 +214,7 @@ def run_backward(
     if dbias is not None:
         tiles = call.tiles("bias")
         b, h, m, n = dbias.shape
-        grid = (-(-m // tiles["BLOCK_M"]) if m > 1 else 1, -(-n // tiles["BLOCK_N"]) if n > 1 else 1, b * h)
+        grid = ((-(-m // tiles["BLOCK_M"]) if m > 1 else 1) * (-(-n // tiles["BLOCK_N"]) if n > 1 else 1) * b * h,)
         options = {name: value for name, value in (common | tiles).items() if name not in ("PARTS", "STAGES")}
         tensors = {name: value for name, value in call.tensors.items() if not name.startswith("CU_")}
         launch(
