@@ -32,7 +32,8 @@ def launchers_take_cpu_tensors(dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) 
     for name, launcher in launchers().items():
         library.impl(name, launcher, "CPU", allow_override=True)
     for name in KERNELS:
-        operators[name].implementations = (Implementation("triton", "cpu", dtypes=dtypes),)
+        operators[name].implementations = (Implementation("triton", "cpu", dtypes=dtypes),
+                                           Implementation("triton", "cuda", dtypes=dtypes))  # fmt: skip
     forget()
     try:
         yield

@@ -81,10 +81,10 @@ class _Stored(_Kept):
         super().settle()
 
     def store(self, flat: Tensor) -> None:
-        if self.code is not None:
+        # Numbers beyond float32's range have no code, and on a GPU nobody waits to hear whether there are any.
+        if self.code is not None and not (self.dtype == torch.float64 and flat.is_cuda):
             key = (next(_keys) * 0x9E3779B1) & 0x7FFFFFFF
             coded, scale = encode(flat, self.code.format, self.code.stochastic, key)
-            # Numbers beyond float32's range have no code.
             if self.dtype == torch.float64 and type(scale) is Tensor and not bool(scale.isfinite().all()):
                 flat = flat.clone() if self.place is None else flat
             else:

@@ -290,6 +290,11 @@ def is_readable(t: Tensor) -> bool:
     return t.is_cpu and has_values(t)
 
 
+def is_capturing(t: Tensor) -> bool:
+    """Whether the work on this tensor's GPU goes into a CUDA graph, where nobody may wait for a value."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a call on `tensors` has to record a gradient."""
     if torch.is_grad_enabled():

@@ -16,6 +16,7 @@ from ..program._suspend import ABSENT as _ABSENT
 from ..program._suspend import RECORD as _RECORD
 from . import _decode
 from ._bound import Bound
+from ._device import device_of, probing_on
 from ._generated import rewritten
 from ._report import PatchReport, Row
 from ._rule import Plan, Skip, Write
@@ -158,7 +159,8 @@ def _plan(model: nn.Module, flags: dict[str, bool | None], verify: bool) -> tupl
         for rule in MODULE_RULES:
             if flags[rule.flag] is False:
                 continue
-            found = _attempt(report, path, functools.partial(rule.plan, module, plan))
+            with probing_on(device_of(module, model)):
+                found = _attempt(report, path, functools.partial(rule.plan, module, plan))
             if found is None:
                 continue
             write, fit = found
@@ -178,7 +180,8 @@ def _plan(model: nn.Module, flags: dict[str, bool | None], verify: bool) -> tupl
         chosen = []
         for name, (rule, site) in _sites(type(module)).items():
             if flags[rule.flag]:
-                fit = _attempt(report, path, functools.partial(_check_site, site, module, source, plan))
+                with probing_on(device_of(module, model)):
+                    fit = _attempt(report, path, functools.partial(_check_site, site, module, source, plan))
                 if fit is not None:
                     chosen.append(name)
                     extra.update({(id(w.module), w.key): w for w in fit.writes})

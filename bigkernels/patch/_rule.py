@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ._device import probe_device
+
 
 class Skip(Exception):
     """Raised by a rule's check: the place was recognised and has to be left alone; the message is the reason."""
@@ -43,7 +45,12 @@ class Plan:
         default_factory=set
     )  # modules whose inputs may be written to after they were called
     norms: dict[nn.Module, Any] = field(default_factory=dict)  # planned norms and their specifications
-    memory: dict[Any, Any] = field(default_factory=dict)  # results of checks, which equal modules share
+    memories: dict[str, dict[Any, Any]] = field(default_factory=dict)  # of each type of device
+
+    @property
+    def memory(self) -> dict[Any, Any]:
+        """Results of checks, which equal modules on one type of device share."""
+        return self.memories.setdefault(probe_device().type, {})
 
 
 @dataclass

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ._device import probe_device
 from ._rule import Skip
 
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)  # the last stands for the others where a model runs without memory
@@ -31,6 +32,7 @@ def undisturbed(devices: Iterable[torch.device] = ()) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.random.fork_rng([]))
         stack.enter_context(torch.autocast("cpu", enabled=False))
+        devices.add(probe_device())
         for kind in sorted({d.type for d in devices} - {"cpu", "meta"}):
             here = [d for d in devices if d.type == kind]
             stack.enter_context(torch.random.fork_rng(here, device_type=kind))
@@ -41,9 +43,10 @@ def undisturbed(devices: Iterable[torch.device] = ()) -> Iterator[None]:
 class Probes:
     """Random tensors from a generator of their own: equal in every call, whatever the program's seed."""
 
-    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0):
+    def __init__(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0):
+        """On `probe_device` by default."""
         self.generator = torch.Generator("cpu").manual_seed(seed)
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype = probe_device() if device is None else device, dtype
 
     def __call__(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
         values = torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu") * scale + shift

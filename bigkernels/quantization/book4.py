@@ -6,6 +6,7 @@ bitsandbytes, and so are codes and scales where a row is a whole number of block
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..ops._registry import is_capturing, is_watched
 from ._format import Format, Operands, in_groups, pack4, ratio
 
 _SIZES = (32, 64, 128)
@@ -119,19 +121,38 @@ class FP4(NF4):
     values: ClassVar[tuple[float, ...]] = tuple(v / 12 for v in _FP4) + tuple(-v / 12 for v in _FP4)
 
 
-def _beside(t: Tensor, values: tuple[float, ...]) -> Tensor:
-    """A codebook on the device of a tensor, and as fake as that."""
+def _beside(t: Tensor, values: tuple[float, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A table on the device of a tensor, and as fake as that."""
     mode = getattr(t, "fake_mode", None)
-    with nullcontext() if mode is None else mode:
-        return torch.tensor(values, dtype=torch.float32, device=t.device)
+    if mode is not None or is_watched() or torch.compiler.is_compiling():
+        with nullcontext() if mode is None else mode:
+            return torch.tensor(values, dtype=dtype, device=t.device)
+    # What is made while a CUDA graph is captured has its values when the graph is replayed, and for it alone.
+    return (_made if is_capturing(t) else _kept)(values, dtype, t.device)
+
+
+@torch.inference_mode(False)
+def _made(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    table = torch.empty(len(values), dtype=dtype, device=device)
+    for place, value in zip(table.unbind(), values, strict=True):
+        place.fill_(value)  # a copy from the host would wait for the device, and no graph takes it
+    return table
+
+
+_kept = functools.cache(_made)
+
+
+@functools.cache
+def _order(values: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Between which limits which code's value is the nearest; of two as near, the lower value."""
+    codes = sorted({v: i for i, v in reversed(list(enumerate(values)))}.values(), key=values.__getitem__)
+    ordered = torch.tensor([values[i] for i in codes], dtype=torch.float32, device="cpu")
+    return tuple(((ordered[:-1] + ordered[1:]) / 2).tolist()), tuple(codes)
 
 
 def _nearest(x: Tensor, values: tuple[float, ...]) -> Tensor:
     """The code of the value nearest to each element; of two as near, the lower value."""
-    book = torch.tensor(values, dtype=torch.float32, device=x.device)
-    if len(set(values)) < len(values):  # a zero with either sign: the first one
-        book[[i for i, v in enumerate(values) if v in values[:i]]] = float("nan")
-    order = book.argsort()
-    order = order[~book[order].isnan()]
-    ordered = book[order]
-    return order[torch.bucketize(x, (ordered[:-1] + ordered[1:]) / 2)]
+    limits, codes = _order(values)
+    return _beside(x, codes, torch.int64)[torch.bucketize(x, _beside(x, limits))]

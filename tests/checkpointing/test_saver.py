@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from pretend_gpu import PretendGpu, pretend, put
 from regions import compare, gradients, relative
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -320,6 +321,25 @@ def test_values_without_a_code(x) -> None:
         saver = Saver(int8())
         assert torch.equal(saver.unpack(saver.pack(mask)), mask)
     assert torch.isfinite(*gradients(out, [x])).all()
+
+
+@formats
+def test_infinities_on_a_gpu(format, monkeypatch) -> None:
+    """There nobody waits to hear what is in a tensor: infinities have codes, and what is in no code stays as it is."""
+    mask = torch.full((ROWS, ROWS), -torch.inf).triu(1)
+    q = torch.randn(2, ROWS, WIDTH, requires_grad=True)
+    wide = torch.full((ROWS, WIDTH), 1e300, dtype=torch.float64, requires_grad=True)
+
+    def run():
+        weights = (q @ q.transpose(-1, -2) / WIDTH + mask).log_softmax(-1)  # its result is saved, and holds infinities
+        return gradients((weights.exp() @ q).square().mean() + (wide * 1e-300).square().mean(), [q, wide])
+
+    expected = run()
+    pretend(monkeypatch)
+    put(q, wide, mask)
+    with PretendGpu(waits="refused"), saved_activations(format):
+        found = run()
+    assert relative(found[0], expected[0]) < 0.1 and torch.equal(found[1], expected[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

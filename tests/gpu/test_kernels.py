@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch._inductor.config
 from raw_calls import raw_calls
 from torch import Tensor
 
@@ -89,7 +90,8 @@ def test_compile_full_graph(sample: Sample, backend: str | None):
     torch._dynamo.reset()
     compiled = copy.copy(sample)
     object.__setattr__(compiled, "call", torch.compile(sample.call, fullgraph=True))
-    found = compiled.results(inputs, backend=backend)
+    with torch._inductor.config.patch(fallback_random=True):  # dropout's seed is drawn as eager draws it
+        found = compiled.results(inputs, backend=backend)
     # The compiler rounds between operations less often than PyTorch, or elsewhere.
     compared = compare_all(found, plain, exact, roundings=2, scale="tensor")
     wrong = {name: str(c) for name, c in compared.items() if not c.ok}
@@ -127,7 +129,11 @@ def test_never_waits_for_the_device(sample: Sample):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("sample", TYPICAL + LARGE, ids=named)
+# Replayed, dropout draws another seed than the eager step that is compared with.
+WITHOUT_DROPOUT = [s.with_options(dropout_p=0.0) if s.options.get("dropout_p") else s for s in TYPICAL + LARGE]
+
+
+@pytest.mark.parametrize("sample", WITHOUT_DROPOUT, ids=named)
 def test_cuda_graph(sample: Sample):
     """A captured forward and backward pass, replayed on other values, gives what eager gives for them."""
     with use("triton"):

@@ -112,11 +112,10 @@ def _check(path: list[str]):
 def _error(module: nn.Module, norm: Norm, verify: bool) -> float:
     """The fused operator against the addition and the norm, one after the other."""
     size = module.weight.shape[0] if norm.weight else norm.size or 64
-    device = module.weight.device if norm.weight else "cpu"
     eps = getattr(module, norm.eps) if isinstance(norm.eps, str) else norm.eps
     worst = 0.0
     for dtype in (torch.float32, torch.bfloat16) if verify else (torch.float32,):
-        probe = Probes(device, dtype)
+        probe = Probes(dtype=dtype)
         value = default_eps(dtype) if eps is None else eps
         leaves = [probe(2, 5, size), probe(2, 5, size, shift=0.3)]
         leaves += [probe(size, shift=1.0) if present else None for present in (norm.weight, norm.bias)]

@@ -8,7 +8,6 @@ share one, and models read it to decide about masks and dtypes.
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import sys
 import textwrap
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...ops._registry import needs_grad
+from ...ops._registry import is_capturing, needs_grad
+from .._device import once_a_device, probe_device
 from .._isolated import isolated
 from .._rule import Fit, Plan, Site, Skip, SourceRule
 from .._source import Source, call, resolve
@@ -97,10 +97,12 @@ def _hides_rows(mask: Any) -> bool:
     other ones.
     """
     if type(mask) is StructuredMask and mask.structure is not None:
-        return mask.structure.may_hide_all
+        return mask.structure.unreadable or mask.structure.may_hide_all
     mask = dense(mask)
     if type(mask) is not Tensor or mask.is_meta or torch.compiler.is_compiling():
         return False  # a graph cannot depend on what is in a mask
+    if is_capturing(mask):
+        return True  # a CUDA graph replays the same kernels whatever is in it
     version = None if mask.is_inference() else mask._version
     known = _hiding.get(mask)
     if known is None or known[0] != version:
@@ -115,7 +117,8 @@ def _hides_rows(mask: Any) -> bool:
 def _finite(mask: Any, dtype: torch.dtype) -> Any:
     """With a position bias the library makes a boolean mask finite: a query that sees nothing then sees everything."""
     if type(mask) is StructuredMask:
-        if mask.structure is not None and not mask.structure.may_hide_all:
+        structure = mask.structure
+        if structure is not None and not structure.unreadable and not structure.may_hide_all:
             return mask
         mask = mask.dense
     if mask is None or mask.dtype != torch.bool:
@@ -212,7 +215,7 @@ def _is_pair(node: ast.AST) -> bool:
     return False
 
 
-@functools.cache
+@once_a_device
 def _identify(function: Callable) -> Spec | Skip:
     """What `function` computes, or why the kernels cannot take its place."""
     name = getattr(function, "__name__", type(function).__name__)
@@ -278,7 +281,7 @@ def _error(function: Callable, spec: Spec) -> float:
     for dtype in (torch.float32, torch.bfloat16):
         for queries, keys, groups, mask, options in _calls(spec):
             worst = max(worst, _compare(function, spec, dtype, queries, keys, groups, mask, options))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(probe_device().type, torch.bfloat16):
         leaves = _leaves(spec, torch.float32, _QUERIES, _KEYS, 1, {})
         mask = _mask("causal", torch.float32, _QUERIES, _KEYS)
         if _theirs(function, spec, 1, mask, {"scaling": 0.3})(*leaves).dtype != torch.bfloat16:
@@ -312,13 +315,13 @@ def _mask(kind: str | None, dtype: torch.dtype, queries: int, keys: int | None =
     if kind is None:
         return None
     keys = queries if keys is None else keys
-    seen = torch.ones(2, 1, queries, keys, dtype=torch.bool, device="cpu").tril(keys - queries)
+    seen = torch.ones(2, 1, queries, keys, dtype=torch.bool, device=probe_device()).tril(keys - queries)
     if kind == "hidden":
         seen[1, :, 0] = False
     if kind == "boolean":
         seen[1, :, :, :2] = False
         return seen
-    return torch.zeros(seen.shape, dtype=dtype, device="cpu").masked_fill(~seen, torch.finfo(dtype).min)
+    return torch.zeros(seen.shape, dtype=dtype, device=probe_device()).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def _leaves(spec: Spec, dtype, queries, keys, groups, options) -> list[Tensor | None]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops._registry import has_values, is_readable
+from ...ops._registry import has_values, is_capturing, is_readable
 from .._rule import Fit, Plan, Site, Skip, SourceRule
 from .._source import Source, find_source
 
@@ -60,6 +60,11 @@ class Structure:
             seen = seen & (self.sequences[:, rows, None] == self.sequences[:, None, :])[:, None]
         return seen
 
+    @property
+    def unreadable(self) -> bool:
+        """Whether `may_hide_all` cannot be asked now."""
+        return self.padding is not None and self.left < 0 and is_capturing(self.padding)
+
     @functools.cached_property
     def may_hide_all(self) -> bool:
         """Whether some query may see no key. Options make it zero; an additive mask, finite, shows it all keys."""
@@ -74,7 +79,7 @@ class Structure:
         new = self.sequences.diff(dim=1) != 0
         first = new.new_ones(new.shape[0], 1)
         starts = torch.cat((first, new), 1).flatten().nonzero().flatten()
-        ends = torch.cat((starts, starts.new_tensor([self.sequences.numel()]))).int()
+        ends = torch.cat((starts, starts.new_full((1,), self.sequences.numel()))).int()
         return ends, int(ends.diff().max())
 
 
@@ -189,15 +194,16 @@ def _structure(
     used = last if right == 0 else kv_length
     if used > kv_length or q_offset < kv_offset or ((left, right) != (-1, -1) and last != used):
         return None
-    if sequences is not None and not has_values(sequences):
-        return None
+    if sequences is not None and (not has_values(sequences) or is_capturing(sequences)):
+        return None  # kernels are told where sequences end, and how long the longest is
     if sequences is not None and (sequences.shape != (batch_size, q_length) or (q_offset, kv_length) != (0, q_length)):
         return None
     padding = None
     if attention_mask is not None:
         padding = attention_mask[:, kv_offset : kv_offset + used]
         padding = nn.functional.pad(padding, (0, used - padding.shape[1]))
-        if padding.all():
+        # On a GPU nobody waits for the answer: the kernels read what is hidden, if anything is.
+        if not padding.is_cuda and padding.all():
             padding = None
     if sequences is not None and padding is not None:
         return None
@@ -206,7 +212,7 @@ def _structure(
         # Builders return None then: attention is told that it is causal, or it is not masked at all.
         if allow_is_bidirectional_skip if right < 0 else allow_is_causal_skip and kind == "sdpa" and used == q_length:
             return None
-    if kind == "eager" and structure.may_hide_all:
+    if kind == "eager" and (structure.unreadable or structure.may_hide_all):
         return None
     return structure if _holds(structure, mask_function, q_offset, kv_offset, batch_size, device) else None
 
@@ -258,6 +264,8 @@ def _holds(structure: Structure, function: Callable, q_offset: int, kv_offset: i
     """Whether the structure is the function's mask, on some rows, once for each kind."""
     kind = (structure.left >= 0, structure.right, structure.sequences is not None, q_offset > 0, kv_offset > 0)
     if kind not in _agreed:
+        if torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
         last = structure.queries - 1
         rows = torch.linspace(0, last, min(last + 1, 64), dtype=torch.float64, device=device).long()
         keys = torch.arange(structure.keys, device=device, dtype=torch.int64) + kv_offset

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._device import once_a_device, probe_device
 from .._rule import Fit, ModuleRule, Plan, Skip, Write
 from .._verify import Probes, compare, doubled, gradients, outputs_only, plain
 from .attention import attend, log_fallback, unserved
@@ -157,7 +158,7 @@ class _Ours(nn.MultiheadAttention):
         return _compute(self, query, key, value, key_padding_mask, attn_mask, is_causal), None
 
 
-@functools.cache
+@once_a_device
 def _error(verify: bool) -> float:
     """Small modules of every layout, with every kind of mask."""
     worst = 0.0
@@ -173,9 +174,9 @@ _SIZE, _HEADS, _BATCH, _QUERIES, _KEYS = 64, 2, 3, 19, 33
 
 def _calls() -> list[tuple[int, int, dict[str, Any]]]:
     """(queries, keys, masks)."""
-    hidden = torch.ones(_QUERIES, _KEYS, dtype=torch.bool, device="cpu").triu(3)
-    causal = torch.ones(_QUERIES, _QUERIES, dtype=torch.bool, device="cpu").triu(1)
-    padding = torch.zeros(_BATCH, _KEYS, dtype=torch.bool, device="cpu")
+    hidden = torch.ones(_QUERIES, _KEYS, dtype=torch.bool, device=probe_device()).triu(3)
+    causal = torch.ones(_QUERIES, _QUERIES, dtype=torch.bool, device=probe_device()).triu(1)
+    padding = torch.zeros(_BATCH, _KEYS, dtype=torch.bool, device=probe_device())
     padding[1, 4:] = True
     bias = Probes(seed=1)(_BATCH * _HEADS, _QUERIES, _KEYS).detach()
     return [
@@ -191,7 +192,7 @@ def _calls() -> list[tuple[int, int, dict[str, Any]]]:
 def _compare(
     layout: dict[str, Any], dtype: torch.dtype, queries: int, keys: int, masks: dict[str, Any], observe: Any
 ) -> float:
-    ours, theirs = (cls(_SIZE, _HEADS, **layout) for cls in (_Ours, nn.MultiheadAttention))
+    ours, theirs = (cls(_SIZE, _HEADS, **layout, device=probe_device()) for cls in (_Ours, nn.MultiheadAttention))
     probe = Probes(dtype=dtype)
     shapes = [(_BATCH, queries, _SIZE), (_BATCH, keys, ours.kdim), (_BATCH, keys, ours.vdim)]
     if not ours.batch_first:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._device import once_a_device, probe_device
 from .._rule import Fit, Plan, Site, SourceRule
 from .._source import Source, call
 from .._verify import Probes, compare, doubled, gradients, outputs_only
@@ -71,12 +71,12 @@ def _check(module: nn.Module, plan: Plan) -> Fit | None:
 _FEW, _MANY = 19, 33
 
 
-@functools.cache
+@once_a_device
 def _error(verify: bool) -> float:
     """The kernels against torch's function with every option."""
-    seen = torch.ones(_FEW, _MANY, dtype=torch.bool, device="cpu").tril(2)
+    seen = torch.ones(_FEW, _MANY, dtype=torch.bool, device=probe_device()).tril(2)
     seen[3] = False
-    added = torch.zeros(2, 1, _FEW, _MANY, dtype=torch.float32, device="cpu")
+    added = torch.zeros(2, 1, _FEW, _MANY, dtype=torch.float32, device=probe_device())
     calls: list[tuple[int, int, int, dict[str, Any]]] = [
         (_FEW, _MANY, 4, {}),
         (_FEW, _MANY, 4, {"is_causal": True}),

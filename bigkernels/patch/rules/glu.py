@@ -15,6 +15,7 @@ from torch import nn
 
 from ... import functional
 from ...ops.glu import ACTIVATIONS
+from .._device import probe_device
 from .._isolated import sandbox
 from .._rule import Fit, Plan, Site, Skip, SourceRule, Write
 from .._source import Source, call, resolve
@@ -218,7 +219,7 @@ def _is_pointwise(act: nn.Module) -> bool:
     """Whether a module is a function of one number: no state, no randomness, no look at the neighbours."""
     if next(act.parameters(), None) is not None or next(act.buffers(), None) is not None:
         return False
-    x = torch.linspace(-3, 3, 24, dtype=torch.float32, device="cpu").view(4, 6)
+    x = torch.linspace(-3, 3, 24, dtype=torch.float32, device=probe_device()).view(4, 6)
     try:
         act = sandbox(act)
         y = type(act).forward(act, x)
@@ -244,13 +245,13 @@ def _name(act: Callable, approximate: str | None) -> tuple[str, float]:
             for dtype in (torch.float32, torch.bfloat16):
                 probe = Probes(dtype=dtype)
                 ranges = ((-30, 30, 301), (-1e-3, 1e-3, 11), (-1e4, 1e4, 2))
-                values = torch.cat([torch.linspace(*r, dtype=torch.float32, device="cpu") for r in ranges])
+                values = torch.cat([torch.linspace(*r, dtype=torch.float32, device=probe_device()) for r in ranges])
                 leaves = [values.to(dtype).requires_grad_(), probe(len(values))]
                 ours = gradients(lambda g, u, name=name: functional.glu(g, u, activation=name), leaves)
                 theirs = gradients(lambda g, u: function(g) * u, leaves)
                 exact = gradients(lambda g, u, name=name: functional.glu(g, u, activation=name), doubled(leaves))
                 worst = max(worst, compare(ours, theirs, exact, name))
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(probe_device().type, torch.bfloat16):
                 if function(leaves[0].detach()).dtype != torch.bfloat16:
                     raise Skip(f"{name}: autocast changes its dtype")
             return name, worst

@@ -22,6 +22,7 @@ from ...nn.linear import Linear
 from ...nn.quantized_linear import QuantizedLinear
 from ...ops._arguments import autocast_dtype
 from ...ops._registry import _transforms
+from .._device import probe_device
 from .._isolated import Stand, check_effects, is_trusted, isolated
 from .._logits import Logits
 from .._places import stays
@@ -245,12 +246,12 @@ class _Tail:
     def error(self, verify: bool) -> float:
         """The largest error in every way in which models call their loss; Skip where it is another one."""
         labels = torch.tensor(
-            [[5, 36, -100, 3, 0, 3, 12], [-100, 1, 2, 30, 3, -100, 7]], dtype=torch.int64, device="cpu"
+            [[5, 36, -100, 3, 0, 3, 12], [-100, 1, 2, 30, 3, -100, 7]], dtype=torch.int64, device=probe_device()
         )
         labels = torch.where(labels < 0, labels, labels % self.vocabulary)
         ways: list[dict] = [{}]
         if self.more and self.function is not None:
-            ways.append({"num_items_in_batch": torch.tensor(5, dtype=torch.int64, device="cpu")})
+            ways.append({"num_items_in_batch": torch.tensor(5, dtype=torch.int64, device=probe_device())})
         original = None if self.function is None else isolated(self.function.args[0])
         worst = 0.0
         for dtype in (torch.float32, torch.bfloat16) if verify else (torch.float32,):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import functional
+from .._device import once_a_device, probe_device
 from .._isolated import isolated
 from .._logits import Logits, settled
 from .._rule import Fit, ModuleRule, Plan, Site, Skip, SourceRule, Write
@@ -171,7 +172,7 @@ def _plan_function(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
 FUNCTION_RULE = ModuleRule("loss", _plan_function)
 
 
-@functools.lru_cache(maxsize=64)
+@once_a_device
 def _identify(function: Callable, takes_shifted: bool) -> tuple[bool, float] | Skip:
     """Whether a loss function compares with the next token or the same, and the error; or why it is left alone."""
     reason = None
@@ -188,8 +189,10 @@ def _check_function(function: Callable, shift: bool, takes_shifted: bool) -> flo
     function = isolated(function)
     name = f"the loss function {getattr(function, '__name__', type(function).__name__)}"
     vocabulary, worst = 37, 0.0
-    labels = torch.tensor([[5, 36, -100, 3, 0, 3, 12], [-100, 1, 2, 30, 3, -100, 7]], dtype=torch.int64, device="cpu")
-    five, three = (torch.tensor(n, dtype=torch.int64, device="cpu") for n in (5, 3))
+    labels = torch.tensor(
+        [[5, 36, -100, 3, 0, 3, 12], [-100, 1, 2, 30, 3, -100, 7]], dtype=torch.int64, device=probe_device()
+    )
+    five, three = (torch.tensor(n, dtype=torch.int64, device=probe_device()) for n in (5, 3))
     ways: list[dict] = [{}, {"ignore_index": 3}, {"num_items_in_batch": 4}, {"num_items_in_batch": five}]
     if shift and takes_shifted:
         ways += [{"shift_labels": labels}, {"shift_labels": labels, "num_items_in_batch": three}]
@@ -240,7 +243,7 @@ def _error(plan: Plan) -> float:
     """The kernel against torch's cross entropy with every option, once a plan."""
     if "cross_entropy" not in plan.memory:
         worst = 0.0
-        target = torch.tensor([5, 36, -100, 3, 0, 3, 12], dtype=torch.int64, device="cpu")
+        target = torch.tensor([5, 36, -100, 3, 0, 3, 12], dtype=torch.int64, device=probe_device())
         weight = Probes(seed=1)(37).detach().abs() + 0.1
         for dtype in (torch.float32, torch.bfloat16) if plan.verify else (torch.float32,):
             for way in ({}, {"reduction": "sum"}, {"reduction": "none", "ignore_index": 3}, {"label_smoothing": 0.2},

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional
+from .._device import probe_device
 from .._isolated import sandbox
 from .._rule import Fit, ModuleRule, Plan, Skip, Write
 from .._source import find_source
@@ -145,7 +146,7 @@ def _identify(module: nn.Module, verify: bool) -> tuple[Norm, float]:
             raise Skip("its weight and bias differ in size")
         if p.numel() < 2:
             raise Skip("one element cannot be normalised")
-    device = next((p.device for p in parameters.values()), torch.device("cpu"))
+    device = probe_device()
     size, fixed = _size(module, parameters)
     norm = _hypothesis(module, parameters, device, size, fixed)
     own = {torch.float32, torch.bfloat16, *(p.dtype for p in parameters.values())} - {torch.float64}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional
+from .._device import CPU, once_a_device, probe_device, probing_on
 from .._isolated import isolated
 from .._rule import Fit, Plan, Site, Skip, SourceRule
 from .._source import Source, call
@@ -106,7 +107,7 @@ def _sites(source: Source) -> Iterator[Site]:
 
 
 def _accept(rope: Rope, function: Callable):
-    return lambda module, plan: Fit(rope.kernel, _errors[function])
+    return lambda module, plan: Fit(rope.kernel, _error(function, rope))
 
 
 def _refuse(reason: Skip):
@@ -136,13 +137,23 @@ _errors: dict[Callable, float] = {}
 @functools.cache
 def _identify(function: Callable) -> Rope | Skip:
     """What `function` computes, or why the kernel cannot take its place."""
-    with undisturbed():
+    with probing_on(CPU), undisturbed():  # sites are made once, whatever the device of the model that is first
         try:
             return _decide(function)
         except Skip as skip:
             return skip
         except Exception as error:  # noqa: BLE001  it was called with shapes that it may not be made for
             return Skip(f"{function.__name__} cannot be checked: {type(error).__name__}")
+
+
+@once_a_device
+def _error(function: Callable, rope: Rope) -> float:
+    """The kernel of a device, of which `_identify` has found which options it needs."""
+    if probe_device().type == "cpu":
+        return _errors[function]
+    probe = isolated(function)
+    float32 = (_check(probe, rope, torch.float32), _check(probe, rope, torch.float32, batch=1))
+    return max(*float32, _check(probe, rope, torch.bfloat16))
 
 
 def _decide(function: Callable) -> Rope:
@@ -219,7 +230,7 @@ def _check(function, rope: Rope, dtype, **options) -> float:
 
 
 def _autocast_keeps_dtype(function, rope: Rope) -> bool:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(probe_device().type, torch.bfloat16):
         dtypes = {o.dtype for o in outputs_only(_original(function, rope), _tensors(rope, torch.float32))}
         dtypes16 = {o.dtype for o in outputs_only(_original(function, rope), _tensors(rope, torch.bfloat16))}
     return dtypes == {torch.float32} and dtypes16 == {torch.bfloat16}
