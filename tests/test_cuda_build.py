@@ -38,6 +38,43 @@ def test_the_stream_is_a_weak_symbol(cuda_library: Path) -> None:
     assert not re.search(r" U (cu[A-Z]|cuda[A-Z]|__cuda)", lines), "the CUDA runtime is linked statically"
 
 
+_STREAM = """
+#include "bigkernels/HEADER"
+extern "C" int probe(char* message, size_t size) {
+  try {
+    bigkernels::cuda::current_stream(0);
+  } catch (const std::exception& error) {
+    std::strncpy(message, error.what(), size - 1);
+    return 1;
+  }
+  return 0;
+}
+"""
+
+
+def test_a_torch_without_streams_is_an_error(tmp_path: Path) -> None:
+    """The symbol is weak: where it is missing, a call would jump to address zero."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    if torch.cuda.is_available():
+        pytest.skip("this torch has streams")
+    header = next((ROOT / "csrc").rglob("stable_cuda.h"))
+    source, made = tmp_path / "probe.cpp", tmp_path / "probe.so"
+    source.write_text(f"#include <cstring>\n{_STREAM}".replace("bigkernels/HEADER", str(header)))
+    torch_dir = Path(torch.__file__).parent
+    command = [compiler, "-std=c++17", "-O0", "-shared", "-fPIC", f"-I{ROOT / 'csrc/include'}",
+               f"-isystem{torch_dir / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL", source, "-o", made,
+               f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_dir / 'lib'}"]  # fmt: skip
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-2000:]
+    script = ("import ctypes, sys, torch; text = ctypes.create_string_buffer(400); "
+              "print(ctypes.CDLL(sys.argv[1]).probe(text, ctypes.c_size_t(400)), text.value.decode())")  # fmt: skip
+    run = subprocess.run([sys.executable, "-c", script, made], capture_output=True, text=True)
+    assert run.returncode == 0, "it jumped to where the function is not"
+    assert run.stdout.startswith("1 ") and "no CUDA streams" in run.stdout
+
+
 def test_has_code_for_every_gpu(cuda_library: Path) -> None:
     found = cuobjdump("--list-elf", "--list-ptx", cuda_library)
     code, intermediate = (set(re.findall(rf"sm_(\d+)a?\.{kind}", found)) for kind in ("cubin", "ptx"))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._page_locked import page_locked
 from ._policy import Host
 
 _STEP = 2**21  # bytes: buffers come in multiples, so that tensors of about one size share them
@@ -188,7 +189,7 @@ class Pinned(Pool):
         self.leaving: deque[weakref.ref[_PinnedSlot]] = deque()
 
     def make(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True, device="cpu")
+        return page_locked(size)
 
     def settle(self, stream: torch.cuda.Stream, most: int, slot: _PinnedSlot | None = None) -> None:
         """Make `stream` wait until no more than `most` bytes are being copied out, `slot`, the newest, aside."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._load import cpu_library
+from .._page_locked import page_locked
 from . import _plan
 from ._muon import Muon
 from ._optimizer import Optimizer
@@ -124,5 +125,7 @@ def _host(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Room in host memory, dense, in the order of a kernel."""
     if not _plan.dense(like):
         like = torch.empty(like.shape, dtype=like.dtype, device="meta")
-    pinned = torch.cuda.is_available()
-    return torch.empty_like(like, device="cpu", dtype=dtype or like.dtype, pin_memory=pinned)
+    dtype = dtype or like.dtype
+    if not torch.cuda.is_available():
+        return torch.empty_like(like, device="cpu", dtype=dtype)
+    return page_locked(like.numel() * dtype.itemsize).view(dtype).as_strided(like.shape, like.stride())

@@ -20,6 +20,8 @@ using torch::stable::accelerator::DeviceGuard;
 using MaybeTensor = std::optional<Tensor>;
 
 inline void* current_stream(int32_t device) {
+  STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr,
+                  "bigkernels: the torch that is loaded has no CUDA streams; its CUDA libraries are not loaded");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return stream;
