@@ -27,7 +27,7 @@ class Quantized(nn.Module):
 
     def __init__(self, qweight: QuantizedWeight, shell: Shell | None = None, trained: bool = True,
                  **described: int) -> None:  # fmt: skip
-        super().__init__()
+        nn.Module.__init__(self)
         self.config = qweight.config
         self.dtype = qweight.dtype  # of the values: what was quantized, or what the module was cast to since
         self.out_features, self.in_features = qweight.shape
@@ -217,5 +217,7 @@ def weight_of(module: Quantized, transposed: bool = False) -> Tensor:
     n, k = qweight.shape
     made = LazyWeight((k, n) if transposed else (n, k), module.dtype, qweight.device, values, owner=module,
                       linear=linear)  # fmt: skip
+    if transposed:
+        made._is_param = False  # PEFT's DoRA transposes it, and a parameter would have to stay one
     module._weight = qweight, made
     return made

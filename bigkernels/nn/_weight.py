@@ -64,8 +64,10 @@ class LazyWeight(Tensor):
     @classmethod
     def _of(cls, values: Tensor) -> LazyWeight:
         """A view of a weight: it may be read and not written."""
-        return cls(values.shape, values.dtype, values.device, lambda: values, stride=values.stride(),
+        made = cls(values.shape, values.dtype, values.device, lambda: values, stride=values.stride(),
                    offset=values.storage_offset(), trained=values.requires_grad)  # fmt: skip
+        made._is_param = False
+        return made
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -99,9 +101,11 @@ class LazyWeight(Tensor):
 
     def _detached(self) -> LazyWeight:
         make = (lambda: self._make().detach()) if self._trained else self._make
-        return LazyWeight(self.shape, self.dtype, self.device, make, stride=self.stride(),
+        made = LazyWeight(self.shape, self.dtype, self.device, make, stride=self.stride(),
                           offset=self.storage_offset(), owner=self._owner,
                           linear=None if self._trained else self._linear)  # fmt: skip
+        made._is_param = self._is_param
+        return made
 
 
 def _run(func: Callable, args: tuple, kwargs: dict) -> Any:

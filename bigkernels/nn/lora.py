@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..quantization._layers import Shell, is_linear, is_transposed, rows
 from ..quantization._owners import note
 from ..quantization._select import as_names, never_called, places, put
+from . import _lora_files
 from ._weight import LazyWeight
 from .quantized_linear import QuantizedLinear
 
@@ -92,6 +94,30 @@ class LoRALinear(nn.Module):
         note(model)
         return [paths[0] for paths in found.values()]
 
+    @classmethod
+    def save(cls, model: nn.Module, folder: str | Path) -> None:
+        """Write the adapters of a model, and nothing else of it, as PEFT does: `adapter_config.json` and
+        `adapter_model.safetensors`, which ``peft.PeftModel.from_pretrained`` reads. Needs `safetensors`.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        _lora_files.save(model, folder, cls)
+
+    @classmethod
+    def load(cls, model: nn.Module, folder: str | Path) -> list[str]:
+        """Put the low-rank adapters of a folder, PEFT's or of `save`, on a model, in place, and freeze all else; an
+        adapter that is there already makes room. Needs `safetensors`.
+
+        Returns:
+            The names of the layers.
+
+        Raises:
+            ValueError: a file is damaged (the tensor's name is given), a layer is not in the model or of another size,
+                or the adapters compute something else than this class (as DoRA); the model is then as it was.
+        """
+        return _lora_files.load(model, folder, cls, _fits, _size)
+
     @property
     def weight(self) -> Tensor:
         """What the layer multiplies with, without dropout, in the shape of the base's weight: shape, dtype and device,
@@ -158,7 +184,7 @@ class LoRALinear(nn.Module):
 
 
 def _fits(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, QuantizedLinear)) or is_linear(type(module))
+    return isinstance(module, nn.Linear) or is_linear(type(module))
 
 
 def _size(base: nn.Module) -> tuple[int, int]:

@@ -10,11 +10,12 @@ from ..quantization._layers import Shell, carry_hooks, is_transposed, rows
 from ._quantized import Quantized, weight_of
 
 
-class QuantizedLinear(Quantized):
+class QuantizedLinear(Quantized, nn.Linear):
     """``x @ W.T + bias`` with W (N, K) in codes; gradients reach `x` and `bias`.
 
-    The tensors of the weight are buffers: they are saved, copied and moved as the model is, and keep their dtypes when
-    it is cast. A state dict loads into a layer of the same format and size alone.
+    It is a `torch.nn.Linear` to whoever asks, as PEFT does, with a `weight` that is computed when it is read. The
+    tensors of the weight are buffers: they are saved, copied and moved as the model is, and keep their dtypes when it
+    is cast. A state dict loads into a layer of the same format and size alone.
 
     Args:
         qweight: from `bigkernels.functional.quantize_weight`.

@@ -4,8 +4,6 @@ A format is a frozen dataclass: how rows of a weight become named plain tensors,
 is stored is the same on every device; nothing is packed for a kernel.
 """
 
-import importlib
-
 from . import checkpoints
 from ._format import Format, named
 from ._model import dequantize, quantize, refresh
@@ -37,16 +35,8 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "named",
-    "peft",
     "prepare_qat",
     "quantize",
     "quantize_weight",
     "refresh",
 ]
-
-
-def __getattr__(name: str):
-    # PEFT is no dependency; without it, this raises its ImportError.
-    if name == "peft":
-        return importlib.import_module(".peft", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,8 +11,11 @@ from torch import nn
 
 def note(model: nn.Module) -> None:
     """Tell the models of transformers in `model` what they hold now, so that `save_pretrained` writes what
-    `from_pretrained` reads again, or refuses, where this transformers is too old for that.
+    `from_pretrained` reads again, or refuses, where this transformers is too old for that; and PEFT that there are
+    quantized layers.
     """
+    if "peft" in sys.modules:
+        importlib.import_module("bigkernels.integrations.peft")
     models = sys.modules.get("transformers.modeling_utils")
     kind = getattr(models, "PreTrainedModel", None)
     found = [m for m in model.modules() if kind is not None and isinstance(m, kind)]

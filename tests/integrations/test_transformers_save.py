@@ -218,10 +218,8 @@ def test_conv1d_and_a_wrapper_around_the_model(tmp_path):
 
 def test_layers_inside_of_pefts_adapters_are_not_saved_alone(tmp_path):
     peft = pytest.importorskip("peft")
-    from bigkernels.quantization.peft import on_quantized_layers
-
     model = models.made("int8", "plain")
-    adapted = peft.get_peft_model(model, on_quantized_layers(peft.LoraConfig(target_modules=["q_proj"])))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="inside of an adapter of PEFT"):
         model.save_pretrained(tmp_path)
     adapted.save_pretrained(tmp_path / "adapter")

@@ -150,10 +150,7 @@ def test_bits_do_not_depend_on_neighbours(name: str):
 
 def _adapter(model: nn.Module, name: str = "default", seed: int = 0, **options):
     peft = pytest.importorskip("peft")
-    from bigkernels.quantization.peft import on_quantized_layers
-
     config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], **options)
-    on_quantized_layers(config)
     if isinstance(model, peft.PeftModel):
         model.add_adapter(name, config)
     else:

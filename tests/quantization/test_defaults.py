@@ -163,20 +163,7 @@ import sys
 import bigkernels
 assert "peft" not in sys.modules and "transformers" not in sys.modules
 assert bigkernels.quantization.checkpoints.from_gptq
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "peft":
-            raise ModuleNotFoundError("No module named 'peft'", name="peft")
-sys.meta_path.insert(0, Missing())
-try:
-    bigkernels.quantization.peft
-except ModuleNotFoundError as error:
-    assert error.name == "peft"
-else:
-    raise AssertionError
 assert not hasattr(bigkernels.quantization, "nothing")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    pytest.importorskip("peft")
-    assert bigkernels.quantization.peft.on_quantized_layers

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,6 +52,8 @@ class Config(QuantizationConfigMixin):
         return list(self.config.values()) if isinstance(self.config, dict) else [self.config]
 
     def to_dict(self) -> dict[str, Any]:
+        if "peft" in sys.modules:  # which asks for a model's configuration before it puts adapters on
+            importlib.import_module("bigkernels.integrations.peft")
         made: dict[str, Any] = {"quant_method": self.quant_method, "version": VERSION}
         if any(self.held.values()):
             return made | {key: value for key, value in self.held.items() if value}
