@@ -140,9 +140,8 @@ def _library(library: Library) -> dict:
 
 
 def _routes() -> list[dict]:
-    rows = TABLE
-    if torch.cuda.is_available():
-        rows = routes(max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())))
+    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count() if _gpus() else 0)]
+    rows = routes(max(gpus)) if gpus else TABLE
     return [asdict(row) for row in rows]
 
 
