@@ -84,13 +84,18 @@ class Maker:
         self.add(r.PRODUCT, product=record)
         return [record.out[i] for i in range(1 if gated else len(weights))]
 
-    def heads(self, q: int, k: int, v: int, heads: int, groups: int, d: int, layer: int) -> int:
-        """Of values that hold heads of d columns side by side; all of a head is rotated, by table 0."""
+    def heads(self, q: int, k: int, v: int, heads: int, groups: int, d: int, layer: int, norm: Tensor | None = None
+              ) -> int:  # fmt: skip
+        """Of values that hold heads of d columns side by side; all of a head is rotated, by table 0. `norm`: (d,), the
+        weight of a norm of each query and key.
+        """
         out = self.value(heads * d)
         columns = (c_int32 * heads)(*(h * d for h in range(heads)))
         self.kept.append(columns)
         of = [r.HeadsOf(x=x, count=n, column=addressof(columns)) for x, n in ((q, heads), (k, groups), (v, groups))]
         record = r.HeadsRecord(q=of[0], k=of[1], v=of[2], out=out, layer=layer, d=d, dv=d, angles=0, rotary=d)
+        if norm is not None:
+            record.q_norm = record.k_norm = self.norm_of("rms", norm)
         self.layers = max(self.layers, layer + 1)
         self.add(r.HEADS, heads=record)
         return out

@@ -6,9 +6,10 @@ keeps alive what they point to. Nobody else should call these: there is no way t
 `program` is a uint8 tensor (`_records.pack`), `hidden` (B, S, width) floating, `positions` (B, S) int64, `starts` (B,)
 int64, `caches` int64 with a LayerCache a row, `angles` int64 with an AngleTable a row, `logits` (B, keep, V) floating.
 
-`program_run` is a whole step. Where the model's own code runs in between (call records), the same in pieces:
-`program_start` gives a run's number, `program_step` runs up to the next call record and returns its index, or -1 at the
-end; at either, values are read and written as (B, S, width) tensors; `program_finish` ends the run, whatever happened.
+`program_run` is a whole step; where no rows are kept, it fills the caches and makes no logits. Where the model's own
+code runs in between (call records), the same in pieces: `program_start` gives a run's number, `program_step` runs up to
+the next call record and returns its index, or -1 at the end; at either, values are read and written as (B, S, width)
+tensors; `program_finish` ends the run, whatever happened.
 
 A call returns when its results are there, and threads that lost their core may still be inside it: they write where
 nobody reads any more, and may read weights, tables and records, and write the call's own keys and values to the cache

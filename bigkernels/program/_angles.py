@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from ..ops.program import settle
 from . import _records as records
 from ._ir import Angles
 from ._trace import Refused
@@ -61,6 +62,8 @@ class Tables:
         cos, sin = pair = tuple(t.detach().contiguous() for t in pair)
         if cos.dtype not in TYPES or cos.dtype != sin.dtype or cos.shape != sin.shape or cos.shape[1] < angles.rotary:
             raise Refused(f"angles {cos.dtype} {tuple(cos.shape)}")
+        if angles.table and self._made[i] is not None:
+            settle()  # threads that lost their core may still read the shorter table
         self._made[i] = pair
         row = records.AngleTable(
             cos.data_ptr(), sin.data_ptr(), TYPES[cos.dtype], not angles.table, cos.stride(0), cos.shape[0]

@@ -17,7 +17,7 @@ class Checker {
  public:
   Checker(const ProgramHeader& h, int64_t rows, int64_t kept, std::vector<int64_t>* made)
       : h_(h), rows_(rows), kept_(kept), made_(*made) {
-    made_.assign(std::max(h.values, 0), 0);
+    made_.assign(std::max(h.values, 0), -1);
   }
 
   std::string run() {
@@ -29,7 +29,8 @@ class Checker {
     made_[h_.hidden] = rows_;
     for (int i = 0; i < h_.records; ++i)
       if (!check(h_.record[i])) return "record " + std::to_string(i) + ": " + why_;
-    if (!exists(h_.logits) || !made_[h_.logits]) return "it makes no logits";
+    if (!has(h_.logits)) return "it makes no logits";
+    for (int64_t& rows : made_) rows = std::max<int64_t>(rows, 0);
     return "";
   }
 
@@ -39,10 +40,10 @@ class Checker {
     return false;
   }
   bool exists(Value v) const { return v >= 0 && v < h_.values; }
-  bool has(Value v) const { return exists(v) && made_[v] > 0; }
+  bool has(Value v) const { return exists(v) && made_[v] >= 0; }
   int64_t width(Value v) const { return h_.width[v]; }
   bool make(Value v, int64_t rows) {
-    if (!exists(v) || made_[v]) return no("its output is not a value of its own");
+    if (!exists(v) || made_[v] >= 0) return no("its output is not a value of its own");
     made_[v] = rows;
     return true;
   }
@@ -203,7 +204,7 @@ class Checker {
 
   const ProgramHeader& h_;
   int64_t rows_, kept_;
-  std::vector<int64_t>& made_;  // rows of each value that is there
+  std::vector<int64_t>& made_;  // rows of each value; -1: it is not there yet
   const char* why_ = "";
 };
 

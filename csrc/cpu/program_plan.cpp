@@ -88,7 +88,8 @@ class Planner {
     for (int i = 0; i < h_.values; ++i) bytes += round_up(p_.rows[i] * h_.width[i] * 4, kLine);
     p_.help = threads_ > 1 && (bytes <= kHelp || p_.shape.batch * p_.shape.tokens == 1);
     p_.rotary.assign(kMaxAngles, 0);
-    for (int i = 0; i < h_.records; ++i) add(h_.record[i], i);
+    for (int i = 0; i < h_.records; ++i)
+      if (makes_rows(h_.record[i])) add(h_.record[i], i);
     find_places();
     int32_t product = -1;
     for (size_t i = p_.steps.size(); i-- > 0;) {
@@ -100,6 +101,16 @@ class Planner {
 
  private:
   int64_t width(Value v) const { return h_.width[v]; }
+
+  // Where no rows are kept, nothing is made of them.
+  bool makes_rows(const Record& r) const {
+    if (r.op == Op::call) return p_.rows[r.call.x[0]] > 0;
+    Step s{};
+    s.record = &r;
+    bool any = false;
+    for_writes(s, [&](Value v) { any = any || p_.rows[v] > 0; });
+    return any;
+  }
 
   Step& step(const Record& r, Work work, int32_t index, int64_t m) {
     p_.steps.push_back({});

@@ -207,7 +207,8 @@ void ProgramRun::make(const Step& s, int64_t chunk, Worker& w) const {
       if (r.op == Op::norm) {
         table.norm(r.norm, v, width, begin, end);
       } else if (r.op == Op::heads) {
-        table.heads(r.heads, run_, v, width, begin, end);
+        const Progress progress{(const int64_t*)&at, &s - plan_.steps.data()};
+        table.heads(r.heads, run_, v, width, begin, end, plan_.shape.threads > 1 ? &progress : nullptr);
       } else {  // keep, by sequences
         const int64_t bytes = run_.keep * width[r.keep.x] * 4, all = run_.tokens * width[r.keep.x];
         for (int64_t b = begin; b < end; ++b)

@@ -42,7 +42,7 @@ void heads(const std::string& record, const std::string& run, const std::vector<
            const std::vector<int32_t>& widths) {
   Run r = of_bytes<Run>(run);
   Values v(values, widths);
-  program_table().heads(of_bytes<HeadsRecord>(record), r, v.address.data(), widths.data(), 0, r.rows());
+  program_table().heads(of_bytes<HeadsRecord>(record), r, v.address.data(), widths.data(), 0, r.rows(), nullptr);
 }
 
 // Returns how the record was cut, and the seconds that its chunks and their merge took. `backwards` makes the chunks

@@ -168,3 +168,35 @@ def test_a_stop_before_everything_else():
         raw.read(number, m.records[-1].combine.out, out)
         raw.finish(number)
         assert torch.equal(out, 2 * (1 - x))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_no_rows_are_kept(threads):
+    """The caches are filled, and what comes after the last rows were dropped is not made."""
+    torch.manual_seed(0)
+    m = Maker(48)
+    weight = [torch.randn(n, 48) / 7 for n in (48, 48, 48, 300)]
+    q, k, v = m.product(m.norm(m.hidden), *weight[:3])
+    (y,) = m.product(m.attend(m.heads(q, k, v, 3, 3, 16, 0), 0, 3, 3, 16), weight[0])
+    last = m.keep(m.combine((y, 1.0, None), (m.hidden, 1.0, None)))
+    (logits,) = m.product(m.norm(last, weight=torch.full((48,), float("nan"))), weight[3])
+    program = m.program(logits, angles=1)
+    angle = torch.rand(40, 16)
+    cos, sin = angle.cos(), angle.sin()
+    angles = torch.tensor([[cos.data_ptr(), sin.data_ptr(), 0, 16, 40]])
+    before, filled = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    for keep in (1, 0):
+        cache = torch.zeros(2, 2, 3, 40, 16)
+        caches = torch.zeros(1, 15, dtype=torch.int64)
+        strides = [3 * 40 * 16, 40 * 16, 16]
+        caches[0, :11] = torch.tensor([cache[0].data_ptr(), cache[1].data_ptr(), *strides, *strides, 0, 40, 0])
+        x = torch.randn(2, 30, 48, generator=torch.Generator().manual_seed(1))
+        out = run(program, x, 300, keep=keep, caches=caches, angles=angles)
+        assert out.shape == (2, keep, 300)
+        filled.append(cache)
+    torch.set_num_threads(before)
+    assert torch.equal(*filled) and filled[0].abs().sum() > 0
+    with pytest.raises(RuntimeError, match="a run of"):
+        raw.run(program, torch.zeros(1, 1, 48), torch.zeros(1, 1, dtype=torch.int64), None, caches, angles,
+                torch.empty(1, 2, 300), 0)  # fmt: skip

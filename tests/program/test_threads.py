@@ -174,7 +174,8 @@ def test_the_models_own_code_runs_between_threads(programs):
     torch.testing.assert_close(expected.double(), (d64 + h) @ w3.double().T, rtol=1e-4, atol=1e-4)
 
 
-def decoder(layers: int, width: int, heads: int, d: int, capacity: int, dtype: torch.dtype, batch: int = 1):
+def decoder(layers: int, width: int, heads: int, d: int, capacity: int, dtype: torch.dtype, batch: int = 1,
+            norm: torch.Tensor | None = None):  # fmt: skip
     """A program with a cache of `capacity` slots: (program, its caches, what keeps them alive, its rotary table)."""
     g = torch.Generator().manual_seed(8)
     m = Maker(width)
@@ -188,7 +189,8 @@ def decoder(layers: int, width: int, heads: int, d: int, capacity: int, dtype: t
     x = m.hidden
     for layer in range(layers):
         q, k, v = m.product(m.norm(x), weight(heads * d, width), weight(d, width), weight(d, width))
-        (y,) = m.product(m.attend(m.heads(q, k, v, heads, 1, d, layer), layer, heads, 1, d), weight(width, heads * d))
+        q = m.heads(q, k, v, heads, 1, d, layer, norm)
+        (y,) = m.product(m.attend(q, layer, heads, 1, d), weight(width, heads * d))
         x = m.combine((x, 1.0, None), (y, 1.0, None))
     (logits,) = m.product(m.keep(x), weight(64, width))
     caches, kept = torch.zeros(layers, 15, dtype=torch.int64), []
@@ -229,6 +231,31 @@ def test_tokens_cached_and_cropped(dtype):
         for a, b in zip(generate(crops), expected[crops], strict=True):
             assert torch.equal(a, b)
         raw.settle()
+
+
+def test_late_threads_and_a_norm_that_is_edited():
+    """Once a call has returned its weights may change, whoever is still inside it: the cache has the call's keys."""
+    weight = torch.linspace(0.5, 1.5, 64)
+    program, caches, kept, (angles, _table, _m) = decoder(2, 48, 6, 64, 64, torch.float32, norm=weight)
+    g = torch.Generator().manual_seed(9)
+    inputs = [torch.randn(1, 1, 48, generator=g) for _ in range(8)]
+
+    def call(x: torch.Tensor, **options) -> torch.Tensor:
+        for k, v in kept:
+            k[:], v[:] = 0, 0
+        return run(program, x, 64, caches=caches, angles=angles, **options)
+
+    torch.set_num_threads(1)
+    expected = [(call(x), [t.clone() for pair in kept for t in pair]) for x in inputs]
+    torch.set_num_threads(4)
+    raw.delays(8)
+    for _ in range(25):
+        for x, (logits, keys) in zip(inputs, expected, strict=True):
+            assert torch.equal(call(x, settle=False), logits)
+            weight.neg_()
+            raw.settle()
+            weight.neg_()
+            assert all(map(torch.equal, [t for pair in kept for t in pair], keys))
 
 
 _SPINNING = """

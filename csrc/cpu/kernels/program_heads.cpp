@@ -69,10 +69,18 @@ BK_INLINE void put(const LayerCache& c, void* cache, float* scale, const float* 
   }
 }
 
+// Asked after a head was made and before it is stored: if the step was not past then, all that the head was made of was
+// still what it was in the call, however late the thread stores it.
+BK_INLINE bool is_past(const Progress* p) {
+  if (!p) return false;
+  __atomic_thread_fence(__ATOMIC_ACQUIRE);
+  return __atomic_load_n(p->at, __ATOMIC_ACQUIRE) > p->step;
+}
+
 }  // namespace
 
 void program_heads(const HeadsRecord& r, const Run& run, float* const* v, const int32_t* width, int64_t begin,
-                   int64_t end) {
+                   int64_t end, const Progress* progress) {
   TokenAngles turn;
   alignas(64) float head[kMostElements];
   Angles angles{};
@@ -101,12 +109,15 @@ void program_heads(const HeadsRecord& r, const Run& run, float* const* v, const 
     int64_t slot = c.held + token;
     for (int64_t h = 0; h < r.k.count; ++h) {
       ready(r.k, h, r.k_norm);
+      if (is_past(progress)) return;
       put(c, c.k, c.k_scale, head, r.d, batch * c.k_batch + h * c.k_head + slot * c.k_token,
           batch * c.scale_batch + h * c.scale_head + slot);
     }
     for (int64_t h = 0; h < r.v.count; ++h) {
       const float* from = v[r.v.x] + row * width[r.v.x] + r.v.column[h];
-      put(c, c.v, c.v_scale, from, r.dv, batch * c.v_batch + h * c.v_head + slot * c.v_token,
+      put(from, r.dv, head);
+      if (is_past(progress)) return;
+      put(c, c.v, c.v_scale, head, r.dv, batch * c.v_batch + h * c.v_head + slot * c.v_token,
           batch * c.scale_batch + h * c.scale_head + slot);
     }
   }

@@ -15,7 +15,7 @@ void program_units(const ExpertsRecord&, int64_t, const float*, const float*, in
                    int64_t);
 void program_expert_sum(const ExpertsRecord&, int64_t, const float*, int64_t, int64_t, float* const*, const float*,
                         int64_t, int64_t);
-void program_heads(const HeadsRecord&, const Run&, float* const*, const int32_t*, int64_t, int64_t);
+void program_heads(const HeadsRecord&, const Run&, float* const*, const int32_t*, int64_t, int64_t, const Progress*);
 AttendPlan program_attend_plan(const AttendRecord&, const Run&, int64_t);
 void program_attend(const AttendRecord&, const Run&, const AttendPlan&, int64_t, float* const*, const int32_t*, void*);
 void program_attend_merge(const AttendRecord&, const Run&, const AttendPlan&, float* const*, const int32_t*, int64_t,

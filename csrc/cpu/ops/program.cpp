@@ -54,7 +54,7 @@ Place* start_run(const Tensor& program, const Tensor& hidden, const Tensor& posi
            "hidden states do not fit");
   Run& run = in.run;
   run.batch = hidden.size(0), run.tokens = hidden.size(1), run.past = past, run.keep = keep;
-  BK_CHECK(run.batch >= 1 && run.tokens >= 1 && keep >= 1 && keep <= run.tokens && past >= 0 &&
+  BK_CHECK(run.batch >= 1 && run.tokens >= 1 && keep >= 0 && keep <= run.tokens && past >= 0 &&
                run.batch * run.tokens < int64_t{1} << 31,
            "a run of ", run.batch, " sequences, ", run.tokens, " tokens after ", past, ", ", keep, " kept");
   in.hidden_type = float_type("hidden", hidden);
@@ -121,6 +121,7 @@ void run(Tensor program, Tensor hidden, Tensor positions, MaybeTensor starts, Te
     BK_CHECK(h->record[i].op != Op::call, "its own code has to run in between: program_start");
   Held held{start_run(program, hidden, positions, starts, caches, angles, logits.size(1), past)};
   program_step(held.run);
+  if (!logits.numel()) return;
   int64_t rows, width;
   const float* made = program_value(held.run, h->logits, false, &rows, &width);
   BK_CHECK(made && rows * width == logits.numel(), "logits are of all rows");

@@ -224,6 +224,12 @@ struct Run {
   int64_t rows() const { return batch * tokens; }
 };
 
+// How far a run is, and the step that somebody is making of it. That step is past where `*at` is larger.
+struct Progress {
+  const int64_t* at;
+  int64_t step;
+};
+
 // chunks, floats of state that all of them leave (0: keys are not cut), and bytes of workspace a thread.
 struct AttendPlan {
   int64_t chunks, parts, rows, keys;  // parts: of the keys; rows: queries of a chunk; keys: of a part
@@ -264,8 +270,10 @@ struct ProgramTable {
                 float* const* to, int64_t begin, int64_t end);
   void (*expert_sum)(const ExpertsRecord&, int64_t expert, const float* y, int64_t stride, int64_t m, float* const* to,
                      const float* weight, int64_t begin, int64_t end);
-  // Tokens [begin, end): queries to their value, keys and values to the cache.
-  void (*heads)(const HeadsRecord&, const Run&, float* const* v, const int32_t* width, int64_t begin, int64_t end);
+  // Tokens [begin, end): queries to their value, keys and values to the cache, but by nobody whose run is past this
+  // step: then the cache is the caller's again, and what a norm's weight is may have changed.
+  void (*heads)(const HeadsRecord&, const Run&, float* const* v, const int32_t* width, int64_t begin, int64_t end,
+                const Progress*);
   // Attention: how a record is cut for a run, and one chunk of it. Where keys are cut, chunks leave sums in `state`,
   // and merge makes rows [begin, end) of out.
   AttendPlan (*attend_plan)(const AttendRecord&, const Run&, int64_t threads);
