@@ -66,7 +66,7 @@ def attention_between(b: Builder, q: Ref, keys: Ref, values: Ref, out: Ref) -> A
     if not torch.equal(visible, visible[:1, :1].expand_as(visible)):
         raise Refused(f"{where}: heads see different keys")
     visible = visible[:1, :1]
-    window = _window(visible[0, 0], total - length, where)
+    window = window_of(visible[0, 0], total - length, where)
     spec = Attend(-1, -1, -1, heads, groups, d, dv, 1.0, window)
     bias = none.clamp_min(1e-300).log()
     last = torch.arange(total - length, total, dtype=torch.int64, device=b.device)  # a query's own key
@@ -132,7 +132,7 @@ def _softcap(want: Tensor, got: Tensor) -> float | None:
     return c if close(got, c * torch.tanh(want / c), 1e-4) else None
 
 
-def _window(visible: Tensor, past: int, where: str) -> int:
+def window_of(visible: Tensor, past: int, where: str) -> int:
     """Keys that a query sees, itself included; 0 where it sees all before it."""
     length, total = visible.shape
     key = torch.arange(total, dtype=torch.int64, device=visible.device)

@@ -34,18 +34,20 @@ class CacheShape(NamedTuple):
 
 
 class Description:
-    """The layers of a cache for a run: `packed` is (layers, LayerCache) as int64, `past` the tokens it has seen.
+    """The layers of a cache for a run: `packed` is (layers, LayerCache) as int64, `past` the tokens it has seen, -1
+    where none of its layers counts them.
 
     After the run `advance` takes the new tokens in. The runner copies `packed` when a run begins.
     """
 
-    def __init__(self, shapes: Sequence[CacheShape], batch: int, dtype: torch.dtype, past: int):
+    def __init__(self, shapes: Sequence[CacheShape | None], batch: int, dtype: torch.dtype, past: int):
         self.shapes, self.batch, self.dtype, self.past = shapes, batch, dtype, past
         self.packed = torch.zeros((len(shapes), FIELDS), dtype=torch.int64, device="cpu")
         self.numbers = (c_int64 * (len(shapes) * FIELDS)).from_address(self.packed.data_ptr())
         self.room = 1 << 62
         self.full: list[tuple[int, Any]] = []  # where `held` is, and the layer
         self.windows: list[tuple[int, Any]] = []
+        self.others: list[tuple[int, Any, bool]] = []  # that the model's own code keeps, and whether they count tokens
         self.static: list[tuple[int, Any, Tensor, Tensor, Tensor, c_int64]] = []
         self.stamp = object()  # that dynamic layers bear as long as nobody changes them
 
@@ -63,6 +65,9 @@ class Description:
                 return False
         for i, layer in self.windows:
             if layers[i // FIELDS] is not layer or layer._stamp is not stamp or layer.cumulative_length != past:
+                return False
+        for i, layer, counts in self.others:
+            if layers[i] is not layer or (counts and layer.get_seq_length() != past):
                 return False
         for i, layer, k, v, length, number in self.static:
             if layers[i // FIELDS] is not layer or layer.keys is not k or layer.values is not v:
@@ -99,6 +104,12 @@ class Description:
                 layer.cumulative_length_int += tokens
             numbers[i] += tokens
 
+    def skip(self, index: int) -> None:
+        """A layer that no record reads or writes."""
+        row = records.LayerCache.from_address(addressof(self.numbers) + index * FIELDS * 8)
+        row.k = row.v = self.packed.data_ptr()
+        row.capacity = 1 << 40
+
     def add(self, index: int, layer: Any, k: Tensor, v: Tensor, begin: int, held: int) -> None:
         """A layer whose tokens are slots [begin, begin + held) of k (B, H, slots, d) and v."""
         row = records.LayerCache.from_address(addressof(self.numbers) + index * FIELDS * 8)
@@ -113,17 +124,24 @@ class Description:
         self.room = min(self.room, row.capacity - held)
 
 
+def counts(layer: Any) -> bool:
+    """Whether a layer of the cache knows how many tokens it has seen."""
+    from transformers.cache_utils import CacheLayerMixin
+
+    return isinstance(layer, CacheLayerMixin)
+
+
 known: weakref.WeakKeyDictionary[Any, Description] = weakref.WeakKeyDictionary()
 
 
 def describe(
-    cache: Any, shapes: Sequence[CacheShape], batch: int, tokens: int, dtype: torch.dtype
+    cache: Any, shapes: Sequence[CacheShape | None], batch: int, tokens: int, dtype: torch.dtype
 ) -> Description | str:
     """The cache with room for `tokens` more of `batch` sequences, or why the program cannot use it.
 
     Args:
         cache: transformers' `Cache`.
-        shapes: of the program's layers, whose numbers are those of the cache's.
+        shapes: of the program's layers, whose numbers are those of the cache's; None for those of the model's own code.
         dtype: of the model, which the cache has to have.
     """
     try:
@@ -141,7 +159,9 @@ def describe(
     return found
 
 
-def _look(cache: Any, shapes: Sequence[CacheShape], batch: int, tokens: int, dtype: torch.dtype) -> Description | str:
+def _look(
+    cache: Any, shapes: Sequence[CacheShape | None], batch: int, tokens: int, dtype: torch.dtype
+) -> Description | str:
     from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
     from . import _cache_layers
@@ -166,6 +186,10 @@ def _look(cache: Any, shapes: Sequence[CacheShape], batch: int, tokens: int, dty
         of = type(layer)
         if "update" in layer.__dict__:
             return f"layer {i} of the cache has its own `update`"
+        if shape is None:
+            if counts(layer):
+                pasts.add(int(layer.get_seq_length()))
+            continue
         if of in _cache_layers.BUFFERED:
             _cache_layers.buffered(layer)
         if isinstance(layer, _cache_layers.BufferedLayer):
@@ -182,10 +206,15 @@ def _look(cache: Any, shapes: Sequence[CacheShape], batch: int, tokens: int, dty
         pasts.add(int(layer.get_seq_length()))
     if len(pasts) > 1:
         return "the layers of the cache have different lengths"
-    found = Description(shapes, batch, dtype, pasts.pop() if pasts else 0)
-    pairs = zip(layers, shapes, strict=False)
+    unknown = -1 if not all(map(counts, layers)) else 0  # where nobody counts
+    found = Description(shapes, batch, dtype, pasts.pop() if pasts else unknown)
+    pairs = [(layer, shape) for layer, shape in zip(layers, shapes, strict=False) if shape is not None]
     _make_room([p for p in pairs if isinstance(p[0], _cache_layers.BufferedLayer)], batch, tokens, dtype)
     for i, layer in enumerate(layers[: len(shapes)]):
+        if shapes[i] is None:
+            found.skip(i)
+            found.others.append((i, layer, counts(layer)))
+            continue
         at = i * FIELDS + FIELD["held"]
         if isinstance(layer, StaticLayer):
             found.add(i, layer, layer.keys, layer.values, 0, found.past)

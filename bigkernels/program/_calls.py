@@ -1,5 +1,5 @@
 """The model's own code in the middle of a program: a module whose inside nobody knows, but that is a function of what
-goes in.
+goes in, or of that and the layer of the cache that it keeps.
 """
 
 from __future__ import annotations
@@ -7,14 +7,16 @@ from __future__ import annotations
 import functools
 import re
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ._arguments import from_context
+from ._context import Context, FromContext, MaskOf
 from ._forms import close
-from ._ir import Call, Stored
+from ._ir import Attend, Call, Stored
 from ._suspend import suspended, wrapped
 from ._trace import ModuleCall, Recorder, Ref, Refused, leaves, mapped
 
@@ -34,14 +36,14 @@ class Place:
 
 @dataclass(frozen=True)
 class ModuleCode:
-    """`module`'s outputs, (B, S, width) each, from values (B, S, width)."""
+    """`module`'s outputs, (B, S, width) each, from values (B, S, width); in a context, if it is given one's."""
 
     module: nn.Module
     args: tuple
     kwargs: tuple
     outs: tuple[int, ...]
 
-    def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, *values: Tensor, context: Context | None = None) -> tuple[Tensor, ...]:
         batch, length = values[0].shape[:2]
         wanted = {p.number: p for p in leaves((self.args, self.kwargs)) if isinstance(p, Place)}
         given = {}
@@ -55,21 +57,24 @@ class ModuleCode:
         def fill(leaf: Any) -> Any:
             if isinstance(leaf, Stored):
                 return leaf.get()
+            if isinstance(leaf, FromContext):
+                return leaf.get(context)
             return given[leaf.number] if isinstance(leaf, Place) else leaf
 
         args, kwargs = mapped(fill, self.args), {k: mapped(fill, v) for k, v in self.kwargs}
         with torch.no_grad():
             if whole:
-                out = in_float64(self.module, args, kwargs, {id(given[i]): p.dtype for i, p in wanted.items()})
+                seeming = {id(given[i]): p.dtype for i, p in wanted.items()}
+                out = in_float64(self.module, args, kwargs, seeming, None if context is None else context.cache)
             else:
                 out = self.module(*args, **kwargs)
         found = [t for t in leaves(out) if isinstance(t, Tensor)]
         return tuple(found[i].reshape(batch, length, -1).to(values[0].dtype) for i in self.outs)
 
 
-def in_float64(module: nn.Module, args: tuple, kwargs: dict, seeming: dict[int, torch.dtype]) -> Any:
+def in_float64(module: nn.Module, args: tuple, kwargs: dict, seeming: dict[int, torch.dtype], cache: Any = None) -> Any:
     """A module's own code on tensors of float64, which seem to be of the dtypes given by their ids."""
-    from ._record import _eager_experts, _wrap
+    from ._record import _eager_experts, _noted, _wrap
 
     recorder = Recorder()
     for t in leaves((args, kwargs)):
@@ -80,15 +85,27 @@ def in_float64(module: nn.Module, args: tuple, kwargs: dict, seeming: dict[int, 
         stack.enter_context(_eager_experts(module))
         stack.enter_context(suspended(module))
         stack.enter_context(wrapped(module, functools.partial(_wrap, recorder)))
+        if cache is not None:
+            stack.enter_context(_noted(cache, recorder, []))
         stack.enter_context(recorder)
         return module(*args, **kwargs)
 
 
-def enclosing(trace: Trace, step: int, opaque: list[ModuleCall]) -> list[ModuleCall]:
+def enclosing(trace: Trace, step: int, opaque: list[ModuleCall], cached: bool = False) -> list[ModuleCall]:
     """Calls of the innermost module around a step that may be left to its own code, and those like it in other layers.
 
-    Those that were tried before, and what lies in them, are not.
+    Those that were tried before, and what lies in them, are not. `cached`: of those that are given the cache.
     """
+    if cached:
+        found = [c for c in trace.recorder.calls if c.begin <= step < c.end and takes_cache(trace, c)]
+        call = min(found, key=lambda c: c.end - c.begin, default=None)
+        if call is not None and any(takes_cache(trace, c) for c in trace.recorder.calls
+                                    if c is not call and call.begin <= c.begin < c.end <= call.end):  # fmt: skip
+            return []  # what is not known is something else in it
+        if call is None or call in opaque or not _reads(trace, call) or not call.outs:
+            return []
+        alike = [c for c in trace.recorder.calls if _pattern(c.path) == _pattern(call.path)]
+        return [c for c in alike if type(c.module) is type(call.module) and takes_cache(trace, c)]
     stops = {u.step for u in trace.updates}
     stops |= {i for i, s in enumerate(trace.recorder.steps) if s.name == "scaled_dot_product_attention"}
     stops.add(0)
@@ -107,6 +124,10 @@ def _pattern(path: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
 
 
+def takes_cache(trace: Trace, call: ModuleCall) -> bool:
+    return any(leaf is trace.cache for leaf in leaves((call.args, call.kwargs)))
+
+
 def _reads(trace: Trace, call: ModuleCall) -> list[Ref]:
     refs = [v for v in leaves((call.args, call.kwargs)) if isinstance(v, Ref)]
     return [r for r in refs if trace.recorder.steps[r.step].depends]
@@ -122,6 +143,8 @@ def add_call(b: Builder, call: ModuleCall) -> None:
     batch, length = b.trace.tokens.shape
     refs = list(dict.fromkeys(_reads(b.trace, call)))
     numbers = {ref: b.value(ref) for ref in refs}
+    cached = takes_cache(b.trace, call)
+    layer = _layer_of(b, call) if cached else -1
 
     def place(leaf: Any) -> Any:
         if isinstance(leaf, Ref) and leaf in numbers:
@@ -132,29 +155,52 @@ def add_call(b: Builder, call: ModuleCall) -> None:
                 flat = True
             else:
                 raise Refused(f"{where}: reads a tensor that has no row for each token")
-            return Place(refs.index(leaf), flat, b.recorder.seeming.get(id(t), t.dtype))
+            kind = b.recorder.seeming.get(id(t), t.dtype)
+            if kind == torch.float64:  # of a state that was kept
+                kind = b.trace.dtype
+            return Place(refs.index(leaf), flat, kind)
         if isinstance(leaf, Tensor) and id(leaf) in b.trace.stored:
             return b.trace.stored[id(leaf)]
-        if isinstance(leaf, Ref):
-            leaf = b.tensor(leaf)
-        if isinstance(leaf, Tensor) and leaf.numel() > 1:
+        t = b.tensor(leaf) if isinstance(leaf, Ref) else leaf
+        if cached and (leaf is b.trace.cache or (isinstance(t, Tensor) and t.numel() > 1)):
+            try:
+                return from_context(b, leaf, layer)
+            except Refused as refused:
+                raise Refused(f"{where}: {refused}") from refused
+        if isinstance(t, Tensor) and t.numel() > 1:
             raise Refused(f"{where}: reads more than the hidden states")
-        return leaf
+        return t
 
     args = tuple(mapped(place, call.args))
     kwargs = tuple((k, mapped(place, v)) for k, v in call.kwargs.items())
     kept, outs = [], []
+    read = {b.trace.logits, *(r for n in b.needed if n >= call.end for r in b.recorder.steps[n].inputs)}
     for i, ref in enumerate(call.outs):
-        if isinstance(ref, Ref) and b.recorder.steps[ref.step].depends and b._width(ref) and ref not in b.values:
+        if ref not in read or ref in b.values:
+            continue
+        if b.recorder.steps[ref.step].depends and b._width(ref):
             kept.append(i)
             outs.append(b.new(b._width(ref)))
             b.values[ref] = outs[-1]
     if not outs:
         raise Refused(f"{where}: makes nothing that has a row for each token")
     code = ModuleCode(call.module, args, kwargs, tuple(kept))
+    if cached:
+        b.own_layers(call, layer, any(isinstance(leaf, MaskOf) for leaf in leaves((args, [v for _, v in kwargs]))))
+        b.graph.operations.append(Call(tuple(numbers.values()), tuple(outs), code, call.path, cached=True))
+        return
     if not _by_token(b, code, refs):
         raise Refused(f"{where}: what it makes of a token depends on the others", call.begin)
     b.graph.operations.append(Call(tuple(numbers.values()), tuple(outs), code, call.path))
+
+
+def _layer_of(b: Builder, call: ModuleCall) -> int:
+    """Of the cache, that a module keeps."""
+    layers = {u.layer for u in b.trace.updates if call.begin <= u.step < call.end}
+    layers |= {m.layer_idx for m in call.module.modules() if isinstance(getattr(m, "layer_idx", None), int)}
+    if len(layers) != 1:
+        raise Refused(f"{call.path}: keeps {len(layers)} layers of the cache")
+    return layers.pop()
 
 
 def _by_token(b: Builder, code: ModuleCode, refs: list[Ref]) -> bool:
@@ -167,3 +213,21 @@ def _by_token(b: Builder, code: ModuleCode, refs: list[Ref]) -> bool:
         if not all(close(p, w[1:, first:last], 1e-7) for p, w in zip(part, whole, strict=True)):
             return False
     return True
+
+
+def window_in(op: Attend | Call) -> set[int]:
+    """The windows of an attention, or of the masks that a call is given."""
+    if isinstance(op, Attend):
+        return {op.window}
+    return {leaf.window for leaf in leaves((op.function.args, op.function.kwargs)) if isinstance(leaf, MaskOf)}
+
+
+def with_window(op: Attend | Call, window: int) -> Attend | Call:
+    if isinstance(op, Attend):
+        return replace(op, window=window)
+
+    def put(leaf: Any) -> Any:
+        return replace(leaf, window=window) if isinstance(leaf, MaskOf) else leaf
+
+    args, kwargs = mapped(put, op.function.args), tuple((k, mapped(put, v)) for k, v in op.function.kwargs)
+    return replace(op, function=replace(op.function, args=args, kwargs=kwargs))

@@ -160,9 +160,8 @@ def _tables(b: Builder, number: int):
             continue
         seen.add(ref)
         other = b.recorder.steps[ref.step]
-        stored = next(
-            (b.trace.stored[id(a)] for a in other.args if isinstance(a, Tensor) and id(a) in b.trace.stored), None
-        )
+        tables = (b._parameter(a) for a in other.args if isinstance(a, (Ref, Tensor)))
+        stored = next((t for t in tables if t is not None and t.get().is_floating_point()), None)
         given = [b._value(a) for a in leaves(other.args) if isinstance(a, (Ref, Tensor))]
         index = next((t for t in given if not t.dtype.is_floating_point), None)
         if (

@@ -32,7 +32,8 @@ def find(model: nn.Module) -> Graph | str:
         if trace.recorder.reads is not None:
             raise Refused(f"{trace.recorder.reads or '(model)'}: its code looks at numbers that it computed")
         graph = _built(trace)
-        graph.layers = 1 + max((u.layer for u in trace.updates), default=-1)
+        graph.layers = 1 + max((*(u.layer for u in trace.updates), *graph.owned), default=-1)
+        graph.own_cache = trace.own_cache
         graph.position_ids = "positions" in names
         graph.modules = list(model.modules())
         check(model, graph)
@@ -47,15 +48,22 @@ def find(model: nn.Module) -> Graph | str:
 def _built(trace: Trace) -> Graph:
     """The graph, with code that nobody knows as calls: of the innermost module that will do, or of recorded steps."""
     first = None
-    for steps in (False, True):
+    for steps, cached in ((False, False), (True, False), (True, True)):
         opaque: list[ModuleCall] = []
         while True:
             try:
                 return Builder(trace, opaque, steps).build()
             except Refused as refused:
                 first = first or refused
-                more = [] if refused.step is None else enclosing(trace, refused.step, opaque)
+                more = _more(trace, refused.step, opaque, cached)
                 if not more:
                     break
                 opaque += more
     raise first
+
+
+def _more(trace: Trace, step: int | None, opaque: list[ModuleCall], cached: bool) -> list[ModuleCall]:
+    """What else to leave to its own code, after a step that is not known."""
+    if step is None:
+        return []
+    return (cached and enclosing(trace, step, opaque, True)) or enclosing(trace, step, opaque)

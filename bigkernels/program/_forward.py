@@ -120,15 +120,20 @@ class _Call:
         if isinstance(described, str):
             raise Refusal(described)
         past = described.past
+        if past < 0:  # a cache of states alone does not count
+            past = described.past = max(self.mask.shape[-1] - self.tokens, 0) if type(self.mask) is Tensor else 0
         starts = starts_of(self.mask, self.batch, self.tokens, past, program.windows)
         positions, longest = self._positions(past)
+        if not program.graph.padded and (starts is not None or int(positions.min()) != past
+                                         or longest != past + self.tokens - 1):  # fmt: skip
+            raise Refusal("some of its layers cannot be told of padding, or of other positions")
         hidden = program.embed(self.ids, positions, self.embeds)
         if hidden.dtype != program.dtype or hidden.dim() != 3:
             raise Refusal(f"hidden states are {hidden.dtype}")
         logits = torch.empty(self.batch, self.keep, program.vocabulary, dtype=steps.output.dtype, device="cpu")
-        size = max(1, _ROWS // self.batch)
+        size = self.tokens if program.graph.owned else max(1, _ROWS // self.batch)
         if size >= self.tokens:
-            program.run(hidden, positions, starts, longest, described.packed, past, logits)
+            program.run(hidden, positions, starts, longest, described.packed, past, logits, cache)
             described.advance(self.tokens)
             size = self.tokens
         for begin in range(0, 0 if size == self.tokens else self.tokens, size):
@@ -136,11 +141,10 @@ class _Call:
             part = hidden[:, begin:end].contiguous(), positions[:, begin:end].contiguous()
             first = self.tokens - self.keep  # token of the first row of logits
             wanted = logits[:, max(begin - first, 0) : max(end - first, 0)]
-            out = wanted if wanted.is_contiguous() and wanted.shape[1] else wanted.new_empty(
-                self.batch, max(wanted.shape[1], 1), program.vocabulary)  # fmt: skip
-            program.run(*part, starts, longest, described.packed, described.past, out)
+            out = wanted if wanted.is_contiguous() else torch.empty_like(wanted, memory_format=torch.contiguous_format)
+            program.run(*part, starts, longest, described.packed, described.past, out, cache)
             described.advance(end - begin)
-            if out is not wanted and wanted.shape[1]:
+            if out is not wanted:
                 wanted.copy_(out)
         get, defaults = self.given.get, steps.defaults
         kept, as_tuple = get("use_cache"), get("return_dict")

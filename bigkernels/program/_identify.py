@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from . import _layers
 from ._attention import attention_between, spelled_out
-from ._calls import add_call
+from ._calls import add_call, window_in, with_window
 from ._experts import add_experts
 from ._forms import as_activation, as_norm, as_softcap, close, constant, plain, random
 from ._heads import Rotations, heads_between
 from ._ir import (
     Activate,
     Attend,
+    Call,
     Combine,
     Graph,
     Heads,
@@ -27,7 +27,7 @@ from ._ir import (
     StoredLinear,  # fmt: skip
 )
 from ._keep import keep_last
-from ._masks import far_windows, hints
+from ._masks import far_windows, hints, is_softmax
 from ._record import Trace
 from ._replay import between, dominators, replay
 from ._rows import as_rows, from_rows
@@ -101,6 +101,15 @@ class Builder:
                     yield from self._constants(other)
             elif isinstance(leaf, Tensor) and id(leaf) in self.trace.stored:
                 yield self.trace.stored[id(leaf)]
+
+    def own_layers(self, call: ModuleCall, layer: int, masked: bool) -> None:
+        """A call keeps a layer of the cache. Only `masked`, it can be told of padding."""
+        if any(u.layer == layer and not call.begin <= u.step < call.end for u in self.trace.updates):
+            raise Refused(f"{call.path}: others write to its layer of the cache")
+        if not masked and any(call.begin <= u.step < call.end for u in self.trace.updates):
+            raise Refused(f"{call.path}: its attention has no mask")
+        self.graph.owned.add(layer)
+        self.graph.padded = self.graph.padded and masked
 
     # ---- values ------------------------------------------------------------------------------------------------------
 
@@ -431,15 +440,28 @@ class Builder:
         most = hints(self.trace.model)
         if most <= 1:
             return
-        found = far_windows(self.trace.model, self.trace.vocabulary, most + 5)
-        attends = [i for i, op in enumerate(self.graph.operations) if isinstance(op, Attend)]
-        if len(found) != len(attends):
+        found = far_windows(self.trace.model, self.trace.vocabulary, most + 5, self.trace.own_cache)
+        attends = [(i, n) for i, op in enumerate(self.graph.operations) if (n := self._attentions(op))]
+        if len(found) != sum(n for _, n in attends):
             raise Refused("(model): its masks far into a text cannot be told apart")
-        for i, window in zip(attends, found, strict=True):
-            op = self.graph.operations[i]
-            if op.window not in (0, window):
+        for i, n in attends:
+            op, windows, found = self.graph.operations[i], set(found[:n]), found[n:]
+            if len(windows) > 1 or not window_in(op) <= {0, *windows}:
                 raise Refused("(model): a layer has two windows")
-            self.graph.operations[i] = replace(op, window=window)
+            self.graph.operations[i] = with_window(op, *windows)
+
+    def _attentions(self, op: object) -> int:
+        """How many attentions an operation has."""
+        if not isinstance(op, Call):
+            return isinstance(op, Attend)
+        if not op.cached:
+            return 0
+        call = next(c for c in self.opaque.values() if c.path == op.path)
+        steps = [s for s in self.recorder.steps[call.begin : call.end] if s.depends]
+        total = self.trace.past + self.trace.tokens.shape[1]
+        return sum(s.name == "scaled_dot_product_attention"
+                   or is_softmax(s.name, [self.tensor(a) if isinstance(a, Ref) else a for a in s.args], total)
+                   for s in steps)  # fmt: skip
 
     def _needed(self, ref: Ref) -> set[int]:
         found: set[int] = set()
@@ -527,19 +549,22 @@ class Builder:
         layer = update.layer
         keys, values = Ref(update.step, 0), Ref(update.step, 1)
         k, v = self.recorder.steps[update.step].args
-        attend = attention_between(self, q, keys, values, out)
-        q_heads = heads_between(self, q)
+        try:
+            attend = attention_between(self, q, keys, values, out)
+            q_heads = heads_between(self, q)
+        except Refused as refused:
+            raise Refused(str(refused), refused.step or out.step) from refused
         fresh = layer not in self.appended
         k_heads = heads_between(self, k, plain=True) if fresh else None
         v_heads = heads_between(self, v, plain=True) if fresh else None
         if fresh:
             self.appended[layer] = k
             if v_heads.angles is not None:
-                raise Refused(f"{where}: its values are rotated")
+                raise Refused(f"{where}: its values are rotated", out.step)
             if k_heads.angles is not None and q_heads.angles is not None and k_heads.angles != q_heads.angles:
-                raise Refused(f"{where}: queries and keys are rotated in two ways")
+                raise Refused(f"{where}: queries and keys are rotated in two ways", out.step)
             if (k_heads.angles is None) != (q_heads.angles is None):
-                raise Refused(f"{where}: only queries or only keys are rotated")
+                raise Refused(f"{where}: only queries or only keys are rotated", out.step)
         made = self.new(attend.heads * attend.d)
         of_keys = (k_heads.of, v_heads.of, k_heads.norm) if fresh else (None, None, None)
         rotation = q_heads.angles or (None, 0, False)
@@ -566,7 +591,7 @@ class Builder:
                 continue
             todo += self.recorder.steps[here.step].inputs
         if len(found) != 1:
-            raise Refused(f"{self.path(out)}: attention does not read the cache in one place")
+            raise Refused(f"{self.path(out)}: attention does not read the cache in one place", out.step)
         return next(iter(found.values()))
 
 

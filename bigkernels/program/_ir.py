@@ -209,12 +209,16 @@ class Experts:
 
 @dataclass(frozen=True)
 class Call:
-    """Values `outs` = function(*values `xs`), each (B, S, width): the model's own code in the middle of the program."""
+    """Values `outs` = function(*values `xs`), each (B, S, width): the model's own code in the middle of the program.
+
+    `cached`: it keeps something of the tokens in the cache, and is given a `_context.Context`, too.
+    """
 
     xs: tuple[int, ...]
     outs: tuple[int, ...]
     function: Callable
     path: str
+    cached: bool = False
 
 
 @dataclass(frozen=True)
@@ -250,7 +254,9 @@ class Graph:
         widths: of the values, by number.
         embed: (input_ids or inputs_embeds, position_ids) to the hidden states (B, S, width) that the first operation
             reads: the model's own code before its first block.
-        layers: how many caches there are.
+        layers: how many caches there are; `owned`, those that calls keep.
+        padded: whether sequences may have padding in front, and tokens other positions than their places.
+        own_cache: whether the cache has to be of the kind that the model's configuration asks for.
         position_ids: whether the model's forward takes them; if not, a token's position is its place in the cache.
         modules: all modules whose code the program stands for; what is called instead of them must be watched.
     """
@@ -261,6 +267,9 @@ class Graph:
     hidden: int = 0
     logits: int = -1
     layers: int = 0
+    owned: set[int] = field(default_factory=set)
+    padded: bool = True
+    own_cache: bool = False
     embed: Callable | None = None
     position_ids: bool = True
     modules: list[nn.Module] = field(default_factory=list)

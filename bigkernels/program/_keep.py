@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
-from ._ir import Attend, Graph, Heads, HeadsOf, Keep, Operation
+from ._ir import Attend, Call, Graph, Heads, HeadsOf, Keep, Operation
 
 _WRITES = {"out", "outs"}
 _NUMBERS = {"layer", "heads", "groups", "d", "dv", "window", "width", "x_column", "up_column", "angles", "rotary",
@@ -53,7 +53,7 @@ def renamed(op: Operation, old: int, new: int) -> Operation:
 def keep_last(graph: Graph) -> None:
     """After the last attention, where one value alone is read later on."""
     operations = graph.operations
-    last = max((i for i, op in enumerate(operations) if isinstance(op, (Attend, Heads))), default=-1)
+    last = max((i for i, op in enumerate(operations) if isinstance(op, (Attend, Heads)) or _keeps(op)), default=-1)
     for i in range(last + 1, len(operations)):
         before = {graph.hidden, *(v for op in operations[: i + 1] for v in writes(op))}
         live = {v for op in operations[i + 1 :] for v in reads(op)} & before
@@ -63,3 +63,7 @@ def keep_last(graph: Graph) -> None:
             later = [renamed(op, value, out) for op in operations[i + 1 :]]
             graph.operations = [*operations[: i + 1], Keep(value, out), *later]
             return
+
+
+def _keeps(op: Operation) -> bool:
+    return isinstance(op, Call) and op.cached

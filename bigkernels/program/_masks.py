@@ -45,7 +45,7 @@ def _numbers(held: dict, named: bool = False) -> list[int]:
     return found
 
 
-def far_windows(model: nn.Module, vocabulary: int, past: int) -> list[int]:
+def far_windows(model: nn.Module, vocabulary: int, past: int, own_cache: bool = False) -> list[int]:
     """The window of each attention, in the order in which they are called, after `past` tokens; 0: all is seen.
 
     Raises:
@@ -57,7 +57,7 @@ def far_windows(model: nn.Module, vocabulary: int, past: int) -> list[int]:
     most = _positions(model)
     first = min(past, most - _NEW)
     positions = torch.arange(first, first + _NEW, dtype=torch.int64, device=device)[None]
-    given = {names["ids"]: tokens, names["cache"]: _long_cache(past), "use_cache": True}
+    given = {names["ids"]: tokens, names["cache"]: _long_cache(past, model if own_cache else None), "use_cache": True}
     if "positions" in names:
         given[names["positions"]] = positions
     watcher = _Watcher(past + _NEW)
@@ -80,7 +80,7 @@ def _positions(model: nn.Module) -> int:
     return 2**24
 
 
-def _long_cache(past: int) -> Any:
+def _long_cache(past: int, model: nn.Module | None) -> Any:
     kind = type(new_cache())
 
     class Long(kind):
@@ -98,7 +98,12 @@ def _long_cache(past: int) -> Any:
         def get_mask_sizes(self, length: Any, *args: Any) -> tuple[int, int]:
             return past + _NEW, 0
 
-    return Long()
+    return Long() if model is None else Long(config=model.config)
+
+
+def is_softmax(name: str, args: tuple, total: int) -> bool:
+    """Whether a call is the softmax of an attention over so many keys, or with sinks beside them."""
+    return name in ("softmax", "_softmax") and args[0].dim() > 2 and args[0].shape[-1] in (total, total + 1)
 
 
 class _Watcher(TorchFunctionMode):
@@ -114,7 +119,7 @@ class _Watcher(TorchFunctionMode):
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
             self._see(mask, q)
             return v[:, :1, : q.shape[2]].expand(-1, q.shape[1], -1, -1).clone()
-        if name in ("softmax", "_softmax") and args[0].shape[-1] in (self.total, self.total + 1) and args[0].dim() > 2:
+        if is_softmax(name, args, self.total):
             self._see(args[0][..., : self.total], args[0])
         return func(*args, **kwargs)
 

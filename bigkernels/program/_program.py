@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..ops import program as ops
 from ._angles import Tables
 from ._cache import CacheShape
+from ._context import Context
 from ._embedding import Embed
 from ._ir import Attend, Call, Graph
 from ._lower import Lowered
@@ -37,7 +39,7 @@ class Program:
         self.graph, self.dtype, self._integers = graph, dtype, integers
         self._tables = Tables(graph.angles, dtype)
         self.shapes = _shapes(graph)
-        self.windows = {o.window for o in graph.operations if isinstance(o, Attend)}
+        self.windows = {o.window for o in graph.operations if isinstance(o, Attend)} or {0}
         self.lowered = Lowered(graph, dtype, integers)
         prefer_huge_pages(self.reads)
         self._table = _table(graph)
@@ -91,7 +93,7 @@ class Program:
 
     def run(
         self, hidden: Tensor, positions: Tensor, starts: Tensor | None, longest: int, caches: Tensor, past: int,
-        logits: Tensor,
+        logits: Tensor, cache: Any = None,
     ) -> None:  # fmt: skip
         """One run: keys and values go to the caches.
 
@@ -101,27 +103,30 @@ class Program:
             starts: (B,), int64, the first token of each sequence that is no padding; None where there is none.
             caches: a LayerCache a row.
             past: tokens that a sequence has in the caches.
-            logits: (B, keep, V), of the last `keep` tokens.
+            logits: (B, keep, V), of the last `keep` tokens, or of none.
+            cache: transformers' `Cache`, for calls that keep something there.
         """
         self.hold()
         angles = self._tables.at(positions, longest)
         if not self.lowered.calls:
             ops.run(self.lowered.packed, hidden, positions, starts, caches, angles, logits, past)
             return
+        context = Context(cache, positions, starts, past)
         number = ops.start(self.lowered.packed, hidden, positions, starts, caches, angles, logits.shape[1], past)
         try:
             while (at := ops.step(number)) >= 0:
                 tokens = (hidden if self.lowered.keeps is None or at < self.lowered.keeps else logits).shape[1]
-                self._call(number, self.lowered.calls[at], hidden.new_empty(hidden.shape[0], tokens, 0))
-            ops.read(number, self.lowered.logits, logits)
+                self._call(number, self.lowered.calls[at], hidden.new_empty(hidden.shape[0], tokens, 0), context)
+            if logits.shape[1]:
+                ops.read(number, self.lowered.logits, logits)
         finally:
             ops.finish(number)
 
-    def _call(self, number: int, call: Call, like: Tensor) -> None:
+    def _call(self, number: int, call: Call, like: Tensor, context: Context) -> None:
         given = [like.new_empty(*like.shape[:2], self.lowered.widths[x]) for x in call.xs]
         for x, t in zip(call.xs, given, strict=True):
             ops.read(number, x, t)
-        made = call.function(*given)
+        made = call.function(*given, context=context) if call.cached else call.function(*given)
         made = made if isinstance(made, (tuple, list)) else (made,)
         for value, t in zip(call.outs, made, strict=True):
             ops.write(number, value, t)
@@ -149,7 +154,8 @@ def _table(graph: Graph) -> nn.Embedding | None:
     return embed.tokens
 
 
-def _shapes(graph: Graph) -> list[CacheShape]:
+def _shapes(graph: Graph) -> list[CacheShape | None]:
+    """None for layers that calls keep."""
     shapes: dict[int, CacheShape] = {}
     for o in graph.operations:
         if isinstance(o, Attend):
@@ -159,6 +165,6 @@ def _shapes(graph: Graph) -> list[CacheShape]:
                 raise Refused("layers of different heads that share a cache")
             if held.window != shape.window:
                 shapes[o.layer] = held._replace(window=0)
-    if sorted(shapes) != list(range(graph.layers)):
+    if not graph.own_cache and {*shapes, *graph.owned} != set(range(graph.layers)):
         raise Refused("a layer of the cache that no attention reads")
-    return [shapes[i] for i in range(graph.layers)]
+    return [shapes.get(i) for i in range(graph.layers)]

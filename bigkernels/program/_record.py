@@ -43,6 +43,8 @@ class Trace:
     dtype: torch.dtype
     past: int
     vocabulary: int = 0
+    cache: Any = None
+    own_cache: bool = False  # whether it is of the kind that the model's configuration asks for
     paths: dict[nn.Module, str] = field(default_factory=dict)
 
     @property
@@ -119,7 +121,7 @@ def record(model: nn.Module, tokens: Tensor, positions: Tensor, cache: Any, mask
         raise Refused("(model): its logits are not computed from the tokens by PyTorch functions")
     dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
     paths = {module: path for path, module in model.named_modules()}
-    return Trace(model, recorder, tokens, positions, ref, updates, stored, dtype, 0, 0, paths)
+    return Trace(model, recorder, tokens, positions, ref, updates, stored, dtype, 0, 0, cache, paths=paths)
 
 
 def _wrap(recorder: Recorder, module: nn.Module, path: str) -> Callable:
@@ -237,18 +239,25 @@ def traced(model: nn.Module) -> Trace:
         low, vocabulary, (BATCH, PAST + length), generator=generator, dtype=torch.int64, device="cpu"
     )
     tokens = tokens.to(device)
-    cache = new_cache()
     every = torch.arange(PAST + length, dtype=torch.int64, device=device).expand(BATCH, -1)
-    record(model, tokens[:, :PAST].clone(), every[:, :PAST], cache)
-    found = record(model, tokens[:, PAST:].clone(), every[:, PAST:].clone(), cache)
-    found.past, found.vocabulary = PAST, vocabulary
+    for own in (False, True):
+        cache = new_cache(model if own else None)
+        try:
+            record(model, tokens[:, :PAST].clone(), every[:, :PAST], cache)
+            found = record(model, tokens[:, PAST:].clone(), every[:, PAST:].clone(), cache)
+            break
+        except Refused:
+            if own:
+                raise
+    found.past, found.vocabulary, found.own_cache = PAST, vocabulary, own
     return found
 
 
-def new_cache() -> Any:
+def new_cache(model: nn.Module | None = None) -> Any:
+    """With layers as the model's configuration asks for, or plain ones."""
     from transformers import DynamicCache
 
-    return DynamicCache()
+    return DynamicCache() if model is None else DynamicCache(config=model.config)
 
 
 def _vocabulary(model: nn.Module) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops.glu import ACTIVATIONS as GATES
 from . import _layers
+from ._context import Context
 from ._ir import (
     Activate,
     Attend,
@@ -33,9 +35,10 @@ ACTIVATIONS: dict[str, Callable] = GATES | {
 
 
 class Cache:
-    """The keys and values of each layer, (B, Hk, S, D), that `run` appends to."""
+    """The keys and values of each layer, (B, Hk, S, D), that `run` appends to; `theirs` is for calls with a cache."""
 
-    def __init__(self, layers: int):
+    def __init__(self, layers: int, theirs: Any = None):
+        self.theirs, self.past = theirs, 0
         self.keys: list[Tensor | None] = [None] * layers
         self.values: list[Tensor | None] = [None] * layers
 
@@ -57,6 +60,8 @@ def run(graph: Graph, hidden: Tensor, positions: Tensor, cache: Cache, *, starts
     angles = [
         tuple(t.to(hidden.dtype) for t in a.module(hidden.to(a.dtype), positions, *a.extra)) for a in graph.angles
     ]
+    context = Context(cache.theirs, positions, starts, cache.past)
+    cache.past += hidden.shape[1]
     for op in graph.operations:
         match op:
             case Norm():
@@ -77,7 +82,8 @@ def run(graph: Graph, hidden: Tensor, positions: Tensor, cache: Cache, *, starts
             case Experts():
                 values[op.out] = experts(op, values)
             case Call():
-                outs = op.function(*(values[x] for x in op.xs))
+                given = {"context": context} if op.cached else {}
+                outs = op.function(*(values[x] for x in op.xs), **given)
                 outs = outs if isinstance(outs, (tuple, list)) else (outs,)
                 values.update(zip(op.outs, outs, strict=True))
             case Keep():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ._context import HIDDEN, POSITIONS
 from ._ir import Angles
 from ._trace import ModuleCall, Ref, Refused, leaves
 
@@ -63,8 +64,8 @@ class Rotary:
         call = _call_of(b, roots)
         refs = [out for out in call.outs]
         outs = tuple(refs.index(root) for root in roots)
-        args = tuple(_named(b, a) for a in call.args)
-        kwargs = tuple((k, _named(b, v)) for k, v in call.kwargs.items())
+        args = tuple(named(b, a) for a in call.args)
+        kwargs = tuple((k, named(b, v)) for k, v in call.kwargs.items())
         made = cls(call.module, args, kwargs, outs, layout, sign, interleaved)
         dtype = b.trace.dtype
         plain = (layout == ("pairs" if interleaved else "halves") and sign == 1 and outs == (0, 1)
@@ -74,9 +75,6 @@ class Rotary:
         return Angles(call.module if plain else made, (), rotary, table, dtype)
 
 
-HIDDEN, POSITIONS = "<hidden states>", "<positions>"
-
-
 def _call_of(b: Builder, roots: tuple[Ref, ...]) -> ModuleCall:
     for call in b.recorder.calls:
         if all(root in call.outs for root in roots):
@@ -84,7 +82,7 @@ def _call_of(b: Builder, roots: tuple[Ref, ...]) -> ModuleCall:
     raise Refused(f"{b.path(roots[0])}: its angles come from no module")
 
 
-def _named(b: Builder, value: Any) -> Any:
+def named(b: Builder, value: Any) -> Any:
     if isinstance(value, Ref):
         if b.recorder.steps[value.step].depends:
             return HIDDEN

@@ -114,8 +114,9 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 _CASTS = {"float", "double", "half", "bfloat16", "to", "type", "type_as"}
-_LIKE = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like",
-         "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}  # fmt: skip
+# `empty_like` and `new_empty` are none of these: what is written to them, in parts, is of the tokens.
+_LIKE = {"zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+         "new_zeros", "new_ones", "new_full", "new_tensor"}  # fmt: skip
 _READS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "__len__", "__contains__",
           "is_nonzero", "equal", "allclose"}  # fmt: skip
 _QUIET = {"size", "stride", "dim", "numel", "__len__", "is_contiguous", "element_size", "data_ptr", "is_floating_point",

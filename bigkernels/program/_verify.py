@@ -85,7 +85,8 @@ def verify(module: nn.Module, program: Program) -> Output:
     batch, size = 2, getattr(module.get_input_embeddings(), "num_embeddings", program.vocabulary)
     ids = torch.randint(size, (batch, sum(_TOKENS)), generator=generator, dtype=torch.int64, device="cpu")
     mask = torch.ones_like(ids)
-    mask[1, :3] = 0
+    if program.graph.padded:
+        mask[1, :3] = 0
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     training = [m for m in module.modules() if m.training]
     for m in training:
@@ -93,8 +94,8 @@ def verify(module: nn.Module, program: Program) -> Output:
     try:
         with torch.no_grad(), suspended(module):
             theirs, output = _theirs(module, ids, mask, positions)
-            ours = _ours(program, ids, mask, positions, output.dtype)
-            exact = _exactly(program, ids, mask, positions)
+            ours = _ours(module, program, ids, mask, positions, output.dtype)
+            exact = _exactly(module, program, ids, mask, positions)
     finally:
         for m in training:
             m.training = True
@@ -125,17 +126,19 @@ def _theirs(module: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor) -> 
     return torch.cat(made, 1), Output(kind, name, made[0].dtype).tried(made[0], cache)
 
 
-def _exactly(program: Program, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+def _exactly(module: nn.Module, program: Program, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
     """The graph's logits in float32."""
     graph = program.graph
     hidden = graph.embed(ids, positions).float()
     starts = ids.shape[1] - mask.sum(1)
-    made = _reference.run(graph, hidden, positions, _reference.Cache(graph.layers), starts=starts)
+    made = _reference.run(graph, hidden, positions, _reference.Cache(graph.layers, new_cache(module)), starts=starts)
     return made.view(*ids.shape, -1)
 
 
-def _ours(program: Program, ids: Tensor, mask: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    made, cache, seen = [], new_cache(None), 0
+def _ours(
+    module: nn.Module, program: Program, ids: Tensor, mask: Tensor, positions: Tensor, dtype: torch.dtype
+) -> Tensor:
+    made, cache, seen = [], new_cache(module if program.graph.owned or program.graph.own_cache else None), 0
     starts = ids.shape[1] - mask.sum(1)
     for size in _TOKENS:
         part = positions[:, seen : seen + size].contiguous()
@@ -143,8 +146,9 @@ def _ours(program: Program, ids: Tensor, mask: Tensor, positions: Tensor, dtype:
         described = describe(cache, program.shapes, ids.shape[0], size, program.dtype)
         if isinstance(described, str):
             raise Refused(described)
+        described.past = seen
         logits = torch.empty(ids.shape[0], size, program.vocabulary, dtype=dtype, device="cpu")
-        program.run(hidden, part, starts, int(part.max()), described.packed, described.past, logits)
+        program.run(hidden, part, starts, int(part.max()), described.packed, described.past, logits, cache)
         described.advance(size)
         made.append(logits)
         seen += size

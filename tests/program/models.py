@@ -10,8 +10,20 @@ from torch import nn
 
 # What tiny configurations need besides the common sizes.
 MORE = {"is_decoder": True, "rotary_dim": 8, "default_language": "en_XX", "hc_mult": 2}
-# Families whose heads have a part that is rotated and one that is not: `head_dim` is that of the first.
-ROTATED_PART = {"head_dim": 8}
+# What some families need else, tried in order: heads with a part that is rotated and one that is not, whose `head_dim`
+# is that of the first; keys and values of each head, made from latents; layers with attention among those with states.
+_LATENT = {"head_dim": 8, "num_key_value_heads": 4}
+_MIXED = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "attn_layer_indices": [1, 3],
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "num_key_value_heads": 4,
+}
+VARIANTS = ({}, {"head_dim": 8}, _LATENT, _MIXED, _MIXED | {"layer_types": ["mamba", "attention"] * 2},
+            {"num_key_value_heads": 4, "layer_types": ["full_attention"] * 4})  # fmt: skip
 
 
 def causal() -> list[str]:
@@ -72,6 +84,23 @@ def own(name: str) -> nn.Module:
         if p.dim() < 2:
             p.data += 0.1 * torch.randn_like(p)  # ones and zeros hide what is done with them
     return model
+
+
+def small(name: str) -> nn.Module:
+    """A model that runs, or a skip."""
+    if name in OWN:
+        return own(name)
+    skip, built = None, False
+    for more in VARIANTS:
+        try:
+            model = any_build(name, **more)
+        except pytest.skip.Exception as reason:
+            skip = skip or reason
+            continue
+        built = True
+        if runs(model):
+            return model
+    raise pytest.skip.Exception("does not run") if built else skip
 
 
 def runs(model: nn.Module) -> bool:
