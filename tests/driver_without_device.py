@@ -86,7 +86,7 @@ class Driver:
 
 def kernels() -> list[JITFunction]:
     """Every kernel of the package."""
-    names = (*KERNELS, "_append", "_attention", "_decode", "_norm")
+    names = (*KERNELS, "_append", "_attention", "_decode", "_norm", "_quantized_many")
     modules = [importlib.import_module(f"bigkernels.triton.{name}") for name in names]
     return list({fn for module in modules for fn in vars(module).values() if isinstance(fn, JITFunction)})
 

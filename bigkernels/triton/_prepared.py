@@ -329,7 +329,7 @@ def prepared(launcher: Callable) -> Callable:
     find, tensor, runtime = tapes.get, Tensor, triton.knobs.runtime
 
     def call(*args: Any) -> Any:
-        key: list[Any] = [_registry._nondeterministic and not _deterministic()]
+        key: list[Any] = [_registry._nondeterministic and not _deterministic(), _registry._forced]
         pointers: list[int] = []
         for a in args:
             if isinstance(a, tensor):

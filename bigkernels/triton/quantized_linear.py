@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import quantized_linear as op
-from ._launch import falls_back, launch, power_of_2, processors, rows
+from ._launch import falls_back, launch, power_of_2, processors, require, rows
 
 INT8, FP8, AFFINE4, BOOK4, AFFINE4M, INT8G = range(6)
 _FEW = 16  # tokens: the least that tensor cores multiply
@@ -234,7 +234,11 @@ def forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wid
     tokens = rows(x)
     m = tokens.shape[0]
     if dynamic:
-        return _forward_integers(tokens, codes, scale, bias, out)
+        return _forward_rounded(tokens, codes, scale, bias, out)
+    if _many.takes_cublas(tokens, bias, wide):
+        operands = (codes, scale, zero, row_scale, book)
+        _many.forward_by_cublas(tokens, *operands, bias, group, k, out.view(m, n))
+        return out
     tile, warps = _tile(m, x.dtype)
     programs = triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"])
     splits = _splits(programs, k, tile["BK"], x.device) if m <= _FEW else 1
@@ -253,12 +257,14 @@ def forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wid
     return out
 
 
-def _forward_integers(tokens: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+def _forward_rounded(tokens: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     (m, k), n = tokens.shape, codes.shape[0]
-    rounded = tokens.new_empty(m, k, dtype=torch.int8)
-    token_scale = tokens.new_empty(m, dtype=torch.float32)
-    launch(round_tokens, (m,), tokens, rounded, token_scale, k, tokens.stride(0), BLOCK=min(2048, power_of_2(k)),
-           num_warps=4)  # fmt: skip
+    if codes.dtype == torch.uint8:
+        require("quantized_linear_fwd", _many.takes_scaled_mm(tokens, codes), "fp8 tokens are for torch._scaled_mm")
+        return _many.forward_by_scaled_mm(tokens, codes, scale, bias).view(out.shape)
+    if _many.takes_int_mm(tokens, codes):
+        return _many.forward_by_int_mm(tokens, codes, scale, bias, out)
+    rounded, token_scale = _many.rounded_tokens(tokens, torch.int8)
     tile, warps = ({"BM": 16, "BN": 64, "BK": 128}, 4) if m <= _FEW else ({"BM": 128, "BN": 128, "BK": 64}, 8)
     grid = (triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"]),)
     launch(multiply_integers, grid, rounded, token_scale, codes, scale, bias, out, m, n, k, codes.stride(0),
@@ -273,6 +279,10 @@ def backward(grad, codes, scale, zero, row_scale, book, group, k) -> Tensor:
         return out
     rows_of_grad = rows(grad)
     m, n = rows_of_grad.shape
+    if _many.takes_cublas_back(rows_of_grad, codes, k):
+        w = _many.decoded(codes, scale, zero, row_scale, book, group, k, grad.dtype)
+        torch.mm(rows_of_grad, w, out=out.view(m, k))
+        return out
     wide = grad.dtype == torch.float32
     tile = {
         "BM": 16 if m <= 16 else 64 if wide or m <= 64 else 128,
@@ -311,3 +321,10 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
     for m in (1, 2048):
         x = torch.empty(m, k, dtype=dtype, device="meta")
         yield forward, (x, *operands[0][:5], None, 0, k, True)
+    for weight in operands:
+        yield _many.decoded, (*weight, k, dtype)
+    yield _many.rounded_tokens, (x, torch.uint8)
+    yield _many.scaled, (x.new_empty(2048, n, dtype=torch.int32), one.new_empty(2048), one, None, x.new_empty(2048, n))
+
+
+from . import _quantized_many as _many  # noqa: E402 - it uses the kernels above
