@@ -198,7 +198,7 @@ def test_layouts_are_forgotten_in_the_order_in_which_they_came(monkeypatch):
     wrapped = prepared(lambda a: a.new_empty(a.shape))
     for n in range(1, 9):
         wrapped(torch.empty(n))
-    assert [key[1] for key in wrapped.tapes] == [(6,), (7,), (8,)]
+    assert [key[2] for key in wrapped.tapes] == [(6,), (7,), (8,)]
 
 
 def test_results_of_inference_are_inference_tensors():
