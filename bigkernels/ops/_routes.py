@@ -74,6 +74,8 @@ TABLE: tuple[Route, ...] = (
     Route("attention", "odd heads", _FIRST, _END, "triton", "predicted", "PyTorch's kernels pad heads in copies"),
     Route("attention", "masked", _FIRST, _END, "triton", "predicted",
           "PyTorch serves masks by its memory-efficient kernels alone, which skip no blocks"),
+    Route("attention", "masked, one query of a model", _FIRST, _END, "torch", "predicted",
+          "what models have: of static caches; ours does not cut the keys into parts where there is a mask"),
     Route("attention", "with options", _FIRST, _END, "triton", "predicted", _ONLY),
     Route("varlen_attention", "packed", _FIRST, _END, "triton", "predicted", "models mask the other sequences densely"),
     Route("decode_attention", "over a cache", _FIRST, _END, "triton", "predicted",
@@ -130,17 +132,18 @@ def routes(capability: Capability) -> list[Route]:
 
 
 def attention_call(
-    q: Tensor, k: Tensor, v: Tensor, *, left: int, right: int, masked: bool, others: bool, deterministic: bool
-) -> str:
+    q: Tensor, k: Tensor, v: Tensor, *, left: int, right: int, masked: bool, others: bool, deterministic: bool,
+    of_model: bool = False,
+) -> str:  # fmt: skip
     """The kind of a call, as the table names them. `others` are options beside mask, window and scale; `deterministic`
-    is whether equal inputs have to give equal gradients.
+    is whether equal inputs have to give equal gradients; `of_model`, whether PyTorch's attention was there before.
     """
     queries, keys = q.shape[2], k.shape[2]
     causal = right == 0 and queries > 1
     if others or left >= 0 or right > 0 or (causal and queries != keys):
         return "with options"
     if masked:
-        return "masked"
+        return "masked, one query of a model" if of_model and queries == 1 and not needs_grad(q, k, v) else "masked"
     size = q.shape[3]
     if size != v.shape[3] or size % 8 or size > 256:
         return "odd heads"
@@ -155,9 +158,11 @@ def attention_call(
 
 def by_torch(
     q: Tensor, k: Tensor, v: Tensor, *, left: int, right: int, scale: float | None, masked: bool, others: bool,
-    deterministic: bool, dropout_p: float = 0.0,
+    deterministic: bool, dropout_p: float = 0.0, mask: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Attention by PyTorch's kernels, with the gradients that these have, where the table says so; else None.
+
+    `mask` is given where it was PyTorch's that the call took the place of: rows that see nothing are then as they were.
 
     Raises:
         RuntimeError: PyTorch's are forced and do not take this.
@@ -166,17 +171,24 @@ def by_torch(
     capability = capability_of(q)
     if capability is None or (forced is not None and forced != "torch") or not _fits(q, k, v):
         return None
-    call = attention_call(q, k, v, left=left, right=right, masked=masked, others=others, deterministic=deterministic)
+    call = attention_call(q, k, v, left=left, right=right, masked=masked, others=others, deterministic=deterministic,
+                          of_model=mask is not None)  # fmt: skip
     row = find("attention", call, capability)
     if forced == "torch":
-        if call in ("with options", "masked"):
+        if call in ("with options", "masked"):  # a mask of ours is not one of theirs
             raise RuntimeError(f"bigkernels.attention: 'torch' was forced but this call is one {call}")
     elif row.ours or not torch.backends.cuda.flash_sdp_enabled():  # whoever switched it off wants no fused kernel
         return None
     causal = right == 0 and q.shape[2] > 1
     much = q.numel() * k.shape[2] >= _MUCH
     backends = _order() if much and row.by == "cudnn" else None
-    options = {"is_causal": causal, "scale": scale, "dropout_p": dropout_p, "enable_gqa": q.shape[1] != k.shape[1]}
+    options = {
+        "attn_mask": mask,
+        "is_causal": causal,
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "enable_gqa": q.shape[1] != k.shape[1],
+    }
     if backends is None:
         return F.scaled_dot_product_attention(q, k, v, **options)
     with sdpa_kernel(backends, set_priority=True):

@@ -103,6 +103,7 @@ def attend(
     found = _routes.by_torch(
         q, k, v, left=left, right=right, scale=scale, masked=mask is not None,
         others=bias is not None or any(option is not None for option in options.values()), dropout_p=dropout_p,
+        mask=mask,
         deterministic=torch.are_deterministic_algorithms_enabled(),  # the model's own attention promises no more
     )  # fmt: skip
     if found is not None:
