@@ -9,6 +9,7 @@ from .gguf import load_gguf
 from .nn.linear import pack
 from .ops import allow_nondeterministic, use
 from .patch import patch, patched, unpatch
+from .published import load_quantized
 from .quantization import dequantize, quantize, refresh
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "functional",
     "info",
     "load_gguf",
+    "load_quantized",
     "losses",
     "memory",
     "nn",

@@ -42,6 +42,7 @@ class Config(QuantizationConfigMixin):
                              f"where {VERSION} is known")  # fmt: skip
         self.quant_method = quant_method
         self.config, self.skip, self.embeddings = _formats(config), as_names(skip), embeddings
+        self.reading: Any = None  # makes the operation of the loader from a model, where it is not the usual one
         self.held = {"formats": formats or [], "tied": tied or {}, "adapters": adapters or []}
         for each in self._chosen():
             if each is not None and each.calibrated:

@@ -57,7 +57,7 @@ def build(model: nn.Module, held: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         ValueError: a description is none, or a layer cannot be so.
     """
-    names = list(dict.fromkeys(_candidates(model)))
+    names = list(dict.fromkeys(candidates(model)))
     prefix = getattr(model, "base_model_prefix", "")
     where = {path: paths for paths in places(model).values() for path in paths}
     formats = _by_name(held["formats"])
@@ -111,7 +111,7 @@ def _typed(weight: Tensor, dtype: str | None) -> Tensor:
     return weight if dtype is None else weight.to(_dtype(dtype))
 
 
-def _candidates(model: nn.Module) -> Iterator[str]:
+def candidates(model: nn.Module) -> Iterator[str]:
     """What a format can be of: linear layers, embeddings, and the weights of experts."""
     for path, module in model.named_modules():
         kind = plain_kind(module)
@@ -135,7 +135,7 @@ def _general(name: str) -> str:
 def _collapsed(named: Mapping[str, Hashable], model: nn.Module) -> dict[Hashable, list[str]]:
     """The names of each kind; those that differ by numbers alone are one, if all of the model are of that kind."""
     kinds = defaultdict(set)
-    for name in _candidates(model):
+    for name in candidates(model):
         kinds[_general(name)].add(named.get(name))
     made: dict[Hashable, list[str]] = defaultdict(list)
     for name, kind in named.items():

@@ -19,7 +19,7 @@ from ...quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear
 from ._config import METHOD, Config
 from ._files import check
 from ._held import adapters, build, describe, quantized
-from ._read import Reading
+from ._read import Reading, ReadingBase
 
 # An unknown method is a warning to transformers, and an unknown fusion an error, whose text this is a part of.
 NOTE = "this model is quantized by bigkernels; `import bigkernels.integrations.transformers` before you load it"
@@ -32,7 +32,7 @@ class Quantizer(HfQuantizer):
     def __init__(self, quantization_config: Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._model: weakref.ref | None = None
-        self._reading: Reading | None = None
+        self._reading: ReadingBase | None = None
         self._stored: set[str] = set()
         self._tied: dict[str, str] = {}
 
@@ -53,7 +53,7 @@ class Quantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if not self.pre_quantized:
-            self._reading = Reading(model, self.quantization_config)
+            self._reading = (self.quantization_config.reading or Reading)(model, self.quantization_config)
             _untie(model, self._reading.grouped)
             return
         self._tied = build(model, self.quantization_config.held)
@@ -109,6 +109,7 @@ class Quantizer(HfQuantizer):
         self._reading = None
         if self.pre_quantized:  # our files need no conversion; what is dequantized is saved as usual
             model.__dict__.pop("_weight_conversions", None)
+        model.__dict__.setdefault(_OURS, {})
         note(model)
         return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,19 @@ from ...quantization.qat import plain_kind
 from ._config import Config
 
 
-class Reading(ConversionOps):
+class ReadingBase(ConversionOps):
+    """An operation of transformers' loader that puts modules in the places of weights.
+
+    Attributes:
+        chosen: the names of the weights that it is for.
+        grouped: the paths of layers that share their codes with another.
+    """
+
+    chosen: Mapping[str, Any]
+    grouped: list[str]
+
+
+class Reading(ReadingBase):
     """An operation of transformers' loader: a weight that it read goes into codes, and its layer into one that holds
     these. A model holds the layers that were read in codes, and the others without values.
 

@@ -1,0 +1,110 @@
+"""Folders as other libraries write them, packed here from descriptions of their layouts, and the weights in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+SIZES = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+IDS = torch.arange(3, 15)[None]
+Layer = Callable[[int, int], tuple[dict[str, Tensor], Tensor]]
+
+
+def model(dtype: torch.dtype = torch.float16, kind: str = "Llama", **options) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **options)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype).eval()
+
+
+def write(folder: Path, layer: Layer, quantization: dict, plain: nn.Module | None = None) -> dict[str, Tensor]:
+    """A model whose linear layers, but for the head, are what `layer` makes of (N, K): its tensors by their last parts,
+    and the weight that these stand for.
+
+    Returns:
+        All weights of the model, by name.
+    """
+    plain = plain or model()
+    plain.save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    expected = dict(state)
+    for name, t in list(state.items()):
+        if t.dim() == 2 and "embed" not in name and "lm_head" not in name and "gate.weight" not in name:
+            tensors, weight = layer(*t.shape)
+            path = name.removesuffix(".weight")
+            del state[name]
+            state |= {f"{path}.{part}": value.contiguous() for part, value in tensors.items()}
+            expected[name] = weight
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    return expected
+
+
+def words(values: Tensor, bits: int) -> Tensor:
+    """(m, n) values as (m * bits / 32, n) int32, a stream of bits down each column."""
+    columns = []
+    for column in values.T.tolist():
+        stream = sum(v << bits * i for i, v in enumerate(column))
+        columns.append(np.frombuffer(stream.to_bytes(len(column) * bits // 8, "little"), dtype="<i4"))
+    return torch.from_numpy(np.stack(columns, 1).copy())
+
+
+def gptq(
+    bits: int, size: int, *, sym: bool = False, v2: bool = False, act_order: bool = False, zero_from: int = 1
+) -> Layer:
+    def layer(n: int, k: int) -> tuple[dict[str, Tensor], Tensor]:
+        groups = k // size if size > 0 else 1
+        codes = torch.randint(0, 1 << bits, (k, n))
+        zero = torch.full((groups, n), 1 << bits - 1) if sym else torch.randint(zero_from, 1 << bits, (groups, n))
+        scales = (torch.rand(groups, n) / 50 + 0.001).half()
+        group = torch.arange(k) // (k // groups)
+        if act_order:
+            group = group[torch.randperm(k)]
+        stored = zero if v2 else (zero - 1) & ((1 << bits) - 1)
+        weight = scales[group] * (codes - zero[group]).half()  # in float16, as AutoGPTQ and GPTQModel compute it
+        tensors = {"qweight": words(codes, bits), "qzeros": words(stored.T, bits).T, "scales": scales,
+                   "g_idx": group.int()}  # fmt: skip
+        return tensors, weight.T.contiguous()
+
+    return layer
+
+
+def awq(size: int, version: str) -> Layer:
+    def layer(n: int, k: int) -> tuple[dict[str, Tensor], Tensor]:
+        codes, zero = torch.randint(0, 16, (n, k)), torch.randint(0, 16, (n, k // size))
+        scales = (torch.rand(n, k // size) / 50 + 0.001).half()
+        weight = (codes - zero.repeat_interleave(size, 1)).half() * scales.repeat_interleave(size, 1)
+        if version == "gemm":
+            order = (0, 2, 4, 6, 1, 3, 5, 7)
+            along = lambda v: words(v.T.unflatten(1, (-1, 8))[..., order].flatten(1).T, 4).T  # noqa: E731
+            return {"qweight": along(codes), "qzeros": along(zero), "scales": scales.T}, weight
+        width = -(-(k // size) // 8)
+        width = -(-width // {128: 1, 64: 2, 32: 4}[size]) * {128: 1, 64: 2, 32: 4}[size]
+        padded = torch.zeros(n, width * 8, dtype=torch.int64)
+        padded[:, : k // size] = zero
+        wide = torch.zeros(n, width * 8, dtype=torch.float16)
+        wide[:, : k // size] = scales
+        return {"qweight": words(codes.T, 4).T, "qzeros": words(padded.T, 4).T, "scales": wide}, weight
+
+    return layer
+
+
+def int8_rows(n: int, k: int) -> tuple[dict[str, Tensor], Tensor]:
+    codes, most = torch.randint(-127, 128, (n, k), dtype=torch.int8), torch.rand(n) + 0.01
+    weight = codes * most[:, None] * 7.874015718698502e-3
+    return {"weight": codes, "SCB": most, "weight_format": torch.tensor(0, dtype=torch.uint8)}, weight
+
+
+def dense(values: dict[str, Tensor]) -> nn.Module:
+    made = model()
+    made.load_state_dict(values, strict=False)
+    return made

@@ -1,0 +1,222 @@
+"""`load_quantized` of folders in the layouts of other libraries."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+import bigkernels
+from bigkernels.nn import QuantizedExperts, QuantizedLinear
+from bigkernels.quantization import FP8, Q8_0, Int4, Int8, Int8Dynamic
+
+transformers = pytest.importorskip("transformers", minversion="5")
+safetensors = pytest.importorskip("safetensors.torch")
+
+from published import folders  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def checked(folder, expected: dict, formats: set, dtype: torch.dtype = torch.float16, exact: bool = True):
+    """The model of a folder: its weights bit for bit, and its logits beside those of a plain model with them."""
+    model = bigkernels.load_quantized(folder)
+    found = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert {type(m.config) for m in found.values()} == formats
+    assert len(found) + len(model.dense_layers) == 7
+    for path, module in found.items():
+        if exact:
+            assert torch.equal(module.qweight.dequantize(dtype), expected[f"{path}.weight"].to(dtype)), path
+        else:
+            torch.testing.assert_close(module.qweight.dequantize(torch.float32), expected[f"{path}.weight"], rtol=2e-7,
+                                       atol=0)  # fmt: skip
+    for path in model.dense_layers:
+        assert torch.equal(model.get_submodule(path).weight, expected[f"{path}.weight"].to(dtype)), path
+    if Int8Dynamic not in formats:
+        plain = folders.model(dtype)
+        plain.load_state_dict(expected)
+        with torch.no_grad():
+            a, b = (m.float()(folders.IDS).logits for m in (bigkernels.dequantize(model) or model, plain))
+        torch.testing.assert_close(a, b, rtol=5e-3, atol=5e-3)
+    return model
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [32, 64, 128, -1])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_gptq(tmp_path, bits: int, size: int, version: str):
+    layer = folders.gptq(bits, size, sym=bits == 8, v2=version == "gptq_v2")
+    said = {"quant_method": "gptq", "bits": bits, "group_size": size, "checkpoint_format": version, "sym": bits == 8}
+    expected = folders.write(tmp_path, layer, said)
+    by_eight = {Int8} if size < 1 else {Q8_0, Int8} if size == 128 else {Q8_0}  # some rows are one group of 128
+    checked(tmp_path, expected, by_eight if bits == 8 else {Int4})
+
+
+def test_gptq_that_no_format_stands_for(tmp_path):
+    for layer, said in ((folders.gptq(4, 64, act_order=True), {"bits": 4, "group_size": 64, "desc_act": True}),
+                        (folders.gptq(8, 64), {"bits": 8, "group_size": 64, "sym": False})):  # fmt: skip
+        expected = folders.write(tmp_path, layer, {"quant_method": "gptq", "sym": False} | said)
+        checked(tmp_path, expected, set())
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"quantizer": ["gptqmodel:2.0"]}}])
+def test_gptq_zero_points_that_are_zero(tmp_path, meta: dict):
+    """AutoGPTQ takes one from each number alone, GPTQModel from a word of eight."""
+
+    def layer(n: int, k: int):
+        tensors, weight = folders.gptq(4, 64, v2=True, zero_from=0)(n, k)
+        wide = tensors["qzeros"].long() & 0xFFFFFFFF
+        if meta:
+            stored = (wide - 0x11111111) & 0xFFFFFFFF
+        else:
+            stored = sum(((wide >> 4 * i) - 1 & 15) << 4 * i for i in range(8))
+        return tensors | {"qzeros": torch.where(stored >= 2**31, stored - 2**32, stored).int()}, weight
+
+    expected = folders.write(
+        tmp_path, layer, {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False} | meta
+    )
+    checked(tmp_path, expected, {Int4})
+
+
+@pytest.mark.parametrize("version", ["gemm", "gemv"])
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_awq(tmp_path, version: str, size: int):
+    said = {"quant_method": "awq", "bits": 4, "group_size": size, "version": version, "zero_point": True}
+    checked(tmp_path, folders.write(tmp_path, folders.awq(size, version), said), {Int4})
+
+
+def test_llm_int8(tmp_path):
+    said = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
+    checked(tmp_path, folders.write(tmp_path, folders.int8_rows, said), {Int8}, exact=False)
+
+
+def test_experts_that_transformers_joins(tmp_path):
+    plain = folders.model(kind="Mixtral", num_local_experts=3, num_experts_per_tok=2)
+    said = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}
+    expected = folders.write(tmp_path, folders.awq(64, "gemm"), said, plain)
+    found = bigkernels.load_quantized(tmp_path)
+    experts = found.model.layers[0].mlp.experts
+    assert isinstance(experts.gate_up_proj, QuantizedExperts) and isinstance(experts.gate_up_proj.config, Int4)
+    prefix = "model.layers.0.block_sparse_moe.experts"
+    prefix = prefix if f"{prefix}.0.w1.weight" in expected else "model.layers.0.mlp.experts"
+    for i in range(3):
+        w1, w2, w3 = (expected[f"{prefix}.{i}.w{j}.weight"] for j in (1, 2, 3))
+        assert torch.equal(experts.gate_up_proj.dequantize(torch.float16)[i], torch.cat((w1, w3)))
+        assert torch.equal(experts.down_proj.dequantize(torch.float16)[i], w2)
+    with torch.no_grad():
+        logits = found(folders.IDS).logits
+    found.save_pretrained(tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        assert torch.equal(again(folders.IDS).logits, logits)
+
+
+def test_other_dtypes_adapters_and_saving(tmp_path):
+    said = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}
+    folders.write(tmp_path, folders.awq(64, "gemm"), said)
+    model = bigkernels.load_quantized(str(tmp_path), dtype=torch.float32)
+    assert model.dtype == model.model.layers[0].mlp.up_proj.dtype == torch.float32 and not model.training
+    with torch.no_grad():
+        logits = model(folders.IDS).logits
+    model.save_pretrained(tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        assert torch.equal(again(folders.IDS).logits, logits)
+    bigkernels.nn.LoRALinear.add_to(model, rank=2)
+    model(folders.IDS, labels=folders.IDS).loss.backward()
+    assert model.model.layers[0].mlp.up_proj.lora_b.grad.abs().sum() > 0
+
+
+# ---- damaged folders -------------------------------------------------------------------------------------------------
+
+
+def changed(folder, change) -> None:
+    state = safetensors.load_file(folder / "model.safetensors")
+    change(state)
+    safetensors.save_file({k: t.contiguous() for k, t in state.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda s: s.pop(f"{UP}.scales"), f"no tensor {UP}.scales"),
+    (lambda s: s.update({f"{UP}.scales": s[f"{UP}.scales"][:1]}), f"{UP}.scales has 1 groups|{UP}.qzeros has shape"),
+    (lambda s: s.update({f"{UP}.qzeros": s[f"{UP}.qzeros"].long()}), f"{UP}.qzeros is torch.int64"),
+    (lambda s: s.update({f"{UP}.qweight": s[f"{UP}.qweight"][:-1]}), f"{UP}"),
+    (lambda s: s.update({f"{UP}.qweight": s[f"{UP}.qweight"][0]}), f"{UP}.qweight has shape"),
+    (lambda s: s[f"{UP}.scales"].fill_(float("inf")), f"{UP}.scales holds a value that is not finite"),
+    (lambda s: s[f"{UP}.g_idx"].fill_(99), f"{UP}.g_idx names group 99"),
+    (lambda s: s.update({"model.norm.weight": s["model.norm.weight"][:5]}), "model.norm.weight"),
+    (lambda s: s.pop("model.norm.weight"), "model.norm.weight"),
+    (lambda s: s.update({"lm_head.weight": s["lm_head.weight"][:5]}), "lm_head.weight has shape"),
+    (lambda s: s.update({"surprise.weight": s["lm_head.weight"].clone()}), "surprise.weight"),
+], ids=range(11))  # fmt: skip
+def test_damaged_tensors_are_named(tmp_path, change, message: str):
+    said = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True}
+    folders.write(tmp_path, folders.gptq(4, 64, sym=True), said)
+    changed(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        bigkernels.load_quantized(tmp_path)
+
+
+@pytest.mark.parametrize("said", [
+    None, 3, {}, {"quant_method": "eetq"}, {"quant_method": "gptq"}, {"quant_method": "gptq", "bits": 5},
+    {"quant_method": "gptq", "bits": "4"}, {"quant_method": "gptq", "bits": 4, "group_size": 48},
+    {"quant_method": "gptq", "bits": 4, "group_size": "x"}, {"quant_method": "awq", "version": "marlin"},
+    {"quant_method": "compressed-tensors"}, {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+], ids=str)  # fmt: skip
+def test_configurations_that_are_none(tmp_path, said):
+    folders.write(tmp_path, folders.gptq(4, 64, sym=True), said)
+    with pytest.raises(ValueError, match="bigkernels"):
+        bigkernels.load_quantized(tmp_path)
+
+
+def test_damaged_files(tmp_path):
+    """Bytes are changed and cut at random: a model, or a ValueError, and nothing else."""
+    import unittest.mock
+
+    said = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False}
+    folders.write(tmp_path, folders.gptq(4, 64), said)
+    from bigkernels.published import _load, _methods
+
+    path = tmp_path / "model.safetensors"
+    data, method = path.read_bytes(), _methods.method_of(said)
+    header = int.from_bytes(data[:8], "little") + 8
+    chance = random.Random(0)
+    outcomes = {"read": 0, "refused": 0}
+    with unittest.mock.patch.object(_load, "_WHAT", "here"):
+        for i in range(300):
+            broken = bytearray(data)
+            if i % 3:
+                for _ in range(chance.choice((1, 3, 20))):
+                    broken[chance.randrange(header if i % 3 == 1 else len(data))] = chance.randrange(256)
+            else:
+                del broken[chance.randrange(len(data)) :]
+            path.write_bytes(broken)
+            try:
+                for held in _load._weights(_load._State(tmp_path), method).values():
+                    if isinstance(held, _load.Layer):
+                        held[...]
+                outcomes["read"] += 1
+            except ValueError:
+                outcomes["refused"] += 1
+    assert min(outcomes.values()) > 20
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is no JSON"):
+        bigkernels.load_quantized(tmp_path)
+    with pytest.raises(OSError, match="config.json"):
+        bigkernels.load_quantized(tmp_path / "nowhere")
+
+
+def test_files_are_in_the_folder(tmp_path):
+    said = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True}
+    folders.write(tmp_path, folders.gptq(4, 64, sym=True), said)
+    index = tmp_path / "model.safetensors.index.json"
+    for weights, error in (({"a": "../x.safetensors"}, ValueError), ({"a": "x.safetensors"}, OSError)):
+        index.write_text(json.dumps({"weight_map": weights}))
+        with pytest.raises(error):
+            bigkernels.load_quantized(tmp_path)
+    assert FP8
