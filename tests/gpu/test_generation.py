@@ -1,4 +1,4 @@
-"""Decoding inside CUDA graphs: patched and quantized models over static caches give the tokens that they give eagerly."""
+"""Decoding inside CUDA graphs: patched and quantized models over static caches give the tokens of eager decoding."""
 
 from __future__ import annotations
 
