@@ -32,13 +32,29 @@ def check(model: nn.Module, graph: Graph) -> None:
         if "mask" in arguments(model) and graph.padded:  # the second sequence has no padding
             starts = torch.tensor([4, 0], dtype=torch.int64, device=device)
             try:
-                return _steps(model, graph, [tokens(2, n) for n in (7, 1, 3)], starts)
+                _steps(model, graph, [tokens(2, n) for n in (7, 1, 3)], starts)
             except Refused:
                 graph.padded = False
-        _steps(model, graph, [tokens(2, n) for n in (9, 1, 3)], None)
+        if "mask" not in arguments(model) or not graph.padded:
+            _steps(model, graph, [tokens(2, n) for n in (9, 1, 3)], None)
+        if graph.position_ids:
+            pieces = [tokens(2, n) for n in (5, 1)]
+            graph.counted = tuple(
+                (s is None or ("mask" in arguments(model) and graph.padded)) and _counted(model, graph, pieces, s)
+                for s in (None, torch.tensor([3, 0], dtype=torch.int64, device=device))
+            )
 
 
-def _steps(model: nn.Module, graph: Graph, pieces: list[Tensor], starts: Tensor | None) -> None:
+def _counted(model: nn.Module, graph: Graph, pieces: list[Tensor], starts: Tensor | None) -> bool:
+    """Whether tokens whose positions are not given have those of their places."""
+    try:
+        _steps(model, graph, pieces, starts, given=False)
+    except Refused:
+        return False
+    return True
+
+
+def _steps(model: nn.Module, graph: Graph, pieces: list[Tensor], starts: Tensor | None, given: bool = True) -> None:
     cache, own = (new_cache(model if graph.own_cache else None) for _ in range(2))
     ours = _reference.Cache(graph.layers, own)
     past = 0
@@ -47,10 +63,10 @@ def _steps(model: nn.Module, graph: Graph, pieces: list[Tensor], starts: Tensor 
         positions = torch.arange(past, past + length, dtype=torch.int64, device=piece.device).expand(batch, -1)
         mask = None
         if starts is not None:
-            if graph.position_ids:
+            if graph.position_ids and given:
                 positions = (positions - starts[:, None]).clamp_min(0)
             mask = (torch.arange(past + length, dtype=torch.int64, device=piece.device)[None] >= starts[:, None]).long()
-        trace = record(model, piece, positions, cache, mask)
+        trace = record(model, piece, positions if given else None, cache, mask)
         theirs = trace.recorder.steps[trace.logits.step].outs[trace.logits.number]
         hidden = graph.embed.exact(piece, positions)
         made = _reference.run(graph, hidden, positions, ours, starts=starts)

@@ -124,6 +124,8 @@ class _Call:
             past = described.past = max(self.mask.shape[-1] - self.tokens, 0) if type(self.mask) is Tensor else 0
         starts = starts_of(self.mask, self.batch, self.tokens, past, program.windows)
         positions, longest = self._positions(past)
+        if self.positions is None and not program.graph.counted[starts is not None]:
+            raise Refusal("positions are not given, and the model counts them in another way")
         if not program.graph.padded and (starts is not None or int(positions.min()) != past
                                          or longest != past + self.tokens - 1):  # fmt: skip
             raise Refusal("some of its layers cannot be told of padding, or of other positions")

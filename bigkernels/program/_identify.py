@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import _layers
 from ._attention import attention_between, spelled_out
 from ._calls import add_call, window_in, with_window
+from ._covered import check_covered
 from ._experts import add_experts
 from ._forms import as_activation, as_norm, as_softcap, close, constant, plain, random
 from ._heads import Rotations, heads_between
@@ -431,6 +432,7 @@ class Builder:
                 if found is not None:
                     self._product(number, *found)
         self.graph.logits = self.value(self.trace.logits)
+        check_covered(self)
         self._windows()
         keep_last(self.graph)
         return self.graph

@@ -258,6 +258,7 @@ class Graph:
         padded: whether sequences may have padding in front, and tokens other positions than their places.
         own_cache: whether the cache has to be of the kind that the model's configuration asks for.
         position_ids: whether the model's forward takes them; if not, a token's position is its place in the cache.
+        counted: whether it is that where they are not given, without padding and with it.
         modules: all modules whose code the program stands for; what is called instead of them must be watched.
     """
 
@@ -272,6 +273,7 @@ class Graph:
     own_cache: bool = False
     embed: Callable | None = None
     position_ids: bool = True
+    counted: tuple[bool, bool] = (True, True)
     modules: list[nn.Module] = field(default_factory=list)
 
     def value(self, width: int) -> int:

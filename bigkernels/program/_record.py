@@ -88,13 +88,13 @@ def length_for(model: nn.Module) -> int:
     return next(n for n in (5, 7, 11, 13, 17, 19, 23) if n not in numbers)
 
 
-def record(model: nn.Module, tokens: Tensor, positions: Tensor, cache: Any, mask: Tensor | None = None) -> Trace:
+def record(model: nn.Module, tokens: Tensor, positions: Tensor | None, cache: Any, mask: Tensor | None = None) -> Trace:
     """The model's own code on (B, S) tokens, in evaluation; the cache is written to."""
     names = arguments(model)
     recorder = Recorder()
     recorder.give(tokens)
     given = {names["ids"]: tokens, names["cache"]: cache, "use_cache": True}
-    if "positions" in names:
+    if "positions" in names and positions is not None:
         given[names["positions"]] = positions
     if "mask" in names and mask is not None:
         given[names["mask"]] = mask
