@@ -9,7 +9,7 @@ from .gguf import load_gguf
 from .nn.linear import pack
 from .ops import allow_nondeterministic, use
 from .patch import patch, patched, unpatch
-from .published import load_quantized
+from .published import load_quantized, save_quantized
 from .quantization import dequantize, quantize, refresh
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "refresh",
     "remove_checkpointing",
     "reuse_memory",
+    "save_quantized",
     "saved_activations",
     "unpatch",
     "use",

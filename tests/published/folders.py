@@ -22,7 +22,8 @@ def model(dtype: torch.dtype = torch.float16, kind: str = "Llama", **options) ->
 
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**SIZES, **options)
-    return getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype).eval()
+    # `.to(dtype)` would round the angles of rotary embeddings too.
+    return getattr(transformers, f"{kind}ForCausalLM")._from_config(config, dtype=dtype).eval()
 
 
 def write(folder: Path, layer: Layer, quantization: dict, plain: nn.Module | None = None) -> dict[str, Tensor]:

@@ -11,9 +11,9 @@ name::
 
 from ._attention import attention_forward, register_attention
 from ._config import Config
-from ._quantizer import Quantizer, forget, note, register_quantizer
+from ._quantizer import Quantizer, forget, note, plain_saving, register_quantizer
 
-__all__ = ["Config", "Quantizer", "attention_forward", "forget", "note", "register"]
+__all__ = ["Config", "Quantizer", "attention_forward", "forget", "note", "plain_saving", "register"]
 
 
 def register() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import weakref
 from typing import Any
@@ -270,3 +271,22 @@ def _check_loaded(path: str, module: Quantized) -> None:
     if not said.is_meta and not torch.equal(said.cpu(), module.description()):
         text = bytes(said.cpu().tolist()).decode(errors="replace")
         raise ValueError(f"bigkernels: config.json and {path}.format do not agree: the file says {text}")
+
+
+def plain_saving(model: PreTrainedModel, folder: Any, state: dict[str, Tensor], said: dict[str, Any],
+                 max_shard_size: str) -> None:  # fmt: skip
+    """`save_pretrained` of given tensors, with a quantization_config of another library."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"bigkernels.save_quantized: the model is a {type(model).__name__}, none of transformers")
+    kept = {key: model.__dict__.pop(key, None) for key in ("hf_quantizer", "_weight_conversions")}
+    before = model.config
+    model.config = copy.deepcopy(before)
+    _without_note(model.config)
+    model.config.quantization_config = said
+    model._weight_conversions = []
+    try:
+        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    finally:
+        model.config = before
+        model.__dict__.pop("_weight_conversions", None)
+        model.__dict__.update({key: value for key, value in kept.items() if value is not None})
