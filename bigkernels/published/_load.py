@@ -18,12 +18,12 @@ _WHAT = "bigkernels.load_quantized"
 
 
 def load_quantized(folder: str | os.PathLike, dtype: torch.dtype | None = None) -> nn.Module:
-    """A model of transformers from a folder of GPTQ, AWQ, bitsandbytes or compressed-tensors, in evaluation mode on the
-    CPU.
+    """A model of transformers from a folder of GPTQ, AWQ, bitsandbytes, compressed-tensors or HQQ, or of gpt-oss
+    (MXFP4), in evaluation mode on the CPU.
 
     Its linear layers become `bigkernels.nn.QuantizedLinear` with the codes of the folder, experts that transformers
     joins become `QuantizedExperts`. The values are, bit for bit, those that the library itself dequantizes (of
-    LLM.int8, up to one rounding in float32). Layers for
+    LLM.int8 up to a rounding in float32, of HQQ up to those in float16). MXFP4 is held in 8 bits. Layers for
     which no format stands (GPTQ with act-order, 8 bits with zero points in groups) become plain ones with these values;
     ``model.dense_layers`` names them. `save_pretrained` keeps the model in this package's files.
 
@@ -146,12 +146,9 @@ class Layer:
 def _weights(state: _State, method: Method) -> dict[str, Any]:
     """What the model's weights are, by name: layers that are quantized, and views of files."""
     found, used = {}, set()
-    for name in state.slices:
-        if name.endswith("." + method.mark):
-            path = name[: -len(method.mark) - 1]
-            names = {part: f"{path}.{part}" for part in method.parts if f"{path}.{part}" in state.slices}
-            used |= set(names.values())
-            found[f"{path}.weight"] = Layer(state, method, path, names)
+    for path, weight, names in method.layers(state.slices.keys()):
+        used |= set(names.values())
+        found[weight] = Layer(state, method, path, names)
     if not found:
-        raise ValueError(f"{_WHAT}: no tensor is named like one of {type(method).__name__} (*.{method.mark})")
+        raise ValueError(f"{_WHAT}: no tensor is named like one of {type(method).__name__} (*{method.mark})")
     return found | {name: view for name, view in state.slices.items() if name not in used}

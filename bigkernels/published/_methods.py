@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..quantization import FP8
+from ..quantization import FP8, Q8_0
 from ..quantization.checkpoints import _AWQ_ORDER, _nibbles, from_bitsandbytes
 from ._integers import integers, unpack
 from ._packed import Packed
@@ -28,6 +28,14 @@ class Method:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
+
+    def layers(self, names: Collection[str]) -> Iterator[tuple[str, str, dict[str, str]]]:
+        """Of the names of tensors: each layer, its weight in the model, and the names of its tensors by part."""
+        for name in names:
+            if name.endswith("." + self.mark):
+                path = name[: -len(self.mark) - 1]
+                held = {part: f"{path}.{part}" for part in self.parts if f"{path}.{part}" in names}
+                yield path, f"{path}.weight", held
 
     def decode(self, name: str, held: dict[str, Tensor]) -> Packed | Tensor:
         """The weight of a layer from its tensors by their last parts.
@@ -216,6 +224,85 @@ class CompressedTensors(Method):
         return next((g for g in groups.values() if "Linear" in (g.get("targets") or ())), next(iter(groups.values())))
 
 
+class HQQ(Method):
+    """HQQ (Badri and Shaji 2023): groups of neighbours in rows, whose zero points are floats. The values are computed
+    in float32 here and rounded once, where HQQ rounds in float16 twice.
+    """
+
+    mark = "W_q"
+    parts = ("W_q", "scale", "zero", "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype",
+             "view_as_float", "quant_scale", "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict",
+             "stores_quant_config", "channel_wise", "optimize", "round_zero")  # fmt: skip
+    _shifts = {8: (0,), 4: (4, 0), 2: (6, 4, 2, 0), 1: (7, 6, 5, 4, 3, 2, 1, 0), 3: tuple(range(27, -1, -3))}
+
+    def decode(self, name: str, held: dict[str, Tensor]) -> Packed | Tensor:
+        bits, axis = _number(name, held, "nbits", 4), _number(name, held, "axis", 1)
+        if bits not in self._shifts or axis != 1:
+            raise ValueError(f"{name} has {bits} bits along axis {axis}; accepted are 1, 2, 3, 4 and 8 along axis 1")
+        if any(_number(name, held, part, 0) for part in ("quant_scale", "quant_zero", "view_as_float")):
+            raise ValueError(f"{name} has quantized scales or zero points, or codes stored as floats")
+        packed, scale, zero = _take(name, held, W_q=torch.int32 if bits == 3 else torch.uint8, scale=None, zero=None)
+        shape = held.get("shape")
+        n, k = (int(v) for v in shape.flatten()) if shape is not None and shape.numel() == 2 else (0, 0)
+        rows, size = scale.numel(), packed.shape[1]
+        if scale.shape != (rows, 1) or zero.shape != scale.shape or min(n, k) < 1 or rows * size != n * k or k % size:
+            raise ValueError(f"{name}.W_q, .scale and .zero have shapes {tuple(packed.shape)}, {tuple(scale.shape)} "
+                             f"and {tuple(zero.shape)} for a weight ({n}, {k})")  # fmt: skip
+        parts = [packed >> shift & (1 << bits) - 1 for shift in self._shifts[bits]]
+        codes = torch.cat(parts)[:rows]
+        if len(codes) != rows:
+            raise ValueError(f"{name}.W_q has {len(codes)} rows of codes, expected {rows}")
+        codes = codes.to(torch.int16).reshape(n, k)
+        return integers(codes, zero.view(n, -1), scale.view(n, -1))
+
+
+class MXFP4(Method):
+    """Blocks of 32 floats of 4 bits with a power of two (OCP microscaling), as gpt-oss stores its experts. Twice the
+    values are whole numbers from -12 to 12.
+    """
+
+    mark, parts = "_blocks", ("blocks", "scales")
+    _twice = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+    def layers(self, names: Collection[str]) -> Iterator[tuple[str, str, dict[str, str]]]:
+        for name in names:
+            path = name.removesuffix(self.mark)
+            if path != name:
+                yield path, path, {part: f"{path}_{part}" for part in self.parts if f"{path}_{part}" in names}
+
+    def decode(self, name: str, held: dict[str, Tensor]) -> Packed | Tensor:
+        blocks, scales = held["blocks"], held.get("scales")
+        if scales is None:
+            raise ValueError(f"the folder has no tensor {name}_scales")
+        if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8 or blocks.shape != (*scales.shape, 16):
+            raise ValueError(f"{name}_blocks is {blocks.dtype} of shape {tuple(blocks.shape)} and {name}_scales "
+                             f"{scales.dtype} of shape {tuple(scales.shape)}; expected bytes, 16 a scale")  # fmt: skip
+        if scales.dim() < 2:
+            raise ValueError(f"{name}_scales has shape {tuple(scales.shape)}")
+        if bool((scales == 255).any()):
+            raise ValueError(f"{name}_scales holds a value that is not finite")
+        twice = torch.tensor(self._twice, dtype=torch.int8, device=blocks.device)
+        codes = torch.stack((twice[(blocks & 15).int()], twice[(blocks >> 4).int()]), -1).flatten(-3)
+        power = scales.int() - 128  # of the half of a scale
+        power = torch.where((codes.unflatten(-1, (-1, 32)) == 0).all(-1), 0, power)
+        shape = codes.shape
+        if bool(((power >= -24) & (power <= 15)).all()):
+            half = torch.ldexp(torch.ones_like(power, dtype=torch.float32), power).half()
+            tensors = {"codes": codes.flatten(0, -2), "scale": half.flatten(0, -2)}
+            return Packed(Q8_0(), shape, tensors)
+        each = torch.ldexp(codes.unflatten(-1, (-1, 32)).float(), power.unsqueeze(-1))
+        return each.flatten(-2).bfloat16()
+
+
+def _number(name: str, held: Mapping[str, Tensor], part: str, default: int) -> int:
+    t = held.get(part)
+    if t is None:
+        return default
+    if t.numel() != 1 or t.is_floating_point():
+        raise ValueError(f"{name}.{part} is no number")
+    return int(t)
+
+
 def _floats(name: str, weight: Tensor, scale: Tensor) -> Packed | Tensor:
     n = weight.shape[0]
     scale = (
@@ -275,7 +362,7 @@ def method_of(config: Mapping[str, Any]) -> Method:
     kind = str(config.get("quant_method") or "").lower()
     if kind == "bitsandbytes" or config.get("load_in_4bit") or config.get("load_in_8bit"):
         return (BitsAndBytes4 if config.get("load_in_4bit") or config.get("_load_in_4bit") else BitsAndBytes8)(config)
-    known = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": CompressedTensors}
+    known = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": CompressedTensors, "hqq": HQQ, "mxfp4": MXFP4}
     if kind == "gptq" and "marlin" in str(config.get("checkpoint_format", "")):
         raise ValueError("bigkernels.load_quantized: GPTQ weights packed for Marlin kernels are not read")
     if kind not in known:

@@ -21,8 +21,8 @@ Stored = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def save_quantized(model: nn.Module, folder: str | os.PathLike, method: str, *, max_shard_size: str = "5GB") -> None:
-    """Write a model of transformers whose linear layers are quantized as another library stores it: the same values, bit
-    for bit, in files that do not need bigkernels.
+    """Write a model of transformers whose linear layers are quantized as another library stores it: the same values,
+    bit for bit, in files that do not need bigkernels.
 
     Args:
         model: with `bigkernels.nn.QuantizedLinear` layers, and nothing else quantized.

@@ -109,3 +109,22 @@ def dense(values: dict[str, Tensor]) -> nn.Module:
     made = model()
     made.load_state_dict(values, strict=False)
     return made
+
+
+def hqq(bits: int, size: int) -> Layer:
+    shifts = {8: (0,), 4: (4, 0), 2: (6, 4, 2, 0), 3: tuple(range(27, -1, -3))}[bits]
+
+    def layer(n: int, k: int) -> tuple[dict[str, Tensor], Tensor]:
+        rows = n * k // size
+        codes = torch.randint(0, 1 << bits, (rows, size))
+        scale, zero = (torch.rand(rows, 1) / 40 + 0.001).half(), (torch.rand(rows, 1) * 2**bits).half()
+        padded = torch.zeros(-(-rows // len(shifts)) * len(shifts), size, dtype=torch.int64)
+        padded[:rows] = codes
+        packed = sum(part << shift for part, shift in zip(padded.chunk(len(shifts)), shifts, strict=True))
+        number = lambda v: torch.tensor(v, dtype=torch.int32)  # noqa: E731
+        tensors = {"W_q": packed.to(torch.int32 if bits == 3 else torch.uint8), "scale": scale, "zero": zero,
+                   "nbits": number(bits), "group_size": number(size), "axis": number(1),
+                   "shape": torch.tensor([n, k]), "encoded_state_dict": torch.tensor(1, dtype=torch.uint8)}  # fmt: skip
+        return tensors, ((codes.float() - zero.float()) * scale.float()).view(n, k)
+
+    return layer

@@ -92,6 +92,48 @@ def test_llm_int8(tmp_path):
     checked(tmp_path, folders.write(tmp_path, folders.int8_rows, said), {Int8}, exact=False)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_hqq(tmp_path, bits: int, size: int):
+    expected = folders.write(tmp_path, folders.hqq(bits, size), {"quant_method": "hqq", "quant_config": {}})
+    checked(tmp_path, expected, {Int4})
+
+
+def test_hqq_in_8_bits_is_held_plain(tmp_path):
+    expected = folders.write(tmp_path, folders.hqq(8, 64), {"quant_method": "hqq", "quant_config": {}})
+    checked(tmp_path, expected, set())
+
+
+@pytest.mark.parametrize("lowest", [105, 10], ids=["in codes", "beyond float16"])
+def test_mxfp4_of_gpt_oss(tmp_path, lowest: int):
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    plain = folders.model(torch.bfloat16, "GptOss", num_local_experts=3, num_experts_per_tok=2, head_dim=32)
+    plain.save_pretrained(tmp_path)
+    state = safetensors.load_file(tmp_path / "model.safetensors")
+    expected = {}
+    for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
+        e, k, n = state.pop(name).shape
+        blocks = torch.randint(0, 256, (e, n, k // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(lowest, 125, (e, n, k // 32), dtype=torch.uint8)
+        blocks[0, 0, 0], scales[0, 0, 0] = 8, 0  # zeros of either sign, of any scale
+        state |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        expected[name] = mxfp4.convert_moe_packed_tensors(blocks, scales)
+    safetensors.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    model = bigkernels.load_quantized(tmp_path)
+    assert len(expected) == 2 and len(model.dense_layers) == (0 if lowest == 105 else 2)
+    for name, weight in expected.items():
+        owner, _, key = name.rpartition(".")
+        held = getattr(model.get_submodule(owner), key)
+        assert isinstance(held, QuantizedExperts) == (lowest == 105)
+        assert torch.equal(held.dequantize() if lowest == 105 else held, weight)
+        plain.get_submodule(owner)._parameters[key] = torch.nn.Parameter(weight)
+    with torch.no_grad():
+        a, b = (m(folders.IDS).logits.float() for m in (model, plain))
+    assert (a - b).norm() <= 0.05 * b.norm() or lowest == 10
+
+
 def test_experts_that_transformers_joins(tmp_path):
     plain = folders.model(kind="Mixtral", num_local_experts=3, num_experts_per_tok=2)
     said = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}

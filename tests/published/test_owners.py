@@ -7,7 +7,7 @@ import torch
 
 import bigkernels
 from bigkernels.nn import QuantizedLinear
-from bigkernels.published._methods import BitsAndBytes4, BitsAndBytes8, CompressedTensors
+from bigkernels.published._methods import HQQ, BitsAndBytes4, BitsAndBytes8, CompressedTensors
 from bigkernels.published._packed import Packed
 from bigkernels.quantization import FP8, NF4, Q8_0, Int4, Int8, Int8Dynamic
 
@@ -104,6 +104,19 @@ def test_bitsandbytes_8bit():
     found = BitsAndBytes8({}).decode("layer", {"weight": codes, "SCB": most})
     expected = functional.int8_vectorwise_dequant(codes, most)
     torch.testing.assert_close(found.dequantize(), expected, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_hqq(bits: int):
+    package = pytest.importorskip("hqq.core.quantize")
+    linear = torch.nn.Linear(128, 64, bias=False)
+    config = package.BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
+    layer = package.HQQLinear(linear, config, compute_dtype=torch.float16, device="cpu", del_orig=False)
+    found = HQQ({}).decode("layer", layer.state_dict())
+    meta = layer.meta | {"scale": layer.meta["scale"].float(), "zero": layer.meta["zero"].float(),
+                         "compute_dtype": torch.float32}  # fmt: skip
+    expected = package.Quantizer.dequantize(layer.W_q, meta)  # of the same numbers, without rounding in between
+    assert torch.equal(found.dequantize(torch.float16) if bits < 8 else found, expected.half())
 
 
 def test_schemes_by_name():

@@ -73,7 +73,9 @@ class Placing(ReadingBase):
         before = getattr(model.get_submodule(owner), key)
         if name in self.coded:
             self.dense.append(name.removesuffix(".weight"))
-            found = found.T.contiguous() if is_transposed(type(model.get_submodule(owner))) else found
+            parent = model.get_submodule(owner)
+            if is_transposed(type(parent)) or (found.dim() == 3 and getattr(parent, "is_transposed", False)):
+                found = found.transpose(-2, -1).contiguous()
         if found.shape != before.shape:
             raise ValueError(f"bigkernels.load_quantized: {name} has shape {tuple(found.shape)}, expected "
                              f"{tuple(before.shape)}")  # fmt: skip
