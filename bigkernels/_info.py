@@ -13,6 +13,7 @@ import torch
 
 from ._load import Library, cpu_library, cuda_library, triton_unavailable
 from ._version import __version__
+from .memory import workspaces
 from .ops import OPERATORS
 from .ops._registry import KERNEL_DTYPES
 from .ops._routes import TABLE, routes
@@ -32,7 +33,9 @@ def info() -> dict:
 
     Returns:
         A dictionary that `json.dumps` accepts. `["operators"][op][device][dtype]` maps each implementation to None
-        where it can serve and to the reason where it cannot, in the order in which they are tried. `["routes"]` lists
+        where it can serve and to the reason where it cannot, in the order in which they are tried. `["programs"]` says
+        whether models decode in step programs here, what memory these keep, and what became of each patched model of
+        the process: its state, calls answered by the program and by the modules, and why. `["routes"]` lists
         who computes what on GPUs, for the newest of this machine or, where there is none, for each range of compute
         capabilities.
     """
@@ -43,6 +46,7 @@ def info() -> dict:
         "gpus": _gpus(),
         "libraries": _libraries(),
         "operators": _operators(),
+        "programs": _programs(),
         "routes": _routes(),
     }
 
@@ -137,6 +141,12 @@ def _libraries() -> dict[str, dict]:
 def _library(library: Library) -> dict:
     path = str(library.path) if library.path else None
     return {"loaded": library.reason is None, "path": path, "reason": library.reason}
+
+
+def _programs() -> dict:
+    from .program._state import living
+
+    return {"reason": cpu_library().reason, "workspaces": workspaces(), "models": living()}
 
 
 def _routes() -> list[dict]:

@@ -46,7 +46,16 @@ def test_info_tells_why_there_is_no_kernel(monkeypatch, capsys):
 def test_info_as_a_module_and_as_json():
     done = python("-m", "bigkernels", "info", "--json")
     assert done.returncode == 0, done.stderr
-    assert set(json.loads(done.stdout)) == {"versions", "cpu", "memory", "gpus", "libraries", "operators", "routes"}
+    assert set(json.loads(done.stdout)) == {
+        "versions",
+        "cpu",
+        "memory",
+        "gpus",
+        "libraries",
+        "operators",
+        "programs",
+        "routes",
+    }
 
 
 def test_the_package_imports_nothing_for_the_command_line():

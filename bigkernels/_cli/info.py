@@ -26,9 +26,22 @@ def run(args: argparse.Namespace) -> int:
     table("Libraries", ["library", "state", "path or reason"], libraries)
     columns = ["operator", "device", "dtypes", "served by", "others"]
     table("Operators", columns, [row for op, devices in found["operators"].items() for row in _served(op, devices)])
+    table("Step programs", ["what", "value"], _programs(found["programs"]))
     columns = ["operator", "calls", "capabilities", "computed by", "evidence"]
     table("Routes on GPUs", columns, [_route(row) for row in found["routes"]])
     return 0
+
+
+def _programs(found: dict) -> list[list[str]]:
+    rows = [
+        ["language models decode in", "their modules: " + found["reason"] if found["reason"] else "one native call"]
+    ]
+    rows += [["memory kept for operators and programs", f"{found['workspaces'] / 1e6:.1f} MB"]]
+    for held in found["models"]:
+        calls = f"{held['calls']} calls, {held['by modules']} by its modules"
+        why = f" ({held['why']})" if held["why"] else ""
+        rows.append([held["model"] or "a patched model", f"{held['state']}; {calls}{why}"])
+    return rows
 
 
 def _route(row: dict) -> list[str]:

@@ -55,7 +55,8 @@ class MemoryPlan:
         model, mode, batch, seq, new_tokens, device, dtype, autocast, optimizer, state_dtype, checkpointing, patch: the
             setting.
         held: what lives on after the phase that makes it: "parameters", "buffers", "inputs"; in training "activations"
-            (saved for backward), "logits", "gradients" and "optimizer state"; in inference "logits" and "kv cache".
+            (saved for backward), "logits", "gradients" and "optimizer state"; in inference "logits", "kv cache" and,
+            patched on CPUs, "program": about what a language model's step program takes for values and tables.
         at_peak: what is held where most is, by the same names and "temporary".
         peak: the sum of that.
         phases: the parts of a step.

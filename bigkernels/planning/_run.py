@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 PARAMETERS, BUFFERS, INPUTS = "parameters", "buffers", "inputs"
 GRADIENTS, STATE = "gradients", "optimizer state"
 ACTIVATIONS, LOGITS, CACHE, TEMPORARY = "activations", "logits", "kv cache", "temporary"
-TAGS = (PARAMETERS, BUFFERS, GRADIENTS, STATE, ACTIVATIONS, LOGITS, CACHE, INPUTS, TEMPORARY)
+PROGRAM = "program"
+TAGS = (PARAMETERS, BUFFERS, GRADIENTS, STATE, ACTIVATIONS, LOGITS, CACHE, INPUTS, PROGRAM, TEMPORARY)
 
 
 # What `patch` of a plan may be beside a dictionary of the arguments of `bigkernels.patch`.
@@ -113,7 +114,7 @@ def train(made: nn.Module, setting: Setting, optimizers: Sequence[Factory | None
     # The states come into the log after the phases that they live through.
     return [
         _result(recorder, [forward, backward, *filter(None, [phase])], {**held, STATE: state},
-                before={"forward": state, "backward": state})
+                {"forward": state, "backward": state}, STATE)
         for state, phase in steps
     ]  # fmt: skip
 
@@ -140,7 +141,25 @@ def infer(made: nn.Module, setting: Setting) -> Result:
             held[CACHE] = recorder.hold(_cache(out), CACHE, again=True)
             phases += [first, last]
         del out
-    return _result(recorder, phases, held, before={})
+        size = _program(model, setting) if held[CACHE] else 0
+    if size:
+        held[PROGRAM] = size
+    return _result(recorder, phases, held, {phase.name: size for phase in phases}, PROGRAM)
+
+
+def _program(model: nn.Module, setting: Setting) -> int:
+    """What a step program takes, where `patch` would look for one. Its calls leave modules out, whose temporary tensors
+    are counted all the same: they are what a model takes that turns out to have none.
+    """
+    from ..patch._decode import candidates
+    from ..program._size import workspace
+
+    if setting.patch is None or not setting.patch.get("decode", True) or setting.device.type != "cpu":
+        return 0
+    found = next((module for _, module in candidates(model)), None)
+    if found is None:
+        return 0
+    return workspace(found, setting.batch, setting.seq, 1, setting.seq + setting.new_tokens)
 
 
 def _learns(checkpointing: Any) -> bool:
@@ -174,14 +193,15 @@ def _fake(made: nn.Module, setting: Setting) -> Iterator[tuple[nn.Module, Inputs
         yield model, inputs, recorder, held
 
 
-def _result(recorder: Recorder, phases: list[Phase], held: dict[str, int], before: dict[str, int]) -> Result:
+def _result(recorder: Recorder, phases: list[Phase], held: dict[str, int], before: dict[str, int], tag: str) -> Result:
+    """`before`: what is held in a phase that the recorder has not seen, and what it is."""
     trace = recorder.trace
     found = {phase.name: trace.peak(phase) for phase in phases}
     peaks = {name: size + before.get(name, 0) for name, (size, _) in found.items()}
     highest = max(peaks, key=peaks.__getitem__)
     at_peak = trace.by_tag(found[highest][1])
     if before.get(highest):
-        at_peak[STATE] += before[highest]
+        at_peak[tag] += before[highest]
     return Result(phases, held, peaks, {tag: at_peak[tag] for tag in TAGS if at_peak[tag]})
 
 

@@ -134,10 +134,14 @@ class Program:
     def describe(self) -> str:
         """For the report: what there is, and the memory that it takes beside the model's."""
         formats = ", ".join(f"{count} {name}" for name, count in sorted(self.lowered.reads.formats.items()))
-        made = (t.nbytes for t in self.lowered.reads.made if isinstance(t, Tensor))
-        taken = (self.lowered.packed.nbytes + self._tables.nbytes + sum(made)) / 1e6
         return (f"decode program: {self.graph.layers} layers, {self.lowered.products} products ({formats}), "
-                f"{taken:.1f} MB")  # fmt: skip
+                f"{self.nbytes / 1e6:.1f} MB")  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        """Records, tables, and what was made of weights."""
+        made = sum(t.nbytes for t in self.lowered.reads.made if isinstance(t, Tensor))
+        return self.lowered.packed.nbytes + self._tables.nbytes + made
 
     def __del__(self) -> None:
         # Threads that lost their core may still read what goes away now.

@@ -57,6 +57,7 @@ class Steps:
     Attributes:
         reason: why there is no program, after `ready` returned None.
         output: how logits are returned; `defaults`, and what else the configuration says.
+        model: the name of the model's class, after the first call.
         taken, left: how many calls were answered by the program, and by the modules; `why` the last of these.
     """
 
@@ -64,7 +65,7 @@ class Steps:
         self.integers = integers
         self.reason, self.output, self.defaults = "", None, None
         self.taken = self.left = 0
-        self.why = ""
+        self.why = self.model = ""
         self._entries: list[_Entry] = []  # the current one first
         self._names: tuple[str, ...] = ()
         self._random: str | None = None  # why calls in training are the modules', as of `_mode_of`
@@ -86,6 +87,7 @@ class Steps:
 
     def ready(self, module: nn.Module) -> Program | None:
         """The program of the model as it is now; None with a `reason` where there is none."""
+        self.model = type(module).__qualname__
         entry = self._entries[0] if self._entries else None
         now = Watch.TOUCHED if entry is None else entry.watch.look()
         if now != Watch.SAME or (entry.watch, entry.watch.forgiven) != self._mode_of:
@@ -114,6 +116,15 @@ class Steps:
             return "decode program, found at first use"
         entry = self._entries[0]
         return f"decode program: {entry.reason}" if entry.program is None else entry.program.describe()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"model": self.model or None, "state": self.status(), "nbytes": self.nbytes, "calls": self.taken,
+                "by modules": self.left, "why": self.why or None}  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        """What programs take beside the model: records, tables, and what was made of weights."""
+        return sum(e.program.nbytes for e in self._entries if e.program is not None)
 
     def _changed(self, module: nn.Module) -> _Entry:
         """Of a state that was not there a call ago."""
@@ -201,6 +212,11 @@ def _random(module: nn.Module) -> str | None:
 
 
 _all: weakref.WeakSet[Steps] = weakref.WeakSet()
+
+
+def living() -> list[dict[str, Any]]:
+    """The programs of all models of the process, in the order of their names."""
+    return sorted((steps.as_dict() for steps in list(_all)), key=lambda found: (found["model"] or "", found["state"]))
 
 
 def _in_child() -> None:
