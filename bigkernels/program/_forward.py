@@ -21,7 +21,8 @@ from ._verify import new_cache
 # Arguments that say how a call is answered; whoever gives another one gets the model's own code.
 _KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache", "use_cache",
           "logits_to_keep", "return_dict", "cache_position"}  # fmt: skip
-_ROWS = 256  # tokens of a run: what layers make of them stays in the caches
+# Tokens of a run: a weight is transposed once for all of them, and what layers make of them stays in the caches.
+_ROWS, _CACHED = 512, 8 << 20
 _GLOBAL_HOOKS = (_hooks._global_forward_hooks, _hooks._global_forward_pre_hooks)
 _forward_ad = torch.autograd.forward_ad
 _is_jit_tracing = torch._C._is_tracing
@@ -133,7 +134,8 @@ class _Call:
         if hidden.dtype != program.dtype or hidden.dim() != 3:
             raise Refusal(f"hidden states are {hidden.dtype}")
         logits = torch.empty(self.batch, self.keep, program.vocabulary, dtype=steps.output.dtype, device="cpu")
-        size = self.tokens if program.graph.owned else max(1, _ROWS // self.batch)
+        most = _ROWS if program.widest * _ROWS * 4 <= _CACHED else _ROWS // 2
+        size = self.tokens if program.graph.owned else max(1, most // self.batch)
         if size >= self.tokens:
             program.run(hidden, positions, starts, longest, described.packed, past, logits, cache)
             described.advance(self.tokens)

@@ -28,6 +28,7 @@ class Program:
         dtype: of the hidden states that come in.
         shapes: what it keeps of a token in each layer of the cache.
         windows: how many keys a token sees in its layers; 0: all.
+        widest: columns of the widest value but the logits.
         lowered: its records. They are good as long as the tensors that they point to stay where they are.
     """
 
@@ -41,6 +42,7 @@ class Program:
         self.shapes = _shapes(graph)
         self.windows = {o.window for o in graph.operations if isinstance(o, Attend)} or {0}
         self.lowered = Lowered(graph, dtype, integers)
+        self.widest = max(w for v, w in enumerate(graph.widths) if v != graph.logits)
         prefer_huge_pages(self.reads)
         self._table = _table(graph)
         self._row = torch.empty(1, 1, graph.widths[graph.hidden], dtype=dtype, device="cpu")

@@ -48,11 +48,11 @@ void heads(const std::string& record, const std::string& run, const std::vector<
 // Returns how the record was cut, and the seconds that its chunks and their merge took. `backwards` makes the chunks
 // twice, in another order.
 py::dict attend(const std::string& record, const std::string& run, std::vector<int64_t> values,
-                std::vector<int32_t> widths, bool backwards) {
+                std::vector<int32_t> widths, bool backwards, int64_t threads) {
   Run r = of_bytes<Run>(run);
   AttendRecord a = of_bytes<AttendRecord>(record);
   const ProgramTable& kernels = program_table();
-  AttendPlan plan = kernels.attend_plan(a, r, 1);
+  AttendPlan plan = kernels.attend_plan(a, r, threads);
   Memory workspace(plan.workspace), state(plan.state * sizeof(float));
   a.state = (Value)values.size();
   values.push_back((int64_t)state.data.get()), widths.push_back(0);
@@ -78,5 +78,5 @@ void bind_program(py::module_& m) {
   m.def("program_heads", &heads, py::arg("record"), py::arg("run"), py::arg("values"), py::arg("widths"),
         "Op::heads of all tokens. `record` and `run` are structs as bytes, `values` the addresses of rows of floats.");
   m.def("program_attend", &attend, py::arg("record"), py::arg("run"), py::arg("values"), py::arg("widths"),
-        py::arg("backwards") = false, "Op::attend; returns how it was cut, and its seconds.");
+        py::arg("backwards") = false, py::arg("threads") = 1, "Op::attend; returns how it was cut, and its seconds.");
 }

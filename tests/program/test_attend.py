@@ -101,6 +101,7 @@ class Case:
     head_last: bool = False  # token by token instead of head by head
     scale: float = 0.3
     backwards: bool = True
+    threads: int = 1
 
 
 def run(case: Case, cache: Cache, q: Tensor, sinks: Tensor | None, slopes: Tensor | None) -> tuple[Tensor, dict]:
@@ -118,8 +119,9 @@ def run(case: Case, cache: Cache, q: Tensor, sinks: Tensor | None, slopes: Tenso
     out = torch.full((c.batch * c.tokens, c.heads * c.dv), float("nan"))
     rows = q.reshape(c.batch * c.tokens, -1)
     plan = native().program_attend(
-        bytes(r), bytes(step), [rows.data_ptr(), out.data_ptr()], [rows.shape[1], out.shape[1]], c.backwards
-    )
+        bytes(r), bytes(step), [rows.data_ptr(), out.data_ptr()], [rows.shape[1], out.shape[1]], c.backwards,
+        c.threads,
+    )  # fmt: skip
     return out.view(c.batch, c.tokens, c.heads, c.dv), plan
 
 
@@ -214,10 +216,26 @@ def test_whole_blocks_of_any_size(dtype, int8):
 
 
 def test_many_rows_in_pieces():
-    assert (
-        check(Case(batch=3, heads=4, groups=2, d=64, dv=64, held=100, tokens=300, starts=(0, 250, 500)))["chunks"] > 6
-    )
-    assert check(Case(batch=1, heads=40, groups=1, d=64, dv=64, held=5, tokens=7, dtype=torch.bfloat16))["chunks"] > 1
+    case = Case(batch=3, heads=4, groups=2, d=64, dv=64, held=100, tokens=300, starts=(0, 250, 500))
+    assert check(case)["chunks"] > 6
+    assert check(replace(case, threads=4))["chunks"] > 12
+    case = Case(batch=1, heads=40, groups=1, d=64, dv=64, held=5, tokens=7, dtype=torch.bfloat16, threads=2)
+    assert check(case)["chunks"] > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"window": 90, "sinks": torch.float32}, {"softcap": 5.0, "alibi": True},
+                                     {"int8": True}], ids=str)  # fmt: skip
+def test_bits_do_not_depend_on_the_pieces_of_many_rows(dtype, options):
+    case = Case(batch=2, heads=6, groups=2, d=64, dv=64, held=130, tokens=200, starts=(0, 40), dtype=dtype, **options)
+    torch.manual_seed(1)
+    q = torch.randn(2, 200, 6, 64)
+    cache = Cache.make(2, 2, 130, 200, 64, 64, dtype, int8=case.int8)
+    sinks = torch.randn(6) if case.sinks else None
+    slopes = 2.0 ** -torch.arange(1.0, 7) if case.alibi else None
+    outs = [run(replace(case, threads=t), cache, q, sinks, slopes) for t in (1, 2, 3, 7, 64)]
+    assert len({plan["chunks"] for _, plan in outs}) > 1
+    assert all(torch.equal(out, outs[0][0]) for out, _ in outs)
 
 
 def test_bits_do_not_depend_on_when_chunks_are_made():

@@ -12,14 +12,14 @@ namespace {
 
 constexpr int kRows = 16;
 constexpr int V = kRows / W;
-constexpr int64_t kSteps = 128;  // of 32 bits, in a part of the depth: 8 KB of a panel, and of 16 tokens
+constexpr int64_t kSteps = 192;  // of 32 bits, in a part of the depth: 12 KB of a panel, and of 16 tokens
 constexpr int64_t kPanels = 8;   // that are made before tokens pass by
-constexpr int64_t kGroups = 16;  // whose scales are at hand
+constexpr int64_t kGroups = 32;  // that a part may have
 
 // Part of the depth of 16 rows, and by what its groups are multiplied.
 struct Panel {
   alignas(64) uint32_t line[kSteps][kRows];
-  // Of groups [g, g + 16), g a multiple of 16: the scales, and what the tokens' sums count by.
+  // Of the part's groups: the scales, and what the tokens' sums count by.
   alignas(64) float scale[kGroups][kRows];
   alignas(64) float beside[kGroups][kRows];
 };
@@ -32,15 +32,15 @@ struct Part {
   const uint8_t* next;  // the part that is made after this one: its first row
 };
 
-BK_INLINE int64_t part_depth(Form form) {
-  switch (form) {
-    case Form::bytes:
-    case Form::quads: return 4 * kSteps;
-    case Form::pairs:
-    case Form::nibbles: return 2 * kSteps;
-    default: return kSteps;
-  }
+// How deep the parts of a weight are: few, about the same, and each of whole groups.
+BK_INLINE int64_t part_depth(Form form, int64_t k) {
+  const bool integer = form == Form::bytes || form == Form::quads,
+             paired = form == Form::pairs || form == Form::nibbles;
+  const int64_t most = kSteps * (integer ? 4 : paired ? 2 : 1), unit = integer || paired ? 128 : 64;
+  const int64_t parts = (k + most - 1) / most;
+  return ((k + parts - 1) / parts + unit - 1) / unit * unit;
 }
+static_assert(kSteps % 64 == 0);
 
 // ---- making panels --------------------------------------------------------------------------------------------------
 
@@ -150,31 +150,33 @@ void transposed_pairs(const Weight& w, const Part& p, Panel& panel) {
   }
 }
 
-// The scales of the next 16 groups, where the part is the first that needs them.
+// The scales of a part's groups.
 template <Codes kKind>
 void put_scales(const Weight& w, const Part& p, Panel& panel) {
-  const int64_t first = p.k / w.group;
-  if (first % kGroups) return;
   constexpr bool kBeside = kKind == Codes::affine4 || kKind == Codes::affine4m || (kKind == Codes::int8g && kOffset);
-  alignas(64) float scales[kRows][kGroups], beside[kRows][kGroups];
-  for (int64_t r = 0; r < kRows; ++r)
-    for (int g = 0; g < kGroups; g += W) {
-      const int64_t count = r < p.rows ? w.groups - first - g : 0, at = (p.n + r) * w.groups + first + g;
-      vf scale{}, more{};
-      if (count > 0) {
-        if constexpr (kKind == Codes::book4) {
-          const float* from = (const float*)w.scale + at;
-          scale = count >= W ? load(from) : load(from, count);
-        } else {
-          scale = load_some((const f16*)w.scale + at, count);
+  const int64_t first = p.k / w.group, all = p.left <= p.count ? w.groups - first : p.count / w.group;
+  for (int64_t at_once = 0; at_once < all; at_once += 16) {
+    alignas(64) float scales[kRows][16], beside[kRows][16];
+    for (int64_t r = 0; r < kRows; ++r)
+      for (int g = 0; g < 16; g += W) {
+        const int64_t here = first + at_once + g;
+        const int64_t count = r < p.rows ? w.groups - here : 0, at = (p.n + r) * w.groups + here;
+        vf scale{}, more{};
+        if (count > 0) {
+          if constexpr (kKind == Codes::book4) {
+            const float* from = (const float*)w.scale + at;
+            scale = count >= W ? load(from) : load(from, count);
+          } else {
+            scale = load_some((const f16*)w.scale + at, count);
+          }
+          if constexpr (kBeside) more = Coded<kKind>::beside(w, at, count);
+          if constexpr (kKind == Codes::affine4) scale *= w.row_scale[p.n + r], more *= w.row_scale[p.n + r];
         }
-        if constexpr (kBeside) more = Coded<kKind>::beside(w, at, count);
-        if constexpr (kKind == Codes::affine4) scale *= w.row_scale[p.n + r], more *= w.row_scale[p.n + r];
+        store(scales[r] + g, scale), store(beside[r] + g, more);
       }
-      store(scales[r] + g, scale), store(beside[r] + g, more);
-    }
-  transpose_lines(scales, 64, panel.scale, 64);
-  if constexpr (kBeside) transpose_lines(beside, 64, panel.beside, 64);
+    transpose_lines(scales, 64, panel.scale[at_once], 64);
+    if constexpr (kBeside) transpose_lines(beside, 64, panel.beside[at_once], 64);
+  }
 }
 
 void make_scales(const Weight& w, const Part& p, Panel& panel) {
@@ -188,7 +190,6 @@ void make_scales(const Weight& w, const Part& p, Panel& panel) {
 
 void make_panel(const Weight& w, const Part& p, Form form, Panel& panel) {
   int64_t bytes = code_bytes(w.kind, p.left < p.count ? p.left + (packed(w) ? p.left % 2 : 0) : p.count);
-  if (p.left < p.count) __builtin_memset(panel.line, 0, sizeof panel.line);
   switch (form) {
     case Form::quads:
     case Form::bytes:
@@ -383,7 +384,7 @@ void add_part(const Weight& w, const Tokens& a, const Part& p, const Lines& line
     for (int v = 0; v < V; ++v) s.acc[t][v] = vf{};
   const int64_t left = p.left < p.count ? p.left : p.count;
   const int64_t group = w.group ? p.k / w.group : 0, groups = w.group ? (left + w.group - 1) / w.group : 0;
-  const float (*scale)[kRows] = panel.scale + group % kGroups, (*beside)[kRows] = panel.beside + group % kGroups;
+  const float (*scale)[kRows] = panel.scale, (*beside)[kRows] = panel.beside;
   const uint32_t* x = (const uint32_t*)block + p.k * a.size() / 4 * T;
   switch (a.form) {
     case Form::bytes:
@@ -456,7 +457,7 @@ BK_INLINE bool read_in_place(const Weight& w, const Tokens& a, const Part& p) {
 template <int T>
 void panels_of(const Weight& w, const Tokens& a, const void* ready, int64_t begin, int64_t end, float* out,
                int64_t stride, Panel* panels) {
-  const int64_t depth = part_depth(a.form), at_once = a.blocks > 1 ? kPanels : 1;
+  const int64_t depth = part_depth(a.form, w.k), at_once = a.blocks > 1 ? kPanels : 1;
   for (int64_t n = begin; n < end; n += at_once * kRows)
     for (int64_t k = 0; k < w.k; k += depth) {
       Part parts[kPanels];
@@ -464,7 +465,7 @@ void panels_of(const Weight& w, const Tokens& a, const void* ready, int64_t begi
       for (; count < at_once && n + count * kRows < end; ++count) {
         Part& p = parts[count];
         p.n = n + count * kRows, p.rows = end - p.n < kRows ? end - p.n : kRows;
-        p.k = k, p.left = left, p.count = left < depth ? (left + 127) / 128 * 128 : depth;
+        p.k = k, p.left = left, p.count = left < depth ? (left + 31) / 32 * 32 : depth;
         const int64_t row = left > depth ? p.n : p.n + at_once * kRows;
         p.next = w.codes + row * w.code_row + code_bytes(w.kind, left > depth ? k + depth : 0);
 #if defined(__AVX512F__)

@@ -20,9 +20,9 @@ enum class Form : int { floats, rounded, pairs, nibbles, bytes, quads };
 
 constexpr int64_t kFew = 3;
 constexpr int64_t kMost = W == 16 ? 16 : W == 8 ? 6 : 2;
-constexpr int64_t kProductWorkspace = 96 << 10;  // bytes, at most
-constexpr int64_t kPad = 512;                    // a token's values are followed by zeros up to a multiple
-constexpr int64_t kSpan = 128;                   // values that are put into order at once
+constexpr int64_t kProductWorkspace = 144 << 10;  // bytes, at most
+constexpr int64_t kPad = 512;                     // a few tokens' values are followed by zeros up to a multiple
+constexpr int64_t kSpan = 128;                    // values that are put into order at once, and the same of more tokens
 #if defined(__AVX512BF16__)
 constexpr bool kHasPairs = true;
 #else
@@ -72,7 +72,8 @@ struct Tokens {
     } else if (few && (form == Form::floats || form == Form::rounded) && packed(w)) {
       pick = 2, width = W;
     }
-    deep = (k + kPad - 1) / kPad * kPad;
+    const int64_t pad = few ? kPad : kSpan;
+    deep = (k + pad - 1) / pad * pad;
     sums = group ? (w.groups + 15) / 16 * 16 : 16;
     scale_at = count * deep * size();
     sums_at = scale_at + (integer() ? count * deep / 32 * 4 : 0);
@@ -165,79 +166,119 @@ BK_INLINE void sort_span(const Tokens& a, const E* x, E* to) {
       for (int64_t i = 0; i < a.width; ++i) to[c + j * a.width + i] = x[c + a.pick * i + j];
 }
 
-// A span of values in its order, by 32 bits each `count` apart.
-template <class E>
-BK_INLINE void put_in_order(const Tokens& a, const E* x, uint32_t* to) {
-  alignas(64) E ordered[kSpan];
-  if (a.pick > 1) {
-    sort_span(a, x, ordered);
-    x = ordered;
+// The sums of a token's values over each group of the weight. Other threads may read what another has written here
+// already: each place is written once.
+struct GroupSums {
+  float* to;
+  int64_t step, group = 0;
+  float sum = 0;
+
+  // 32 values from k on.
+  BK_INLINE void add(GroupSums& s, const Tokens& a, int64_t k, float part) {
+    if (k >= a.k) return;
+    s.sum += part;
+    if (k + 32 < a.k && (!a.group || (k + 32) % a.group)) return;
+    s.to[s.group++ * s.step] = s.sum, s.sum = 0;
   }
-  if (a.count == 1) {
-    __builtin_memcpy(to, x, kSpan * sizeof(E));
-    return;
+  BK_INLINE void finish(GroupSums& s, const Tokens& a) {
+    if (a.sums_at < a.bytes)
+      for (; s.group < a.sums; ++s.group) s.to[s.group * s.step] = 0;
   }
-  for (int64_t i = 0; i < kSpan * (int64_t)sizeof(E) / 4; ++i) {
-    uint32_t part;
-    __builtin_memcpy(&part, (const char*)x + 4 * i, 4);
-    to[i * a.count] = part;
+};
+
+// A span of a token's values, rounded and in the order of codes; its scales go to where they are read.
+BK_INLINE void prepare_span(const Tokens& a, const float* x, int64_t k, uint32_t* words, float* scales,
+                            GroupSums& sums) {
+  alignas(64) float part[kSpan];
+  const float* from = x + k;
+  if (k + kSpan > a.k) {
+    __builtin_memset(part, 0, sizeof part);
+    if (k < a.k) __builtin_memcpy(part, from, (a.k - k) * sizeof(float));
+    from = part;
+  }
+  if (a.integer()) {
+    alignas(64) int8_t bytes[kSpan];
+    int8_t* to = a.pick > 1 ? bytes : (int8_t*)words;
+    float scale[kSpan / 32];
+    round_to_bytes(from, to, scale);
+    for (int64_t i = 0; i < kSpan; i += 32) {
+      int total = 0;
+      for (int j = 0; j < 32; ++j) total += to[i + j];
+      scales[(k + i) / 32 * a.count] = scale[i / 32];
+      GroupSums::add(sums, a, k + i, (float)total * scale[i / 32]);
+    }
+    if (a.pick > 1) sort_span(a, bytes, (int8_t*)words);
+  } else if (a.form == Form::pairs || a.form == Form::nibbles) {
+    alignas(64) bf16 pairs[kSpan];
+    bf16* to = a.pick > 1 ? pairs : (bf16*)words;
+    for (int64_t i = 0; i < kSpan; i += W) store(to + i, load(from + i));
+    if (a.sums_at < a.bytes)
+      for (int64_t i = 0; i < kSpan; i += 32) {
+        vf total{};
+        for (int64_t j = 0; j < 32; j += W) total += load(to + i + j);
+        GroupSums::add(sums, a, k + i, BK_ISA::sum(total));
+      }
+    if (a.pick > 1) sort_span(a, pairs, (bf16*)words);
+  } else {
+    if (a.form == Form::rounded) {
+      for (int64_t i = 0; i < kSpan; i += W) store(part + i, rounded<bf16>(load(from + i)));
+      from = part;
+    }
+    if (a.pick > 1)
+      sort_span(a, from, (float*)words);
+    else
+      __builtin_memcpy(words, from, kSpan * sizeof(float));
   }
 }
 
 BK_INLINE void prepare_token(const Tokens& a, const float* x, int64_t token, void* ready) {
-  int64_t lane = token % a.count;
+  const int64_t lane = token % a.count, words = kSpan * a.size() / 4;
   char* block = (char*)ready + token / a.count * a.bytes;
-  float *scales = (float*)(block + a.scale_at) + lane, *sums = (float*)(block + a.sums_at) + lane;
-  bool summed = a.sums_at < a.bytes;
-  // Other threads may read what another has written here already: each place is written once.
-  int64_t group = 0;
-  float sum = 0;
-  auto add = [&](int64_t k, float part) {
-    if (k >= a.k) return;
-    sum += part;
-    if (k + 32 < a.k && (!a.group || (k + 32) % a.group)) return;
-    sums[group++ * a.count] = sum, sum = 0;
-  };
-  for (int64_t k = 0; k < a.deep; k += kSpan) {
-    alignas(64) float part[kSpan];
-    const float* from = x + k;
-    if (k + kSpan > a.k) {
-      __builtin_memset(part, 0, sizeof part);
-      if (k < a.k) __builtin_memcpy(part, from, (a.k - k) * sizeof(float));
-      from = part;
-    }
-    uint32_t* to = (uint32_t*)block + k * a.size() / 4 * a.count + lane;
-    if (a.integer()) {
-      alignas(64) int8_t bytes[kSpan];
-      float scale[kSpan / 32];
-      round_to_bytes(from, bytes, scale);
-      for (int64_t i = 0; i < kSpan; i += 32) {
-        int total = 0;
-        for (int j = 0; j < 32; ++j) total += bytes[i + j];
-        scales[(k + i) / 32 * a.count] = scale[i / 32];
-        add(k + i, (float)total * scale[i / 32]);
-      }
-      put_in_order(a, bytes, to);
-    } else if (a.form == Form::pairs || a.form == Form::nibbles) {
-      alignas(64) bf16 pairs[kSpan];
-      for (int64_t i = 0; i < kSpan; i += W) store(pairs + i, load(from + i));
-      if (summed)
-        for (int64_t i = 0; i < kSpan; i += 32) {
-          vf total{};
-          for (int64_t j = 0; j < 32; j += W) total += load(pairs + i + j);
-          add(k + i, BK_ISA::sum(total));
-        }
-      put_in_order(a, pairs, to);
-    } else {
-      if (a.form == Form::rounded) {
-        for (int64_t i = 0; i < kSpan; i += W) store(part + i, rounded<bf16>(load(from + i)));
-        from = part;
-      }
-      put_in_order(a, from, to);
-    }
+  float* scales = (float*)(block + a.scale_at) + lane;
+  GroupSums sums{(float*)(block + a.sums_at) + lane, a.count};
+  uint32_t* to = (uint32_t*)block + lane;
+  for (int64_t k = 0; k < a.deep; k += kSpan, to += words * a.count) {
+    alignas(64) uint32_t span[kSpan];
+    prepare_span(a, x, k, span, scales, sums);
+    if (a.count == 1)
+      __builtin_memcpy(to, span, words * 4);
+    else
+      for (int64_t i = 0; i < words; ++i) to[i * a.count] = span[i];
   }
-  if (summed)
-    for (; group < a.sums; ++group) sums[group * a.count] = 0;
+  GroupSums::finish(sums, a);
+}
+
+// A whole block of 16 tokens, `stride` apart: their words change places by shuffles.
+#if defined(__AVX512F__)
+BK_INLINE void prepare_sixteen(const Tokens& a, const float* x, int64_t stride, int64_t token, void* ready) {
+  constexpr int kTokens = 16;
+  const int64_t words = kSpan * a.size() / 4;
+  char* block = (char*)ready + token / kTokens * a.bytes;
+  float* scales = (float*)(block + a.scale_at);
+  GroupSums sums[kTokens];
+  for (int t = 0; t < kTokens; ++t) sums[t] = {(float*)(block + a.sums_at) + t, kTokens};
+  char* to = block;
+  for (int64_t k = 0; k < a.deep; k += kSpan, to += words * 4 * kTokens) {
+    alignas(64) uint32_t span[kTokens][kSpan];
+    for (int t = 0; t < kTokens; ++t) prepare_span(a, x + t * stride, k, span[t], scales + t, sums[t]);
+    for (int64_t i = 0; i < words; i += 16) transpose16(span[0] + i, sizeof span[0], to + i * 4 * kTokens, 64);
+  }
+  for (GroupSums& s : sums) GroupSums::finish(s, a);
+}
+#endif
+
+BK_INLINE void prepare_tokens(const Tokens& a, const float* x, int64_t stride, int64_t begin, int64_t end,
+                              void* ready) {
+  for (int64_t t = begin; t < end; ++t) {
+#if defined(__AVX512F__)
+    if (a.count == 16 && t % 16 == 0 && t + 16 <= end) {
+      prepare_sixteen(a, x + t * stride, stride, t, ready);
+      t += 15;
+      continue;
+    }
+#endif
+    prepare_token(a, x + t * stride, t, ready);
+  }
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // Attention of a program's record over the cache: few tokens as decode attention, with the keys cut into parts, many as
-// attention's forward. How a record is cut depends on its sizes alone, so that results do not depend on the threads.
+// attention's forward. How keys are cut depends on a record's sizes alone, so that results do not depend on the
+// threads; where rows are, in multiples of 32, changes none.
 #include <bigkernels/program.h>
 #include <bigkernels/vec.h>
 
@@ -18,7 +19,8 @@ constexpr int64_t kFewRows = 40;          // of a head, up to which keys are rea
 constexpr int64_t kRowsOfHead = 128;      // that share one pass over the keys of a head
 constexpr int64_t kBlock = 64;            // keys: where they may be cut
 constexpr int64_t kPartBytes = 64 << 10;  // of keys and values, at least
-constexpr int64_t kTasks = 64;  // that are enough: parts, or pieces of the rows, do not become smaller for more
+constexpr int64_t kTasks = 64;            // that are enough: parts do not become smaller for more
+constexpr int64_t kMostRows = 512;        // of a piece of many: their sums stay in a core's own cache
 
 int64_t ceiling(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -51,7 +53,7 @@ struct Cut {
   }
 };
 
-AttendPlan plan_of(const Cut& c) {
+AttendPlan plan_of(const Cut& c, int64_t threads) {
   AttendPlan plan{};
   int64_t units = c.run.batch * c.record.groups;
   if (c.few) {
@@ -64,9 +66,11 @@ AttendPlan plan_of(const Cut& c) {
     plan.parts = ceiling(keys, plan.keys);
     plan.chunks = units * plan.parts;
   } else {
-    int64_t rows = c.run.tokens * c.group_size,
-            most = larger((int64_t{1} << 17) / larger(c.record.d, c.record.dv), 256);
-    plan.rows = smaller(larger(ceiling(ceiling(rows * units, kTasks), 32) * 32, 64), smaller(most / 32 * 32, 2048));
+    // Keys are packed for each piece of the rows: some pieces a thread, because they do not take the same time.
+    int64_t rows = c.run.tokens * c.group_size, pieces = threads > 1 ? 6 * threads : 1;
+    int64_t most = larger((int64_t{1} << 17) / larger(c.record.d, c.record.dv) / 32 * 32, 256);
+    plan.rows = larger(ceiling(ceiling(rows * units, pieces), 32) * 32, 64);
+    plan.rows = smaller(plan.rows, smaller(most, kMostRows));
     plan.keys = c.cache.held + c.run.tokens;
     plan.parts = 1;
     plan.chunks = units * ceiling(rows, plan.rows);
@@ -137,9 +141,9 @@ DecodePart part_of(const Cut& c, const AttendPlan& plan, int64_t batch, int64_t 
 
 }  // namespace
 
-AttendPlan program_attend_plan(const AttendRecord& r, const Run& run, int64_t) {
+AttendPlan program_attend_plan(const AttendRecord& r, const Run& run, int64_t threads) {
   Cut c(r, run);
-  AttendPlan plan = plan_of(c);
+  AttendPlan plan = plan_of(c, threads);
   Shape shape(c);
   plan.workspace = c.few ? decode_sizes(shape, 1, plan.rows).workspace : attention_fwd_workspace(shape, plan.rows);
   plan.state = plan.parts > 1 ? plan.chunks * state_of(c, plan) : 0;

@@ -77,7 +77,7 @@ int64_t product_ready(const Weight& w, int32_t integers, int64_t m) {
 void product_prepare(const Weight& w, int32_t integers, const float* x, int64_t stride, int64_t m, int64_t begin,
                      int64_t end, void* ready) {
   Tokens a(w, integers, m);
-  for (int64_t t = begin; t < end; ++t) prepare_token(a, x + t * stride, t, ready);
+  prepare_tokens(a, x, stride, begin, end, ready);
 }
 
 int64_t product_workspace(const Weight&, int32_t, int64_t m, int64_t) {
