@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from . import linear as _linear
 from . import quantized_linear as _quantized
 from ._derivatives import gradients, is_observed, no_autocast
-from ._registry import compute_dtype, is_readable
+from ._registry import compute_dtype, has_values, is_capturing, is_readable
 
 if TYPE_CHECKING:
     from ..quantization import QuantizedWeight
@@ -38,6 +38,8 @@ Tokens = slice | Tensor  # rows of the hidden states: a run, or their numbers
 _LEAST = {"cpu": 2**25}  # bytes of a chunk's logits that are always granted
 # A GPU adds to the gradient of the weight while it multiplies: with fewer than some 1000 tokens memory is the limit.
 _LEAST_ELSEWHERE = 2**29
+# Elements of the logits from which a GPU's tokens are counted: what makes them takes milliseconds.
+_WORTH_WAITING = 2**27
 _SHARE = 0.05  # of 16-bit logits of all tokens, which a chunk's logits may take
 _BLOCK, _GPU_BLOCK = 2**21, 2**26  # elements of a weight's gradient that are made at once before they are added
 
@@ -250,7 +252,7 @@ class Call:
         quantized: the head, where it is quantized: it then gets no gradient.
         scale, softcap, temperature: as in `Head`.
         skip: whether ignored tokens are left out: True makes the host wait for a GPU to count them, False computes
-            them in vain, None leaves them out where that waits for nothing.
+            them in vain, None leaves them out where that waits for nothing or for far less than it saves.
         rows: tokens at once; None chooses by memory.
         reference: the result of all tokens at once and in plain PyTorch, as a function of hidden states, weight (the
             quantized one, where the head is) and bias: for derivatives of gradients, which are refused without it.
@@ -292,13 +294,20 @@ class Call:
         index, mask = None, self.kept
         skip = self.skip
         if self.kept is not None and skip is None:
-            skip = is_readable(self.kept)
+            skip = is_readable(self.kept) or self._worth_waiting(head)
         if self.kept is not None and skip:
             index, mask = self.kept.nonzero().squeeze(1), None
             count = index.shape[0]
             index = None if count == head.hidden.shape[0] else index
         rows = self.rows or chunk_rows(head.hidden.shape[0], head.vocabulary, device)
         return index, mask, list(_split(count, index, rows))
+
+    def _worth_waiting(self, head: Head) -> bool:
+        """Whether counting the tokens (a wait of about 20 us) costs little beside the products of those that count."""
+        kept = self.kept
+        if not kept.is_cuda or kept.numel() * head.vocabulary < _WORTH_WAITING:
+            return False
+        return has_values(kept) and not is_capturing(kept)
 
 
 @_disable_dynamo

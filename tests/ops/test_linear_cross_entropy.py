@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from heads import SIXTEEN_BITS, check, make, results
+from pretend_gpu import PretendGpu, pretend, put
 from torch.utils.checkpoint import checkpoint
 
 from bigkernels.bench.memory import extra_peak
 from bigkernels.functional import linear_cross_entropy, quantize_weight, quantized_linear
 from bigkernels.nn import LinearCrossEntropyLoss
+from bigkernels.ops import _chunks
 from bigkernels.ops import linear_cross_entropy as op
 
 DTYPES = (torch.float64, torch.float32, *SIXTEEN_BITS)
@@ -387,3 +389,24 @@ def test_module():
     tied(embedding(target), target, torch.rand(11)).backward()
     assert embedding.weight.grad is not None and set(tied.state_dict()) == {"weight", "class_weight"}
     assert LinearCrossEntropyLoss(4, 5, dtype=torch.bfloat16, device="meta").weight.is_meta
+
+
+@pytest.mark.parametrize("worth, capturing, computed", [(1, False, 13), (2**30, False, 40), (1, True, 40)])
+def test_ignored_tokens_are_left_out_on_a_gpu(worth, capturing, computed, monkeypatch):
+    """Where counting them costs less than it saves, and nothing goes into a CUDA graph."""
+    tokens, split = [], _chunks._split
+    monkeypatch.setattr(_chunks, "_WORTH_WAITING", worth)
+    monkeypatch.setattr(_chunks, "_split", lambda *args: tokens.extend(split(*args)) or split(*args))
+    pretend(monkeypatch, capturing)
+    hidden, weight = torch.randn(40, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    target = torch.randint(50, (40,))
+    target[13:] = -100
+    expected = F.cross_entropy(hidden @ weight.T, target)
+    put(hidden, weight, target)
+    with PretendGpu(waits="refused" if computed == 40 else "allowed"):
+        loss = linear_cross_entropy(hidden, weight, target)
+        found = torch.autograd.grad(loss, (hidden, weight))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, (hidden, weight)))
+    counts = [len(range(*t.indices(40))) if isinstance(t, slice) else len(t) for t in tokens]
+    assert sum(counts) == computed
