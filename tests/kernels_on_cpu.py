@@ -14,14 +14,20 @@ import torch
 from bigkernels.ops import OPERATORS
 from bigkernels.ops._registry import KERNEL_DTYPES, Implementation
 from bigkernels.ops.compress import OPERATOR as CODES
+from bigkernels.ops.grouped_linear import OPERATOR as EXPERTS
 from bigkernels.triton import OPERATORS as KERNELS
 from bigkernels.triton import launchers
+
+
+class _OnCpu(Implementation):
+    def refuses(self, device: str, dtype: torch.dtype) -> str | None:
+        return super().refuses("cpu" if device == "cuda" else device, dtype)  # tensors that say they are on a GPU
 
 
 @contextmanager
 def launchers_take_cpu_tensors(dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) -> Iterator[None]:
     library = torch.library.Library("bigkernels", "IMPL")
-    operators = OPERATORS | {CODES.name: CODES}
+    operators = OPERATORS | {operator.name: operator for operator in (CODES, EXPERTS)}
     before = {name: operator.implementations for name, operator in operators.items()}
 
     def forget() -> None:
@@ -32,8 +38,7 @@ def launchers_take_cpu_tensors(dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) 
     for name, launcher in launchers().items():
         library.impl(name, launcher, "CPU", allow_override=True)
     for name in KERNELS:
-        operators[name].implementations = (Implementation("triton", "cpu", dtypes=dtypes),
-                                           Implementation("triton", "cuda", dtypes=dtypes))  # fmt: skip
+        operators[name].implementations = (_OnCpu("triton", "cpu", dtypes=dtypes),)
     forget()
     try:
         yield

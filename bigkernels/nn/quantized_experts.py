@@ -7,7 +7,8 @@ import operator
 import torch
 from torch import Tensor, nn
 
-from ..ops.quantized_linear import quantized_linear
+from ..ops.grouped_linear import OPERATOR, grouped_linear
+from ..ops.quantized_linear import dequantize_rows, quantized_linear
 from ..quantization import Format, QuantizedWeight, quantize_weight
 from ._quantized import Quantized
 
@@ -57,10 +58,24 @@ class QuantizedExperts(Quantized):
         if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0 and index.dtype != torch.bool):
             return self.expert(operator.index(index))
         if isinstance(index, Tensor) and index.dim() == 1 and not index.dtype.is_floating_point:
+            if index.is_cuda and index.dtype != torch.bool:
+                return self._gathered(index)
             picked, where = torch.unique(index.nonzero()[:, 0] if index.dtype == torch.bool else index,
                                          return_inverse=True)  # fmt: skip
             return torch.stack([self.expert(i).dequantize() for i in picked.tolist()])[where]
         return self.dequantize()[index]
+
+    def _gathered(self, index: Tensor) -> Tensor:
+        """The dequantized weights of experts on the device: nobody waits to hear which."""
+        *rows, book, group = self.qweight.operands()
+        k, dtype = self.in_features, self.qweight.dtype
+        index = torch.where(index < 0, index + self.experts, index)
+        picked = [t if t is None else t.unflatten(0, (self.experts, -1))[index].flatten(0, 1) for t in rows]
+        values = dequantize_rows(*picked, book, group, k, dtype if dtype == torch.float64 else torch.float32)
+        if self.qweight.channel is not None:
+            values = values * self.qweight.channel.to(values.dtype)
+        values = values.to(dtype).unflatten(0, (len(index), -1))
+        return values.transpose(1, 2) if self.turned else values
 
     def __len__(self) -> int:
         return self.experts
@@ -100,6 +115,9 @@ class QuantizedExperts(Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ w``, batched over the experts: x (E, T, K) to (E, T, N)."""
+        if OPERATOR.uses_kernel(x) and x.dim() == 3 and x.shape[0] == self.experts:
+            ends = torch.arange(1, self.experts + 1, dtype=torch.int32, device=x.device) * x.shape[1]
+            return grouped_linear(x.flatten(0, 1), self.qweight, ends).unflatten(0, x.shape[:2])
         return torch.stack([quantized_linear(part, self.expert(i).qweight) for i, part in enumerate(x.unbind(0))])
 
     def extra_repr(self) -> str:
@@ -211,15 +229,9 @@ class _Turned(_View):
 
 def _grouped(weights: QuantizedExperts, x: Tensor, _, *, offs: Tensor, bias: Tensor | None = None, out_dtype=None):
     """As `torch.nn.functional.grouped_mm` of tokens (T, K) in the order of their experts."""
-    ends = offs.tolist()
-    parts = [
-        quantized_linear(x[begin:end], weights.expert(i).qweight)
-        for i, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
-        if end > begin
-    ]
-    n = weights.out_features // weights.experts
-    rest = x.shape[0] - (ends[-1] if ends else 0)
-    out = torch.cat([*parts, x.new_zeros(rest, n)])
+    if offs.shape != (weights.experts,):
+        raise ValueError(f"grouped_mm: offs has shape {tuple(offs.shape)}, expected ({weights.experts},)")
+    out = grouped_linear(x, weights.qweight, offs)
     if bias is not None:
         out = out + bias
     return out if out_dtype is None else out.to(out_dtype)

@@ -15,7 +15,7 @@ import torch
 
 OPERATORS = (
     "rms_norm", "layer_norm", "rope", "glu", "cross_entropy", "attention", "varlen_attention", "decode_attention",
-    "quantized_linear", "compress",
+    "quantized_linear", "grouped_linear", "compress",
 )  # fmt: skip
 
 
@@ -39,6 +39,7 @@ def launchers() -> dict[str, Callable]:
         "append_kv_": _launcher("decode_attention", "append"),
         "decompress": _launcher("compress", "decompress"),
         "cross_entropy_bwd_": _launcher("cross_entropy", "backward_over"),
+        "grouped_linear_weight_bwd": _launcher("grouped_linear", "weight_backward"),
     }
     for operator in OPERATORS:
         for suffix, direction in (("_fwd", "forward"), ("_bwd", "backward"), ("", "infer")):
