@@ -21,6 +21,7 @@ from triton.runtime import driver as drivers
 from triton.runtime.jit import JITFunction
 
 from bigkernels.triton import OPERATORS as KERNELS
+from bigkernels.triton._launch import as_if
 
 # Bytes of shared memory that a program may have at most, by compute capability (CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability").
@@ -107,7 +108,7 @@ def without_device(capability: int = 90) -> Iterator[Driver]:
     drivers.set_active(driver)
     _forget()
     try:
-        with launchers_take_cpu_tensors():
+        with launchers_take_cpu_tensors(), as_if(capability):
             yield driver
     finally:
         _forget()  # while the driver is here that unloads what was loaded

@@ -9,7 +9,6 @@ import functools
 import importlib
 import os
 import re
-import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,6 +21,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if triton.knobs.runtime.interpret:
     pytest.skip("under TRITON_INTERPRET kernels cannot be compiled", allow_module_level=True)
 
+from machine_code import products, resources  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction, mangle_type  # noqa: E402
@@ -47,9 +47,9 @@ def one_thread_parses():
 
 
 @functools.cache
-def launches(operator, dtype):
-    """The distinct launches of an operator's examples."""
-    with recording() as recorded:
+def launches(operator, dtype, capability=80):
+    """The distinct launches of an operator's examples on GPUs of a compute capability."""
+    with recording(capability) as recorded:
         for launcher, args in MODULES[operator].examples(dtype):
             launcher(*args)
     return list({str(source_of(launch)): launch for launch in recorded}.values())
@@ -82,42 +82,51 @@ def compiled(launch, capability, **options):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def resources(cubin, folder):
-    """(registers a thread, bytes of stack a thread); a stack means that registers were spilled."""
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return tuple(int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
-
-
-# Each dtype and each capability once by default: a compilation of every launch takes minutes.
+# Bytes of shared memory a program, by the compute capability for which tiles were chosen. What is compiled for sm_80
+# runs on sm_86 and sm_89 as well, which have less.
+SHARED = {80: 99 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Each dtype and each table of tiles once by default: a compilation of every launch takes minutes.
 TARGETS = [
     ("float32", 80),
     ("bfloat16", 90),
-    pytest.param("float32", 90, marks=pytest.mark.slow),
-    pytest.param("bfloat16", 80, marks=pytest.mark.slow),
-]
+    *(pytest.param(dtype, capability, marks=pytest.mark.slow) for capability in SHARED for dtype in DTYPES
+      if (dtype, capability) not in (("float32", 80), ("bfloat16", 90))),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype, capability", TARGETS, ids=lambda v: f"sm_{v}" if isinstance(v, int) else v)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_kernels_compile_without_spills_and_load_16_bytes(operator, dtype, capability, tmp_path):
-    made = launches(operator, DTYPES[dtype])
+def test_what_the_compiler_makes_of_every_launch(operator, dtype, capability, tmp_path):
+    """No spills, no more shared memory than there is, loads of 16 bytes, and no product that is computed twice."""
+    made = launches(operator, DTYPES[dtype], capability)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler lets go of the interpreter
         kernels = list(pool.map(functools.partial(compiled, capability=capability), made))
     for launch, kernel in zip(made, kernels, strict=True):
         registers, stack = resources(kernel.asm["cubin"], tmp_path)
         assert stack == 0, f"{describe(launch)}: {registers} registers and {stack} bytes of spills"
         assert registers * 32 * launch.num_warps <= 65536, f"{describe(launch)}: {registers} registers do not fit"
-        if capability == 80:  # sm_86 and sm_89 run its code with the least shared memory: 99 KB a program
-            assert kernel.metadata.shared <= 99 * 1024, f"{describe(launch)}: {kernel.metadata.shared} bytes"
+        assert kernel.metadata.shared <= SHARED[capability], f"{describe(launch)}: {kernel.metadata.shared} bytes"
         # Rows that start on 16 bytes are read 16 bytes at a time.
         row = next(launch.args[name] for name in ("D", "V", "N", "DV") if name in launch.args)
         vectors = re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.cg.* 0x10", kernel.asm["ptx"])
         if launch.kernel.__name__ == "decode_weight":  # bound by what it writes, two to four times what it reads
             vectors = re.findall(r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64", kernel.asm["ptx"])
         assert bool(vectors) == (row % 16 == 0), f"{describe(launch)}: {len(vectors)} loads of 16 bytes"
+        if operator in ("attention", "varlen_attention"):
+            _check_products(launch, products(kernel), capability)
+
+
+def _check_products(launch, found, capability):
+    """The layout of attention's products, where tiles were chosen for it."""
+    if capability not in (80, 86, 90) or "BLOCK_D" not in launch.args or launch.args["PRECISION"] is not None:
+        return
+    assert found, describe(launch)
+    assert not any(p.twice for p in found), f"{describe(launch)}: {[p for p in found if p.twice]}"
+    if capability == 90 and max(launch.args["D"], launch.args["DV"]) <= 256:
+        name = launch.kernel.__name__
+        if name in ("attend", "backward_queries", "backward_bias") or launch.args["D"] <= 128:
+            scores = [p for p in found if p.hopper and p.shape[1] in (launch.args["BLOCK_M"], launch.args["BLOCK_N"])]
+            assert scores and min(p.width for p in scores) >= 16, f"{describe(launch)}: {found}"
 
 
 def test_every_kernel_is_compiled():
@@ -175,6 +184,10 @@ def _huge_calls():
     for dynamic in (False, True):
         yield m["quantized_linear"].forward, (x, codes, scale, None, None, None, None, 0, 64, dynamic)
     yield m["quantized_linear"].backward, (x, codes, scale, None, None, None, 0, 64)
+    weight, many = (empty(512, 64, dtype=torch.int8), empty(512, dtype=f32), *(None,) * 3), empty(8, dtype=i32)
+    yield m["grouped_linear"].forward, (x, many, *weight, 0, False)
+    yield m["grouped_linear"].backward, (x, many, *weight, 0, 64)
+    yield m["grouped_linear"].weight_backward, (empty(64, 4096), empty(64, 65536), empty(4096, dtype=i32))
     long = empty(2**33)
     yield m["compress"].infer, (long, True, False, 0)
     yield m["compress"].decompress, (empty(2**33, dtype=torch.uint8), empty(2**26, dtype=f32), True, bf16)

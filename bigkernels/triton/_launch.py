@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from ..ops._registry import KERNEL_DTYPES
+from ..ops._routes import capability_of
 from ._prepared import note_launch
 
 
@@ -28,17 +29,38 @@ class Launch:
 
 
 _recorded: list[Launch] | None = None
+_elsewhere = 80  # the compute capability for tensors that are on no GPU
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Collect launches and run none of them: with meta tensors the launchers need no GPU."""
+def recording(capability: int | None = None) -> Iterator[list[Launch]]:
+    """Collect launches and run none of them: with meta tensors the launchers need no GPU. What they would launch is for
+    GPUs of a compute capability, 90 for 9.0.
+    """
     global _recorded
     before, _recorded = _recorded, []
     try:
-        yield _recorded
+        with as_if(_elsewhere if capability is None else capability):
+            yield _recorded
     finally:
         _recorded = before
+
+
+@contextlib.contextmanager
+def as_if(capability: int) -> Iterator[None]:
+    """Tensors that are on no GPU are taken to be on one of this compute capability."""
+    global _elsewhere
+    before, _elsewhere = _elsewhere, capability
+    try:
+        yield
+    finally:
+        _elsewhere = before
+
+
+def capability(t: Tensor) -> int:
+    """The compute capability of a tensor's GPU, 90 for 9.0."""
+    found = capability_of(t)
+    return _elsewhere if found is None else 10 * found[0] + found[1]
 
 
 def launch(

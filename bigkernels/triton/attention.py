@@ -1,8 +1,6 @@
-"""Attention for training on GPUs: how queries and keys are tiled, and the launches; `varlen_attention` shares them.
+"""Attention for training on GPUs: the launches; `varlen_attention` shares them.
 
-The matrix units do almost all the work, so tiles are as large as registers allow: 128 queries by 64 or 128 keys for
-heads of up to 128 elements. float32 has no matrix unit that keeps its digits, and takes small tiles. Sizes stand in one
-table, `_tiles`; nothing is tuned at run time.
+Sizes of tiles stand in tables, one for each kind of GPU (`_tiles.py`); nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -18,68 +16,12 @@ from ..ops import attention as op
 from ..ops._registry import KERNEL_DTYPES, nondeterministic
 from ._attention import attend, backward_bias, backward_keys, backward_queries
 from ._attention import delta as delta_kernel
-from ._launch import launch, power_of_2
+from ._launch import capability, launch, power_of_2
+from ._tiles import LARGEST, tiles
 from .decode_attention import serve_attention
 from .rope import _inner_contiguous
 
 _LOG2E = 1.4426950408889634
-_LARGEST = 640  # elements of a query and its value together: tiles of more do not fit the registers
-
-
-@dataclass(frozen=True)
-class _Tiles:
-    """Queries and keys of a program's tile, warps, pipeline stages, and registers a thread, where the assembler would
-    take fewer and spill to fit one more program.
-    """
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-    def constants(self) -> dict[str, int | None]:
-        return {"BLOCK_M": self.queries, "BLOCK_N": self.keys, "num_warps": self.warps, "STAGES": self.stages,
-                "maxnreg": self.registers}  # fmt: skip
-
-
-# Of each kernel, (largest head, tiles, tiles of calls with more in their registers: dropout, or dense tensors). Eight
-# warps are two groups of the matrix unit, of 64 rows each: fewer rows would be computed twice.
-_NARROW = {
-    "attend": ((64, _Tiles(128, 64, 4, 3), _Tiles(64, 64, 4, 3)),
-               (128, _Tiles(128, 64, 8, 3), _Tiles(64, 64, 8, 2)),
-               (256, _Tiles(64, 32, 8, 2), _Tiles(32, 32, 8, 2)),
-               (_LARGEST, _Tiles(32, 16, 8, 1), _Tiles(16, 16, 8, 1))),
-    "queries": ((64, _Tiles(128, 64, 8, 2), _Tiles(64, 64, 8, 2)),
-                (128, _Tiles(64, 64, 8, 2), _Tiles(32, 64, 8, 2)),
-                (256, _Tiles(32, 32, 8, 2, 168), _Tiles(32, 32, 8, 2)),
-                (_LARGEST, _Tiles(16, 16, 8, 1), _Tiles(16, 16, 8, 1))),
-    "keys": ((64, _Tiles(64, 128, 8, 2), _Tiles(32, 64, 8, 2)),
-             (128, _Tiles(32, 128, 8, 2), _Tiles(16, 64, 8, 2)),
-             (256, _Tiles(32, 32, 8, 2, 168), _Tiles(16, 32, 8, 2)),
-             (_LARGEST, _Tiles(16, 16, 8, 1), _Tiles(16, 16, 8, 1))),
-    # "keys" that adds up the gradient of the queries too.
-    "sum": ((64, _Tiles(64, 128, 8, 2), _Tiles(16, 64, 8, 2)),
-            (96, _Tiles(16, 64, 8, 1), _Tiles(16, 64, 8, 1)),
-            (128, _Tiles(16, 64, 8, 2), _Tiles(16, 64, 8, 2)),
-            (256, _Tiles(16, 32, 8, 2, 192), _Tiles(16, 32, 8, 2)),
-            (_LARGEST, _Tiles(16, 16, 8, 1), _Tiles(16, 16, 8, 1))),
-    "bias": ((128, _Tiles(64, 32, 8, 1), _Tiles(64, 32, 8, 1)),
-             (_LARGEST, _Tiles(32, 32, 8, 1), _Tiles(32, 32, 8, 1))),
-}  # fmt: skip
-# float32: the same tiles in all kernels, so that backward finds the scores that forward had, to the last bit.
-_WIDE = (
-    (64, _Tiles(32, 16, 4, 1, 208), _Tiles(32, 16, 4, 1, 208)),
-    (128, _Tiles(32, 16, 8, 1, 208), _Tiles(16, 16, 4, 1, 208)),
-    (256, _Tiles(16, 16, 8, 1), _Tiles(16, 16, 8, 1, 168)),
-    (_LARGEST, _Tiles(16, 16, 8, 1), _Tiles(16, 16, 8, 1)),
-)
-
-
-def _tiles(kernel: str, size: int, wide: bool, heavy: bool) -> _Tiles:
-    """For heads of `size` elements (the larger of keys and values)."""
-    table = _WIDE if wide else _NARROW[kernel]
-    return next(tiles[heavy] for most, *tiles in table if size <= most)
 
 
 def _parts(size: int) -> tuple[int, int]:
@@ -104,12 +46,14 @@ class Call:
     key_heads: int
     wide: bool
     heavy: bool
+    capability: int
     tensors: dict[str, Tensor | None]
     common: dict[str, object]
     scale: float
 
-    def tiles(self, kernel: str) -> dict[str, int | None]:
-        return _tiles(kernel, self.head, self.wide, self.heavy).constants()
+    def tiles(self, kernel: str) -> dict[str, int | None] | None:
+        found = tiles(kernel, self.head, self.wide, self.heavy, self.capability)
+        return None if found is None else found.constants()
 
 
 def strides(name: str, t: Tensor | None, *, packed: bool) -> dict[str, int]:
@@ -155,7 +99,7 @@ def prepare(
     }  # fmt: skip
     common["PARTS"] = 1 if dense else 3 if left >= 0 else 2
     return Call(batch, queries, keys, max(size, value_size), key_heads, q.dtype == torch.float32,
-                dense or bias is not None or dropout_p > 0, tensors, common, scale)  # fmt: skip
+                dense or bias is not None or dropout_p > 0, capability(q), tensors, common, scale)  # fmt: skip
 
 
 def run_forward(
@@ -196,7 +140,8 @@ def run_backward(
         rest = torch.empty_like(lse)
         run_forward(call, q, k, v, sinks, out, base_2, rest)
     inputs = (q, k, v, grad, base_2, rest, delta)
-    q_sum = q.new_zeros(q.shape, dtype=torch.float32) if by_atomics and not call.wide else None
+    by_atomics = by_atomics and not call.wide and call.tiles("sum") is not None
+    q_sum = q.new_zeros(q.shape, dtype=torch.float32) if by_atomics else None
     if q_sum is None:
         tiles = call.tiles("queries")
         launch(
@@ -229,7 +174,7 @@ def run_backward(
 
 
 def _serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return q.dtype in KERNEL_DTYPES and max(q.shape[-1], v.shape[-1]) <= _LARGEST and q.numel() > 0 and k.numel() > 0
+    return q.dtype in KERNEL_DTYPES and max(q.shape[-1], v.shape[-1]) <= LARGEST and q.numel() > 0 and k.numel() > 0
 
 
 def _rows(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

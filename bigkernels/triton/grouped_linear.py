@@ -59,14 +59,6 @@ def _weight(
 
 
 @triton.jit
-def _of_expert(T, expert, each):
-    """A tensor from an expert's first row on, `each` elements a row."""
-    if T is not None:
-        T += expert.to(tl.int64) * each
-    return T
-
-
-@triton.jit
 def multiply_groups(
     X, TOKEN_SCALE, ENDS, CODES, SCALE, ZERO, ROW_SCALE, BOOK, OUT, M, N, K, groups, blocks, stride_x, stride,
     EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr,
@@ -79,9 +71,14 @@ def multiply_groups(
     m = first + tl.arange(0, BM)
     n = tl.program_id(0) // blocks * BN + tl.arange(0, BN)
     each = N * groups if KIND >= 2 else N
-    CODES = _of_expert(CODES, expert, N.to(tl.int64) * stride)
-    SCALE, ZERO = _of_expert(SCALE, expert, each), _of_expert(ZERO, expert, each)
-    ROW_SCALE = _of_expert(ROW_SCALE, expert, N)
+    wide = expert.to(tl.int64)
+    CODES += wide * N * stride
+    if SCALE is not None:
+        SCALE += wide * each
+    if ZERO is not None:
+        ZERO += wide * each
+    if ROW_SCALE is not None:
+        ROW_SCALE += wide * N
     acc = tl.zeros((BM, BN), tl.float32 if TOKEN_SCALE is None else tl.int32)
     for k in range(0, K, BK):
         at = k + tl.arange(0, BK)
@@ -116,9 +113,14 @@ def multiply_groups_back(
     m = first + tl.arange(0, BM)
     k = tl.program_id(0) // blocks * BK
     each = N * groups if KIND >= 2 else N
-    CODES = _of_expert(CODES, expert, N.to(tl.int64) * stride)
-    SCALE, ZERO = _of_expert(SCALE, expert, each), _of_expert(ZERO, expert, each)
-    ROW_SCALE = _of_expert(ROW_SCALE, expert, N)
+    wide = expert.to(tl.int64)
+    CODES += wide * N * stride
+    if SCALE is not None:
+        SCALE += wide * each
+    if ZERO is not None:
+        ZERO += wide * each
+    if ROW_SCALE is not None:
+        ROW_SCALE += wide * N
     acc = tl.zeros((BM, BK), tl.float32)
     for start in range(0, N, BN):
         n = start + tl.arange(0, BN)

@@ -95,3 +95,22 @@ def test_waits_are_noticed(monkeypatch):
                 wait()
         with pytest.raises(RuntimeError, match="same device"):
             x + torch.zeros(4, device="cpu")
+
+
+def test_quantized_experts_never_wait(monkeypatch):
+    """One launch for all experts, whose tokens end where the device alone knows; chosen experts are gathered there."""
+    from bigkernels.nn import QuantizedExperts
+
+    weights = QuantizedExperts.from_parameter(torch.randn(8, 64, 96), "int4", turned=True)
+    x, offs = torch.randn(24, 64), torch.tensor([2, 2, 9, 9, 9, 20, 22, 24], dtype=torch.int32)
+    chosen, expected = torch.tensor([3, 0, 3, -1]), weights.dequantize()[[3, 0, 3, -1]]
+    put_module(weights)
+    put(x, offs, chosen)
+    pretend(monkeypatch, capturing=True)
+    with without_device() as driver, torch.no_grad(), PretendGpu(waits="refused"):
+        out = torch.nn.functional.grouped_mm(x, weights, offs=offs)
+        batched = torch.bmm(x[:16].unflatten(0, (8, 2)), weights)
+        picked = weights[chosen]
+    assert [launch.kernel for launch in driver.launches] == ["multiply_groups"] * 2
+    assert out.shape == (24, 96) and batched.shape == (8, 2, 96) and all(map(on_gpu, (out, batched, picked)))
+    assert torch.equal(picked, expected)
