@@ -7,6 +7,7 @@ on in silence without it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -80,3 +81,9 @@ def calls_go_through_instances() -> bool:
     probe.__dict__[CALL] = lambda: "instance"
     found.append(probe())
     return found == ["class", "instance"] and getattr(Probe, CALL, None) is getattr(nn.Module, CALL, 0)
+
+
+def constant_to_the_compiler(function: Callable) -> Callable:
+    """`torch.compiler.assume_constant_result`, which imports the compiler, and that imports triton."""
+    function._dynamo_marked_constant = True
+    return function

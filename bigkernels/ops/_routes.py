@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .._torch_private import constant_to_the_compiler
 from . import _registry
 from ._registry import log, needs_grad
 
@@ -96,7 +97,7 @@ TABLE: tuple[Route, ...] = (
 _capabilities: dict[int, Capability] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant_to_the_compiler
 def _capability(index: int) -> Capability:
     found = _capabilities.get(index)
     if found is None:
