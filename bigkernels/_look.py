@@ -66,17 +66,23 @@ def _described(t: Tensor) -> tuple:
 
 
 @functools.cache
-def _native() -> Callable[[list[Tensor], int, int, int, int, bool], int] | None:
-    """`bk_look` of csrc/cpu/look.cpp; None where there is no such library, or a torch without DLPack's C functions."""
+def describe_function() -> int | None:
+    """The address of torch's C function that describes a tensor as a DLTensor; None where it has none."""
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if api is None or cpu_library().reason is not None or not hasattr(ctypes, "pythonapi"):
+    if api is None or not hasattr(ctypes, "pythonapi"):
         return None
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
     table = pointer(api, b"dlpack_exchange_api")
     # DLPackExchangeAPI: its version, an older table, and five functions, of which the fourth describes a tensor.
-    describe = (ctypes.c_void_p * 6).from_address(table)[5]
-    if ctypes.c_uint32.from_address(table).value != 1 or not describe:
+    return (ctypes.c_void_p * 6).from_address(table)[5] if ctypes.c_uint32.from_address(table).value == 1 else None
+
+
+@functools.cache
+def _native() -> Callable[[list[Tensor], int, int, int, int, bool], int] | None:
+    """`bk_look` of csrc/cpu/look.cpp; None where there is no such library, or a torch without DLPack's C functions."""
+    describe = describe_function()
+    if not describe or cpu_library().reason is not None:
         return None
     item = ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p).value
     function = ctypes.PyDLL(str(cpu_library().path)).bk_look

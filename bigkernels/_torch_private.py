@@ -30,6 +30,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "autocast_anywhere",
     "backward_pass",
     "calls_go_through_instances",
     "counting_writes",
@@ -38,6 +39,8 @@ __all__ = [
     "dispatch_modes",
     "empty_cpu",
     "empty_cuda",
+    "function_modes",
+    "is_jit_tracing",
     "is_traceable_wrapper_subclass",
     "is_transformed",
     "storage_users",
@@ -55,6 +58,9 @@ transforms = torch._C._functorch.peek_interpreter_stack  # None outside of torch
 surrounding_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # (pack, unpack) or None
 backward_pass = torch._C._current_graph_task_id
 dispatch_modes = torch._C._len_torch_dispatch_stack
+function_modes = torch._C._len_torch_function_stack
+autocast_anywhere = torch._C._is_any_autocast_enabled
+is_jit_tracing = torch._C._is_tracing
 without_dispatch_modes = torch._C._DisableTorchDispatch
 storage_users = torch._C._storage_Use_Count
 without_functions = torch._C.DisableTorchFunction  # subclasses and modes

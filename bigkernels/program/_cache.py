@@ -6,20 +6,26 @@ was found is kept as long as nobody changes the cache, so that a token costs a f
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import sys
 import weakref
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from ctypes import addressof, c_int64, sizeof
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._load import cpu_library
 from ..ops.program import settle
 from . import _records as records
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FIELDS = sizeof(records.LayerCache) // 8
+_VALID, _PAST, _ROOM = range(3)  # words of a CacheLease
+_SLOTS = 3  # words of a CacheSlots
 FIELD = {name: getattr(records.LayerCache, name).offset // 8 for name, _ in records.LayerCache._fields_}
 
 
@@ -37,40 +43,62 @@ class Description:
     """The layers of a cache for a run: `packed` is (layers, LayerCache) as int64, `past` the tokens it has seen, -1
     where none of its layers counts them.
 
-    After the run `advance` takes the new tokens in. The runner copies `packed` when a run begins.
+    After the run `advance` takes the new tokens in. The runner copies `packed` when a run begins. Dynamic layers
+    that it describes have no lengths of their own: they ask here (`slots`), until somebody changes them.
+
+    Attributes:
+        lease: a CacheLease of csrc/cpu/cache_lease.cpp.
+        runs: how often it was given.
     """
 
     def __init__(self, shapes: Sequence[CacheShape | None], batch: int, dtype: torch.dtype, past: int):
-        self.shapes, self.batch, self.dtype, self.past = shapes, batch, dtype, past
+        self.shapes, self.batch, self.dtype = shapes, batch, dtype
         self.packed = torch.zeros((len(shapes), FIELDS), dtype=torch.int64, device="cpu")
         self.numbers = (c_int64 * (len(shapes) * FIELDS)).from_address(self.packed.data_ptr())
-        self.room = 1 << 62
-        self.full: list[tuple[int, Any]] = []  # where `held` is, and the layer
-        self.windows: list[tuple[int, Any]] = []
+        self._slots = array("q", bytes(8 * _SLOTS * len(shapes)))  # of each layer its begin, end and window
+        addresses = self.packed.data_ptr(), self._slots.buffer_info()[0]
+        self.lease = array("q", (1, past, 1 << 62, len(shapes), *addresses))
+        self.runs = 0
+        self.dynamic: list[int] = []  # the `id` of each layer, which ends this when it goes; 0 of a static one
         self.others: list[tuple[int, Any, bool]] = []  # that the model's own code keeps, and whether they count tokens
         self.static: list[tuple[int, Any, Tensor, Tensor, Tensor, c_int64]] = []
-        self.stamp = object()  # that dynamic layers bear as long as nobody changes them
 
-    def __del__(self) -> None:
-        if self.static and not sys.is_finalizing():
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self.static and not ending():
             settle()  # before the memory of static layers can go: threads that lost their core may still write there
+
+    @property
+    def past(self) -> int:
+        return self.lease[_PAST]
+
+    @past.setter
+    def past(self, tokens: int) -> None:
+        self.lease[_PAST] = tokens
+
+    @property
+    def room(self) -> int:
+        return self.lease[_ROOM]
+
+    def slots(self, index: int) -> tuple[int, int]:
+        """Where the tokens of a layer begin and end in its buffers."""
+        return self._slots[_SLOTS * index], self._slots[_SLOTS * index + 1]
+
+    def end(self) -> None:
+        """A layer is no longer as it is described."""
+        self.lease[_VALID] = 0
 
     def fits(self, cache: Any, tokens: int) -> bool:
         """Whether the cache is as it was left here, with room for more."""
-        layers, past, stamp = cache.layers, self.past, self.stamp
-        if tokens > self.room:
+        lease, layers, past = self.lease, cache.layers, self.past
+        if not lease[_VALID] or tokens > lease[_ROOM] or len(layers) < len(self.dynamic):
             return False
-        for i, layer in self.full:
-            if layers[i // FIELDS] is not layer or layer._stamp is not stamp:
-                return False
-        for i, layer in self.windows:
-            if layers[i // FIELDS] is not layer or layer._stamp is not stamp or layer.cumulative_length != past:
-                return False
+        if any(mine and mine != id(layer) for mine, layer in zip(self.dynamic, layers, strict=False)):
+            return False
         for i, layer, counts in self.others:
             if layers[i] is not layer or (counts and layer.get_seq_length() != past):
                 return False
         for i, layer, k, v, length, number in self.static:
-            if layers[i // FIELDS] is not layer or layer.keys is not k or layer.values is not v:
+            if layers[i] is not layer or layer.keys is not k or layer.values is not v:
                 return False
             if layer.cumulative_length is not length or number.value != past:
                 return False
@@ -80,29 +108,19 @@ class Description:
 
     def advance(self, tokens: int) -> None:
         """The run has written so many tokens."""
-        self.past += tokens
-        self.room -= tokens
-        numbers = self.numbers
-        for i, layer in self.full:
-            layer._end += tokens
-            numbers[i] += tokens
-        for i, layer in self.windows:
-            layer._end += tokens
-            begin = layer._begin
-            layer._moved(tokens)
-            numbers[i] = layer._end - layer._begin
-            if dropped := layer._begin - begin:
-                row = i - FIELD["held"]
-                numbers[row + FIELD["capacity"]] -= dropped
-                for x, part in (("k", layer._k), ("v", layer._v)):
-                    numbers[row + FIELD[x]] += dropped * numbers[row + FIELD[x + "_token"]] * part.element_size()
-                    if part.dtype == torch.int8:
-                        numbers[row + FIELD[x + "_scale"]] += dropped * 4
-        for i, layer, _, _, _, number in self.static:
+        _advance()(self.lease.buffer_info()[0], tokens)
+        for _, layer, _, _, _, number in self.static:
             number.value += tokens
             if layer.is_sliding:
                 layer.cumulative_length_int += tokens
-            numbers[i] += tokens
+
+    def take(self, layer: Any, index: int, window: int) -> None:
+        """A dynamic layer, which keeps `window` tokens where that is not 0, gives its lengths to this."""
+        layer._drop()
+        begin, end = layer._begin, layer._end
+        self._slots[_SLOTS * index : _SLOTS * (index + 1)] = array("q", (begin, end, window))
+        self.add(index, layer, layer._k, layer._v, begin, end - begin)
+        layer._lease, layer._row, layer._lent = self, index, True
 
     def skip(self, index: int) -> None:
         """A layer that no record reads or writes."""
@@ -121,7 +139,15 @@ class Description:
             scales = [x[:, :, begin:] for x in (layer._k_scale, layer._v_scale)]
             row.bits, (row.k_scale, row.v_scale) = 8, (x.data_ptr() for x in scales)
             row.scale_batch, row.scale_head, _ = scales[0].stride()
-        self.room = min(self.room, row.capacity - held)
+        self.lease[_ROOM] = min(self.room, row.capacity - held)
+
+
+@functools.cache
+def _advance() -> Callable[[int, int], None]:
+    """`bk_cache_advance` of csrc/cpu/cache_lease.cpp."""
+    function = ctypes.CDLL(str(cpu_library().path)).bk_cache_advance
+    function.restype, function.argtypes = None, (ctypes.c_void_p, c_int64)
+    return function
 
 
 def counts(layer: Any) -> bool:
@@ -150,6 +176,7 @@ def describe(
         return f"the cache is a {type(cache).__name__}"
     if found is not None:
         if found.shapes is shapes and found.batch == batch and found.dtype is dtype and found.fits(cache, tokens):
+            found.runs += 1
             return found
         if found.static:
             settle()  # their owner does not: slots may be written again
@@ -212,19 +239,19 @@ def _look(
     _make_room([p for p in pairs if isinstance(p[0], _cache_layers.BufferedLayer)], batch, tokens, dtype)
     for i, layer in enumerate(layers[: len(shapes)]):
         if shapes[i] is None:
+            found.dynamic.append(0)
             found.skip(i)
             found.others.append((i, layer, counts(layer)))
             continue
-        at = i * FIELDS + FIELD["held"]
-        if isinstance(layer, StaticLayer):
-            found.add(i, layer, layer.keys, layer.values, 0, found.past)
-            length = layer.cumulative_length
-            found.static.append((at, layer, layer.keys, layer.values, length, c_int64.from_address(length.data_ptr())))
+        if isinstance(layer, _cache_layers.BufferedLayer):
+            found.dynamic.append(id(layer))
+            found.take(layer, i, layer._keeps())
             continue
-        layer._stamp, layer._lent = found.stamp, True
-        found.add(i, layer, layer._k, layer._v, layer._begin, layer._end - layer._begin)
-        windowed = isinstance(layer, _cache_layers.BufferedSlidingWindowLayer)
-        (found.windows if windowed else found.full).append((at, layer))
+        found.dynamic.append(0)
+        found.add(i, layer, layer.keys, layer.values, 0, found.past)
+        found._slots[_SLOTS * i + 1] = found.past
+        length = layer.cumulative_length
+        found.static.append((i, layer, layer.keys, layer.values, length, c_int64.from_address(length.data_ptr())))
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ._cache_layers import BufferedLayer, BufferedSlidingWindowLayer, Kind
+from ._cache_layers import _OWN, BufferedLayer, BufferedSlidingWindowLayer, Kind, buffered
 
 
 def encode(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,10 +77,10 @@ class Int8Layer(BufferedLayer):
         return all((*a.shape[:2], a.shape[3]) == (*b.shape[:2], b.shape[3]) for a, b in ((k, self._k), (v, self._v)))
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        state = self._rest()
+        state = {_OWN.get(name, name): x for name, x in self._rest().items()}
         if self._k is not None:
             parts = {name: getattr(self, name)[:, :, self._begin : self._end].clone() for name in self._names}
-            state |= parts | {"_begin": 0, "_end": self._length()}
+            state |= parts | {"_own_begin": 0, "_own_end": self._length()}
         else:
             state |= {"_set_keys": self._set_keys, "_set_values": self._set_values}
         return object.__new__, (type(self),), state
@@ -117,5 +117,4 @@ class Cache(DynamicCache):
         for i, layer in enumerate(self.layers if bits else ()):
             if type(layer) not in INT8:
                 raise ValueError(f"bigkernels.Cache: layer {i} is a {type(layer).__name__}, which has no 8-bit form")
-            layer.__dict__.pop("keys", None), layer.__dict__.pop("values", None)
-            layer.__class__ = INT8[type(layer)]
+            buffered(layer, INT8)

@@ -13,7 +13,7 @@ import copy
 import math
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,11 +74,43 @@ class BufferedLayer(DynamicLayer):
     # Defaults of what `_buffers` sets, so that layers that transformers makes need no __init__ of ours.
     _k: Tensor | None = None
     _v: Tensor | None = None
-    _begin = _end = 0
+    _own_begin = _own_end = 0
     _set_keys: Tensor | None = None
     _set_values: Tensor | None = None
-    _stamp: object = None  # of the description (`_cache.py`) that knows this layer as it is
+    _lease: Any = None  # the description (`_cache.py`) that knows this layer as it is, and then has its lengths
+    _row = 0  # its number there
     _lent = False  # whether a program has had the buffers: threads that lost their core may still write to them
+
+    # ---- lengths ----------------------------------------------------------------------------------------------------
+
+    def _drop(self) -> None:
+        """What a description knows of it is no longer so."""
+        if self._lease is not None:
+            self._own_begin, self._own_end = self._lease.slots(self._row)
+            self._lease.end()
+            self._lease = None
+
+    @property
+    def _begin(self) -> int:
+        return self._own_begin if self._lease is None else self._lease.slots(self._row)[0]
+
+    @_begin.setter
+    def _begin(self, begin: int) -> None:
+        self._drop()
+        self._own_begin = begin
+
+    @property
+    def _end(self) -> int:
+        return self._own_end if self._lease is None else self._lease.slots(self._row)[1]
+
+    @_end.setter
+    def _end(self, end: int) -> None:
+        self._drop()
+        self._own_end = end
+
+    def _keeps(self) -> int:
+        """How many tokens it keeps; 0: all."""
+        return 0
 
     # ---- keys and values --------------------------------------------------------------------------------------------
 
@@ -102,7 +134,7 @@ class BufferedLayer(DynamicLayer):
 
     def _release(self) -> None:
         """From buffers to two tensors."""
-        self._stamp = None
+        self._drop()
         if self._k is not None:
             keys, values = self.keys, self.values
             self._settle()
@@ -116,7 +148,7 @@ class BufferedLayer(DynamicLayer):
         for name, x in zip(self._names, parts, strict=True):
             setattr(self, name, x)
         self._begin, self._end = 0, length
-        self._set_keys = self._set_values = self._stamp = None
+        self._set_keys = self._set_values = None
 
     def _settle(self) -> None:
         if self._lent:
@@ -181,7 +213,7 @@ class BufferedLayer(DynamicLayer):
             kinds = self._kinds(*key_states.shape[:2], capacity, key_states.shape[3], value_states.shape[3],
                                 key_states.dtype)  # fmt: skip
             self._move([torch.empty(shape, dtype=dtype, device=key_states.device) for shape, dtype in kinds])
-        self._stamp = None
+        self._drop()
         self._write([getattr(self, name) for name in self._names], self._end, key_states, value_states)
         return self._appended(tokens)
 
@@ -226,7 +258,6 @@ class BufferedLayer(DynamicLayer):
 
     def _cut(self, tokens: int) -> None:
         self._unshare()
-        self._stamp = None
         self._end = max(self._begin, self._end - tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -237,11 +268,15 @@ class BufferedLayer(DynamicLayer):
     # ---- copies -----------------------------------------------------------------------------------------------------
 
     def _rest(self) -> dict[str, Any]:
+        """What else transformers' layer has, by its names."""
         return {name: x for name, x in self.__dict__.items() if name not in OURS}
+
+    def _restore(self, rest: dict[str, Any]) -> None:
+        self.__dict__.update(rest)
 
     def _copy(self, rest: dict[str, Any], tensors: dict[str, Any]) -> Any:
         new = object.__new__(type(self))
-        new.__dict__.update(rest)
+        new._restore(rest)
         if self._k is not None:
             length = self._length()
             parts = self._like(room_for(length))
@@ -268,18 +303,54 @@ class BufferedLayer(DynamicLayer):
             tensors = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
         return object.__new__, (self._own_class,), self._rest() | tensors
 
-    def __del__(self) -> None:
-        if not sys.is_finalizing():  # operators are gone by then, and so are threads
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not ending():  # operators are gone by then, and so are threads
+            self._drop()
             self._settle()
 
 
-OURS = {"_k", "_v", "_k_scale", "_v_scale", "_begin", "_end", "_set_keys", "_set_values", "_stamp", "_lent"}
+OURS = {"_k", "_v", "_k_scale", "_v_scale", "_own_begin", "_own_end", "_set_keys", "_set_values", "_lease", "_row",
+        "_lent", "_own_seen", "_own_record"}  # fmt: skip
 
 
 class BufferedSlidingWindowLayer(BufferedLayer, DynamicSlidingWindowLayer):
     """The window is the last slots in use; those before it are given up when there is no more room."""
 
     _own_class = DynamicSlidingWindowLayer
+    _own_seen, _own_record = 0, False
+
+    @property
+    def cumulative_length(self) -> int:
+        return self._own_seen if self._lease is None else self._lease.past
+
+    @cumulative_length.setter
+    def cumulative_length(self, tokens: int) -> None:
+        self._drop()
+        self._own_seen = tokens
+
+    @property
+    def record_past(self) -> bool:
+        return self._own_record
+
+    @record_past.setter
+    def record_past(self, record: bool) -> None:
+        if record != self._own_record:
+            self._drop()
+            self._own_record = record
+
+    def _drop(self) -> None:
+        if self._lease is not None:
+            self._own_seen = self._lease.past
+        super()._drop()
+
+    def _keeps(self) -> int:
+        return 0 if self.record_past or self.sliding_window < 2 else self.sliding_window - 1
+
+    def _rest(self) -> dict[str, Any]:
+        return super()._rest() | {"cumulative_length": self.cumulative_length, "record_past": self.record_past}
+
+    def _restore(self, rest: dict[str, Any]) -> None:
+        self.__dict__.update({_OWN.get(name, name): x for name, x in rest.items()})
 
     def _appended(self, tokens: int) -> tuple[Tensor, Tensor]:
         self._end += tokens
@@ -295,8 +366,8 @@ class BufferedSlidingWindowLayer(BufferedLayer, DynamicSlidingWindowLayer):
 
     def _moved(self, tokens: int) -> None:
         self.cumulative_length += tokens
-        if not self.record_past and self.sliding_window > 1:
-            self._begin = max(self._begin, self._end - (self.sliding_window - 1))
+        if keeps := self._keeps():
+            self._begin = max(self._begin, self._end - keeps)
 
     def get_seq_length(self) -> int:
         return self.cumulative_length
@@ -314,18 +385,23 @@ class BufferedSlidingWindowLayer(BufferedLayer, DynamicSlidingWindowLayer):
             self._cut(-tokens_to_remove)
             self.cumulative_length += tokens_to_remove
         if self.sliding_window > 1:
-            self._stamp = None
             self._begin = max(self._begin, self._end - (self.sliding_window - 1))
 
 
 BUFFERED = {DynamicLayer: BufferedLayer, DynamicSlidingWindowLayer: BufferedSlidingWindowLayer}
 
 
-def buffered(layer: Any) -> None:
+# What are properties here, by transformers' names.
+_OWN = {"keys": "_set_keys", "values": "_set_values", "cumulative_length": "_own_seen", "record_past": "_own_record"}
+
+
+def buffered(layer: Any, kinds: dict[type, type] = BUFFERED) -> None:
     """Makes a layer of transformers' one of these, where it is."""
-    keys, values = layer.__dict__.pop("keys", None), layer.__dict__.pop("values", None)
-    layer.__class__ = BUFFERED[type(layer)]
-    layer._set_keys, layer._set_values = keys, values
+    held = layer.__dict__
+    for name, own in _OWN.items():
+        if name in held:
+            held[own] = held.pop(name)
+    layer.__class__ = kinds[type(layer)]
 
 
 def _alone() -> int:

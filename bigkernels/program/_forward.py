@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _hooks
 
-from .._torch_private import dispatch_modes, transforms
+from .._torch_private import dispatch_modes, function_modes, is_jit_tracing, transforms
 from ..ops._registry import log
 from ._cache import describe
 from ._padding import Refusal, starts_of
@@ -25,16 +25,17 @@ _KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_
 _ROWS, _CACHED = 512, 8 << 20
 _GLOBAL_HOOKS = (_hooks._global_forward_hooks, _hooks._global_forward_pre_hooks)
 _forward_ad = torch.autograd.forward_ad
-_is_jit_tracing = torch._C._is_tracing
-_function_modes = torch._C._len_torch_function_stack
+_is_compiling = torch.compiler.is_compiling
 
 
 def forward(module: nn.Module, below: Callable | None, *args: Any, **kwargs: Any) -> Any:
     """`below` is the function that would be called without it, None for the class's own."""
-    if not torch.compiler.is_compiling():
+    if not _is_compiling():
         steps = module.__dict__.get(KEY)
         if steps is not None:
-            out = _by_program(module, steps, args, kwargs)
+            out = None if args or steps.quick is None else steps.quickly(kwargs)
+            if out is None:
+                out = _by_program(module, steps, args, kwargs)
             if out is not None:
                 return out
     return (type(module).forward if below is None else below)(module, *args, **kwargs)
@@ -150,6 +151,8 @@ class _Call:
             described.advance(end - begin)
             if out is not wanted:
                 wanted.copy_(out)
+        if self.cache is not None:
+            steps.prepare(described, cache)
         get, defaults = self.given.get, steps.defaults
         kept, as_tuple = get("use_cache"), get("return_dict")
         if self.cache is None and not (defaults.use_cache if kept is None else kept):
@@ -182,7 +185,7 @@ def _check_surroundings() -> None:
     """Nothing looks at or changes the operators of a call."""
     if torch.is_autocast_enabled("cpu"):
         raise Refusal("autocast is on")
-    if _function_modes() or dispatch_modes() or _is_jit_tracing():
+    if function_modes() or dispatch_modes() or is_jit_tracing():
         raise Refusal("something watches the operators")
     if transforms() is not None or _forward_ad._current_level >= 0:
         raise Refusal("a transform of torch.func is around it")

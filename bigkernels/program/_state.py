@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from .._load import cpu_library
+from ._cache import Description
 from ._find import find
 from ._ir import Graph
 from ._program import Program
+from ._quick import Quick
 from ._suspend import disturbance
 from ._trace import Refused
 from ._verify import Output, verify
@@ -23,6 +25,7 @@ from ._watch import Snapshot, Watch
 KEY = "_bigkernels_program"
 _KEPT = 3  # states of a model that are remembered: with and without adapters, say
 _RANDOM = ("drop", "jitter", "noise")
+_forward_ad = torch.autograd.forward_ad
 
 
 class Defaults(NamedTuple):
@@ -67,6 +70,7 @@ class Steps:
         self.taken = self.left = 0
         self.why = self.model = ""
         self._entries: list[_Entry] = []  # the current one first
+        self.quick: Quick | None = None  # for the cache of the last call
         self._names: tuple[str, ...] = ()
         self._random: str | None = None  # why calls in training are the modules', as of `_mode_of`
         self._mode_of: tuple[Watch, int] | None = None
@@ -90,6 +94,8 @@ class Steps:
         self.model = type(module).__qualname__
         entry = self._entries[0] if self._entries else None
         now = Watch.TOUCHED if entry is None else entry.watch.look()
+        if now != Watch.SAME:
+            self.quick = None
         if now != Watch.SAME or (entry.watch, entry.watch.forgiven) != self._mode_of:
             self._random = _random(module)
         if self._random:
@@ -103,9 +109,30 @@ class Steps:
         self.reason, self.output, self.defaults = entry.reason, entry.output, entry.defaults
         return entry.program
 
+    def quickly(self, given: dict[str, Any]) -> Any:
+        """What a call gets that is like the last one but for its tokens; None: this is another one."""
+        with self.lock:
+            quick = self.quick
+            if quick is None or _forward_ad._current_level >= 0:
+                return None
+            logits = quick.call(given)
+            if logits is None:
+                return None
+            self.taken += 1
+        return self.output.quickly(logits, given["cache"] if "cache" in given else given["past_key_values"])
+
+    def prepare(self, described: Description, cache: Any) -> None:
+        """So that the next call is answered by `quickly`, after one that was answered by the program."""
+        entry, quick = self._entries[0], self.quick
+        if described.runs < 1 or self.defaults.asks is not None or not self.output.nothing:
+            return  # a cache that is seen once is not prepared for
+        if quick is None or not quick.is_of(described, entry.watch, entry.program):
+            self.quick = Quick.of(self, described, cache, entry.watch, entry.program)
+
     def release(self) -> None:
         """Let memory go that is replaced now."""
         with self.lock:
+            self.quick = None
             for entry in self._entries:
                 if entry.program is not None:
                     entry.program.release()

@@ -42,20 +42,19 @@ class Output(NamedTuple):
     cache: str  # the name of its field
     dtype: torch.dtype
 
-    quick: bool = False  # whether `_quickly` makes the same object as the class does
+    nothing: dict[str, None] = {}  # all fields of `kind`, if `quickly` makes the same object as the class does
 
     def make(self, logits: Tensor, cache: Any, as_tuple: bool) -> Any:
-        if self.quick and not as_tuple:
-            return self._quickly(logits, cache)
+        if self.nothing and not as_tuple:
+            return self.quickly(logits, cache)
         out = self.kind(logits=logits, **{self.cache: cache})
         return out.to_tuple() if as_tuple else out
 
-    def _quickly(self, logits: Tensor, cache: Any) -> Any:
+    def quickly(self, logits: Tensor, cache: Any) -> Any:
         """Without the checks of transformers' `ModelOutput`, which cost more than all else here."""
         out = self.kind.__new__(self.kind)
         held = out.__dict__
-        for name in self.kind.__dataclass_fields__:
-            held[name] = None
+        held.update(self.nothing)
         held["logits"] = logits
         OrderedDict.__setitem__(out, "logits", logits)
         if cache is not None:
@@ -64,16 +63,17 @@ class Output(NamedTuple):
         return out
 
     def tried(self, logits: Tensor, cache: Any) -> Output:
-        """With `quick` where that holds."""
+        """With `nothing` where that holds."""
         try:
+            quick = self._replace(nothing=dict.fromkeys(self.kind.__dataclass_fields__))
             for given in (cache, None):
-                a, b = self._quickly(logits, given), self.kind(logits=logits, **{self.cache: given})
+                a, b = quick.quickly(logits, given), self.kind(logits=logits, **{self.cache: given})
                 for x, y in ((vars(a), vars(b)), (dict(a.items()), dict(b.items()))):
                     if list(x) != list(y) or any(x[key] is not y[key] for key in x):
                         return self
         except Exception:  # noqa: BLE001  another version's class
             return self
-        return self._replace(quick=True)
+        return quick
 
 
 def verify(module: nn.Module, program: Program) -> Output:

@@ -176,6 +176,18 @@ class Watch:
         words = sorted(first) + sorted(second)
         self._addresses, self._words = (array("q", column) for column in zip(*words, strict=True))
         self._at = self._addresses.buffer_info()[0], self._words.buffer_info()[0], 0, len(words)
+        self.lines: array | None = None
+
+    def plain(self) -> bool:
+        """Whether words of memory and copies of contents tell all that `look` does."""
+        return self._native is not None and self._knows_tensors and not self._snapshot.large
+
+    def compared(self) -> tuple[array, array, array, array, array]:
+        """Where that is so: the cache lines of all words in their order, their addresses, what was there, and pieces of
+        contents as `bk_same_bytes` takes them. As long as nothing was touched these are the same objects."""
+        if self.lines is None:
+            self.lines = array("q", dict.fromkeys(address & ~63 for address in self._addresses))
+        return self.lines, self._addresses, self._words, self._contents.pieces, self._sources.pieces
 
     def look(self) -> int:
         """SAME; TOUCHED: modules are not what they were; MOVED: tensors are elsewhere, or have other contents where
@@ -217,7 +229,7 @@ class _Copies:
         self._tensors = list(tensors)
         self._copies = [t.detach().clone() for t in tensors]
         pieces = zip(tensors, self._copies, strict=True)
-        self._pieces = array("q", [n for t, c in pieces for n in (t.data_ptr(), c.data_ptr(), t.nbytes)])
+        self.pieces = array("q", [n for t, c in pieces for n in (t.data_ptr(), c.data_ptr(), t.nbytes)])
         self._native = same_bytes()
 
     def same(self) -> bool:
@@ -226,7 +238,7 @@ class _Copies:
             return True
         if self._native is None:
             return all(map(_same_values, self._tensors, self._copies))
-        return bool(self._native(self._pieces.buffer_info()[0], len(self._tensors)))
+        return bool(self._native(self.pieces.buffer_info()[0], len(self._tensors)))
 
 
 # ---- what holds something --------------------------------------------------------------------------------------------
