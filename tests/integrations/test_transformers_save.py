@@ -216,6 +216,33 @@ def test_conv1d_and_a_wrapper_around_the_model(tmp_path):
     assert type(bigkernels.dequantize(again) or again.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
 
 
+@pytest.mark.parametrize("how", ["saved", "read"])
+def test_tied_biases_and_scaled_embeddings(tmp_path, how: str):
+    """BERT ties the bias of its decoder too; BART's class of embeddings is left alone, and what is tied to it."""
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+              "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "d_model": 64}  # fmt: skip
+    bert = transformers.BertConfig(vocab_size=99, hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
+                                   intermediate_size=96)  # fmt: skip
+    options = {"embeddings": True, "skip": ()}
+    torch.manual_seed(0)
+    for model in (
+        transformers.BertForMaskedLM(bert),
+        transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=99, **layers)),
+    ):
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        model.eval().save_pretrained(tmp_path / "plain")
+        bigkernels.quantize(model, "nf4", **options)
+        if how == "saved":
+            model.save_pretrained(tmp_path / how)
+            again = type(model).from_pretrained(tmp_path / how)
+        else:
+            config = bigkernels.integrations.transformers.Config("nf4", **options)
+            again = type(model).from_pretrained(tmp_path / "plain", quantization_config=config)
+        assert torch.equal(logits(again), logits(model))
+    assert torch.equal(again.state_dict()["final_logits_bias"], model.state_dict()["final_logits_bias"])
+
+
 def test_layers_inside_of_pefts_adapters_are_not_saved_alone(tmp_path):
     peft = pytest.importorskip("peft")
     model = models.made("int8", "plain")

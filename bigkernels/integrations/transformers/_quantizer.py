@@ -248,24 +248,24 @@ def _joined(patterns: Any, names: set[str]) -> set[str]:
 
 
 def _untie(model: PreTrainedModel, codes: Any) -> None:
-    """transformers ties parameters; layers with codes are tied by themselves."""
+    """transformers ties parameters, biases of layers with codes too; codes are tied by themselves."""
     for module in model.modules():
         tied = getattr(module, "all_tied_weights_keys", None)
         if isinstance(tied, dict):
             names = {id(model.get_submodule(path)) for path in codes}
             module.all_tied_weights_keys = {
                 target: source for target, source in tied.items()
-                if id(module.get_submodule(target.rpartition(".")[0])) not in names
+                if not target.endswith("weight") or id(module.get_submodule(target.rpartition(".")[0])) not in names
             }  # fmt: skip
 
 
 def _check_loaded(path: str, module: Quantized) -> None:
-    for name, t in module._buffers.items():
-        if t.is_meta:  # offloaded
+    for name, t in (*module._buffers.items(), *module._parameters.items()):
+        if t is None or t.is_meta:  # offloaded
             continue
         if not getattr(t, "_is_hf_initialized", False):
             raise ValueError(f"bigkernels: the checkpoint has no tensor {path}.{name}")
-        if t.is_floating_point() and not t.isfinite().all():
+        if t.is_floating_point() and name in module.qweight.tensors and not t.isfinite().all():
             raise ValueError(f"bigkernels: {path}.{name} holds a value that is not finite")
     said = module._buffers["format"]
     if not said.is_meta and not torch.equal(said.cpu(), module.description()):
