@@ -143,7 +143,7 @@ class BitsAndBytes4(Method):
     def decode(self, name: str, held: dict[str, Tensor]) -> Packed | Tensor:
         try:
             return Packed.of(from_bitsandbytes(held))
-        except (KeyError, TypeError, UnicodeDecodeError, RuntimeError) as error:
+        except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{name}: {error}") from error
 
 

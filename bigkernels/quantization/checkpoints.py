@@ -35,8 +35,10 @@ def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> Quan
         raise KeyError(f"bigkernels.from_bitsandbytes: {name}.quant_state.bitsandbytes__nf4 or __fp4")
     described = state[f"{name}.quant_state.bitsandbytes__{kind}"]
     described = json.loads(bytes(described.cpu().tolist()).decode())
-    n, k = described["shape"]
-    size, nested = described["blocksize"], f"{name}.nested_absmax" in state
+    (n, k), size, nested = described["shape"], described["blocksize"], f"{name}.nested_absmax" in state
+    dtype = getattr(torch, str(described["dtype"]), None)
+    if not all(isinstance(v, int) and v > 0 for v in (n, k, size)) or not isinstance(dtype, torch.dtype):
+        raise ValueError(f"bigkernels.from_bitsandbytes: {name} is described as {described}")
     if k % size:
         raise ValueError(f"bigkernels.from_bitsandbytes: rows of {k} are no whole number of blocks of {size}")
     config = _BOOKS[kind](size, double_quant=nested)
@@ -57,7 +59,7 @@ def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> Quan
         tensors |= {"scale_codes": scale, "scale_scale": outer.float(), "scale_offset": offset}
     else:
         tensors["scale"] = scale.float()
-    return QuantizedWeight(config, (n, k), getattr(torch, described["dtype"]), tensors)
+    return QuantizedWeight(config, (n, k), dtype, tensors)
 
 
 def from_gptq(

@@ -243,6 +243,18 @@ def test_tied_biases_and_scaled_embeddings(tmp_path, how: str):
     assert torch.equal(again.state_dict()["final_logits_bias"], model.state_dict()["final_logits_bias"])
 
 
+def test_nothing_but_codes(tmp_path):
+    """transformers asks a model that it saves for the dtype of its parameters."""
+    torch.manual_seed(0)
+    config = transformers.OlmoConfig(vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+                                     num_attention_heads=4)  # fmt: skip
+    model = transformers.OlmoForCausalLM(config).eval()
+    bigkernels.quantize(model, "int8", embeddings=True, skip=())
+    assert not list(model.parameters()) and logits(model).isfinite().all()
+    with pytest.raises(ValueError, match="leave one out"):
+        model.save_pretrained(tmp_path)
+
+
 def test_layers_inside_of_pefts_adapters_are_not_saved_alone(tmp_path):
     peft = pytest.importorskip("peft")
     model = models.made("int8", "plain")

@@ -32,7 +32,7 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 def describe(model: nn.Module) -> dict[str, Any]:
     """`formats`, `tied` and `adapters` of `Config`."""
     held, lora = quantized(model), adapters(model)
-    usual = getattr(model, "dtype", None)
+    usual = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     named = {path: (m.config, None if m.dtype == usual else _name(m.dtype)) for path, m in held.items()}
     formats = []
     for (config, dtype), names in _collapsed(named, model).items():

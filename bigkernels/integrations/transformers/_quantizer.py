@@ -133,6 +133,9 @@ class Quantizer(HfQuantizer):
         if wrapped is not None:
             raise ValueError(f"bigkernels: {wrapped} is inside of an adapter of PEFT, which `from_pretrained` would "
                              "not find; save the adapters by their PeftModel, or `unload` them first")  # fmt: skip
+        if not any(p.is_floating_point() for p in model.parameters()):
+            raise ValueError("bigkernels: transformers saves no model all of whose parameters are quantized; leave one "
+                             "out, as the head by `skip`")  # fmt: skip
         merged = next((path for path, module in lora.items() if module.merged), None)
         if merged is not None:
             raise ValueError(f"bigkernels: the adapter of {merged} is merged; `unmerge` it before you save the model")
