@@ -80,7 +80,7 @@ struct Quick {
   int64_t hidden_type, logits_type;
   int64_t batch, vocabulary, tuple_by_default;
   int64_t counted[2];  // whether positions that are not given are places in the cache, with padding too
-  char* hidden;  // room for kRows rows
+  char* hidden;        // room for kRows rows
 };
 
 Object* type_of_object(const Object* x) { return *((Object* const*)x + 1); }
