@@ -1,7 +1,7 @@
 """What the host takes to queue each operator of a decoded token on a GPU, measured without one.
 
 Triton's binder, the dispatcher and the launchers are real; the driver below them launches nothing, so that what a
-launch itself costs (3 to 5 us) comes on top. `--root` measures another checkout: this script, before and after a change.
+launch itself costs (3 to 5 us) comes on top. `--root` measures another checkout: the same before and after a change.
 """
 
 from __future__ import annotations

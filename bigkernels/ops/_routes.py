@@ -224,3 +224,17 @@ def _active_flash() -> str | None:
     """The FlashAttention that `torch.nn.attention.activate_flash_attention_impl` put in place, if that was called."""
     current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
     return current() if current is not None else None
+
+
+# ---- quantized layers ------------------------------------------------------------------------------------------------
+
+
+def takes_scaled_mm(x: Tensor, codes: Tensor) -> bool:
+    """Whether `torch._scaled_mm` multiplies tokens (..., K) with codes (N, K) of fp8, scaled by rows: in bfloat16
+    alone, in rows of 16 bytes.
+    """
+    n, k = codes.shape
+    if x.dtype != torch.bfloat16 or k % 16 or n % 16 or not k or not n or not x.numel():
+        return False
+    capability = None if _registry.is_forced("triton") else capability_of(x)
+    return capability is not None and find("quantized_linear", "fp8-dynamic", capability).by == "_scaled_mm"

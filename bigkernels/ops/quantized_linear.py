@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import _routes
 from ._arguments import autocast_dtype, check_same_device, check_tensor
 from ._derivatives import is_observed, no_autocast
 from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad, sees_plain_alone
@@ -34,7 +35,8 @@ def quantized_linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = 
         (..., N), contiguous, in the dtype of `x`. Gradients reach `x` and `bias`. Inside autocast `x` is cast first.
 
     With `Int8Dynamic` weights each token of `x` is rounded to 8-bit integers, ``max|x| / 127`` apart, and the products
-    are of integers; the gradient is that of the weight alone, as if `x` had not been rounded (straight-through).
+    are of integers; with `FP8Dynamic` to floats of 8 bits. The gradient is that of the weight alone, as if `x` had not
+    been rounded (straight-through).
 
     Raises:
         TypeError: `x` or `bias` is not a floating tensor, or `qweight` not a `QuantizedWeight`.
@@ -52,13 +54,17 @@ def quantized_linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = 
         codes, scale, zero, row_scale, book, group = operands
         if OPERATOR.uses_kernel(x, codes, scale, zero, row_scale, book, bias) and not (dynamic and k > _MOST_EXACT):
             if needs_grad(x, bias):
-                return _QuantizedLinear.apply(True, x, bias, codes, scale, zero, row_scale, book, group, k, dynamic)
-            return _fwd(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
+                coarse = qweight.config.rounds_gradients
+                return _QuantizedLinear.apply(
+                    True, x, bias, codes, scale, zero, row_scale, book, group, k, dynamic, coarse
+                )
+            run = _run(True, codes, dynamic)
+            return run(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
     except REFUSED:
         _check(x, qweight, bias)
         raise
     _check(x, qweight, bias)
-    return _reference(x, bias, *operands, k, dynamic)
+    return _reference(x, bias, *operands, k, dynamic, qweight.config.rounds_gradients)
 
 
 def wide_product(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -68,7 +74,23 @@ def wide_product(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None) -> Te
     if qweight.channel is not None:
         x = x * qweight.channel.to(x.dtype)
     kernel = OPERATOR.uses_kernel(x, *tensors, bias) and not (dynamic and k > _MOST_EXACT)
-    return (_fwd if kernel else _forward)(x, *tensors, bias, group, k, dynamic, True)
+    return _run(kernel, tensors[0], dynamic)(x, *tensors, bias, group, k, dynamic, True)
+
+
+def _run(kernel, codes, dynamic):
+    """What computes forward."""
+    return _forward if not kernel else _fwd_fp8 if dynamic and codes.dtype == torch.uint8 else _fwd
+
+
+def _fwd_fp8(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wide=False):
+    """Tokens in floats of 8 bits: by the units that multiply these, else as numbers that 16 bits hold exactly."""
+    if not wide and _routes.takes_scaled_mm(x, codes):
+        return _fwd(x, codes, scale, zero, row_scale, book, bias, group, k, True)
+    tokens, factor = round_tokens(x.to(compute_dtype(x.dtype)), True)
+    out = _fwd(tokens.to(x.dtype), codes, scale, zero, row_scale, book, None, group, k, False, True) * factor
+    if bias is not None:
+        out = out + bias.to(out.dtype)
+    return out if wide else out.to(x.dtype)
 
 
 def _check(x, qweight, bias):
@@ -122,10 +144,13 @@ def _chunks(codes, scale, zero, row_scale, book, group, k, dtype):
         yield rows, dequantize_rows(*parts, book, group, k, dtype)
 
 
-def round_tokens(x):
-    """The tokens of x in integers of 8 bits, as floats, and their scale (..., 1)."""
-    scale = x.abs().amax(-1, keepdim=True) / 127 if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+def round_tokens(x, fp8=False):
+    """The tokens of x in integers (or with `fp8` floats, e4m3) of 8 bits, as floats, and their scale (..., 1)."""
+    top = 448 if fp8 else 127
+    scale = x.abs().amax(-1, keepdim=True) / top if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
     safe = torch.where(scale > 0, scale, 1.0)
+    if fp8:
+        return (x / safe).clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype), scale
     return (x / safe).round().clamp(-127, 127), scale
 
 
@@ -133,7 +158,7 @@ def _forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wi
     tokens, factor = x.to(compute_dtype(x.dtype)), None
     like = tokens if wide else x
     if dynamic:
-        tokens, factor = round_tokens(tokens)
+        tokens, factor = round_tokens(tokens, codes.dtype == torch.uint8)
     return _multiply(like, tokens, factor, codes, scale, zero, row_scale, book, bias, group, k)
 
 
@@ -151,7 +176,7 @@ def _transparent(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic
     """As `_forward`, with a gradient by plain PyTorch: transforms see through it."""
     tokens = x.to(compute_dtype(x.dtype))
     if dynamic:
-        whole, factor = round_tokens(tokens)
+        whole, factor = round_tokens(tokens, codes.dtype == torch.uint8)
         tokens = tokens + (whole * factor - tokens).detach()
     return _multiply(x, tokens, None, codes, scale, zero, row_scale, book, bias, group, k)
 
@@ -164,11 +189,27 @@ def _backward(grad, codes, scale, zero, row_scale, book, group, k):
     return found.to(grad.dtype)
 
 
-def _reference(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic):
+def _backward_fp8(grad, codes, scale):
+    """The gradient of tokens, in floats of 8 bits: the scales of the weight's rows go to the gradient, whose tokens are
+    then rounded.
+    """
+    wide = compute_dtype(grad.dtype)
+    tokens, factor = round_tokens(grad.to(wide) * scale.to(wide), True)
+    codes = codes.view(torch.float8_e4m3fn)
+    if not _routes.takes_scaled_mm(grad, codes.t()):
+        return ((tokens @ codes.to(wide)) * factor).to(grad.dtype)
+    rows = tokens.reshape(-1, tokens.shape[-1]).to(torch.float8_e4m3fn)
+    ones = factor.new_ones(1, codes.shape[1])
+    columns = codes.view(torch.uint8).t().contiguous().view(torch.float8_e4m3fn).t()  # which is how cuBLAS reads them
+    found = torch._scaled_mm(rows, columns, factor.reshape(-1, 1), ones, out_dtype=grad.dtype)
+    return found.view(*grad.shape[:-1], -1)
+
+
+def _reference(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic, coarse=False):
     if sees_plain_alone(x, bias):
         return _transparent(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic)
     if needs_grad(x, bias):
-        return _QuantizedLinear.apply(False, x, bias, codes, scale, zero, row_scale, book, group, k, dynamic)
+        return _QuantizedLinear.apply(False, x, bias, codes, scale, zero, row_scale, book, group, k, dynamic, coarse)
     return _forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
 
 
@@ -198,11 +239,11 @@ class _QuantizedLinear(torch.autograd.Function):
     """Backward reads the codes: forward keeps neither tokens nor a dequantized weight for it."""
 
     @staticmethod
-    def forward(ctx, kernel, x, bias, codes, scale, zero, row_scale, book, group, k, dynamic):
+    def forward(ctx, kernel, x, bias, codes, scale, zero, row_scale, book, group, k, dynamic, coarse=False):
         ctx.save_for_backward(bias, codes, scale, zero, row_scale, book)
         ctx.options = group, k
-        ctx.kernel = kernel
-        run = _fwd if kernel else _forward
+        ctx.kernel, ctx.coarse = kernel, coarse
+        run = _run(kernel, codes, dynamic)
         return run(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
 
     @staticmethod
@@ -213,6 +254,9 @@ class _QuantizedLinear(torch.autograd.Function):
             if is_observed():
                 with no_autocast(grad.device):
                     dx = _backward(grad, *weight, *ctx.options)
+            elif ctx.coarse:
+                with no_autocast(grad.device):
+                    dx = _backward_fp8(grad, *weight[:2])
             else:
                 dx = (_bwd if ctx.kernel else _backward)(grad, *weight, *ctx.options)
-        return None, dx, sum_rows(grad, bias.dtype) if ctx.needs_input_grad[2] else None, *[None] * 8
+        return None, dx, sum_rows(grad, bias.dtype) if ctx.needs_input_grad[2] else None, *[None] * 9

@@ -97,6 +97,8 @@ class Reads:
     def quantized(self, qweight: QuantizedWeight) -> tuple[records.Weight, bool]:
         """Its record, and whether its format rounds tokens by itself."""
         operands = qweight.operands()
+        if qweight.config.dynamic and operands[0].dtype == torch.uint8:
+            raise Refused("its tokens are rounded to floats of 8 bits")
         if qweight.config.derived:
             self.sources += (qweight.tensors[name] for name in qweight.config.derived)
             if not all(t.is_contiguous() for t in self.sources):

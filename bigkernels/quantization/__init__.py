@@ -10,7 +10,7 @@ from ._model import dequantize, quantize, refresh
 from ._report import QuantizeReport
 from ._weight import QuantizedWeight, quantize_weight
 from .book4 import FP4, NF4
-from .fp8 import FP8
+from .fp8 import FP8, FP8Dynamic
 from .int4 import Int4
 from .int8 import Int8, Int8Dynamic
 from .q4_1 import Q4_1
@@ -20,6 +20,7 @@ from .qat import FakeQuantizedEmbedding, FakeQuantizedLinear, fake_quantize, pre
 __all__ = [
     "FP4",
     "FP8",
+    "FP8Dynamic",
     "NF4",
     "Q4_1",
     "Q8_0",

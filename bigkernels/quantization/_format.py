@@ -21,7 +21,7 @@ class Format(abc.ABC):
 
     Attributes:
         name: by which `quantize` knows the format with its default options.
-        dynamic: whether tokens are rounded to 8-bit integers too.
+        dynamic: whether tokens are rounded to 8 bits too.
     """
 
     name: ClassVar[str]
@@ -33,6 +33,11 @@ class Format(abc.ABC):
     @property
     def calibrated(self) -> bool:
         """Whether it needs to know the inputs of the layer."""
+        return False
+
+    @property
+    def rounds_gradients(self) -> bool:
+        """Whether the gradients of tokens are computed in 8 bits too."""
         return False
 
     def blind(self) -> Format:

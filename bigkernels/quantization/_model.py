@@ -36,9 +36,9 @@ def quantize(
             is called one of experts: by `bigkernels.nn.QuantizedExperts` under the parameter's name. Hooks stay; a
             layer under several names stays one. On the meta device, layers are made that a state dict fills
             (``assign=True``).
-        config: a format or its name ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "q4_1", "q8_0"), for all
-            layers; or a mapping of patterns of names (as in `fnmatch`; the first that matches counts) to formats,
-            names, or None for layers to leave alone.
+        config: a format or its name ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "fp8-dynamic", "q4_1",
+            "q8_0"), for all layers; or a mapping of patterns of names (as in `fnmatch`; the first that matches counts)
+            to formats, names, or None for layers to leave alone.
         skip: names, or last parts of names, of layers to leave alone; or one of them.
         filter: called with the name and the module of each layer; False leaves it alone.
         embeddings: whether embeddings are quantized too. Layers that share a weight are quantized where all of these

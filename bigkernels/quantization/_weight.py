@@ -145,7 +145,8 @@ def quantize_weight(w: Tensor, config: str | Format, gram: Tensor | None = None)
 
     Args:
         w: (N, K), floating, any strides; every value finite.
-        config: a format, or its name: "int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "q4_1" or "q8_0".
+        config: a format, or its name: "int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "fp8-dynamic",
+            "q4_1" or "q8_0".
         gram: (K, K), the sum or mean of ``x x^T`` over inputs x of the layer; for formats that are calibrated, and of
             no use to others.
 

@@ -32,3 +32,26 @@ class FP8(Format):
 
     def operands(self, tensors: dict[str, Tensor]) -> Operands:
         return tensors["codes"], tensors["scale"], None, None, None, 0
+
+
+@dataclass(frozen=True)
+class FP8Dynamic(FP8):
+    """Weights as `FP8`; each token is rounded to floats of 8 bits when it comes, its largest magnitude at 448, and
+    these are multiplied: by the matrix units where a GPU has them (`torch._scaled_mm`, compute capability 9.0 and
+    newer).
+
+    Args:
+        gradients: round the tokens of the gradient too, so that backward is of floats of 8 bits as well; otherwise the
+            gradient is that of the weight, as if nothing had been rounded.
+    """
+
+    name: ClassVar[str] = "fp8-dynamic"
+    dynamic: ClassVar[bool] = True
+    gradients: bool = False
+
+    @property
+    def rounds_gradients(self) -> bool:
+        return self.gradients
+
+    def exact(self) -> FP8:
+        return FP8()

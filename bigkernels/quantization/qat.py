@@ -13,6 +13,7 @@ from ._format import Format, named
 from ._layers import become, is_transposed
 from ._report import QuantizeReport
 from ._weight import quantize_weight
+from .fp8 import FP8
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -51,7 +52,7 @@ def fake_quantize(w: Tensor, config: str | Format) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: Format) -> Tensor:
     if config.dynamic:
-        whole, scale = round_tokens(x.detach().float())
+        whole, scale = round_tokens(x.detach().float(), isinstance(config, FP8))
         x = x + ((whole * scale).to(x.dtype) - x).detach()
     return F.linear(x, fake_quantize(weight, config), bias)
 

@@ -143,14 +143,6 @@ def scaled(acc: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor | None,
     launch(scale_integers, (m, triton.cdiv(n, block)), acc, token_scale, scale, bias, out, n, BLOCK=block, num_warps=4)
 
 
-def takes_scaled_mm(tokens: Tensor, codes: Tensor) -> bool:
-    """cuBLAS scales by rows in bfloat16 alone, and wants 16 bytes."""
-    k, n = tokens.shape[1], codes.shape[0]
-    if tokens.dtype != torch.bfloat16 or k % 16 or n % 16 or codes.stride(0) != k:
-        return False
-    return _goes("fp8-dynamic", tokens, "_scaled_mm")
-
-
 def forward_by_scaled_mm(tokens: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     rounded, token_scale = rounded_tokens(tokens, torch.uint8)
     y = torch._scaled_mm(

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops import _routes
 from ..ops import quantized_linear as op
 from ._launch import falls_back, launch, power_of_2, processors, require, rows
 
@@ -260,7 +261,7 @@ def forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wid
 def _forward_rounded(tokens: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     (m, k), n = tokens.shape, codes.shape[0]
     if codes.dtype == torch.uint8:
-        require("quantized_linear_fwd", _many.takes_scaled_mm(tokens, codes), "fp8 tokens are for torch._scaled_mm")
+        require("quantized_linear_fwd", _routes.takes_scaled_mm(tokens, codes), "fp8 tokens are for torch._scaled_mm")
         return _many.forward_by_scaled_mm(tokens, codes, scale, bias).view(out.shape)
     if _many.takes_int_mm(tokens, codes):
         return _many.forward_by_int_mm(tokens, codes, scale, bias, out)

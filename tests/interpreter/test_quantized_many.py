@@ -11,6 +11,7 @@ from bigkernels import use
 from bigkernels._compare import worst
 from bigkernels._samples import widen
 from bigkernels._samples.quantized_linear import weight_sample
+from bigkernels.functional import quantize_weight, quantized_linear
 from bigkernels.ops import _routes
 from bigkernels.quantization import NF4, Int4
 from bigkernels.triton import _quantized_many as many
@@ -96,7 +97,7 @@ def test_the_rest_is_ours(gpu, what, monkeypatch):
 
 
 def test_tokens_in_fp8_are_those_of_torch():
-    """Every value of 16 bits that lies between the codes, and the codes: to the nearest, ties to even, as torch does."""
+    """Every value of 16 bits between the codes, and the codes: to the nearest, ties to even, as torch does."""
     x = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(HALF)
     x = x[x.isfinite() & (x <= 448)].float()
     x = torch.cat((x, -x))
@@ -114,3 +115,17 @@ def test_tokens_in_fp8_take_the_whole_range():
     assert torch.equal(scale[:4], x[:4].abs().amax(1) / 448) and scale[4].isnan() and not codes[4].any()
     values = codes[:4].view(torch.float8_e4m3fn).float() * scale[:4, None]
     assert ((values - x[:4]).abs() <= x[:4].abs() / 16 + scale[:4, None] / 1024).all()
+
+
+def test_tokens_of_8_bits_times_codes_of_8_bits():
+    """`torch._scaled_mm` by rows. In float32: the interpreter knows no bfloat16."""
+    qweight = quantize_weight(torch.randn(48, 160) * torch.rand(48, 1), "fp8-dynamic")
+    x, bias = torch.randn(33, 160) * torch.logspace(-2, 2, 33)[:, None], torch.randn(48)
+    codes, scale = qweight.operands()[:2]
+    try:
+        found = many.forward_by_scaled_mm(x, codes, scale, bias)
+    except RuntimeError as error:
+        pytest.skip(f"this torch's CPU multiplies no fp8 by rows: {error}")
+    with use("reference"):
+        expected = quantized_linear(x, qweight, bias)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
