@@ -47,7 +47,9 @@ def grouped_linear(x: Tensor, weight: Tensor | QuantizedWeight, ends: Tensor) ->
         if weight.channel is not None:
             x = x * weight.channel.to(x.dtype)
     *tensors, group = operands
-    if not OPERATOR.uses_kernel(x, ends, *tensors) or (dynamic and x.shape[1] > _quantized._MOST_EXACT):
+    # The kernels round tokens to integers, and to no floats of 8 bits.
+    floats = dynamic and tensors[0].dtype == torch.uint8
+    if floats or not OPERATOR.uses_kernel(x, ends, *tensors) or (dynamic and x.shape[1] > _quantized._MOST_EXACT):
         return _one_by_one(x, weight, ends, rows)
     if needs_grad(x, tensors[0]):
         return _GroupedLinear.apply(x, ends, *tensors, group, dynamic)

@@ -12,6 +12,7 @@ import bigkernels
 from bigkernels import functional
 from bigkernels._compare import compare
 from bigkernels.ops import _routes
+from bigkernels.ops.grouped_linear import grouped_linear
 from bigkernels.ops.quantized_linear import _backward_fp8
 from bigkernels.quantization import FP8Dynamic, prepare_qat
 
@@ -118,3 +119,14 @@ def test_models(tmp_path):
     prepare_qat(aware, "fp8-dynamic")
     torch.testing.assert_close(aware(x), bigkernels.quantize(copy.deepcopy(model), "fp8-dynamic") and fp8(x), rtol=1e-4,
                                atol=1e-5)  # fmt: skip
+
+
+def test_experts_are_multiplied_with_rounded_tokens():
+    experts, rows, k = 3, 16, 64
+    qweight = functional.quantize_weight(torch.randn(experts * rows, k), "fp8-dynamic")
+    x, ends = torch.randn(9, k), torch.tensor([4, 4, 9], dtype=torch.int32)
+    found = grouped_linear(x, qweight, ends)
+    wide = qweight.dequantize(torch.float64).view(experts, rows, k)
+    tokens = rounded(x)
+    expected = torch.cat((tokens[:4] @ wide[0].T, tokens[4:] @ wide[2].T))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
