@@ -112,14 +112,6 @@ def _backends(p: Probe) -> dict[str, Callable]:
     return found | {"flash-attn-4": flash4}
 
 
-def _tables() -> dict[str, dict]:
-    """The tables of attention's tiles, by name, as far as this version has several."""
-    from bigkernels.triton import attention
-
-    return {name: table for name, table in vars(attention).items() if name.startswith("_NARROW") and
-            isinstance(table, dict)}  # fmt: skip
-
-
 def attention(p: Probe) -> None:
     for size in (64, 128, 256):
         for length in (p.size(2048, 128), p.size(8192, 160)):
@@ -144,28 +136,23 @@ def attention(p: Probe) -> None:
 
 
 def _both_tables(p: Probe, q, k, v, case: str) -> None:
-    """Each table of attention's tiles, whatever the device would choose; `p` compiles them as they come."""
-    from bigkernels.triton import attention as tiles
+    """The tiles of each kind of GPU, whatever this one would choose."""
+    from bigkernels.triton import _tiles, attention
 
-    tables = _tables()
-    if len(tables) < 2:
-        return
     leaves = [t.requires_grad_() for t in (q, k, v)]
     grad = torch.ones_like(q.transpose(1, 2))
-    chosen = dict(tables)
-    for name, table in chosen.items():
-        for other in chosen:
-            setattr(tiles, other, table)
 
-        def step() -> object:
-            with use("triton"):
-                out = functional.attention(*(t.transpose(1, 2) for t in leaves), causal=True)
-            return torch.autograd.grad(out, leaves, grad)
+    def step() -> object:
+        with use("triton"):
+            out = functional.attention(*(t.transpose(1, 2) for t in leaves), causal=True)
+        return torch.autograd.grad(out, leaves, grad)
 
+    chosen = attention.tiles
+    for capability in (80, 90):
+        attention.tiles = lambda kernel, head, wide, heavy, _, c=capability: _tiles.tiles(kernel, head, wide, heavy, c)
         _forget_tapes()
-        p.row(case + ", with backward", f"ours, tiles {name}", step)
-    for name, table in chosen.items():
-        setattr(tiles, name, table)
+        p.row(case + ", with backward", f"ours, tiles of {capability}", step)
+    attention.tiles = chosen
     _forget_tapes()
 
 
