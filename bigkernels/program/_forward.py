@@ -126,6 +126,8 @@ class _Call:
             past = described.past = max(self.mask.shape[-1] - self.tokens, 0) if type(self.mask) is Tensor else 0
         starts = starts_of(self.mask, self.batch, self.tokens, past, program.windows)
         positions, longest = self._positions(past)
+        if self.positions is not None and not program.graph.position_ids:
+            raise Refusal("position_ids are given, and the model takes none")
         if self.positions is None and not program.graph.counted[starts is not None]:
             raise Refusal("positions are not given, and the model counts them in another way")
         if not program.graph.padded and (starts is not None or int(positions.min()) != past

@@ -88,6 +88,8 @@ def verify(module: nn.Module, program: Program) -> Output:
     if program.graph.padded:
         mask[1, :3] = 0
     positions = (mask.cumsum(1) - 1).clamp_min(0)
+    if not program.graph.position_ids:  # the model counts places
+        positions = torch.arange(ids.shape[1], dtype=torch.int64, device="cpu").expand_as(ids).contiguous()
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False
@@ -112,11 +114,13 @@ def verify(module: nn.Module, program: Program) -> Output:
 def _theirs(module: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Output]:
     """The modules' logits for every token, and how they come."""
     name = cache_name(type(module))
+    takes_positions = "position_ids" in inspect.signature(type(module).forward).parameters
     made, cache, seen = [], new_cache(module), 0
     for size in _TOKENS:
         end = seen + size
+        given = {"position_ids": positions[:, seen:end]} if takes_positions else {}
         out = type(module).forward(module, input_ids=ids[:, seen:end], attention_mask=mask[:, :end],
-                                   position_ids=positions[:, seen:end], use_cache=True, **{name: cache})  # fmt: skip
+                                   use_cache=True, **{name: cache}, **given)  # fmt: skip
         made.append(out.logits)
         seen = end
     kind = type(out)
