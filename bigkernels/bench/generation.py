@@ -25,7 +25,7 @@ MODULES = f"{OURS} modules"  # patched with decode=False
 INT4, INT8, NF4, FP8, GGUF = (f"{OURS} {name}" for name in ("int4", "int8", "nf4", "fp8", "gguf"))
 OURS32, EAGER32, INT8_CACHE = f"{OURS} float32", f"{EAGER} float32", f"{OURS} int8 cache"
 Q4_1, Q4_0, Q4_0_HEAD = "llama.cpp Q4_1", "llama.cpp Q4_0", "llama.cpp Q4_0, 4-bit head"
-ONNX, OPENVINO = "onnxruntime-genai int4", "openvino-genai int4"
+ONNX, OPENVINO = "onnxruntime-genai int4", "openvino-genai Q4_1"
 LOOKUP, ALONE = ", prompt lookup", ", one thread alone"  # what candidates do, and what is not done to them
 BIG = f"{OURS} int4, 1 B"
 BEFORE = {OURS: "before", OURS32: "before, float32", INT4: "before, int4", INT8: "before, int8"}
@@ -115,7 +115,7 @@ class LineUp:
         if name == ONNX:
             return self._process("onnxruntime_model", model=str(self.given.folder), into=self.folder.name)
         if name == OPENVINO:
-            raise Missing("it reads models of its own format only, which optimum-intel writes")
+            return self._process("openvino_model", model=self._file(), into=self.folder.name)
         if name in BEFORE.values():
             if not self.settings.baseline:
                 raise Missing("no --baseline was given")

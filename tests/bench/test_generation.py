@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 
 from bigkernels import _cli
@@ -231,3 +233,60 @@ def test_llama_cpp_is_looked_for_where_it_may_be(monkeypatch, tmp_path):
     monkeypatch.setenv("BIGKERNELS_LLAMA_CPP", str(tmp_path))
     monkeypatch.chdir("/")
     assert llama_cpp_model.library() == folder / "libllama.v0.5.0.so"
+
+
+class _Tensor:
+    def __init__(self, data):
+        self.data, self.shape, self.size = data, data.shape, data.size
+
+
+class _Request:
+    """As OpenVINO's: a state of the tokens it has read; the logits say how many they are."""
+
+    def __init__(self):
+        self.state, self.seen = _Tensor(numpy.zeros((1, 2, 0, 4))), []
+
+    def infer(self, inputs):
+        self.seen.append(inputs)
+        batch, length = inputs["input_ids"].shape
+        assert inputs["attention_mask"].shape == (batch, self.state.shape[2] + length)
+        assert inputs["position_ids"][0, 0] == self.state.shape[2]
+        self.state = _Tensor(numpy.zeros((batch, 2, self.state.shape[2] + length, 4)))
+
+    def reset_state(self):
+        self.state = _Tensor(numpy.zeros((1, 2, 0, 4)))
+
+    def query_state(self):
+        return [self]
+
+    def get_tensor(self, name):
+        assert name == "logits"
+        return _Tensor(numpy.arange(10.0) == self.state.shape[2] % 10)
+
+
+def test_openvino_goes_on_behind_its_prompt(monkeypatch):
+    """Positions, masks and states of the calls that its script makes; tokens are forgotten after they were timed."""
+    fake = SimpleNamespace(Tensor=_Tensor, opset13=None, InferRequest=_Request, Model=object)
+    monkeypatch.setitem(sys.modules, "openvino", fake)
+    monkeypatch.setitem(sys.modules, "openvino_genai", SimpleNamespace())
+    script = CHECKOUT / "bigkernels" / "bench" / "processes" / "openvino_model.py"
+    spec = importlib.util.spec_from_file_location("openvino_script", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model, request = module.Model(), _Request()
+    names = ("input_ids", "attention_mask", "position_ids", "beam_idx")
+    model.graph = SimpleNamespace(inputs=[SimpleNamespace(get_names=lambda name=name: {name}) for name in names])
+    model.requests = {1: request}
+    assert model.prefill([[5, 6, 7], [7, 6, 5]], 1)["seconds"] >= 0
+    for _ in range(2):
+        assert len(model.decode(4, 1)["seconds"]) == 4
+        assert request.state.shape[2] == 3
+    assert [call["input_ids"][0, 0] for call in request.seen[1:5]] == [5, 6, 7, 5]
+    losses = model.score([1, 3, 4, 5], 2, 1)["losses"]
+    likely = numpy.log(numpy.exp(1) + 9)
+    numpy.testing.assert_allclose(losses, [likely, likely])
+
+
+def test_openvino_needs_a_file(line_up):
+    with pytest.raises(Missing, match="GGUF"):
+        generation.line_up(QUICK).get(generation.OPENVINO)

@@ -124,14 +124,14 @@ def _checked(models: LineUp, name: str) -> dict[str, Tensor]:
         window, expected = models.windows[0][:SCORED], model.expected or models.get(_same_codes(name)).expected
         losses = model.ask("score", ids=window, known=KNOWN, threads=1)["losses"]
         model.error = [a - b for a, b in zip(losses, expected[KNOWN - 1 :], strict=True)]
-    kind = "losses of weights that were rounded again" if name in (Q4_0, Q4_0_HEAD, ONNX) else "losses"
+    kind = "losses of weights that were rounded again" if name in (Q4_0, Q4_0_HEAD, ONNX, OPENVINO) else "losses"
     return {kind: torch.tensor(model.error, dtype=torch.float64, device="cpu")}
 
 
 def _same_codes(name: str) -> str:
     """The model of ours whose weights one of another process has, but for what that rounds again."""
     now = {before: ours for ours, before in BEFORE.items()}
-    return now.get(name) or (GGUF if name.startswith("llama.cpp") else EAGER)
+    return now.get(name) or (GGUF if name.startswith("llama.cpp") or name == OPENVINO else EAGER)
 
 
 def _prompts(models: LineUp, context: int, batch: int) -> list[list[int]]:
