@@ -114,13 +114,38 @@ class Description:
             if layer.is_sliding:
                 layer.cumulative_length_int += tokens
 
+    def renew(self, cache: Any) -> bool:
+        """Whether all that happened to the layers is that each lost its last tokens, as after a draft that was wrong:
+        then they are known again.
+        """
+        layers = cache.layers
+        if self.static or self.others or len(layers) < len(self.dynamic):
+            return False
+        lengths = set()
+        for i, (mine, layer) in enumerate(zip(self.dynamic, layers, strict=False)):
+            if mine != id(layer) or layer._parts_of is not self or layer._row != i:
+                return False
+            begin, end = layer._begin, layer._end
+            if (begin, layer._keeps()) != (self._slots[_SLOTS * i], self._slots[_SLOTS * i + 2]) or end < begin:
+                return False
+            lengths.add((layer.get_seq_length(), self._slots[_SLOTS * i + 1] - end))
+        if len(lengths) != 1 or (change := lengths.pop())[1] < 0 or self.past - change[0] != change[1]:
+            return False
+        past, lost = change
+        self.lease[_PAST], self.lease[_ROOM], self.lease[_VALID] = past, self.room + lost, 1
+        for i, layer in enumerate(layers[: len(self.dynamic)]):
+            self._slots[_SLOTS * i + 1] -= lost
+            self.numbers[i * FIELDS + FIELD["held"]] -= lost
+            layer._lease, layer._lent = self, True
+        return True
+
     def take(self, layer: Any, index: int, window: int) -> None:
         """A dynamic layer, which keeps `window` tokens where that is not 0, gives its lengths to this."""
         layer._drop()
         begin, end = layer._begin, layer._end
         self._slots[_SLOTS * index : _SLOTS * (index + 1)] = array("q", (begin, end, window))
         self.add(index, layer, layer._k, layer._v, begin, end - begin)
-        layer._lease, layer._row, layer._lent = self, index, True
+        layer._lease, layer._row, layer._lent, layer._parts_of = self, index, True, self
 
     def skip(self, index: int) -> None:
         """A layer that no record reads or writes."""
@@ -175,9 +200,10 @@ def describe(
     except TypeError:  # no weak references
         return f"the cache is a {type(cache).__name__}"
     if found is not None:
-        if found.shapes is shapes and found.batch == batch and found.dtype is dtype and found.fits(cache, tokens):
-            found.runs += 1
-            return found
+        if found.shapes is shapes and found.batch == batch and found.dtype is dtype:
+            if found.fits(cache, tokens) or (found.renew(cache) and found.fits(cache, tokens)):
+                found.runs += 1
+                return found
         if found.static:
             settle()  # their owner does not: slots may be written again
     found = _look(cache, shapes, batch, tokens, dtype)

@@ -79,6 +79,7 @@ class BufferedLayer(DynamicLayer):
     _set_values: Tensor | None = None
     _lease: Any = None  # the description (`_cache.py`) that knows this layer as it is, and then has its lengths
     _row = 0  # its number there
+    _parts_of: Any = None  # the description that has its buffers, whatever became of its lengths
     _lent = False  # whether a program has had the buffers: threads that lost their core may still write to them
 
     # ---- lengths ----------------------------------------------------------------------------------------------------
@@ -135,6 +136,7 @@ class BufferedLayer(DynamicLayer):
     def _release(self) -> None:
         """From buffers to two tensors."""
         self._drop()
+        self._parts_of = None
         if self._k is not None:
             keys, values = self.keys, self.values
             self._settle()
@@ -145,6 +147,7 @@ class BufferedLayer(DynamicLayer):
     def _buffers(self, parts: Sequence[Tensor], length: int) -> None:
         """Takes buffers that hold so many tokens from their first slot on."""
         self._settle()
+        self._parts_of = None
         for name, x in zip(self._names, parts, strict=True):
             setattr(self, name, x)
         self._begin, self._end = 0, length
@@ -310,7 +313,7 @@ class BufferedLayer(DynamicLayer):
 
 
 OURS = {"_k", "_v", "_k_scale", "_v_scale", "_own_begin", "_own_end", "_set_keys", "_set_values", "_lease", "_row",
-        "_lent", "_own_seen", "_own_record"}  # fmt: skip
+        "_parts_of", "_lent", "_own_seen", "_own_record"}  # fmt: skip
 
 
 class BufferedSlidingWindowLayer(BufferedLayer, DynamicSlidingWindowLayer):

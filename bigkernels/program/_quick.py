@@ -62,6 +62,11 @@ class Quick:
     def is_of(self, described: Description, watch: Watch, program: Program) -> bool:
         return all(a is b for a, b in zip(self._known, _known(described, watch, program), strict=True))
 
+    def renew(self, cache: Any) -> bool:
+        """Whether its cache lost tokens alone, and is known again."""
+        described = self._known[0]
+        return not described.lease[0] and self._died() is cache is not None and described.renew(cache)
+
     @classmethod
     def of(cls, steps: Steps, described: Description, cache: Any, watch: Watch, program: Program) -> Quick | None:
         """None where something is not known by words of memory, or the model's own code has a part in each step."""

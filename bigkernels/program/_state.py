@@ -115,11 +115,12 @@ class Steps:
             quick = self.quick
             if quick is None or _forward_ad._current_level >= 0:
                 return None
+            cache = given["cache"] if "cache" in given else given.get("past_key_values")
             logits = quick.call(given)
-            if logits is None:
+            if logits is None and not (quick.renew(cache) and (logits := quick.call(given)) is not None):
                 return None
             self.taken += 1
-        return self.output.quickly(logits, given["cache"] if "cache" in given else given["past_key_values"])
+        return self.output.quickly(logits, cache)
 
     def prepare(self, described: Description, cache: Any) -> None:
         """So that the next call is answered by `quickly`, after one that was answered by the program."""

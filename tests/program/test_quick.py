@@ -202,6 +202,26 @@ def test_edits_of_a_cache_are_seen(edit: str):
         close(ours.next(), theirs.next())
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_drafts_that_were_wrong(name: str, slow: list[int]):
+    """Rows at once, and a cache that is cut back: quick as long as buffers stay where they are."""
+    models = pair(name)
+    theirs, ours = (Talk(m) for m in (models.theirs, models.ours))
+    for talk in (theirs, ours):
+        talk.cache.activate_past_recording()
+    for i, (tokens, lost) in enumerate([(1, 0), (1, 0), (4, 3), (4, 0), (3, 2), (1, 0), (4, 1), (2, 1)] * 3):
+        close(ours.next(tokens), theirs.next(tokens))
+        for talk in (theirs, ours):
+            talk.cache.crop(-lost)
+            talk.at -= lost
+            assert talk.cache.get_seq_length() == talk.at
+        if i == 4:
+            slow[0] = 0
+    assert name != "llama" or slow[0] == 0
+    for a, b in zip(ours.cache.layers, theirs.cache.layers, strict=True):
+        close(a.keys, b.keys)
+
+
 def test_nothing_of_a_cache_is_kept_alive():
     talk = Talk(pair("llama").ours)
     for _ in range(4):
