@@ -1,7 +1,7 @@
 // Attention of few queries over many keys. Keys and values come from memory once: for a block of keys, head by head,
 // all rows that read the head are served, while the next block is asked for in the order of its addresses.
-#include "decode_line.h"
 #include "decode_tiles.h"
+#include "decode_words.h"
 
 namespace bigkernels {
 namespace BK_ISA {
@@ -238,8 +238,12 @@ void attend(const DecodeAttention& a, DecodePart p, char* workspace) {
             first += g * head;
             return Line{first, first + after, by, by, scale};
           };
-          line_block<typename E::Cache>(n, q + g * n.q_head, state, line(now->k[0], a.k, a.k_scale, now->k_step[0]),
-                                        line(now->v[0], a.v, a.v_scale, now->v_step[0]), a.d, a.dv, a.scale);
+          const Line keys = line(now->k[0], a.k, a.k_scale, now->k_step[0]);
+          const Line values = line(now->v[0], a.v, a.v_scale, now->v_step[0]);
+          if (a.int8 && a.type != Type::f32 && by_words(a.d, a.dv))
+            word_block(n, q + g * n.q_head, state, keys, values, a.d, a.dv, a.scale);
+          else
+            line_block<typename E::Cache>(n, q + g * n.q_head, state, keys, values, a.d, a.dv, a.scale);
           continue;
         }
       E::scores(n, q + g * n.q_head, *now, g * k_head, a.d, s, staging, ahead);

@@ -137,6 +137,25 @@ BK_INLINE void for_turns(F f) {
   f(Number<R - 1>());
 }
 
+// The weights of a row's scores, in their place, and by what its sums so far count.
+template <int N>
+BK_INLINE void line_weights(const State& state, int64_t row, vf* x, float* factor) {
+  vf most = splat(-kInfinity);
+  for (int i = 0; i < N; ++i) most = vmax(x[i], most);
+  float* highest = state.most + row;
+  vf total = load(state.total + row * W);
+  *factor = 1;
+  if (any_above(most, *highest + kSlack)) {
+    float now = max(most);
+    *factor = vexp_nonpositive(splat(*highest - now))[0];
+    total = total * *factor;
+    *highest = now;
+  }
+  float shift = *highest > -kInfinity ? *highest : 0;
+  for (int i = 0; i < N; ++i) x[i] = vexp_softmax(x[i] - shift), total += x[i];
+  store(state.total + row * W, total);
+}
+
 template <class C, int R, int kSteps>
 void line_rows(const Layout& n, const Left<C>* q, const State& state, int64_t row, Line keys, Line values, int64_t d,
                int64_t dv, float scale, bool ahead) {
@@ -156,25 +175,13 @@ void line_rows(const Layout& n, const Left<C>* q, const State& state, int64_t ro
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      vf x[kLineKeys / W], most = splat(-kInfinity);
-      for (int i = 0; i < kLineKeys / W; ++i) x[i] = load(s + r * kLineKeys + i * W), most = vmax(x[i], most);
-      float* highest = state.most + row + r;
-      vf total = load(state.total + (row + r) * W);
-      factor[r] = 1;
-      if (any_above(most, *highest + kSlack)) {
-        float now = max(most);
-        factor[r] = vexp_nonpositive(splat(*highest - now))[0];
-        total = total * factor[r];
-        *highest = now;
-      }
-      float shift = *highest > -kInfinity ? *highest : 0;
+      vf p[kLineKeys / W];
+      for (int i = 0; i < kLineKeys / W; ++i) p[i] = load(s + r * kLineKeys + i * W);
+      line_weights<kLineKeys / W>(state, row + r, p, factor + r);
       for (int i = 0; i < kLineKeys / W; ++i) {
-        vf p = vexp_softmax(x[i] - shift);
-        total += p;
-        if (values.scale) p = p * load(values.scale + i * W);
-        store(w + r * kLineKeys + i * W, p);
+        if (values.scale) p[i] = p[i] * load(values.scale + i * W);
+        store(w + r * kLineKeys + i * W, p[i]);
       }
-      store(state.total + (row + r) * W, total);
     }
     constexpr int V = W == 16 ? (R >= 3 ? 4 : 8) : W == 8 ? (R == 2 ? 4 : 8) : 8;  // vectors of sums a row
     line_columns<C, R, V / Elements<C>::kVectors>(n, w, values, 0, dv, state.acc + row * n.acc_width, factor, ahead);
