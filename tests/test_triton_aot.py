@@ -184,6 +184,10 @@ def _huge_calls():
     for dynamic in (False, True):
         yield m["quantized_linear"].forward, (x, codes, scale, None, None, None, None, 0, 64, dynamic)
     yield m["quantized_linear"].backward, (x, codes, scale, None, None, None, 0, 64)
+    many = importlib.import_module("bigkernels.triton._quantized_many")
+    yield many.rounded_tokens, (x, torch.uint8)
+    yield many.scaled, (empty(2**22, 64, dtype=torch.int32), row, scale, None, x)
+    yield many.decoded, (empty(2**22, 64, dtype=torch.int8), row, None, None, None, 0, 64, bf16)
     weight, many = (empty(512, 64, dtype=torch.int8), empty(512, dtype=f32), *(None,) * 3), empty(8, dtype=i32)
     yield m["grouped_linear"].forward, (x, many, *weight, 0, False)
     yield m["grouped_linear"].backward, (x, many, *weight, 0, 64)
