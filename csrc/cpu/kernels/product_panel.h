@@ -1,6 +1,6 @@
 // More tokens: 16 rows of the weight are made into a panel, part of the depth at a time, in which 32 bits of each row
 // lie side by side, and multiplied with blocks of tokens, whose 32 bits are broadcast. Weights stay as they are stored:
-// turning 16 rows costs 4 shuffles a vector, a tenth of 16 tokens' products.
+// transposing 16 rows costs 4 shuffles a vector, a tenth of 16 tokens' products.
 //
 // A token's result does not depend on the other tokens, nor on where a call's rows begin.
 #pragma once
@@ -96,27 +96,15 @@ void stored_panel(const Weight& w, const Part& p, int64_t bytes, Panel& panel) {
   }
 }
 
-// Rows that are decoded to E before they are turned.
-template <class E>
-void decoded_panel(const Weight& w, const Part& p, bool scaled, Panel& panel) {
-  constexpr int64_t kLine = 64 / sizeof(E);
-  alignas(64) E memory[kRows][kSteps * 4 / sizeof(E)];
-  Weight plain = w;
-  const float ones = 1;
-  for (int64_t r = 0; r < kRows; ++r) {
-    if (r >= p.rows) {
+// Rows that are decoded to float32 before they are transposed.
+void decoded_panel(const Weight& w, const Part& p, Panel& panel) {
+  alignas(64) float memory[kRows][kSteps];
+  for (int64_t r = 0; r < kRows; ++r)
+    if (r < p.rows)
+      decode_row(w, p.n + r, p.k, p.count, memory[r]);
+    else
       __builtin_memset(memory[r], 0, sizeof memory[r]);
-      continue;
-    }
-    int64_t n = p.n + r;
-    if (!scaled) {
-      plain.kind = w.kind == Codes::int8g ? Codes::int8 : w.kind, plain.group = 0;
-      plain.codes = w.codes + n * w.code_row, plain.scale = &ones, n = 0;
-    }
-    decode_row(plain, n, p.k, p.count, memory[r]);
-  }
-  for (int64_t i = 0; i < p.count / kLine; ++i)
-    transpose_lines(memory[0] + i * kLine, sizeof memory[0], panel.line[16 * i], 64);
+  for (int64_t i = 0; i < p.count; i += 16) transpose_lines(memory[0] + i, sizeof memory[0], panel.line[i], 64);
 }
 
 // 16 values side by side from p on, of which `rows` are there.
@@ -194,17 +182,9 @@ void make_panel(const Weight& w, const Part& p, Form form, Panel& panel) {
     case Form::quads:
     case Form::bytes:
     case Form::nibbles: stored_panel(w, p, bytes, panel); break;
-    case Form::pairs:
-      if (w.transposed)
-        transposed_pairs(w, p, panel);
-      else if (w.kind == Codes::bf16)
-        stored_panel(w, p, bytes, panel);
-      else
-        decoded_panel<bf16>(w, p, false, panel);
-      break;
+    case Form::pairs: w.transposed ? transposed_pairs(w, p, panel) : stored_panel(w, p, bytes, panel); break;
     default:
-      if (!w.transposed)
-        return w.kind == Codes::f32 ? stored_panel(w, p, bytes, panel) : decoded_panel<float>(w, p, true, panel);
+      if (!w.transposed) return w.kind == Codes::f32 ? stored_panel(w, p, bytes, panel) : decoded_panel(w, p, panel);
       if (w.kind == Codes::f32) return transposed_panel<float>(w, p, panel);
       if (w.kind == Codes::bf16) return transposed_panel<bf16>(w, p, panel);
       return transposed_panel<f16>(w, p, panel);
@@ -226,36 +206,42 @@ struct PanelLines {
 
 #if defined(__AVX512F__)
 // Or the rows themselves, where one block of tokens is all that meets them: 16 loads and 8 shuffles are done among the
-// products. Rows that lie a multiple of 2 KB apart share few sets of the first-level cache: each of their lines is
-// read once.
+// products. Rows that lie a multiple of 2 KB apart share few sets of the first-level cache: their lines are copied to
+// where they do not, one after the other, 64 bytes ahead of the products.
 struct RowLines {
   const uint8_t *first, *next;
   int64_t stride, bytes;
   bool crowded;
-  uint32_t (*lines)[kRows];  // 16 of them
+  uint8_t (*copies)[kRows][64];  // two
 
-  RowLines(const Weight& w, const Part& p, int64_t size, uint32_t (*memory)[kRows])
+  RowLines(const Weight& w, const Part& p, int64_t size, void* memory)
       : first(w.codes + p.n * w.code_row + code_bytes(w.kind, p.k)), next(p.next), stride(w.code_row), bytes(size) {
-    crowded = stride % 2048 == 0 && bytes % 64 == 0, lines = memory;
+    crowded = stride % 2048 == 0 && bytes % 64 == 0, copies = (uint8_t (*)[kRows][64])memory;
+    if (crowded)
+      for (int r = 0; r < kRows; ++r) write(copies[0][r], read<__m512i>(first + r * stride));
   }
 
   BK_INLINE void get(const RowLines& p, int64_t i, vu (*to)[V]) {
     const uint8_t* at = p.first + 4 * i;
-    if (i % 16 == 0) {
-      const uint8_t* ahead =
-          4 * i + kAheadOfRow < p.bytes ? at + kAheadOfRow : p.next + (4 * i + kAheadOfRow - p.bytes);
-      for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead + r * p.stride, 0, 2);
-      if (p.crowded) transpose_lines(at, p.stride, p.lines, 64);
+    const int64_t row = i % 16;  // four rows are asked for, and copied, with four lines
+    {
+      const uint8_t* line = at - 4 * row + row * p.stride;
+      const int64_t ahead = 4 * (i - row) + kAheadOfRow;
+      const uint8_t* far = ahead < p.bytes ? line + kAheadOfRow : p.next + (ahead - p.bytes) + row * p.stride;
+      for (int r = 0; r < 4; ++r) __builtin_prefetch(far + r * p.stride, 0, 2);
+      if (p.crowded && 4 * (i - row) + 64 < p.bytes)
+        for (int r = 0; r < 4; ++r) write(p.copies[(i / 16 + 1) % 2][row + r], read<__m512i>(line + 64 + r * p.stride));
     }
-    if (p.crowded) return PanelLines::get({p.lines}, i % 16, to);
+    int64_t stride = p.stride;
+    if (p.crowded) at = p.copies[i / 16 % 2][0] + 4 * row, stride = 64;
     __m512i a[4];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
-      const uint8_t* row = at + r * p.stride;
+      const uint8_t* row = at + r * stride;
       a[r] = _mm512_castsi128_si512(read<__m128i>(row));
-      a[r] = _mm512_inserti32x4(a[r], read<__m128i>(row + 4 * p.stride), 1);
-      a[r] = _mm512_inserti32x4(a[r], read<__m128i>(row + 8 * p.stride), 2);
-      a[r] = _mm512_inserti32x4(a[r], read<__m128i>(row + 12 * p.stride), 3);
+      a[r] = _mm512_inserti32x4(a[r], read<__m128i>(row + 4 * stride), 1);
+      a[r] = _mm512_inserti32x4(a[r], read<__m128i>(row + 8 * stride), 2);
+      a[r] = _mm512_inserti32x4(a[r], read<__m128i>(row + 12 * stride), 3);
     }
     __m512i even = _mm512_unpacklo_epi32(a[0], a[1]), odd = _mm512_unpacklo_epi32(a[2], a[3]);
     to[0][0] = (vu)_mm512_unpacklo_epi64(even, odd), to[1][0] = (vu)_mm512_unpackhi_epi64(even, odd);
@@ -273,7 +259,9 @@ struct Sixteen {
 
 template <int T, class Lines>
 BK_INLINE void add_floats(Sixteen<T>& s, const Lines& lines, int64_t steps, const float* x) {
-  vf acc[T][V] = {};
+  vf acc[T][V];
+  for (int t = 0; t < T; ++t)
+    for (int v = 0; v < V; ++v) acc[t][v] = s.acc[t][v];
   for (int64_t i = 0; i < steps; i += 4) {
     vu four[4][V];
     Lines::get(lines, i, four);
@@ -290,30 +278,66 @@ BK_INLINE void add_floats(Sixteen<T>& s, const Lines& lines, int64_t steps, cons
 }
 
 #if defined(__AVX512BF16__)
-template <int T>
-BK_INLINE void add_pair(vf* acc, __m512i w, const uint32_t* x) {
-#pragma GCC unroll 16
-  for (int t = 0; t < T; ++t)
-    acc[t] = (vf)_mm512_dpbf16_ps((__m512)acc[t], (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x[t]));
+// acc + w times two numbers that are read for all lanes. gcc 12 reads them by an instruction of its own, early, and
+// then has no registers left for 16 sums.
+BK_INLINE void add_pair_of(vf& acc, __m512i w, const uint32_t* x) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*x));
 }
 
-// A line has a pair of each row or, of 4-bit codes, four.
-template <int T, bool kNibbles, class Lines>
-BK_INLINE void add_lines(vf* acc, const Lines& lines, int64_t from, int64_t end, __m512i table, const uint32_t* x) {
+// The pairs that a line has of each row.
+struct PlainPairs {
+  static constexpr int kCount = 1;
+  BK_INLINE void split(const PlainPairs&, __m512i line, __m512i* w) { w[0] = line; }
+};
+template <Codes kKind>
+struct BytePairs {
+  static constexpr int kCount = 2;
+  BK_INLINE void split(const BytePairs&, __m512i line, __m512i* w) { split_bytes<kKind>(line, w); }
+};
+struct NibblePairs {
+  static constexpr int kCount = 4;
+  __m512i table;
+  BK_INLINE void split(const NibblePairs& p, __m512i line, __m512i* w) { look_up_nibbles(line, p.table, w); }
+};
+
+template <int T, class Pairs, class Lines>
+BK_INLINE void add_lines(vf* acc, const Pairs& pairs, const Lines& lines, int64_t from, int64_t end,
+                         const uint32_t* x) {
+  const Lines own = lines;  // nothing that is written changes it
   for (int64_t i = from; i < end; i += 4) {
     vu four[4][V];
-    Lines::get(lines, i, four);
+    Lines::get(own, i, four);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      if constexpr (kNibbles) {
-        __m512i w[4];
-        look_up_nibbles((__m512i)four[j][0], table, w);
+      __m512i w[Pairs::kCount];
+      Pairs::split(pairs, (__m512i)four[j][0], w);
 #pragma GCC unroll 4
-        for (int c = 0; c < 4; ++c, x += T) add_pair<T>(acc, w[c], x);
-      } else {
-        add_pair<T>(acc, (__m512i)four[j][0], x);
-        x += T;
-      }
+      for (int c = 0; c < Pairs::kCount; ++c, x += T)
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t) add_pair_of(acc[t], w[c], x + t);
+    }
+  }
+}
+
+// `left` values of 16 rows, in groups of `group`, or 0.
+template <int T, class Pairs, class Lines>
+BK_INLINE void add_pairs(Sixteen<T>& s, const Pairs& pairs, const Lines& lines, int64_t left, int64_t group,
+                         const float (*scale)[kRows], const uint32_t* x) {
+  constexpr int64_t kValues = 2 * Pairs::kCount;  // of a line
+  const int64_t size = group ? group : left;
+  for (int64_t from = 0; from < left; from += size, ++scale) {
+    const int64_t count = left - from < size ? (left - from + 31) / 32 * 32 : (size + 31) / 32 * 32;
+    vf acc[T];
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) acc[t] = group ? vf{} : s.acc[t][0];
+    add_lines<T>(acc, pairs, lines, from / kValues, (from + count) / kValues, x + from / 2 * T);
+    if (group) {
+      const vf own = load(*scale);
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) s.acc[t][0] = multiply_add(acc[t], own, s.acc[t][0]);
+    } else {
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) s.acc[t][0] = acc[t];
     }
   }
 }
@@ -321,12 +345,12 @@ BK_INLINE void add_lines(vf* acc, const Lines& lines, int64_t from, int64_t end,
 
 // Four products for each row: of 4-bit codes, or of signed codes of 8 bits.
 template <bool kQuads>
-BK_INLINE vi add_bytes(vi acc, vu line, uint32_t x) {
-  vq tokens = (vq)(vu{} + x);
+BK_INLINE void add_bytes(vi& acc, vu line, const uint32_t* x) {
 #if defined(__AVX512VNNI__)
-  return dot(acc, (vq)line, tokens);  // no code has a sign: kOffset was added
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(line), "m"(*x));  // no code has a sign: kOffset was added
 #else
-  return kQuads ? dot(acc, (vq)line, tokens) : dot_signed(acc, (vq)line, tokens);
+  vq tokens = (vq)(vu{} + *x);
+  acc = kQuads ? dot(acc, (vq)line, tokens) : dot_signed(acc, (vq)line, tokens);
 #endif
 }
 
@@ -334,13 +358,14 @@ BK_INLINE vi add_bytes(vi acc, vu line, uint32_t x) {
 template <int T, bool kGrouped, bool kQuads, class Lines>
 BK_INLINE void add_integers(Sixteen<T>& s, const Lines& lines, const float (*own_scales)[kRows], int64_t each,
                             int64_t blocks, const uint32_t* x, const float* scales) {
+  const Lines own = lines;
   constexpr int kLines = kQuads ? 4 : 8, kParts = kQuads ? 2 : 1;
   for (int64_t b = 0; b < blocks; ++b, scales += T) {
     vi sum[T][V] = {};
 #pragma GCC unroll 2
     for (int i = 0; i < kLines; i += 4) {
       vu four[4][V];
-      Lines::get(lines, kLines * b + i, four);
+      Lines::get(own, kLines * b + i, four);
 #pragma GCC unroll 8
       for (int j = 0; j < 4 * kParts; ++j, x += T) {
         vu codes[V];
@@ -350,15 +375,15 @@ BK_INLINE void add_integers(Sixteen<T>& s, const Lines& lines, const float (*own
         }
 #pragma GCC unroll 16
         for (int t = 0; t < T; ++t)
-          for (int v = 0; v < V; ++v) sum[t][v] = add_bytes<kQuads>(sum[t][v], codes[v], x[t]);
+          for (int v = 0; v < V; ++v) add_bytes<kQuads>(sum[t][v], codes[v], x + t);
       }
     }
     for (int v = 0; v < V; ++v) {
-      vf own = kGrouped ? load(own_scales[b >> each] + v * W) : splat(1);
+      const vf of_group = kGrouped ? load(own_scales[b >> each] + v * W) : splat(1);
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) {
         vf scale = splat(scales[t]);
-        if (kGrouped) scale *= own;
+        if (kGrouped) scale *= of_group;
         s.acc[t][v] = multiply_add(to_floats(sum[t][v]), scale, s.acc[t][v]);
       }
     }
@@ -375,13 +400,10 @@ BK_INLINE void add_beside(Sixteen<T>& s, const float (*by)[kRows], int64_t group
     }
 }
 
-// What 16 rows' part of the depth gives, to where the parts before it are.
+// What 16 rows' part of the depth gives a block of tokens.
 template <int T, class Lines>
-void add_part(const Weight& w, const Tokens& a, const Part& p, const Lines& lines, const Panel& panel,
-              const char* block, int64_t count, bool last, float* out, int64_t stride) {
-  Sixteen<T> s;
-  for (int t = 0; t < T; ++t)
-    for (int v = 0; v < V; ++v) s.acc[t][v] = vf{};
+void add_part(Sixteen<T>& s, const Weight& w, const Tokens& a, const Part& p, const Lines& lines, const Panel& panel,
+              const char* block) {
   const int64_t left = p.left < p.count ? p.left : p.count;
   const int64_t group = w.group ? p.k / w.group : 0, groups = w.group ? (left + w.group - 1) / w.group : 0;
   const float (*scale)[kRows] = panel.scale, (*beside)[kRows] = panel.beside;
@@ -399,39 +421,48 @@ void add_part(const Weight& w, const Tokens& a, const Part& p, const Lines& line
         add_integers<T, false, false>(s, lines, scale, each, blocks, x, scales);
       if (w.kind != Codes::int8 && (w.kind != Codes::int8g || kOffset))
         add_beside<T>(s, beside, groups, a.sums_of(block) + group * T);
-      if (w.kind == Codes::int8 && kOffset && last)
-        for (int t = 0; t < T; ++t)
-          for (int v = 0; v < V; ++v) s.acc[t][v] -= splat(kOffset * a.sums_of(block)[t]);
       break;
     }
 #if defined(__AVX512BF16__)
     case Form::pairs:
-    case Form::nibbles: {
-      const __m512i table = a.form == Form::nibbles ? code_table(w) : __m512i{};
-      const int64_t size = w.group ? w.group : p.count;
-      for (int64_t from = 0, g = 0; from < left; from += size, ++g) {
-        const int64_t steps = left - from < size ? (left - from + 31) / 32 * 16 : size / 2;  // of pairs
-        vf acc[T] = {};
-        const uint32_t* tokens = x + from / 2 * T;
-        if (a.form == Form::nibbles)
-          add_lines<T, true>(acc, lines, from / 8, from / 8 + steps / 4, table, tokens);
-        else
-          add_lines<T, false>(acc, lines, from / 2, from / 2 + steps, table, tokens);
-        vf own = w.group ? load(scale[g]) : splat(1);
-        for (int t = 0; t < T; ++t) s.acc[t][0] = multiply_add(acc[t], own, s.acc[t][0]);
+      switch (w.kind) {
+        case Codes::fp8: return add_pairs<T>(s, BytePairs<Codes::fp8>(), lines, left, w.group, scale, x);
+        case Codes::bf16: return add_pairs<T>(s, PlainPairs(), lines, left, w.group, scale, x);
+        default: return add_pairs<T>(s, BytePairs<Codes::int8>(), lines, left, w.group, scale, x);
       }
-      if (w.kind == Codes::affine4 || w.kind == Codes::affine4m)
-        add_beside<T>(s, beside, groups, a.sums_of(block) + group * T);
+    case Form::nibbles: {
+      add_pairs<T>(s, NibblePairs{code_table(w)}, lines, left, w.group, scale, x);
+      if (w.kind != Codes::book4) add_beside<T>(s, beside, groups, a.sums_of(block) + group * T);
       break;
     }
 #endif
     default: add_floats<T>(s, lines, left, (const float*)x);
   }
+}
+
+// What the parts before it have given, from where it is.
+template <int T>
+BK_INLINE void take_sums(Sixteen<T>& s, const Part& p, int64_t count, const float* out, int64_t stride) {
+  for (int t = 0; t < T; ++t)
+    for (int v = 0; v < V; ++v) {
+      const int64_t rows = p.rows - v * W;
+      const float* from = out + t * stride + v * W;
+      s.acc[t][v] = !p.k || t >= count || rows <= 0 ? vf{} : rows >= W ? load(from) : load(from, rows);
+    }
+}
+
+// The sums of a part, or at the last one of the whole depth.
+template <int T>
+BK_INLINE void put_sums(Sixteen<T>& s, const Weight& w, const Tokens& a, const Part& p, const char* block,
+                        int64_t count, bool last, float* out, int64_t stride) {
+  if (last && a.form == Form::bytes && w.kind == Codes::int8 && kOffset)
+    for (int t = 0; t < T; ++t)
+      for (int v = 0; v < V; ++v) s.acc[t][v] -= splat(kOffset * a.sums_of(block)[t]);
   // Codes with a scale a row, where it is not in the panel.
-  bool scaled =
+  const bool scaled =
       last && (w.kind == Codes::int8 || w.kind == Codes::fp8) && a.form != Form::floats && a.form != Form::rounded;
   for (int v = 0; v < V; ++v) {
-    int64_t rows = p.rows - v * W;
+    const int64_t rows = p.rows - v * W;
     if (rows <= 0) break;
     vf scale = splat(1);
     if (scaled) {
@@ -441,7 +472,6 @@ void add_part(const Weight& w, const Tokens& a, const Part& p, const Lines& line
     for (int64_t t = 0; t < count; ++t) {
       float* to = out + t * stride + v * W;
       vf y = s.acc[t][v];
-      if (p.k) y += rows >= W ? load(to) : load(to, rows);
       if (scaled) y *= scale;
       rows >= W ? store(to, y) : store(to, y, rows);
     }
@@ -449,43 +479,78 @@ void add_part(const Weight& w, const Tokens& a, const Part& p, const Lines& line
 }
 
 // Whether lines are read from the rows as they are stored.
-BK_INLINE bool read_in_place(const Weight& w, const Tokens& a, const Part& p) {
-  if (W < 16 || a.blocks > 1 || w.transposed || p.rows < kRows || (p.left < p.count && p.left % 32)) return false;
-  return a.integer() || a.form == Form::nibbles || w.kind == Codes::f32 || (w.kind == Codes::bf16 && a.size() == 2);
+BK_INLINE bool read_in_place(const Weight& w, const Tokens& a) {
+  if (W < 16 || w.transposed) return false;
+  return a.integer() || a.form == Form::nibbles || a.form == Form::pairs || w.kind == Codes::f32;
+}
+
+// The part from k on that is made into a panel.
+BK_INLINE Part panel_part(const Weight& w, const Tokens& a, int64_t n, int64_t end, int64_t k, int64_t ahead) {
+  const int64_t depth = part_depth(a.form, w.k);
+  Part p;
+  p.n = n, p.rows = end - n < kRows ? end - n : kRows;
+  p.k = k, p.left = w.k - k, p.count = p.left < depth ? (p.left + 31) / 32 * 32 : depth;
+  p.next = w.codes + (p.left > depth ? n : n + ahead) * w.code_row + code_bytes(w.kind, p.left > depth ? k + depth : 0);
+  return p;
+}
+
+// One block of tokens: sums stay at hand for the whole depth.
+template <int T>
+void panels_of_few(const Weight& w, const Tokens& a, const void* ready, int64_t begin, int64_t end, float* out,
+                   int64_t stride, Panel& panel) {
+  const char* block = a.block(ready, 0);
+  for (int64_t n = begin; n < end; n += kRows) {
+    Sixteen<T> s;
+    for (int t = 0; t < T; ++t)
+      for (int v = 0; v < V; ++v) s.acc[t][v] = vf{};
+    Part p;
+    for (int64_t k = 0; k < w.k; k += p.count) {
+      p = panel_part(w, a, n, end, k, kRows);
+#if defined(__AVX512F__)
+      if (read_in_place(w, a) && p.rows == kRows) {
+        // Whole blocks of 32; and whole groups, where a part follows.
+        const int64_t most = w.group ? kGroups * w.group : p.left, unit = w.group ? w.group : 32;
+        const int64_t count = p.left > most ? most : p.left % 32 ? p.left / unit * unit : p.left;
+        if (count > 0) {
+          p.count = count;
+          p.next = w.codes + (count < p.left ? n : n + kRows) * w.code_row +
+                   code_bytes(w.kind, count < p.left ? k + count : 0);
+          if (w.group) make_scales(w, p, panel);
+          RowLines lines(w, p, code_bytes(w.kind, count), panel.line);
+          add_part<T>(s, w, a, p, lines, panel, block);
+          continue;
+        }
+      }
+#endif
+      make_panel(w, p, a.form, panel);
+      add_part<T>(s, w, a, p, PanelLines{panel.line}, panel, block);
+    }
+    put_sums<T>(s, w, a, p, block, a.m, true, out + n - begin, stride);
+  }
 }
 
 template <int T>
 void panels_of(const Weight& w, const Tokens& a, const void* ready, int64_t begin, int64_t end, float* out,
                int64_t stride, Panel* panels) {
-  const int64_t depth = part_depth(a.form, w.k), at_once = a.blocks > 1 ? kPanels : 1;
-  for (int64_t n = begin; n < end; n += at_once * kRows)
+  if (a.blocks == 1) return panels_of_few<T>(w, a, ready, begin, end, out, stride, *panels);
+  const int64_t depth = part_depth(a.form, w.k);
+  for (int64_t n = begin; n < end; n += kPanels * kRows)
     for (int64_t k = 0; k < w.k; k += depth) {
       Part parts[kPanels];
-      int64_t count = 0, left = w.k - k;
-      for (; count < at_once && n + count * kRows < end; ++count) {
-        Part& p = parts[count];
-        p.n = n + count * kRows, p.rows = end - p.n < kRows ? end - p.n : kRows;
-        p.k = k, p.left = left, p.count = left < depth ? (left + 31) / 32 * 32 : depth;
-        const int64_t row = left > depth ? p.n : p.n + at_once * kRows;
-        p.next = w.codes + row * w.code_row + code_bytes(w.kind, left > depth ? k + depth : 0);
-#if defined(__AVX512F__)
-        if (read_in_place(w, a, p)) {
-          if (w.group) make_scales(w, p, panels[0]);
-          RowLines lines(w, p, code_bytes(w.kind, left < depth ? left : depth), panels[0].line);
-          add_part<T>(w, a, p, lines, panels[0], a.block(ready, 0), a.m, left <= depth, out + p.n - begin, stride);
-          continue;
-        }
-#endif
-        make_panel(w, p, a.form, panels[count]);
-        if (a.blocks == 1)
-          add_part<T>(w, a, p, PanelLines{panels[0].line}, panels[0], a.block(ready, 0), a.m, left <= depth,
-                      out + p.n - begin, stride);
+      int64_t count = 0;
+      for (; count < kPanels && n + count * kRows < end; ++count) {
+        parts[count] = panel_part(w, a, n + count * kRows, end, k, kPanels * kRows);
+        make_panel(w, parts[count], a.form, panels[count]);
       }
-      for (int64_t b = 0; b < a.blocks && a.blocks > 1; ++b) {
-        int64_t first = b * T, tokens = a.m - first < T ? a.m - first : T;
-        for (int64_t i = 0; i < count; ++i)
-          add_part<T>(w, a, parts[i], PanelLines{panels[i].line}, panels[i], a.block(ready, b), tokens, left <= depth,
-                      out + first * stride + parts[i].n - begin, stride);
+      for (int64_t b = 0; b < a.blocks; ++b) {
+        const int64_t first = b * T, tokens = a.m - first < T ? a.m - first : T;
+        for (int64_t i = 0; i < count; ++i) {
+          float* to = out + first * stride + parts[i].n - begin;
+          Sixteen<T> s;
+          take_sums<T>(s, parts[i], tokens, to, stride);
+          add_part<T>(s, w, a, parts[i], PanelLines{panels[i].line}, panels[i], a.block(ready, b));
+          put_sums<T>(s, w, a, parts[i], a.block(ready, b), tokens, w.k - k <= depth, to, stride);
+        }
       }
     }
 }

@@ -1,8 +1,9 @@
-// One to three tokens: along the rows of the weight, each read once, in its order. The sums over a vector's lanes are
+// One to four tokens: along the rows of the weight, each read once, in its order. The sums over a vector's lanes are
 // taken for 16 rows at once.
 //
 // A token's result does not depend on how many of the others there are, nor on where a call's rows begin.
 #pragma once
+#include "product_pairs.h"
 #include "product_tokens.h"
 
 namespace bigkernels {
@@ -21,6 +22,21 @@ BK_INLINE vf multiply_add(vf a, vf b, vf c) {
 #endif
 }
 
+// The sums over the lanes of 16 vectors.
+BK_INLINE void sum_lanes(const vf* lanes, float* to) {
+#if defined(__AVX512F__)
+  alignas(64) float transposed[16][16];
+  transpose16(lanes, 64, transposed, 64);
+  vf all[16];
+  for (int i = 0; i < 16; ++i) all[i] = load(transposed[i]);
+  for (int step = 8; step; step /= 2)
+    for (int i = 0; i < step; ++i) all[i] += all[i + step];
+  store(to, all[0]);
+#else
+  for (int i = 0; i < 16; ++i) to[i] = sum(lanes[i]);
+#endif
+}
+
 // The lanes of 16 rows' sums, for T tokens, and where they go.
 template <int T>
 struct Sums {
@@ -33,33 +49,36 @@ struct Sums {
   BK_INLINE void flush(const Sums& s, int64_t n, int64_t rows) {
     for (int t = 0; t < T; ++t) {
       float* to = s.out + t * s.stride + n - s.begin;
-#if defined(__AVX512F__)
-      alignas(64) float turned[16][16];
-      transpose16(s.lanes[t], 64, turned, 64);
-      vf all[16];
-      for (int i = 0; i < 16; ++i) all[i] = load(turned[i]);
-      for (int step = 8; step; step /= 2)
-        for (int i = 0; i < step; ++i) all[i] += all[i + step];
-      rows == 16 ? store(to, all[0]) : store(to, all[0], rows);
-#else
-      for (int64_t i = 0; i < rows; ++i) to[i] = sum(s.lanes[t][i]);
-#endif
+      if (rows == 16) {
+        sum_lanes(s.lanes[t], to);
+      } else {
+        alignas(64) float all[16];
+        sum_lanes(s.lanes[t], all);
+        __builtin_memcpy(to, all, rows * sizeof(float));
+      }
     }
   }
 };
 
-// row(n, lanes): the lanes of row n for each token.
-template <int T, class Row>
+// row(Count<R>(), n, lanes): the lanes of R rows from n on, or of one, for each token. Tokens are read once for R rows.
+template <int R, int T, class Row>
 BK_INLINE void for_rows(int64_t begin, int64_t end, float* out, int64_t stride, Row row) {
   Sums<T> sums(out, stride, begin);
   for (int64_t n = begin; n < end; n += 16) {
-    int64_t rows = end - n < 16 ? end - n : 16;
-    for (int64_t i = 0; i < rows; ++i) {
-      vf lanes[T];
-      row(n + i, lanes);
-      for (int t = 0; t < T; ++t) sums.lanes[t][i] = lanes[t];
-    }
-    for (int64_t i = rows; i < 16; ++i)
+    const int64_t rows = end - n < 16 ? end - n : 16;
+    int64_t i = 0;
+    auto take = [&](auto count) __attribute__((always_inline)) {
+      constexpr int kCount = decltype(count)::value;
+      vf lanes[kCount][T];
+      row(count, n + i, lanes);
+      for (int r = 0; r < kCount; ++r)
+        for (int t = 0; t < T; ++t) sums.lanes[t][i + r] = lanes[r][t];
+      i += kCount;
+    };
+    while (rows - i >= R) take(Count<R>());
+    if constexpr (R > 1)
+      while (i < rows) take(Count<1>());
+    for (; i < 16; ++i)
       for (int t = 0; t < T; ++t) sums.lanes[t][i] = vf{};
     Sums<T>::flush(sums, n, rows);
   }
@@ -180,7 +199,8 @@ void integer_rows(const Weight& w, const Tokens& a, const void* ready, int64_t b
   vi lanes[C::kVectors];
   for (int v = 0; v < C::kVectors; ++v) lanes[v] = lane_numbers(C::kShift, v * W);
   constexpr int64_t kCodes = C::kCodes, kBytes = 4 * W;
-  for_rows<T>(begin, end, out, stride, [&](int64_t n, vf* total) __attribute__((always_inline)) {
+  for_rows<1, T>(begin, end, out, stride, [&](Count<1>, int64_t n, vf(*lane)[T]) __attribute__((always_inline)) {
+    vf* total = lane[0];
     const uint8_t* row = w.codes + n * w.code_row;
     const int64_t group = n * w.groups;
     for (int t = 0; t < T; ++t) total[t] = vf{};
@@ -266,140 +286,217 @@ struct Numbers {
   }
 };
 
-template <Codes kKind, int T>
-void float_rows(const Weight& w, const Tokens& a, const void* ready, int64_t begin, int64_t end, float* out,
-                int64_t stride) {
+// A code's value is (code - less) * scale, or code * scale + more.
+template <Codes kKind>
+struct GroupScale {
+  float scale = 1, less = 0, more = 0;
+
+  GroupScale(const Weight& w, int64_t n, int64_t g) {
+    const int64_t at = n * w.groups + g;
+    if constexpr (kKind == Codes::affine4) {
+      scale = load_one((const f16*)w.scale + at) * w.row_scale[n], less = load_one((const f16*)w.zero + at);
+    } else if constexpr (kKind == Codes::affine4m) {
+      scale = load_one((const f16*)w.scale + at), more = load_one((const f16*)w.zero + at);
+    } else if constexpr (kKind == Codes::int8g) {
+      scale = load_one((const f16*)w.scale + at);
+    } else if constexpr (kKind == Codes::book4) {
+      scale = ((const float*)w.scale)[at];
+    } else if constexpr (Numbers<kKind>::kScaled) {
+      scale = ((const float*)w.scale)[n];
+    }
+  }
+};
+
+// R rows and T tokens, `step` apart. Sums of products of a group, by themselves where the group has a scale, go
+// through as many chains as registers hold: one token of one row has four of them.
+template <Codes kKind, int R, int T>
+BK_INLINE void float_tile(const Weight& w, const float* x, int64_t step, int64_t n, vf (*total)[R]) {
   typedef Numbers<kKind> N;
-  constexpr int kChains = N::kPacked ? 2 : 4;
-  const float* x[T];
-  for (int t = 0; t < T; ++t) x[t] = (const float*)a.block(ready, t);
+  constexpr int kChains = R * T > 1 ? 1 : N::kPacked ? 2 : 4;
+  constexpr bool kAfter = N::kScaled && kKind != Codes::affine4m;  // the scale multiplies sums
+  const uint8_t* rows = w.codes + n * w.code_row;
   const int64_t groups = w.group ? w.groups : 1, size = w.group ? w.group : w.k;
-  for_rows<T>(begin, end, out, stride, [&](int64_t n, vf* total) __attribute__((always_inline)) {
-    const uint8_t* row = w.codes + n * w.code_row;
-    for (int t = 0; t < T; ++t) total[t] = vf{};
-    for (int64_t g = 0; g < groups; ++g) {
-      int64_t k = g * size, last = k + size < w.k ? k + size : w.k, at = n * w.groups + g;
-      float scale = 1, less = 0, more = 0;  // value = (code - less) * scale, or code * scale + more
-      if constexpr (kKind == Codes::affine4) {
-        scale = load_one((const f16*)w.scale + at) * w.row_scale[n], less = load_one((const f16*)w.zero + at);
-      } else if constexpr (kKind == Codes::affine4m) {
-        scale = load_one((const f16*)w.scale + at), more = load_one((const f16*)w.zero + at);
-      } else if constexpr (kKind == Codes::int8g) {
-        scale = load_one((const f16*)w.scale + at);
-      } else if constexpr (kKind == Codes::book4) {
-        scale = ((const float*)w.scale)[at];
-      } else if constexpr (N::kScaled) {
-        scale = ((const float*)w.scale)[n];
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; ++r) total[t][r] = vf{};
+  for (int64_t g = 0; g < groups; ++g) {
+    int64_t k = g * size;
+    const int64_t last = k + size < w.k ? k + size : w.k;
+    float scale[R], less[R], more[R];
+    for (int r = 0; r < R; ++r) {
+      GroupScale<kKind> of(w, n + r, g);
+      scale[r] = of.scale, less[r] = of.less, more[r] = of.more;
+    }
+    vf acc[T][R][kChains] = {};
+    auto add = [&](int r, const uint8_t* codes, int64_t k, int chain) __attribute__((always_inline)) {
+      vf v[N::kVectors];
+      N::read(codes, w.book, v);
+      for (int i = 0; i < N::kVectors; ++i) {
+        if constexpr (kKind == Codes::affine4) v[i] -= less[r];
+        if constexpr (kKind == Codes::affine4m) v[i] = multiply_add(v[i], splat(scale[r]), splat(more[r]));
       }
-      vf acc[T][kChains] = {};
-      auto step = [&](const uint8_t* codes, int64_t k, int chain) __attribute__((always_inline)) {
-        vf v[N::kVectors];
-        N::read(codes, w.book, v);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
         for (int i = 0; i < N::kVectors; ++i) {
-          if constexpr (kKind == Codes::affine4) v[i] -= less;
-          if constexpr (kKind == Codes::affine4m) v[i] = multiply_add(v[i], splat(scale), splat(more));
-#pragma GCC unroll 4
-          for (int t = 0; t < T; ++t) {
-            vf& to = acc[t][N::kPacked ? i : chain];
-            to = multiply_add(v[i], load(x[t] + k + i * W), to);
-          }
+          vf& to = acc[t][r][kChains == 1 ? 0 : N::kPacked ? i : chain];
+          to = multiply_add(v[i], load(x + t * step + k + i * W), to);
         }
-      };
-      constexpr int64_t kAtOnce = N::kPacked ? N::kStep : kChains * N::kStep;
-      for (; k + kAtOnce <= last; k += kAtOnce)
+    };
+    constexpr int kSteps = kChains == 4 ? 4 : 1;
+    for (; k + kSteps * N::kStep <= last; k += kSteps * N::kStep)
 #pragma GCC unroll 4
-        for (int c = 0; c < kAtOnce / N::kStep; ++c) step(row + N::bytes(k + c * N::kStep), k + c * N::kStep, c);
-      for (; k + N::kStep <= last; k += N::kStep) step(row + N::bytes(k), k, 0);
-      if (k < last) {  // the end of the row; tokens are zero beyond it
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < kSteps; ++c)
+          add(r, rows + r * w.code_row + N::bytes(k + c * N::kStep), k + c * N::kStep, c);
+    if constexpr (kSteps > 1)
+      for (; k + N::kStep <= last; k += N::kStep) add(0, rows + N::bytes(k), k, 0);
+    if (k < last) {  // the end of the row; tokens are zero beyond it
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
         uint8_t part[N::bytes(N::kStep)] = {};
-        __builtin_memcpy(part, row + N::bytes(k), N::bytes(last - k));
-        step(part, k, 0);
-      }
-      for (int t = 0; t < T; ++t) {
-        vf sum = acc[t][0] + acc[t][1];
-        if (kChains == 4) sum += acc[t][kChains - 2] + acc[t][kChains - 1];
-        if constexpr (N::kScaled && kKind != Codes::affine4m) {
-          total[t] = multiply_add(sum, splat(scale), total[t]);
-        } else {
-          total[t] += sum;
-        }
+        __builtin_memcpy(part, rows + r * w.code_row + N::bytes(k), N::bytes(last - k));
+        add(r, part, k, 0);
       }
     }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        vf sum = acc[t][r][0];
+        if (kChains == 2) sum += acc[t][r][kChains - 1];
+        if (kChains == 4) sum = (sum + acc[t][r][1 % kChains]) + (acc[t][r][2 % kChains] + acc[t][r][3 % kChains]);
+        if constexpr (kAfter) {
+          total[t][r] = multiply_add(sum, splat(scale[r]), total[t][r]);
+        } else {
+          total[t][r] += sum;
+        }
+      }
+  }
+}
+
+// One token, a row after the other, which is how the memory is fastest.
+template <Codes kKind>
+void float_rows(const Weight& w, const Tokens& a, const void* ready, int64_t begin, int64_t end, float* out,
+                int64_t stride) {
+  const float* x = (const float*)a.block(ready, 0);
+  for_rows<1, 1>(begin, end, out, stride, [&](Count<1>, int64_t n, vf(*lanes)[1]) __attribute__((always_inline)) {
+    float_tile<kKind, 1, 1>(w, x, 0, n, lanes);
   });
+}
+
+// More of them: tiles of rows and tokens; rows stay in the cache meanwhile.
+template <Codes kKind>
+void float_tiles(const Weight& w, const Tokens& a, const void* ready, int64_t begin, int64_t end, float* out,
+                 int64_t stride) {
+  constexpr int R = 4;
+  for (int64_t n = begin; n < end;) {
+    auto tile = [&](auto rows, auto tokens, int64_t m) __attribute__((always_inline)) {
+      constexpr int kRows = decltype(rows)::value, T = decltype(tokens)::value;
+      vf lanes[T][kRows];
+      float_tile<kKind, kRows, T>(w, (const float*)a.block(ready, m), a.bytes / 4, n, lanes);
+      float* to = out + m * stride + n - begin;
+      if constexpr (kRows * T == 16) {
+        alignas(64) float sums[T][kRows];
+        sum_lanes(lanes[0], sums[0]);
+        for (int t = 0; t < T; ++t) __builtin_memcpy(to + t * stride, sums[t], sizeof sums[t]);
+      } else {
+        for (int t = 0; t < T; ++t)
+          for (int r = 0; r < kRows; ++r) to[t * stride + r] = sum(lanes[t][r]);
+      }
+    };
+    auto all = [&](auto rows) __attribute__((always_inline)) {
+      int64_t m = 0;
+      for (; a.m - m >= 4; m += 4) tile(rows, Count<4>(), m);
+      if (a.m - m >= 2) tile(rows, Count<2>(), m), m += 2;
+      if (a.m - m >= 1) tile(rows, Count<1>(), m);
+      n += decltype(rows)::value;
+    };
+    end - n >= R ? all(Count<R>()) : all(Count<1>());
+  }
 }
 
 // ---- pairs of bfloat16 ----------------------------------------------------------------------------------------------
 
 #if defined(__AVX512BF16__)
-// 32 codes of float8_e4m3fn as bfloat16, exactly.
-BK_INLINE __m512i fp8_pairs(__m256i codes) {
-  // Extended by its sign: bits 4 to 10 are the magnitude, and bit 15 the sign.
-  __m512i wide = _mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 4);
-  __m512i bits = _mm512_and_si512(wide, _mm512_set1_epi16((short)0x87f0));
-  __m512i value = _mm512_add_epi16(bits, _mm512_set1_epi16(0x3c00));
-  // Multiples of 2^-9 below 2^-6, and what is not a number.
-  const __m512i small = _mm512_broadcast_i64x4(
-      _mm256_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60, 0, 0, 0, 0, 0, 0, 0, 0));
-  __mmask32 subnormal = _mm512_testn_epi16_mask(wide, _mm512_set1_epi16(0x0780));
-  __m512i few = _mm512_permutexvar_epi16(_mm512_and_si512(_mm512_srli_epi16(wide, 4), _mm512_set1_epi16(7)), small);
-  few = _mm512_or_si512(few, _mm512_and_si512(wide, _mm512_set1_epi16((short)0x8000)));
-  value = _mm512_mask_mov_epi16(value, subnormal, few);
-  __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(wide, _mm512_set1_epi16(0x07f0)), _mm512_set1_epi16(0x07f0));
-  return _mm512_mask_mov_epi16(value, nan, _mm512_set1_epi16(0x7fc0));
-}
-
-BK_INLINE vf add_pairs(vf acc, __m512i w, const void* x) {
+BK_INLINE vf add_pair(vf acc, __m512i w, const void* x) {
   return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)read<__m512i>(x));
 }
 
-template <bool kFp8, int T>
+// kBlocks: of 32, in a group of the weight; 0: a row has one scale, or none.
+template <Codes kKind, int kBlocks, int T>
 void pair_rows(const Weight& w, const Tokens& a, const void* ready, int64_t begin, int64_t end, float* out,
                int64_t stride) {
+  constexpr bool kPlain = kKind == Codes::bf16;
+  constexpr int kChains = T > 1 ? 2 : 4;
   const uint16_t* x[T];
+#pragma GCC unroll 4
   for (int t = 0; t < T; ++t) x[t] = (const uint16_t*)a.block(ready, t);
-  for_rows<T>(begin, end, out, stride, [&](int64_t n, vf* total) __attribute__((always_inline)) {
-    const uint8_t* row = w.codes + n * w.code_row;
-    vf acc[T][4] = {};
-    auto step = [&](__m512i v, int64_t k, int chain) __attribute__((always_inline)) {
+  for_rows<(T > 1 ? 2 : 1), T>(
+      begin, end, out, stride, [&](auto rows, int64_t n, auto* total) __attribute__((always_inline)) {
+        constexpr int R = decltype(rows)::value;
+        const uint8_t* row = w.codes + n * w.code_row;
+        vf acc[R][T][kChains] = {};
+        auto step = [&](auto get, int64_t k, int chain) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+          for (int r = 0; r < R; ++r) {
+            const __m512i v = get(row + r * w.code_row, k);
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) acc[t][chain] = add_pairs(acc[t][chain], v, x[t] + k);
-    };
-    auto get = [&](int64_t k) __attribute__((always_inline)) {
-      return kFp8 ? fp8_pairs(read<__m256i>(row + k)) : read<__m512i>(row + 2 * k);
-    };
-    int64_t k = 0;
-    for (; k + 128 <= w.k; k += 128)
+            for (int t = 0; t < T; ++t) acc[r][t][chain] = add_pair(acc[r][t][chain], v, x[t] + k);
+          }
+        };
+        auto whole = [&](const uint8_t* row, int64_t k) __attribute__((always_inline)) {
+          if constexpr (kPlain) return read<__m512i>(row + 2 * k);
+          return eight_bit_pairs<kKind>(read<__m256i>(row + k));
+        };
+        auto rest = [&](const uint8_t* row, int64_t k) __attribute__((always_inline)) {
+          const __mmask32 some = w.k - k >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << (w.k - k)) - 1;
+          if constexpr (kPlain) return _mm512_maskz_loadu_epi16(some, row + 2 * k);
+          return eight_bit_pairs<kKind>(_mm256_maskz_loadu_epi8(some, row + k));
+        };
+        auto sum_of = [&](int r, int t) __attribute__((always_inline)) {
+          vf sum = acc[r][t][0] + acc[r][t][1];
+          if (kChains == 4) sum += acc[r][t][kChains - 2] + acc[r][t][kChains - 1];
+          return sum;
+        };
+        if constexpr (kBlocks > 0) {
+#pragma GCC unroll 2
+          for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) step(get(k + c * 32), k + c * 32, c);
-    for (; k + 32 <= w.k; k += 32) step(get(k), k, 0);
-    if (k < w.k) {
-      __mmask32 some = ((__mmask32)1 << (w.k - k)) - 1;
-      step(kFp8 ? fp8_pairs(_mm256_maskz_loadu_epi8(some, row + k)) : _mm512_maskz_loadu_epi16(some, row + 2 * k), k,
-           0);
-    }
-    for (int t = 0; t < T; ++t) {
-      total[t] = (acc[t][0] + acc[t][1]) + (acc[t][2] + acc[t][3]);
-      if (kFp8) total[t] *= ((const float*)w.scale)[n];
-    }
-  });
-}
-
-// The numbers that codes of 4 bits stand for before their scale, as bfloat16, twice: bit 4 of an index is a bit of the
-// neighbouring code.
-BK_INLINE __m512i code_table(const Weight& w) {
-  alignas(64) float values[16];
-  for (int i = 0; i < 16; ++i) values[i] = w.kind == Codes::book4 ? w.book[i] : (float)i;
-  bf16 narrow[16];
-  store(narrow, load(values));
-  return _mm512_broadcast_i64x4(read<__m256i>(narrow));
-}
-
-// 64 bytes of 4-bit codes by a table. A word has four codes: w[j] has the j-th of each.
-BK_INLINE void look_up_nibbles(__m512i codes, __m512i table, __m512i* w) {
-  w[0] = _mm512_permutexvar_epi16(codes, table);
-  w[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table);
-  w[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table);
-  w[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table);
+            for (int t = 0; t < T; ++t) total[r][t] = vf{};
+          for (int64_t g = 0; g < w.groups; ++g) {
+#pragma GCC unroll 2
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+              for (int t = 0; t < T; ++t)
+                for (int c = 0; c < kChains; ++c) acc[r][t][c] = vf{};
+            const int64_t k = g * kBlocks * 32;
+            if (k + kBlocks * 32 <= w.k)
+#pragma GCC unroll 4
+              for (int c = 0; c < kBlocks; ++c) step(whole, k + c * 32, c % kChains);
+            else
+              for (int64_t at = k; at < w.k; at += 32) step(rest, at, 0);
+#pragma GCC unroll 2
+            for (int r = 0; r < R; ++r) {
+              const vf own = splat(load_one((const f16*)w.scale + (n + r) * w.groups + g));
+#pragma GCC unroll 4
+              for (int t = 0; t < T; ++t) total[r][t] = multiply_add(sum_of(r, t), own, total[r][t]);
+            }
+          }
+        } else {
+          int64_t k = 0;
+          for (; k + 128 <= w.k; k += 128)
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; ++c) step(whole, k + c * 32, c % kChains);
+          for (; k + 32 <= w.k; k += 32) step(whole, k, 0);
+          if (k < w.k) step(rest, k, 0);
+#pragma GCC unroll 2
+          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t)
+              total[r][t] = kPlain ? sum_of(r, t) : sum_of(r, t) * splat(((const float*)w.scale)[n + r]);
+        }
+      });
 }
 
 template <Codes kKind, int kBlocks, int T>
@@ -408,46 +505,63 @@ void nibble_rows(const Weight& w, const Tokens& a, const void* ready, int64_t be
   constexpr int kGroups = 4 / kBlocks;  // of a vector of codes
   const uint16_t* x[T];
   const float* sums[T];
+#pragma GCC unroll 4
   for (int t = 0; t < T; ++t) {
     const char* block = a.block(ready, t);
     x[t] = (const uint16_t*)block, sums[t] = a.sums_of(block);
   }
   const __m512i table = code_table(w);
   const vi lanes = lane_numbers(kBlocks == 4 ? 4 : kBlocks + 1, 0);
-  for_rows<T>(begin, end, out, stride, [&](int64_t n, vf* total) __attribute__((always_inline)) {
-    const uint8_t* row = w.codes + n * w.code_row;
-    for (int t = 0; t < T; ++t) total[t] = vf{};
-    auto vector = [&](__m512i codes, int64_t k, vf scale) __attribute__((always_inline)) {
-      __m512i v[4];
-      look_up_nibbles(codes, table, v);
+  for_rows<(T > 1 ? 2 : 1), T>(
+      begin, end, out, stride, [&](auto rows, int64_t n, auto* total) __attribute__((always_inline)) {
+        constexpr int R = decltype(rows)::value;
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) {
-        vf acc{};
-        for (int j = 0; j < 4; ++j) acc = add_pairs(acc, v[j], x[t] + k + j * 32);
-        total[t] = multiply_add(acc, scale, total[t]);
-      }
-    };
-    auto scales = [&](int64_t g, int64_t count) __attribute__((always_inline)) {
-      __mmask16 some = count >= kGroups ? (1 << kGroups) - 1 : (1 << count) - 1;
-      vf few = kKind == Codes::book4
-                   ? (vf)_mm512_maskz_loadu_ps(some, (const float*)w.scale + n * w.groups + g)
-                   : (vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, (const f16*)w.scale + n * w.groups + g));
-      return pick_lanes(few, lanes);
-    };
-    int64_t k = 0, g = 0;
-    for (; k + 128 <= w.k; k += 128, g += kGroups) vector(read<__m512i>(row + k / 2), k, scales(g, kGroups));
-    if (k < w.k) {
-      __mmask64 some = ~(__mmask64)0 >> (64 - (w.k - k + 1) / 2);
-      vector(_mm512_maskz_loadu_epi8(some, row + k / 2), k, scales(g, w.groups - g));
-    }
-    if constexpr (kKind != Codes::book4)
-      for (g = 0; g < w.groups; g += W) {
-        vf beside = Coded<kKind>::beside(w, n * w.groups + g, w.groups - g);
-        for (int t = 0; t < T; ++t) total[t] = multiply_add(beside, load(sums[t] + g), total[t]);
-      }
-    if constexpr (kKind == Codes::affine4)
-      for (int t = 0; t < T; ++t) total[t] *= w.row_scale[n];
-  });
+          for (int t = 0; t < T; ++t) total[r][t] = vf{};
+        auto vector = [&](int r, __m512i codes, int64_t k, vf scale) __attribute__((always_inline)) {
+          __m512i v[4];
+          look_up_nibbles(codes, table, v);
+#pragma GCC unroll 4
+          for (int t = 0; t < T; ++t) {
+            vf acc{};
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) acc = add_pair(acc, v[j], x[t] + k + j * 32);
+            total[r][t] = multiply_add(acc, scale, total[r][t]);
+          }
+        };
+        auto scales = [&](int64_t row, int64_t g, int64_t count) __attribute__((always_inline)) {
+          __mmask16 some = count >= kGroups ? (1 << kGroups) - 1 : (1 << count) - 1;
+          vf few = kKind == Codes::book4
+                       ? (vf)_mm512_maskz_loadu_ps(some, (const float*)w.scale + row * w.groups + g)
+                       : (vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, (const f16*)w.scale + row * w.groups + g));
+          return pick_lanes(few, lanes);
+        };
+        int64_t k = 0, g = 0;
+        for (; k + 128 <= w.k; k += 128, g += kGroups)
+#pragma GCC unroll 2
+          for (int r = 0; r < R; ++r)
+            vector(r, read<__m512i>(w.codes + (n + r) * w.code_row + k / 2), k, scales(n + r, g, kGroups));
+        if (k < w.k) {
+          __mmask64 some = ~(__mmask64)0 >> (64 - (w.k - k + 1) / 2);
+#pragma GCC unroll 2
+          for (int r = 0; r < R; ++r)
+            vector(r, _mm512_maskz_loadu_epi8(some, w.codes + (n + r) * w.code_row + k / 2), k,
+                   scales(n + r, g, w.groups - g));
+        }
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) {
+          if constexpr (kKind != Codes::book4)
+            for (g = 0; g < w.groups; g += W) {
+              vf beside = Coded<kKind>::beside(w, (n + r) * w.groups + g, w.groups - g);
+#pragma GCC unroll 4
+              for (int t = 0; t < T; ++t) total[r][t] = multiply_add(beside, load(sums[t] + g), total[r][t]);
+            }
+          if constexpr (kKind == Codes::affine4)
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) total[r][t] *= w.row_scale[n + r];
+        }
+      });
 }
 #endif
 

@@ -1,8 +1,8 @@
 // The tokens of a product as its kernels read them: rounded or not, and in the order in which codes come.
 //
-// Up to kFew tokens are multiplied along the rows of the weight: each token by itself, in the order of a vector of
-// codes. More of them are multiplied with panels of 16 rows, in blocks of up to kMost tokens: 32 bits of each token in
-// turn, so that a token's are broadcast from a fixed place. A block is followed by the scales of its tokens (of 32
+// A few tokens (most_few) are multiplied along the rows of the weight: each token by itself, in the order of a vector
+// of codes. More of them are multiplied with panels of 16 rows, in blocks of up to kMost tokens: 32 bits of each token
+// in turn, so that a token's are broadcast from a fixed place. A block is followed by the scales of its tokens (of 32
 // values each, where they are rounded to 8 bits) and by their sums over each group of the weight.
 #pragma once
 #include <bigkernels/program.h>
@@ -18,7 +18,7 @@ namespace {
 // that are bfloat16.
 enum class Form : int { floats, rounded, pairs, nibbles, bytes, quads };
 
-constexpr int64_t kFew = 3;
+constexpr int64_t kTiled = 16;  // tokens of float32 that are multiplied in tiles of rows and tokens
 constexpr int64_t kMost = W == 16 ? 16 : W == 8 ? 6 : 2;
 constexpr int64_t kProductWorkspace = 144 << 10;  // bytes, at most
 constexpr int64_t kPad = 512;                     // a few tokens' values are followed by zeros up to a multiple
@@ -34,12 +34,23 @@ struct Count {
   static constexpr int value = N;
 };
 
-BK_INLINE Form form_of(const Weight& w, int32_t integers, bool few) {
+// The most tokens that are multiplied along rows.
+BK_INLINE int64_t most_few(Form form, bool transposed) {
+  switch (form) {
+    case Form::floats:
+    case Form::rounded: return transposed ? 3 : kTiled;
+    case Form::pairs:
+    case Form::nibbles: return transposed ? 0 : 4;
+    default: return 3;
+  }
+}
+
+BK_INLINE Form form_of(const Weight& w, int32_t integers, int64_t m) {
   const Form rounded = kHasPairs ? Form::pairs : Form::rounded;
   switch (w.kind) {
     case Codes::f32:
     case Codes::f16: return Form::floats;
-    case Codes::bf16: return integers < 0 ? Form::floats : few && w.transposed ? Form::rounded : rounded;
+    case Codes::bf16: return integers < 0 ? Form::floats : m <= 3 && w.transposed ? Form::rounded : rounded;
     default: break;
   }
   if (integers <= 0) return Form::floats;
@@ -48,7 +59,7 @@ BK_INLINE Form form_of(const Weight& w, int32_t integers, bool few) {
     case Codes::affine4m: return integers == 1 ? Form::quads : kHasPairs ? Form::nibbles : Form::rounded;
     case Codes::book4: return kHasPairs ? Form::nibbles : Form::rounded;
     case Codes::fp8: return rounded;
-    default: return integers == 1 ? Form::bytes : few ? Form::rounded : rounded;
+    default: return integers == 1 ? Form::bytes : m <= 2 ? Form::rounded : rounded;  // decoding takes the time of two
   }
 }
 
@@ -60,8 +71,8 @@ struct Tokens {
   int64_t deep, sums, scale_at, sums_at, bytes;  // of a block
 
   Tokens(const Weight& w, int32_t integers, int64_t tokens) : m(tokens), k(w.k), group(w.group) {
-    few = m <= kFew;
-    form = form_of(w, integers, few);
+    form = form_of(w, integers, m);
+    few = m <= most_few(form, w.transposed);
     blocks = few ? m : (m + kMost - 1) / kMost;
     count = few ? 1 : ((m + blocks - 1) / blocks + 1) / 2 * 2;
     pick = 1, width = 1;
@@ -69,6 +80,8 @@ struct Tokens {
       pick = 2, width = few ? 4 * W : 4;
     } else if (form == Form::nibbles) {
       pick = 4, width = few ? 2 * W : 2;
+    } else if (form == Form::pairs && w.kind != Codes::bf16 && !few) {
+      pick = 2, width = 2;
     } else if (few && (form == Form::floats || form == Form::rounded) && packed(w)) {
       pick = 2, width = W;
     }
@@ -153,14 +166,20 @@ BK_INLINE void sort_span(const Tokens& a, const E* x, E* to) {
       if (a.few) {
         for (int j = 0; j < 4; ++j) write(to + j * 32 + i * 8, _mm512_cvtepi64_epi16(_mm512_srli_epi64(v, 16 * j)));
       } else {
-        const __m512i order =
-            _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+        const __m128i by_four = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+        const __m128i by_two = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+        const __m512i order = _mm512_broadcast_i32x4(a.pick == 2 ? by_two : by_four);
         write(to + 32 * i, _mm512_shuffle_epi8(v, order));
       }
     }
     return;
   }
 #endif
+  if (sizeof(E) == 4) {  // even, then odd ones
+    for (int c = 0; c < kSpan; c += 2 * W)
+      for (int i = 0; i < W; ++i) to[c + i] = x[c + 2 * i], to[c + W + i] = x[c + 2 * i + 1];
+    return;
+  }
   for (int64_t c = 0; c < kSpan; c += a.pick * a.width)
     for (int64_t j = 0; j < a.pick; ++j)
       for (int64_t i = 0; i < a.width; ++i) to[c + j * a.width + i] = x[c + a.pick * i + j];

@@ -5,6 +5,27 @@ namespace bigkernels {
 namespace BK_ISA {
 namespace {
 
+// Along rows, in float32.
+void few_floats(const Weight& w, const Tokens& a, const void* ready, int64_t begin, int64_t end, float* out,
+                int64_t stride) {
+#define BK_ROWS(kind)                                                               \
+  case Codes::kind:                                                                 \
+    return a.m == 1 ? float_rows<Codes::kind>(w, a, ready, begin, end, out, stride) \
+                    : float_tiles<Codes::kind>(w, a, ready, begin, end, out, stride)
+  switch (w.kind) {
+    BK_ROWS(f32);
+    BK_ROWS(bf16);
+    BK_ROWS(f16);
+    BK_ROWS(int8);
+    BK_ROWS(fp8);
+    BK_ROWS(affine4);
+    BK_ROWS(book4);
+    BK_ROWS(affine4m);
+    BK_ROWS(int8g);
+  }
+#undef BK_ROWS
+}
+
 template <int T>
 void few(const Weight& w, const Tokens& a, const void* ready, int64_t begin, int64_t end, float* out, int64_t stride) {
   auto by_group = [&](auto run) __attribute__((always_inline)) {
@@ -37,8 +58,15 @@ void few(const Weight& w, const Tokens& a, const void* ready, int64_t begin, int
       });
 #if defined(__AVX512BF16__)
     case Form::pairs:
-      if (w.kind == Codes::fp8) return BK_ROWS(pair_rows, true, T);
-      return BK_ROWS(pair_rows, false, T);
+      switch (w.kind) {
+        case Codes::bf16: return BK_ROWS(pair_rows, Codes::bf16, 0, T);
+        case Codes::fp8: return BK_ROWS(pair_rows, Codes::fp8, 0, T);
+        case Codes::int8: return BK_ROWS(pair_rows, Codes::int8, 0, T);
+        default: break;
+      }
+      return by_group([&](auto blocks) __attribute__((always_inline)) {
+        BK_ROWS(pair_rows, Codes::int8g, decltype(blocks)::value, T);
+      });
     case Form::nibbles:
       return by_group([&](auto blocks) __attribute__((always_inline)) {
         constexpr int kBlocks = decltype(blocks)::value;
@@ -49,24 +77,13 @@ void few(const Weight& w, const Tokens& a, const void* ready, int64_t begin, int
 #endif
     default: break;
   }
-  switch (w.kind) {
-    case Codes::f32: return BK_ROWS(float_rows, Codes::f32, T);
-    case Codes::bf16: return BK_ROWS(float_rows, Codes::bf16, T);
-    case Codes::f16: return BK_ROWS(float_rows, Codes::f16, T);
-    case Codes::int8: return BK_ROWS(float_rows, Codes::int8, T);
-    case Codes::fp8: return BK_ROWS(float_rows, Codes::fp8, T);
-    case Codes::affine4: return BK_ROWS(float_rows, Codes::affine4, T);
-    case Codes::book4: return BK_ROWS(float_rows, Codes::book4, T);
-    case Codes::affine4m: return BK_ROWS(float_rows, Codes::affine4m, T);
-    case Codes::int8g: return BK_ROWS(float_rows, Codes::int8g, T);
-  }
 #undef BK_ROWS
 }
 
 }  // namespace
 
 int32_t product_form(const Weight& w, int32_t integers) {
-  return Tokens(w, integers, 1).number() | Tokens(w, integers, kFew + 1).number() << 16;
+  return Tokens(w, integers, 1).number() | Tokens(w, integers, kTiled + 1).number() << 16;
 }
 
 int64_t product_ready(const Weight& w, int32_t integers, int64_t m) {
@@ -80,8 +97,8 @@ void product_prepare(const Weight& w, int32_t integers, const float* x, int64_t 
   prepare_tokens(a, x, stride, begin, end, ready);
 }
 
-int64_t product_workspace(const Weight&, int32_t, int64_t m, int64_t) {
-  return m <= kFew ? 0 : (m <= kMost ? 1 : kPanels) * (int64_t)sizeof(Panel) + 64;
+int64_t product_workspace(const Weight& w, int32_t integers, int64_t m, int64_t) {
+  return Tokens(w, integers, m).few ? 0 : (m <= kMost ? 1 : kPanels) * (int64_t)sizeof(Panel) + 64;
 }
 
 void product(const Weight& w, int32_t integers, const void* ready, int64_t m, int64_t begin, int64_t end, float* out,
@@ -96,11 +113,14 @@ void product(const Weight& w, int32_t integers, const void* ready, int64_t m, in
   auto by_panels = [&](auto count) __attribute__((always_inline)) {
     panels_of<decltype(count)::value>(w, a, ready, begin, end, out, stride, panels);
   };
-  if (m <= kFew) {
+  if (a.few) {
+    if (!w.transposed && (a.form == Form::floats || a.form == Form::rounded))
+      return few_floats(w, a, ready, begin, end, out, stride);
     switch (m) {
       case 1: return few<1>(w, a, ready, begin, end, out, stride);
       case 2: return few<2>(w, a, ready, begin, end, out, stride);
-      default: return few<3>(w, a, ready, begin, end, out, stride);
+      case 3: return few<3>(w, a, ready, begin, end, out, stride);
+      default: return few<4>(w, a, ready, begin, end, out, stride);
     }
   }
   switch (a.count) {
