@@ -98,11 +98,11 @@ def heads_between(b: Builder, ref: Ref, plain: bool = False) -> Found:
             found = _norm(b, source, before, d)
             if found is not None and found[1] == 1.0:
                 try:
-                    base, (own, width, factor, turned) = _farthest(b, before)
+                    base, (own, width, factor, rotation) = _farthest(b, before)
                 except Refused:
                     break
                 order = tuple(c // d for c in columns)  # of the heads that are normed
-                if turned is None and factor == 1.0 and width == d and all(c % d == 0 for c in columns):
+                if rotation is None and factor == 1.0 and width == d and all(c % d == 0 for c in columns):
                     source, columns, norm = base, tuple(own[i] for i in order), found[0]
                 break
     x, before = b.part(source)

@@ -262,10 +262,10 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, rotary: int, interleaved: bool)
     part, rest = x[..., :rotary], x[..., rotary:]
     cos, sin = cos[:, :, None], sin[:, :, None]
     if interleaved:
-        turned = torch.stack((-part[..., 1::2], part[..., ::2]), -1).flatten(-2)
+        quarter = torch.stack((-part[..., 1::2], part[..., ::2]), -1).flatten(-2)
     else:
-        turned = torch.cat((-part[..., rotary // 2 :], part[..., : rotary // 2]), -1)
-    return torch.cat((part * cos + turned * sin, rest), -1)
+        quarter = torch.cat((-part[..., rotary // 2 :], part[..., : rotary // 2]), -1)
+    return torch.cat((part * cos + quarter * sin, rest), -1)
 
 
 def normed(x: Tensor, kind: str | None, weight: Tensor, bias: Tensor, offset: float) -> Tensor:

@@ -307,12 +307,11 @@ struct GroupScale {
   }
 };
 
-// R rows and T tokens, `step` apart. Sums of products of a group, by themselves where the group has a scale, go
-// through as many chains as registers hold: one token of one row has four of them.
-template <Codes kKind, int R, int T>
+// R rows and T tokens, `step` apart. Sums of products of a group, by themselves where the group has a scale, are
+// of one chain for each row and token, or of 2 (4 bits) or 4, so that one token's multiply-adds need not wait.
+template <Codes kKind, int R, int T, int kChains>
 BK_INLINE void float_tile(const Weight& w, const float* x, int64_t step, int64_t n, vf (*total)[R]) {
   typedef Numbers<kKind> N;
-  constexpr int kChains = R * T > 1 ? 1 : N::kPacked ? 2 : 4;
   constexpr bool kAfter = N::kScaled && kKind != Codes::affine4m;  // the scale multiplies sums
   const uint8_t* rows = w.codes + n * w.code_row;
   const int64_t groups = w.group ? w.groups : 1, size = w.group ? w.group : w.k;
@@ -343,12 +342,14 @@ BK_INLINE void float_tile(const Weight& w, const float* x, int64_t step, int64_t
         }
     };
     constexpr int kSteps = kChains == 4 ? 4 : 1;
-    for (; k + kSteps * N::kStep <= last; k += kSteps * N::kStep)
+    for (; k + kSteps * N::kStep <= last; k += kSteps * N::kStep) {
+      if constexpr (R * T == 1) __builtin_prefetch(rows + N::bytes(k) + 2048, 0, 2);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int c = 0; c < kSteps; ++c)
           add(r, rows + r * w.code_row + N::bytes(k + c * N::kStep), k + c * N::kStep, c);
+    }
     if constexpr (kSteps > 1)
       for (; k + N::kStep <= last; k += N::kStep) add(0, rows + N::bytes(k), k, 0);
     if (k < last) {  // the end of the row; tokens are zero beyond it
@@ -381,7 +382,7 @@ void float_rows(const Weight& w, const Tokens& a, const void* ready, int64_t beg
                 int64_t stride) {
   const float* x = (const float*)a.block(ready, 0);
   for_rows<1, 1>(begin, end, out, stride, [&](Count<1>, int64_t n, vf(*lanes)[1]) __attribute__((always_inline)) {
-    float_tile<kKind, 1, 1>(w, x, 0, n, lanes);
+    float_tile<kKind, 1, 1, is_packed(kKind) ? 2 : 4>(w, x, 0, n, lanes);
   });
 }
 
@@ -394,7 +395,7 @@ void float_tiles(const Weight& w, const Tokens& a, const void* ready, int64_t be
     auto tile = [&](auto rows, auto tokens, int64_t m) __attribute__((always_inline)) {
       constexpr int kRows = decltype(rows)::value, T = decltype(tokens)::value;
       vf lanes[T][kRows];
-      float_tile<kKind, kRows, T>(w, (const float*)a.block(ready, m), a.bytes / 4, n, lanes);
+      float_tile<kKind, kRows, T, 1>(w, (const float*)a.block(ready, m), a.bytes / 4, n, lanes);
       float* to = out + m * stride + n - begin;
       if constexpr (kRows * T == 16) {
         alignas(64) float sums[T][kRows];
