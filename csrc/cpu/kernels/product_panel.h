@@ -277,6 +277,15 @@ BK_INLINE void add_floats(Sixteen<T>& s, const Lines& lines, int64_t steps, cons
     for (int v = 0; v < V; ++v) s.acc[t][v] = acc[t][v];
 }
 
+template <int T>
+BK_INLINE void add_beside(Sixteen<T>& s, const float* by, const float* sums) {
+  for (int v = 0; v < V; ++v) {
+    const vf beside = load(by + v * W);
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) s.acc[t][v] = multiply_add(beside, splat(sums[t]), s.acc[t][v]);
+  }
+}
+
 #if defined(__AVX512BF16__)
 // acc + w times two numbers that are read for all lanes. gcc 12 reads them by an instruction of its own, early, and
 // then has no registers left for 16 sums.
@@ -319,10 +328,12 @@ BK_INLINE void add_lines(vf* acc, const Pairs& pairs, const Lines& lines, int64_
   }
 }
 
-// `left` values of 16 rows, in groups of `group`, or 0.
+// `left` values of 16 rows, in groups of `group`, or 0. The tokens' sums over a group count by `beside`, or null. They
+// come with their group: so the order of a row's sums does not depend on its parts.
 template <int T, class Pairs, class Lines>
 BK_INLINE void add_pairs(Sixteen<T>& s, const Pairs& pairs, const Lines& lines, int64_t left, int64_t group,
-                         const float (*scale)[kRows], const uint32_t* x) {
+                         const float (*scale)[kRows], const float (*beside)[kRows], const float* sums,
+                         const uint32_t* x) {
   constexpr int64_t kValues = 2 * Pairs::kCount;  // of a line
   const int64_t size = group ? group : left;
   for (int64_t from = 0; from < left; from += size, ++scale) {
@@ -335,6 +346,7 @@ BK_INLINE void add_pairs(Sixteen<T>& s, const Pairs& pairs, const Lines& lines, 
       const vf own = load(*scale);
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) s.acc[t][0] = multiply_add(acc[t], own, s.acc[t][0]);
+      if (beside) add_beside<T>(s, *beside++, sums), sums += T;
     } else {
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) s.acc[t][0] = acc[t];
@@ -357,7 +369,8 @@ BK_INLINE void add_bytes(vi& acc, vu line, const uint32_t* x) {
 // kGrouped: blocks have scales of the weight, too.
 template <int T, bool kGrouped, bool kQuads, class Lines>
 BK_INLINE void add_integers(Sixteen<T>& s, const Lines& lines, const float (*own_scales)[kRows], int64_t each,
-                            int64_t blocks, const uint32_t* x, const float* scales) {
+                            int64_t blocks, const float (*beside)[kRows], const float* sums, const uint32_t* x,
+                            const float* scales) {
   const Lines own = lines;
   constexpr int kLines = kQuads ? 4 : 8, kParts = kQuads ? 2 : 1;
   for (int64_t b = 0; b < blocks; ++b, scales += T) {
@@ -387,17 +400,9 @@ BK_INLINE void add_integers(Sixteen<T>& s, const Lines& lines, const float (*own
         s.acc[t][v] = multiply_add(to_floats(sum[t][v]), scale, s.acc[t][v]);
       }
     }
+    if (beside && (((b + 1) & ((1 << each) - 1)) == 0 || b + 1 == blocks))
+      add_beside<T>(s, beside[b >> each], sums + (b >> each) * T);
   }
-}
-
-template <int T>
-BK_INLINE void add_beside(Sixteen<T>& s, const float (*by)[kRows], int64_t groups, const float* sums) {
-  for (int64_t g = 0; g < groups; ++g, sums += T)
-    for (int v = 0; v < V; ++v) {
-      vf beside = load(by[g] + v * W);
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) s.acc[t][v] = multiply_add(beside, splat(sums[t]), s.acc[t][v]);
-    }
 }
 
 // What 16 rows' part of the depth gives a block of tokens.
@@ -405,8 +410,11 @@ template <int T, class Lines>
 void add_part(Sixteen<T>& s, const Weight& w, const Tokens& a, const Part& p, const Lines& lines, const Panel& panel,
               const char* block) {
   const int64_t left = p.left < p.count ? p.left : p.count;
-  const int64_t group = w.group ? p.k / w.group : 0, groups = w.group ? (left + w.group - 1) / w.group : 0;
-  const float (*scale)[kRows] = panel.scale, (*beside)[kRows] = panel.beside;
+  // What is added for a group beside its products; integers that are stored with an offset have it, too.
+  const bool summed = w.kind == Codes::affine4 || w.kind == Codes::affine4m ||
+                      (w.kind == Codes::int8g && kOffset && a.form == Form::bytes);
+  const float (*scale)[kRows] = panel.scale, (*beside)[kRows] = summed ? panel.beside : nullptr;
+  const float* sums = summed ? a.sums_of(block) + p.k / w.group * T : nullptr;
   const uint32_t* x = (const uint32_t*)block + p.k * a.size() / 4 * T;
   switch (a.form) {
     case Form::bytes:
@@ -414,27 +422,22 @@ void add_part(Sixteen<T>& s, const Weight& w, const Tokens& a, const Part& p, co
       const float* scales = a.scales(block) + p.k / 32 * T;
       int64_t blocks = (left + 31) / 32, each = w.group == 128 ? 2 : w.group == 64;  // 1 << each: blocks of a group
       if (a.form == Form::quads)
-        add_integers<T, true, true>(s, lines, scale, each, blocks, x, scales);
+        add_integers<T, true, true>(s, lines, scale, each, blocks, beside, sums, x, scales);
       else if (w.group)
-        add_integers<T, true, false>(s, lines, scale, each, blocks, x, scales);
+        add_integers<T, true, false>(s, lines, scale, each, blocks, beside, sums, x, scales);
       else
-        add_integers<T, false, false>(s, lines, scale, each, blocks, x, scales);
-      if (w.kind != Codes::int8 && (w.kind != Codes::int8g || kOffset))
-        add_beside<T>(s, beside, groups, a.sums_of(block) + group * T);
+        add_integers<T, false, false>(s, lines, scale, each, blocks, beside, sums, x, scales);
       break;
     }
 #if defined(__AVX512BF16__)
     case Form::pairs:
       switch (w.kind) {
-        case Codes::fp8: return add_pairs<T>(s, BytePairs<Codes::fp8>(), lines, left, w.group, scale, x);
-        case Codes::bf16: return add_pairs<T>(s, PlainPairs(), lines, left, w.group, scale, x);
-        default: return add_pairs<T>(s, BytePairs<Codes::int8>(), lines, left, w.group, scale, x);
+        case Codes::fp8: return add_pairs<T>(s, BytePairs<Codes::fp8>(), lines, left, w.group, scale, beside, sums, x);
+        case Codes::bf16: return add_pairs<T>(s, PlainPairs(), lines, left, w.group, scale, beside, sums, x);
+        default: return add_pairs<T>(s, BytePairs<Codes::int8>(), lines, left, w.group, scale, beside, sums, x);
       }
-    case Form::nibbles: {
-      add_pairs<T>(s, NibblePairs{code_table(w)}, lines, left, w.group, scale, x);
-      if (w.kind != Codes::book4) add_beside<T>(s, beside, groups, a.sums_of(block) + group * T);
-      break;
-    }
+    case Form::nibbles:
+      return add_pairs<T>(s, NibblePairs{code_table(w)}, lines, left, w.group, scale, beside, sums, x);
 #endif
     default: add_floats<T>(s, lines, left, (const float*)x);
   }
