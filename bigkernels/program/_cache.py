@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import sys
 import weakref
 from array import array
 from collections.abc import Callable, Sequence
@@ -43,8 +42,9 @@ class Description:
     """The layers of a cache for a run: `packed` is (layers, LayerCache) as int64, `past` the tokens it has seen, -1
     where none of its layers counts them.
 
-    After the run `advance` takes the new tokens in. The runner copies `packed` when a run begins. Dynamic layers
-    that it describes have no lengths of their own: they ask here (`slots`), until somebody changes them.
+    A run is inside `with description`, and `advance` takes its new tokens in. The runner copies `packed` when a run
+    begins. Dynamic layers that it describes have no lengths of their own: they ask here (`slots`), until somebody
+    changes them.
 
     Attributes:
         lease: a CacheLease of csrc/cpu/cache_lease.cpp.
@@ -62,10 +62,18 @@ class Description:
         self.dynamic: list[int] = []  # the `id` of each layer, which ends this when it goes; 0 of a static one
         self.others: list[tuple[int, Any, bool]] = []  # that the model's own code keeps, and whether they count tokens
         self.static: list[tuple[int, Any, Tensor, Tensor, Tensor, c_int64]] = []
+        self._places: list[tuple] = []  # where the buffers of each layer lie, which `share_memory_` moves
 
-    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if self.static and not ending():
-            settle()  # before the memory of static layers can go: threads that lost their core may still write there
+    def __enter__(self) -> Description:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Threads that lost their core may write the run's tokens again. Dynamic layers wait for them when it could be
+        seen; static ones do not know when their owner resets, crops or edits them, and a run that failed leaves slots
+        to other tokens.
+        """
+        if self.static or kind is not None:
+            settle()
 
     @property
     def past(self) -> int:
@@ -92,15 +100,16 @@ class Description:
         lease, layers, past = self.lease, cache.layers, self.past
         if not lease[_VALID] or tokens > lease[_ROOM] or len(layers) < len(self.dynamic):
             return False
-        if any(mine and mine != id(layer) for mine, layer in zip(self.dynamic, layers, strict=False)):
-            return False
+        for mine, place, layer in zip(self.dynamic, self._places, layers, strict=False):
+            if mine and (mine != id(layer) or layer._places() != place):
+                return False
         for i, layer, counts in self.others:
             if layers[i] is not layer or (counts and layer.get_seq_length() != past):
                 return False
         for i, layer, k, v, length, number in self.static:
             if layers[i] is not layer or layer.keys is not k or layer.values is not v:
                 return False
-            if layer.cumulative_length is not length or number.value != past:
+            if layer.cumulative_length is not length or _places(layer) != self._places[i] or number.value != past:
                 return False
             if layer.is_sliding and layer.cumulative_length_int != past:
                 return False
@@ -204,8 +213,6 @@ def describe(
             if found.fits(cache, tokens) or (found.renew(cache) and found.fits(cache, tokens)):
                 found.runs += 1
                 return found
-        if found.static:
-            settle()  # their owner does not: slots may be written again
     found = _look(cache, shapes, batch, tokens, dtype)
     if isinstance(found, Description):
         known[cache] = found
@@ -266,19 +273,28 @@ def _look(
     for i, layer in enumerate(layers[: len(shapes)]):
         if shapes[i] is None:
             found.dynamic.append(0)
+            found._places.append(())
             found.skip(i)
             found.others.append((i, layer, counts(layer)))
             continue
         if isinstance(layer, _cache_layers.BufferedLayer):
             found.dynamic.append(id(layer))
             found.take(layer, i, layer._keeps())
+            found._places.append(layer._places())
             continue
         found.dynamic.append(0)
         found.add(i, layer, layer.keys, layer.values, 0, found.past)
         found._slots[_SLOTS * i + 1] = found.past
         length = layer.cumulative_length
+        found._places.append(_places(layer))
         found.static.append((i, layer, layer.keys, layer.values, length, c_int64.from_address(length.data_ptr())))
     return found
+
+
+def _places(layer: Any) -> tuple:
+    """Of a static layer: where its tensors lie, and how large they are."""
+    k, v = layer.keys, layer.values
+    return k.data_ptr(), v.data_ptr(), layer.cumulative_length.data_ptr(), k.shape, v.shape
 
 
 def _unlike(keys: Any, values: Any, shape: CacheShape, batch: int, dtype: torch.dtype) -> str | None:

@@ -40,6 +40,9 @@ class Int8Layer(BufferedLayer):
     def _seen(self, codes: Tensor, scale: Tensor, begin: int) -> Tensor:
         return decode(codes[:, :, begin : self._end], scale[:, :, begin : self._end], self.dtype)
 
+    def _views(self, begin: int) -> tuple[Tensor, Tensor]:
+        return self._seen(self._k, self._k_scale, begin), self._seen(self._v, self._v_scale, begin)
+
     @property
     def keys(self) -> Tensor | None:
         return self._set_keys if self._k is None else self._seen(self._k, self._k_scale, self._begin)
@@ -87,8 +90,7 @@ class Int8Layer(BufferedLayer):
 
 
 class Int8SlidingWindowLayer(Int8Layer, BufferedSlidingWindowLayer):
-    def _views(self, begin: int) -> tuple[Tensor, Tensor]:
-        return self._seen(self._k, self._k_scale, begin), self._seen(self._v, self._v_scale, begin)
+    pass
 
 
 INT8 = {DynamicLayer: Int8Layer, DynamicSlidingWindowLayer: Int8SlidingWindowLayer}

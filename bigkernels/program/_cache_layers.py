@@ -117,7 +117,7 @@ class BufferedLayer(DynamicLayer):
 
     @property
     def keys(self) -> Tensor | None:
-        return self._set_keys if self._k is None else self._k[:, :, self._begin : self._end]
+        return self._set_keys if self._k is None else self._views(self._begin)[0]
 
     @keys.setter
     def keys(self, x: Tensor | None) -> None:
@@ -126,7 +126,7 @@ class BufferedLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:
-        return self._set_values if self._v is None else self._v[:, :, self._begin : self._end]
+        return self._set_values if self._v is None else self._views(self._begin)[1]
 
     @values.setter
     def values(self, x: Tensor | None) -> None:
@@ -157,6 +157,16 @@ class BufferedLayer(DynamicLayer):
         if self._lent:
             settle()
             self._lent = False
+
+    def _views(self, begin: int) -> tuple[Tensor, Tensor]:
+        """Keys and values from a slot on, for somebody who may write to them."""
+        if self._lent:
+            settle()
+            self._lent = self._lease is not None  # whose program writes again
+        return self._k[:, :, begin : self._end], self._v[:, :, begin : self._end]
+
+    def _places(self) -> tuple[int, ...]:
+        return tuple([getattr(self, name).data_ptr() for name in self._names])
 
     def _length(self) -> int:
         """Tokens that are stored."""
@@ -247,7 +257,7 @@ class BufferedLayer(DynamicLayer):
     def _appended(self, tokens: int) -> tuple[Tensor, Tensor]:
         """The layer moves on by tokens that are written; returns what the new ones see."""
         self._end += tokens
-        return self.keys, self.values
+        return self._views(self._begin)
 
     def get_seq_length(self) -> int:
         if self._k is None:
@@ -363,9 +373,6 @@ class BufferedSlidingWindowLayer(BufferedLayer, DynamicSlidingWindowLayer):
         seen = self._views(begin)
         self._moved(tokens)
         return seen
-
-    def _views(self, begin: int) -> tuple[Tensor, Tensor]:
-        return self._k[:, :, begin : self._end], self._v[:, :, begin : self._end]
 
     def _moved(self, tokens: int) -> None:
         self.cumulative_length += tokens

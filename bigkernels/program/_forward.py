@@ -12,7 +12,7 @@ from torch.nn.modules import module as _hooks
 
 from .._torch_private import dispatch_modes, function_modes, is_jit_tracing, transforms
 from ..ops._registry import log
-from ._cache import describe
+from ._cache import Description, describe
 from ._padding import Refusal, starts_of
 from ._program import Program
 from ._state import KEY, Steps
@@ -137,22 +137,7 @@ class _Call:
         if hidden.dtype != program.dtype or hidden.dim() != 3:
             raise Refusal(f"hidden states are {hidden.dtype}")
         logits = torch.empty(self.batch, self.keep, program.vocabulary, dtype=steps.output.dtype, device="cpu")
-        most = _ROWS if program.widest * _ROWS * 4 <= _CACHED else _ROWS // 2
-        size = self.tokens if program.graph.owned else max(1, most // self.batch)
-        if size >= self.tokens:
-            program.run(hidden, positions, starts, longest, described.packed, past, logits, cache)
-            described.advance(self.tokens)
-            size = self.tokens
-        for begin in range(0, 0 if size == self.tokens else self.tokens, size):
-            end = min(begin + size, self.tokens)
-            part = hidden[:, begin:end].contiguous(), positions[:, begin:end].contiguous()
-            first = self.tokens - self.keep  # token of the first row of logits
-            wanted = logits[:, max(begin - first, 0) : max(end - first, 0)]
-            out = wanted if wanted.is_contiguous() else torch.empty_like(wanted, memory_format=torch.contiguous_format)
-            program.run(*part, starts, longest, described.packed, described.past, out, cache)
-            described.advance(end - begin)
-            if out is not wanted:
-                wanted.copy_(out)
+        self._fill(program, described, cache, hidden, positions, starts, longest, logits)
         if self.cache is not None:
             steps.prepare(described, cache)
         get, defaults = self.given.get, steps.defaults
@@ -160,6 +145,30 @@ class _Call:
         if self.cache is None and not (defaults.use_cache if kept is None else kept):
             cache = None
         return steps.output.make(logits, cache, defaults.as_tuple if as_tuple is None else not as_tuple)
+
+    def _fill(
+        self, program: Program, described: Description, cache: Any, hidden: Tensor, positions: Tensor,
+        starts: Tensor | None, longest: int, logits: Tensor,
+    ) -> None:  # fmt: skip
+        """Keys and values of all tokens to the cache, and logits of the last ones."""
+        most = _ROWS if program.widest * _ROWS * 4 <= _CACHED else _ROWS // 2
+        size = self.tokens if program.graph.owned else max(1, most // self.batch)
+        with described:
+            if size >= self.tokens:
+                program.run(hidden, positions, starts, longest, described.packed, described.past, logits, cache)
+                described.advance(self.tokens)
+                return
+            for begin in range(0, self.tokens, size):
+                end = min(begin + size, self.tokens)
+                part = hidden[:, begin:end].contiguous(), positions[:, begin:end].contiguous()
+                first = self.tokens - self.keep  # token of the first row of logits
+                wanted = logits[:, max(begin - first, 0) : max(end - first, 0)]
+                plain = wanted.is_contiguous()
+                out = wanted if plain else torch.empty_like(wanted, memory_format=torch.contiguous_format)
+                program.run(*part, starts, longest, described.packed, described.past, out, cache)
+                described.advance(end - begin)
+                if out is not wanted:
+                    wanted.copy_(out)
 
     def _positions(self, past: int) -> tuple[Tensor, int]:
         given = self.positions

@@ -77,7 +77,10 @@ class Quick:
         source = _Source.of(program)
         if source is None:
             return None
-        first, second = _words_of(cache)
+        found = _words_of(cache, len(described.dynamic))
+        if found is None:
+            return None
+        first, second = found
         lines, addresses, words, pieces, sources = watch.compared()
         before, after = first + source.words[0], second + source.words[1]
         addresses = array("q", [a for a, _ in before]) + addresses + array("q", [a for a, _ in after])
@@ -172,9 +175,16 @@ def _forget(steps: weakref.ref[Steps], described: Description) -> None:
         steps.quick = None
 
 
-def _words_of(cache: Any) -> tuple[Words, Words]:
-    """Of a cache's layers, but not of what these hold; and of hooks on all modules."""
+def _words_of(cache: Any, count: int) -> tuple[Words, Words] | None:
+    """Of a cache's layers, but not of what these hold: other lengths and buffers end the lease. Where buffers of the
+    first `count` lie, which `share_memory_` changes; and of hooks on all modules."""
     first, second = of_list(cache.layers)
+    for layer in cache.layers[:count]:
+        for name in layer._names:
+            words = of_tensor(getattr(layer, name))
+            if words is None:
+                return None
+            second += words[1]
     return of_class(cache) + of_dict(cache.__dict__) + [w for d in _GLOBAL_HOOKS for w in of_dict(d)] + first, second
 
 

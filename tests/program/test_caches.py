@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -332,6 +333,76 @@ def test_empty_and_wrong_inputs(pair: Pair):
                 _close(ours, theirs)
         else:
             assert ours is theirs, call
+
+
+def _in_place(cache) -> None:
+    at = int(cache.get_seq_length())
+    for layer in cache.layers:
+        layer.values[:, :, :at] *= 0.5
+        layer.keys[:, :, at - 1].neg_()
+
+
+def _moved(cache) -> None:
+    for layer in cache.layers:
+        layer.keys.share_memory_()
+        layer.values.data = layer.values.clone()
+        layer.cumulative_length.data = layer.cumulative_length.clone()
+
+
+def _shuffled(cache) -> None:
+    cache.reorder_cache(torch.tensor([1, 1]))
+
+
+STATIC_EDITS = {
+    "cropped": lambda c: c.crop(-2),
+    "reset": lambda c: c.reset(),
+    "in place": _in_place,
+    "moved": _moved,
+    "reordered": _shuffled,
+    "deepcopy": copy.deepcopy,
+    "shallow copy": copy.copy,
+    "pickle": lambda c: pickle.loads(pickle.dumps(c)),
+}
+
+
+@pytest.mark.parametrize("edit", STATIC_EDITS)
+@pytest.mark.parametrize("then", ["program", "modules", "another model"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_static_cache_is_its_owners(name: str, edit: str, then: str):
+    """Between a call of the program and one of anybody's."""
+    pair = shared_pair(name)
+    others = shared_pair(name, torch.float32) if then != "another model" else _other(name)
+
+    def run(model):
+        cache = transformers.StaticCache(config=model.config, max_cache_len=30)
+        with uses_program(pair.ours, 0):
+            made = [_steps(model, cache, (3, 1, 1))[0]]
+        cache = STATIC_EDITS[edit](cache) or cache
+        model = others.theirs if model is pair.theirs else others.ours
+        options = {"use_cache": True, "output_hidden_states": True} if then == "modules" else {}
+        begin = int(cache.get_seq_length())
+        for size in (1, 2):  # other tokens than those that were there
+            ids = TOKENS.flip(1)[:, begin : begin + size]
+            with torch.no_grad():
+                made.append(model(input_ids=ids, **{CACHE: cache}, **options).logits)
+            begin += size
+        assert int(cache.get_seq_length()) == begin
+        held = [x[:, :, :begin] for layer in cache.layers for x in (layer.keys, layer.values)]
+        return torch.cat(made, dim=1), held
+
+    (theirs, held), (ours, kept) = pair.both(run)
+    _close(ours, theirs)
+    for a, b in zip(kept, held, strict=True):
+        _close(a, b)
+
+
+@functools.cache
+def _other(name: str) -> Pair:
+    """A model of the same sizes with other weights."""
+    theirs = build(name, seed=5)
+    ours = copy.deepcopy(theirs)
+    bigkernels.patch(ours)
+    return Pair(theirs, ours)
 
 
 def test_a_static_cache_that_is_full(pair: Pair):

@@ -186,6 +186,8 @@ CACHE_EDITS = {
     "another layer": lambda c: c.layers.__setitem__(1, copy.deepcopy(c.layers[1])),
     "another list": lambda c: setattr(c, "layers", [copy.copy(x) for x in c.layers]),
     "other keys": lambda c: [setattr(x, "keys", x.keys + 1) for x in c.layers],
+    "values in place": lambda c: [x.values[..., -1, :].mul_(-1.5) for x in c.layers],
+    "shared memory": lambda c: [x.keys.share_memory_() for x in c.layers],
     "repeated": lambda c: (c.batch_repeat_interleave(2), c.batch_select_indices(torch.tensor([1, 2]))),
 }
 
@@ -200,6 +202,9 @@ def test_edits_of_a_cache_are_seen(edit: str):
         CACHE_EDITS[edit](talk.cache)
     for _ in range(4):
         close(ours.next(), theirs.next())
+    for a, b in zip(ours.cache.layers, theirs.cache.layers, strict=True):
+        close(a.keys, b.keys)
+        close(a.values, b.values)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
