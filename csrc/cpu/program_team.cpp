@@ -26,7 +26,6 @@
 #include <condition_variable>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -34,8 +33,9 @@
 #endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
-#include <signal.h>
 #endif
+
+#include "own_thread.h"
 
 namespace bigkernels {
 
@@ -297,22 +297,8 @@ class Team {
     int count = count_.load(std::memory_order_relaxed);
     for (; count < threads; ++count) {
       members_[count] = new Member;
-#if defined(__unix__) || defined(__APPLE__)
-      sigset_t all, before;  // signals are for the program's own threads, but for those that a thread gives itself
-      sigfillset(&all);
-      for (int own : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS}) sigdelset(&all, own);
-      pthread_sigmask(SIG_SETMASK, &all, &before);
-#endif
-      bool started = true;
-      try {
-        std::thread([this, count, member = members_[count]] { serve(member, count); }).detach();
-      } catch (const std::system_error&) {
-        started = false;  // as many as there are
-      }
-#if defined(__unix__) || defined(__APPLE__)
-      pthread_sigmask(SIG_SETMASK, &before, nullptr);
-#endif
-      if (!started) {
+      if (!start_own_thread(
+              [this, count, member = members_[count]] { serve(member, count); })) {  // as many as there are
         delete members_[count];
         members_[count] = nullptr;
         break;

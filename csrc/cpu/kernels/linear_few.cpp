@@ -19,14 +19,15 @@ BK_INLINE int32_t integers_of(const Linear& a) { return a.type == Type::bf16 ? 2
 
 template <class X>
 void product_tokens(const Linear& a, void* ready) {
-  float* row = (float*)((char*)ready + product_ready(a, integers_of(a), a.m));
+  float* rows = (float*)((char*)ready + product_ready(a, integers_of(a), a.m));
   for (int64_t m = 0; m < a.m; ++m) {
     const X* x = (const X*)a.in.data + m * a.in.stride;
+    float* row = rows + m * a.k;
     int64_t k = 0;
     for (; k + W <= a.k; k += W) store(row + k, load(x + k));
     if (k < a.k) store(row + k, load(x + k, a.k - k), a.k - k);
-    product_prepare(a, integers_of(a), row, 0, a.m, m, m + 1, ready);
   }
+  product_prepare(a, integers_of(a), rows, a.k, a.m, 0, a.m, ready);  // at once: 16 are put into order together
 }
 
 // `count` columns of the result, from column n on.
@@ -57,7 +58,7 @@ int64_t linear_few_size(const Linear& a) {
 #if defined(__AMX_BF16__)
   if (tiles::serves(a)) return tiles::ready_bytes(a);
 #endif
-  return product_ready(a, integers_of(a), a.m) + a.k * (int64_t)sizeof(float);
+  return product_ready(a, integers_of(a), a.m) + a.m * a.k * (int64_t)sizeof(float);
 }
 
 void linear_few_prepare(const Linear& a, void* ready) {

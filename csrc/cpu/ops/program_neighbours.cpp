@@ -6,13 +6,12 @@
 
 #include <chrono>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
-#include <signal.h>
 #endif
 
+#include "../own_thread.h"
 #include "program_neighbours.h"
 
 namespace bigkernels {
@@ -43,21 +42,8 @@ struct Neighbours {
   void start(int64_t threads) {
     std::lock_guard<std::mutex> lock(mutex);
     if (there.load(std::memory_order_relaxed)) return;
-#if defined(__unix__) || defined(__APPLE__)
-    sigset_t all, before;  // signals are for the program's own threads, but for those that a thread gives itself
-    sigfillset(&all);
-    for (int own : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS}) sigdelset(&all, own);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-#endif
     there.store(true, std::memory_order_relaxed);
-    try {
-      std::thread([this, threads] { stay(threads); }).detach();
-    } catch (const std::system_error&) {
-      there.store(false, std::memory_order_relaxed);
-    }
-#if defined(__unix__) || defined(__APPLE__)
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-#endif
+    if (!start_own_thread([this, threads] { stay(threads); })) there.store(false, std::memory_order_relaxed);
   }
 };
 
