@@ -11,6 +11,11 @@ code runs in between (call records), the same in pieces: `program_start` gives a
 the next call record and returns its index, or -1 at the end; at either, values are read and written as (B, S, width)
 tensors; `program_finish` ends the run, whatever happened.
 
+`program_panel_bytes` says how much memory panels of the program's codes take, and `program_make_panels` makes them, in
+memory on a cache line, before the program runs for the first time: what a few tokens are multiplied with from then on.
+The caller keeps the memory alive, and makes another program where the codes change. `program_checksums` tells: of
+pieces of memory, (P, 2) int64 with addresses and bytes, it gives (P,) int64, which differ where a word of memory does.
+
 A call returns when its results are there, and threads that lost their core may still be inside it: they write where
 nobody reads any more, and may read weights, tables and records, and write the call's own keys and values to the cache
 again. `program_settle` waits for them: it has to be called before a cache is cropped, reordered or freed, and before a
@@ -36,6 +41,9 @@ START = (
 STEP = "program_step(int run) -> int"
 READ = "program_read(int run, int value, Tensor(a!) out) -> ()"
 WRITE = "program_write(int run, int value, Tensor x) -> ()"
+PANEL_BYTES = "program_panel_bytes(Tensor program) -> int"
+MAKE_PANELS = "program_make_panels(Tensor(a!) program, Tensor(b!) memory) -> ()"
+CHECKSUMS = "program_checksums(Tensor pieces) -> Tensor"
 FINISH = "program_finish(int run) -> ()"
 SETTLE = "program_settle() -> ()"
 SIZES = "program_sizes() -> int[]"  # of the records, for tests
@@ -43,7 +51,7 @@ SIZES = "program_sizes() -> int[]"  # of the records, for tests
 # how many chunks were taken over from other threads, and made again, since the last call.
 DELAYS = "program_delays(int every) -> (int, int)"
 
-for schema in (RUN, START, STEP, READ, WRITE, FINISH, SETTLE, SIZES, DELAYS):
+for schema in (RUN, START, STEP, READ, WRITE, PANEL_BYTES, MAKE_PANELS, CHECKSUMS, FINISH, SETTLE, SIZES, DELAYS):
     name, brace, rest = schema.partition("(")
     torch.library.define("bigkernels::" + name, brace + rest)
 
@@ -52,6 +60,9 @@ start = torch.ops.bigkernels.program_start.default
 step = torch.ops.bigkernels.program_step.default
 read = torch.ops.bigkernels.program_read.default
 write = torch.ops.bigkernels.program_write.default
+panel_bytes = torch.ops.bigkernels.program_panel_bytes.default
+make_panels = torch.ops.bigkernels.program_make_panels.default
+checksums = torch.ops.bigkernels.program_checksums.default
 finish = torch.ops.bigkernels.program_finish.default
 settle = torch.ops.bigkernels.program_settle.default
 sizes = torch.ops.bigkernels.program_sizes.default

@@ -35,7 +35,7 @@ def patch(
     mlp: bool = True,
     loss: bool = True,
     linear: bool | None = None,
-    decode: bool = True,
+    decode: bool | str = True,
     verify: bool = True,
     strict: bool = False,
 ) -> PatchReport:
@@ -60,6 +60,13 @@ def patch(
             makes them: its loss comes from `linear_cross_entropy`. What it returns as `logits` is then a tensor that
             has no memory until it is read, and that raises RuntimeError if it is first read after the head's weights
             have changed. In evaluation, and where weights come and go (FSDP), nothing changes.
+        decode: the step program of causal language models (CPU): inference takes it wherever it gives what the modules
+            give. It reads weights where the model keeps them; of quantized ones it keeps a copy of its own, made at
+            first use, in the order in which a few tokens are multiplied fastest, where there is memory for it (the
+            report says how much it takes, or why there is none). It is made again when the codes change: writes that
+            PyTorch counts are seen at the next call, and others (through `.data`, numpy) at the latest at the next
+            call that begins a sequence. It goes when the model is moved, trained or no longer patched. "stored": no
+            copy; False: no program.
         verify: also compare gradients, 16-bit types and large and small inputs. What decides which kernel fits, a
             comparison of outputs in float32, always runs.
         strict: raise where a candidate cannot be patched.
@@ -69,10 +76,13 @@ def patch(
 
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
+        ValueError: `decode` is neither a bool nor "stored".
         RuntimeError: with `strict`, some candidate cannot be patched; nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"bigkernels.patch: model must be a torch.nn.Module, got {type(model).__name__}")
+    if decode not in (True, False, "stored"):
+        raise ValueError(f'bigkernels.patch: decode is {decode!r}; accepted are True, False and "stored"')
     flags = {"attention": attention, "norm": norm, "rope": rope, "mlp": mlp, "loss": loss, "linear": linear,
              "decode": decode}  # fmt: skip
     with undisturbed(p.device for p in model.parameters()):
@@ -95,12 +105,13 @@ def unpatch(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"bigkernels.unpatch: model must be a torch.nn.Module, got {type(model).__name__}")
     for path, module in model.named_modules():
+        _decode.release(module)
         for key, (value, before) in module.__dict__.pop(_RECORD, {}).items():
             _restore(path, module, key, value, before)
 
 
 @contextmanager
-def patched(model: nn.Module, **options: bool | None) -> Iterator[PatchReport]:
+def patched(model: nn.Module, **options: bool | str | None) -> Iterator[PatchReport]:
     """`patch(model, **options)` inside a `with` block and `unpatch(model)` after it."""
     report = patch(model, **options)
     try:
@@ -147,7 +158,7 @@ def _foreign(module: nn.Module, key: str) -> bool:
     return value is not _ABSENT and value is not module.__dict__.get(_RECORD, {}).get(key, (_ABSENT,))[0]
 
 
-def _plan(model: nn.Module, flags: dict[str, bool | None], verify: bool) -> tuple[list[Write], PatchReport]:
+def _plan(model: nn.Module, flags: dict[str, bool | str | None], verify: bool) -> tuple[list[Write], PatchReport]:
     """What to write and the report about it. Nothing is changed."""
     plan = Plan(verify, flags["linear"], written_after(model))
     report, writes = PatchReport(), []
@@ -196,7 +207,7 @@ def _plan(model: nn.Module, flags: dict[str, bool | None], verify: bool) -> tupl
             if reason is not None:
                 report.skipped.append(Row(path, f"decode program: {reason}", None))
                 continue
-            report.programs[path] = _decode.steps_of(module)
+            report.programs[path] = _decode.steps_of(module, flags["decode"] == "stored")
             writes += _decode.writes_for(module, writes, report.programs[path])
     for rows in (report.patched, report.inference, report.skipped):
         rows.sort(key=lambda row: order[row.path])

@@ -32,10 +32,17 @@ def _generates(module: nn.Module) -> bool:
     return "input_ids" in names and ("cache" in names or "past_key_values" in names)
 
 
-def steps_of(module: nn.Module) -> Steps:
+def steps_of(module: nn.Module, stored: bool) -> Steps:
     """Those that an earlier patch gave it, or new ones."""
     held = module.__dict__.get(KEY)
-    return held if isinstance(held, Steps) else Steps()
+    return held if isinstance(held, Steps) and held.stored == stored else Steps(stored=stored)
+
+
+def release(module: nn.Module) -> None:
+    """Let go what the program of a module has copied: a report may outlive it."""
+    held = module.__dict__.get(KEY)
+    if isinstance(held, Steps):
+        held.release()
 
 
 def writes_for(module: nn.Module, others: list[Write], steps: Steps) -> list[Write]:
@@ -48,4 +55,4 @@ def writes_for(module: nn.Module, others: list[Write], steps: Steps) -> list[Wri
             Write(module, KEY, steps)]  # fmt: skip
 
 
-__all__ = ["candidates", "steps_of", "unsupported", "writes_for"]
+__all__ = ["candidates", "release", "steps_of", "unsupported", "writes_for"]

@@ -152,14 +152,15 @@ def _program(model: nn.Module, setting: Setting) -> int:
     are counted all the same: they are what a model takes that turns out to have none.
     """
     from ..patch._decode import candidates
-    from ..program._size import workspace
+    from ..program._size import panels, workspace
 
     if setting.patch is None or not setting.patch.get("decode", True) or setting.device.type != "cpu":
         return 0
     found = next((module for _, module in candidates(model)), None)
     if found is None:
         return 0
-    return workspace(found, setting.batch, setting.seq, 1, setting.seq + setting.new_tokens)
+    copied = 0 if setting.patch.get("decode") == "stored" else panels(found)
+    return copied + workspace(found, setting.batch, setting.seq, 1, setting.seq + setting.new_tokens)
 
 
 def _learns(checkpointing: Any) -> bool:

@@ -14,6 +14,7 @@ from .._torch_private import dispatch_modes, function_modes, is_jit_tracing, tra
 from ..ops._registry import log
 from ._cache import Description, describe
 from ._padding import Refusal, starts_of
+from ._panels import TOKENS
 from ._program import Program
 from ._state import KEY, Steps
 from ._verify import new_cache
@@ -63,6 +64,8 @@ def _by_program(module: nn.Module, steps: Steps, args: tuple, kwargs: dict) -> A
         return out
     except Refusal as refusal:
         steps.left, steps.why = steps.left + 1, str(refusal)
+        if module.training and torch.is_grad_enabled():
+            steps.rest()
         _log(type(module).__qualname__, steps.why)
         return None
 
@@ -124,6 +127,8 @@ class _Call:
         past = described.past
         if past < 0:  # a cache of states alone does not count
             past = described.past = max(self.mask.shape[-1] - self.tokens, 0) if type(self.mask) is Tensor else 0
+        if program.refresh(whole=past == 0 or self.tokens > TOKENS):
+            steps.quick = None
         starts = starts_of(self.mask, self.batch, self.tokens, past, program.windows)
         positions, longest = self._positions(past)
         if self.positions is not None and not program.graph.position_ids:

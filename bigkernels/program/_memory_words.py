@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import sys
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,7 @@ _TYPE, _SIZE, _VERSION, _ITEMS = 8, 16, 24, 24  # bytes into PyObject, PyVarObje
 _SET = (16, 24, 32, 40)  # fill, used, mask and table of PySetObject
 _STORAGE, _FIELDS = 16, range(56, 168, 8)  # of a TensorImpl: its storage; its sizes, strides, offset and dtype
 _MEMORY = (16, 24, 32)  # of a StorageImpl
+_COUNTER, _COUNT = 40, 16  # of a TensorImpl, its counter of versions; of that, its count
 _DIMENSIONS = 5  # whose sizes lie in the tensor itself
 
 
@@ -66,6 +68,13 @@ def of_tensor(t: Tensor) -> tuple[Words, Words] | None:
         return None
     address = t._cdata
     return at(address, _STORAGE, *_FIELDS), at(word(address + _STORAGE), *_MEMORY)
+
+
+def of_version(t: Tensor) -> tuple[Words, Words] | None:
+    """Where it counts writes to its memory; None where that is not known."""
+    if type(t) not in (Tensor, nn.Parameter) or not knows_versions():
+        return None
+    return at(t._cdata, _COUNTER), at(word(t._cdata + _COUNTER), _COUNT)
 
 
 def differs(words: Words) -> bool:
@@ -150,6 +159,34 @@ def _knows_objects() -> bool:
         and _seen(listed, lambda: items.__setitem__(1, 3), lambda: items.append(1), items.pop, items.clear)
         and _seen(in_set, lambda: chosen.add("c"), lambda: chosen.remove("a"), lambda: chosen.add("d"), chosen.clear)
     )  # fmt: skip
+
+
+@functools.cache
+def knows_versions() -> bool:
+    t = torch.zeros(3, 2, dtype=torch.float32, device="cpu")
+    if not knows_tensors():
+        return False
+    try:
+        # What may be no pointer is read through the system, which says so.
+        with open("/proc/self/mem", "rb", buffering=0) as memory:
+            memory.seek(word(t._cdata + _COUNTER) + _COUNT)
+            if int.from_bytes(memory.read(4), sys.byteorder) != t._version:
+                return False
+    except (OSError, OverflowError, ValueError):
+        return False
+
+    def words() -> Words:
+        return at(t._cdata, _COUNTER) + at(word(t._cdata + _COUNTER), _COUNT)
+
+    quiet = words()
+    t.sum(), t.data.add_(1), t.numpy().fill(3)
+    changes = (
+        lambda: t.add_(1),
+        lambda: t[1:].mul_(2),
+        lambda: t.detach().zero_(),
+        lambda: t.view(torch.int32).fill_(1),
+    )
+    return not differs(quiet) and _seen(words, *changes)
 
 
 @functools.cache

@@ -1,4 +1,6 @@
-"""Weights on huge pages, where they are: a step reads all of them, and the tables of small pages cost as much again."""
+"""Weights on huge pages, where they are: a step reads all of them, and the tables of small pages cost as much again.
+Memory of its own that a program reads is on huge pages from the beginning.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,11 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 _PAGE = 2**21
+_HUGEPAGE = 14  # MADV_HUGEPAGE: of pages that come to be
 _COLLAPSE = 25  # MADV_COLLAPSE of Linux 6.1: pages become a huge one at the same address
 _WORTH = 2**23  # bytes: what is less stays in the caches
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -28,6 +32,17 @@ def prefer_huge_pages(tensors: Iterable[Tensor]) -> int:
         return 0
     pages = sorted({page for begin, end in ranges for page in range(begin // _PAGE, -(-end // _PAGE))})
     return sum(advise(page * _PAGE, _PAGE, _COLLAPSE) == 0 for page in pages)
+
+
+def empty_on_huge_pages(size: int) -> Tensor:
+    """(size,) bytes that nobody has touched, from the beginning of a page on."""
+    page = _PAGE if size >= _WORTH else 4096
+    memory = torch.empty(size + page, dtype=torch.uint8, device="cpu")
+    begin = -memory.data_ptr() % page
+    memory = memory[begin : begin + size]
+    if size >= _WORTH and (advise := _advise()) is not None:
+        advise(memory.data_ptr(), size // page * page, _HUGEPAGE)
+    return memory
 
 
 @functools.cache

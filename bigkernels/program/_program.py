@@ -17,6 +17,7 @@ from ._embedding import Embed
 from ._ir import Attend, Call, Graph
 from ._lower import Lowered
 from ._pages import prefer_huge_pages
+from ._panels import Panels
 from ._trace import Refused
 
 
@@ -30,20 +31,25 @@ class Program:
         windows: how many keys a token sees in its layers; 0: all.
         widest: columns of the widest value but the logits.
         lowered: its records. They are good as long as the tensors that they point to stay where they are.
+        panels: what their codes were copied to; None: it was dropped, and `lower` makes it again.
     """
 
-    def __init__(self, graph: Graph, dtype: torch.dtype, integers: bool | None = None) -> None:
+    def __init__(self, graph: Graph, dtype: torch.dtype, integers: bool | None = None, stored: bool = False) -> None:
         """
+        Args:
+            integers: as of `Lowered`.
+            stored: read codes as they are stored, and copy none.
+
         Raises:
             Refused: with what records cannot hold.
         """
-        self.graph, self.dtype, self._integers = graph, dtype, integers
+        self.graph, self.dtype, self._integers, self._stored = graph, dtype, integers, stored
         self._tables = Tables(graph.angles, dtype)
         self.shapes = _shapes(graph)
         self.windows = {o.window for o in graph.operations if isinstance(o, Attend)} or {0}
-        self.lowered = Lowered(graph, dtype, integers)
         self.widest = max(w for v, w in enumerate(graph.widths) if v != graph.logits)
-        prefer_huge_pages(self.reads)
+        self.panels: Panels | None = None
+        self._lower()
         self._table = _table(graph)
         self._row = torch.empty(1, 1, graph.widths[graph.hidden], dtype=dtype, device="cpu")
         self._storages: list | None = None
@@ -62,10 +68,30 @@ class Program:
 
     def lower(self) -> None:
         """Make the records again: tensors are elsewhere, or lie in another way."""
-        self.release()
+        self.drop()
         self._tables.forget()
+        self._lower()
+
+    def _lower(self) -> None:
         self.lowered = Lowered(self.graph, self.dtype, self._integers)
         prefer_huge_pages(self.reads)
+        self.panels = Panels(self.lowered.packed, self.lowered.reads.codes, self._stored)
+
+    def drop(self) -> None:
+        """Let the copy of the codes go, and what `release` does."""
+        self.release()
+        self.panels = None
+
+    def refresh(self, whole: bool) -> bool:
+        """Make the copy of the codes again where these have changed, or it was dropped; whether it was.
+
+        Args:
+            whole: look at all of their bytes.
+        """
+        if self.panels is not None and self.panels.hold(whole):
+            return False
+        self.lower()
+        return True
 
     @property
     def reads(self) -> list[Tensor]:
@@ -136,14 +162,21 @@ class Program:
     def describe(self) -> str:
         """For the report: what there is, and the memory that it takes beside the model's."""
         formats = ", ".join(f"{count} {name}" for name, count in sorted(self.lowered.reads.formats.items()))
-        return (f"decode program: {self.graph.layers} layers, {self.lowered.products} products ({formats}), "
-                f"{self.nbytes / 1e6:.1f} MB")  # fmt: skip
+        panels = 0 if self.panels is None else self.panels.nbytes
+        products = f"{self.lowered.products} products ({formats})"
+        text = f"decode program: {self.graph.layers} layers, {products}, {self.nbytes / 1e6:.1f} MB"
+        if panels:
+            text += f", {panels / 1e6:.1f} of them codes in panels"
+        elif self.panels is not None and self.panels.why:
+            text += f"; codes are read as stored: {self.panels.why}"
+        return text
 
     @property
     def nbytes(self) -> int:
-        """Records, tables, and what was made of weights."""
+        """Records, tables, what was made of weights, and the copy of their codes."""
         made = sum(t.nbytes for t in self.lowered.reads.made if isinstance(t, Tensor))
-        return self.lowered.packed.nbytes + self._tables.nbytes + made
+        panels = 0 if self.panels is None else self.panels.nbytes
+        return self.lowered.packed.nbytes + self._tables.nbytes + made + panels
 
     def __del__(self) -> None:
         # Threads that lost their core may still read what goes away now.

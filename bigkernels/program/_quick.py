@@ -77,12 +77,14 @@ class Quick:
         source = _Source.of(program)
         if source is None:
             return None
-        found = _words_of(cache, len(described.dynamic))
-        if found is None:
+        found, codes = _words_of(cache, len(described.dynamic)), None
+        if program.panels is not None:
+            codes = program.panels.compared()
+        if found is None or codes is None:
             return None
         first, second = found
         lines, addresses, words, pieces, sources = watch.compared()
-        before, after = first + source.words[0], second + source.words[1]
+        before, after = first + source.words[0] + codes[0], second + source.words[1] + codes[1]
         addresses = array("q", [a for a, _ in before]) + addresses + array("q", [a for a, _ in after])
         words = array("q", [w for _, w in before]) + words + array("q", [w for _, w in after])
         batch, vocabulary = described.batch, program.vocabulary

@@ -46,6 +46,8 @@ Weight = _struct(
     group=_l,
     groups=_l,
     transposed=c_bool,
+    panels=_p,
+    panel_step=_l,
 )
 
 NormRecord = _struct("NormRecord", x=_i, out=_i, residual=_i, pad=_i, size=_l, norm=NormOf, scale=_f, residual_scale=_f)

@@ -64,8 +64,8 @@ class Steps:
         taken, left: how many calls were answered by the program, and by the modules; `why` the last of these.
     """
 
-    def __init__(self, integers: bool | None = None) -> None:
-        self.integers = integers
+    def __init__(self, integers: bool | None = None, stored: bool = False) -> None:
+        self.integers, self.stored = integers, stored
         self.reason, self.output, self.defaults = "", None, None
         self.taken = self.left = 0
         self.why = self.model = ""
@@ -78,10 +78,10 @@ class Steps:
         _all.add(self)
 
     def __deepcopy__(self, memo: dict) -> Steps:
-        return Steps(self.integers)
+        return Steps(self.integers, self.stored)
 
     def __reduce__(self) -> tuple:
-        return Steps, (self.integers,)
+        return Steps, (self.integers, self.stored)
 
     def named(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name."""
@@ -131,12 +131,18 @@ class Steps:
             self.quick = Quick.of(self, described, cache, entry.watch, entry.program)
 
     def release(self) -> None:
-        """Let memory go that is replaced now."""
+        """Let memory go that is replaced now, and copies of codes: the next call makes them again."""
         with self.lock:
             self.quick = None
             for entry in self._entries:
                 if entry.program is not None:
-                    entry.program.release()
+                    entry.program.drop()
+
+    def rest(self) -> None:
+        """Let copies of codes go while the model trains."""
+        entry = self._entries[0] if self._entries else None
+        if entry is not None and entry.program is not None and entry.program.panels is not None:
+            self.release()
 
     def status(self) -> str:
         """What is known, for reports."""
@@ -163,6 +169,8 @@ class Steps:
         # Of states that are gone, nothing is kept alive.
         held = {id(t) for t in (*module.parameters(), *module.buffers())}
         others = [e for e in others if held.issuperset(map(id, e.program.reads))]
+        for e in others:
+            e.program.drop()  # one copy of codes at a time
         self._entries = [entry, *others][:_KEPT]
         return entry
 
@@ -196,7 +204,7 @@ class Steps:
         return _Entry(*self._watched(module, None), None, None, reason, Defaults.of(module))
 
     def _checked(self, module: nn.Module, graph: Graph, dtype: torch.dtype) -> _Entry:
-        program = Program(graph, dtype, self.integers)
+        program = Program(graph, dtype, self.integers, self.stored)
         output = verify(module, program)
         return _Entry(*self._watched(module, program), program, output, "", Defaults.of(module))
 

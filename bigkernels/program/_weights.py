@@ -27,12 +27,14 @@ class Reads:
         held: those of the model, whose addresses are watched.
         made: those that were computed from the model's, kept alive.
         sources: those of the model's from which some of `made` were computed.
+        codes: those of the model's that hold codes and what belongs to them.
     """
 
     def __init__(self) -> None:
         self.held: list[Tensor] = []
         self.made: list[object] = []
         self.sources: list[Tensor] = []
+        self.codes: list[Tensor] = []
         self.formats: dict[str, int] = {}
         self._seen: set[int] = set()
 
@@ -110,6 +112,8 @@ class Reads:
                 if id(t) not in stored:
                     self.made.append(t)
         for t in qweight.tensors.values():
+            if id(t) not in self._seen:
+                self.codes.append(t)
             self.address(t)
         return coded(operands, qweight.shape[1]), qweight.config.dynamic
 

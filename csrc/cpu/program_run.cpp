@@ -176,10 +176,18 @@ void ProgramRun::make_product(const Step& s, int64_t piece, Worker& w) const {
   const int64_t begin = piece * s.cut[i], end = std::min(begin + s.cut[i], a.weight[i].n), stride = s.cut[i];
   const char* ready = s.prepares ? w.ready : block_.data();
   float *y = (float*)w.scratch, *up = (float*)(w.scratch + round_up(s.m * stride * 4, 64));
-  table.product(a.weight[i], a.integers, ready + s.ready[i], s.m, begin, end, y, stride, w.workspace);
-  if (a.gated) table.product(a.weight[1], a.integers, ready + s.ready[1], s.m, begin, end, up, stride, w.workspace);
+  // Panels of gate and up lie in turn.
+  const int64_t step = a.gated && a.weight[0].panels && s.m <= kPanelTokens ? 16 : end - begin;
+  for (int64_t n = begin; n < end; n += step) {
+    const int64_t last = std::min(n + step, end);
+    table.product(a.weight[i], a.integers, ready + s.ready[i], s.m, n, last, y + n - begin, stride, w.workspace);
+    if (a.gated)
+      table.product(a.weight[1], a.integers, ready + s.ready[1], s.m, n, last, up + n - begin, stride, w.workspace);
+  }
   table.finish(a, i, y, a.gated ? up : nullptr, stride, s.m, w.values.data() + 1, width_.data(), begin, end);
 }
+
+constexpr int64_t kAskedPanels = 4096;  // bytes
 
 void ProgramRun::ask_ahead(const Step& s, int64_t thread) const {
   if (s.product < 0) return;
@@ -190,9 +198,11 @@ void ProgramRun::ask_ahead(const Step& s, int64_t thread) const {
   while (i < kMaxWeights - 1 && piece >= next.pieces[i] && next.pieces[i + 1]) piece -= next.pieces[i++];
   const Weight& w = a.weight[i];
   if (w.transposed) return;
-  const uint8_t* p = w.codes + std::min(piece * next.cut[i], w.n - 1) * w.code_row;
-  const int64_t bytes = std::min<int64_t>(2048, w.code_row);
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 0, 2);
+  const int64_t row = std::min(piece * next.cut[i], w.n - 1);
+  const bool panels = w.panels && next.m <= kPanelTokens;
+  const uint8_t* p = panels ? w.panels + row / 16 * w.panel_step : w.codes + row * w.code_row;
+  const int64_t bytes = panels ? kAskedPanels : std::min<int64_t>(2048, w.code_row);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at);
 }
 
 void ProgramRun::make(const Step& s, int64_t chunk, Worker& w) const {

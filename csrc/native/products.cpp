@@ -61,6 +61,18 @@ std::pair<double, double> product(const Weight& w, int32_t integers, uintptr_t x
   return {best[0], best[1]};
 }
 
+// Gives a weight panels of its own, at `memory`; returns how many bytes they take, 0: it has none. Without memory it
+// only tells.
+int64_t panels(Weight& w, int32_t integers, uintptr_t memory) {
+  const int64_t bytes = program_table().panel_bytes(w, integers), count = (w.n + 15) / 16;
+  if (memory && bytes) {
+    w.panels = at<uint8_t>(memory), w.panel_step = bytes;
+    program_table().make_panels(w, 0, count / 2);
+    program_table().make_panels(w, count / 2, count);
+  }
+  return bytes * count;
+}
+
 }  // namespace
 
 void bind_products(py::module_& m) {
@@ -71,6 +83,8 @@ void bind_products(py::module_& m) {
   m.def(
       "product_form", [](const Weight& w, int32_t integers) { return program_table().product_form(w, integers); },
       py::arg("weight"), py::arg("integers"), "Equal for weights whose tokens may be made ready together.");
+  m.def("panels", &panels, py::arg("weight"), py::arg("integers"), py::arg("memory") = 0,
+        "Makes panels of a weight at an address, for its products; returns their bytes.");
   m.def("product", &product, py::arg("weight"), py::arg("integers"), py::arg("x"), py::arg("m"), py::arg("out"),
         py::arg("ends"), py::arg("rounds") = 1,
         "Fills float32 rows at `out` with the products of float32 rows at `x`, the weight's rows in chunks that end at "

@@ -5,9 +5,13 @@ Run as a script it checks the level of the process, for products of many shapes;
 
 from __future__ import annotations
 
+import copy
+import itertools
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -28,6 +32,7 @@ EXACT, ROUNDED_8, ROUNDED_16 = 0, 1, 2
 class Stored:
     """A weight for the kernels, the memory behind it, and its values in float64, with what they are differences of."""
 
+    make: Callable[[], object]
     weight: object
     memory: list[Tensor]
     values: Tensor
@@ -39,11 +44,13 @@ def stored(kind: str, n: int, k: int, group: int = 0, transposed: bool = False, 
     if kind in PLAIN:
         shape = (k, n) if transposed else (n, k)
         w = torch.randn(shape, generator=made, dtype=torch.float32).to(PLAIN[kind])
-        weight = _native.Weight(
-            KINDS.index(kind), n, k, w.data_ptr(), w.stride(0) * w.element_size(), transposed=transposed
+        make = partial(
+            _native.Weight,
+            *(KINDS.index(kind), n, k, w.data_ptr(), w.stride(0) * w.element_size()),
+            transposed=transposed,
         )
         values = (w.T if transposed else w).double()
-        return Stored(weight, [w], values, values.abs())
+        return Stored(make, make(), [w], values, values.abs())
     groups = -(-k // group) if group else 0
     row_scale = torch.tensor([0.25, 1, 4])[torch.arange(n) % 3].contiguous()
     book = torch.linspace(-1, 1, 16, dtype=torch.float32) ** 3
@@ -78,10 +85,11 @@ def stored(kind: str, n: int, k: int, group: int = 0, transposed: bool = False, 
             values, terms = memory.double() * scale.double()[:, by], (memory.double() + 256) * scale.double()[:, by]
     memory = torch.cat([memory.view(torch.uint8), torch.full((n, 3), 255, dtype=torch.uint8)], 1)  # rows lie apart
     tensors = [memory, scale.contiguous(), zero.contiguous(), row_scale, book]
-    weight = _native.Weight(
-        KINDS.index(kind), n, k, memory.data_ptr(), memory.stride(0), *(t.data_ptr() for t in tensors[1:]), group
+    make = partial(
+        _native.Weight,
+        *(KINDS.index(kind), n, k, memory.data_ptr(), memory.stride(0), *(t.data_ptr() for t in tensors[1:]), group),
     )
-    return Stored(weight, tensors, values, terms)
+    return Stored(make, make(), tensors, values, terms)
 
 
 def product(w: Stored, x: Tensor, integers: int, ends: list[int] | None = None) -> Tensor:
@@ -89,6 +97,20 @@ def product(w: Stored, x: Tensor, integers: int, ends: list[int] | None = None) 
     out = torch.full((x.shape[0], w.values.shape[0]), torch.nan, dtype=torch.float32)
     _native.product(w.weight, integers, x.data_ptr(), x.shape[0], out.data_ptr(), ends or [w.values.shape[0]])
     return out
+
+
+def in_panels(w: Stored, integers: int) -> Stored | None:
+    """The same weight, with panels; None where it has none."""
+    size = _native.panels(w.weight, integers)
+    if not size:
+        return None
+    memory = torch.full((size + 128,), 255, dtype=torch.uint8)
+    begin = -memory.data_ptr() % 64
+    other = copy.copy(w)
+    other.weight, other.memory = w.make(), [*w.memory, memory]
+    _native.panels(other.weight, integers, memory.data_ptr() + begin)
+    assert (memory[:begin] == 255).all() and (memory[begin + size :] == 255).all()
+    return other
 
 
 def rounded(x: Tensor, kind: str, integers: int) -> Tensor:
@@ -117,6 +139,7 @@ def check(kind: str, n: int, k: int, m: int, group: int, transposed: bool, integ
     right, terms = expected(w, rounded(x, kind, integers))
     wrong = (y.double() - right).abs() > 2e-6 * terms + 1e-30
     what = f"{kind} n {n} k {k} m {m} group {group} transposed {transposed} integers {integers}"
+    check_panels(w, x, integers, y, right, terms, what, seed)
     assert not wrong.any(), f"{what}: {wrong.sum()} of {wrong.numel()}, {(y - right).abs().max()} off at {terms.max()}"
     if n > 1:
         cut = random.Random(seed).randint(1, n - 1)
@@ -125,6 +148,26 @@ def check(kind: str, n: int, k: int, m: int, group: int, transposed: bool, integ
     part = (m // 3, m)
     if not any(part[1] - part[0] <= most < m for most in (1, 2, 3, 4, 16)):
         assert torch.equal(product(w, x[slice(*part)], integers), y[slice(*part)]), f"{what}: tokens {part}"
+
+
+def check_panels(w: Stored, x: Tensor, integers: int, y: Tensor, right: Tensor, terms: Tensor, what: str, seed: int):
+    kept = in_panels(w, integers)
+    if kept is None:
+        return
+    out = product(kept, x, integers)
+    m, n = out.shape
+    wrong = (out.double() - right).abs() > 2e-6 * terms + 1e-30
+    assert not wrong.any(), f"panels, {what}: {wrong.sum()} of {wrong.numel()}, {(out - right).abs().max()} off"
+    if m > 16:
+        assert torch.equal(out, y), f"{what}: panels are not for so many tokens"
+        return
+    # Nor does it matter how many tokens there are, or where rows begin.
+    for t in range(0, m, 5):
+        assert torch.equal(product(kept, x[t : t + 1], integers), out[t : t + 1]), f"panels, {what}: token {t}"
+    assert torch.equal(product(kept, x[m // 2 :], integers), out[m // 2 :]), f"panels, {what}: half of the tokens"
+    if n > 1:
+        cut = random.Random(seed).randint(1, n - 1)
+        assert torch.equal(product(kept, x, integers, [cut, n]), out), f"panels, {what}: rows cut at {cut}"
 
 
 def cases(seed: int, count: int):
@@ -145,11 +188,16 @@ def test_every_kind_is_right_at_every_level(isa: Isa) -> None:
     isa.script(__file__, "39")
 
 
+def each_way(kind: str, integers: int, n: int = 20, k: int = 96) -> list[Stored]:
+    """A weight as it is stored, and with panels."""
+    w = stored(kind, n, k, 32 if kind in GROUPED else 0)
+    return [w, *filter(None, [in_panels(w, integers)])]
+
+
 def test_values_that_are_not_finite_are_not_lost() -> None:
     for kind in KINDS:
-        w = stored(kind, 20, 96, 32 if kind in GROUPED else 0)
         for integers in (0, 1, 2):
-            for m in (1, 5):
+            for w, m in itertools.product(each_way(kind, integers), (1, 5)):
                 for bad in (torch.inf, -torch.inf, torch.nan):
                     x = torch.ones(m, 96, dtype=torch.float32)
                     x[0, 40] = bad
@@ -159,10 +207,20 @@ def test_values_that_are_not_finite_are_not_lost() -> None:
                     assert y[1:].isfinite().all(), (kind, integers, m, bad)
 
 
+def test_codes_with_integers_have_panels() -> None:
+    for kind in KINDS:
+        w = stored(kind, 20, 96, 32 if kind in GROUPED else 0)
+        assert (_native.panels(w.weight, ROUNDED_8) > 0) == (kind in INTEGERS or (kind == "book4" and pairs())), kind
+        assert not _native.panels(w.weight, EXACT), kind
+
+
+def pairs() -> bool:
+    return torch.ops.bigkernels.cpu_isa() in ("avx512", "amx")
+
+
 def test_small_and_zero_tokens() -> None:
     for kind in INTEGERS:
-        w = stored(kind, 20, 96, 32 if kind in GROUPED else 0)
-        for m in (1, 5):
+        for w, m in itertools.product(each_way(kind, 1), (1, 5)):
             assert torch.equal(product(w, torch.zeros(m, 96), 1), torch.zeros(m, 20))
             small = torch.randn(m, 96, dtype=torch.float32) * 1e-25
             right, terms = expected(w, rounded(small, kind, 1))

@@ -1,9 +1,10 @@
 // The tokens of a product as its kernels read them: rounded or not, and in the order in which codes come.
 //
-// A few tokens (most_few) are multiplied along the rows of the weight: each token by itself, in the order of a vector
-// of codes. More of them are multiplied with panels of 16 rows, in blocks of up to kMost tokens: 32 bits of each token
-// in turn, so that a token's are broadcast from a fixed place. A block is followed by the scales of its tokens (of 32
-// values each, where they are rounded to 8 bits) and by their sums over each group of the weight.
+// A few tokens (most_few) are multiplied along the rows of a weight that is as stored: each token by itself, in the
+// order of a vector of codes. More of them, or any number where the weight has panels, are multiplied with panels of 16
+// rows, in blocks of up to kMost tokens: 32 bits of each token in turn, so that a token's are broadcast from a fixed
+// place. A block is followed by the scales of its tokens (of 32 values each, where they are rounded to 8 bits) and by
+// their sums over each group of the weight.
 #pragma once
 #include <bigkernels/program.h>
 
@@ -20,9 +21,10 @@ enum class Form : int { floats, rounded, pairs, nibbles, bytes, quads };
 
 constexpr int64_t kTiled = 16;  // tokens of float32 that are multiplied in tiles of rows and tokens
 constexpr int64_t kMost = W == 16 ? 16 : W == 8 ? 6 : 2;
-constexpr int64_t kProductWorkspace = 144 << 10;  // bytes, at most
-constexpr int64_t kPad = 512;                     // a few tokens' values are followed by zeros up to a multiple
-constexpr int64_t kSpan = 128;                    // values that are put into order at once, and the same of more tokens
+constexpr int64_t kMostByPanels = W == 16 ? 8 : kMost;  // with two sums each
+constexpr int64_t kProductWorkspace = 144 << 10;        // bytes, at most
+constexpr int64_t kPad = 512;                           // a few tokens' values are followed by zeros up to a multiple
+constexpr int64_t kSpan = 128;  // values that are put into order at once, and the same of more tokens
 #if defined(__AVX512BF16__)
 constexpr bool kHasPairs = true;
 #else
@@ -65,16 +67,18 @@ BK_INLINE Form form_of(const Weight& w, int32_t integers, int64_t m) {
 
 struct Tokens {
   Form form;
-  bool few;
+  bool few, by_panels;
   int64_t m, k, group, count, blocks;  // count: tokens of a block
   int64_t pick, width;                 // value i of run j of a stretch of codes is value i * pick + j; 1: as they come
   int64_t deep, sums, scale_at, sums_at, bytes;  // of a block
 
   Tokens(const Weight& w, int32_t integers, int64_t tokens) : m(tokens), k(w.k), group(w.group) {
+    by_panels = w.panels && m <= kPanelTokens;
     form = form_of(w, integers, m);
-    few = m <= most_few(form, w.transposed);
-    blocks = few ? m : (m + kMost - 1) / kMost;
-    count = few ? 1 : ((m + blocks - 1) / blocks + 1) / 2 * 2;
+    few = !by_panels && m <= most_few(form, w.transposed);
+    const int64_t most = by_panels ? kMostByPanels : kMost;
+    blocks = few ? m : (m + most - 1) / most;
+    count = few || (by_panels && m == 1) ? 1 : ((m + blocks - 1) / blocks + 1) / 2 * 2;
     pick = 1, width = 1;
     if (form == Form::quads) {
       pick = 2, width = few ? 4 * W : 4;
@@ -104,7 +108,8 @@ struct Tokens {
   }
   // What a token is made into, as a number: equal for weights that may share it.
   int32_t number() const {
-    return (int32_t)form | (int32_t)pick << 4 | (int32_t)(sums_at < bytes ? group / 32 : 0) << 8;
+    return (int32_t)form | (int32_t)pick << 4 | (int32_t)by_panels << 7 |
+           (int32_t)(sums_at < bytes ? group / 32 : 0) << 8;
   }
 
   const char* block(const void* ready, int64_t b) const { return (const char*)ready + b * bytes; }

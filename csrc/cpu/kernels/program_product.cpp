@@ -1,5 +1,6 @@
-// Products of a step's tokens with weights as they are stored: along rows for a few tokens, by panels for more.
-#include "product_panel.h"
+// Products of a step's tokens with weights: from panels that were made of codes before, for a few tokens; else as they
+// are stored, along rows for a few tokens, by panels that are made in passing for more.
+#include "product_stored.h"
 
 namespace bigkernels {
 namespace BK_ISA {
@@ -98,7 +99,8 @@ void product_prepare(const Weight& w, int32_t integers, const float* x, int64_t 
 }
 
 int64_t product_workspace(const Weight& w, int32_t integers, int64_t m, int64_t) {
-  return Tokens(w, integers, m).few ? 0 : (m <= kMost ? 1 : kPanels) * (int64_t)sizeof(Panel) + 64;
+  const Tokens a(w, integers, m);
+  return a.few || a.by_panels ? 0 : (m <= kMost ? 1 : kPanels) * (int64_t)sizeof(Panel) + 64;
 }
 
 void product(const Weight& w, int32_t integers, const void* ready, int64_t m, int64_t begin, int64_t end, float* out,
@@ -113,6 +115,7 @@ void product(const Weight& w, int32_t integers, const void* ready, int64_t m, in
   auto by_panels = [&](auto count) __attribute__((always_inline)) {
     panels_of<decltype(count)::value>(w, a, ready, begin, end, out, stride, panels);
   };
+  if (a.by_panels) return from_panels(w, a, ready, begin, end, out, stride);
   if (a.few) {
     if (!w.transposed && (a.form == Form::floats || a.form == Form::rounded))
       return few_floats(w, a, ready, begin, end, out, stride);

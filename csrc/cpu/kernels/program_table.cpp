@@ -25,11 +25,13 @@ int64_t product_ready(const Weight&, int32_t, int64_t);
 void product_prepare(const Weight&, int32_t, const float*, int64_t, int64_t, int64_t, int64_t, void*);
 int64_t product_workspace(const Weight&, int32_t, int64_t, int64_t);
 void product(const Weight&, int32_t, const void*, int64_t, int64_t, int64_t, float*, int64_t, void*);
+int64_t panel_bytes(const Weight&, int32_t);
+void make_panels(const Weight&, int64_t, int64_t);
 
 extern const ProgramTable program_table = {
-    program_norm,    program_combine,     program_activate, program_finish,       product_form,  product_ready,
-    product_prepare, product_workspace,   product,          program_route,        program_units, program_expert_sum,
-    program_heads,   program_attend_plan, program_attend,   program_attend_merge,
+    program_norm,    program_combine,    program_activate, program_finish,      product_form,   product_ready,
+    product_prepare, product_workspace,  product,          panel_bytes,         make_panels,    program_route,
+    program_units,   program_expert_sum, program_heads,    program_attend_plan, program_attend, program_attend_merge,
 };
 
 }  // namespace BK_ISA

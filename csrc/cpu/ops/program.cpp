@@ -162,6 +162,58 @@ void write(int64_t number, int64_t value, Tensor x) {
     table().convert(type, false, dense.const_data_ptr(), to, rows * width);
 }
 
+int64_t panel_bytes(Tensor program) {
+  return program_panels(const_cast<ProgramHeader*>(header_of(program)), nullptr, nullptr);
+}
+
+void make_panels(Tensor program, Tensor memory) {
+  auto* h = const_cast<ProgramHeader*>(header_of(program));
+  BK_CHECK(memory.is_cpu() && memory.is_contiguous() && memory.scalar_type() == ScalarType::Byte &&
+               memory.numel() >= program_panels(h, nullptr, nullptr) && (uintptr_t)memory.const_data_ptr() % 64 == 0,
+           "no memory for panels");
+  std::vector<const Weight*> weights;
+  program_panels(h, (uint8_t*)memory.mutable_data_ptr(), &weights);
+  // As a step's threads share them, so that memory is first touched where it is read.
+  const int64_t threads = torch::stable::get_num_threads();
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (const Weight* w : weights) {
+      const int64_t panels = (w->n + 15) / 16;
+      program_table().make_panels(*w, panels * begin / threads, panels * end / threads);
+    }
+  });
+}
+
+// Eight sums beside each other, each of products by odd numbers: any change of one word changes its sum.
+uint64_t checksum(const char* p, int64_t bytes) {
+  constexpr uint64_t kFactor = 0x9e3779b97f4a7c15u;
+  uint64_t sums[8] = {1, 2, 3, 4, 5, 6, 7, 8}, words[8];
+  auto add = [&] {
+    for (int i = 0; i < 8; ++i) sums[i] = (sums[i] ^ words[i]) * kFactor;
+  };
+  int64_t at = 0;
+  for (; at + 64 <= bytes; at += 64) std::memcpy(words, p + at, 64), add();
+  if (at < bytes) {
+    std::memset(words, 0, sizeof words);
+    std::memcpy(words, p + at, bytes - at);
+    add();
+  }
+  uint64_t all = (uint64_t)bytes;
+  for (uint64_t s : sums) all = (all ^ (s ^ s >> 29)) * kFactor;
+  return all;
+}
+
+Tensor checksums(Tensor pieces) {
+  BK_CHECK(pieces.is_cpu() && pieces.is_contiguous() && pieces.scalar_type() == ScalarType::Long && pieces.dim() == 2 &&
+               pieces.size(1) == 2,
+           "no list of pieces of memory");
+  const int64_t count = pieces.size(0), one = 1;
+  const auto* piece = (const int64_t*)pieces.const_data_ptr();
+  Tensor out = empty_strided(&count, &one, 1, ScalarType::Long, count * 8);
+  auto* to = (int64_t*)out.mutable_data_ptr();
+  parallel_tasks(count, [&](int64_t i) { to[i] = (int64_t)checksum((const char*)piece[2 * i], piece[2 * i + 1]); });
+  return out;
+}
+
 void finish(int64_t number) {
   if (Place* found = program_find(number)) program_finish(found);
 }
@@ -186,6 +238,9 @@ STABLE_TORCH_LIBRARY_IMPL(bigkernels, CPU, m) {
   m.impl("program_start", TORCH_BOX(&start));
   m.impl("program_write", TORCH_BOX(&write));
   m.impl("program_read", TORCH_BOX(&read));
+  m.impl("program_panel_bytes", TORCH_BOX(&panel_bytes));
+  m.impl("program_make_panels", TORCH_BOX(&make_panels));
+  m.impl("program_checksums", TORCH_BOX(&checksums));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigkernels, CompositeExplicitAutograd, m) {

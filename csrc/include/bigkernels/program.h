@@ -2,14 +2,17 @@
 // one call walks with a team of threads (csrc/cpu/program.cpp).
 //
 // Values between records are rows of float32, one row a token: `batch` sequences of `tokens` new tokens each, row
-// b * tokens + s. Weights are read where the model keeps them: records hold addresses, and no copy can go stale. Every
-// record writes values of its own, so that two threads that make the same chunk write the same bits.
+// b * tokens + s. Weights are read where the model keeps them: records hold addresses. Of codes there may be a copy
+// beside them, in panels, for up to kPanelTokens rows: whoever has it made watches the codes. Every record writes values
+// of its own, so that two threads that make the same chunk write the same bits.
 //
 // bigkernels/program/_records.py has the same structs for Python; tests compare their sizes.
 #pragma once
 #include "table.h"
 
 namespace bigkernels {
+
+constexpr int64_t kPanelTokens = 16;  // rows that are multiplied with panels, where a weight has them; more: as stored
 
 typedef int32_t Value;  // its number in the program's list; -1: none
 
@@ -262,6 +265,10 @@ struct ProgramTable {
   int64_t (*product_workspace)(const Weight&, int32_t integers, int64_t m, int64_t rows);
   void (*product)(const Weight&, int32_t integers, const void* ready, int64_t m, int64_t begin, int64_t end, float* out,
                   int64_t stride, void* workspace);
+  // Bytes of a panel of 16 rows of a weight, a multiple of 64; 0: products read it as it is stored. Then panels
+  // [begin, end), to their place.
+  int64_t (*panel_bytes)(const Weight&, int32_t integers);
+  void (*make_panels)(const Weight&, int64_t begin, int64_t end);
   // Experts: rows [begin, end) of a router's logits to weights and numbers; what products with an expert's gate and up
   // have given for m tokens, units [begin, end), to the places of the tokens' units; and the same of its down, times
   // weights, added to m places of sums.

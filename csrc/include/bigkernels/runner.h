@@ -2,6 +2,7 @@
 #pragma once
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "program.h"
 
@@ -28,6 +29,10 @@ void program_finish(Place*);
 // A run by its number, which is never given again; null: it has ended.
 int64_t program_number(const Place*);
 Place* program_find(int64_t number);
+// Panels of the weights of a program that has not run yet: how many bytes they take, all of them, in the order in which
+// a step reads them; and where there is memory for them, their addresses in the records, and `weights` to be filled by
+// ProgramTable::make_panels.
+int64_t program_panels(ProgramHeader*, uint8_t* memory, std::vector<const Weight*>* weights);
 // Waits until no thread is inside a run that has ended.
 void program_settle();
 // Bytes of values that runs have left for the next ones; frees them, and returns how many.
