@@ -168,7 +168,7 @@ class Description:
         row.k, row.v = k[:, :, begin:].data_ptr(), v[:, :, begin:].data_ptr()
         row.k_batch, row.k_head, row.k_token, _ = k.stride()
         row.v_batch, row.v_head, row.v_token, _ = v.stride()
-        row.held, row.capacity, row.type = held, k.shape[2] - begin, TYPES[self.dtype]
+        row.held, row.capacity, row.type = held, k.shape[2] - begin, TYPES.get(k.dtype, TYPES[self.dtype])
         if k.dtype == torch.int8:
             scales = [x[:, :, begin:] for x in (layer._k_scale, layer._v_scale)]
             row.bits, (row.k_scale, row.v_scale) = 8, (x.data_ptr() for x in scales)
@@ -317,8 +317,8 @@ def _dynamic(layer: Any, shape: CacheShape, batch: int, dtype: torch.dtype) -> s
     window = getattr(layer, "sliding_window", 0)
     if window and (window != shape.window or window < 2):
         return f"it keeps a window of {window} tokens, and the model sees {shape.window or 'all'}"
-    if layer._k is not None and layer._k.dtype == torch.int8:
-        reason = _unlike(layer._k, layer._v, shape, batch, torch.int8)
+    if layer._k is not None and layer._coded:
+        reason = _unlike(layer._k, layer._v, shape, batch, layer._k.dtype)
         if not reason and layer.dtype != dtype:
             reason = f"its values are {layer.dtype}, and the model's {dtype}"
     elif not layer.is_initialized or (layer.keys is not None and layer.keys.dim() == 1 and not layer.keys.numel()):

@@ -71,6 +71,7 @@ class BufferedLayer(DynamicLayer):
 
     _own_class: type[DynamicLayer] = DynamicLayer  # as which it is pickled
     _names = ("_k", "_v")  # of its buffers, (B, H, slots, ...)
+    _coded = False  # whether these hold something else than keys and values as modules give them
     # Defaults of what `_buffers` sets, so that layers that transformers makes need no __init__ of ours.
     _k: Tensor | None = None
     _v: Tensor | None = None

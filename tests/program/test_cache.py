@@ -22,7 +22,14 @@ import bigkernels
 from bigkernels.program import _cache, _cache_layers
 from bigkernels.program import _records as records
 from bigkernels.program._cache import CacheShape, Description, describe
-from bigkernels.program._cache_int8 import Int8Layer, Int8SlidingWindowLayer, decode, encode
+from bigkernels.program._cache_int8 import (
+    CastLayer,
+    CastSlidingWindowLayer,
+    Int8Layer,
+    Int8SlidingWindowLayer,
+    decode,
+    encode,
+)
 from bigkernels.program._cache_layers import BufferedLayer, BufferedSlidingWindowLayer, buffered
 
 GROUPS, D, DV, WINDOW = 2, 4, 6, 7
@@ -96,6 +103,9 @@ def _write(found: Description, k: list[Tensor], v: list[Tensor]) -> None:
                 writes[j] = (writes[j][0], codes, writes[j][2])
                 scales.append((address, scale[..., None], strides))
             writes += scales
+        else:
+            dtype = next(dtype for dtype, number in _cache.TYPES.items() if number == layer.type)
+            writes = [(address, x.to(dtype), strides) for address, x, strides in writes]
         for address, x, strides in writes:
             for b in range(x.shape[0]):
                 for h in range(x.shape[1]):
@@ -109,16 +119,21 @@ class Pair:
     """The same operations on a cache that transformers' modules fill and on one that modules and a program fill in
     turns."""
 
-    def __init__(self, seed: int, bits: int = 0):
+    def __init__(self, seed: int, bits: int | torch.dtype = 0):
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.batch = self.random.choice((1, 2, 3))
         make = lambda: DynamicCache.__new__(DynamicCache)  # noqa: E731
         self.theirs, self.ours = make(), make()
         self.bits = bits
-        kinds = (Int8Layer, Int8SlidingWindowLayer) if bits else (DynamicLayer, DynamicSlidingWindowLayer)
+        kinds = {0: (DynamicLayer, DynamicSlidingWindowLayer), 8: (Int8Layer, Int8SlidingWindowLayer)}.get(
+            bits, (CastLayer, CastSlidingWindowLayer)
+        )
         super(DynamicCache, self.theirs).__init__(layers=[DynamicLayer(), DynamicSlidingWindowLayer(WINDOW)])
         super(DynamicCache, self.ours).__init__(layers=[kinds[0](), kinds[1](WINDOW)])
+        if bits not in (0, 8):
+            for layer in self.ours.layers:
+                layer.kept = bits
         self.recording = False
 
     def both(self, f) -> None:
@@ -141,10 +156,12 @@ class Pair:
         self.both(lambda c: [x for i, s in enumerate(states if c is self.ours else known) for x in c.update(*s, i)])
 
     def states(self, tokens: int) -> tuple[list, list]:
-        """New keys and values, and what they are in 8 bits."""
+        """New keys and values, and what they are in 8 bits or another dtype."""
         states = [new(self.batch, tokens, self.generator) for _ in SHAPES]
         if not self.bits:
             return states, states
+        if self.bits != 8:
+            return states, [tuple(x.to(self.bits).float() for x in s) for s in states]
         return states, [tuple(decode(*encode(x), torch.float32) for x in s) for s in states]
 
     def step(self) -> None:
@@ -226,7 +243,7 @@ OPERATIONS = ("append", "step", "step", "step", "crop", "reorder", "repeat", "se
               "write", "offload", "record")  # fmt: skip
 
 
-@pytest.mark.parametrize("bits", [0, 8])
+@pytest.mark.parametrize("bits", [0, 8, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(40))
 @torch.no_grad()
 def test_any_sequence_of_operations(seed, bits):
@@ -536,3 +553,52 @@ def test_a_cache_of_8_bits_takes_half_of_the_memory():
     assert type(bigkernels.Cache(tiny()).layers[0]) is DynamicSlidingWindowLayer
     with pytest.raises(ValueError, match="bits is 4"):
         bigkernels.Cache(tiny(), bits=4)
+
+
+KEPT = [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16), (torch.float32, torch.float32)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "kept"), KEPT, ids=lambda dtype: str(dtype)[6:])
+@torch.no_grad()
+def test_a_cache_of_another_dtype(monkeypatch, dtype, kept):
+    """Modules and program in turns, past the window, on the numbers that are kept; and none of them is wider."""
+    monkeypatch.undo()
+    ids = torch.randint(3, 64, (2, 24))
+    sizes = (9, 1, 1, 4, 1, 1, 3, 1, 3)
+    model = tiny()
+    exact = copy.deepcopy(model).double()(input_ids=ids).logits
+    model.to(dtype)
+    ours = copy.deepcopy(model)
+    bigkernels.patch(ours)
+
+    def logits(patched: set[int]) -> Tensor:
+        cache, out, at = bigkernels.Cache(model, dtype=kept), [], 0
+        for i, n in enumerate(sizes):
+            out.append((ours if i in patched else model)(input_ids=ids[:, at : at + n], **{CACHE: cache}).logits)
+            assert i not in patched or all(layer._lent for layer in cache.layers)
+            at += n
+            if i == 4:
+                cache = copy.deepcopy(cache)
+            elif i == 5:
+                cache = pickle.loads(pickle.dumps(cache))
+        for layer in cache.layers:
+            assert type(layer) is CastSlidingWindowLayer and cache.get_seq_length() == 24
+            assert layer._k.dtype == layer._v.dtype == kept and layer.keys.dtype == layer.values.dtype == dtype
+        return torch.cat(out, 1).double()
+
+    step = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+    tolerance = max(step[dtype], step[kept]) * exact.abs().max().item()
+    for patched in (set(), {0, 1, 4, 6}, set(range(9))):
+        assert (logits(patched) - exact).abs().max() < tolerance
+
+
+def test_dtypes_that_a_cache_cannot_have():
+    for options, why in (
+        ({"dtype": torch.float64}, "float32, bfloat16"),
+        ({"dtype": torch.int8}, "dtype is torch.int8"),
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16'"),
+        ({"dtype": torch.bfloat16, "bits": 8}, "give bits or dtype"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            bigkernels.Cache(tiny(), **options)

@@ -86,6 +86,21 @@ def test_tokens(name: str, slow: list[int]):
         close(a.values, b.values)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_tokens_of_a_cache_of_another_dtype(name: str, slow: list[int]):
+    models = pair(name)
+    caches = [bigkernels.Cache(models.theirs, dtype=torch.bfloat16) for _ in range(2)]
+    theirs, ours = (Talk(m, 2, cache=c) for m, c in zip((models.theirs, models.ours), caches, strict=True))
+    for i in range(16):
+        a, b = ours.next(), theirs.next()
+        assert a.dtype == torch.float32 and (a - b).abs().max() < 0.02 * b.abs().max()
+        if i == 3:
+            slow[0] = 0
+    assert slow[0] == 0
+    for a, b in zip(ours.cache.layers, theirs.cache.layers, strict=True):
+        assert a._k.dtype == torch.bfloat16 and (a.keys - b.keys).abs().max() < 0.02 * b.keys.abs().max()
+
+
 def test_padding(slow: list[int]):
     models, padding = pair("llama"), torch.tensor([0, 2, 4])
     theirs, ours = (Talk(m, 3, padding=padding) for m in (models.theirs, models.ours))
