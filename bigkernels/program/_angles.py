@@ -28,7 +28,8 @@ class Tables:
     def __init__(self, angles: list[Angles], dtype: torch.dtype) -> None:
         self._angles, self._dtype = angles, dtype
         self.made: list[tuple[Tensor, Tensor] | None] = [None] * len(angles)
-        self.rows = torch.zeros(len(angles), _WORDS, dtype=torch.int64, device="cpu")
+        with torch.inference_mode(False):  # they are written again, in whatever mode a later call is
+            self.rows = torch.zeros(len(angles), _WORDS, dtype=torch.int64, device="cpu")
         self._length = 0 if any(a.table for a in angles) else None
         self._by_row = [i for i, a in enumerate(angles) if not a.table]
 

@@ -194,6 +194,14 @@ def test_positions_beyond_the_tables(shared: Pair):
         _same(shared, True, position_ids=torch.arange(first, first + 9)[None])
 
 
+def test_longer_tables_outside_of_the_mode_of_the_first_call():
+    both = pair("llama")
+    with torch.inference_mode():
+        both.ours(input_ids=prompt())
+    for first in (3000, 0, 9000):
+        _same(both, True, position_ids=torch.arange(first, first + 9)[None])
+
+
 # ---- modes -----------------------------------------------------------------------------------------------------------
 
 
