@@ -48,7 +48,6 @@ class Description:
 
     Attributes:
         lease: a CacheLease of csrc/cpu/cache_lease.cpp.
-        runs: how often it was given.
     """
 
     def __init__(self, shapes: Sequence[CacheShape | None], batch: int, dtype: torch.dtype, past: int):
@@ -58,7 +57,6 @@ class Description:
         self._slots = array("q", bytes(8 * _SLOTS * len(shapes)))  # of each layer its begin, end and window
         addresses = self.packed.data_ptr(), self._slots.buffer_info()[0]
         self.lease = array("q", (1, past, 1 << 62, len(shapes), *addresses))
-        self.runs = 0
         self.dynamic: list[int] = []  # the `id` of each layer, which ends this when it goes; 0 of a static one
         self.others: list[tuple[int, Any, bool]] = []  # that the model's own code keeps, and whether they count tokens
         self.static: list[tuple[int, Any, Tensor, Tensor, Tensor, c_int64]] = []
@@ -211,7 +209,6 @@ def describe(
     if found is not None:
         if found.shapes is shapes and found.batch == batch and found.dtype is dtype:
             if found.fits(cache, tokens) or (found.renew(cache) and found.fits(cache, tokens)):
-                found.runs += 1
                 return found
     found = _look(cache, shapes, batch, tokens, dtype)
     if isinstance(found, Description):

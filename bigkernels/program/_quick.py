@@ -54,10 +54,12 @@ class Quick:
 
     Attributes:
         call: (keyword arguments) gives logits, or None where the call is another one.
+        cache: its description.
     """
 
     def __init__(self, call: Callable[[dict[str, Any]], Tensor | None], known: tuple, died: weakref.ref) -> None:
         self.call, self._known, self._died = call, known, died
+        self.cache: weakref.ref[Description] = weakref.ref(known[0])
 
     def is_of(self, described: Description, watch: Watch, program: Program) -> bool:
         return all(a is b for a, b in zip(self._known, _known(described, watch, program), strict=True))

@@ -70,7 +70,8 @@ class Steps:
         self.taken = self.left = 0
         self.why = self.model = ""
         self._entries: list[_Entry] = []  # the current one first
-        self.quick: Quick | None = None  # for the cache of the last call
+        self.quick: Quick | None = None  # for a cache that came twice
+        self._last: weakref.ref[Description] | None = None  # the cache of the last call
         self._names: tuple[str, ...] = ()
         self._random: str | None = None  # why calls in training are the modules', as of `_mode_of`
         self._mode_of: tuple[Watch, int] | None = None
@@ -120,13 +121,15 @@ class Steps:
             if logits is None and not (quick.renew(cache) and (logits := quick.call(given)) is not None):
                 return None
             self.taken += 1
+            self._last = quick.cache
         return self.output.quickly(logits, cache)
 
     def prepare(self, described: Description, cache: Any) -> None:
         """So that the next call is answered by `quickly`, after one that was answered by the program."""
+        last, self._last = self._last, weakref.ref(described)
+        if last is None or last() is not described or self.defaults.asks is not None or not self.output.nothing:
+            return  # caches that come in turns are not prepared for
         entry, quick = self._entries[0], self.quick
-        if described.runs < 1 or self.defaults.asks is not None or not self.output.nothing:
-            return  # a cache that is seen once is not prepared for
         if quick is None or not quick.is_of(described, entry.watch, entry.program):
             self.quick = Quick.of(self, described, cache, entry.watch, entry.program)
 

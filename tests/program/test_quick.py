@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -254,12 +255,56 @@ def test_nothing_of_a_cache_is_kept_alive():
     assert gone() is None and steps.quick is None
 
 
-def test_caches_in_turn():
+def test_caches_in_turn(monkeypatch):
+    """Nothing is prepared for a cache unless it comes twice in succession."""
+    made, real = [], _quick.Quick.of
+
+    def counted(*args):
+        made.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(_quick.Quick, "of", counted)
     models = pair("llama")
     talks = [(Talk(models.theirs, length=n), Talk(models.ours, length=n)) for n in (4, 7)]
+    for i in range(8):
+        theirs, ours = talks[i % 2]
+        close(ours.next(), theirs.next())
+    assert not made
     for i in range(12):
         theirs, ours = talks[i // 3 % 2]
         close(ours.next(), theirs.next())
+    assert len(made) == 4
+
+
+@pytest.mark.parametrize("models", ["one model", "copies"])
+def test_threads_with_caches_of_their_own(models: str, slow: list[int]):
+    """Calls of one model wait for each other and prepare for another cache each; those of copies meet inside."""
+    both = pair("llama")
+    expected = []
+    for i in range(3):
+        talk = Talk(both.theirs, 1 + i % 2, length=4 + i)
+        expected.append([talk.next() for _ in range(40)])
+    talks = []
+    for i in range(3):
+        model = both.ours if models == "one model" else copy.deepcopy(both.ours)
+        talks.append(Talk(model, 1 + i % 2, length=4 + i))
+        if models == "copies":
+            made = [talks[i].next() for _ in range(4)]
+            for a, b in zip(made, expected[i], strict=False):
+                close(a, b)
+            del expected[i][:4]
+    slow[0] = 0
+
+    def run(i: int) -> list[Tensor]:
+        torch.set_num_threads(2)
+        return [talks[i].next() for _ in expected[i]]
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(run, range(3)))
+    for made, right in zip(results, expected, strict=True):
+        for a, b in zip(made, right, strict=True):
+            close(a, b)
+    assert models == "one model" or slow[0] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
