@@ -8,6 +8,8 @@ from ._calls import enclosing
 from ._check import check
 from ._identify import Builder
 from ._ir import Graph
+from ._layers import products
+from ._products import Drawn
 from ._record import Trace, arguments, traced
 from ._suspend import disturbance
 from ._trace import ModuleCall, Refused
@@ -28,10 +30,11 @@ def find(model: nn.Module) -> Graph | str:
         if reason is not None:
             raise Refused(reason)
         names = arguments(model)
-        trace = traced(model)
-        if trace.recorder.reads is not None:
-            raise Refused(f"{trace.recorder.reads or '(model)'}: its code looks at numbers that it computed")
-        graph = _built(trace)
+        with products(Drawn()):  # what lies between products is looked for: any weights will do
+            trace = traced(model)
+            if trace.recorder.reads is not None:
+                raise Refused(f"{trace.recorder.reads or '(model)'}: its code looks at numbers that it computed")
+            graph = _built(trace)
         graph.layers = 1 + max((*(u.layer for u in trace.updates), *graph.owned), default=-1)
         graph.own_cache = trace.own_cache
         graph.position_ids = "positions" in names

@@ -54,6 +54,7 @@ class Builder:
         self.refused: Refused | None = None  # the first of an attempt that failed inside
         self.memory: dict[tuple, object] = {}  # what was found of modules of a kind
         self.opaque = {c.begin: c for c in sorted(opaque, key=lambda c: c.begin - c.end)}
+        self.samples: dict[tuple[int, int], Tensor] = {}  # by width and seed
         self.made: dict[int, object] = {}  # the operation that makes a value
 
     # ---- rows --------------------------------------------------------------------------------------------------------
@@ -84,7 +85,9 @@ class Builder:
         return compute
 
     def sample(self, width: int, seed: int = 0) -> Tensor:
-        return random(self.trace.rows, width, seed=seed, device=self.device)
+        if (width, seed) not in self.samples:
+            self.samples[width, seed] = random(self.trace.rows, width, seed=seed, device=self.device)
+        return self.samples[width, seed]
 
     def vectors(self, ref: Ref, known: Collection[Ref]) -> list[Stored]:
         """The parameters and buffers that the steps up to `ref` read, themselves or what was made of them."""

@@ -73,7 +73,7 @@ def run(graph: Graph, hidden: Tensor, positions: Tensor, cache: Cache, *, starts
             case Activate():
                 values[op.out] = activate(op, values)
             case Product():
-                width = _layers.dense(op.module).shape[1]
+                width = _layers.shape(op.module)[1]
                 values[op.out] = _layers.apply(op.module, values[op.x][..., op.x_column : op.x_column + width])
             case Heads():
                 _heads(op, values, cache, angles)

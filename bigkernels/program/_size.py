@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..nn._quantized import Quantized
 from . import _layers
 
 RUN = 256  # tokens of a run, as `_forward` cuts longer calls
@@ -26,7 +25,7 @@ def workspace(model: nn.Module, batch: int, tokens: int, keep: int, positions: i
     width, vocabulary, pairs = 0, 0, []
     for module in model.modules():
         if _layers.is_linear(module):
-            n, k = _shape(module)
+            n, k = _layers.shape(module)
             if module is head:
                 vocabulary = n
             else:
@@ -53,13 +52,6 @@ def panels(model: nn.Module) -> int:
     held = (m for m in model.modules() if isinstance(m, Quantized) and (_layers.is_linear(m) or hasattr(m, "experts")))
     rounded = (m.qweight for m in held if m.dtype != torch.float32 or m.config.dynamic)
     return sum(w.nbytes for w in rounded if w.config.name != "fp8")
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, Quantized):
-        return tuple(module.qweight.shape)
-    n, k = module.weight.shape
-    return (n, k) if isinstance(module, nn.Linear) else (k, n)
 
 
 def _head(model: nn.Module) -> int:

@@ -84,7 +84,7 @@ def exact(value: Any) -> Any:
 
 def mapped(function: Callable, value: Any) -> Any:
     """A structure of tuples, lists, dicts and slices with function(leaf) for each leaf."""
-    if isinstance(value, Ref):
+    if type(value) in _LEAVES:
         return function(value)
     if isinstance(value, (tuple, list)):
         made = [mapped(function, v) for v in value]
@@ -99,24 +99,35 @@ def mapped(function: Callable, value: Any) -> Any:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, Ref):
-        yield value
+    found: list[Any] = []
+    _collect(value, found)
+    return iter(found)
+
+
+def _collect(value: Any, found: list[Any]) -> None:
+    kind = type(value)
+    if kind in _LEAVES:
+        found.append(value)
     elif isinstance(value, (tuple, list)):
         for v in value:
-            yield from leaves(v)
+            _collect(v, found)
     elif isinstance(value, dict):
         for v in value.values():
-            yield from leaves(v)
-    elif isinstance(value, slice):
-        yield from (value.start, value.stop, value.step)
+            _collect(v, found)
+    elif kind is slice:
+        found += (value.start, value.stop, value.step)
     else:
-        yield value
+        found.append(value)
+
+
+_LEAVES = {Ref, Tensor, nn.Parameter, int, float, bool, str, type(None), torch.dtype, torch.device}
 
 
 _CASTS = {"float", "double", "half", "bfloat16", "to", "type", "type_as"}
 # `empty_like` and `new_empty` are none of these: what is written to them, in parts, is of the tokens.
 _LIKE = {"zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
          "new_zeros", "new_ones", "new_full", "new_tensor"}  # fmt: skip
+_PICKS = {"embedding", "index_select", "gather"}  # rows of a table, which need not be cast whole
 _READS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "__len__", "__contains__",
           "is_nonzero", "equal", "allclose"}  # fmt: skip
 _QUIET = {"size", "stride", "dim", "numel", "__len__", "is_contiguous", "element_size", "data_ptr", "is_floating_point",
@@ -236,12 +247,14 @@ class Recorder(TorchFunctionMode):
         inplace = name.endswith("_") and not name.endswith("__") or name in ("__setitem__", *_IN_PLACE)
         if inplace and floating(args[0]) and not self._depends(args[0]):
             args[0].data = exact(args[0].data)
-        args, kwargs = mapped(exact, args), mapped(exact, kwargs)
+        numbers = any(floating(t) for t in tensors if self._depends(t))
+        if numbers or name not in _PICKS or kwargs.get("max_norm") is not None:
+            args, kwargs = mapped(exact, args), mapped(exact, kwargs)
         out = _run(func, args, kwargs)
         outs = (args[0],) if name == "__setitem__" else tuple(t for t in leaves(out) if isinstance(t, Tensor))
         if not outs:
             return out
-        if out is not None and len(tensors) and all(not floating(t) for t in tensors if self._depends(t)):
+        if out is not None and not numbers:
             # From token numbers to numbers: in the model's own dtype so far.
             cast = {id(t): exact(t) for t in outs if floating(t)}
             out = mapped(lambda t: cast.get(id(t), t), out)
