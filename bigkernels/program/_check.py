@@ -9,7 +9,7 @@ from . import _reference
 from ._ir import Graph
 from ._layers import products
 from ._products import Drawn, Once
-from ._record import _vocabulary, arguments, new_cache, record
+from ._record import Trace, _vocabulary, arguments, new_cache, record
 from ._trace import Refused
 
 _ERROR = 1e-5  # relative to the largest logit
@@ -52,6 +52,10 @@ def check(model: nn.Module, graph: Graph) -> None:
             )
 
 
+def _logits(trace: Trace) -> Tensor:
+    return trace.recorder.steps[trace.logits.step].outs[trace.logits.number]
+
+
 def _counted(model: nn.Module, graph: Graph, pieces: list[Tensor], starts: Tensor | None, drawn: Drawn) -> bool:
     """Whether tokens whose positions are not given have those of their places."""
     try:
@@ -81,8 +85,7 @@ def _steps(model: nn.Module, graph: Graph, pieces: list[Tensor], starts: Tensor 
         if starts is not None:
             seen = torch.arange(past, past + length, dtype=torch.int64, device=piece.device)[None] >= starts[:, None]
         with products(Once(seen) if given and piece is pieces[-1] else drawn):
-            trace = record(model, piece, positions if given else None, cache, mask)
-            theirs = trace.recorder.steps[trace.logits.step].outs[trace.logits.number]
+            theirs = _logits(record(model, piece, positions if given else None, cache, mask))
             hidden = graph.embed.exact(piece, positions)
             made = _reference.run(graph, hidden, positions, ours, starts=starts)
         past += length

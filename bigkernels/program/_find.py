@@ -29,16 +29,8 @@ def find(model: nn.Module) -> Graph | str:
         reason = disturbance(model)
         if reason is not None:
             raise Refused(reason)
-        names = arguments(model)
         with products(Drawn()):  # what lies between products is looked for: any weights will do
-            trace = traced(model)
-            if trace.recorder.reads is not None:
-                raise Refused(f"{trace.recorder.reads or '(model)'}: its code looks at numbers that it computed")
-            graph = _built(trace)
-        graph.layers = 1 + max((*(u.layer for u in trace.updates), *graph.owned), default=-1)
-        graph.own_cache = trace.own_cache
-        graph.position_ids = "positions" in names
-        graph.modules = list(model.modules())
+            graph = _told(model)
         check(model, graph)
         return graph
     except Refused as refused:
@@ -46,6 +38,20 @@ def find(model: nn.Module) -> Graph | str:
     except Exception as error:  # noqa: BLE001  whatever a model does, it is left to its modules
         message = (str(error).splitlines() or [""])[0][:120]
         return f"(model): the search failed: {type(error).__name__}: {message}"
+
+
+def _told(model: nn.Module) -> Graph:
+    """A graph that nobody compared yet."""
+    names = arguments(model)
+    trace = traced(model)
+    if trace.recorder.reads is not None:
+        raise Refused(f"{trace.recorder.reads or '(model)'}: its code looks at numbers that it computed")
+    graph = _built(trace)
+    graph.layers = 1 + max((*(u.layer for u in trace.updates), *graph.owned), default=-1)
+    graph.own_cache = trace.own_cache
+    graph.position_ids = "positions" in names
+    graph.modules = list(model.modules())
+    return graph
 
 
 def _built(trace: Trace) -> Graph:

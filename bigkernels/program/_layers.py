@@ -16,7 +16,7 @@ from ..quantization._layers import conv1d, rows
 from ._ir import StoredLinear
 
 _PART = 2**17
-_DECODED = 2**20  # elements of a weight in codes that are there at once
+_DECODED = 2**18  # elements of a weight in codes that are there at once
 _BY: ContextVar[Callable[[object, Tensor], Tensor] | None] = ContextVar("products", default=None)
 
 
