@@ -67,8 +67,8 @@ def _counted(model: nn.Module, graph: Graph, pieces: list[Tensor], starts: Tenso
 
 def _steps(model: nn.Module, graph: Graph, pieces: list[Tensor], starts: Tensor | None, drawn: Drawn,
            given: bool = True) -> None:  # fmt: skip
-    """Products of the last piece are the model's own, unless only its positions are looked at (`given` is False); those
-    of the others are drawn: their linear layers have other weights, in the model and in the graph.
+    """Products of the first piece are the model's own, unless only positions are looked at (`given` is False); those of
+    the others are drawn: their linear layers have other weights, in the model and in the graph.
     """
     cache, own = (new_cache(model if graph.own_cache else None) for _ in range(2))
     ours = _reference.Cache(graph.layers, own)
@@ -84,7 +84,7 @@ def _steps(model: nn.Module, graph: Graph, pieces: list[Tensor], starts: Tensor 
         seen = torch.ones(batch, length, dtype=torch.bool, device=piece.device)
         if starts is not None:
             seen = torch.arange(past, past + length, dtype=torch.int64, device=piece.device)[None] >= starts[:, None]
-        with products(Once(seen) if given and piece is pieces[-1] else drawn):
+        with products(Once(seen) if given and piece is pieces[0] else drawn):
             theirs = _logits(record(model, piece, positions if given else None, cache, mask))
             hidden = graph.embed.exact(piece, positions)
             made = _reference.run(graph, hidden, positions, ours, starts=starts)
