@@ -169,9 +169,10 @@ def _decode(model: nn.Module, ids: Tensor, tokens: int) -> list[float]:
         times.append(time.perf_counter())
         return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
+    model.generation_config.eos_token_id = None  # nothing ends the text early
     with torch.inference_mode():
         model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens,
-                       min_new_tokens=tokens, stopping_criteria=StoppingCriteriaList([note]))  # fmt: skip
+                       stopping_criteria=StoppingCriteriaList([note]))  # fmt: skip
     return times
 
 

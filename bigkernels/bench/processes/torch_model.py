@@ -117,9 +117,10 @@ class Model:
         else:
             options |= self._new_cache()
             ids = self.ids
+        # Nothing ends a text early. min_new_tokens does the same, for a millisecond a token of its own Python.
+        self.model.generation_config.eos_token_id = None
         out = self.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=steps + 1,
-                                  min_new_tokens=steps + 1, stopping_criteria=StoppingCriteriaList([note]),
-                                  **options)  # fmt: skip
+                                  stopping_criteria=StoppingCriteriaList([note]), **options)  # fmt: skip
         if long:
             self._forget()
         seconds = [after - before for before, after in zip(times, times[1:], strict=False)]
