@@ -26,7 +26,7 @@ def document(rows: Sequence[Row], limits: Limits, settings: Settings, command: s
         command: the command line that made the rows.
     """
     machine = info()
-    del machine["operators"], machine["routes"]
+    del machine["operators"], machine["routes"], machine["programs"]
     return {
         "schema": SCHEMA,
         "command": command,

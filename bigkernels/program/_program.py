@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -178,9 +179,9 @@ class Program:
         panels = 0 if self.panels is None else self.panels.nbytes
         return self.lowered.packed.nbytes + self._tables.nbytes + made + panels
 
-    def __del__(self) -> None:
-        # Threads that lost their core may still read what goes away now.
-        if not sys.is_finalizing():
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # Threads that lost their core may still read what goes away now. At the end of the process modules are gone.
+        if not ending():
             ops.settle()
 
 

@@ -83,7 +83,8 @@ def test_compressed_tensors(tmp_path, case: str, dtype: torch.dtype):
     with torch.no_grad():
         a, b = (m(folders.IDS).logits.float() for m in (model, theirs))
     if case != "w8a8":
-        assert (a - b).norm() < 0.02 * b.norm()
+        # Of the same weights; bfloat16 has an eighth of float16's precision.
+        assert (a - b).norm() < (0.02 if dtype is torch.float16 else 0.16) * b.norm()
 
 
 def test_bitsandbytes_4bit():
