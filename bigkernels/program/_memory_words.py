@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .._load import cpu_library
 
@@ -161,7 +162,19 @@ def _knows_objects() -> bool:
     )  # fmt: skip
 
 
-@functools.cache
+def _once(tries: Callable[[], bool]) -> Callable[[], bool]:
+    """The answer counts for the process, whatever the first call stands in: fake tensors, say, or inference mode."""
+
+    @functools.cache
+    @functools.wraps(tries)
+    def answer() -> bool:
+        with _disable_current_modes(), torch.inference_mode(False):
+            return tries()
+
+    return answer
+
+
+@_once
 def knows_versions() -> bool:
     t = torch.zeros(3, 2, dtype=torch.float32, device="cpu")
     if not knows_tensors():
@@ -189,7 +202,7 @@ def knows_versions() -> bool:
     return not differs(quiet) and _seen(words, *changes)
 
 
-@functools.cache
+@_once
 def knows_tensors() -> bool:
     made = {"dtype": torch.float32, "device": "cpu"}
     t = nn.Parameter(torch.zeros(13, 7, **made), requires_grad=False)
