@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 
 import pytest
@@ -209,4 +208,5 @@ def test_the_registry_of_masks():
     assert not failures and (set(registry), dict(registry._global_mapping)) == before
     for model in models:
         bigkernels.unpatch(model)
-    assert "bigkernels" not in registry and "bigkernels" not in sys.modules["transformers"].AttentionMaskInterface()
+    assert (set(registry), dict(registry._global_mapping)) == before
+    assert set(transformers.AttentionMaskInterface()) == before[0]
