@@ -1,0 +1,149 @@
+"""Losses of pairs that need no reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from ._shared import (
+    PreferenceLoss,
+    check_name,
+    check_range,
+    check_shapes,
+    check_smoothing,
+    of_pairs,
+    smoothed_logistic,
+    wide,
+)
+
+# From chosen - rejected, beta, the margin and the label smoothing.
+CPO: dict[str, Callable[[Tensor, float, float, float], Tensor]] = {
+    "sigmoid": lambda d, beta, gamma, e: smoothed_logistic(beta * d, e),
+    "hinge": lambda d, beta, gamma, e: torch.relu(1 - beta * d),
+    "ipo": lambda d, beta, gamma, e: (d - 1 / (2 * beta)).square(),
+    "simpo": lambda d, beta, gamma, e: smoothed_logistic(beta * d - gamma, e),
+}
+
+
+def orpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, nll: Tensor | None = None) -> PreferenceLoss:
+    """Odds ratio preference optimization (Hong et al. 2024, https://arxiv.org/abs/2403.07691, equations 6 and 7)::
+
+        odds(c) = exp(c) / (1 - exp(c))
+        loss    = nll - beta * log sigmoid(log(odds(chosen) / odds(rejected)))
+
+    beta is the paper's lambda. Rewards are ``beta * logps``.
+
+    Args:
+        chosen, rejected: (P,), log probabilities *averaged* over tokens, by ``sequence_logprobs(average=True)``.
+        beta: not negative.
+        nll: the loss of the chosen completions, (P,) or a scalar; None takes ``-chosen``, as the paper does.
+
+    Raises:
+        ValueError: shapes or values do not fit.
+    """
+    check_shapes("orpo_loss", "chosen", chosen, rejected=rejected)
+    check_range("orpo_loss", "beta", beta, "not negative", beta >= 0)
+    chosen, rejected = wide(chosen), wide(rejected)
+    ratio = (chosen - _log_of_rest(chosen)) - (rejected - _log_of_rest(rejected))
+    losses = _nll("orpo_loss", chosen, nll) - beta * logsigmoid(ratio)
+    return of_pairs(losses, beta * chosen, beta * rejected)
+
+
+def simpo_loss(
+    chosen: Tensor, rejected: Tensor, *, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0
+) -> PreferenceLoss:
+    """Simple preference optimization (Meng et al. 2024, https://arxiv.org/abs/2405.14734, equation 6)::
+
+        x    = beta * chosen - beta * rejected - gamma
+        loss = -(1 - label_smoothing) * log sigmoid(x) - label_smoothing * log sigmoid(-x)
+
+    Rewards are ``beta * logps``; there is no reference.
+
+    Args:
+        chosen, rejected: (P,), log probabilities *averaged* over tokens, by ``sequence_logprobs(average=True)``.
+        beta: positive.
+        gamma: the margin that the rewards are to have.
+        label_smoothing: in [0, 0.5), the part of the labels that is taken to be wrong; the paper has 0.
+
+    Raises:
+        ValueError: shapes or values do not fit.
+    """
+    check_shapes("simpo_loss", "chosen", chosen, rejected=rejected)
+    check_range("simpo_loss", "beta", beta, "positive", beta > 0)
+    check_smoothing("simpo_loss", label_smoothing)
+    chosen, rejected = beta * wide(chosen), beta * wide(rejected)
+    return of_pairs(smoothed_logistic(chosen - rejected - gamma, label_smoothing), chosen, rejected)
+
+
+def cpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    loss_type: str = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    simpo_gamma: float = 0.5,
+    nll: Tensor | None = None,
+    cpo_alpha: float = 1.0,
+) -> PreferenceLoss:
+    """Contrastive preference optimization (Xu et al. 2024, https://arxiv.org/abs/2401.08417, equation 5), and the
+    losses that go by a `loss_type` in TRL's CPO. With ``x = beta * (chosen - rejected)`` and e the label smoothing::
+
+        loss    = preference + cpo_alpha * nll
+
+        sigmoid   -(1 - e) * log sigmoid(x) - e * log sigmoid(-x)
+        hinge     max(0, 1 - x)                                         arXiv 2305.10425
+        ipo       (chosen - rejected - 1 / (2 * beta))^2                arXiv 2310.12036, of averaged log probabilities
+        simpo     sigmoid of x - simpo_gamma                            `simpo_loss`, of averaged log probabilities
+
+    Rewards are ``beta * logps``.
+
+    Args:
+        chosen, rejected: (P,), log probabilities of completions, summed or averaged over tokens.
+        loss_type: "sigmoid", "hinge", "ipo" or "simpo".
+        beta: positive.
+        label_smoothing: in [0, 0.5); 0 for "hinge" and "ipo".
+        simpo_gamma: for "simpo", the margin that the rewards are to have.
+        nll: the loss of the chosen completions, (P,) or a scalar; None takes ``-chosen``, as the paper does.
+        cpo_alpha: not negative; 0 leaves the nll out.
+
+    Raises:
+        ValueError: shapes or values do not fit, or `label_smoothing` is given where it means nothing.
+    """
+    op = "cpo_loss"
+    check_shapes(op, "chosen", chosen, rejected=rejected)
+    check_name(op, "loss_type", loss_type, CPO)
+    check_range(op, "beta", beta, "positive", beta > 0)
+    check_smoothing(op, label_smoothing)
+    check_range(op, "label_smoothing", label_smoothing, f"0, as loss_type is {loss_type!r}",
+                not label_smoothing or loss_type in ("sigmoid", "simpo"))  # fmt: skip
+    check_range(op, "cpo_alpha", cpo_alpha, "not negative", cpo_alpha >= 0)
+    chosen, rejected = wide(chosen), wide(rejected)
+    losses = CPO[loss_type](chosen - rejected, beta, simpo_gamma, label_smoothing)
+    if cpo_alpha:
+        losses = losses + cpo_alpha * _nll(op, chosen, nll)
+    return of_pairs(losses, beta * chosen, beta * rejected)
+
+
+def _nll(op: str, chosen: Tensor, nll: Tensor | None) -> Tensor:
+    if nll is None:
+        return -chosen
+    if nll.dim():
+        check_shapes(op, "chosen", chosen, nll=nll)
+    return wide(nll)
+
+
+def _log_of_rest(log_p: Tensor) -> Tensor:
+    """log(1 - p), with all its digits at both ends; finite at p = 1."""
+    log_p = log_p.clamp_max(-torch.finfo(log_p.dtype).tiny)
+    near = log_p > -math.log(2)
+    # Each branch sees a value that is inside its range, so that no gradient is inf * 0.
+    return torch.where(
+        near,
+        torch.log(-torch.expm1(torch.where(near, log_p, -1.0))),
+        torch.log1p(-torch.exp(torch.where(near, -1.0, log_p))),
+    )
