@@ -9,7 +9,7 @@ python = $(VENV)/bin/python
 pip = $(python) -m pip install --disable-pip-version-check --constraint $(VENV)/constraints.txt
 TRITON = 3.6.0
 
-.PHONY: demo test test-torches guard fuzz-generation build lint wheel clean
+.PHONY: demo test test-torches guard fuzz-generation build lint docs wheel clean
 
 demo: build $(VENV)/.demo
 	$(VENV)/bin/bigkernels demo
@@ -42,6 +42,10 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
+# The site, in build/site. A broken link, an anchor that is not there or a page that nobody links to is an error.
+docs: $(VENV)/.docs
+	$(VENV)/bin/mkdocs build --strict --quiet
+
 clean:
 	rm -rf build dist *.egg-info bigkernels/*.so bigkernels/_*not_compiled.txt
 
@@ -68,4 +72,8 @@ $(VENV)/.test: $(VENV)/.install
 
 $(VENV)/.dev: $(VENV)/.install
 	$(pip) --no-build-isolation --editable .[dev]
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.install
+	$(pip) --no-build-isolation --editable .[docs]
 	touch $@

@@ -1,4 +1,4 @@
-"""Writes the tables between the figure marks of README.md from files that `bigkernels bench --json` made.
+"""Writes the tables of docs/ between their marks from files that `bigkernels bench --json` made.
 
 python tools/readme_figures.py benchmarks/results/*.json
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 MARKS = re.compile(r"(<!-- figures:begin.*?-->\n).*?(<!-- figures:end -->)", re.S)
 GENERATION = re.compile(r"(<!-- generation:begin.*?-->\n).*?(<!-- generation:end -->)", re.S)
 DIRECTIONS = {False: "fwd", True: "fwd + bwd", None: "step"}
@@ -101,14 +101,15 @@ def main() -> None:
     contents = [content for content in contents if isinstance(content, dict) and "machine" in content]
     of_generation = [content for content in contents if "ratios" in content]
     tables = ["\n".join(lines(content)) for content in contents if content not in of_generation]
-    text = README.read_text()
     if tables:
-        figures = "\n## Figures\n\n" + "\n\n".join(tables) + "\n\n"
-        text = MARKS.sub(lambda m: m[1] + figures + m[2], text)
+        _write(DOCS / "figures.md", MARKS, "\n\n".join(tables))
     if of_generation:
-        made = "\n" + "\n\n".join("\n".join(generation(content)) for content in of_generation) + "\n\n"
-        text = GENERATION.sub(lambda m: m[1] + made + m[2], text)
-    README.write_text(text)
+        made = ("\n".join(generation(content)) for content in of_generation)
+        _write(DOCS / "guide" / "generation.md", GENERATION, "\n\n".join(made))
+
+
+def _write(path: Path, marks: re.Pattern, tables: str) -> None:
+    path.write_text(marks.sub(lambda m: f"{m[1]}\n{tables}\n\n{m[2]}", path.read_text()))
 
 
 if __name__ == "__main__":
