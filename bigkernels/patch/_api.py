@@ -146,7 +146,7 @@ def _restore(path: str, module: nn.Module, key: str, value: Any, before: Any) ->
 
 def _layers(value: Any) -> list[Any]:
     """The function that was written and those that its decorators wrap."""
-    layers = [value.func] if isinstance(value, Bound) else []
+    layers = [value.__func__] if isinstance(value, Bound) else []
     while layers and hasattr(layers[-1], "__wrapped__"):
         layers.append(layers[-1].__wrapped__)
     return layers

@@ -6,6 +6,8 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 
 class Bound(functools.partial):
@@ -20,6 +22,26 @@ class Stepping(Bound):
     """`forward(module, below, ...)`, with the signature that the model's own forward has: `generate` looks at it."""
 
     @property
+    def __func__(self) -> Callable:
+        return Unbound(self.func, self.args[1:], type(self.args[0]))
+
+    @property
     def __signature__(self) -> inspect.Signature:
         module = self.args[0]
         return inspect.signature(types.MethodType(type(module).forward, module))
+
+
+@dataclass(frozen=True)
+class Unbound:
+    """A `Stepping` without its module, of which it is the first argument again."""
+
+    func: Callable
+    rest: tuple
+    kind: type
+
+    def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.func(module, *self.rest, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.kind.forward)

@@ -429,3 +429,14 @@ def test_trl_trains_adapters_by_its_own_option(tmp_path):
     expected = trainer.model.eval()(input_ids=IDS).logits
     again = peft.PeftModel.from_pretrained(llama("nf4"), tmp_path / "adapter").eval()
     torch.testing.assert_close(again(input_ids=IDS).logits, expected)
+
+
+def test_the_former_helper_says_that_it_is_not_needed():
+    from bigkernels.quantization import peft as former
+
+    config = peft.LoraConfig(target_modules="all-linear")
+    with pytest.warns(DeprecationWarning, match="no longer needed"):
+        assert former.on_quantized_layers(config) is config
+    assert former.LoraQuantizedLinear is LoraQuantizedLinear
+    with pytest.raises(AttributeError, match="other"):
+        _ = former.other

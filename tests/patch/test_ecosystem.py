@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import pytest
 import torch
@@ -173,10 +174,13 @@ def test_functional_call_uses_the_given_parameters(llama):
     torch.testing.assert_close(ours, call().logits, rtol=1e-4, atol=1e-4)
 
 
-def test_accelerate_wraps_and_unwraps_a_rewritten_forward(get_case, run):
-    """Mixed precision puts a wrapper around the whole model's forward, which here is a rewritten one."""
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_accelerate_wraps_and_unwraps_a_rewritten_forward(get_case, run, name):
+    """Mixed precision puts a wrapper around the whole model's forward, which here is a rewritten one, or has a step
+    program around it."""
     accelerate = pytest.importorskip("accelerate")
-    case = get_case("bert")
+    case = get_case(name)
+    signature = inspect.signature(case.model.forward)
     bigkernels.patch(case.model)
     assert "forward" in vars(case.model)
     reset = functools.partial(accelerate.state.AcceleratorState._reset_state, reset_partial_state=True)
@@ -184,6 +188,7 @@ def test_accelerate_wraps_and_unwraps_a_rewritten_forward(get_case, run):
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     try:
         wrapped = accelerator.prepare(case.model)
+        assert list(inspect.signature(wrapped.forward).parameters) == list(signature.parameters)
         loss = run(wrapped, case.inputs).loss
         unwrapped = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
         torch.testing.assert_close(run(unwrapped, case.inputs).loss, loss, rtol=0.02, atol=0)
