@@ -175,6 +175,14 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
     assert "usage: bigkernels" in capsys.readouterr().err
 
 
+def test_an_unknown_flag_shows_the_usage_of_its_command(capsys):
+    with pytest.raises(SystemExit) as exit:
+        _cli.main(["plan", "folder", "--foo"])
+    said = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert "usage: bigkernels plan" in said and "bigkernels plan: error: unrecognized arguments: --foo" in said
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as stopped:
         _cli.main(["--version"])

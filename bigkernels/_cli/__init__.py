@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             loaded = importlib.import_module(module)
             loaded.add_arguments(command)
             run = loaded.run
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # with the usage of the command, which `parse_args` leaves out
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return run(args)
     except KeyboardInterrupt:

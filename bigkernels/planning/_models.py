@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,6 +112,10 @@ def _transformers() -> Any:
 
 
 def _read_config(path: str) -> Any:
+    if not Path(path).is_dir():
+        raise ValueError(f"bigkernels.plan: there is no folder {path!r}; a model is the folder of its config.json")
+    if not (Path(path) / "config.json").is_file():
+        raise ValueError(f"bigkernels.plan: the folder {path!r} has no config.json")
     transformers = _transformers()
     try:
         return transformers.AutoConfig.from_pretrained(path, local_files_only=True)

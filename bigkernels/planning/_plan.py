@@ -137,6 +137,9 @@ def parse_bytes(limit: int | str | None) -> int | None:
     """
     if isinstance(limit, str):
         found = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?i?)b?\s*", limit.lower())
+        if found and re.fullmatch(r"[0-9.\s]+", limit):  # gigabytes, most likely
+            number = limit.strip()
+            raise ValueError(f"bigkernels.plan: limit is {limit!r}, which has no unit; write {number}GB or {number}B")
         try:
             limit = int(float(found[1]) * _UNITS[found[2]])
         except (TypeError, KeyError, ValueError):

@@ -123,7 +123,7 @@ def test_a_picture(wide, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("24GB", 24 * 10**9), ("16 GiB", 16 * 2**30), ("1.5g", 15 * 10**8), ("300 kB", 300_000), ("7", 7), (7, 7)],
+    [("24GB", 24 * 10**9), ("16 GiB", 16 * 2**30), ("1.5g", 15 * 10**8), ("300 kB", 300_000), ("7 B", 7), (7, 7)],
 )
 def test_sizes(text, count):
     assert parse_bytes(text) == count
@@ -148,6 +148,7 @@ def test_sizes(text, count):
         ({"checkpointing": "forget"}, ValueError, "'forget'"),
         ({"patch": "maybe"}, ValueError, "patch is 'maybe'"),
         ({"device": "meta"}, ValueError, "device is 'meta'"),
+        ({"limit": "24"}, ValueError, "limit is '24', which has no unit; write 24GB or 24B"),
         ({"limit": "much"}, ValueError, "limit is 'much'"),
         ({"limit": -1}, ValueError, "limit is -1"),
         ({"limits": {"copy": 1.0}}, ValueError, "needed are 'copy' and 'matrix'"),
@@ -161,6 +162,9 @@ def test_arguments_are_refused(options, error, said):
 def test_models_are_refused(tmp_path):
     with pytest.raises(TypeError, match="model is a int"):
         plan(3)
+    with pytest.raises(ValueError, match="has no config.json"):
+        plan(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no configuration"):
         plan(str(tmp_path))
     with pytest.raises(ValueError, match="give `inputs`"):
@@ -269,7 +273,7 @@ def test_the_command_plans_generation(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["/no/such/folder"], "holds no configuration"),
+        (["/no/such/folder"], "there is no folder '/no/such/folder'"),
         (["FOLDER", "--dtype", "int8"], "dtype is 'int8'"),
         (["FOLDER", "--bandwidth", "20"], "--bandwidth and --tflops go together"),
         (["FOLDER", "--checkpointing", "forget", *SPEED], "'forget'"),
