@@ -9,7 +9,7 @@ import torch
 
 import bigkernels
 from bigkernels import _cli, functional
-from bigkernels._cli import terminal
+from bigkernels import _terminal as terminal
 from bigkernels._samples import SAMPLES
 from bigkernels.ops import OPERATORS, _registry
 from bigkernels.ops import glu as glu_file

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 import bigkernels
+from bigkernels import _assets as assets
 from bigkernels import _cli, demo
-from bigkernels.demo import assets, formats, measure, rounding
+from bigkernels.demo import formats, measure, rounding
 
 ROOT = Path(__file__).resolve().parent.parent
 

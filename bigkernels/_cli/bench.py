@@ -12,11 +12,11 @@ import torch
 
 from .._info import cores
 from .._memory import reuse_memory
+from .._terminal import DEVICE_HELP, default_device, progress, table
 from ..bench import engine, limits, report
 from ..bench.case import Settings
 from ..bench.families import FAMILIES, cases
 from ..bench.generation_bars import bars, print_bars
-from .terminal import DEVICE_HELP, default_device, progress, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,9 +10,9 @@ import torch
 
 from .._compare import worst
 from .._samples import SAMPLES, Sample, widen
+from .._terminal import DEVICE_HELP, default_device, progress, table
 from ..ops import OPERATORS
 from ..ops._registry import KERNEL_DTYPES
-from .terminal import DEVICE_HELP, default_device, progress, table
 
 
 @dataclass

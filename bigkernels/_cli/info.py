@@ -6,7 +6,7 @@ import argparse
 import json
 
 from .._info import info
-from .terminal import gigabytes, table
+from .._terminal import gigabytes, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .terminal import DEVICE_HELP, default_device, table
+from .._terminal import DEVICE_HELP, default_device, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -225,7 +225,7 @@ def _billion(quick: bool) -> nn.Module:
 
 
 def _given(folder: str) -> Given:
-    from ..demo import assets
+    from .. import _assets as assets
 
     try:
         if folder:
@@ -242,10 +242,10 @@ def _tokens(folder: Path) -> Iterator[int]:
     """Of plays that were not in anybody's calibration, in the model's tokens."""
     from transformers import AutoTokenizer
 
-    from ..demo import HELD_OUT, assets
+    from .. import _assets as assets
 
     texts = assets.plays()
-    text = "\n\n".join([texts[HELD_OUT], *(texts[name] for name in sorted(texts)[-2:])])
+    text = "\n\n".join([texts[assets.HELD_OUT], *(texts[name] for name in sorted(texts)[-2:])])
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     yield from tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 

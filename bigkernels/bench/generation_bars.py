@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from .._cli.terminal import table
+from .._terminal import table
 from .case import EAGER, OURS
 from .engine import Row
 from .generation import ALONE, BEFORE, BIG, EAGER32, GGUF, INT4, INT8, INT8_CACHE, LOOKUP, OURS32, Q4_0_HEAD, Q4_1

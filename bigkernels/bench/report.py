@@ -10,8 +10,8 @@ from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
-from .._cli.terminal import table
 from .._info import info
+from .._terminal import table
 from .case import Settings
 from .engine import Row
 from .limits import Limits

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._cli.terminal import progress, table
-from .assets import Unavailable, load_model, model_folder, plays, require_extras
+from .._assets import HELD_OUT, Unavailable, load_model, model_folder, plays, require_extras
+from .._terminal import progress, table
 from .measure import VARIANTS, Generation, Training, generate, perplexity, random_batches, train, windows
 from .report import dtype_name, figure, gain, print_speed_and_memory
 
-HELD_OUT = "hamlet"
 QUESTION = "Write a short letter in the voice of Prince Hamlet to his friend Horatio."
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LEARNING_RATE = 5e-5

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import patch, quantize
-from .._cli.terminal import progress, table
+from .._assets import Unavailable, require_extras
 from .._memory import reuse_memory
+from .._terminal import progress, table
 from ..bench.memory import extra_peak
 from ..quantization import Format, Int4
 from . import Input, _machine, _real_input
-from .assets import Unavailable, require_extras
 from .measure import perplexity, random_batches, windows
 
 # What stands for each row: None for the model as it is, in bfloat16.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .._cli.terminal import table
+from .._terminal import table
 from .measure import VARIANTS, Generation, Training, ratio
 
 

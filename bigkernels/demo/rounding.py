@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from .. import load_gguf, patch, quantize
-from .._cli.terminal import progress
+from .._assets import model_file
+from .._terminal import progress
 from ..quantization import Format, Int4
 from . import Input
-from .assets import model_file
 from .measure import perplexity, windows
 
 AT_ONCE = 64  # tokens of a call: the program's

@@ -171,7 +171,7 @@ class MemoryPlan:
         write(self, Path(path))
 
     def __str__(self) -> str:
-        from .._cli.terminal import plain_table
+        from .._terminal import plain_table
 
         return "\n".join(plain_table(title, columns, rows, right=right) for title, columns, rows, right in tables(self))
 

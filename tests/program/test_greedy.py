@@ -21,7 +21,7 @@ def test_prompts_of_a_small_model():
 @pytest.mark.slow
 def test_a_thousand_tokens_of_smollm2():
     """20 prompts of Shakespeare, 50 tokens each."""
-    from bigkernels.demo import assets
+    from bigkernels import _assets as assets
 
     try:
         theirs, tokenizer = assets.load_model(assets.model_folder())

