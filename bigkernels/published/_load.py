@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ _WHAT = "bigkernels.load_quantized"
 
 
 def load_quantized(folder: str | os.PathLike, dtype: torch.dtype | None = None) -> nn.Module:
-    """A model of transformers from a folder of GPTQ, AWQ, bitsandbytes, compressed-tensors or HQQ, or of gpt-oss
-    (MXFP4), in evaluation mode on the CPU.
+    """A model of transformers from a folder of GPTQ, AWQ, bitsandbytes, compressed-tensors, HQQ or torchao, or of
+    gpt-oss (MXFP4), in evaluation mode on the CPU.
 
     Its linear layers become `bigkernels.nn.QuantizedLinear` with the codes of the folder, experts that transformers
     joins become `QuantizedExperts`. The values are, bit for bit, those that the library itself dequantizes (of
@@ -52,11 +52,11 @@ def load_quantized(folder: str | os.PathLike, dtype: torch.dtype | None = None) 
     if not isinstance(quantization, Mapping):
         raise ValueError(f"{_WHAT}: {folder / 'config.json'} has no quantization_config")
     method = method_of(quantization)
+    state = State(files_of(folder))
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     del config.quantization_config
     kind = _class(transformers, said.get("architectures"))
-    state = _State(folder)
-    placed = Placed(Config("int8"), _weights(state, method))
+    placed = Placed(Config("int8"), weights(state, method))
     try:
         model, info = kind.from_pretrained(
             None, config=config, state_dict=placed.state, quantization_config=placed.config, output_loading_info=True,
@@ -64,12 +64,7 @@ def load_quantized(folder: str | os.PathLike, dtype: torch.dtype | None = None) 
         )  # fmt: skip
     except RuntimeError as error:
         raise (placed.errors or [ValueError(f"{_WHAT}: {folder}: {error}")])[0] from error
-    wrong = {"has no tensor": info["missing_keys"],
-             "has tensors of another shape:": [name for name, *_ in info["mismatched_keys"]],
-             "has tensors that the model has no place for:": info["unexpected_keys"]}  # fmt: skip
-    for what, names in wrong.items():
-        if names:
-            raise ValueError(f"{_WHAT}: {folder} {what} {', '.join(sorted(map(str, names)))}")
+    check(folder, info["missing_keys"], info["mismatched_keys"], info["unexpected_keys"])
     if (folder / "generation_config.json").exists() and model.can_generate():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     model.config.name_or_path = str(folder)
@@ -95,28 +90,49 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-class _State:
-    """The tensors of a folder's safetensors files; read when they are asked for."""
+def check(folder: Any, missing: Iterable[Any], mismatched: Iterable[Any], unexpected: Iterable[Any]) -> None:
+    """What transformers' loader says of tensors, as errors.
 
-    def __init__(self, folder: Path) -> None:
+    Raises:
+        ValueError: there are any.
+    """
+    wrong = {"has no tensor": missing, "has tensors of another shape:": [name for name, *_ in mismatched],
+             "has tensors that the model has no place for:": unexpected}  # fmt: skip
+    for what, names in wrong.items():
+        if names:
+            raise ValueError(f"{_WHAT}: {folder} {what} {', '.join(sorted(map(str, names)))}")
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The safetensors files of a folder."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    files = sorted({str(file) for file in _json(index).get("weight_map", {}).values()})
+    if any(Path(file).name != file for file in files):
+        raise ValueError(f"{_WHAT}: {index} names files outside of the folder")
+    return [folder / file for file in files]
+
+
+class State:
+    """The tensors of safetensors files, read when they are asked for, and what the files say beside them."""
+
+    def __init__(self, files: Iterable[Path | str]) -> None:
         from safetensors import SafetensorError, safe_open
 
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            files = sorted({str(file) for file in _json(index).get("weight_map", {}).values()})
-            if any(Path(file).name != file for file in files):
-                raise ValueError(f"{_WHAT}: {index} names files outside of the folder")
-        else:
-            files = ["model.safetensors"]
         self.slices: dict[str, Any] = {}
-        for file in files:
-            if not (folder / file).exists():
-                raise FileNotFoundError(f"{_WHAT}: there is no file {folder / file}")
+        self.said: dict[str, str] = {}
+        for file in map(Path, files):
+            if file.suffix != ".safetensors":
+                raise ValueError(f"{_WHAT}: {file} is no safetensors file")
+            if not file.exists():
+                raise FileNotFoundError(f"{_WHAT}: there is no file {file}")
             try:
-                held = safe_open(folder / file, framework="pt")
+                held = safe_open(file, framework="pt")
                 self.slices |= {name: held.get_slice(name) for name in held.keys()}
+                self.said |= held.metadata() or {}
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{_WHAT}: {folder / file} is damaged: {error}") from error
+                raise ValueError(f"{_WHAT}: {file} is damaged: {error}") from error
 
     def read(self, name: str) -> Tensor:
         view = self.slices[name]
@@ -129,7 +145,7 @@ class _State:
 class Layer:
     """A weight of a quantized layer, decoded when transformers' loader reads it."""
 
-    def __init__(self, state: _State, method: Method, path: str, names: dict[str, str]) -> None:
+    def __init__(self, state: State, method: Method, path: str, names: dict[str, str]) -> None:
         self.state, self.method, self.path, self.names = state, method, path, names
 
     def __getitem__(self, index: Any) -> Packed | Tensor:
@@ -143,8 +159,9 @@ class Layer:
         return found
 
 
-def _weights(state: _State, method: Method) -> dict[str, Any]:
+def weights(state: State, method: Method) -> dict[str, Any]:
     """What the model's weights are, by name: layers that are quantized, and views of files."""
+    method.said = state.said
     found, used = {}, set()
     for path, weight, names in method.layers(state.slices.keys()):
         used |= set(names.values())

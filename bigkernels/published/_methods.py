@@ -9,48 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantization import FP8, Q8_0
+from ..quantization import Q8_0
 from ..quantization.checkpoints import _AWQ_ORDER, _nibbles, from_bitsandbytes
 from ._integers import integers, unpack
+from ._method import Method, floats
 from ._packed import Packed
-
-
-class Method:
-    """One library's layout.
-
-    Attributes:
-        mark: the last part of a name that each quantized layer has.
-        parts: the last parts of the names of all tensors that a layer may have.
-    """
-
-    mark: str
-    parts: tuple[str, ...]
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = config
-
-    def layers(self, names: Collection[str]) -> Iterator[tuple[str, str, dict[str, str]]]:
-        """Of the names of tensors: each layer, its weight in the model, and the names of its tensors by part."""
-        for name in names:
-            if name.endswith("." + self.mark):
-                path = name[: -len(self.mark) - 1]
-                held = {part: f"{path}.{part}" for part in self.parts if f"{path}.{part}" in names}
-                yield path, f"{path}.weight", held
-
-    def decode(self, name: str, held: dict[str, Tensor]) -> Packed | Tensor:
-        """The weight of a layer from its tensors by their last parts.
-
-        Raises:
-            ValueError: they do not fit together; says which.
-        """
-        raise NotImplementedError
-
-    def integer(self, key: str, default: int | None = None, accepted: tuple[int, ...] | None = None) -> int:
-        value = self.config.get(key, default)
-        if not isinstance(value, int) or (accepted is not None and value not in accepted):
-            expected = "an integer" if accepted is None else " or ".join(map(str, accepted))
-            raise ValueError(f"bigkernels.load_quantized: {key} is {value!r}, expected {expected}")
-        return value
+from ._torchao import TorchAO
 
 
 class GPTQ(Method):
@@ -179,7 +143,7 @@ class CompressedTensors(Method):
         dynamic = dynamic and acts.get("strategy") == "token" and acts.get("symmetric", True)
         if kind == "float":
             (weight,) = _take(name, held, weight=torch.float8_e4m3fn)
-            return _floats(name, weight, scale)
+            return floats(name, weight, scale)
         if not isinstance(bits, int) or not 1 <= bits <= 8 or kind != "int":
             raise ValueError(f"bigkernels.load_quantized: {name} is of {bits!r} bits of {kind!r}; accepted are 1 to 8 "
                              "bits of integers, and floats of 8 bits")  # fmt: skip
@@ -303,21 +267,6 @@ def _number(name: str, held: Mapping[str, Tensor], part: str, default: int) -> i
     return int(t)
 
 
-def _floats(name: str, weight: Tensor, scale: Tensor) -> Packed | Tensor:
-    n = weight.shape[0]
-    scale = (
-        scale.reshape(1, 1).expand(n, 1)
-        if scale.numel() == 1
-        else scale.reshape(n, -1)
-        if scale.numel() == n
-        else scale
-    )
-    if scale.shape == (n, 1):
-        tensors = {"codes": weight.view(torch.uint8), "scale": scale[:, 0].float().contiguous()}
-        return Packed(FP8(), tuple(weight.shape), tensors)
-    raise ValueError(f"{name}.weight_scale has shape {tuple(scale.shape)}; expected one a row of {n}")
-
-
 def _gathered(codes: Tensor, zero: Tensor, scale: Tensor, group: Tensor) -> Tensor:
     """The values of elements that lie in any order (act-order): no format of ours has such groups."""
     values = (codes.float() - zero.float()[:, group]) * scale.float()[:, group]
@@ -362,7 +311,8 @@ def method_of(config: Mapping[str, Any]) -> Method:
     kind = str(config.get("quant_method") or "").lower()
     if kind == "bitsandbytes" or config.get("load_in_4bit") or config.get("load_in_8bit"):
         return (BitsAndBytes4 if config.get("load_in_4bit") or config.get("_load_in_4bit") else BitsAndBytes8)(config)
-    known = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": CompressedTensors, "hqq": HQQ, "mxfp4": MXFP4}
+    known = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": CompressedTensors, "hqq": HQQ, "mxfp4": MXFP4,
+             "torchao": TorchAO}  # fmt: skip
     if kind == "gptq" and "marlin" in str(config.get("checkpoint_format", "")):
         raise ValueError("bigkernels.load_quantized: GPTQ weights packed for Marlin kernels are not read")
     if kind not in known:

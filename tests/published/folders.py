@@ -36,18 +36,59 @@ def write(folder: Path, layer: Layer, quantization: dict, plain: nn.Module | Non
     plain = plain or model()
     plain.save_pretrained(folder)
     state = load_file(folder / "model.safetensors")
-    expected = dict(state)
+    expected, said = dict(state), {"format": "pt"}
     for name, t in list(state.items()):
         if t.dim() == 2 and "embed" not in name and "lm_head" not in name and "gate.weight" not in name:
             tensors, weight = layer(*t.shape)
             path = name.removesuffix(".weight")
             del state[name]
-            state |= {f"{path}.{part}": value.contiguous() for part, value in tensors.items()}
+            made = {f"{path}.{part}": value.contiguous() for part, value in tensors.items()}
+            state |= made
+            said |= header(path, made, quantization)
             expected[name] = weight
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    save_file(state, folder / "model.safetensors", said)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     return expected
+
+
+def header(path: str, tensors: dict[str, Tensor], quantization: dict) -> dict[str, str]:
+    """What torchao says in a file of a weight; nothing for other methods."""
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "torchao":
+        return {}
+    kind, size = quantization["kind"], quantization["size"]
+    codes = tensors[f"{path}._weight_qdata"]
+    about = {
+        "block_size": [1, size if size > 0 else codes.shape[1]],
+        "dtype": {"_type": "torch.dtype", "_data": "float16"},
+    }
+    if quantization.get("dynamic"):
+        about["act_quant_kwargs"] = {"_type": "QuantizeTensorToInt8Kwargs", "_data": {
+            "granularity": {"_type": "PerRow", "_data": {"dim": -1}}, "reduce_range": False,
+            "mapping_type": {"_type": "MappingType", "_data": "SYMMETRIC"}}}  # fmt: skip
+    return {f"{path}.weight": json.dumps({"_type": kind, "_data": about, "_tensor_data_names": ["qdata", "scale"]})}
+
+
+def torchao(kind: str, size: int, bits: int = 8, zeros: bool = True) -> Layer:
+    """`Int8Tensor`, `IntxUnpackedToInt8Tensor` or `Float8Tensor`, as their `dequantize` computes."""
+
+    def layer(n: int, k: int) -> tuple[dict[str, Tensor], Tensor]:
+        groups, half = (k // size if size > 0 else 1), 1 << bits - 1
+        scale = torch.rand(n, groups) / 50 + 0.001
+        scale = scale.half() if kind == "IntxUnpackedToInt8Tensor" else scale
+        if kind == "Float8Tensor":
+            codes = (torch.randn(n, k) * 20).to(torch.float8_e4m3fn)
+            return {"_weight_qdata": codes, "_weight_scale": scale}, (codes.float() * scale).half()
+        codes = torch.randint(-half, half, (n, k), dtype=torch.int8)
+        zero = (
+            torch.randint(-half, half, (n, groups), dtype=torch.int8)
+            if zeros
+            else torch.zeros(n, groups).to(torch.int8)
+        )
+        each = (codes.half() - zero.half().repeat_interleave(k // groups, 1)) * scale.repeat_interleave(k // groups, 1)
+        return {"_weight_qdata": codes, "_weight_scale": scale, "_weight_zero_point": zero}, each.half()
+
+    return layer
 
 
 def words(values: Tensor, bits: int) -> Tensor:

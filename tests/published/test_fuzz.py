@@ -52,6 +52,7 @@ KINDS = {
         "targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "symmetric": True}}}}),
     "hqq": (folders.hqq(4, 32), {"quant_method": "hqq"}),
     "mxfp4": (mxfp4, {"quant_method": "mxfp4"}),
+    "torchao": (folders.torchao("Int8Tensor", 32), {"quant_method": "torchao", "kind": "Int8Tensor", "size": 32}),
 }  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def test_damaged_files(tmp_path, kind: str):
     join = "_" if kind == "mxfp4" else "."
     path, method = tmp_path / "model.safetensors", method_of(said)
     tensors = {f"layer{join}{part}": t.contiguous() for part, t in layer(32, 64)[0].items()}
-    safetensors.save_file(tensors, path, {"format": "pt"})
+    safetensors.save_file(tensors, path, {"format": "pt"} | folders.header("layer", tensors, said))
     data = path.read_bytes()
     header = int.from_bytes(data[:8], "little") + 8
     chance, outcomes = random.Random(0), {"read": 0, "refused": 0}
@@ -78,7 +79,7 @@ def test_damaged_files(tmp_path, kind: str):
                 broken[chance.randrange(end)] = chance.choice((0, 34, 44, 48, 57, 255, chance.randrange(256)))
         path.write_bytes(broken)
         try:
-            weights = _load._weights(_load._State(tmp_path), method)
+            weights = _load.weights(_load.State([path]), method)
             for held in weights.values():
                 found = held[...] if isinstance(held, _load.Layer) else None
                 if isinstance(found, Packed):

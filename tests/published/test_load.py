@@ -9,7 +9,7 @@ import torch
 
 import bigkernels
 from bigkernels.nn import QuantizedExperts, QuantizedLinear
-from bigkernels.quantization import Q8_0, Int4, Int8, Int8Dynamic
+from bigkernels.quantization import FP8, Q8_0, Int4, Int8, Int8Dynamic
 
 transformers = pytest.importorskip("transformers", minversion="5")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -96,6 +96,38 @@ def test_llm_int8(tmp_path):
 def test_hqq(tmp_path, bits: int, size: int):
     expected = folders.write(tmp_path, folders.hqq(bits, size), {"quant_method": "hqq", "quant_config": {}})
     checked(tmp_path, expected, {Int4})
+
+
+@pytest.mark.parametrize(("kind", "size", "options", "formats"), [
+    ("Int8Tensor", -1, {"zeros": False}, {Int8}), ("Int8Tensor", -1, {}, set()), ("Int8Tensor", 64, {}, set()),
+    ("IntxUnpackedToInt8Tensor", 32, {"bits": 4}, {Int4}), ("IntxUnpackedToInt8Tensor", 64, {"bits": 3}, {Int4}),
+    ("IntxUnpackedToInt8Tensor", -1, {"bits": 4}, {Int4}),
+    ("IntxUnpackedToInt8Tensor", 64, {"zeros": False}, {Q8_0}), ("Float8Tensor", -1, {}, {FP8}),
+    ("Int8Tensor", -1, {"zeros": False, "dynamic": True}, {Int8Dynamic}),
+], ids=str)  # fmt: skip
+def test_torchao(tmp_path, kind: str, size: int, options: dict, formats: set):
+    said = {"quant_method": "torchao", "kind": kind, "size": size, "dynamic": options.get("dynamic")}
+    options = {key: value for key, value in options.items() if key != "dynamic"}
+    checked(tmp_path, folders.write(tmp_path, folders.torchao(kind, size, **options), said), formats)
+
+
+def test_torchao_that_is_refused(tmp_path):
+    layer = folders.torchao("Int8Tensor", 64)
+    for change, message in (({"kind": "Int4TilePackedTo4dTensor"}, "is a Int4TilePackedTo4dTensor of torchao"),
+                            ({"size": 48}, r"blocks of \[1, 48\]"),
+                            ({"size": 32}, r"shape \(128, \d\), expected \(128, \d\)")):  # fmt: skip
+        said = {"quant_method": "torchao", "kind": "Int8Tensor", "size": 64} | change
+        folders.write(tmp_path, layer, said)
+        with pytest.raises(ValueError, match=message):
+            bigkernels.load_quantized(tmp_path)
+    scaled = lambda n, k: (layer(n, k)[0] | {"_weight_act_pre_scale": torch.ones(k)}, layer(n, k)[1])  # noqa: E731
+    folders.write(tmp_path, scaled, {"quant_method": "torchao", "kind": "Int8Tensor", "size": 64})
+    with pytest.raises(ValueError, match="scales its inputs"):
+        bigkernels.load_quantized(tmp_path)
+    folders.write(tmp_path, layer, {"quant_method": "torchao", "kind": "Int8Tensor", "size": 64})
+    changed(tmp_path, lambda s: None)  # without what the header says
+    with pytest.raises(ValueError, match="header does not describe model.layers.0"):
+        bigkernels.load_quantized(tmp_path)
 
 
 def test_hqq_in_8_bits_is_held_plain(tmp_path):

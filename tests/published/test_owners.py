@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from bigkernels.published._packed import Packed
 from bigkernels.quantization import FP8, NF4, Q8_0, Int4, Int8, Int8Dynamic
 
 transformers = pytest.importorskip("transformers", minversion="5")
-pytest.importorskip("safetensors")
+save_file = pytest.importorskip("safetensors.torch").save_file
 
 from published import folders  # noqa: E402
 
@@ -118,6 +120,40 @@ def test_hqq(bits: int):
                          "compute_dtype": torch.float32}  # fmt: skip
     expected = package.Quantizer.dequantize(layer.W_q, meta)  # of the same numbers, without rounding in between
     assert torch.equal(found.dequantize(torch.float16) if bits < 8 else found, expected.half())
+
+
+@pytest.mark.parametrize("case", ["int8", "int8 in groups", "w8a8", "int4 in groups", "int2 in groups", "float8"])
+def test_torchao(tmp_path, case: str):
+    """Its files, and what its classes dequantize."""
+    package = pytest.importorskip("torchao.quantization")
+    flatten = pytest.importorskip("torchao.prototype.safetensors.safetensors_support").flatten_tensor_state_dict
+    made, expected_format = {
+        "int8": (package.Int8WeightOnlyConfig, {}), "w8a8": (package.Int8DynamicActivationInt8WeightConfig, {}),
+        "int8 in groups": (package.Int8WeightOnlyConfig, {"granularity": package.PerGroup(64)}),
+        "int4 in groups": (package.IntxWeightOnlyConfig,
+                           {"weight_dtype": torch.int4, "granularity": package.PerGroup(32)}),
+        "int2 in groups": (package.IntxWeightOnlyConfig,
+                           {"weight_dtype": torch.int2, "granularity": package.PerGroup(64)}),
+        "float8": (package.Float8WeightOnlyConfig, {}),
+    }[case], {"int8": Int8, "w8a8": Int8Dynamic, "float8": FP8, "int8 in groups": Q8_0}.get(case, Int4)  # fmt: skip
+    theirs = folders.model(torch.bfloat16)
+    plain = {name: t.clone() for name, t in theirs.state_dict().items()}
+    package.quantize_(theirs.model.layers, made[0](**made[1]))
+    tensors, header = flatten(theirs.state_dict())
+    folders.model(torch.bfloat16).save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", header | {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    said = {"quant_method": "torchao", "quant_type": {"default": {}}}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    model = bigkernels.load_quantized(tmp_path)
+    found = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert len(found) + len(model.dense_layers) == 7
+    assert {type(m.config) for m in found.values()} == {expected_format}
+    for path, module in model.named_modules():
+        if path in found or path in model.dense_layers:
+            values = module.qweight.dequantize() if path in found else module.weight
+            expected = theirs.get_submodule(path).weight.dequantize()
+            assert torch.equal(values, expected) and not torch.equal(expected, plain[f"{path}.weight"]), path
 
 
 def test_schemes_by_name():

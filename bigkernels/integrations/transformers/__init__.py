@@ -14,6 +14,7 @@ name, and the optimizers ``TrainingArguments(optim="bigkernels_adamw_8bit")`` an
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from ._attention import attention_forward, register_attention
@@ -25,11 +26,26 @@ __all__ = ["Config", "Quantizer", "TrainerCallback", "attention_forward", "forge
            "plain_saving", "register"]  # fmt: skip
 
 
-def register() -> None:
-    """Teach transformers the names; importing the module has done so already."""
+def register(published: bool | Collection[str] | None = None) -> None:
+    """Teach transformers the names; importing the module has done so already, but for folders of other libraries.
+
+    Args:
+        published: methods whose folders `from_pretrained` reads by bigkernels from now on, as
+            `bigkernels.load_quantized` does, where otherwise the library that made them would have to be installed:
+            names among "gptq", "awq", "bitsandbytes", "compressed-tensors", "hqq", "mxfp4" and "torchao", or True for
+            all. Those that are not named are read by their owners again; None leaves it as it is. Quantizing while
+            loading (a `BitsAndBytesConfig` given to `from_pretrained`) stays with the owners.
+
+    Raises:
+        ValueError: there is no such method.
+    """
     register_quantizer()
     register_attention()
     register_optimizers()
+    if published is not None:
+        from ._published import register_published
+
+        register_published(published)
 
 
 def __getattr__(name: str) -> Any:
