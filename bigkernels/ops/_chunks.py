@@ -49,10 +49,12 @@ class Objective:
 
     Attributes:
         outputs: how many numbers a token it returns.
+        reports: how many more, which have no gradient: the last ones of `values`.
         tensors: what it reads beside the logits. They are constants, and must not be written before backward.
     """
 
     outputs = 1
+    reports = 0
     tensors: Sequence[Tensor | None] = ()
 
     def values(self, z: Tensor, tokens: Tokens) -> tuple[Tensor, ...]:
@@ -311,7 +313,9 @@ class Call:
 
 
 @_disable_dynamo
-def total(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, divisor: Tensor | None, call: Call) -> Tensor:
+def total(
+    hidden: Tensor, weight: Tensor | None, bias: Tensor | None, divisor: Tensor | None, call: Call
+) -> Tensor | tuple[Tensor, ...]:
     """The sum of the objective's first output over the tokens that count, over `divisor`.
 
     Args:
@@ -322,14 +326,16 @@ def total(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, divisor: T
         call: the rest.
 
     Returns:
-        A scalar in float32 (float64 for float64), differentiable by `hidden`, `weight` and `bias`.
+        A scalar in float32 (float64 for float64), differentiable by `hidden`, `weight` and `bias`; where the objective
+        reports, that and its reports (T,).
     """
     return _Total.apply(hidden, weight, bias, divisor, call)
 
 
 @_disable_dynamo
 def per_token(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> tuple[Tensor, ...]:
-    """The outputs of an objective, (T,) each in float32 (float64 for float64); 0 for tokens that do not count.
+    """The outputs of an objective, (T,) each in float32 (float64 for float64); 0 for tokens that do not count. Then its
+    reports.
 
     Arguments as those of `total`. Each output is differentiable by `hidden`, `weight` and `bias`.
     """
@@ -350,14 +356,21 @@ def _in_units(grads: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Seque
     return [g if g is None else g / unit for g in grads], unit
 
 
+def _of_all_tokens(every: list[Sequence[Tensor]], tokens: int, index: Tensor | None) -> list[Tensor]:
+    """The values of chunks as those of all tokens, (T,) each; 0 for tokens that were left out."""
+    values = [torch.cat(parts) for parts in zip(*every, strict=True)]
+    return values if index is None else [v.new_zeros(tokens).index_copy_(0, index, v) for v in values]
+
+
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, divisor, call):
         with no_autocast(hidden.device):
             head = call.head(hidden, weight, bias)
             sums = _Gradients(head, *ctx.needs_input_grad[:3])
-            _, mask, chunks = call.chunks(head)
+            index, mask, chunks = call.chunks(head)
             loss = hidden.new_zeros((), dtype=head.wide)
+            reports = []
             rest = (None,) * (call.objective.outputs - 1)
             for tokens in chunks:
                 z = head.logits(tokens)
@@ -369,13 +382,20 @@ class _Total(torch.autograd.Function):
                 else:
                     values = call.objective.values(z, tokens)
                 loss += values[0].sum() if mask is None else torch.where(mask[tokens], values[0], 0).sum()
+                if call.objective.reports:
+                    reports.append(values[-call.objective.reports :])
         # The inputs are for derivatives of the gradients alone, and so are constants, which have to be the same then.
         ctx.save_for_backward(hidden, weight, bias, sums.hidden, sums.weight, sums.bias, divisor)
         ctx.call, ctx.versions = call, call.versions()
-        return loss if divisor is None else loss / divisor
+        loss = loss if divisor is None else loss / divisor
+        if not reports:
+            return loss
+        reports = _of_all_tokens(reports, hidden.shape[0], index)
+        ctx.mark_non_differentiable(*reports)
+        return loss, *reports
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, *_):
         *inputs, of_hidden, of_weight, of_bias, divisor = ctx.saved_tensors
         if is_observed(grad):
             if ctx.versions != ctx.call.versions():
@@ -397,20 +417,21 @@ class _PerToken(torch.autograd.Function):
             every = []
             for tokens in chunks:
                 every.append(call.objective.values(head.logits(tokens), tokens))
-            values = [torch.cat(parts) for parts in zip(*every, strict=True)]
-            if index is not None:
-                values = [v.new_zeros(hidden.shape[0]).index_copy_(0, index, v) for v in values]
+            values = _of_all_tokens(every, hidden.shape[0], index)
         outputs = values[: call.objective.outputs]
+        reports = values[len(values) - call.objective.reports :]
         if mask is not None:
             outputs = [torch.where(mask, v, 0) for v in outputs]
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*reports)
         ctx.call = call
         ctx.save_for_backward(hidden, weight, bias, *values, *call.objective.tensors)
-        return tuple(outputs)
+        return *outputs, *reports
 
     @staticmethod
     def backward(ctx, *grads):
         call = ctx.call
+        grads = grads[: call.objective.outputs]
         hidden, weight, bias, *values = ctx.saved_tensors  # this also finds constants that were written since
         values = values[: len(values) - len(call.objective.tensors)]
         if is_observed(*grads):

@@ -139,6 +139,14 @@ def _token_losses(logits, target, weight, token_weight, ignore_index, label_smoo
     return torch.where(kept, loss, 0.0), torch.where(kept, divisor, 0.0), lse
 
 
+def predictions(logits, target, ignore_index, softcap):
+    """The first class of the largest logit, as argmax finds it; -1 for ignored tokens."""
+    z = logits.detach().to(compute_dtype(logits.dtype))
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    return torch.where(target != ignore_index, z.argmax(-1), -1)
+
+
 def _reference(
     logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma
 ):
@@ -162,6 +170,15 @@ def _fwd_fake(logits, target, weight, token_weight, ignore_index, reduction, *op
     rows = logits.shape[:1]
     loss, lse, divisor = (logits.new_empty(s, dtype=torch.float32) for s in ((() if reduction else rows), rows, ()))
     return loss, lse, divisor
+
+
+def _predict_fallback(logits, target, weight, token_weight, ignore_index, reduction, *options):
+    found = _fwd_fallback(logits, target, weight, token_weight, ignore_index, reduction, *options)
+    return *found, predictions(logits, target, ignore_index, options[2])
+
+
+def _predict_fake(logits, *rest):
+    return *_fwd_fake(logits, *rest), logits.new_empty(logits.shape[:1], dtype=torch.int64)
 
 
 def _bwd_fallback(grad, logits, target, weight, token_weight, lse, divisor, *options):
@@ -195,6 +212,12 @@ _fwd = define(
     f"cross_entropy_fwd(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor)",
     _fwd_fake, _fwd_fallback,
+)  # fmt: skip
+# The same, and `predictions`.
+_predict = define(
+    f"cross_entropy_predict(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _predict_fake, _predict_fallback,
 )  # fmt: skip
 _infer = define(
     "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, Tensor? token_weight=None, int ignore_index=-100,"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,25 @@ if TYPE_CHECKING:
 _OP = "linear_cross_entropy"
 
 
+class CrossEntropyOutput(NamedTuple):
+    """A loss and what was asked for beside it. Nothing but the loss has a gradient.
+
+    Attributes:
+        loss: as without the others.
+        z_loss: the part of the loss that is ``z_loss * logsumexp^2``, reduced as the loss is; None if not asked for.
+        token_accuracy: the part of the kept tokens whose largest logit is the target's, in the dtype of the loss; for
+            reduction "none" (...), 1 or 0 a token, and 0 for ignored ones. NaN where no token is kept. None if not
+            asked for.
+        predicted_tokens: (...), int64, the class of the largest logit, the first of equal ones, a NaN counting as
+            larger than all, as in `torch.argmax`; -1 for ignored tokens. None if not asked for.
+    """
+
+    loss: Tensor
+    z_loss: Tensor | None = None
+    token_accuracy: Tensor | None = None
+    predicted_tokens: Tensor | None = None
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor | QuantizedWeight,
@@ -36,7 +55,10 @@ def linear_cross_entropy(
     focal_gamma: float = 0.0,
     token_weight: Tensor | None = None,
     logit_scale: float = 1.0,
-) -> Tensor:
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+) -> Tensor | CrossEntropyOutput:
     """`cross_entropy` of ``logit_scale * (hidden @ weight.T + bias)``, without these logits.
 
     Logits are made and used in blocks; tokens that are ignored cost nothing on CPU. The gradients of the weight and the
@@ -60,9 +82,11 @@ def linear_cross_entropy(
         label_smoothing, z_loss, softcap, focal_gamma: as in `cross_entropy`.
         token_weight: (...), floating: a weight a token. Not differentiable.
         logit_scale: multiplies the logits, before `softcap` (Cohere, Granite).
+        return_z_loss, return_token_accuracy, return_predicted_tokens: what to report beside the loss, found while the
+            logits are there.
 
     Returns:
-        The loss in float32 (float64 for float64).
+        The loss in float32 (float64 for float64); a `CrossEntropyOutput` where anything else is asked for.
 
     Raises:
         TypeError: wrong dtypes.
@@ -83,8 +107,34 @@ def linear_cross_entropy(
         run = _reference
     else:
         run = _kernel if _kernel_serves(hidden, weight, bias, options) else _in_chunks
-    loss = run(hidden, weight, bias, target, class_weight, token_weight, logit_scale, *options)
-    return loss.view(shape) if reduction == "none" else loss
+    report = bool(return_z_loss or return_token_accuracy or return_predicted_tokens)
+    found = run(hidden, weight, bias, target, class_weight, token_weight, logit_scale, report, *options)
+    if not report:
+        return found.view(shape) if reduction == "none" else found
+    loss, predicted, lse = found
+    kept = target != ignore_index
+    of_z = right = None
+    if return_z_loss:
+        of_z = torch.where(kept, z_loss * lse.detach().square(), 0)
+        of_z = of_z if token_weight is None else of_z * token_weight.to(of_z.dtype)
+        if reduction != "none":
+            of_z = of_z.sum()
+        if reduction == "mean":
+            of_z = of_z / _divisor(kept, target, class_weight, of_z.dtype)
+    if return_token_accuracy:
+        right = ((predicted == target) & kept).to(loss.dtype)
+        right = right if reduction == "none" else right.sum() / kept.sum()
+    if reduction == "none":
+        loss, of_z, right = (t if t is None else t.view(shape) for t in (loss, of_z, right))
+    predicted = torch.where(kept, predicted, -1).view(shape) if return_predicted_tokens else None
+    return CrossEntropyOutput(loss, of_z, right, predicted)
+
+
+def _divisor(kept, target, class_weight, dtype):
+    """Of a mean."""
+    if class_weight is None:
+        return kept.sum().to(dtype)
+    return torch.where(kept, class_weight.to(dtype)[torch.where(kept, target, 0).long()], 0).sum()
 
 
 def _check(hidden, weight, class_weight, token_weight, logit_scale, ignore_index, reduction, *amounts):
@@ -113,44 +163,50 @@ def _kernel_serves(hidden, weight, bias, options) -> bool:
     )
 
 
-def _reference(hidden, weight, bias, target, class_weight, token_weight, logit_scale, *options):
+def _reference(hidden, weight, bias, target, class_weight, token_weight, logit_scale, report, *options):
     targets_inside(_OP, target, weight.shape[0], options[0])
     z = logits_of(hidden, weight, bias, scale=logit_scale)
-    return _logits._reference(z, target, class_weight, token_weight, *options)
+    loss = _logits._reference(z, target, class_weight, token_weight, *options)
+    return (loss, *_report(z, target, options[0], options[4])) if report else loss
+
+
+def _report(z, target, ignore_index, softcap):
+    """(predicted classes, lse)"""
+    z = z.detach()
+    predicted = _logits.predictions(z, target, ignore_index, softcap)
+    return predicted, torch.logsumexp(z if softcap is None else softcap * torch.tanh(z / softcap), -1)
 
 
 # ---- in chunks ------------------------------------------------------------------------------------------------------
 
 
-def _in_chunks(hidden, weight, bias, target, class_weight, token_weight, logit_scale, *options):
+def _in_chunks(hidden, weight, bias, target, class_weight, token_weight, logit_scale, report, *options):
     ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma = options
     targets_inside(_OP, target, weight.shape[0], ignore_index)
     target, token_weight = own(target), own(token_weight)
     kept = target != ignore_index
     numbers = (ignore_index, label_smoothing, z_loss, softcap, focal_gamma)
-    objective = Losses(target, class_weight, token_weight, numbers)
+    objective = Losses(target, class_weight, token_weight, numbers, report)
     quantized, weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
 
     def reference(hidden, weight, bias):
-        return _reference(hidden, weight, bias, target, class_weight, token_weight, logit_scale, *options)
+        return _reference(hidden, weight, bias, target, class_weight, token_weight, logit_scale, False, *options)
 
     call = Call(objective, kept, quantized, reference=reference, scale=float(logit_scale))
     if reduction == "none":
-        return per_token(hidden, weight, bias, call)[0]
+        found = per_token(hidden, weight, bias, call)
+        return found if report else found[0]
     divisor = None
     if reduction == "mean":
-        wide_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        divisor = kept.sum().to(wide_dtype)
-        if class_weight is not None:
-            index = torch.where(kept, target, 0).long()
-            divisor = torch.where(kept, class_weight.to(wide_dtype)[index], 0).sum()
+        divisor = _divisor(kept, target, class_weight, torch.promote_types(hidden.dtype, torch.float32))
     return total(hidden, weight, bias, divisor, call)
 
 
 class Losses(Objective):
     """The loss of each token, by the kernels of `cross_entropy` where they serve its logits."""
 
-    def __init__(self, target, class_weight, token_weight, options):
+    def __init__(self, target, class_weight, token_weight, options, report=False):
+        self.reports = 2 if report else 0  # predicted classes and lse
         self.target, self.class_weight, self.token_weight = target, class_weight, token_weight
         self.tensors = (target, class_weight, token_weight)
         self.options = options  # the softcap among them: the head makes logits without it
@@ -164,9 +220,16 @@ class Losses(Objective):
         return ignore_index, 0, label_smoothing, z_loss, softcap or 0.0, focal_gamma
 
     def values(self, z: Tensor, tokens: Tokens) -> tuple[Tensor, ...]:
-        if _logits.OPERATOR.uses_kernel(z):
-            return _logits._fwd(z, *self._arguments(tokens), *self._for_kernel())[:2]
-        return _logits._token_losses(z, *self._arguments(tokens), *self.options)[::2]
+        arguments = self._arguments(tokens)
+        if not _logits.OPERATOR.uses_kernel(z):
+            loss, _, lse = _logits._token_losses(z, *arguments, *self.options)
+            if not self.reports:
+                return loss, lse
+            return loss, lse, _logits.predictions(z, arguments[0], self.options[0], self.options[3]), lse
+        if not self.reports:
+            return _logits._fwd(z, *arguments, *self._for_kernel())[:2]
+        loss, lse, _, predicted = _logits._predict(z, *arguments, *self._for_kernel())
+        return loss, lse, predicted, lse
 
     def gradient(self, z, tokens, values, grads):
         arguments = self._arguments(tokens)
@@ -187,7 +250,7 @@ class Losses(Objective):
 # ---- the CPU kernel -------------------------------------------------------------------------------------------------
 
 
-def _kernel(hidden, weight, bias, target, class_weight, token_weight, logit_scale, *options):
+def _kernel(hidden, weight, bias, target, class_weight, token_weight, logit_scale, report, *options):
     ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma = options
     numbers = (ignore_index, _logits._REDUCTIONS[reduction], label_smoothing, z_loss, softcap or 0.0, focal_gamma,
                float(logit_scale))  # fmt: skip
@@ -205,8 +268,9 @@ def _kernel(hidden, weight, bias, target, class_weight, token_weight, logit_scal
     arguments = (bias, target, class_weight, token_weight)
     try:
         if grad:
-            return _LinearCrossEntropy.apply(hidden, *head, *arguments, numbers)
-        return _fwd(hidden, *head, *arguments, *numbers, False, False, False)[0]
+            return _LinearCrossEntropy.apply(hidden, *head, *arguments, numbers, report)
+        loss, _, _, _, _, *reports = _fwd(hidden, *head, *arguments, *numbers, False, False, False, report)
+        return (loss, *reports) if report else loss
     except REFUSED:
         targets_inside(_OP, target, head[0].shape[0], ignore_index)
         raise
@@ -220,32 +284,35 @@ def _dense(weight, scale, zero, row_scale, book, group, k, dtype):
     return dequantize_rows(weight, scale, zero, row_scale, book, group, k, torch.float32).to(dtype)
 
 
-def _loss(hidden, weight, bias, target, class_weight, token_weight, ignore_index, reduction, *numbers):
+def _loss(hidden, weight, bias, target, class_weight, token_weight, ignore_index, reduction, *numbers, report=False):
     label_smoothing, z_loss, softcap, focal_gamma, logit_scale = numbers
     name = {v: k for k, v in _logits._REDUCTIONS.items()}[reduction]
-    return _reference(hidden, weight, bias, target, class_weight, token_weight, logit_scale, ignore_index, name,
+    return _reference(hidden, weight, bias, target, class_weight, token_weight, logit_scale, report, ignore_index, name,
                       label_smoothing, z_loss, softcap or None, focal_gamma)  # fmt: skip
 
 
 def _fwd_fallback(hidden, weight, scale, zero, row_scale, book, group, bias, target, class_weight, token_weight,
                   *rest):  # fmt: skip
-    *numbers, backward, of_hidden, of_weight = rest
+    *numbers, backward, of_hidden, of_weight, report = rest
     dense = _dense(weight, scale, zero, row_scale, book, group, hidden.shape[1], hidden.dtype)
-    loss = _loss(hidden, dense, bias, target, class_weight, token_weight, *numbers).float()
+    loss, predicted, lse = _loss(hidden, dense, bias, target, class_weight, token_weight, *numbers, report=True)
     kept = target != numbers[0]
     divisor = kept if class_weight is None else torch.where(kept, class_weight[torch.where(kept, target, 0).long()], 0)
-    _, _, dx, dw, state = _fwd_fake(hidden, weight, scale, zero, row_scale, book, group, bias, target, class_weight,
-                                    token_weight, *rest)  # fmt: skip
-    return loss, divisor.sum().float(), dx, dw, state
+    _, _, dx, dw, state, *reports = _fwd_fake(hidden, weight, scale, zero, row_scale, book, group, bias, target,
+                                              class_weight, token_weight, *rest)  # fmt: skip
+    if report:
+        reports = predicted, torch.where(kept, lse.float(), 0)
+    return loss.float(), divisor.sum().float(), dx, dw, state, *reports
 
 
 def _fwd_fake(hidden, weight, scale, zero, row_scale, book, group, bias, target, class_weight, token_weight, *rest):
-    *numbers, backward, of_hidden, of_weight = rest
+    *numbers, backward, of_hidden, of_weight, report = rest
     loss = hidden.new_empty(hidden.shape[:1] if numbers[1] == 0 else (), dtype=torch.float32)
     # Two numbers, five a token, and what is noted of pieces of tokens.
     state = hidden.new_empty(6 * hidden.shape[0] + 2, dtype=torch.float32) if backward else hidden.new_empty(0)
+    reports = (loss.new_empty(hidden.shape[0] if report else 0, dtype=t) for t in (torch.int64, torch.float32))
     return (loss, loss.new_empty(()), hidden.new_empty(hidden.shape if of_hidden else 0),
-            weight.new_empty(weight.shape if of_weight else 0), state)  # fmt: skip
+            weight.new_empty(weight.shape if of_weight else 0), state, *reports)  # fmt: skip
 
 
 def _bwd_fallback(grad, hidden, weight, scale, zero, row_scale, book, group, bias, target, class_weight, token_weight,
@@ -284,10 +351,11 @@ _OPTIONS = (
     "int ignore_index, int reduction, float label_smoothing, float z_loss, float softcap, float focal_gamma,"
     " float logit_scale"
 )
-# loss, divisor, dx, dw, state. dx holds the gradient of each token's own loss; dw is memory for backward.
+# loss, divisor, dx, dw, state, predicted classes, lse. dx holds the gradient of each token's own loss; dw is memory for
+# backward. The last two are empty without `report`.
 _fwd = define(
-    f"linear_cross_entropy_fwd({_HEAD}, {_TOKENS}, {_OPTIONS}, bool backward, bool of_hidden, bool of_weight)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_cross_entropy_fwd({_HEAD}, {_TOKENS}, {_OPTIONS}, bool backward, bool of_hidden, bool of_weight,"
+    " bool report) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake, _fwd_fallback, lambda hidden, weight, *_: 2 * hidden.numel() * weight.shape[0],
 )  # fmt: skip
 # Makes the gradients of what forward left in dx and dw; returns that of the bias, in float32.
@@ -305,15 +373,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, scale, zero, row_scale, book, group, bias, target, class_weight, token_weight,
-                numbers):  # fmt: skip
+                numbers, report):  # fmt: skip
         ctx.save_for_backward(hidden, weight, scale, zero, row_scale, book, bias, target, class_weight, token_weight)
         ctx.group, ctx.numbers = group, numbers
-        loss, *ctx.made = _fwd(hidden, weight, scale, zero, row_scale, book, group, bias, target, class_weight,
-                               token_weight, *numbers, True, *ctx.needs_input_grad[:2])  # fmt: skip
-        return loss
+        loss, *ctx.made, predicted, lse = _fwd(hidden, weight, scale, zero, row_scale, book, group, bias, target,
+                                               class_weight, token_weight, *numbers, True, *ctx.needs_input_grad[:2],
+                                               report)  # fmt: skip
+        if not report:
+            return loss
+        ctx.mark_non_differentiable(predicted, lse)
+        return loss, predicted, lse
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, *_):
         *head, bias, target, class_weight, token_weight = ctx.saved_tensors
         arguments = (*head, ctx.group, bias, target, class_weight, token_weight)
         if is_observed(grad):
@@ -324,12 +396,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 return _loss(hidden, weight, bias, target, class_weight, token_weight, *ctx.numbers)
 
             dx, dw, dbias = gradients(loss, (hidden, dense, bias), (grad,))
-            return dx, dw, *[None] * 5, dbias, *[None] * 4
+            return dx, dw, *[None] * 5, dbias, *[None] * 5
         of_hidden, of_weight, of_bias = (ctx.needs_input_grad[i] for i in (0, 1, 7))
         made, ctx.made = ctx.made, None
         if made is None:
-            _, *made = _fwd(*arguments, *ctx.numbers, True, of_hidden, of_weight)
+            _, *made, _, _ = _fwd(*arguments, *ctx.numbers, True, of_hidden, of_weight, False)
         divisor, dx, dw, state = made
         dbias = _bwd(grad, *arguments, divisor, state, dx, dw, *ctx.numbers, of_hidden, of_weight, of_bias)
         return (dx if of_hidden else None, dw if of_weight else None, *[None] * 5,
-                dbias.to(bias.dtype) if of_bias else None, *[None] * 4)  # fmt: skip
+                dbias.to(bias.dtype) if of_bias else None, *[None] * 5)  # fmt: skip

@@ -39,6 +39,7 @@ def launchers() -> dict[str, Callable]:
         "append_kv_": _launcher("decode_attention", "append"),
         "decompress": _launcher("compress", "decompress"),
         "cross_entropy_bwd_": _launcher("cross_entropy", "backward_over"),
+        "cross_entropy_predict": _launcher("cross_entropy", "predict"),
         "grouped_linear_weight_bwd": _launcher("grouped_linear", "weight_backward"),
     }
     for operator in OPERATORS:

@@ -70,9 +70,10 @@ def _target(LOGITS, TARGET, WEIGHT, row, inside, stride, ignore_index, softcap, 
 
 @triton.jit
 def forward_rows(
-    LOGITS, TARGET, WEIGHT, WEIGHT_SUM, TOKEN_WEIGHT, LOSS, DIVISOR, LSE, tokens, stride, ignore_index, label_smoothing,
-    z_loss, softcap, focal_gamma, V: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, FOCAL: tl.constexpr,
-    CHECK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
+    LOGITS, TARGET, WEIGHT, WEIGHT_SUM, TOKEN_WEIGHT, LOSS, DIVISOR, LSE, PREDICTED, tokens, stride, ignore_index,
+    label_smoothing, z_loss, softcap, focal_gamma, V: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr,
+    FOCAL: tl.constexpr, CHECK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < tokens
@@ -83,6 +84,10 @@ def forward_rows(
     top = tl.full([ROWS, LANES], _LEAST, tl.float32)
     sums = tl.zeros([ROWS, LANES], tl.float32)
     smooth = tl.zeros([ROWS, LANES], tl.float32)
+    if PREDICTED is not None:
+        best = tl.full([ROWS, LANES], -float("inf"), tl.float32)
+        best_at = tl.zeros([ROWS, LANES], tl.int32)
+        nan_at = tl.full([ROWS, LANES], V, tl.int32)
     if ALIGNED:
         lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]  # 16 bytes in one load
     else:
@@ -103,6 +108,14 @@ def forward_rows(
             else:
                 smooth += tl.sum(tl.where(mask, z, 0.0), 2)
         z = tl.where(mask, z, -float("inf"))
+        if PREDICTED is not None:
+            here = col[None, :, :].to(tl.int32)
+            nan_at = tl.minimum(nan_at, tl.min(tl.where(z != z, here, V), 2))
+            number = tl.where(z != z, -float("inf"), z)
+            most = tl.max(number, 2)
+            first = tl.min(tl.where(number == most[:, :, None], here, V), 2)
+            best_at = tl.where(most > best, first, best_at)
+            best = tl.maximum(most, best)
         above = tl.maximum(top, tl.max(z, 2))
         sums = sums * _exp(top - above) + tl.sum(_exp(z - above[:, :, None]), 2)
         top = above
@@ -125,6 +138,12 @@ def forward_rows(
     tl.store(LOSS + row, tl.where(kept, loss, 0.0), mask=inside)
     tl.store(DIVISOR + row, tl.where(kept, weight_y, 0.0), mask=inside)
     tl.store(LSE + row, tl.where(kept, lse, 0.0), mask=inside)
+    if PREDICTED is not None:
+        largest = tl.max(best, 1)
+        at = tl.min(tl.where(best == largest[:, None], best_at, V), 1)
+        nan = tl.min(nan_at, 1)  # larger than all, as in torch
+        at = tl.where(nan < V, nan, at).to(tl.int64)
+        tl.store(PREDICTED + row, tl.where(kept, at, -1), mask=inside)
 
 
 @triton.jit
@@ -229,6 +248,21 @@ def forward(
     reduction: int, label_smoothing: float, z_loss: float, softcap: float, focal_gamma: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As the fallback, except that lse is 0 for ignored tokens: their logits are not read."""
+    return _forward(logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
+                    focal_gamma, None)  # fmt: skip
+
+
+@falls_back(op._predict_fallback)
+def predict(logits: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`forward`, and the first class of the largest logit; -1 for ignored tokens."""
+    predicted = logits.new_empty(logits.shape[:1], dtype=torch.int64)
+    return *_forward(logits, *rest, predicted), predicted
+
+
+def _forward(
+    logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma,
+    predicted,
+):  # fmt: skip
     logits, target, weight, weight_sum, token_weight, flags = _prepare(
         logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma
     )
@@ -241,9 +275,9 @@ def forward(
     at_once = 128 * warps // lanes
     launch(
         forward_rows, (triton.cdiv(tokens, at_once),), logits, target, weight, weight_sum, token_weight, loss, divisor,
-        lse, tokens, logits.stride(0), ignore_index, label_smoothing, z_loss, softcap, focal_gamma, V=vocabulary,
-        **flags, ROWS=at_once, LANES=lanes, VECTOR=vector, ALIGNED=logits.stride(0) % 16 == 0 and vocabulary % 16 == 0,
-        num_warps=warps, debug=_DEBUG,
+        lse, predicted, tokens, logits.stride(0), ignore_index, label_smoothing, z_loss, softcap, focal_gamma,
+        V=vocabulary, **flags, ROWS=at_once, LANES=lanes, VECTOR=vector,
+        ALIGNED=logits.stride(0) % 16 == 0 and vocabulary % 16 == 0, num_warps=warps, debug=_DEBUG,
     )  # fmt: skip
     divisor = divisor.sum()
     if reduction:
@@ -309,6 +343,8 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
         target, lse = logits.new_empty(tokens, dtype=torch.int64), logits.new_empty(tokens, dtype=torch.float32)
         weights = (logits.new_empty(vocabulary), lse) if options is everything else (None, None)
         yield forward, (logits, target, *weights, -100, 1, *options)
+        if tokens == 8192 and vocabulary == 128256:
+            yield predict, (logits, target, *weights, -100, 1, *options)
         yield backward, (lse.new_empty(()), logits, target, *weights, lse, lse.new_empty(()), -100, 1, *options)
         for some in (tokens, 512):
             z, n = logits[:some], slice(some)

@@ -90,6 +90,37 @@ BK_INLINE RowSums row_sums(const T* row, const CrossEntropy& a, bool smooth) {
   return a.softcap > 0 ? row_sums<T, true>(row, a, smooth) : row_sums<T, false>(row, a, smooth);
 }
 
+// The first class of the largest logit; NaN counts as larger than all, as in torch.
+template <class T>
+int64_t largest(const T* row, const CrossEntropy& a) {
+  const float minus_inf = -__builtin_inff();
+  constexpr int64_t kLook = 8 * W;
+  int64_t found = 0;
+  float best = minus_inf;
+  auto look = [&](int64_t i) {  // true where nothing can be larger
+    float z = logit(row, i, a.softcap);
+    if (z > best || z != z) best = z, found = i;
+    return z != z;
+  };
+  int64_t i = 0;
+  for (; i + kLook <= a.vocabulary; i += kLook) {
+    vf most = splat(minus_inf), unordered = {};
+    for (int64_t v = 0; v < kLook; v += W) {
+      vf z = load(row + i + v);
+      most = vmax(z, most), unordered += z - z;  // 0, or NaN of NaN and of infinities
+    }
+    float m = max(most);
+    if (a.softcap > 0) m = capped(splat(m), a.softcap)[0];
+    float odd = sum(unordered);
+    if (!(m > best) && odd == odd) continue;
+    for (int64_t l = 0; l < kLook; ++l)
+      if (look(i + l)) return found;
+  }
+  for (; i < a.vocabulary; ++i)
+    if (look(i)) return found;
+  return found;
+}
+
 template <class T>
 void forward(const CrossEntropy& a, int64_t begin, int64_t end) {
   float smoothing = a.label_smoothing;
@@ -98,9 +129,11 @@ void forward(const CrossEntropy& a, int64_t begin, int64_t end) {
     int64_t y = a.target[r];
     if (y == a.ignore_index) {
       a.loss[r] = a.lse[r] = a.divisor[r] = 0.0f;
+      if (a.predicted) a.predicted[r] = -1;
       continue;
     }
     RowSums s = row_sums(row, a, smoothing > 0);
+    if (a.predicted) a.predicted[r] = largest(row, a);
     float lse = s.shift + __builtin_logf(s.sum);
     float nll = lse - logit(row, y, a.softcap);
     float w = a.weight ? a.weight[y] : 1.0f;

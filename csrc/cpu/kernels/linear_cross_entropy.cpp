@@ -249,6 +249,7 @@ struct Loss {
     E *straight, *e;
     float *out, *targets, *shift;
     double *sums, *weighted;  // thousands of blocks are added up, most of them far below the largest
+    float* best;              // the largest logit so far, where it is asked for; NaN once one was met
     T* row;
     Forward(const Loss& l, void* workspace) : memory{(char*)workspace}, p(l, memory) {
       int64_t strips = l.most_strips();
@@ -260,6 +261,7 @@ struct Loss {
       weighted = memory.take<double>(strips * kSide);
       targets = memory.take<float>(strips * kSide);
       shift = memory.take<float>(strips * kSide);
+      best = l.a.predicted ? memory.take<float>(strips * kSide) : nullptr;
       row = memory.take<T>(l.depth * kSide);
     }
   };
@@ -272,6 +274,7 @@ struct Loss {
     int64_t count = p.end - p.first;
     bool keep = true, smooth = a.label_smoothing > 0;
     for (int64_t i = 0; i < p.strips * kSide; ++i) m.sums[i] = m.weighted[i] = m.targets[i] = m.shift[i] = 0;
+    for (int64_t i = 0; i < count && m.best; ++i) m.best[i] = -__builtin_inff(), a.predicted[p.first + i] = 0;
     for (int64_t column = 0; column < a.vocabulary; column += kLossVocabulary) {
       Block b = block_at(column);
       products(p, b, m.straight);
@@ -282,6 +285,7 @@ struct Loss {
           Row row = finish_row(p, b, s, r, y, smooth);
           m.weighted[i] += row.weighted;
           if (y >= b.column && y < b.column + b.count) m.targets[i] = row.target;
+          if (m.best && row.largest > m.best[i]) find_largest(m, b, s, r, y, row);
           if (column == 0) {
             m.shift[i] = row.largest == -__builtin_inff() ? 0 : row.largest;
           } else if (row.largest > m.shift[i] + kMuch) {
@@ -292,6 +296,8 @@ struct Loss {
         E* right[kWide];
         for (int64_t j = 0; j < b.wide && room; ++j) right[j] = saved(b, j, p.first / kSide + s);
         exponentials(p, b, s, m.shift, m.sums, a.dx ? m.e + s * kWide * F::kBlock : nullptr, room ? right : nullptr);
+        if (m.best && has_odd(m, s))
+          for (int64_t r = 0; r < kSide && s * kSide + r < count; ++r) find_nan(m, b, s, r);
       }
       for (int64_t i = 0; i < depth && a.dx; ++i)
         for (int64_t s = 0; s < p.strips; ++s)
@@ -302,6 +308,43 @@ struct Loss {
     F::end();
     if (a.kept) a.kept[piece] = keep;
     for (int64_t i = 0; i < count; ++i) finish_token(m, i);
+  }
+
+  // The class of a block's largest logit, the largest so far. That of the target is not in its place any more.
+  void find_largest(Forward& m, const Block& b, int64_t s, int64_t r, int64_t y, const Row& row) const {
+    int64_t i = s * kSide + r;
+    m.best[i] = row.largest;
+    for (int64_t j = 0; j < b.wide; ++j) {
+      const float* z = m.p.row(j, s, r);
+      int64_t at = y - b.column - j * kSide;
+      bool has_target = at >= 0 && at < kSide && row.target == row.largest;
+      vf most = load(z);
+      for (int64_t v = W; v < kSide; v += W) most = vmax(load(z + v), most);
+      if (!has_target && max(most) < row.largest) continue;
+      for (int64_t l = 0; l < kSide; ++l)
+        if (z[l] == row.largest || (has_target && l == at)) {
+          a.predicted[m.p.first + i] = b.column + j * kSide + l;
+          return;
+        }
+    }
+  }
+  // Whether a strip's sums or targets may hold what is not a number.
+  bool has_odd(const Forward& m, int64_t s) const {
+    double zero = 0;
+    for (int64_t i = s * kSide; i < (s + 1) * kSide; ++i) zero += m.sums[i] * 0 + m.targets[i] * 0;
+    return zero != 0;
+  }
+  // The first logit of a row that is not a number, which its sum has told of, or its target's.
+  void find_nan(Forward& m, const Block& b, int64_t s, int64_t r) const {
+    int64_t i = s * kSide + r, y = a.target[m.p.first + i] - b.column;
+    bool has_target = y >= 0 && y < b.count && m.targets[i] != m.targets[i];
+    if (m.best[i] != m.best[i] || (m.sums[i] == m.sums[i] && !has_target)) return;
+    for (int64_t c = 0; c < b.count; ++c) {
+      float z = m.p.row(c / kSide, s, r)[c % kSide];
+      if (z == z && !(has_target && c == y)) continue;
+      m.best[i] = __builtin_nanf(""), a.predicted[m.p.first + i] = b.column + c;
+      return;
+    }
   }
 
   // The shift of a row that met a logit far above it, and what was made with the old one.

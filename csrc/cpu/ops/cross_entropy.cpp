@@ -120,6 +120,17 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor target, MaybeTe
   return {loss, lse, divisor};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> predict(Tensor logits, Tensor target, MaybeTensor weight,
+                                                   MaybeTensor token_weight, int64_t ignore_index, int64_t reduction,
+                                                   double label_smoothing, double z_loss, double softcap,
+                                                   double focal_gamma) {
+  Call call(logits, target, weight, token_weight, ignore_index, label_smoothing, z_loss, softcap, focal_gamma);
+  Tensor lse, divisor, predicted = empty_1d(call.rows_count(), ScalarType::Long);
+  call.a.predicted = (int64_t*)predicted.mutable_data_ptr();
+  Tensor loss = losses(call, reduction, &lse, &divisor);
+  return {loss, lse, divisor, predicted};
+}
+
 Tensor backward(Tensor grad, Tensor logits, Tensor target, MaybeTensor weight, MaybeTensor token_weight, Tensor lse,
                 Tensor divisor, int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss,
                 double softcap, double focal_gamma) {
@@ -151,6 +162,7 @@ Tensor backward(Tensor grad, Tensor logits, Tensor target, MaybeTensor weight, M
 STABLE_TORCH_LIBRARY_IMPL(bigkernels, CPU, m) {
   m.impl("cross_entropy", TORCH_BOX(&infer));
   m.impl("cross_entropy_fwd", TORCH_BOX(&forward));
+  m.impl("cross_entropy_predict", TORCH_BOX(&predict));
   m.impl("cross_entropy_bwd", TORCH_BOX(&backward));
 }
 

@@ -179,17 +179,19 @@ struct State {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensor hidden, Tensor weight, MaybeTensor scale, MaybeTensor zero, MaybeTensor row_scale, MaybeTensor book,
     int64_t group, MaybeTensor bias, Tensor target, MaybeTensor class_weight, MaybeTensor token_weight,
     int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss, double softcap, double focal_gamma,
-    double logit_scale, bool backward, bool of_hidden, bool of_weight) {
+    double logit_scale, bool backward, bool of_hidden, bool of_weight, bool report) {
   Options o{ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma, logit_scale};
   Call call(hidden, {weight, scale, zero, row_scale, book, group}, bias, target, class_weight, token_weight, o);
   LinearCrossEntropy& a = call.a;
   std::vector<float> losses(a.tokens), lses(a.tokens), smoothed;
   std::vector<uint8_t> kept(call.pieces());
+  std::vector<int64_t> predicted(report ? a.tokens : 0);
   a.loss = losses.data(), a.lse = lses.data(), a.kept = kept.data();
+  if (report) a.predicted = predicted.data();
   Tensor dx = none(hidden), dw = none(weight), state = none(hidden);
   if (backward) {
     state = empty_1d(State::size(hidden.size(0)));
@@ -230,7 +232,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     double total = std::accumulate(losses.begin(), losses.end(), 0.0);
     loss = scalar(reduction == kMean ? total / kept_weight : total);
   }
-  return {loss, scalar(kept_weight), dx, dw, state};
+  // Of all tokens, those that do not count as well.
+  int64_t reported = report ? hidden.size(0) : 0;
+  Tensor of_token = empty_1d(reported, ScalarType::Long), lse = empty_1d(reported);
+  int64_t* classes = (int64_t*)of_token.mutable_data_ptr();
+  std::fill(classes, classes + reported, -1);
+  std::fill(floats(lse), floats(lse) + reported, 0.0f);
+  for (int64_t t = 0; t < a.tokens && report; ++t) classes[a.row[t]] = predicted[t], floats(lse)[a.row[t]] = lses[t];
+  return {loss, scalar(kept_weight), dx, dw, state, of_token, lse};
 }
 
 // Scales dx, and fills dw and dbias; both hold what forward left in them.

@@ -56,7 +56,7 @@ inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_
 
 inline Tensor empty_1d(int64_t size, ScalarType dtype = ScalarType::Float) {
   int64_t one = 1;
-  return empty_strided(&size, &one, 1, dtype, size * 4);
+  return empty_strided(&size, &one, 1, dtype, size * (dtype == ScalarType::Long ? 8 : 4));
 }
 // What a raw operator returns for an output that was not asked for.
 inline Tensor none(const Tensor& like) { return empty_1d(0, like.scalar_type()); }

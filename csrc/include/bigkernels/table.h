@@ -101,6 +101,7 @@ struct CrossEntropy {
   float* loss;                // (T,) forward
   float* lse;                 // (T,)
   float* divisor;             // (T,) forward: the class weight of each token kept
+  int64_t* predicted;         // (T,) forward, or null: the first class of the largest logit, -1 for ignored tokens
   const float* grad;          // one value, or (T,) with grad_stride 1
   int64_t grad_stride;
   float grad_scale;  // 1 / divisor for "mean"
@@ -242,6 +243,7 @@ struct LinearCrossEntropy {
   int64_t tokens, piece, vocabulary;
   float label_smoothing, z_loss, softcap, focal_gamma, logit_scale, weight_sum;  // no softcap with label smoothing
   float *loss, *lse;
+  int64_t* predicted;  // (T,) or null: the first class of the largest logit; NaN counts as larger than all, as in torch
   // What backward reads: the gradient of logit j is coefficient * e[j] - beta * weight[j], with e = exp(z - shift), and
   // at the target pull - beta * weight[target].
   float *shift, *coefficient, *pull, *beta;
