@@ -87,7 +87,8 @@ class Driver:
 
 def kernels() -> list[JITFunction]:
     """Every kernel of the package."""
-    names = (*KERNELS, "_append", "_attention", "_decode", "_norm", "_quantized_many")
+    names = (*KERNELS, "_append", "_attention", "_decode", "_hopper_attention", "_hopper_backward", "_norm",
+             "_quantized_many")  # fmt: skip
     modules = [importlib.import_module(f"bigkernels.triton.{name}") for name in names]
     return list({fn for module in modules for fn in vars(module).values() if isinstance(fn, JITFunction)})
 

@@ -24,6 +24,7 @@ if triton.knobs.runtime.interpret:
 from machine_code import products, resources  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction, mangle_type  # noqa: E402
 
 from bigkernels.triton._launch import recording  # noqa: E402
@@ -77,7 +78,8 @@ def describe(launch):
 
 def compiled(launch, capability, **options):
     _, signature, constants, attributes, warps = source_of(launch)
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    kind = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = kind(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options |= {"num_warps": warps, "maxnreg": launch.maxnreg}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 

@@ -17,6 +17,7 @@ import torch
 from bigkernels import functional, optim, use
 from bigkernels._compare import compare, worst
 from bigkernels._samples import SAMPLES, Sample, widen
+from bigkernels._samples.attention import attention_sample, varlen_sample
 from bigkernels.triton import OPERATORS as KERNELS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -31,10 +32,10 @@ def chosen(operator: str) -> list[Sample]:
     return list({s.name: s for s in picked}.values())
 
 
-def of_sample(sample: Sample, dtype: torch.dtype, where: str, rehearsed: bool) -> Check:
+def of_sample(sample: Sample, dtype: torch.dtype, where: str, rehearsed: bool, backend: str = "triton") -> Check:
     def check() -> str | None:
         inputs = sample.inputs(dtype, where)
-        ours = sample.results(inputs, backend="triton")
+        ours = sample.results(inputs, backend=backend)
         if rehearsed:
             return None
         torch.cuda.synchronize()
@@ -44,6 +45,15 @@ def of_sample(sample: Sample, dtype: torch.dtype, where: str, rehearsed: bool) -
         return None if found.ok else f"{name}: {found}"
 
     return check
+
+
+def on_hopper() -> list[Sample]:
+    """What the kernels for Hopper take."""
+    return [
+        attention_sample("causal", 2, 4, 2, 700, size=128, causal=True),
+        attention_sample("window, softcap", 1, 4, 4, 500, size=64, causal=True, window=(200, 0), softcap=20.0),
+        varlen_sample("packed", [300, 0, 1, 130], heads=4, groups=2, size=128, causal=True),
+    ]
 
 
 def of_quantized(config: str, tokens: int, where: str, rehearsed: bool) -> Check:
@@ -111,6 +121,12 @@ def checks(where: str, dtypes: list[str], rehearsed: bool) -> Iterator[tuple[str
         for operator in KERNELS:
             for sample in chosen(operator) if operator in SAMPLES else ():
                 yield f"{operator}, {sample.name}, {dtype}", of_sample(sample, DTYPES[dtype], where, rehearsed)
+    if rehearsed or torch.cuda.get_device_capability()[0] == 9:
+        for sample in on_hopper():
+            yield (
+                f"{sample.operator} by gluon, {sample.name}",
+                of_sample(sample, torch.bfloat16, where, rehearsed, "gluon"),
+            )
     for causal in (False, True):
         yield f"attention by its route, {'causal' if causal else 'plain'}", of_route(causal, where, rehearsed)
     for config in ("int8", "int8-dynamic", "int4", "nf4", "fp8"):

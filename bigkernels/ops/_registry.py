@@ -26,7 +26,7 @@ if _LOG_CHOICES and not log.handlers:
     log.setLevel(logging.INFO)
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("cpu", "triton", "cuda", "torch", "reference")
+BACKENDS = ("cpu", "triton", "gluon", "cuda", "torch", "reference")
 
 # What a kernel path raises on wrong arguments. The public function then runs its full checks, which raise an error that
 # names the argument: right calls need not pay for them.
@@ -75,6 +75,18 @@ def cpu_kernel() -> Implementation:
 
 def triton_kernel() -> Implementation:
     return Implementation("triton", "cuda", unavailable=triton_unavailable)
+
+
+def gluon_kernel() -> Implementation:
+    """Triton's kernels for Hopper, for those calls that they take (`bigkernels.triton._hopper`)."""
+    return Implementation("gluon", "cuda", (torch.bfloat16, torch.float16), _not_hopper)
+
+
+def _not_hopper() -> str | None:
+    reason = triton_unavailable()
+    if reason is None and torch.cuda.get_device_capability()[0] != 9:
+        reason = "no GPU of compute capability 9.0"
+    return reason
 
 
 def torch_kernel() -> Implementation:
@@ -161,7 +173,7 @@ class Operator:
                 self._in_graphs = tuple(
                     (i.device, dtype)
                     for i in self.implementations
-                    if i.name != "torch"  # graphs hold that as it is
+                    if i.name not in ("torch", "gluon")  # graphs hold the first as it is; the second is where Triton is
                     for dtype in i.dtypes
                     # Asking for a GPU here would initialise its driver; a tensor on one is answer enough.
                     if (triton_missing() if i.name == "triton" else i.unavailable()) is None
@@ -190,11 +202,12 @@ class Operator:
 
 @contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Force one implementation, "cpu", "triton", "cuda", "torch" or "reference", inside a `with` block.
+    """Force one implementation, "cpu", "triton", "gluon", "cuda", "torch" or "reference", inside a `with` block.
 
     "torch" are PyTorch's own kernels, which compute by default what they are faster at (`bigkernels info` prints the
-    table of routes); "triton" takes ours there too. An operator that cannot be served raises RuntimeError with the
-    reason. The choice holds for the whole process while the block runs.
+    table of routes); "triton" takes ours there too, and "gluon" attention's kernels for Hopper, off otherwise.
+    An operator that cannot be served raises RuntimeError with the reason. The choice holds for the whole process while
+    the block runs.
     """
     global _forced
     if backend not in BACKENDS:

@@ -35,8 +35,8 @@ class Route:
     Attributes:
         operator, call: of which calls it speaks.
         since, before: the compute capabilities [since, before).
-        by: "triton", or a library: "cudnn" and "flash" by `scaled_dot_product_attention`, "cublas", "_int_mm",
-            "_scaled_mm", or "torch" where the choice is PyTorch's.
+        by: "triton", "gluon" (ours as well, for Hopper alone), or a library: "cudnn" and "flash" by
+            `scaled_dot_product_attention`, "cublas", "_int_mm", "_scaled_mm", or "torch" where the choice is PyTorch's.
         evidence: "measured" by us, "published" by others, or "predicted" from machine code and bandwidths.
         source: of the evidence.
     """
@@ -77,6 +77,8 @@ TABLE: tuple[Route, ...] = (
           "PyTorch serves masks by its memory-efficient kernels alone, which skip no blocks"),
     Route("attention", "masked, one query of a model", _FIRST, _END, "torch", "predicted",
           "what models have: of static caches; ours does not cut the keys into parts where there is a mask"),
+    Route("attention", "ours on Hopper", _FIRST, _END, "triton", "predicted",
+          "'gluon', kernels for 9.0 alone, once a GPU has run them; use(\"gluon\") or BIGKERNELS_GLUON=1 until then"),
     Route("attention", "with options", _FIRST, _END, "triton", "predicted", _ONLY),
     Route("varlen_attention", "packed", _FIRST, _END, "triton", "predicted", "models mask the other sequences densely"),
     Route("decode_attention", "over a cache", _FIRST, _END, "triton", "predicted",

@@ -15,6 +15,7 @@ from ._registry import (
     Operator,
     cpu_kernel,
     define,
+    gluon_kernel,
     needs_grad,
     nondeterministic,
     torch_kernel,
@@ -196,7 +197,9 @@ def _flops(q, k, v, *_, backward=False):
 
 
 # A compiler would hold all scores to fuse the reference, so graphs hold the kernels.
-OPERATOR = Operator("attention", implementations=(cpu_kernel(), triton_kernel(), torch_kernel()), in_graphs=True)
+OPERATOR = Operator(
+    "attention", implementations=(cpu_kernel(), triton_kernel(), gluon_kernel(), torch_kernel()), in_graphs=True
+)
 _ARGS = (
     "Tensor q, Tensor k, Tensor v, {}Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks,"
     f" Tensor? prefix_lengths, Tensor? seed, {shared.OPTIONS}"

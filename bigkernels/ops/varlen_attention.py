@@ -10,7 +10,17 @@ from . import _attention as shared
 from ._arguments import check_tensor
 from ._derivatives import gradients, is_observed, vjp
 from ._flops import attention_flops, values
-from ._registry import REFUSED, Operator, compute_dtype, define, is_readable, needs_grad
+from ._registry import (
+    REFUSED,
+    Operator,
+    compute_dtype,
+    cpu_kernel,
+    define,
+    gluon_kernel,
+    is_readable,
+    needs_grad,
+    triton_kernel,
+)
 
 
 def varlen_attention(
@@ -180,7 +190,7 @@ def _bwd_flops(grad, grad_lse, q, k, v, out, lse, *rest):
     return _flops(q, k, v, *rest, backward=True)
 
 
-OPERATOR = Operator("varlen_attention", in_graphs=True)
+OPERATOR = Operator("varlen_attention", implementations=(cpu_kernel(), triton_kernel(), gluon_kernel()), in_graphs=True)
 _ARGS = (
     "Tensor q, Tensor k, Tensor v, {}Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? sinks,"
     f" Tensor? prefix_lengths, Tensor? seed, SymInt max_seqlen_q, SymInt max_seqlen_k, {shared.OPTIONS}"

@@ -206,6 +206,9 @@ class _Watch(TorchDispatchMode):
     def launched(self, kernel: Any, grid: tuple[int, ...], compiled: Any, args: tuple, constants: dict) -> None:
         if self.reason is not None:
             return
+        if getattr(compiled.metadata, "global_scratch_size", 0):
+            self.reason = "a launch for which Triton allocates memory"
+            return
         named = dict(zip(kernel.arg_names, args, strict=False)) | constants
         given, pointers = [], []
         for place, name in enumerate(kernel.arg_names):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..ops import _attention as shared
 from ..ops import attention as op
-from ..ops._registry import KERNEL_DTYPES, nondeterministic
+from ..ops._registry import KERNEL_DTYPES, is_forced, nondeterministic
+from . import _hopper
 from ._attention import attend, backward_bias, backward_keys, backward_queries
 from ._attention import delta as delta_kernel
 from ._launch import capability, launch, power_of_2
@@ -108,6 +109,9 @@ def run_forward(
 ) -> None:  # fmt: skip
     """Fills out and lse; with `rest` not out, but lse in base 2 and the rest of its rounding."""
     packed = call.tensors["CU_Q"] is not None
+    if rest is None and _hopper.takes(call, q, k, v, out):
+        given = strides("out", out, packed=packed) | lse_strides(lse, packed=packed)
+        return _hopper.forward(call, q, k, v, sinks, out, lse, given)
     tiles = call.tiles("attend")
     grid = (-(-call.queries // tiles["BLOCK_M"]) * call.batch * q.shape[1],)
     launch(
@@ -139,6 +143,12 @@ def run_backward(
     if call.wide:
         rest = torch.empty_like(lse)
         run_forward(call, q, k, v, sinks, out, base_2, rest)
+    if dbias is None and not by_atomics and _hopper.takes(call, q, k, v, grad, dq, dk, dv):
+        by_name = given | rows
+        for name, t in (("dq", dq), ("dk", dk), ("dv", dv)):
+            by_name |= strides(name, t, packed=packed)
+        _hopper.backward(call, q, k, v, grad, base_2, delta, dq, dk, dv, by_name)
+        return _sink_gradient(sinks, lse, delta, packed)
     inputs = (q, k, v, grad, base_2, rest, delta)
     by_atomics = by_atomics and not call.wide and call.tiles("sum") is not None
     q_sum = q.new_zeros(q.shape, dtype=torch.float32) if by_atomics else None
@@ -166,6 +176,10 @@ def run_backward(
             backward_bias, grid, *inputs, dbias, batches=call.batch, BATCHED=b > 1, HEADED=h > 1, ROWED=m > 1,
             KEYED=n > 1, **tensors, **options,
         )  # fmt: skip
+    return _sink_gradient(sinks, lse, delta, packed)
+
+
+def _sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor, packed: bool) -> Tensor | None:
     if sinks is None:
         return None
     # A sink has no value: its scores' gradient is its weight times -delta, summed over all rows of its head.
@@ -196,7 +210,7 @@ def forward(
     options = (left, right, scale, softcap, dropout_p)
     if not _serves(q, k, v):
         return op._fwd_fallback(q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths, seed, *options)
-    if bias is None and mask is None and prefix_lengths is None and not dropout_p:
+    if bias is None and mask is None and prefix_lengths is None and not dropout_p and not is_forced("gluon"):
         found = serve_attention(q, k, v, alibi_slopes, sinks, left, right, scale, softcap)
         if found is not None:
             return found

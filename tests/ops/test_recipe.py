@@ -290,7 +290,7 @@ def test_a_backend_that_cannot_serve_raises(sample: Sample):
 
 
 def test_use_rejects_unknown_backends_and_restores():
-    with pytest.raises(ValueError, match="backend is 'gpu'; accepted are cpu, triton, cuda, torch, reference"):
+    with pytest.raises(ValueError, match="backend is 'gpu'; accepted are cpu, triton, gluon, cuda, torch, reference"):
         with bigkernels.use("gpu"):
             pass
     operator = OPERATORS["glu"]
