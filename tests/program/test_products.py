@@ -194,6 +194,23 @@ def each_way(kind: str, integers: int, n: int = 20, k: int = 96) -> list[Stored]
     return [w, *filter(None, [in_panels(w, integers)])]
 
 
+def test_long_sums_are_as_accurate_as_torchs() -> None:
+    """Many tokens of float32 numbers: not one chain of additions over a whole row."""
+    made = torch.Generator().manual_seed(3)
+    for kind, group, k in (("f32", 0, 4096), ("f32", 0, 2051), ("affine4", 64, 4096)):
+        w = stored(kind, 40, k, group)
+        if kind == "f32":
+            w.memory[0].abs_()  # sums that grow
+            w.values.abs_()
+        x = torch.rand(70, k, generator=made, dtype=torch.float32)
+        right = x.double() @ w.values.T
+        theirs = (x @ w.values.float().T).double() - right
+        for m in (20, 70):
+            error = product(w, x[:m], EXACT).double() - right[:m]
+            assert error.square().mean() <= 4 * theirs.square().mean() + 1e-30, (kind, k, m)
+        assert torch.equal(product(w, x[:20], EXACT), product(w, x, EXACT)[:20]), (kind, k)
+
+
 def test_values_that_are_not_finite_are_not_lost() -> None:
     for kind in KINDS:
         for integers in (0, 1, 2):

@@ -257,24 +257,27 @@ struct Sixteen {
   vf acc[T][V];
 };
 
+// `steps` products for each row. Sums of `depth` of them are added to what there is, and of the last ones beyond a
+// multiple of 32: chains over a whole row would be less accurate. The places are the same wherever parts begin.
 template <int T, class Lines>
-BK_INLINE void add_floats(Sixteen<T>& s, const Lines& lines, int64_t steps, const float* x) {
-  vf acc[T][V];
-  for (int t = 0; t < T; ++t)
-    for (int v = 0; v < V; ++v) acc[t][v] = s.acc[t][v];
-  for (int64_t i = 0; i < steps; i += 4) {
-    vu four[4][V];
-    Lines::get(lines, i, four);
+BK_INLINE void add_floats(Sixteen<T>& s, const Lines& lines, int64_t steps, int64_t depth, const float* x) {
+  for (int64_t from = 0, end = 0; from < steps; from = end) {
+    end = steps - from > depth ? from + depth : steps - from > 32 ? from + (steps - from) / 32 * 32 : steps;
+    vf acc[T][V] = {};
+    for (int64_t i = from; i < end; i += 4) {
+      vu four[4][V];
+      Lines::get(lines, i, four);
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j, x += T)
+      for (int j = 0; j < 4; ++j, x += T)
 #pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) {
-        vf b = splat(x[t]);
-        for (int v = 0; v < V; ++v) acc[t][v] = multiply_add((vf)four[j][v], b, acc[t][v]);
-      }
+        for (int t = 0; t < T; ++t) {
+          vf b = splat(x[t]);
+          for (int v = 0; v < V; ++v) acc[t][v] = multiply_add((vf)four[j][v], b, acc[t][v]);
+        }
+    }
+    for (int t = 0; t < T; ++t)
+      for (int v = 0; v < V; ++v) s.acc[t][v] += acc[t][v];
   }
-  for (int t = 0; t < T; ++t)
-    for (int v = 0; v < V; ++v) s.acc[t][v] = acc[t][v];
 }
 
 template <int T>
@@ -439,7 +442,7 @@ void add_part(Sixteen<T>& s, const Weight& w, const Tokens& a, const Part& p, co
     case Form::nibbles:
       return add_pairs<T>(s, NibblePairs{code_table(w)}, lines, left, w.group, scale, beside, sums, x);
 #endif
-    default: add_floats<T>(s, lines, left, (const float*)x);
+    default: add_floats<T>(s, lines, left, part_depth(a.form, w.k), (const float*)x);
   }
 }
 
