@@ -101,6 +101,8 @@ def attention_between(b: Builder, q: Ref, keys: Ref, values: Ref, out: Ref) -> A
             softcap = _softcap(want, got)
             if softcap is None:
                 raise Refused(f"{where}: its scores are no scaled products")
+    if scale is None:
+        raise Refused(f"{where}: each token sees itself alone")
     scale, softcap = plain_within(scale, 1e-9), plain_within(softcap, 1e-7) if softcap else 0.0
     for candidate in _scales(scale, d):
         spec = replace(spec, scale=candidate, softcap=softcap)

@@ -347,7 +347,8 @@ class Builder:
             found.append((r, plain(number), channel))
         given = {r: self.unrows(self.sample(width, i), self.tensor(r)) for i, r in enumerate(terms)}
         out = self.rows(replay(self.recorder, [ref], given)[0])
-        total = sum(s * self.rows(given[r]) * (1 if c is None else c.get().detach().double()) for r, s, c in found)
+        channels = [1 if c is None else c.get().detach().double().flatten() for *_, c in found]
+        total = sum(s * self.rows(given[r]) * c for (r, s, _), c in zip(found, channels, strict=True))
         if not close(out, total):
             return None
         found = [term for term in found if term[1] != 0]

@@ -92,7 +92,7 @@ def run(graph: Graph, hidden: Tensor, positions: Tensor, cache: Cache, *, starts
 
 
 def _cast(vector: Tensor, like: Tensor) -> Tensor:
-    return vector.detach().to(like.dtype)
+    return vector.detach().flatten().to(like.dtype)
 
 
 def norm(x: Tensor, spec: NormSpec) -> Tensor:

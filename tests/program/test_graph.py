@@ -10,11 +10,12 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
+from decoders import spread  # noqa: E402
 from program.models import any_build, causal, small  # noqa: E402
 
 import bigkernels  # noqa: E402
 from bigkernels.program._find import find  # noqa: E402
-from bigkernels.program._ir import Activate, Attend, Call, Experts, Graph, Heads, Keep, Norm  # noqa: E402
+from bigkernels.program._ir import Activate, Attend, Call, Combine, Experts, Graph, Heads, Keep, Norm  # noqa: E402
 from bigkernels.program._record import arguments  # noqa: E402
 from bigkernels.program._reference import Cache, run  # noqa: E402
 
@@ -66,6 +67,26 @@ def assert_computes(model: nn.Module, graph: Graph, pieces=(9, 1, 3), starts=Non
             got = run(graph, graph.embed(ids, positions).double(), positions, ours, starts=starts)
         assert (got - want)[seen].abs().max() <= tolerance * want[seen].abs().max()
         past += length
+
+
+def test_norms_of_heads_with_weights_of_their_own():
+    """Weights (heads, d), which scale what a norm without a weight gives."""
+    for groups in (1, 2, 4):
+        sizes = dict(num_attention_heads=4, num_key_value_heads=groups, use_qk_norm=True)
+        model = spread(any_build("CohereForCausalLM", **TWO, **sizes))
+        graph = found(model)
+        assert any(isinstance(op, Combine) and any(c is not None for *_, c in op.terms) for op in graph.operations)
+        assert_computes(model, graph)
+
+
+def test_windows_of_one_token():
+    """Which caches of transformers do not keep; the attention is the modules', or all is."""
+    model = any_build("MistralForCausalLM", **TWO, sliding_window=1)
+    reason = find(model)
+    if isinstance(reason, Graph):
+        assert not any(isinstance(op, Attend) for op in reason.operations)
+    else:
+        assert "sees itself alone" in reason
 
 
 @pytest.mark.parametrize("name", NAMED + MORE)
