@@ -9,6 +9,7 @@ counts in it (PEP 509), and looks closer only where that differs.
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from array import array
 from collections.abc import Iterable, Sequence
@@ -24,9 +25,11 @@ from ._memory_words import Words, of_class, of_dict, of_list, of_set, of_tensor,
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 # What says nothing about the numbers of a step: `training` counts for what draws random numbers, which is asked apart.
-_IGNORED = {"training", "generation_config", "_non_persistent_buffers_set", "_bigkernels_patch", "_bigkernels_program"}
+_IGNORED = {"training", "generation_config", "_previous_max_cache_length", "_non_persistent_buffers_set",
+            "_bigkernels_patch", "_bigkernels_program"}  # fmt: skip
 _OWN = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type, functools.partial)
 _CAPTURING = "transformers.utils.output_capturing"  # its hooks do nothing where no outputs are asked for
 _OPAQUE = (
     nn.Module,
@@ -39,21 +42,29 @@ _OPAQUE = (
     functools.partial,
     QuantizedWeight,
 )  # codes and scales are read at each use
+# Besides the files of the modules' classes: where functions are that these call, or look up at each call.
+_FILES = ("torch.nn.functional", "transformers.masking_utils", "transformers.integrations.sdpa_attention")
+_STEADY = ("torch", "bigkernels", "builtins", "__main__")  # or, the last, a script, whose variables come and go
 _DEPTH = 4
 _SMALL = 65536  # bytes of a buffer that are compared
 
 
 class Snapshot:
     """Modules and what hangs on them: attributes, parameters, buffers, children, hooks, and containers and objects that
-    attributes lead to.
+    attributes lead to; and the functions that the files of their classes know.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._holders: dict[int, _Holder] = {}
         self.tensors: list[Tensor] = []  # small ones, whose contents are compared
         self.large: list[Tensor] = []
+        files: set[str] = set()
         for module in modules:
             self._module(module)
+            files.update(c.__module__ for c in type(module).__mro__)
+        for name in [*_FILES, *sorted(f for f in files if f.partition(".")[0] not in _STEADY)]:
+            if name in sys.modules:
+                self._file(vars(sys.modules[name]))
         self.contents = [t.detach().clone() for t in self.tensors]
 
     def _module(self, module: nn.Module) -> None:
@@ -76,6 +87,14 @@ class Snapshot:
         if not isinstance(module, Quantized):  # whose codes are read at each use
             for t in held["_buffers"].values():
                 self._tensor(t)
+
+    def _file(self, names: dict[str, Any]) -> None:
+        """The names of a file, and what is registered where it looks attention up."""
+        self._holders[id(names)] = _File(names)
+        for value in tuple(names.values()):
+            shared = getattr(type(value), "_global_mapping", None)
+            for held in (shared, value._local_mapping) if isinstance(shared, dict) else ():
+                self._holders[id(held)] = _Dict(held)
 
     def _value(self, value: object, depth: int) -> None:
         if isinstance(value, _SIMPLE) or id(value) in self._holders or depth == 0:
@@ -302,6 +321,13 @@ class _Dict(_Holder):
 
     def words(self) -> tuple[Words, Words]:
         return of_dict(self.of), []
+
+
+class _File(_Dict):
+    """Functions, but for what the interpreter and compilers put there."""
+
+    def take(self) -> dict:
+        return {key: f for key, f in self.of.items() if isinstance(f, _FUNCTIONS) and not key.startswith("__")}
 
 
 class _Tensors(_Dict):

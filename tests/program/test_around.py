@@ -11,6 +11,8 @@ import torch
 from decoders import Pair, build, generate, pair, prompt, uses_modules, uses_program
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from transformers import masking_utils
+from transformers.models.llama import modeling_llama
 
 import bigkernels
 
@@ -115,6 +117,51 @@ def test_a_configuration_that_changes(name: str):
             if hasattr(module, name):
                 setattr(module, name, 3 if name == "sliding_window" else 0.5)
     _close(_logits(ours), _logits(theirs))
+
+
+def _mask_without_a_key(real):
+    def mask(*args, **kwargs):
+        made = real(*args, **kwargs | {"allow_is_causal_skip": False}).clone()
+        made[..., 3] &= torch.eye(made.shape[-2], made.shape[-1], dtype=torch.bool)[:, 3]
+        return made
+
+    return mask
+
+
+def _longer_queries(real):
+    def rotated(q, k, *args, **kwargs):
+        q, k = real(q, k, *args, **kwargs)
+        return 1.5 * q, k
+
+    return rotated
+
+
+def _louder(real):
+    return lambda *args, **kwargs: 1.5 * real(*args, **kwargs)
+
+
+# A dictionary and a name there, and another function in its place.
+FUNCTIONS: dict[str, Callable] = {
+    "of the model's file": lambda: (vars(modeling_llama), "apply_rotary_pos_emb", _longer_queries),
+    "of masks": lambda: (masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", _mask_without_a_key),
+    "of torch": lambda: (vars(nn.functional), "scaled_dot_product_attention", _louder),
+}
+
+
+@pytest.mark.parametrize("which", FUNCTIONS)
+def test_functions_that_files_look_up(which: str, monkeypatch):
+    """Replaced after the first call, and put back."""
+    models = pair("llama")
+    where, name, other = FUNCTIONS[which]()
+    before = _logits(models.theirs)
+    _close(_logits(models.ours), before)
+    with monkeypatch.context() as patched:
+        patched.setitem(where, name, other(where[name]))
+        after = _logits(models.theirs)
+        _close(_logits(models.ours), after)
+    assert (after - before).abs().max() > 0.01 * before.abs().max()
+    with uses_program(models.ours):
+        _close(_logits(models.ours), before)
 
 
 def test_hooks_come_and_go():

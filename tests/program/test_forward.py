@@ -308,6 +308,14 @@ def test_what_is_touched_and_the_same_is_found_once(models: Pair, monkeypatch):
     assert len(found) == 1
 
 
+def test_longer_static_caches_are_no_other_model(models: Pair, monkeypatch):
+    """`generate` notes on the model how long the last one was."""
+    found = _made(monkeypatch)
+    for new in (4, 9, 30):
+        models.same(lambda model, new=new: generate(model, cache_implementation="static", new=new))
+    assert len(found) == 1
+
+
 def test_new_memory_is_found_without_another_search(models: Pair, monkeypatch):
     found = _made(monkeypatch)
     _same(models, True)
