@@ -1,4 +1,4 @@
-"""Memory that `from_pretrained` takes while it quantizes: "peak held layer" in bytes, for a folder and a format."""
+"""Memory that `from_pretrained` takes while it quantizes: "format peak held layer" in bytes, for a folder and formats."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ def read(folder: str, name: str):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=Config(name))
 
 
-def main(small: str, large: str, name: str) -> None:
+def main(small: str, large: str, *names: str) -> None:
     torch.set_num_threads(1)
+    for name in names:
+        measure(small, large, name)
+
+
+def measure(small: str, large: str, name: str) -> None:
     read(small, name)  # what is imported and allocated once
     gc.collect()
     before, peak, done = resident(), 0, threading.Event()
@@ -43,7 +48,7 @@ def main(small: str, large: str, name: str) -> None:
     watcher.join()
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     layer = sum(p.numel() for p in transformers.LlamaForCausalLM(model.config).model.layers[0].parameters()) * 4
-    print(peak - before, held, layer)
+    print(name, peak - before, held, layer)
 
 
 if __name__ == "__main__":

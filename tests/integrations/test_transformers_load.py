@@ -115,7 +115,7 @@ def test_layers_that_no_file_has_stay_plain(folders):
 
 
 def test_peak_memory_is_the_quantized_model_and_two_layers(tmp_path):
-    for name, width, layers in (("small", 64, 1), ("large", 640, 10)):
+    for name, width, layers in (("small", 64, 1), ("large", 384, 10)):
         config = transformers.LlamaConfig(vocab_size=99, hidden_size=width, intermediate_size=3 * width, head_dim=32,
                                           num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2,
                                           tie_word_embeddings=True)  # fmt: skip
@@ -127,13 +127,16 @@ def test_peak_memory_is_the_quantized_model_and_two_layers(tmp_path):
     # Blocks are mapped one by one, so that what is freed is given back and what is kept apart is not counted.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     script = models.__file__.replace("models_saved", "peak_of_reading")
-    found = subprocess.run([sys.executable, script, str(tmp_path / "small"), str(tmp_path / "large"), "int8"],
+    found = subprocess.run([sys.executable, script, str(tmp_path / "small"), str(tmp_path / "large"), *models.FORMATS],
                            capture_output=True, text=True, timeout=600, env=environment)  # fmt: skip
     assert found.returncode == 0, found.stderr[-2000:]
-    peak, held, layer = map(int, found.stdout.split())
-    plain = 10 * layer
-    assert held < 0.3 * plain and layer < 0.11 * plain, "the test would show nothing"
-    assert peak <= held + 2 * layer, (peak, held, layer)
+    lines = [line.split() for line in found.stdout.splitlines()]
+    assert [name for name, *_ in lines] == list(models.FORMATS)
+    for name, *numbers in lines:
+        peak, held, layer = map(int, numbers)
+        plain = 10 * layer
+        assert held < 0.3 * plain and layer < 0.11 * plain, "the test would show nothing"
+        assert peak <= held + 2 * layer, (name, peak, held, layer)
 
 
 def test_refused_configurations(folders):
