@@ -11,6 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from ._shared import (
     PreferenceLoss,
+    bounded,
     check_name,
     check_range,
     check_shapes,
@@ -20,13 +21,15 @@ from ._shared import (
     wide,
 )
 
-# From chosen - rejected, beta, the margin and the label smoothing.
+# From the difference of rewards, beta, the margin and the label smoothing.
 CPO: dict[str, Callable[[Tensor, float, float, float], Tensor]] = {
     "sigmoid": lambda d, beta, gamma, e: smoothed_logistic(beta * d, e),
     "hinge": lambda d, beta, gamma, e: torch.relu(1 - beta * d),
     "ipo": lambda d, beta, gamma, e: (d - 1 / (2 * beta)).square(),
     "simpo": lambda d, beta, gamma, e: smoothed_logistic(beta * d - gamma, e),
+    "alphapo": lambda d, beta, gamma, e: smoothed_logistic(beta * d - gamma, e),
 }
+AVERAGED = ("ipo", "simpo", "alphapo")  # whose log probabilities are means over tokens
 
 
 def orpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, nll: Tensor | None = None) -> PreferenceLoss:
@@ -87,32 +90,37 @@ def cpo_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     simpo_gamma: float = 0.5,
+    alpha: float = 0.0,
     nll: Tensor | None = None,
     cpo_alpha: float = 1.0,
 ) -> PreferenceLoss:
     """Contrastive preference optimization (Xu et al. 2024, https://arxiv.org/abs/2401.08417, equation 5), and the
-    losses that go by a `loss_type` in TRL's CPO. With ``x = beta * (chosen - rejected)`` and e the label smoothing::
+    losses that go by a `loss_type` in TRL's CPO. With e the label smoothing::
 
-        loss    = preference + cpo_alpha * nll
+        r(c)      = c, or (1 - exp(-alpha * c)) / alpha where alpha is not 0
+        x         = beta * (r(chosen) - r(rejected))
+        loss      = preference + cpo_alpha * nll
 
         sigmoid   -(1 - e) * log sigmoid(x) - e * log sigmoid(-x)
         hinge     max(0, 1 - x)                                         arXiv 2305.10425
-        ipo       (chosen - rejected - 1 / (2 * beta))^2                arXiv 2310.12036, of averaged log probabilities
+        ipo       ((x - 1 / 2) / beta)^2                                arXiv 2310.12036, of averaged log probabilities
         simpo     sigmoid of x - simpo_gamma                            `simpo_loss`, of averaged log probabilities
+        alphapo   simpo without nll, for an alpha that is not 0         AlphaPO, arXiv 2501.03884
 
-    Rewards are ``beta * logps``.
+    Rewards are ``beta * r(logps)``.
 
     Args:
         chosen, rejected: (P,), log probabilities of completions, summed or averaged over tokens.
-        loss_type: "sigmoid", "hinge", "ipo" or "simpo".
+        loss_type: "sigmoid", "hinge", "ipo", "simpo" or "alphapo".
         beta: positive.
         label_smoothing: in [0, 0.5); 0 for "hinge" and "ipo".
-        simpo_gamma: for "simpo", the margin that the rewards are to have.
+        simpo_gamma: for "simpo" and "alphapo", the margin that the rewards are to have.
+        alpha: the shape of rewards. Exponentials are bounded at exp(80) in float32, and have no gradient there.
         nll: the loss of the chosen completions, (P,) or a scalar; None takes ``-chosen``, as the paper does.
-        cpo_alpha: not negative; 0 leaves the nll out.
+        cpo_alpha: not negative; 0 leaves the nll out, as "alphapo" does.
 
     Raises:
-        ValueError: shapes or values do not fit, or `label_smoothing` is given where it means nothing.
+        ValueError: shapes or values do not fit, or `label_smoothing` or `nll` is given where it means nothing.
     """
     op = "cpo_loss"
     check_shapes(op, "chosen", chosen, rejected=rejected)
@@ -120,13 +128,16 @@ def cpo_loss(
     check_range(op, "beta", beta, "positive", beta > 0)
     check_smoothing(op, label_smoothing)
     check_range(op, "label_smoothing", label_smoothing, f"0, as loss_type is {loss_type!r}",
-                not label_smoothing or loss_type in ("sigmoid", "simpo"))  # fmt: skip
+                not label_smoothing or loss_type not in ("hinge", "ipo"))  # fmt: skip
     check_range(op, "cpo_alpha", cpo_alpha, "not negative", cpo_alpha >= 0)
+    check_range(op, "nll", "given", "None, as loss_type is 'alphapo'", nll is None or loss_type != "alphapo")
+    check_range(op, "alpha", alpha, "a finite number", -math.inf < alpha < math.inf)
     chosen, rejected = wide(chosen), wide(rejected)
-    losses = CPO[loss_type](chosen - rejected, beta, simpo_gamma, label_smoothing)
-    if cpo_alpha:
+    rewards = [r if alpha == 0 else -torch.expm1(bounded(-alpha * r)) / alpha for r in (chosen, rejected)]
+    losses = CPO[loss_type](rewards[0] - rewards[1], beta, simpo_gamma, label_smoothing)
+    if cpo_alpha and loss_type != "alphapo":
         losses = losses + cpo_alpha * _nll(op, chosen, nll)
-    return of_pairs(losses, beta * chosen, beta * rejected)
+    return of_pairs(losses, beta * rewards[0], beta * rewards[1])
 
 
 def _nll(op: str, chosen: Tensor, nll: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.linear_logprobs import linear_logprobs
-from ._free import cpo_loss, orpo_loss, simpo_loss
+from ._free import AVERAGED, cpo_loss, orpo_loss, simpo_loss
 from ._pairs import dpo_loss
 from ._policy import GRPOLoss, grpo_loss
 from ._sequences import sequence_logprobs
@@ -115,8 +115,8 @@ def linear_cpo_loss(
     loss_type: str = "sigmoid",
     **options: Any,
 ) -> PreferenceLoss:
-    """`cpo_loss` of pairs from hidden states. Log probabilities are averaged over tokens for "ipo" and "simpo", and
-    summed otherwise; the nll is the mean over all tokens of chosen completions. Both are as in TRL.
+    """`cpo_loss` of pairs from hidden states. Log probabilities are averaged over tokens for "ipo", "simpo" and
+    "alphapo", and summed otherwise; the nll is the mean over all tokens of chosen completions. Both are as in TRL.
 
     Arguments as those of `linear_dpo_loss`, and those of `cpo_loss` but for `nll`.
     """
@@ -125,8 +125,8 @@ def linear_cpo_loss(
     head = {"ignore_index": ignore_index, "logit_scale": logit_scale, "softcap": softcap}
     logps, tokens = _logps(op, hidden, weight, labels, bias, cu_seqlens, head)
     pairs = logps.shape[0] // 2
-    nll = -logps[:pairs].sum() / tokens[:pairs].sum().clamp_min(1)
-    if loss_type in ("ipo", "simpo"):
+    nll = None if loss_type == "alphapo" else -logps[:pairs].sum() / tokens[:pairs].sum().clamp_min(1)
+    if loss_type in AVERAGED:
         logps = logps / tokens.clamp_min(1)
     return cpo_loss(*logps.chunk(2), loss_type=loss_type, nll=nll, **options)
 

@@ -177,22 +177,37 @@ CPO = {
     "hinge": lambda c, r: torch.maximum(1 - BETA * (c - r), c * 0),
     "ipo": lambda c, r: (c - r - 0.5 / BETA) ** 2,
     "simpo": lambda c, r: cross(BETA * (c - r) - 0.7, E),
+    "alphapo": lambda c, r: cross(BETA * (c - r) - 0.7, E),
 }
 
 
-@pytest.mark.parametrize("nll", ["paper", "each", "scalar", "none"])
-@pytest.mark.parametrize("name", _free.CPO)
-def test_cpo(name, nll):
+@pytest.mark.parametrize("power", [0.0, 0.3, -0.2])
+@pytest.mark.parametrize("name, nll", [
+    (name, nll) for name in _free.CPO for nll in ("none", "paper", "each", "scalar")[: 1 if name == "alphapo" else 4]
+])  # fmt: skip
+def test_cpo(name, nll, power):
     c, r, own = inputs = make(3)
-    smoothing = E if name in ("sigmoid", "simpo") else 0.0
+    smoothing = 0.0 if name in ("hinge", "ipo") else E
     given = {"paper": None, "each": own, "scalar": own.mean(), "none": None}[nll]
     alpha = 0.0 if nll == "none" else 0.4
     found = losses.cpo_loss(c, r, loss_type=name, beta=BETA, label_smoothing=smoothing, simpo_gamma=0.7, nll=given,
-                            cpo_alpha=alpha)  # fmt: skip
-    formula = torch.stack([CPO[name](a, b) for a, b in zip(c, r, strict=True)])
+                            cpo_alpha=alpha, alpha=power)  # fmt: skip
+    rewards = [(1 - t.exp() ** -power) / power if power else t for t in (c, r)]
+    formula = torch.stack([CPO[name](a, b) for a, b in zip(*rewards, strict=True)])
     same(found.losses, formula + alpha * (-c if given is None else given), inputs)
-    torch.testing.assert_close(found.margins, BETA * (c - r).detach(), **CLOSE)
+    torch.testing.assert_close(found.margins, BETA * (rewards[0] - rewards[1]).detach(), **CLOSE)
     assert torch.autograd.gradcheck(lambda *t: losses.cpo_loss(*t, loss_type=name, beta=BETA).losses, inputs[:2])
+
+
+def test_alphapo():
+    """Without nll, and without overflow where a completion is unlikely."""
+    c, r = make(2)
+    found = losses.cpo_loss(c, r, loss_type="alphapo", alpha=0.5, beta=BETA)
+    expected = losses.cpo_loss(c, r, loss_type="simpo", alpha=0.5, beta=BETA, cpo_alpha=0.0)
+    same(found.losses, expected.losses, [c, r])
+    far = torch.tensor([-1e4, -1.0, -1e4], requires_grad=True)
+    found = losses.cpo_loss(far, far.flip(0) - 1, loss_type="alphapo", alpha=0.5)
+    assert found.losses.isfinite().all() and torch.autograd.grad(found.loss, far)[0].isfinite().all()
 
 
 def test_simpo_with_smoothing():
@@ -256,7 +271,7 @@ def test_no_pairs(name):
 
 
 @pytest.mark.parametrize("name", _pairs.LOSSES)
-def test_graphs_and_transforms(name):
+def test_transforms(name):
     inputs, options = [t.detach() for t in make()], options_of(name)
 
     def loss(*t):
@@ -267,9 +282,17 @@ def test_graphs_and_transforms(name):
     for a, b in zip(grads, torch.autograd.grad(loss(*leaves), leaves[:2], allow_unused=True,
                                                materialize_grads=True), strict=True):  # fmt: skip
         torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_all_in_one_graph():
+    inputs = [t.detach() for t in make()]
+
+    def every(*t):
+        return [losses.dpo_loss(*t, **options_of(name)).loss for name in _pairs.LOSSES]
+
     torch._dynamo.reset()
-    compiled = torch.compile(loss, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*inputs), loss(*inputs), **CLOSE)
+    for a, b in zip(torch.compile(every, backend="eager", fullgraph=True)(*inputs), every(*inputs), strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
 
 
 Z = torch.zeros(3)
@@ -305,6 +328,8 @@ Z = torch.zeros(3)
         (lambda: losses.cpo_loss(Z, Z, loss_type="x"), "cpo_loss: loss_type is 'x', expected one of sigmoid, hinge"),
         (lambda: losses.cpo_loss(Z, Z, loss_type="ipo", label_smoothing=0.1), "cpo_loss: label_smoothing is 0.1"),
         (lambda: losses.cpo_loss(Z, Z, cpo_alpha=-1.0), "cpo_loss: cpo_alpha is -1.0"),
+        (lambda: losses.cpo_loss(Z, Z, nll=Z, loss_type="alphapo"), "cpo_loss: nll is given, expected None, as loss"),
+        (lambda: losses.cpo_loss(Z, Z, alpha=float("inf")), "cpo_loss: alpha is inf, expected a finite number"),
         (lambda: losses.cpo_loss(Z, Z, nll=Z[:2]), r"cpo_loss: nll has shape \(2,\)"),
         (lambda: losses.simpo_loss(Z, Z, label_smoothing=0.5), "simpo_loss: label_smoothing is 0.5"),
         (lambda: losses.kto_loss(Z, Z, Z, None, loss_type="x"), "kto_loss: loss_type is 'x'"),
