@@ -19,6 +19,7 @@ from ..nn._weight import LazyWeight
 from ..ops._arguments import autocast_dtype
 from ..ops._chunks import Call, Tokens, per_token
 from ..ops.linear_logprobs import LogProbs
+from ..program._suspend import PASSES_ON
 from ..quantization import QuantizedWeight
 
 _THEIRS = "_ChunkedLogProbFunction"
@@ -53,6 +54,9 @@ def _with_our_head(function: types.FunctionType) -> types.FunctionType:
     made = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     made.__kwdefaults__ = function.__kwdefaults__
     made.__dict__.update(function.__dict__)
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    if "original_forward" in cells:  # rollouts of a patched model keep their step program
+        setattr(made, PASSES_ON, cells["original_forward"].cell_contents)
     made.__qualname__, made.__module__, made.__doc__ = function.__qualname__, function.__module__, function.__doc__
     return made
 

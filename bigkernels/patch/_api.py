@@ -134,14 +134,26 @@ def _restore(path: str, module: nn.Module, key: str, value: Any, before: Any) ->
         else:
             module.__dict__[key] = before
         return
-    # Someone (accelerate's hooks do) wrapped the patched forward and kept it under another name: restore it there.
+    # Someone wrapped the patched forward and kept it, under another name (accelerate's hooks do) or as a variable of
+    # the wrapper (TRL's fused head does): restore it there.
     kept = [name for name, other in module.__dict__.items() if other is value]
+    cells = [cell for cell in getattr(getattr(current, "__func__", current), "__closure__", None) or ()
+             if _content(cell) is value]  # fmt: skip
+    original = functools.partial(type(module).forward, module) if before == _ABSENT else before
     for name in kept:
-        original = functools.partial(type(module).forward, module) if before == _ABSENT else before
         module.__dict__[name] = original
-    if not kept:
+    for cell in cells:
+        cell.cell_contents = original
+    if not kept and not cells:
         warnings.warn(f"bigkernels.unpatch: {path or '(model)'}.{key} was replaced after patch; it is left as it is",
                       RuntimeWarning, stacklevel=3)  # fmt: skip
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it has none yet
+        return None
 
 
 def _layers(value: Any) -> list[Any]:

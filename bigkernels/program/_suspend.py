@@ -12,6 +12,8 @@ from torch.nn.modules import module as hooks
 # Key in a module's __dict__ under which the values that patch wrote and those that were there before are kept.
 RECORD = "_bigkernels_patch"
 ABSENT = "absent"
+# Attribute of a forward that was put over the one of `patch` and hands every call of the model's own kind on to it.
+PASSES_ON = "_bigkernels_passes_on"
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _CAPTURING = "transformers.utils.output_capturing"  # its hooks do nothing where no outputs are asked for
@@ -32,7 +34,7 @@ def disturbance(model: nn.Module) -> str | None:
         for key in ("forward", "__call__"):
             record = module.__dict__.get(RECORD, {})
             own = module.__dict__.get(key, ABSENT)
-            if own is not ABSENT and own is not record.get(key, (ABSENT,))[0]:
+            if own is not ABSENT and getattr(own, PASSES_ON, own) is not record.get(key, (ABSENT,))[0]:
                 return f"{where}: its forward was replaced on this instance"
             before = record.get(key, (None, ABSENT))[1]
             if not (isinstance(before, str) and before == ABSENT):  # of a pickle, it is another string
@@ -46,8 +48,9 @@ def suspended(model: nn.Module) -> Iterator[None]:
     taken: list[tuple[dict, str, Any]] = []
     for module in model.modules():
         for key, (value, before) in module.__dict__.get(RECORD, {}).items():
-            if module.__dict__.get(key, ABSENT) is value:
-                taken.append((module.__dict__, key, value))
+            own = module.__dict__.get(key, ABSENT)
+            if own is value or getattr(own, PASSES_ON, None) is value:
+                taken.append((module.__dict__, key, own))
                 if isinstance(before, str) and before == ABSENT:
                     del module.__dict__[key]
                 else:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantization import Q8_0
+from .. import quantization
 from ..quantization.checkpoints import _AWQ_ORDER, _nibbles, from_bitsandbytes
 from ._integers import integers, unpack
 from ._method import Method, floats
@@ -221,12 +221,11 @@ class HQQ(Method):
 
 
 class MXFP4(Method):
-    """Blocks of 32 floats of 4 bits with a power of two (OCP microscaling), as gpt-oss stores its experts. Twice the
-    values are whole numbers from -12 to 12.
+    """Blocks of 32 floats of 4 bits with a power of two (OCP microscaling), as gpt-oss stores its experts: its
+    bytes are those of the format here.
     """
 
     mark, parts = "_blocks", ("blocks", "scales")
-    _twice = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
     def layers(self, names: Collection[str]) -> Iterator[tuple[str, str, dict[str, str]]]:
         for name in names:
@@ -243,19 +242,11 @@ class MXFP4(Method):
                              f"{scales.dtype} of shape {tuple(scales.shape)}; expected bytes, 16 a scale")  # fmt: skip
         if scales.dim() < 2:
             raise ValueError(f"{name}_scales has shape {tuple(scales.shape)}")
-        if bool((scales == 255).any()):
+        if bool((scales > 252).any()):  # 255 is none, and of 253 and 254 not all codes are numbers of float32
             raise ValueError(f"{name}_scales holds a value that is not finite")
-        twice = torch.tensor(self._twice, dtype=torch.int8, device=blocks.device)
-        codes = torch.stack((twice[(blocks & 15).int()], twice[(blocks >> 4).int()]), -1).flatten(-3)
-        power = scales.int() - 128  # of the half of a scale
-        power = torch.where((codes.unflatten(-1, (-1, 32)) == 0).all(-1), 0, power)
-        shape = codes.shape
-        if bool(((power >= -24) & (power <= 15)).all()):
-            half = torch.ldexp(torch.ones_like(power, dtype=torch.float32), power).half()
-            tensors = {"codes": codes.flatten(0, -2), "scale": half.flatten(0, -2)}
-            return Packed(Q8_0(), shape, tensors)
-        each = torch.ldexp(codes.unflatten(-1, (-1, 32)).float(), power.unsqueeze(-1))
-        return each.flatten(-2).bfloat16()
+        shape = (*scales.shape[:-1], scales.shape[-1] * 32)
+        codes, exponent = blocks.flatten(0, -3).flatten(1), scales.flatten(0, -2)
+        return Packed(quantization.MXFP4(), shape, {"codes": codes.contiguous(), "exponent": exponent.contiguous()})
 
 
 def _number(name: str, held: Mapping[str, Tensor], part: str, default: int) -> int:

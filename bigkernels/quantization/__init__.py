@@ -13,6 +13,7 @@ from .book4 import FP4, NF4
 from .fp8 import FP8, FP8Dynamic
 from .int4 import Int4
 from .int8 import Int8, Int8Dynamic
+from .mxfp4 import MXFP4
 from .q4_1 import Q4_1
 from .q8_0 import Q8_0
 from .qat import FakeQuantizedEmbedding, FakeQuantizedLinear, fake_quantize, prepare_qat
@@ -21,6 +22,7 @@ __all__ = [
     "FP4",
     "FP8",
     "FP8Dynamic",
+    "MXFP4",
     "NF4",
     "Q4_1",
     "Q8_0",

@@ -1,4 +1,4 @@
-"""Memory that `from_pretrained` takes while it quantizes: "format peak held layer" in bytes, for a folder and formats."""
+"""Memory that `from_pretrained` takes while it quantizes: "format peak held layer" in bytes, for some formats."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -129,6 +130,38 @@ def test_other_models_stay():
     out = model(input_ids=trained.IDS, labels=labels, fused_lm_head=True)
     assert not out.log_probs.any() and out.loss == 0
     out.loss.backward()
+
+
+def test_generation_keeps_its_program_and_unpatch_finds_the_forward():
+    model = trained.llama().eval()
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(trained.IDS, **options)
+    report = bigkernels.patch(model)
+    fused(model)
+    assert torch.equal(model.generate(trained.IDS, **options), expected)
+    assert "operations" in str(report) or "program" in str(report), report
+    assert "replaced" not in str(report), report
+    head = model.forward
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bigkernels.unpatch(model)
+    assert model.forward is not None and model.forward.__func__ is head.__func__
+    cells = dict(zip(head.__func__.__code__.co_freevars, head.__func__.__closure__, strict=True))
+    assert cells["original_forward"].cell_contents.func is type(model).forward
+    assert torch.equal(model.generate(trained.IDS, **options), expected)
+    out = model(input_ids=trained.IDS, labels=trained.IDS, fused_lm_head=True)
+    wide = exact(trained.llama().double(), trained.IDS, trained.IDS)["log_probs"]
+    torch.testing.assert_close(out.log_probs.double(), wide, rtol=2e-5, atol=2e-5)
+
+
+def test_patching_after_the_trainer_was_made_keeps_the_head():
+    model = trained.llama()
+    utils.add_fused_lm_head(model, outputs=EVERY)
+    expected = model(input_ids=trained.IDS, labels=trained.IDS, fused_lm_head=True).log_probs
+    bigkernels.patch(model)
+    assert ours.use_head(model)
+    torch.testing.assert_close(model(input_ids=trained.IDS, labels=trained.IDS, fused_lm_head=True).log_probs, expected)
+    torch.testing.assert_close(model(input_ids=trained.IDS, labels=trained.IDS).loss, -expected.mean())
 
 
 def data(kind: str):

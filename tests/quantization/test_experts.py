@@ -83,7 +83,7 @@ class Turned(nn.Module):
         return x @ self.up[i]
 
 
-@pytest.mark.parametrize("name", ["int4", "nf4", "fp4", "int8", "int8-dynamic", "fp8", "q4_1", "q8_0"])
+@pytest.mark.parametrize("name", ["int4", "nf4", "fp4", "int8", "int8-dynamic", "fp8", "q4_1", "q8_0", "mxfp4"])
 def test_turned_weights(name: str):
     torch.manual_seed(0)
     model = nn.Sequential(Turned())

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from bigkernels import quantization as Q
 from bigkernels.functional import quantize_weight
-from bigkernels.quantization import FP4, FP8, NF4, Q4_1, Q8_0, Int4, Int8, Int8Dynamic
+from bigkernels.quantization import FP4, FP8, MXFP4, NF4, Q4_1, Q8_0, Int4, Int8, Int8Dynamic
 from bigkernels.quantization.book4 import DYNAMIC_BOOK
 
 CONFIGS = [Int8(), Int8Dynamic(), FP8(), Int4(), Int4(64), Int4(32, "rtn"), NF4(), NF4(32, double_quant=False), FP4(),
-           Q4_1(), Q8_0()]  # fmt: skip
+           MXFP4(), Q4_1(), Q8_0()]  # fmt: skip
 SHAPES = [(1, 1), (3, 5), (7, 64), (33, 131), (2, 300), (0, 64), (5, 0)]
 
 
@@ -31,6 +31,8 @@ def steps(config: Q.Format, w: Tensor, found: Q.QuantizedWeight) -> Tensor:
         return spread * 0.5 + (spread * (15 if zero is not None else 127) + minimum) / 2048 + 2.0**-25 * 128
     if isinstance(config, Int4):
         return spread * row_scale[:, None] / 2
+    if isinstance(config, MXFP4):  # magnitudes between 6 and 8 of its units become 6 where the block gains by it
+        return spread * 2
     ordered = book.sort().values
     return spread * (ordered[1:] - ordered[:-1]).max() / 2
 
@@ -82,6 +84,10 @@ def test_extreme_sizes(config: Q.Format, scale: float):
     w = torch.randn(4, 200).clamp(-1, 1) * scale
     w[1] = 0.0
     w[2, 70:] = 0.0
+    if isinstance(config, MXFP4) and scale > 6 * 2.0**125:
+        with pytest.raises(ValueError, match="beyond the range of mxfp4"):
+            quantize_weight(w, config)
+        return
     found = quantize_weight(w, config).dequantize(torch.float64)
     assert found.isfinite().all()
     if isinstance(config, NF4) and config.double_quant:
@@ -117,6 +123,35 @@ def test_book_codes_by_a_loop(config: NF4):
             assert scale[n, k // 64] == most
             found = book[(codes[n, k // 2] >> 4 * (k % 2) & 15).long()]
             assert (found - w[n, k] / most).abs() <= (book - w[n, k] / most).abs().min() + 1e-7
+
+
+def test_mxfp4_by_a_loop():
+    """The better of the two powers of two, by the sum of squared errors of the nearest floats."""
+    w = torch.randn(6, 70) * torch.tensor([1e-40, 1e-20, 1.0, 3e4, 1e37, 0.0])[:, None]
+    found = quantize_weight(w, MXFP4())
+    values, exponents = found.dequantize(torch.float64), found.tensors["exponent"]
+    grid = sorted({s * v for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6) for s in (1, -1)})
+    for n in range(6):
+        for block in range(3):
+            part = w[n, block * 32 : block * 32 + 32].double()
+            got = (values[n, block * 32 : block * 32 + 32] - part).square().sum().item()
+            best = math.inf
+            for e in range(max(0, int(exponents[n, block]) - 3), min(252, int(exponents[n, block]) + 4) + 1):
+                units = torch.tensor(grid, dtype=torch.float64) * 2.0 ** (e - 127)
+                best = min(best, (units[:, None] - part).abs().amin(0).square().sum().item())
+            assert got <= best * (1 + 1e-6)
+    assert found.nbytes == 6 * (35 + 3) and not found.tensors["exponent"][5].any()
+    exact = torch.tensor(grid * 2)[None] * 2.0**-20
+    assert torch.equal(quantize_weight(exact, MXFP4()).dequantize(), exact)
+    # What a file may hold: the least power of two, the largest, and what is no number.
+    held = Q.QuantizedWeight(MXFP4(), (1, 96), torch.float32, {
+        "codes": torch.full((1, 48), 0x71, dtype=torch.uint8),
+        "exponent": torch.tensor([[0, 252, 255]], dtype=torch.uint8)})  # fmt: skip
+    read = held.dequantize()[0]
+    assert read[0] == 2.0**-128 and read[1] == 6 * 2.0**-127 and read[33] == 6 * 2.0**125 and read[64:].isnan().all()
+    for options in ({"block_size": 64}, {"double_quant": True}):
+        with pytest.raises(ValueError, match="blocks are of 32"):
+            MXFP4(**options)
 
 
 def test_published_books():

@@ -15,8 +15,8 @@ from bigkernels.functional import quantize_weight
 from bigkernels.nn import QuantizedLinear
 from bigkernels.quantization import NF4, Int4
 
-NAMES = ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "q4_1", "q8_0")
-ALLOWED = {"int8": 0.02, "int8-dynamic": 0.03, "int4": 0.2, "nf4": 0.2, "fp4": 0.25, "fp8": 0.06,
+NAMES = ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "q4_1", "q8_0", "mxfp4")
+ALLOWED = {"mxfp4": 0.25, "int8": 0.02, "int8-dynamic": 0.03, "int4": 0.2, "nf4": 0.2, "fp4": 0.25, "fp8": 0.06,
            "q4_1": 0.2, "q8_0": 0.02}  # fmt: skip
 
 
