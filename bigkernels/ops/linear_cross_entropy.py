@@ -86,7 +86,8 @@ def linear_cross_entropy(
             logits are there.
 
     Returns:
-        The loss in float32 (float64 for float64); a `CrossEntropyOutput` where anything else is asked for.
+        The loss in float32 (float64 for float64). Where anything else is asked for a named tuple (loss, z_loss,
+        token_accuracy, predicted_tokens), None for what is not: see `CrossEntropyOutput`.
 
     Raises:
         TypeError: wrong dtypes.

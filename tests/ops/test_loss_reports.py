@@ -315,7 +315,7 @@ def test_raw_operator_of_logits(vocabulary, softcap, dtype, library):
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
     assert torch.equal(predicted, torch.where(target == -100, -1, logits.argmax(-1)))
-    if vocabulary == 7:
+    if (vocabulary, softcap, dtype) == (7, 3.0, torch.bfloat16):
         torch.library.opcheck(raw, (torch.randn(5, 7), torch.randint(7, (5,)), *args[2:]))
 
 
