@@ -17,7 +17,16 @@ PASSES_ON = "_bigkernels_passes_on"
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _CAPTURING = "transformers.utils.output_capturing"  # its hooks do nothing where no outputs are asked for
+# Of transformers and PEFT, for adapters under gradient checkpointing: they let outputs require a gradient.
+_REQUIRING = ("make_inputs_require_grads", "make_inputs_require_grad")
 _GLOBAL = (hooks._global_forward_hooks, hooks._global_forward_pre_hooks)
+
+
+def idle(hook: Any) -> bool:
+    """Whether a hook changes no number of a call in inference."""
+    module = str(getattr(hook, "__module__", None))
+    requiring = getattr(hook, "__name__", None) in _REQUIRING and module.partition(".")[0] in ("transformers", "peft")
+    return module == _CAPTURING or requiring
 
 
 def disturbance(model: nn.Module) -> str | None:
@@ -27,7 +36,7 @@ def disturbance(model: nn.Module) -> str | None:
     for path, module in model.named_modules():
         where = path or "(model)"
         for name in _HOOKS:
-            if any(getattr(hook, "__module__", None) != _CAPTURING for hook in getattr(module, name).values()):
+            if not all(map(idle, getattr(module, name).values())):
                 return f"{where}: has hooks"
         if module._compiled_call_impl is not None:
             return f"{where}: is compiled"

@@ -22,6 +22,7 @@ from .._look import Seen
 from ..nn._quantized import Quantized
 from ..quantization._weight import QuantizedWeight
 from ._memory_words import Words, of_class, of_dict, of_list, of_set, of_tensor, of_type, same_bytes, same_words
+from ._suspend import idle
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 # What says nothing about the numbers of a step: `training` counts for what draws random numbers, which is asked apart.
@@ -30,7 +31,6 @@ _IGNORED = {"training", "generation_config", "_previous_max_cache_length", "_non
 _OWN = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type, functools.partial)
-_CAPTURING = "transformers.utils.output_capturing"  # its hooks do nothing where no outputs are asked for
 _OPAQUE = (
     nn.Module,
     Tensor,
@@ -337,7 +337,7 @@ class _Tensors(_Dict):
 
 class _Hooks(_Dict):
     def take(self) -> dict:
-        return {key: hook for key, hook in self.of.items() if getattr(hook, "__module__", None) != _CAPTURING}
+        return {key: hook for key, hook in self.of.items() if not idle(hook)}
 
 
 class _List(_Holder):

@@ -19,6 +19,7 @@ if not hasattr(utils, "add_fused_lm_head"):
 
 from integrations import trained  # noqa: E402
 
+from bigkernels._load import cpu_library  # noqa: E402
 from bigkernels.integrations import trl as ours  # noqa: E402
 from bigkernels.integrations.transformers import TrainerCallback  # noqa: E402
 
@@ -138,9 +139,10 @@ def test_generation_keeps_its_program_and_unpatch_finds_the_forward():
     expected = model.generate(trained.IDS, **options)
     report = bigkernels.patch(model)
     fused(model)
+    model.enable_input_require_grads()  # as trainers do for adapters under gradient checkpointing
     assert torch.equal(model.generate(trained.IDS, **options), expected)
-    assert "operations" in str(report) or "program" in str(report), report
-    assert "replaced" not in str(report), report
+    if cpu_library().reason is None:
+        assert "decode program: 2 layers" in str(report), report
     head = model.forward
     with warnings.catch_warnings():
         warnings.simplefilter("error")
