@@ -15,12 +15,15 @@ name, and the optimizers ``TrainingArguments(optim="bigkernels_adamw_8bit")`` an
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._attention import attention_forward, register_attention
 from ._config import Config
 from ._optimizers import optimizer_cls_and_kwargs, register_optimizers
 from ._quantizer import Quantizer, forget, note, plain_saving, register_quantizer
+
+if TYPE_CHECKING:
+    from ._training import TrainerCallback
 
 __all__ = ["Config", "Quantizer", "TrainerCallback", "attention_forward", "forget", "note", "optimizer_cls_and_kwargs",
            "plain_saving", "register"]  # fmt: skip
