@@ -9,7 +9,7 @@ python = $(VENV)/bin/python
 pip = $(python) -m pip install --disable-pip-version-check --constraint $(VENV)/constraints.txt
 TRITON = 3.6.0
 
-.PHONY: demo test test-torches guard fuzz-generation build lint docs wheel clean
+.PHONY: demo test test-torches test-triton guard fuzz-generation build lint docs wheel clean
 
 demo: build $(VENV)/.demo
 	$(VENV)/bin/bigkernels demo
@@ -29,6 +29,16 @@ fuzz-generation: build $(VENV)/.test
 # On the oldest torch that is supported, the pinned one and the newest, in environments of their own.
 test-torches:
 	$(PYTHON) tools/test_torches.py
+
+# The ahead-of-time tests of the GPU kernels with another Triton, beside the environment's own: `make test-triton`.
+OTHER_TRITON ?= 3.8.0
+other = $(VENV)-triton-$(OTHER_TRITON)
+test-triton: build $(VENV)/.test
+	$(python) -m venv $(other)
+	$(other)/bin/python -m pip install --disable-pip-version-check --no-deps triton==$(OTHER_TRITON)
+	$(python) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(other)/shared.pth
+	mv $(other)/shared.pth "$$($(other)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")"
+	PYTHONPATH=. $(other)/bin/python -m pytest -q -p no:xdist tests/test_triton_aot.py tests/test_hopper.py $(PYTEST_ARGS)
 
 # Incremental: seconds after a change to one kernel.
 build: $(VENV)/.install

@@ -66,6 +66,20 @@ def _add(X, at, exists, stride, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, END
 
 
 @triton.jit
+def _of_scores(X, row, key, queries, keys, by_row, by_key):
+    """A mask's or a bias's elements of a tile of scores. Strides of None are those of dimensions that it is the same
+    in: a mask of padding then needs an address a key, and not one a score.
+    """
+    if by_row is None:
+        return tl.load(X + key.to(tl.int64) * by_key, mask=key < keys, other=0)
+    elif by_key is None:
+        return tl.load(X + row.to(tl.int64) * by_row, mask=row < queries, other=0)
+    else:
+        at = row.to(tl.int64) * by_row + key.to(tl.int64) * by_key
+        return tl.load(X + at, mask=(row < queries) & (key < keys), other=0)
+
+
+@triton.jit
 def _seen(row, key, queries, keys, left, right, MASK, mask_row, mask_key, prefix, LEFT: tl.constexpr,
           RIGHT: tl.constexpr, PREFIX: tl.constexpr):  # fmt: skip
     """Whether rows see keys; `row` and `key` broadcast against each other."""
@@ -78,8 +92,7 @@ def _seen(row, key, queries, keys, left, right, MASK, mask_row, mask_key, prefix
     if PREFIX:
         seen = seen | (inside & (key < prefix))
     if MASK is not None:
-        at = row.to(tl.int64) * mask_row + key.to(tl.int64) * mask_key
-        seen = seen & (tl.load(MASK + at, mask=inside, other=0) != 0)
+        seen = seen & (_of_scores(MASK, row, key, queries, keys, mask_row, mask_key) != 0)
     return seen
 
 
@@ -93,9 +106,7 @@ def _scores(product, row, key, queries, keys, scale, softcap, BIAS, bias_row, bi
         s = softcap * t
         derivative = 1.0 - t * t
     if BIAS is not None:
-        at = row.to(tl.int64) * bias_row + key.to(tl.int64) * bias_key
-        bias = tl.load(BIAS + at, mask=(row < queries) & (key < keys), other=0.0)
-        s += bias.to(tl.float32) * _LOG2E
+        s += _of_scores(BIAS, row, key, queries, keys, bias_row, bias_key).to(tl.float32) * _LOG2E
     if slope is not None:
         s -= slope * tl.abs(row + (keys - queries) - key).to(tl.float32)
     return s, derivative

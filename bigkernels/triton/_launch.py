@@ -127,5 +127,11 @@ def require(operator: str, condition: bool, message: str) -> None:
         raise RuntimeError(f"bigkernels::{operator}: {message}")
 
 
+@functools.cache
+def since(major: int, minor: int) -> bool:
+    """Whether Triton is this version or a later one: tables have entries for compilers that differ."""
+    return tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (major, minor)
+
+
 def power_of_2(n: int) -> int:
     return triton.next_power_of_2(max(n, 1))

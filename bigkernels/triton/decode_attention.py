@@ -23,7 +23,7 @@ from ..ops._registry import KERNEL_DTYPES
 from ..ops.rope import _empty
 from ._append import append as append_kernel
 from ._decode import merge, split
-from ._launch import falls_back, launch, power_of_2, processors
+from ._launch import falls_back, launch, power_of_2, processors, since
 from .rope import _inner_contiguous
 
 _IN_FLIGHT = 65536  # bytes of shared memory a program for blocks that are read or on their way
@@ -68,6 +68,8 @@ def _tiles(size: int, value_size: int, element: int, pack: int, rows: int, wide:
     # of int16 elements in float32: those forgo bytes in flight.
     both = wide and pack == 2
     share = 16 if both else 4 if wide or rows == 64 or rows == 32 and pack == 2 else 2
+    if since(3, 8) and not both:  # which keeps more of a block in registers: twice the blocks, of half the size
+        share *= 2
     keys = min(128, max(16, power_of_2(_IN_FLIGHT // share // key + 1) // 2))
     stages = 3 if both else 1 + min(4, max(2, _IN_FLIGHT // (keys * key)))
     warps = 4 if rows == 16 and widest <= (128 if both else 0 if wide else 256) else 8
