@@ -209,10 +209,37 @@ def test_whole_blocks_of_any_size(dtype, int8):
     """What one token reads a long cache with, for one to nine heads that share it."""
     for group, (d, dv) in itertools.product((1, 2, 3, 4, 5, 9), ((64, 64), (128, 128), (80, 80), (40, 24), (96, 200))):
         check(Case(batch=1, heads=group, groups=1, d=d, dv=dv, held=150, dtype=dtype, int8=int8, scale=d**-0.5))
+    for d, dv in ((256, 64), (64, 128), (128, 64)):
+        check(Case(batch=1, heads=3, groups=1, d=d, dv=dv, held=150, dtype=dtype, int8=int8, scale=d**-0.5))
     check(Case(batch=2, heads=4, groups=2, d=64, dv=64, held=150, tokens=3, dtype=dtype, int8=int8, starts=(0, 30)))
     check(Case(batch=2, heads=4, groups=2, d=64, dv=64, held=150, dtype=dtype, int8=int8, head_last=True, window=140))
     # A later score that is far above those before it.
     check(Case(batch=1, heads=2, groups=1, d=64, dv=64, held=1000, dtype=dtype, int8=int8, scale=6.0))
+
+
+@pytest.mark.parametrize("d", [64, 256])
+def test_codes_at_their_ends(d):
+    """Products of bytes: the largest sums that there can be, and scales of either sign."""
+    case = Case(batch=1, heads=3, groups=1, d=d, dv=d, held=200, dtype=torch.bfloat16, int8=True, scale=1e-4)
+    torch.manual_seed(3)
+    cache = Cache.make(1, 1, 200, 1, d, d, torch.bfloat16, int8=True)
+    cache.k[:] = torch.where(torch.rand(cache.k.shape[2], 1) < 0.5, 127, -128).to(torch.int8)
+    cache.v[:, :, :90], cache.v[:, :, 90:] = -128, 127
+    for sign in (1.0, -1.0):
+        cache.scales[0][:], cache.scales[1][:] = 0.02, 0.01
+        cache.scales[1][:, :, 70:] *= sign
+        for q in (torch.ones(1, 1, 3, d), -torch.ones(1, 1, 3, d)):
+            expected = formula(case, cache, q, None, None)
+            out, _ = run(case, cache, q, None, None)
+            torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=3e-5)
+
+
+def test_values_whose_scale_is_not_a_number_show():
+    case = Case(batch=1, heads=6, groups=2, d=64, dv=64, held=130, dtype=torch.bfloat16, int8=True)
+    q, cache = torch.randn(1, 1, 6, 64), Cache.make(1, 2, 130, 1, 64, 64, torch.bfloat16, int8=True)
+    cache.scales[1][0, 1, 20] = float("nan")
+    out, _ = run(case, cache, q, None, None)
+    assert out[0, 0, :3].isfinite().all() and out[0, 0, 3:].isnan().all()
 
 
 def test_many_rows_in_pieces():

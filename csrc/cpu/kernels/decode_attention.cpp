@@ -1,7 +1,7 @@
 // Attention of few queries over many keys. Keys and values come from memory once: for a block of keys, head by head,
 // all rows that read the head are served, while the next block is asked for in the order of its addresses.
+#include "decode_bytes.h"
 #include "decode_tiles.h"
-#include "decode_words.h"
 
 namespace bigkernels {
 namespace BK_ISA {
@@ -29,16 +29,16 @@ BK_INLINE void add_bias(float* s, const B* bias, int64_t step, int64_t count) {
 // Whether scores are products times one factor, but for the keys that are hidden.
 BK_INLINE bool plain(const DecodeAttention& a) { return !a.bias.data && !a.mask.data && !a.alibi && a.softcap == 0; }
 
-// The keys that a query sees are [0, prefix) and [low, high), here counted from a block's first key.
+// The keys that a query sees are [0, prefix) and [low, high), here of `count` keys and counted from the first of them.
 struct Seen {
   int64_t position, prefix, low, high;
 
-  Seen(const DecodeAttention& a, const DecodePart& p, const Block& b, int64_t query) {
+  Seen(const DecodeAttention& a, const DecodePart& p, int64_t key, int64_t count, int64_t query) {
     int64_t length = a.lengths ? a.lengths[p.batch] : a.keys;
-    position = query + length - a.queries - b.key;
-    prefix = inside(a.prefix ? a.prefix[p.batch] - b.key : 0, b.count);
-    low = inside(a.left < 0 ? 0 : position - a.left, b.count);
-    high = inside(a.right < 0 ? b.count : position + a.right + 1, b.count);
+    position = query + length - a.queries - key;
+    prefix = inside(a.prefix ? a.prefix[p.batch] - key : 0, count);
+    low = inside(a.left < 0 ? 0 : position - a.left, count);
+    high = inside(a.right < 0 ? count : position + a.right + 1, count);
   }
   bool all(int64_t count) const { return prefix == count || (low == 0 && high == count); }
 
@@ -180,28 +180,118 @@ int64_t workspace_of(const Layout& n, int64_t groups) {
 }
 
 // Whether all rows see a whole block of keys at one distance from each other, scales of int8 side by side.
-bool lines(const DecodeAttention& a, const DecodePart& p, const Block& b) {
-  for (int i = 0; i < kKeys / 16; ++i)
-    if (b.k_step[i] == 0 || b.v_step[i] == 0 || b.k_step[i] != b.k_step[0] || b.v_step[i] != b.v_step[0]) return false;
-  if (a.block_table || (a.int8 && (a.k_scale.token != 1 || a.v_scale.token != 1))) return false;
-  return Seen(a, p, b, p.first_query).all(kKeys) && Seen(a, p, b, p.first_query + p.queries - 1).all(kKeys);
+bool in_line(const DecodeAttention& a) {
+  return plain(a) && !a.block_table && a.k.token && a.v.token &&
+         (!a.int8 || (a.k_scale.token == 1 && a.v_scale.token == 1));
+}
+bool all_seen(const DecodeAttention& a, const DecodePart& p, int64_t key, int64_t count) {
+  return Seen(a, p, key, count, p.first_query).all(count) &&
+         Seen(a, p, key, count, p.first_query + p.queries - 1).all(count);
+}
+
+constexpr int64_t kFewRows = 4;        // of a head, that are multiplied at once
+constexpr int64_t kAheadBytes = 1024;  // of keys and of values: further on, the processor's own prefetcher stays behind
+
+// `count` keys of head g of a part, whole blocks from `key` on.
+template <class E>
+void attend_line(const DecodeAttention& a, const DecodePart& p, const Layout& n, const char* q, int64_t g, int64_t key,
+                 int64_t count) {
+  constexpr int64_t size = sizeof(typename E::Cache);
+  auto line = [&](const Attention::Heads& x, const Attention::Heads& scales, int64_t elements) {
+    const int64_t by = x.token * size;
+    const char* first = (const char*)x.data + (p.batch * x.batch + (p.group + g) * x.head) * size + key * by;
+    const float* scale = nullptr;
+    if (a.int8)
+      scale = (const float*)scales.data + p.batch * scales.batch + (p.group + g) * scales.head + key * scales.token;
+    // Of several heads each rests while the others are read, and is asked for a block before.
+    const int64_t ahead = p.groups > 1 ? kKeys : padded(kAheadBytes, elements * size) / (elements * size);
+    return Line{first, first + ahead * by, by, scale};
+  };
+  const State state(n, p.state, g);
+  const Line keys = line(a.k, a.k_scale, a.d), values = line(a.v, a.v_scale, a.dv);
+  if (a.int8 && a.type != Type::f32 && by_bytes(a.d, a.dv) && unsigned_scales(values.scale, count))
+    byte_block(n, q, state, keys, values, count, a.d, a.dv, a.scale);
+  else
+    line_block<typename E::Cache>(n, q, state, keys, values, count, a.d, a.dv, a.scale);
+}
+
+// Where the parts of a head's work lie in a thread's memory. What a line needs comes first and together: each page that
+// is touched between two lines takes the place of a stream that the processor's prefetcher follows.
+struct Workspace {
+  char *q, *staging;
+  float *state, *s, *w, *factor, *k_scale, *v_scale;
+
+  Workspace(const Layout& n, int64_t groups, char* at) {
+    auto take = [&](int64_t bytes) { return at += bytes, at - bytes; };  // aligned while sizes are
+    q = take(groups * n.q_head);
+    state = (float*)take(groups * n.state() * sizeof(float));
+    s = (float*)take(n.scores());
+    w = (float*)take(n.weights);
+    staging = take(n.staging);
+    factor = (float*)take(n.padded_rows * sizeof(float));
+    k_scale = (float*)take(kKeys * sizeof(float));
+    v_scale = (float*)take(kKeys * sizeof(float));
+  }
+};
+
+// Block by block, from key `begin` on; p.state is the workspace's.
+template <class E>
+__attribute__((noinline)) void attend_blocks(const DecodeAttention& a, const DecodePart& p, const Layout& n,
+                                             const Workspace& m, int64_t begin) {
+  constexpr int64_t size = sizeof(typename E::Cache);
+  const int64_t k_head = a.k.head * size, v_head = a.v.head * size;
+  const bool simple = plain(a), lines = E::kLines && in_line(a);
+  Block blocks[2], *now = blocks, *next = blocks + 1;
+  now->find(a, p, begin, size);
+  if (now->count) E::begin(n);
+  while (now->count) {
+    next->find(a, p, now->key + kKeys, size);
+    Ahead ahead(*next, p.groups, {next->k, k_head, padded(a.d * size, kLine) / kLine},
+                {next->v, v_head, padded(a.dv * size, kLine) / kLine});
+    const bool line = lines && now->count == kKeys && all_seen(a, p, now->key, kKeys);
+    for (int64_t g = 0; g < p.groups; ++g) {
+      const char* q = m.q + g * n.q_head;
+      if constexpr (E::kLines)
+        if (line) {
+          attend_line<E>(a, p, n, q, g, now->key, kKeys);
+          continue;
+        }
+      State state(n, p.state, g);
+      E::scores(n, q, *now, g * k_head, a.d, m.s, m.staging, ahead);
+      if (a.int8)
+        for (int64_t t = 0; t < padded(now->count, W); ++t) {
+          bool valid = t < now->count;
+          m.k_scale[t] = valid ? now->k_scale[t][g * a.k_scale.head] : 0;
+          m.v_scale[t] = valid ? now->v_scale[t][g * a.v_scale.head] : 0;
+        }
+      Ahead::begin(ahead, n.rows);
+      for (int64_t i = 0, r = 0; i < p.queries; ++i) {
+        Seen seen(a, p, now->key, now->count, p.first_query + i);
+        bool as_it_is = simple && !a.int8 && seen.all(now->count) && now->count % W == 0;
+        for (int64_t h = 0; h < n.group_size; ++h, ++r) {
+          Ahead::step(ahead);
+          if (!as_it_is)
+            finish_scores(a, p, *now, seen, p.first_query + i, (p.group + g) * n.group_size + h,
+                          a.int8 ? m.k_scale : nullptr, m.s + r * kKeys);
+          weights<E>(n, state, r, now->count, as_it_is ? a.scale : 1, a.int8 ? m.v_scale : nullptr, m.s, m.w, m.factor);
+        }
+      }
+      E::weigh(n, m.s, m.w, *now, g * v_head, a.dv, state.acc, m.factor, m.staging, ahead);
+    }
+    Block* done = now;
+    now = next, next = done;
+    if (!now->count) E::end();
+  }
 }
 
 template <class E>
 void attend(const DecodeAttention& a, DecodePart p, char* workspace) {
-  Layout n = E::layout(a, p.queries);
-  auto take = [&](int64_t bytes) { return workspace += bytes, workspace - bytes; };  // aligned while sizes are
-  char* q = take(p.groups * n.q_head);
-  float* s = (float*)take(n.scores());
-  float* w = (float*)take(n.weights);
-  char* staging = take(n.staging);
-  float* factor = (float*)take(n.padded_rows * sizeof(float));
-  float* k_scale = (float*)take(kKeys * sizeof(float));
-  float* v_scale = (float*)take(kKeys * sizeof(float));
+  const Layout n = E::layout(a, p.queries);
+  const Workspace m(n, p.groups, workspace);
   float* parted = p.state;  // gets the sums when they are final: another thread may have made and read them before
-  p.state = (float*)workspace;
+  p.state = m.state;
   for (int64_t g = 0; g < p.groups; ++g) {
-    char* head = q + g * n.q_head;
+    char* head = m.q + g * n.q_head;
     switch (outside(a)) {
       case Type::f32: read_queries<E, float>(a, p, n, p.group + g, head); break;
       case Type::bf16: read_queries<E, bf16>(a, p, n, p.group + g, head); break;
@@ -210,67 +300,18 @@ void attend(const DecodeAttention& a, DecodePart p, char* workspace) {
     State state(n, p.state, g);
     fill(state.acc, 0, n.acc_rows * n.acc_width, 0);
     fill(state.most, 0, n.padded_rows, -kInfinity);
-    fill(state.total, 0, n.padded_rows * W, 0);
+    fill(state.total, 0, n.total_rows * W, 0);
   }
-  constexpr int64_t size = sizeof(typename E::Cache);
-  const int64_t k_head = a.k.head * size, v_head = a.v.head * size;
-  const bool simple = plain(a);
-  Block blocks[2], *now = blocks, *next = blocks + 1;
-  now->find(a, p, p.begin, size);
-  if (now->count) E::begin(n);
-  while (now->count) {
-    next->find(a, p, now->key + kKeys, size);
-    Ahead ahead(*next, p.groups, {next->k, k_head, padded(a.d * size, kLine) / kLine},
-                {next->v, v_head, padded(a.dv * size, kLine) / kLine});
-    const bool in_line = E::kLines && simple && now->count == kKeys && lines(a, p, *now);
-    for (int64_t g = 0; g < p.groups; ++g) {
-      State state(n, p.state, g);
-      if constexpr (E::kLines)
-        if (in_line) {
-          // After the last key of a head comes the first of the next.
-          bool last = now->key + kKeys >= p.end;
-          auto line = [&](const char* first, const Attention::Heads& x, const Attention::Heads& scales, int64_t by) {
-            const float* scale = a.int8 ? (const float*)scales.data + p.batch * scales.batch +
-                                              (p.group + g) * scales.head + now->key * scales.token
-                                        : nullptr;
-            int64_t head = x.head * size,
-                    after = last && p.end == a.keys ? head - (now->key - p.begin) * by : kKeys * by;
-            first += g * head;
-            return Line{first, first + after, by, by, scale};
-          };
-          const Line keys = line(now->k[0], a.k, a.k_scale, now->k_step[0]);
-          const Line values = line(now->v[0], a.v, a.v_scale, now->v_step[0]);
-          if (a.int8 && a.type != Type::f32 && by_words(a.d, a.dv))
-            word_block(n, q + g * n.q_head, state, keys, values, a.d, a.dv, a.scale);
-          else
-            line_block<typename E::Cache>(n, q + g * n.q_head, state, keys, values, a.d, a.dv, a.scale);
-          continue;
-        }
-      E::scores(n, q + g * n.q_head, *now, g * k_head, a.d, s, staging, ahead);
-      if (a.int8)
-        for (int64_t t = 0; t < padded(now->count, W); ++t) {
-          bool valid = t < now->count;
-          k_scale[t] = valid ? now->k_scale[t][g * a.k_scale.head] : 0;
-          v_scale[t] = valid ? now->v_scale[t][g * a.v_scale.head] : 0;
-        }
-      Ahead::begin(ahead, n.rows);
-      for (int64_t i = 0, r = 0; i < p.queries; ++i) {
-        Seen seen(a, p, *now, p.first_query + i);
-        bool as_it_is = simple && !a.int8 && seen.all(now->count) && now->count % W == 0;
-        for (int64_t h = 0; h < n.group_size; ++h, ++r) {
-          Ahead::step(ahead);
-          if (!as_it_is)
-            finish_scores(a, p, *now, seen, p.first_query + i, (p.group + g) * n.group_size + h,
-                          a.int8 ? k_scale : nullptr, s + r * kKeys);
-          weights<E>(n, state, r, now->count, as_it_is ? a.scale : 1, a.int8 ? v_scale : nullptr, s, w, factor);
-        }
-      }
-      E::weigh(n, s, w, *now, g * v_head, a.dv, state.acc, factor, staging, ahead);
+  int64_t begin = p.begin;
+  if constexpr (E::kLines)
+    if (p.groups == 1 && in_line(a)) {
+      // Of few rows all blocks in one go; those of many would read what is out of the caches again.
+      const int64_t count = (p.end - begin) / kKeys * kKeys, step = n.rows <= kFewRows ? count : kKeys;
+      if (count > 0 && all_seen(a, p, begin, count))
+        for (const int64_t end = begin + count; begin < end; begin += step)
+          attend_line<E>(a, p, n, m.q, 0, begin, step);
     }
-    Block* done = now;
-    now = next, next = done;
-    if (!now->count) E::end();
-  }
+  if (begin < p.end) attend_blocks<E>(a, p, n, m, begin);
   if (!parted) return write_out<E>(a, &p, 1, n, 0, p.queries);
   __builtin_memcpy(parted, p.state, p.groups * n.state() * sizeof(float));
 }

@@ -16,16 +16,16 @@ constexpr int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to;
 struct Layout {
   int64_t group_size, rows, padded_rows;
   int64_t d, dv;                            // padded
-  int64_t acc_rows, acc_width;              // sums of weights times values: row m is of row m % rows
+  int64_t acc_rows, acc_width, total_rows;  // sums of weights times values: row m is of row m % rows
   int64_t q_head, q_row, weights, staging;  // bytes
 
   Layout(const DecodeAttention& a, int64_t queries, int64_t step) {
     group_size = a.heads / a.groups;
     rows = queries * group_size;
-    padded_rows = padded(rows, 16);
+    padded_rows = total_rows = padded(rows, 16);
     d = padded(a.d, step), dv = padded(a.dv, step);
   }
-  int64_t state() const { return acc_rows * acc_width + padded_rows * (1 + W); }  // floats a head
+  int64_t state() const { return padded(acc_rows * acc_width + padded_rows + total_rows * W, 16); }  // floats a head
   int64_t scores() const { return padded_rows * kKeys * sizeof(float); }
 };
 
@@ -102,6 +102,21 @@ struct Block {
     return step;
   }
 };
+
+// Keys or values from `first` on, each `by` bytes after the one before, and what is asked for meanwhile.
+struct Line {
+  const char *first, *ahead;
+  int64_t by;
+  const float* scale;  // of an int8 cache
+
+  void move(int64_t keys) {
+    first += keys * by, ahead += keys * by;
+    if (scale) scale += keys;
+  }
+};
+
+// Asks for a line into the second-level cache: the first has fewer requests under way than the memory needs.
+BK_INLINE void ask(const char* p) { __builtin_prefetch(p, 0, 2); }
 
 // Asks for a block to come in the order of its addresses: tokens with all their heads. A phase of work on a head asks
 // for its share a few lines at a time, so that the memory is never idle nor its queue full.

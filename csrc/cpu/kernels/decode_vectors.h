@@ -222,8 +222,8 @@ struct Vectors {
 
   static Layout layout(const DecodeAttention& a, int64_t queries) {
     Layout n(a, queries, E::kStep);
-    n.acc_rows = n.padded_rows, n.acc_width = n.dv;
-    n.q_row = n.d * sizeof(Left), n.q_head = n.padded_rows * n.q_row;
+    n.acc_rows = n.total_rows = n.rows, n.acc_width = padded(n.dv, kVectors * W);
+    n.q_row = n.d * sizeof(Left), n.q_head = padded(n.rows * n.q_row, kLine);
     n.weights = n.staging = 0;  // weights take the place of the scores
     return n;
   }
