@@ -60,13 +60,13 @@ def test_optimizers_by_name(tmp_path, name: str, arguments, kind: type, expected
     name = f"bigkernels_{name}"
     made = []
     text = arguments if isinstance(arguments, (str, type(None))) else ",".join(f"{k}={v}" for k, v in arguments.items())
-    made.append(trainer(tmp_path, optim=name, optim_args=text, **adam))
-    made.append(trainer(tmp_path, callbacks=[TrainerCallback(optim=name, optim_args=arguments)], **adam))
+    made.append(trainer(tmp_path, callbacks=[], optim=name, optim_args=text, **adam))
+    made.append(trainer(tmp_path, callbacks=[TrainerCallback(False, optim=name, optim_args=arguments)], **adam))
     args = trained.arguments(tmp_path, **adam)
     if name != "bigkernels_muon":
         given = optimizer_cls_and_kwargs(name, args, None if text == arguments else arguments)
         if arguments is None or text != arguments:
-            made.append(trainer(tmp_path, optimizer_cls_and_kwargs=given, **adam))
+            made.append(trainer(tmp_path, callbacks=[], optimizer_cls_and_kwargs=given, **adam))
     for t in made:
         found = t.create_optimizer()
         assert type(found) is kind
@@ -135,10 +135,10 @@ def test_a_patched_run_is_the_plain_one(tmp_path):
 ], ids=lambda o: next(iter(o)))  # fmt: skip
 def test_options_of_the_trainer(tmp_path, options: dict):
     uncompiled = {key: value for key, value in options.items() if "compile" not in key}  # it takes seconds
-    plain = trainer(tmp_path, callbacks=[], **uncompiled)
+    plain = trainer(tmp_path, trained.llama(num_hidden_layers=1), [], **uncompiled)
     plain.train()
     callback = TrainerCallback()
-    found = trainer(tmp_path, callbacks=[callback], **options)
+    found = trainer(tmp_path, trained.llama(num_hidden_layers=1), [callback], **options)
     found.train()
     assert callback.report.patched
     bound = 0.02 if "bf16" in options else 1e-3
