@@ -62,7 +62,7 @@ def patch(
             have changed. In evaluation, and where weights come and go (FSDP), nothing changes.
         decode: the step program of causal language models (CPU): inference takes it wherever it gives what the modules
             give. It reads weights where the model keeps them; of quantized ones it keeps a copy of its own, made at
-            first use, in the order in which a few tokens are multiplied fastest, where there is memory for it (the
+            first use, in the order in which products read them fastest, where there is memory for it (the
             report says how much it takes, or why there is none). It is made again when the codes change: writes that
             PyTorch counts are seen at the next call, and others (through `.data`, numpy) at the latest at the next
             call that begins a sequence. It goes when the model is moved, trained or no longer patched. "stored": no

@@ -1,8 +1,8 @@
-"""A copy of a program's codes in panels, in the order in which a step of a few tokens reads them.
+"""A copy of a program's codes in panels, in the order in which a step reads them.
 
 It is used only while it is what the stored codes say. Before each call it is looked whether PyTorch has counted a
 write to them, and whether some words of each, others in every call, are what they were; before a call that begins a
-sequence, or has more tokens than panels are for, all of their bytes are compared by a checksum: writes through `.data`,
+sequence, or has more than a few tokens, all of their bytes are compared by a checksum: writes through `.data`,
 numpy or other libraries are counted by nobody. Codes that were made in inference mode count no writes at all; of these
 there is no copy.
 """
@@ -21,7 +21,7 @@ from ..ops import program as ops
 from ._memory_words import Words, of_version, same_words, word
 from ._pages import empty_on_huge_pages
 
-TOKENS = 16  # of a step, as many as are multiplied with panels: kPanelTokens of csrc/include/bigkernels/program.h
+TOKENS = 16  # of a sequence in one call: with more, a comparison of all codes is a small part of it
 _SETS, _SAMPLED = 8, 1  # sets of words of which one is looked at in each call, and words of each tensor in one
 _GROUPS = Path("/sys/fs/cgroup")
 

@@ -177,7 +177,7 @@ void ProgramRun::make_product(const Step& s, int64_t piece, Worker& w) const {
   const char* ready = s.prepares ? w.ready : block_.data();
   float *y = (float*)w.scratch, *up = (float*)(w.scratch + round_up(s.m * stride * 4, 64));
   // Panels of gate and up lie in turn.
-  const int64_t step = a.gated && a.weight[0].panels && s.m <= kPanelTokens ? 16 : end - begin;
+  const int64_t step = a.gated && a.weight[0].panels ? 16 : end - begin;
   for (int64_t n = begin; n < end; n += step) {
     const int64_t last = std::min(n + step, end);
     table.product(a.weight[i], a.integers, ready + s.ready[i], s.m, n, last, y + n - begin, stride, w.workspace);
@@ -199,7 +199,7 @@ void ProgramRun::ask_ahead(const Step& s, int64_t thread) const {
   const Weight& w = a.weight[i];
   if (w.transposed) return;
   const int64_t row = std::min(piece * next.cut[i], w.n - 1);
-  const bool panels = w.panels && next.m <= kPanelTokens;
+  const bool panels = w.panels;
   const uint8_t* p = panels ? w.panels + row / 16 * w.panel_step : w.codes + row * w.code_row;
   const int64_t bytes = panels ? kAskedPanels : std::min<int64_t>(2048, w.code_row);
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at);

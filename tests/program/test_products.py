@@ -139,7 +139,7 @@ def check(kind: str, n: int, k: int, m: int, group: int, transposed: bool, integ
     right, terms = expected(w, rounded(x, kind, integers))
     wrong = (y.double() - right).abs() > 2e-6 * terms + 1e-30
     what = f"{kind} n {n} k {k} m {m} group {group} transposed {transposed} integers {integers}"
-    check_panels(w, x, integers, y, right, terms, what, seed)
+    check_panels(w, x, integers, right, terms, what, seed)
     assert not wrong.any(), f"{what}: {wrong.sum()} of {wrong.numel()}, {(y - right).abs().max()} off at {terms.max()}"
     if n > 1:
         cut = random.Random(seed).randint(1, n - 1)
@@ -150,7 +150,7 @@ def check(kind: str, n: int, k: int, m: int, group: int, transposed: bool, integ
         assert torch.equal(product(w, x[slice(*part)], integers), y[slice(*part)]), f"{what}: tokens {part}"
 
 
-def check_panels(w: Stored, x: Tensor, integers: int, y: Tensor, right: Tensor, terms: Tensor, what: str, seed: int):
+def check_panels(w: Stored, x: Tensor, integers: int, right: Tensor, terms: Tensor, what: str, seed: int):
     kept = in_panels(w, integers)
     if kept is None:
         return
@@ -158,9 +158,6 @@ def check_panels(w: Stored, x: Tensor, integers: int, y: Tensor, right: Tensor, 
     m, n = out.shape
     wrong = (out.double() - right).abs() > 2e-6 * terms + 1e-30
     assert not wrong.any(), f"panels, {what}: {wrong.sum()} of {wrong.numel()}, {(out - right).abs().max()} off"
-    if m > 16:
-        assert torch.equal(out, y), f"{what}: panels are not for so many tokens"
-        return
     # Nor does it matter how many tokens there are, or where rows begin.
     for t in range(0, m, 5):
         assert torch.equal(product(kept, x[t : t + 1], integers), out[t : t + 1]), f"panels, {what}: token {t}"

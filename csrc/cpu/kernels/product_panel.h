@@ -46,28 +46,6 @@ static_assert(kSteps % 64 == 0);
 
 // transpose16 of 16 rows of 32-bit lanes, with shuffles on AVX2, too.
 #if defined(__AVX2__)
-BK_INLINE void transpose8(const char* from, int64_t from_bytes, char* to, int64_t to_bytes) {
-  __m256 a[8], b[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) a[i] = read<__m256>(from + i * from_bytes);
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
-    b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      __m256d x = _mm256_castps_pd(b[i + j]), y = _mm256_castps_pd(b[i + 2 + j]);
-      a[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(x, y));
-      a[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(x, y));
-    }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    write(to + i * to_bytes, _mm256_permute2f128_ps(a[i], a[4 + i], 0x20));
-    write(to + (4 + i) * to_bytes, _mm256_permute2f128_ps(a[i], a[4 + i], 0x31));
-  }
-}
 BK_INLINE void transpose_lines(const void* from, int64_t from_bytes, void* to, int64_t to_bytes) {
   for (int i = 0; i < 16; i += 8)
     for (int j = 0; j < 16; j += 8)

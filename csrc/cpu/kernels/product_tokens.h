@@ -73,12 +73,13 @@ struct Tokens {
   int64_t deep, sums, scale_at, sums_at, bytes;  // of a block
 
   Tokens(const Weight& w, int32_t integers, int64_t tokens) : m(tokens), k(w.k), group(w.group) {
-    by_panels = w.panels && m <= kPanelTokens;
+    by_panels = w.panels;
     form = form_of(w, integers, m);
     few = !by_panels && m <= most_few(form, w.transposed);
     const int64_t most = by_panels ? kMostByPanels : kMost;
     blocks = few ? m : (m + most - 1) / most;
-    count = few || (by_panels && m == 1) ? 1 : ((m + blocks - 1) / blocks + 1) / 2 * 2;
+    count = few || m <= 1 ? 1 : (m + blocks - 1) / blocks;
+    if (!few && !by_panels) count = (count + 1) / 2 * 2;
     pick = 1, width = 1;
     if (form == Form::quads) {
       pick = 2, width = few ? 4 * W : 4;
@@ -272,10 +273,36 @@ BK_INLINE void prepare_token(const Tokens& a, const float* x, int64_t token, voi
   GroupSums::finish(sums, a);
 }
 
-// A whole block of 16 tokens, `stride` apart: their words change places by shuffles.
+#if defined(__AVX2__)
+// Columns of 8 rows of 32-bit lanes, `from_bytes` apart, as rows.
+BK_INLINE void transpose8(const char* from, int64_t from_bytes, char* to, int64_t to_bytes) {
+  __m256 a[8], b[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) a[i] = read<__m256>(from + i * from_bytes);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      __m256d x = _mm256_castps_pd(b[i + j]), y = _mm256_castps_pd(b[i + 2 + j]);
+      a[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(x, y));
+      a[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(x, y));
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    write(to + i * to_bytes, _mm256_permute2f128_ps(a[i], a[4 + i], 0x20));
+    write(to + (4 + i) * to_bytes, _mm256_permute2f128_ps(a[i], a[4 + i], 0x31));
+  }
+}
+#endif
+
+// A whole block of 8 or 16 tokens, `stride` apart: their words change places by shuffles.
 #if defined(__AVX512F__)
-BK_INLINE void prepare_sixteen(const Tokens& a, const float* x, int64_t stride, int64_t token, void* ready) {
-  constexpr int kTokens = 16;
+template <int kTokens>
+BK_INLINE void prepare_block(const Tokens& a, const float* x, int64_t stride, int64_t token, void* ready) {
   const int64_t words = kSpan * a.size() / 4;
   char* block = (char*)ready + token / kTokens * a.bytes;
   float* scales = (float*)(block + a.scale_at);
@@ -285,7 +312,13 @@ BK_INLINE void prepare_sixteen(const Tokens& a, const float* x, int64_t stride, 
   for (int64_t k = 0; k < a.deep; k += kSpan, to += words * 4 * kTokens) {
     alignas(64) uint32_t span[kTokens][kSpan];
     for (int t = 0; t < kTokens; ++t) prepare_span(a, x + t * stride, k, span[t], scales + t, sums[t]);
-    for (int64_t i = 0; i < words; i += 16) transpose16(span[0] + i, sizeof span[0], to + i * 4 * kTokens, 64);
+    for (int64_t i = 0; i < words; i += kTokens) {
+      const char* from = (const char*)(span[0] + i);
+      if (kTokens == 16)
+        transpose16(from, sizeof span[0], to + i * 4 * kTokens, 64);
+      else
+        transpose8(from, sizeof span[0], to + i * 4 * kTokens, 32);
+    }
   }
   for (GroupSums& s : sums) GroupSums::finish(s, a);
 }
@@ -295,9 +328,10 @@ BK_INLINE void prepare_tokens(const Tokens& a, const float* x, int64_t stride, i
                               void* ready) {
   for (int64_t t = begin; t < end; ++t) {
 #if defined(__AVX512F__)
-    if (a.count == 16 && t % 16 == 0 && t + 16 <= end) {
-      prepare_sixteen(a, x + t * stride, stride, t, ready);
-      t += 15;
+    if ((a.count == 16 || a.count == 8) && t % a.count == 0 && t + a.count <= end) {
+      const float* from = x + t * stride;
+      a.count == 16 ? prepare_block<16>(a, from, stride, t, ready) : prepare_block<8>(a, from, stride, t, ready);
+      t += a.count - 1;
       continue;
     }
 #endif

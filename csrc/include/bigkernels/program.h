@@ -3,16 +3,14 @@
 //
 // Values between records are rows of float32, one row a token: `batch` sequences of `tokens` new tokens each, row
 // b * tokens + s. Weights are read where the model keeps them: records hold addresses. Of codes there may be a copy
-// beside them, in panels, for up to kPanelTokens rows: whoever has it made watches the codes. Every record writes values
-// of its own, so that two threads that make the same chunk write the same bits.
+// beside them, in panels, which products read instead: whoever has it made watches the codes. Every record writes
+// values of its own, so that two threads that make the same chunk write the same bits.
 //
 // bigkernels/program/_records.py has the same structs for Python; tests compare their sizes.
 #pragma once
 #include "table.h"
 
 namespace bigkernels {
-
-constexpr int64_t kPanelTokens = 16;  // rows that are multiplied with panels, where a weight has them; more: as stored
 
 typedef int32_t Value;  // its number in the program's list; -1: none
 
