@@ -13,6 +13,7 @@ from bigkernels.quantization import FP8, MXFP4, Q8_0, Int4, Int8, Int8Dynamic
 
 transformers = pytest.importorskip("transformers", minversion="5")
 safetensors = pytest.importorskip("safetensors.torch")
+safe_open = pytest.importorskip("safetensors").safe_open
 
 from published import folders  # noqa: E402
 
@@ -109,6 +110,36 @@ def test_torchao(tmp_path, kind: str, size: int, options: dict, formats: set):
     said = {"quant_method": "torchao", "kind": kind, "size": size, "dynamic": options.get("dynamic")}
     options = {key: value for key, value in options.items() if key != "dynamic"}
     checked(tmp_path, folders.write(tmp_path, folders.torchao(kind, size, **options), said), formats)
+
+
+def test_a_tied_head_reads_the_codes_of_the_embedding(tmp_path):
+    """The file has the embedding alone."""
+    said = {"quant_method": "torchao", "kind": "Int8Tensor", "size": -1}
+    layer, plain = folders.torchao("Int8Tensor", -1, zeros=False), folders.model(tie_word_embeddings=True)
+    expected = folders.write(tmp_path, layer, said, plain)
+    path = "model.embed_tokens"
+    tensors, weight = layer(*plain.model.embed_tokens.weight.shape)
+    tensors = {f"{path}.{part}": t for part, t in tensors.items()}
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        header = file.metadata() | folders.header(path, tensors, said)
+        state = {
+            name: file.get_tensor(name) for name in file.keys() if name not in (f"{path}.weight", "lm_head.weight")
+        }
+    safetensors.save_file(state | tensors, tmp_path / "model.safetensors", header)
+    model = bigkernels.load_quantized(tmp_path)
+    assert model.lm_head.shares(model.model.embed_tokens) and isinstance(model.lm_head, QuantizedLinear)
+    assert torch.equal(model.lm_head.qweight.dequantize(), weight)
+    plain.load_state_dict(expected | {f"{path}.weight": weight, "lm_head.weight": weight})
+    with torch.no_grad():
+        a, b = (m(folders.IDS).logits.float() for m in (model, plain))
+    assert (a - b).norm() <= 0.01 * b.norm()
+    model.save_pretrained(tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        assert torch.equal(again(folders.IDS).logits.float(), a)
+    assert again.lm_head.shares(again.model.embed_tokens)
+    bigkernels.dequantize(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_torchao_that_is_refused(tmp_path):

@@ -13,9 +13,13 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from ...nn import LoRALinear
+from ...nn import LoRALinear, QuantizedLinear
 from ...nn._quantized import Quantized
+from ...nn._weight import LazyWeight
 from ...quantization import dequantize
+from ...quantization._layers import is_linear
+from ...quantization._select import places, put
+from ...quantization._ties import name_codes
 from ...quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear
 from ._config import METHOD, Config
 from ._files import check
@@ -89,6 +93,8 @@ class Quantizer(HfQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.pre_quantized:
+            _share_codes(model)
         held = dict(model.named_modules())
         for path, source in self._tied.items():
             if source is None:
@@ -260,6 +266,23 @@ def _untie(model: PreTrainedModel, codes: Any) -> None:
                 target: source for target, source in tied.items()
                 if not target.endswith("weight") or id(module.get_submodule(target.rpartition(".")[0])) not in names
             }  # fmt: skip
+
+
+def _share_codes(model: PreTrainedModel) -> None:
+    """A head that transformers has tied to an embedding in codes reads these, and not values of theirs."""
+    where = {path: paths for paths in places(model).values() for path in paths}
+    paths = {module: path for path, module in model.named_modules()}
+    for path, module in list(model.named_modules()):
+        weight = module._parameters.get("weight")
+        owner = weight._owner if isinstance(weight, LazyWeight) else None
+        if not isinstance(owner, Quantized) or not is_linear(type(module)):
+            continue
+        made = QuantizedLinear.standing_for(module, owner.qweight)
+        put(model, where[path], made)
+        made.share(owner)
+        stored = tuple(owner.qweight.tensors)
+        made._tied_weights_keys = {key: f"{paths[owner]}.{key}" for key in stored}
+        name_codes(model, {name: stored for name in (*where[paths[owner]], *where[path])})
 
 
 def _check_loaded(path: str, module: Quantized) -> None:
