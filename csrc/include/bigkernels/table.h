@@ -214,8 +214,8 @@ struct Weight {
   const float* book;
   int64_t group, groups;  // of elements of a row; 0 where a row has one scale
   bool transposed;        // numbers only: element k of row n is element n of stored row k
-  // Step programs: a copy of codes and scales, 16 rows after 16 rows, panel_step bytes from one to the next, in the order
-  // in which products read them (csrc/cpu/kernels/product_stored.h); null: there is none.
+  // Step programs: a copy of codes and scales, 16 rows after 16 rows, panel_step bytes from one to the next, in the
+  // order in which products read them (csrc/cpu/kernels/product_stored.h); null: there is none.
   const uint8_t* panels;
   int64_t panel_step;
 };
