@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from ._launch import since
+
 LARGEST = 640  # elements of a query and its value together: tiles of more do not fit the registers
 
 
@@ -85,6 +87,9 @@ _HOPPER = {
              (256, Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1)),
              (LARGEST, Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
 }  # fmt: skip
+if since(3, 8):  # which spills 40 bytes of a tile of 64 keys with heads of 128
+    _NARROW, _WIDER = Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1)
+    _HOPPER["bias"] = ((64, _NARROW, _NARROW), (128, _WIDER, _WIDER), *_HOPPER["bias"][1:])
 _TABLES = {80: _AMPERE, 90: _HOPPER, 120: _AMPERE}  # from this compute capability on
 
 
