@@ -164,6 +164,21 @@ def test_functions_that_files_look_up(which: str, monkeypatch):
         _close(_logits(models.ours), before)
 
 
+def test_adapters_beside_layers_of_columns():
+    """Both multiply the same tokens; GPT-2's layers are stored (in, out), and want a few of them in another order."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["c_attn", "c_fc"], init_lora_weights=False, fan_in_fan_out=True)
+    wrapped, models = [], pair("gpt2")
+    for model in (models.theirs, models.ours):
+        torch.manual_seed(7)
+        wrapped.append(peft.get_peft_model(model, config).eval())
+    with uses_program(models.ours, 10):
+        for tokens in (1, 3, 4, 5, 6, 7, 12, 15, 16, 17):
+            with torch.no_grad():
+                theirs, ours = (model(input_ids=prompt(1, tokens)).logits for model in wrapped)
+            _close(ours, theirs)
+
+
 def test_hooks_come_and_go():
     models = pair("llama")
     expected = models.same(generate)

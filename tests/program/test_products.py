@@ -252,6 +252,8 @@ def test_no_tokens_and_no_elements() -> None:
 def test_forms_tell_which_tokens_may_be_shared() -> None:
     form = {kind: _native.product_form(stored(kind, 4, 64, 32 if kind in GROUPED else 0).weight, 1) for kind in KINDS}
     assert form["f32"] == form["f16"]
+    for kind in PLAIN:  # of 4 to 16 tokens, those of columns are in another order
+        assert _native.product_form(stored(kind, 4, 64, transposed=True).weight, 1) != form[kind]
     assert form["affine4"] == form["affine4m"]
     assert len({form["f32"], form["bf16"], form["int8"], form["int8g"], form["affine4"]}) == 5
     wide = _native.product_form(stored("affine4", 4, 64, 64).weight, 1)

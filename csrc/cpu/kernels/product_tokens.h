@@ -67,7 +67,7 @@ BK_INLINE Form form_of(const Weight& w, int32_t integers, int64_t m) {
 
 struct Tokens {
   Form form;
-  bool few, by_panels;
+  bool few, by_panels, by_columns;
   int64_t m, k, group, count, blocks;  // count: tokens of a block
   int64_t pick, width;                 // value i of run j of a stretch of codes is value i * pick + j; 1: as they come
   int64_t deep, sums, scale_at, sums_at, bytes;  // of a block
@@ -75,7 +75,8 @@ struct Tokens {
   Tokens(const Weight& w, int32_t integers, int64_t tokens) : m(tokens), k(w.k), group(w.group) {
     by_panels = w.panels;
     form = form_of(w, integers, m);
-    few = !by_panels && m <= most_few(form, w.transposed);
+    by_columns = w.transposed;
+    few = !by_panels && m <= most_few(form, by_columns);
     const int64_t most = by_panels ? kMostByPanels : kMost;
     blocks = few ? m : (m + most - 1) / most;
     count = few || m <= 1 ? 1 : (m + blocks - 1) / blocks;
@@ -107,10 +108,10 @@ struct Tokens {
       default: return 4;
     }
   }
-  // What a token is made into, as a number: equal for weights that may share it.
+  // What a token is made into, as a number: equal for weights that may share it, whatever `few` is for them.
   int32_t number() const {
     return (int32_t)form | (int32_t)pick << 4 | (int32_t)by_panels << 7 |
-           (int32_t)(sums_at < bytes ? group / 32 : 0) << 8;
+           (int32_t)(sums_at < bytes ? group / 32 : 0) << 8 | (int32_t)by_columns << 12;
   }
 
   const char* block(const void* ready, int64_t b) const { return (const char*)ready + b * bytes; }
