@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bigkernels.ops.quantized_linear import dequantize_rows
+from bigkernels.ops._codes import KINDS, Operands
 from bigkernels.program import _records as records
 
 _TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -39,15 +39,13 @@ def weight(w: records.Weight) -> Tensor:
         if w.transposed:
             return memory(w.codes, dtype, (w.k, w.n), (row, 1)).T.float()
         return memory(w.codes, dtype, (w.n, w.k), (row, 1)).float()
-    signed = w.kind in (3, 8)
-    width = w.k if signed or w.kind == 4 else (w.k + 1) // 2
-    codes = memory(w.codes, torch.int8 if signed else torch.uint8, (w.n, width), (w.code_row, 1))
-    half = w.kind in (5, 7, 8)
-    scale = memory(w.scale, torch.float16 if half else torch.float32, (w.n, w.groups) if w.group else (w.n,))
-    zero = memory(w.zero, torch.float16, (w.n, w.groups)) if w.zero else None
-    row_scale = memory(w.row_scale, torch.float32, (w.n,)) if w.row_scale else None
-    book = memory(w.book, torch.float32, (16,)) if w.book else None
-    return dequantize_rows(codes, scale, zero, row_scale, book, w.group, w.k, torch.float32)
+    row = KINDS[w.kind]
+    codes = memory(w.codes, row.codes, (w.n, (w.k * row.bits + 7) // 8), (w.code_row, 1))
+    scale = memory(w.scale, row.scale, (w.n, w.groups) if row.blocked else (w.n,))
+    zero = memory(w.zero, torch.float16, (w.n, w.groups)) if row.zero else None
+    row_scale = memory(w.row_scale, torch.float32, (w.n,)) if row.row_scale else None
+    book = memory(w.book, torch.float32, (row.book,)) if row.book else None
+    return Operands(codes, scale, zero, row_scale, book, w.group, w.kind).decoded(w.k, torch.float32)
 
 
 def norm(x: Tensor, of: records.NormOf, size: int) -> Tensor:

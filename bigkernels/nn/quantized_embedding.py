@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops.quantized_linear import dequantize_rows
 from ..quantization import Format, QuantizedWeight, quantize_weight
 from ..quantization._layers import Shell, carry_hooks
 from ._quantized import Quantized, weight_of
@@ -65,12 +64,11 @@ class QuantizedEmbedding(Quantized):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (...), from 0 to N - 1, to rows (..., K)."""
-        codes, scale, zero, row_scale, book, group = self.qweight.operands()
         flat = ids.reshape(-1)
         # Unlike indexing, `index_select` refuses ids below 0.
-        picked = (t if t is None else t.index_select(0, flat) for t in (codes, scale, zero, row_scale))
+        picked = self.qweight.operands().rows(lambda t: t.index_select(0, flat))
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        rows = dequantize_rows(*picked, book, group, self.embedding_dim, wide)
+        rows = picked.decoded(self.embedding_dim, wide)
         if self.qweight.channel is not None:
             rows = rows * self.qweight.channel.to(wide)
         return rows.to(self.dtype).view(*ids.shape, self.embedding_dim)

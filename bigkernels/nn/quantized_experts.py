@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.grouped_linear import OPERATOR, grouped_linear
-from ..ops.quantized_linear import dequantize_rows, quantized_linear
+from ..ops.quantized_linear import quantized_linear
 from ..quantization import Format, QuantizedWeight, quantize_weight
 from ._quantized import Quantized
 
@@ -67,11 +67,10 @@ class QuantizedExperts(Quantized):
 
     def _gathered(self, index: Tensor) -> Tensor:
         """The dequantized weights of experts on the device: nobody waits to hear which."""
-        *rows, book, group = self.qweight.operands()
         k, dtype = self.in_features, self.qweight.dtype
         index = torch.where(index < 0, index + self.experts, index)
-        picked = [t if t is None else t.unflatten(0, (self.experts, -1))[index].flatten(0, 1) for t in rows]
-        values = dequantize_rows(*picked, book, group, k, dtype if dtype == torch.float64 else torch.float32)
+        picked = self.qweight.operands().rows(lambda t: t.unflatten(0, (self.experts, -1))[index].flatten(0, 1))
+        values = picked.decoded(k, dtype if dtype == torch.float64 else torch.float32)
         if self.qweight.channel is not None:
             values = values * self.qweight.channel.to(values.dtype)
         values = values.to(dtype).unflatten(0, (len(index), -1))

@@ -176,7 +176,7 @@ class _Gradients:
         if head.quantized is None:
             return torch.mm(dz, head.weight)
         operands, k = head.quantized.operands(), head.quantized.shape[1]
-        run = _quantized._bwd if _quantized.OPERATOR.uses_kernel(dz, operands[0]) else _quantized._backward
+        run = _quantized._bwd if _quantized.uses_kernel(dz, operands) else _quantized._backward
         dx = run(dz, *operands, k)
         return dx if head.quantized.channel is None else dx * head.quantized.channel.to(dx.dtype)
 

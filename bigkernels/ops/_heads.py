@@ -25,7 +25,7 @@ def check_head(
     check_tensor(op, f"{of}hidden", hidden)
     plain = weight
     if isinstance(weight, QuantizedWeight):
-        plain = weight.operands()[0]
+        plain = weight.operands().codes
     else:
         if not isinstance(weight, Tensor):
             raise TypeError(f"bigkernels.{op}: {of}weight is {type_name(weight)}; accepted are floating tensors and "

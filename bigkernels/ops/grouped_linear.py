@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import quantized_linear as _quantized
 from ._arguments import autocast_dtype, check_same_device, check_tensor
+from ._codes import FIRST_WITHOUT_KERNELS, FP8, NUMBERS, Operands
 from ._derivatives import is_observed, no_autocast
 from ._registry import Operator, compute_dtype, define, needs_grad, triton_kernel
 
@@ -41,19 +42,19 @@ def grouped_linear(x: Tensor, weight: Tensor | QuantizedWeight, ends: Tensor) ->
         weight = weight.to(lowered) if isinstance(weight, Tensor) else weight
     experts, rows = _check(x, weight, ends)
     if isinstance(weight, Tensor):
-        dynamic, operands = False, (weight.reshape(experts * rows, -1), None, None, None, None, 0)
+        dynamic, operands = False, Operands.plain(weight.reshape(experts * rows, -1))
     else:
         dynamic, operands = weight.config.dynamic, weight.operands()
         if weight.channel is not None:
             x = x * weight.channel.to(x.dtype)
-    *tensors, group = operands
+    *tensors, group, kind = operands
     # The kernels round tokens to integers, and to no floats of 8 bits.
-    floats = dynamic and tensors[0].dtype == torch.uint8
-    if floats or not OPERATOR.uses_kernel(x, ends, *tensors) or (dynamic and x.shape[1] > _quantized._MOST_EXACT):
+    unread = kind >= FIRST_WITHOUT_KERNELS or (dynamic and kind == FP8.number)
+    if unread or not OPERATOR.uses_kernel(x, ends, *tensors) or (dynamic and x.shape[1] > _quantized._MOST_EXACT):
         return _one_by_one(x, weight, ends, rows)
     if needs_grad(x, tensors[0]):
-        return _GroupedLinear.apply(x, ends, *tensors, group, dynamic)
-    return _fwd(x, ends, *tensors, group, dynamic)
+        return _GroupedLinear.apply(x, ends, *operands, dynamic)
+    return _fwd(x, ends, *operands, dynamic)
 
 
 def _check(x: Tensor, weight: Tensor | QuantizedWeight, ends: Tensor) -> tuple[int, int]:
@@ -71,7 +72,7 @@ def _check(x: Tensor, weight: Tensor | QuantizedWeight, ends: Tensor) -> tuple[i
         kind = "" if isinstance(weight, Tensor) else "quantized "
         raise ValueError(f"bigkernels.grouped_linear: x {tuple(x.shape)} of {x.dtype}, {kind}weight {shape} of "
                          f"{weight.dtype} and {experts} ends do not fit")  # fmt: skip
-    held = weight if isinstance(weight, Tensor) else weight.operands()[0]
+    held = weight if isinstance(weight, Tensor) else weight.operands().codes
     check_same_device("grouped_linear", "x", x, weight=held, ends=ends)
     return experts, shape[1] if isinstance(weight, Tensor) else shape[0] // experts
 
@@ -102,27 +103,27 @@ def _rows_of(tensors: tuple, i: int, rows: int) -> list[Tensor | None]:
     return [t if t is None else t[i * rows : (i + 1) * rows] for t in tensors]
 
 
-def _forward(x, ends, codes, scale, zero, row_scale, book, group, dynamic):
+def _forward(x, ends, codes, scale, zero, row_scale, book, group, kind, dynamic):
     rows = codes.shape[0] // ends.shape[0]
     out = x.new_zeros(x.shape[0], rows)
     for i, begin, end in _spans(ends, x.shape[0]):
         mine = _rows_of((codes, scale, zero, row_scale), i, rows)
-        if scale is None:
+        if kind == NUMBERS:
             out[begin:end] = x[begin:end] @ mine[0].T
         else:
-            out[begin:end] = _quantized._forward(x[begin:end], *mine, book, None, group, x.shape[1], dynamic)
+            out[begin:end] = _quantized._forward(x[begin:end], *mine, book, None, group, kind, x.shape[1], dynamic)
     return out
 
 
-def _backward(grad, ends, codes, scale, zero, row_scale, book, group, k):
+def _backward(grad, ends, codes, scale, zero, row_scale, book, group, kind, k):
     rows = codes.shape[0] // ends.shape[0]
     parts, done = [], 0
     for i, begin, end in _spans(ends, grad.shape[0]):
         mine = _rows_of((codes, scale, zero, row_scale), i, rows)
-        if scale is None:
+        if kind == NUMBERS:
             parts.append(grad[begin:end] @ mine[0])
         else:
-            parts.append(_quantized._backward(grad[begin:end], *mine, book, group, k))
+            parts.append(_quantized._backward(grad[begin:end], *mine, book, group, kind, k))
         done = end
     return torch.cat([*parts, grad.new_zeros(grad.shape[0] - done, k)])
 
@@ -143,14 +144,14 @@ def _flops(x, ends, codes, *_):
 OPERATOR = Operator("grouped_linear", implementations=(triton_kernel(),), listed=False)
 _WEIGHT = "Tensor ends, Tensor codes, Tensor? scale, Tensor? zero, Tensor? row_scale, Tensor? book"
 _fwd = define(
-    f"grouped_linear_fwd(Tensor x, {_WEIGHT}, int group, bool dynamic) -> Tensor",
+    f"grouped_linear_fwd(Tensor x, {_WEIGHT}, int group, int kind, bool dynamic) -> Tensor",
     lambda x, ends, codes, *_: x.new_empty(x.shape[0], codes.shape[0] // ends.shape[0]),
     _forward,
     _flops,
 )
 _bwd = define(
-    f"grouped_linear_bwd(Tensor grad, {_WEIGHT}, int group, SymInt k) -> Tensor",
-    lambda grad, ends, codes, scale, zero, row_scale, book, group, k: grad.new_empty(grad.shape[0], k),
+    f"grouped_linear_bwd(Tensor grad, {_WEIGHT}, int group, int kind, SymInt k) -> Tensor",
+    lambda grad, ends, codes, scale, zero, row_scale, book, group, kind, k: grad.new_empty(grad.shape[0], k),
     _backward,
     lambda grad, ends, codes, *rest: 2 * grad.numel() * rest[-1],
 )
@@ -164,11 +165,11 @@ _weight_bwd = define(
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, ends, codes, scale, zero, row_scale, book, group, dynamic):
+    def forward(ctx, x, ends, codes, scale, zero, row_scale, book, group, kind, dynamic):
         kept = x if ctx.needs_input_grad[2] else None
         ctx.save_for_backward(kept, ends, codes, scale, zero, row_scale, book)
-        ctx.options = group, x.shape[1]
-        return _fwd(x, ends, codes, scale, zero, row_scale, book, group, dynamic)
+        ctx.options = group, kind, x.shape[1]
+        return _fwd(x, ends, codes, scale, zero, row_scale, book, group, kind, dynamic)
 
     @staticmethod
     def backward(ctx, grad):
@@ -180,4 +181,4 @@ class _GroupedLinear(torch.autograd.Function):
                 dx = back(grad, ends, *weight, *ctx.options)
             if ctx.needs_input_grad[2]:
                 dw = weight_back(grad, x, ends).flatten(0, 1)
-        return dx, None, dw, *[None] * 6
+        return dx, None, dw, *[None] * 7

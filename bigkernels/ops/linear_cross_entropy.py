@@ -11,6 +11,7 @@ from torch import Tensor
 from . import cross_entropy as _logits
 from ._arguments import autocast_dtype, check_shape, check_tensor, own
 from ._chunks import Call, Objective, Tokens, per_token, total
+from ._codes import FIRST_WITHOUT_KERNELS, NUMBERS, Operands
 from ._derivatives import gradients, is_observed, vjp
 from ._heads import as_reference, check_head, check_target, logits_of, targets_inside
 from ._registry import REFUSED, Implementation, Operator, cpu_kernel, define, needs_grad, triton_kernel
@@ -154,9 +155,10 @@ def _kernel_serves(hidden, weight, bias, options) -> bool:
     """
     _, _, label_smoothing, _, softcap, _ = options
     plain = isinstance(weight, Tensor)
-    codes = weight if plain else weight.operands()[0]
+    codes, *_, kind = Operands.plain(weight) if plain else weight.operands()
     return (
         hidden.device.type == "cpu"
+        and kind < FIRST_WITHOUT_KERNELS
         and OPERATOR.uses_kernel(hidden, codes, bias)
         and not (label_smoothing and (softcap or not plain))
         and (plain or not weight.config.dynamic)
@@ -258,7 +260,7 @@ def _kernel(hidden, weight, bias, target, class_weight, token_weight, logit_scal
     if isinstance(weight, Tensor):
         if weight.dtype not in (hidden.dtype, torch.float32):
             weight = weight.to(hidden.dtype)
-        head = (weight, None, None, None, None, 0)
+        head = Operands.plain(weight)
     else:
         if weight.channel is not None:
             hidden = hidden * weight.channel.to(hidden.dtype)
@@ -277,12 +279,8 @@ def _kernel(hidden, weight, bias, target, class_weight, token_weight, logit_scal
         raise
 
 
-def _dense(weight, scale, zero, row_scale, book, group, k, dtype):
-    from .quantized_linear import dequantize_rows
-
-    if scale is None:
-        return weight
-    return dequantize_rows(weight, scale, zero, row_scale, book, group, k, torch.float32).to(dtype)
+def _dense(operands, k, dtype):
+    return operands.codes if operands.kind == NUMBERS else operands.decoded(k, torch.float32).to(dtype)
 
 
 def _loss(hidden, weight, bias, target, class_weight, token_weight, ignore_index, reduction, *numbers, report=False):
@@ -292,21 +290,23 @@ def _loss(hidden, weight, bias, target, class_weight, token_weight, ignore_index
                       label_smoothing, z_loss, softcap or None, focal_gamma)  # fmt: skip
 
 
-def _fwd_fallback(hidden, weight, scale, zero, row_scale, book, group, bias, target, class_weight, token_weight,
+def _fwd_fallback(hidden, weight, scale, zero, row_scale, book, group, kind, bias, target, class_weight, token_weight,
                   *rest):  # fmt: skip
     *numbers, backward, of_hidden, of_weight, report = rest
-    dense = _dense(weight, scale, zero, row_scale, book, group, hidden.shape[1], hidden.dtype)
+    dense = _dense(Operands(weight, scale, zero, row_scale, book, group, kind), hidden.shape[1], hidden.dtype)
     loss, predicted, lse = _loss(hidden, dense, bias, target, class_weight, token_weight, *numbers, report=True)
     kept = target != numbers[0]
     divisor = kept if class_weight is None else torch.where(kept, class_weight[torch.where(kept, target, 0).long()], 0)
-    _, _, dx, dw, state, *reports = _fwd_fake(hidden, weight, scale, zero, row_scale, book, group, bias, target,
+    _, _, dx, dw, state, *reports = _fwd_fake(hidden, weight, scale, zero, row_scale, book, group, kind, bias, target,
                                               class_weight, token_weight, *rest)  # fmt: skip
     if report:
         reports = predicted, torch.where(kept, lse.float(), 0)
     return loss.float(), divisor.sum().float(), dx, dw, state, *reports
 
 
-def _fwd_fake(hidden, weight, scale, zero, row_scale, book, group, bias, target, class_weight, token_weight, *rest):
+def _fwd_fake(
+    hidden, weight, scale, zero, row_scale, book, group, kind, bias, target, class_weight, token_weight, *rest
+):
     *numbers, backward, of_hidden, of_weight, report = rest
     loss = hidden.new_empty(hidden.shape[:1] if numbers[1] == 0 else (), dtype=torch.float32)
     # Two numbers, five a token, and what is noted of pieces of tokens.
@@ -316,10 +316,10 @@ def _fwd_fake(hidden, weight, scale, zero, row_scale, book, group, bias, target,
             weight.new_empty(weight.shape if of_weight else 0), state, *reports)  # fmt: skip
 
 
-def _bwd_fallback(grad, hidden, weight, scale, zero, row_scale, book, group, bias, target, class_weight, token_weight,
-                  divisor, state, dx, dw, *rest):  # fmt: skip
+def _bwd_fallback(grad, hidden, weight, scale, zero, row_scale, book, group, kind, bias, target, class_weight,
+                  token_weight, divisor, state, dx, dw, *rest):  # fmt: skip
     *numbers, of_hidden, of_weight, of_bias = rest
-    dense = _dense(weight, scale, zero, row_scale, book, group, hidden.shape[1], hidden.dtype)
+    dense = _dense(Operands(weight, scale, zero, row_scale, book, group, kind), hidden.shape[1], hidden.dtype)
 
     def run(hidden, dense, bias):
         return _loss(hidden, dense, bias, target, class_weight, token_weight, *numbers)
@@ -346,7 +346,9 @@ OPERATOR = Operator(
     implementations=(cpu_kernel(), Implementation("triton", "cuda", unavailable=triton_kernel().unavailable)),
     in_graphs=True,
 )
-_HEAD = "Tensor hidden, Tensor weight, Tensor? scale, Tensor? zero, Tensor? row_scale, Tensor? book, int group"
+_HEAD = (
+    "Tensor hidden, Tensor weight, Tensor? scale, Tensor? zero, Tensor? row_scale, Tensor? book, int group, int kind"
+)
 _TOKENS = "Tensor? bias, Tensor target, Tensor? class_weight, Tensor? token_weight"
 _OPTIONS = (
     "int ignore_index, int reduction, float label_smoothing, float z_loss, float softcap, float focal_gamma,"
@@ -373,11 +375,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, scale, zero, row_scale, book, group, bias, target, class_weight, token_weight,
-                numbers, report):  # fmt: skip
+    def forward(ctx, hidden, weight, scale, zero, row_scale, book, group, kind, bias, target, class_weight,
+                token_weight, numbers, report):  # fmt: skip
         ctx.save_for_backward(hidden, weight, scale, zero, row_scale, book, bias, target, class_weight, token_weight)
-        ctx.group, ctx.numbers = group, numbers
-        loss, *ctx.made, predicted, lse = _fwd(hidden, weight, scale, zero, row_scale, book, group, bias, target,
+        ctx.layout, ctx.numbers = (group, kind), numbers
+        loss, *ctx.made, predicted, lse = _fwd(hidden, weight, scale, zero, row_scale, book, group, kind, bias, target,
                                                class_weight, token_weight, *numbers, True, *ctx.needs_input_grad[:2],
                                                report)  # fmt: skip
         if not report:
@@ -388,21 +390,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         *head, bias, target, class_weight, token_weight = ctx.saved_tensors
-        arguments = (*head, ctx.group, bias, target, class_weight, token_weight)
+        arguments = (*head, *ctx.layout, bias, target, class_weight, token_weight)
         if is_observed(grad):
-            hidden, weight, *codes = head
-            dense = weight if codes[0] is None else _dense(*head[1:], ctx.group, hidden.shape[1], hidden.dtype)
+            hidden, *codes = head
+            dense = _dense(Operands(*codes, *ctx.layout), hidden.shape[1], hidden.dtype)
 
             def loss(hidden, weight, bias):
                 return _loss(hidden, weight, bias, target, class_weight, token_weight, *ctx.numbers)
 
             dx, dw, dbias = gradients(loss, (hidden, dense, bias), (grad,))
-            return dx, dw, *[None] * 5, dbias, *[None] * 5
-        of_hidden, of_weight, of_bias = (ctx.needs_input_grad[i] for i in (0, 1, 7))
+            return dx, dw, *[None] * 6, dbias, *[None] * 5
+        of_hidden, of_weight, of_bias = (ctx.needs_input_grad[i] for i in (0, 1, 8))
         made, ctx.made = ctx.made, None
         if made is None:
             _, *made, _, _ = _fwd(*arguments, *ctx.numbers, True, of_hidden, of_weight, False)
         divisor, dx, dw, state = made
         dbias = _bwd(grad, *arguments, divisor, state, dx, dw, *ctx.numbers, of_hidden, of_weight, of_bias)
-        return (dx if of_hidden else None, dw if of_weight else None, *[None] * 5,
+        return (dx if of_hidden else None, dw if of_weight else None, *[None] * 6,
                 dbias.to(bias.dtype) if of_bias else None, *[None] * 5)  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _routes
 from ._arguments import autocast_dtype, check_same_device, check_tensor
+from ._codes import FIRST_WITHOUT_KERNELS, FP8, INT8, Operands
 from ._derivatives import is_observed, no_autocast
 from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad, sees_plain_alone
 from .linear import sum_rows
@@ -51,43 +52,47 @@ def quantized_linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = 
             x = x.to(lowered)
         if qweight.channel is not None:
             x = x * qweight.channel.to(x.dtype)
-        codes, scale, zero, row_scale, book, group = operands
-        if OPERATOR.uses_kernel(x, codes, scale, zero, row_scale, book, bias) and not (dynamic and k > _MOST_EXACT):
+        if uses_kernel(x, operands, bias) and not (dynamic and k > _MOST_EXACT):
             if needs_grad(x, bias):
-                coarse = qweight.config.rounds_gradients
-                return _QuantizedLinear.apply(
-                    True, x, bias, codes, scale, zero, row_scale, book, group, k, dynamic, coarse
-                )
-            run = _run(True, codes, dynamic)
-            return run(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
+                return _QuantizedLinear.apply(True, x, bias, *operands, k, dynamic, qweight.config.rounds_gradients)
+            codes, scale, zero, row_scale, book, group, kind = operands
+            run = _run(True, kind, dynamic)
+            return run(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynamic)
     except REFUSED:
         _check(x, qweight, bias)
         raise
     _check(x, qweight, bias)
-    return _reference(x, bias, *operands, k, dynamic, qweight.config.rounds_gradients)
+    return _reference(x, bias, operands, k, dynamic, qweight.config.rounds_gradients)
 
 
 def wide_product(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """`quantized_linear` with a result as it was accumulated, in float32 (float64 for float64), and no gradient."""
-    *tensors, group = qweight.operands()
+    operands = qweight.operands()
+    *tensors, group, kind = operands
     k, dynamic = qweight.shape[1], qweight.config.dynamic
     if qweight.channel is not None:
         x = x * qweight.channel.to(x.dtype)
-    kernel = OPERATOR.uses_kernel(x, *tensors, bias) and not (dynamic and k > _MOST_EXACT)
-    return _run(kernel, tensors[0], dynamic)(x, *tensors, bias, group, k, dynamic, True)
+    kernel = uses_kernel(x, operands, bias) and not (dynamic and k > _MOST_EXACT)
+    return _run(kernel, kind, dynamic)(x, *tensors, bias, group, kind, k, dynamic, True)
 
 
-def _run(kernel, codes, dynamic):
+def uses_kernel(x: Tensor, operands: Operands, bias: Tensor | None = None) -> bool:
+    """Whether the raw operators take a call."""
+    codes, scale, zero, row_scale, book, _, kind = operands
+    return kind < FIRST_WITHOUT_KERNELS and OPERATOR.uses_kernel(x, codes, scale, zero, row_scale, book, bias)
+
+
+def _run(kernel, kind, dynamic):
     """What computes forward."""
-    return _forward if not kernel else _fwd_fp8 if dynamic and codes.dtype == torch.uint8 else _fwd
+    return _forward if not kernel else _fwd_fp8 if dynamic and kind == FP8.number else _fwd
 
 
-def _fwd_fp8(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wide=False):
+def _fwd_fp8(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynamic, wide=False):
     """Tokens in floats of 8 bits: by the units that multiply these, else as numbers that 16 bits hold exactly."""
     if not wide and _routes.takes_scaled_mm(x, codes):
-        return _fwd(x, codes, scale, zero, row_scale, book, bias, group, k, True)
+        return _fwd(x, codes, scale, zero, row_scale, book, bias, group, kind, k, True)
     tokens, factor = round_tokens(x.to(compute_dtype(x.dtype)), True)
-    out = _fwd(tokens.to(x.dtype), codes, scale, zero, row_scale, book, None, group, k, False, True) * factor
+    out = _fwd(tokens.to(x.dtype), codes, scale, zero, row_scale, book, None, group, kind, k, False, True) * factor
     if bias is not None:
         out = out + bias.to(out.dtype)
     return out if wide else out.to(x.dtype)
@@ -108,40 +113,15 @@ def _check(x, qweight, bias):
         check_tensor("quantized_linear", "bias", bias)
         if bias.shape != (rows,):
             raise ValueError(f"bigkernels.quantized_linear: bias has shape {tuple(bias.shape)}, expected ({rows},)")
-    check_same_device("quantized_linear", "x", x, qweight=qweight.operands()[0], bias=bias)
+    check_same_device("quantized_linear", "x", x, qweight=qweight.operands().codes, bias=bias)
 
 
-def dequantize_rows(codes, scale, zero, row_scale, book, group, k, dtype):
-    """Rows of the weight in `dtype`, which is wide enough to hold them. `zero` without row_scale is the minimum of a
-    block, added after the scale.
-    """
-    scale = scale.to(dtype)
-    if group == 0:
-        if codes.dtype == torch.uint8:
-            codes = codes.view(torch.float8_e4m3fn)
-        return codes.to(dtype) * scale[:, None]
-    if codes.dtype == torch.int8:
-        return codes.to(dtype) * _spread(scale, group, k)
-    pairs = torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, :k]
-    if book is not None:
-        return book.to(dtype)[pairs.long()] * _spread(scale, group, k)
-    if row_scale is None:
-        return pairs.to(dtype) * _spread(scale, group, k) + _spread(zero.to(dtype), group, k)
-    values = pairs.to(dtype) - _spread(zero.to(dtype), group, k)
-    return values * _spread(scale, group, k) * row_scale.to(dtype)[:, None]
-
-
-def _spread(t, group, k):
-    return t.repeat_interleave(group, 1)[:, :k]
-
-
-def _chunks(codes, scale, zero, row_scale, book, group, k, dtype):
+def _chunks(operands, k, dtype):
     """(rows, dequantized rows), a few at a time."""
     at_once = max(1, _CHUNK // max(k, 1))
-    for begin in range(0, codes.shape[0], at_once):
+    for begin in range(0, operands.codes.shape[0], at_once):
         rows = slice(begin, begin + at_once)
-        parts = (t if t is None else t[rows] for t in (codes, scale, zero, row_scale))
-        yield rows, dequantize_rows(*parts, book, group, k, dtype)
+        yield rows, operands.rows(lambda t, rows=rows: t[rows]).decoded(k, dtype)
 
 
 def round_tokens(x, fp8=False):
@@ -154,16 +134,16 @@ def round_tokens(x, fp8=False):
     return (x / safe).round().clamp(-127, 127), scale
 
 
-def _forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wide=False):
+def _forward(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynamic, wide=False):
     tokens, factor = x.to(compute_dtype(x.dtype)), None
     like = tokens if wide else x
     if dynamic:
-        tokens, factor = round_tokens(tokens, codes.dtype == torch.uint8)
-    return _multiply(like, tokens, factor, codes, scale, zero, row_scale, book, bias, group, k)
+        tokens, factor = round_tokens(tokens, kind != INT8.number)
+    return _multiply(like, tokens, factor, Operands(codes, scale, zero, row_scale, book, group, kind), bias, k)
 
 
-def _multiply(x, tokens, factor, codes, scale, zero, row_scale, book, bias, group, k):
-    parts = [tokens @ w.T for _, w in _chunks(codes, scale, zero, row_scale, book, group, k, tokens.dtype)]
+def _multiply(x, tokens, factor, operands, bias, k):
+    parts = [tokens @ w.T for _, w in _chunks(operands, k, tokens.dtype)]
     out = torch.cat(parts, -1) if parts else tokens.new_zeros(*x.shape[:-1], 0)
     if factor is not None:
         out = out * factor
@@ -172,19 +152,19 @@ def _multiply(x, tokens, factor, codes, scale, zero, row_scale, book, bias, grou
     return out.to(x.dtype)
 
 
-def _transparent(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic):
+def _transparent(x, bias, operands, k, dynamic):
     """As `_forward`, with a gradient by plain PyTorch: transforms see through it."""
     tokens = x.to(compute_dtype(x.dtype))
     if dynamic:
-        whole, factor = round_tokens(tokens, codes.dtype == torch.uint8)
+        whole, factor = round_tokens(tokens, operands.kind != INT8.number)
         tokens = tokens + (whole * factor - tokens).detach()
-    return _multiply(x, tokens, None, codes, scale, zero, row_scale, book, bias, group, k)
+    return _multiply(x, tokens, None, operands, bias, k)
 
 
-def _backward(grad, codes, scale, zero, row_scale, book, group, k):
+def _backward(grad, codes, scale, zero, row_scale, book, group, kind, k):
     wide = compute_dtype(grad.dtype)
     found = grad.new_zeros(*grad.shape[:-1], k, dtype=wide)
-    for rows, weight in _chunks(codes, scale, zero, row_scale, book, group, k, wide):
+    for rows, weight in _chunks(Operands(codes, scale, zero, row_scale, book, group, kind), k, wide):
         found += grad.narrow(-1, rows.start, weight.shape[0]).to(wide) @ weight
     return found.to(grad.dtype)
 
@@ -205,15 +185,16 @@ def _backward_fp8(grad, codes, scale):
     return found.view(*grad.shape[:-1], -1)
 
 
-def _reference(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic, coarse=False):
+def _reference(x, bias, operands, k, dynamic, coarse=False):
     if sees_plain_alone(x, bias):
-        return _transparent(x, bias, codes, scale, zero, row_scale, book, group, k, dynamic)
+        return _transparent(x, bias, operands, k, dynamic)
     if needs_grad(x, bias):
-        return _QuantizedLinear.apply(False, x, bias, codes, scale, zero, row_scale, book, group, k, dynamic, coarse)
-    return _forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
+        return _QuantizedLinear.apply(False, x, bias, *operands, k, dynamic, coarse)
+    *tensors, group, kind = operands
+    return _forward(x, *tensors, bias, group, kind, k, dynamic)
 
 
-def _fwd_fake(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wide=False):
+def _fwd_fake(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynamic, wide=False):
     return x.new_empty(*x.shape[:-1], codes.shape[0], dtype=compute_dtype(x.dtype) if wide else None)
 
 
@@ -221,15 +202,15 @@ OPERATOR = Operator("quantized_linear", in_graphs=True)
 _WEIGHT = "Tensor codes, Tensor scale, Tensor? zero, Tensor? row_scale, Tensor? book"
 _fwd = define(
     # `wide` leaves the result as it was accumulated.
-    f"quantized_linear_fwd(Tensor x, {_WEIGHT}, Tensor? bias, int group, SymInt k, bool dynamic, bool wide=False)"
-    " -> Tensor",
+    f"quantized_linear_fwd(Tensor x, {_WEIGHT}, Tensor? bias, int group, int kind, SymInt k, bool dynamic,"
+    " bool wide=False) -> Tensor",
     _fwd_fake,
     _forward,
     lambda x, codes, *_: 2 * x.numel() * codes.shape[0],
 )
 _bwd = define(
-    f"quantized_linear_bwd(Tensor grad, {_WEIGHT}, int group, SymInt k) -> Tensor",
-    lambda grad, codes, scale, zero, row_scale, book, group, k: grad.new_empty(*grad.shape[:-1], k),
+    f"quantized_linear_bwd(Tensor grad, {_WEIGHT}, int group, int kind, SymInt k) -> Tensor",
+    lambda grad, codes, scale, zero, row_scale, book, group, kind, k: grad.new_empty(*grad.shape[:-1], k),
     _backward,
     lambda grad, codes, *rest: 2 * grad.numel() * rest[-1],
 )
@@ -239,12 +220,12 @@ class _QuantizedLinear(torch.autograd.Function):
     """Backward reads the codes: forward keeps neither tokens nor a dequantized weight for it."""
 
     @staticmethod
-    def forward(ctx, kernel, x, bias, codes, scale, zero, row_scale, book, group, k, dynamic, coarse=False):
+    def forward(ctx, kernel, x, bias, codes, scale, zero, row_scale, book, group, kind, k, dynamic, coarse=False):
         ctx.save_for_backward(bias, codes, scale, zero, row_scale, book)
-        ctx.options = group, k
+        ctx.options = group, kind, k
         ctx.kernel, ctx.coarse = kernel, coarse
-        run = _run(kernel, codes, dynamic)
-        return run(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic)
+        run = _run(kernel, kind, dynamic)
+        return run(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynamic)
 
     @staticmethod
     def backward(ctx, grad):
@@ -259,4 +240,4 @@ class _QuantizedLinear(torch.autograd.Function):
                     dx = _backward_fp8(grad, *weight[:2])
             else:
                 dx = (_bwd if ctx.kernel else _backward)(grad, *weight, *ctx.options)
-        return None, dx, sum_rows(grad, bias.dtype) if ctx.needs_input_grad[2] else None, *[None] * 9
+        return None, dx, sum_rows(grad, bias.dtype) if ctx.needs_input_grad[2] else None, *[None] * 10

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..nn._quantized import Quantized
 from ..nn.quantized_linear import QuantizedLinear
+from ..ops._codes import FP8, KINDS, Operands
 from ..quantization import QuantizedWeight
 from ..quantization._layers import exact_weight, is_transposed
 from . import _records as records
@@ -16,8 +17,6 @@ from ._ir import Stored, StoredLinear
 from ._trace import Refused
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_INT8, _FP8, _AFFINE4, _BOOK4, _AFFINE4M, _INT8G = 3, 4, 5, 6, 7, 8  # `Codes` of csrc/include/bigkernels/table.h
-_HALVES = (_AFFINE4, _AFFINE4M, _INT8G)  # whose scales are float16
 
 
 class Reads:
@@ -99,14 +98,14 @@ class Reads:
     def quantized(self, qweight: QuantizedWeight) -> tuple[records.Weight, bool]:
         """Its record, and whether its format rounds tokens by itself."""
         operands = qweight.operands()
-        if qweight.config.dynamic and operands[0].dtype == torch.uint8:
+        if qweight.config.dynamic and operands.kind == FP8.number:
             raise Refused("its tokens are rounded to floats of 8 bits")
         if qweight.config.derived:
             self.sources += (qweight.tensors[name] for name in qweight.config.derived)
             if not all(t.is_contiguous() for t in self.sources):
                 raise Refused("codes are not contiguous")
         stored = {id(t) for t in qweight.tensors.values()}
-        for t in operands[:-1]:
+        for t in operands[:5]:
             if t is not None:
                 plain_tensor(t, "codes")
                 if id(t) not in stored:
@@ -126,15 +125,11 @@ class Operand(NamedTuple):
     rounds: bool
 
 
-def coded(operands: tuple, k: int) -> records.Weight:
+def coded(operands: Operands, k: int) -> records.Weight:
     """What `Format.operands` gives, as a record."""
-    codes, scale, zero, row_scale, book, group = operands
-    if codes.dtype == torch.int8:
-        kind = _INT8G if group else _INT8
-    elif not group:
-        kind = _FP8
-    else:
-        kind = _BOOK4 if book is not None else _AFFINE4M if row_scale is None else _AFFINE4
+    codes, scale, zero, row_scale, book, group, kind = operands
+    if not KINDS[kind].has_kernels:
+        raise Refused(f"its codes are {KINDS[kind].name}, which no kernel reads")
     if codes.stride(-1) != 1 and codes.shape[1] > 1:
         raise Refused("codes are not contiguous")
     for t in (scale, zero, row_scale, book):
@@ -154,7 +149,7 @@ def rows_of(weight: records.Weight, begin: int, end: int) -> records.Weight:
         part.codes = weight.codes + begin * (item if weight.transposed else weight.code_row)
         return part
     part.codes = weight.codes + begin * weight.code_row
-    part.scale = weight.scale + begin * ((weight.groups or 1) * (2 if weight.kind in _HALVES else 4))
+    part.scale = weight.scale + begin * ((weight.groups or 1) * KINDS[weight.kind].scale.itemsize)
     if weight.zero:
         part.zero = weight.zero + begin * weight.groups * 2
     if weight.row_scale:

@@ -95,7 +95,7 @@ def _by_rows(part: Packed) -> Packed:
     """With scales that are stored a row: those of NF4 that are quantized lie across rows."""
     if not isinstance(part.config, NF4) or not part.config.double_quant:
         return part
-    scale = part.config.operands(part.tensors)[1]
+    scale = part.config.operands(part.tensors).scale
     return Packed(
         replace(part.config, double_quant=False), part.shape, {"codes": part.tensors["codes"], "scale": scale}
     )

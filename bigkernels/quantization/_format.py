@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-_FORMATS: dict[str, type[Format]] = {}
+from ..ops._codes import Operands
 
-Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int]
-"""codes, scale, zero, row_scale, book and group, as the operator `quantized_linear` takes them."""
+_FORMATS: dict[str, type[Format]] = {}
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def operands(self, tensors: dict[str, Tensor]) -> Operands:
-        """What the kernels read of the stored tensors."""
+        """What operators read of the stored tensors, by the kind of codes that they are (`bigkernels.ops._codes`)."""
 
 
 def named(config: str | Format) -> Format:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ._calibration import grams, groups
 from ._format import Format
-from ._layers import rows
 from ._owners import note
-from ._report import QuantizeReport, Row
-from ._select import Chosen, places, put, select
-from ._ties import name_codes, name_weights
-from ._weight import QuantizedWeight, quantize_weight
-from .qat import plain_kind
+from ._plan import Plan, set_parameter
+from ._report import QuantizeReport
+from ._select import places, put
+from ._ties import name_weights
 
 
 def quantize(
@@ -55,94 +51,13 @@ def quantize(
         ValueError, TypeError: as `quantize_weight`, or a calibrated format without batches; the model is then as it
             was.
     """
-    from ..nn import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
     from ..nn._quantized import Quantized
 
-    report = QuantizeReport()
-    selection = select(model, config, skip, filter, embeddings, report)
-    for chosen in selection.alone:
-        if plain_kind(chosen.module) is nn.Embedding:  # what it reads are ids
-            chosen.config = chosen.config.blind()
-    measured = [chosen for chosen in selection.alone if chosen.config.calibrated and not chosen.module.weight.is_meta]
-    if measured and calibration is None:
-        raise ValueError(f"bigkernels.quantize: {measured[0].config} is calibrated; give calibration batches")
-    before: list[Chosen] = []
-    parameters: dict[str, nn.Parameter] = {}
-
-    def replace(chosen: Chosen, quantized: QuantizedWeight) -> nn.Module:
-        kind = plain_kind(chosen.module)
-        layer = QuantizedEmbedding if kind is nn.Embedding else QuantizedLinear
-        made = layer.standing_for(chosen.module, quantized, kind)
-        before.append(chosen)
-        put(model, chosen.paths, made)
-        return made
-
-    def alone(chosen: Chosen, gram: Tensor | None = None) -> None:
-        weight = rows(chosen.module, plain_kind(chosen.module))
-        quantized = quantize_weight(weight, chosen.config, gram)
-        replace(chosen, quantized)
-        what = ", also ".join((chosen.config.name, *chosen.paths[1:]))
-        report.quantized.append(Row(chosen.path, what, weight.nbytes, quantized.nbytes, _error(weight, quantized)))
-
-    def shared(members: list[Chosen]) -> None:
-        first, config = members[0], members[0].config.blind()
-        weight = rows(first.module, plain_kind(first.module))
-        quantized = quantize_weight(weight, config)
-        sizes, source = (weight.nbytes, quantized.nbytes), None
-        for chosen in members:
-            made = replace(chosen, quantized)
-            what = config.name if source is None else f"{config.name}, the weight of {first.path}"
-            if source is None:
-                source = made
-            else:
-                made.share(source)
-                # transformers asks for it when it saves: these tensors are those of another module.
-                made._tied_weights_keys = {name: f"{first.path}.{name}" for name in quantized.tensors}
-            report.quantized.append(Row(chosen.path, what, *sizes, _error(weight, quantized)))
-            sizes = 0, 0
-
-    def experts(path: str, config: Format) -> None:
-        owner, _, key = path.rpartition(".")
-        module = model.get_submodule(owner)
-        weight = parameters[path] = getattr(module, key)
-        made = QuantizedExperts.from_parameter(weight, config, turned=getattr(module, "is_transposed", False))
-        delattr(module, key)
-        setattr(module, key, made.train(module.training))
-        flat = (weight.transpose(1, 2) if made.turned else weight).flatten(0, 1)
-        report.quantized.append(Row(path, config.name, weight.nbytes, made.qweight.nbytes, _error(flat, made.qweight)))
-
-    try:
-        for path, chosen_format in selection.experts.items():
-            experts(path, chosen_format)
-        for members in selection.shared:
-            shared(members)
-        for chosen in selection.alone:
-            if chosen not in measured:
-                alone(chosen)
-        if measured:
-            batches = calibration if isinstance(calibration, Sequence) else list(calibration)
-            named = {chosen.path: chosen for chosen in measured}
-            for some in groups({path: rows(chosen.module).shape[1] for path, chosen in named.items()}):
-                found = grams(model, {path: named[path].module for path in some}, batches)
-                for path in some:
-                    if path in found:
-                        alone(named[path], found[path])
-                    else:
-                        report.skip(path, "no calibration batch reaches it", named[path].module.weight.nbytes)
-    except BaseException:
-        for chosen in before:
-            put(model, chosen.paths, chosen.module)
-        for path, weight in parameters.items():
-            _set_parameter(model, path, weight)
-        raise
+    report = Plan.of(model, config, skip, filter, embeddings).write(calibration)
     trained = any(p.requires_grad for p in model.parameters())
     for module in model.modules():
         if isinstance(module, Quantized):
             module._among_trained = trained
-    name_codes(model, {path: _stored(c) for members in selection.shared for c in members for path in c.paths})
-    order = selection.order
-    for listed in (report.quantized, report.skipped):
-        listed.sort(key=lambda row: order.get(row.path, order.get(row.path.rpartition(".")[0], 0)))
     note(model)
     return report
 
@@ -167,7 +82,7 @@ def dequantize(model: nn.Module) -> None:
         if isinstance(module, QuantizedExperts):
             values = nn.Parameter(module.dequantize(), requires_grad=module._trained and not frozen)
             for path in paths:
-                _set_parameter(model, path, values)
+                set_parameter(model, path, values)
             continue
         made = module.dequantize()
         bias = getattr(made, "bias", None)
@@ -198,26 +113,3 @@ def refresh(model: nn.Module) -> None:
         for p in module._parameters.values():
             if p is not None:
                 forget_packed(p)
-
-
-def _stored(chosen: Chosen) -> tuple[str, ...]:
-    return tuple(chosen.config.blind().layout(tuple(chosen.module.weight.shape)))
-
-
-def _set_parameter(model: nn.Module, path: str, weight: nn.Parameter) -> None:
-    owner, _, key = path.rpartition(".")
-    module = model.get_submodule(owner)
-    module._modules.pop(key, None)
-    setattr(module, key, weight)
-
-
-def _error(weight: Tensor, quantized: QuantizedWeight) -> float | None:
-    """Root mean square of the error over that of the weight."""
-    if weight.is_meta:
-        return None
-    error = total = 0.0
-    values = quantized.dequantize(torch.float32)
-    for a, b in zip(weight.detach().split(1024), values.split(1024), strict=True):
-        error += (a.double() - b.double()).square().sum().item()
-        total += a.double().square().sum().item()
-    return (error / total) ** 0.5 if total else 0.0

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..ops._registry import is_watched
-from ..ops.quantized_linear import dequantize_rows
 from ._format import Format, Operands, named
 
 _AT_ONCE = 2**22  # elements: float32 copies and what the formats make of them stay small
@@ -67,7 +66,7 @@ class QuantizedWeight:
         """The weight (N, K) that the codes stand for, computed in float32 and rounded once."""
         dtype = self.dtype if dtype is None else dtype
         wide = dtype if dtype == torch.float64 else torch.float32
-        values = dequantize_rows(*self.operands(), self.shape[1], wide)
+        values = self.operands().decoded(self.shape[1], wide)
         return (values if self.channel is None else values * self.channel.to(wide)).to(dtype)
 
     @property
@@ -97,8 +96,7 @@ class _Rows(QuantizedWeight):
 
     def operands(self) -> Operands:
         mine = slice(self.begin, self.begin + self.shape[0])
-        *rows, book, group = self.whole.operands()
-        return *(t if t is None else t[mine] for t in rows), book, group
+        return self.whole.operands().rows(lambda t: t[mine])
 
 
 class _Seen(NamedTuple):

@@ -14,8 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..ops._codes import BOOK4, Operands
 from ..ops._registry import is_capturing, is_watched
-from ._format import Format, Operands, in_groups, pack4, ratio
+from ._format import Format, in_groups, pack4, ratio
 
 _SIZES = (32, 64, 128)
 _SCALES_A_BLOCK = 256
@@ -103,14 +104,14 @@ class NF4(Format):
 
     def operands(self, tensors: dict[str, Tensor]) -> Operands:
         codes = tensors["codes"]
-        book = _beside(codes, self.values)
+        book = beside(codes, self.values)
         scale = tensors.get("scale")
         if scale is None:
             inner = tensors["scale_codes"]
-            values = _beside(codes, DYNAMIC_BOOK)[inner.flatten().long()]
+            values = beside(codes, DYNAMIC_BOOK)[inner.flatten().long()]
             outer = tensors["scale_scale"].repeat_interleave(_SCALES_A_BLOCK)[: inner.numel()]
             scale = (values * outer + tensors["scale_offset"]).view(inner.shape)
-        return codes, scale, None, None, book, self.block_size
+        return Operands.of(BOOK4, codes, scale, book=book, group=self.block_size)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class FP4(NF4):
     values: ClassVar[tuple[float, ...]] = tuple(v / 12 for v in _FP4) + tuple(-v / 12 for v in _FP4)
 
 
-def _beside(t: Tensor, values: tuple[float, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+def beside(t: Tensor, values: tuple[float, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """A table on the device of a tensor, and as fake as that."""
     mode = getattr(t, "fake_mode", None)
     if mode is not None or is_watched() or torch.compiler.is_compiling():
@@ -155,4 +156,4 @@ def _order(values: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[int, ...
 def _nearest(x: Tensor, values: tuple[float, ...]) -> Tensor:
     """The code of the value nearest to each element; of two as near, the lower value."""
     limits, codes = _order(values)
-    return _beside(x, codes, torch.int64)[torch.bucketize(x, _beside(x, limits))]
+    return beside(x, codes, torch.int64)[torch.bucketize(x, beside(x, limits))]

@@ -122,7 +122,7 @@ def to_compressed_tensors(qweight: QuantizedWeight) -> dict[str, Tensor]:
         raise ValueError(f"bigkernels.to_compressed_tensors: the weight is {qweight.config.name}; accepted is int4")
     if qweight.channel is not None:
         raise ValueError("bigkernels.to_compressed_tensors: the layout has no place for what divides inputs (awq)")
-    codes, scale, zero, row_scale, _, _ = qweight.operands()
+    codes, scale, zero, row_scale, *_ = qweight.operands()
     if not torch.equal(zero, zero.round()):
         raise ValueError("bigkernels.to_compressed_tensors: zero points are no integers; use Int4(algorithm='rtn')")
     flat = torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, : qweight.shape[1]]

@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ._format import Format, Operands, ratio
+from ..ops import _codes
+from ..ops._codes import Operands
+from ._format import Format, ratio
 
 _LARGEST = 448.0
 
@@ -31,7 +33,7 @@ class FP8(Format):
         return {"codes": (shape, torch.uint8), "scale": (shape[:1], torch.float32)}
 
     def operands(self, tensors: dict[str, Tensor]) -> Operands:
-        return tensors["codes"], tensors["scale"], None, None, None, 0
+        return Operands.of(_codes.FP8, tensors["codes"], tensors["scale"])
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops._codes import AFFINE4, Operands
 from . import awq, gptq
-from ._format import Format, Operands, in_groups, pack4, ratio
+from ._format import Format, in_groups, pack4, ratio
 
 _ALGORITHMS = ("rtn", "hqq", "gptq", "awq")
 _SIZES = (32, 64, 128)
@@ -106,7 +107,8 @@ class Int4(Format):
         return stored | {"channel": ((k,), torch.float32)} if self.algorithm == "awq" else stored
 
     def operands(self, tensors: dict[str, Tensor]) -> Operands:
-        return tensors["codes"], tensors["scale"], tensors["zero"], tensors["row_scale"], None, self.group_size
+        return Operands.of(AFFINE4, tensors["codes"], tensors["scale"], zero=tensors["zero"],
+                           row_scale=tensors["row_scale"], group=self.group_size)  # fmt: skip
 
 
 class Fit(NamedTuple):

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ._format import Format, Operands, ratio
+from ..ops._codes import INT8, Operands
+from ._format import Format, ratio
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Int8(Format):
         return {"codes": (shape, torch.int8), "scale": (shape[:1], torch.float32)}
 
     def operands(self, tensors: dict[str, Tensor]) -> Operands:
-        return tensors["codes"], tensors["scale"], None, None, None, 0
+        return Operands.of(INT8, tensors["codes"], tensors["scale"])
 
 
 @dataclass(frozen=True)

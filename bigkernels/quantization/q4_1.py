@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ._format import Format, Operands, in_groups, pack4
+from ..ops._codes import AFFINE4M, Operands
+from ._format import Format, in_groups, pack4
 from .q8_0 import BLOCK, check_range, inverse
 
 
@@ -43,4 +44,4 @@ class Q4_1(Format):
                 "minimum": (blocks, torch.float16)}  # fmt: skip
 
     def operands(self, tensors: dict[str, Tensor]) -> Operands:
-        return tensors["codes"], tensors["scale"], tensors["minimum"], None, None, BLOCK
+        return Operands.of(AFFINE4M, tensors["codes"], tensors["scale"], zero=tensors["minimum"], group=BLOCK)

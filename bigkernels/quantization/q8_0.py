@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ._format import Format, Operands, in_groups
+from ..ops._codes import INT8G, Operands
+from ._format import Format, in_groups
 
 BLOCK = 32  # elements, of GGUF's formats
 
@@ -43,7 +44,7 @@ class Q8_0(Format):
         return {"codes": (shape, torch.int8), "scale": ((n, -(-k // BLOCK)), torch.float16)}
 
     def operands(self, tensors: dict[str, Tensor]) -> Operands:
-        return tensors["codes"], tensors["scale"], None, None, None, BLOCK
+        return Operands.of(INT8G, tensors["codes"], tensors["scale"], group=BLOCK)
 
 
 def inverse(step: Tensor) -> Tensor:

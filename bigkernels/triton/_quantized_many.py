@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import _routes
+from ..ops._codes import Operands
 from ..ops._registry import is_forced
 from ._launch import launch, power_of_2
-from .quantized_linear import _decode, _kind, round_tokens
+from .quantized_linear import _decode, round_tokens
 
 WORKSPACE = 2**27  # elements of a weight that are decoded at once
 
@@ -77,14 +78,14 @@ def round_tokens_fp8(X, CODES, TOKEN_SCALE, D, stride_x, BLOCK: tl.constexpr):
 
 def decoded(
     codes: Tensor, scale: Tensor, zero: Tensor | None, row_scale: Tensor | None, book: Tensor | None, group: int,
-    k: int, dtype: torch.dtype,
+    kind: int, k: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The weight (N, K) in `dtype`."""
     n = codes.shape[0]
     out = torch.empty(n, k, dtype=dtype, device=codes.device)
     tile = {"BN": 32, "BK": 128}
     launch(decode_weight, (triton.cdiv(n, tile["BN"]) * triton.cdiv(k, tile["BK"]),), codes, scale, zero, row_scale,
-           book, out, n, k, scale.shape[1] if group else 0, codes.stride(0), KIND=_kind(codes, row_scale, group, book),
+           book, out, n, k, scale.shape[1] if group else 0, codes.stride(0), KIND=kind,
            GROUP=group or 32, num_warps=4, **tile)  # fmt: skip
     return out
 
@@ -95,16 +96,13 @@ def _goes(call: str, x: Tensor, to: str) -> bool:
     return capability is not None and _routes.find("quantized_linear", call, capability).by == to
 
 
-def forward_by_cublas(
-    tokens: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, row_scale: Tensor | None, book: Tensor | None,
-    bias: Tensor | None, group: int, k: int, out: Tensor,
-) -> Tensor:  # fmt: skip
+def forward_by_cublas(tokens: Tensor, operands: Operands, bias: Tensor | None, k: int, out: Tensor) -> Tensor:
     """Fills out (M, N), with the rows of the weight decoded a few at a time."""
-    n = codes.shape[0]
+    n = operands.codes.shape[0]
     at_once = max(1, WORKSPACE // k)
     for begin in range(0, n, at_once):
         rows = slice(begin, begin + at_once)
-        w = decoded(*(t if t is None else t[rows] for t in (codes, scale, zero, row_scale)), book, group, k, out.dtype)
+        w = decoded(*operands.rows(lambda t, rows=rows: t[rows]), k, out.dtype)
         if bias is None:
             torch.mm(tokens, w.t(), out=out[:, rows])
         else:

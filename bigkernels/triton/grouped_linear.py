@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops import _codes
 from ..ops import grouped_linear as op
 from ._launch import falls_back, launch, power_of_2, rows
-from .quantized_linear import _decode, _kind, _tile, round_tokens
+from .quantized_linear import _FP8, _INT8, _decode, _tile, round_tokens
 
-PLAIN = 6  # beside the kinds of `quantized_linear`
+_NUMBERS = tl.constexpr(_codes.NUMBERS)
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def _weight(
     CODES, SCALE, ZERO, ROW_SCALE, BOOK, n, k, N, K, groups, stride,
     KIND: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    if KIND == 6:
+    if KIND == _NUMBERS:
         at = k + tl.arange(0, BK)
         mask = (n < N)[:, None] & (at < K)[None, :]
         values = tl.load(CODES + n.to(tl.int64)[:, None] * stride + at[None, :], mask=mask, other=0.0)
@@ -70,7 +71,7 @@ def multiply_groups(
         return
     m = first + tl.arange(0, BM)
     n = tl.program_id(0) // blocks * BN + tl.arange(0, BN)
-    each = N * groups if KIND >= 2 else N
+    each = N if KIND == _INT8 or KIND == _FP8 else N * groups
     wide = expert.to(tl.int64)
     CODES += wide * N * stride
     if SCALE is not None:
@@ -94,7 +95,7 @@ def multiply_groups(
     y = acc.to(tl.float32)
     if TOKEN_SCALE is not None:
         y = y * tl.load(TOKEN_SCALE + m, mask=m < end, other=0.0)[:, None]
-    if KIND < 2:
+    if KIND == _INT8 or KIND == _FP8:
         y = y * tl.load(SCALE + n, mask=n < N, other=0.0)[None, :]
     tl.store(OUT + m[:, None].to(tl.int64) * N + n[None, :], y.to(OUT.dtype.element_ty),
              mask=(m < end)[:, None] & (n < N)[None, :])  # fmt: skip
@@ -112,7 +113,7 @@ def multiply_groups_back(
         return
     m = first + tl.arange(0, BM)
     k = tl.program_id(0) // blocks * BK
-    each = N * groups if KIND >= 2 else N
+    each = N if KIND == _INT8 or KIND == _FP8 else N * groups
     wide = expert.to(tl.int64)
     CODES += wide * N * stride
     if SCALE is not None:
@@ -161,8 +162,7 @@ def add_up_groups(
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
-def _constants(ends: Tensor, codes: Tensor, scale: Tensor | None, row_scale, book, group: int) -> dict[str, int]:
-    kind = PLAIN if scale is None else _kind(codes, row_scale, group, book)
+def _constants(ends: Tensor, group: int, kind: int) -> dict[str, int]:
     return {"EXPERTS": ends.shape[0], "BLOCK_E": power_of_2(ends.shape[0]), "KIND": kind, "GROUP": group or 32}
 
 
@@ -172,7 +172,7 @@ def _blocks(tokens: int, experts: int, size: int) -> int:
 
 
 @falls_back(op._forward)
-def forward(x, ends, codes, scale, zero, row_scale, book, group, dynamic) -> Tensor:
+def forward(x, ends, codes, scale, zero, row_scale, book, group, kind, dynamic) -> Tensor:
     (m, k), experts = x.shape, ends.shape[0]
     n = codes.shape[0] // experts
     out = x.new_zeros(m, n)  # tokens after the last end belong to no program
@@ -190,12 +190,12 @@ def forward(x, ends, codes, scale, zero, row_scale, book, group, dynamic) -> Ten
     blocks = _blocks(m, experts, tile["BM"])
     launch(multiply_groups, (blocks * triton.cdiv(n, tile["BN"]),), tokens, token_scale, ends, codes, scale, zero,
            row_scale, book, out, m, n, k, scale.shape[1] if group else 0, blocks, tokens.stride(0), codes.stride(0),
-           num_warps=warps, **_constants(ends, codes, scale, row_scale, book, group), **tile)  # fmt: skip
+           num_warps=warps, **_constants(ends, group, kind), **tile)  # fmt: skip
     return out
 
 
 @falls_back(op._backward)
-def backward(grad, ends, codes, scale, zero, row_scale, book, group, k) -> Tensor:
+def backward(grad, ends, codes, scale, zero, row_scale, book, group, kind, k) -> Tensor:
     (m, n), experts = grad.shape, ends.shape[0]
     out = grad.new_zeros(m, k)
     if k == 0:
@@ -211,7 +211,7 @@ def backward(grad, ends, codes, scale, zero, row_scale, book, group, k) -> Tenso
     grid = (blocks * triton.cdiv(k, tile["BK"]),)
     launch(multiply_groups_back, grid, grad, ends, codes, scale, zero, row_scale, book, out, m, n, k,
            scale.shape[1] if group else 0, blocks, grad.stride(0), codes.stride(0),
-           num_warps=8 if tile["BM"] == 128 else 4, **_constants(ends, codes, scale, row_scale, book, group),
+           num_warps=8 if tile["BM"] == 128 else 4, **_constants(ends, group, kind),
            **tile)  # fmt: skip
     return out
 
@@ -236,15 +236,16 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
     codes, halves = (one.new_empty(experts * n, size, dtype=torch.uint8) for size in (k, k // 2))
     scale = one.new_empty(experts * n, k // 64)
     plain = one.new_empty(experts * n, k, dtype=dtype)
-    for dynamic, group, *weight in (
-        (False, 0, plain, None, None, None, None), (False, 0, codes.to(torch.int8), one, None, None, None),
-        (True, 0, codes.to(torch.int8), one, None, None, None), (False, 0, codes, one, None, None, None),
-        (False, 64, halves, scale.half(), scale.half(), one, None),
-        (False, 64, halves, scale, None, None, one.new_empty(16)),
+    of, signed, half = _codes.Operands.of, codes.to(torch.int8), scale.half()
+    for dynamic, weight in (
+        (False, _codes.Operands.plain(plain)), (False, of(_codes.INT8, signed, one)),
+        (True, of(_codes.INT8, signed, one)), (False, of(_codes.FP8, codes, one)),
+        (False, of(_codes.AFFINE4, halves, half, zero=half, row_scale=one, group=64)),
+        (False, of(_codes.BOOK4, halves, scale, book=one.new_empty(16), group=64)),
     ):  # fmt: skip
         for tokens in (8, 8192):
             x = torch.empty(tokens, k, dtype=dtype, device="meta")
-            yield forward, (x, ends, *weight, group, dynamic)
+            yield forward, (x, ends, *weight, dynamic)
             if not dynamic:
-                yield backward, (x.new_empty(tokens, n), ends, *weight, group, k)
+                yield backward, (x.new_empty(tokens, n), ends, *weight, k)
     yield weight_backward, (plain.new_empty(8192, n), plain.new_empty(8192, k), ends)

@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import _routes
+from ..ops import _codes, _routes
 from ..ops import quantized_linear as op
 from ._launch import falls_back, launch, power_of_2, processors, require, rows
 
-INT8, FP8, AFFINE4, BOOK4, AFFINE4M, INT8G = range(6)
+_INT8, _FP8 = tl.constexpr(_codes.INT8.number), tl.constexpr(_codes.FP8.number)
+_AFFINE4, _AFFINE4M = tl.constexpr(_codes.AFFINE4.number), tl.constexpr(_codes.AFFINE4M.number)
+_BOOK4, _INT8G = tl.constexpr(_codes.BOOK4.number), tl.constexpr(_codes.INT8G.number)
 _FEW = 16  # tokens: the least that tensor cores multiply
 
 
@@ -43,15 +45,15 @@ def _decode(
     """
     inside = n < N
     row = n.to(tl.int64)
-    if KIND < 2:
+    if KIND == _INT8 or KIND == _FP8:
         at = k + tl.arange(0, BK)
         mask = inside[:, None] & (at < K)[None, :]
         codes = tl.load(CODES + row[:, None] * stride + at[None, :], mask=mask, other=0)
-        values = codes.to(tl.float32) if KIND == 0 else _fp8(codes)
+        values = codes.to(tl.float32) if KIND == _INT8 else _fp8(codes)
         if SCALED:
             values = values * tl.load(SCALE + row, mask=inside, other=0.0)[:, None]
     else:
-        if KIND == 5:
+        if KIND == _INT8G:
             at = k + tl.arange(0, BK)
             mask = inside[:, None] & (at < K)[None, :]
             codes = tl.load(CODES + row[:, None] * stride + at[None, :], mask=mask, other=0)
@@ -65,18 +67,18 @@ def _decode(
         where = row[:, None] * groups + g[None, :]
         known = inside[:, None] & (g < groups)[None, :]
         scale = tl.load(SCALE + where, mask=known, other=0.0).to(tl.float32)
-        if KIND == 3:
+        if KIND == _BOOK4:
             # Not by loads: in a loop the compiler would stage what they gather in shared memory.
             book = tl.broadcast_to(tl.load(BOOK + tl.arange(0, 16))[None, :], (BN, 16))
             values = tl.reshape(tl.gather(book, codes.to(tl.int32), 1), (BN, GROUPS, BK // GROUPS))
         else:
             values = tl.reshape(codes.to(tl.float32), (BN, GROUPS, BK // GROUPS))
-        if KIND == 2:
+        if KIND == _AFFINE4:
             zero = tl.load(ZERO + where, mask=known, other=0.0).to(tl.float32)
             scale = scale * tl.load(ROW_SCALE + row, mask=inside, other=0.0)[:, None]
             values = values - zero[:, :, None]
         values = values * scale[:, :, None]
-        if KIND == 4:
+        if KIND == _AFFINE4M:
             values += tl.load(ZERO + where, mask=known, other=0.0).to(tl.float32)[:, :, None]
         values = tl.reshape(values, (BN, BK))
     return values
@@ -111,7 +113,7 @@ def multiply(
         w = _decode(CODES, SCALE, ZERO, ROW_SCALE, BOOK, n, k, N, K, groups, stride, KIND, GROUP, False, BN, BK)
         acc = tl.dot(x, tl.trans(w.to(x.dtype)), acc, input_precision="tf32x3")
     if not SPLIT:
-        if KIND < 2:
+        if KIND == _INT8 or KIND == _FP8:
             acc = acc * tl.load(SCALE + n, mask=n < N, other=0.0)[None, :]
         if BIAS is not None:
             acc += tl.load(BIAS + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -126,7 +128,7 @@ def add_parts(PARTS, SCALE, BIAS, OUT, M, N, parts, KIND: tl.constexpr, BLOCK: t
     acc = tl.zeros((BLOCK,), tl.float32)
     for part in range(parts):
         acc += tl.load(PARTS + (part * M + m) * N + n, mask=n < N, other=0.0)
-    if KIND < 2:
+    if KIND == _INT8 or KIND == _FP8:
         acc = acc * tl.load(SCALE + n, mask=n < N, other=0.0)
     if BIAS is not None:
         acc += tl.load(BIAS + n, mask=n < N, other=0.0).to(tl.float32)
@@ -202,14 +204,6 @@ def multiply_integers(
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
-def _kind(codes: Tensor, row_scale: Tensor | None, group: int, book: Tensor | None) -> int:
-    if codes.dtype == torch.int8:
-        return INT8G if group else INT8
-    if group == 0:
-        return FP8
-    return BOOK4 if book is not None else AFFINE4M if row_scale is None else AFFINE4
-
-
 def _tile(m: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
     """Sizes of a program's tile, forward, and its warps."""
     wide = dtype == torch.float32
@@ -227,7 +221,7 @@ def _splits(programs: int, k: int, block: int, device: torch.device) -> int:
 
 
 @falls_back(op._forward)
-def forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wide=False) -> Tensor:
+def forward(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynamic, wide=False) -> Tensor:
     n = codes.shape[0]
     out = x.new_empty(*x.shape[:-1], n, dtype=torch.float32 if wide else x.dtype)
     if n == 0:
@@ -235,10 +229,10 @@ def forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wid
     tokens = rows(x)
     m = tokens.shape[0]
     if dynamic:
-        return _forward_rounded(tokens, codes, scale, bias, out)
+        return _forward_rounded(tokens, codes, scale, bias, kind, out)
     if _many.takes_cublas(tokens, bias, wide):
-        operands = (codes, scale, zero, row_scale, book)
-        _many.forward_by_cublas(tokens, *operands, bias, group, k, out.view(m, n))
+        operands = _codes.Operands(codes, scale, zero, row_scale, book, group, kind)
+        _many.forward_by_cublas(tokens, operands, bias, k, out.view(m, n))
         return out
     tile, warps = _tile(m, x.dtype)
     programs = triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"])
@@ -246,7 +240,6 @@ def forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wid
     depth = triton.cdiv(triton.cdiv(k, splits), tile["BK"]) * tile["BK"]
     splits = triton.cdiv(k, depth)
     parts = x.new_empty(splits, m, n, dtype=torch.float32) if splits > 1 else None
-    kind = _kind(codes, row_scale, group, book)
     groups = scale.shape[1] if group else 0
     launch(multiply, (programs, splits), tokens, codes, scale, zero, row_scale, book, bias, out, parts, m, n, k, groups,
            tokens.stride(0), codes.stride(0), depth, KIND=kind, GROUP=group or 32, SPLIT=splits > 1, num_warps=warps,
@@ -258,9 +251,11 @@ def forward(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wid
     return out
 
 
-def _forward_rounded(tokens: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+def _forward_rounded(
+    tokens: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, kind: int, out: Tensor,
+) -> Tensor:  # fmt: skip
     (m, k), n = tokens.shape, codes.shape[0]
-    if codes.dtype == torch.uint8:
+    if kind == _codes.FP8.number:
         require("quantized_linear_fwd", _routes.takes_scaled_mm(tokens, codes), "fp8 tokens are for torch._scaled_mm")
         return _many.forward_by_scaled_mm(tokens, codes, scale, bias).view(out.shape)
     if _many.takes_int_mm(tokens, codes):
@@ -274,14 +269,14 @@ def _forward_rounded(tokens: Tensor, codes: Tensor, scale: Tensor, bias: Tensor 
 
 
 @falls_back(op._backward)
-def backward(grad, codes, scale, zero, row_scale, book, group, k) -> Tensor:
+def backward(grad, codes, scale, zero, row_scale, book, group, kind, k) -> Tensor:
     out = grad.new_empty(*grad.shape[:-1], k)
     if k == 0:
         return out
     rows_of_grad = rows(grad)
     m, n = rows_of_grad.shape
     if _many.takes_cublas_back(rows_of_grad, codes, k):
-        w = _many.decoded(codes, scale, zero, row_scale, book, group, k, grad.dtype)
+        w = _many.decoded(codes, scale, zero, row_scale, book, group, kind, k, grad.dtype)
         torch.mm(rows_of_grad, w, out=out.view(m, k))
         return out
     wide = grad.dtype == torch.float32
@@ -293,7 +288,7 @@ def backward(grad, codes, scale, zero, row_scale, book, group, k) -> Tensor:
     grid = (triton.cdiv(m, tile["BM"]) * triton.cdiv(k, tile["BK"]),)
     launch(multiply_back, grid, rows_of_grad, codes, scale, zero, row_scale, book, out, m, n, k,
            scale.shape[1] if group else 0, rows_of_grad.stride(0), codes.stride(0),
-           KIND=_kind(codes, row_scale, group, book), GROUP=group or 32, num_warps=8 if tile["BM"] == 128 else 4,
+           KIND=kind, GROUP=group or 32, num_warps=8 if tile["BM"] == 128 else 4,
            **tile)  # fmt: skip
     return out
 
@@ -304,24 +299,26 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
     one = torch.empty(n, dtype=torch.float32, device="meta")
     bytes, halves = (torch.empty(n, size, dtype=torch.uint8, device="meta") for size in (k, k // 2))
     book = one.new_empty(16)
-    operands = [(bytes.to(torch.int8), one, None, None, None, 0), (bytes, one, None, None, None, 0)]
+    of, signed = _codes.Operands.of, bytes.to(torch.int8)
+    operands = [of(_codes.INT8, signed, one), of(_codes.FP8, bytes, one)]
     for group in (32, 64, 128):
         scale = one.new_empty(n, k // group)
-        operands.append((halves, scale.half(), scale.half(), one, None, group))
-        operands.append((halves, scale, None, None, book, group))
+        half = scale.half()
+        operands.append(of(_codes.AFFINE4, halves, half, zero=half, row_scale=one, group=group))
+        operands.append(of(_codes.BOOK4, halves, scale, book=book, group=group))
         if group == 32:
-            operands.append((halves, scale.half(), scale.half(), None, None, group))
-            operands.append((bytes.to(torch.int8), scale.half(), None, None, None, group))
+            operands.append(of(_codes.AFFINE4M, halves, half, zero=half, group=group))
+            operands.append(of(_codes.INT8G, signed, half, group=group))
     for weight in operands:
-        typical = weight[5] in (0, 64)  # the others differ in how many groups meet in a tile
+        typical = weight.group in (0, 64)  # the others differ in how many groups meet in a tile
         for m in (1, 64, 2048) if typical else (1, 2048):
             x = torch.empty(m, k, dtype=dtype, device="meta")
-            yield forward, (x, *weight[:5], x.new_empty(n), weight[5], k, False)
+            yield forward, (x, *weight[:5], x.new_empty(n), *weight[5:], k, False)
             if typical or m > 64:
                 yield backward, (x.new_empty(m, n), *weight, k)
     for m in (1, 2048):
         x = torch.empty(m, k, dtype=dtype, device="meta")
-        yield forward, (x, *operands[0][:5], None, 0, k, True)
+        yield forward, (x, *operands[0][:5], None, *operands[0][5:], k, True)
     for weight in operands:
         yield _many.decoded, (*weight, k, dtype)
     yield _many.rounded_tokens, (x, torch.uint8)

@@ -25,7 +25,7 @@ void embedding_row(const Weight& w, int64_t n, float* out, std::vector<float>& s
   const int64_t groups = w.groups;
   scales.resize(2 * groups);
   float *scale = scales.data(), *zero = scale + groups;
-  if (w.kind == Codes::book4)
+  if (traits(w.kind).scale_bytes == 4)
     __builtin_memcpy(scale, (const float*)w.scale + n * groups, groups * 4);
   else
     table().convert(Type::f16, false, (const uint16_t*)w.scale + n * groups, scale, groups);

@@ -56,9 +56,12 @@ class Checker {
   }
   bool weight_ok(const Weight& w) const {
     const int kind = (int)w.kind;
-    if (w.n < 1 || w.k < 1 || kind < 0 || kind > (int)Codes::int8g || !w.codes) return false;
-    if (kind <= (int)Codes::f16) return true;
-    return !w.transposed && w.scale && w.group >= 0 && (w.group == 0 || w.groups == (w.k + w.group - 1) / w.group);
+    if (w.n < 1 || w.k < 1 || kind < 0 || kind >= kKinds || !w.codes) return false;
+    const CodesRow& row = traits(w.kind);
+    if (is_plain(w.kind)) return true;
+    if (w.transposed || !w.scale || !w.zero == row.zero || !w.row_scale == row.row_scale || !w.book == (row.book > 0))
+      return false;
+    return row.blocked ? w.group > 0 && w.groups == (w.k + w.group - 1) / w.group : w.group == 0;
   }
 
   bool check(const Record& r) {

@@ -19,7 +19,7 @@ int64_t most_tokens(const ExpertsRecord& a, int64_t rows) { return std::min(rows
 bool in_turn(const ExpertsRecord& a) { return !a.up && !a.plain; }
 
 int64_t row_bytes(const Weight& w) {
-  const int64_t codes = w.transposed ? w.k * (w.kind == Codes::f32 ? 4 : 2) : w.code_row;
+  const int64_t codes = w.transposed ? code_bytes(w.kind, w.k) : w.code_row;
   return std::max<int64_t>(codes + w.groups * 4, 1);
 }
 

@@ -165,7 +165,7 @@ class Planner {
 
   // Bytes of a row of a weight, as far as reading it takes time.
   static int64_t row_bytes(const Weight& w) {
-    const int64_t codes = w.transposed ? w.k * (w.kind == Codes::f32 ? 4 : 2) : w.code_row;
+    const int64_t codes = w.transposed ? code_bytes(w.kind, w.k) : w.code_row;
     return std::max<int64_t>(codes + w.groups * 4, 1);
   }
 

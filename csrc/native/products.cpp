@@ -76,6 +76,16 @@ int64_t panels(Weight& w, int32_t integers, uintptr_t memory) {
 }  // namespace
 
 void bind_products(py::module_& m) {
+  m.def(
+      "codes",
+      [] {
+        py::list rows;
+        for (const CodesRow& r : kCodes)
+          rows.append(
+              py::make_tuple(r.name, r.bits, r.is_signed, r.scale_bytes, r.blocked, r.zero, r.row_scale, r.book));
+        return rows;
+      },
+      "The traits of each kind of codes, by number.");
   py::class_<Weight>(m, "Weight")
       .def(py::init(&weight), py::arg("kind"), py::arg("n"), py::arg("k"), py::arg("codes"), py::arg("code_row"),
            py::arg("scale") = 0, py::arg("zero") = 0, py::arg("row_scale") = 0, py::arg("book") = 0,

@@ -5,6 +5,7 @@ import torch
 
 from bigkernels import use
 from bigkernels.ops import grouped_linear as op
+from bigkernels.ops._codes import Operands
 from bigkernels.quantization import quantize_weight
 from bigkernels.triton import grouped_linear as launchers
 from bigkernels.triton._launch import recording
@@ -17,7 +18,7 @@ ENDS = ([3, 3, 20, 21], [0, 0, 0, 150], [70, 71, 71, 140], [5], [2, 1, 9, 400], 
 def _operands(format: str | None, experts: int, dtype: torch.dtype) -> tuple:
     weight = torch.randn(experts * N, K)
     if format is None:
-        return (weight.to(dtype), None, None, None, None, 0), False
+        return Operands.plain(weight.to(dtype)), False
     qweight = quantize_weight(weight, format)
     return qweight.operands(), qweight.config.dynamic
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bigkernels.ops._codes import Operands
 from bigkernels.ops.grouped_linear import grouped_linear
 from bigkernels.quantization import quantize_weight
 
@@ -54,7 +55,7 @@ def test_fallbacks_of_the_raw_operators(format):
     """What runs where a graph with them meets a machine without a GPU."""
     ops, ends = torch.ops.bigkernels, torch.tensor(ENDS["some belong to none"])
     x, weight, up = torch.randn(TOKENS, K), torch.randn(4, N, K), torch.randn(TOKENS, N)
-    operands, dynamic = (weight.flatten(0, 1).detach(), None, None, None, None, 0), False
+    operands, dynamic = Operands.plain(weight.flatten(0, 1).detach()), False
     if format is not None:
         qweight = quantize_weight(weight.flatten(0, 1), format)
         operands, dynamic, weight = qweight.operands(), qweight.config.dynamic, qweight.dequantize().view(4, N, K)

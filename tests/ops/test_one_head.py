@@ -72,8 +72,8 @@ def test_wide_products_round_to_the_narrow_ones(dtype, tokens):
     assert wide.dtype == torch.float32 and torch.equal(wide.to(dtype), linear_fwd(x, weight, bias, None))
     for form in FORMATS:
         q = B.quantize_weight(weight.float(), form)
-        *operands, group = q.operands()
-        arguments = (x, *operands, bias, group, SIZE, q.config.dynamic)
+        *operands, group, kind = q.operands()
+        arguments = (x, *operands, bias, group, kind, SIZE, q.config.dynamic)
         wide = quantized_fwd(*arguments, True)
         assert wide.dtype == torch.float32 and torch.equal(wide.to(dtype), quantized_fwd(*arguments)), form
 

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from products import check_product
 from torch import Tensor
 
+from bigkernels.ops import _codes
 from bigkernels.ops import quantized_linear as op
+from bigkernels.ops._codes import Operands
 
-KINDS = ("int8", "fp8", "affine4", "book4", "affine4m", "int8g")
+KINDS = {row.name: row for row in _codes.KINDS.values() if row.has_kernels}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MANY = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -19,39 +21,35 @@ fwd, bwd = torch.ops.bigkernels.quantized_linear_fwd, torch.ops.bigkernels.quant
 
 
 def weight(kind: str, n: int, k: int, group: int = 64) -> tuple:
-    """(codes, scale, zero, row_scale, book, group, k) as the operators take them."""
+    """What `Operands` hold, and k, as the operators take them."""
+    row, groups = KINDS[kind], -(-k // group)
+
+    def of(codes: Tensor, *args: Tensor, **more) -> tuple:
+        return *Operands.of(row, codes, *args, **more), k
+
     if kind == "int8":
-        return torch.randint(-127, 128, (n, k), dtype=torch.int8), torch.rand(n) / 100, None, None, None, 0, k
+        return of(torch.randint(-127, 128, (n, k), dtype=torch.int8), torch.rand(n) / 100)
     if kind == "fp8":
-        return (
-            torch.randn(n, k).mul(100).to(torch.float8_e4m3fn).view(torch.uint8),
-            torch.rand(n) / 1000,
-            None,
-            None,
-            None,
-            0,
-            k,
-        )
-    groups = -(-k // group)
+        return of(torch.randn(n, k).mul(100).to(torch.float8_e4m3fn).view(torch.uint8), torch.rand(n) / 1000)
     if kind == "int8g":
         codes = torch.randint(-128, 128, (n, k), dtype=torch.int8)
-        return codes, (torch.rand(n, groups) / 100).half(), None, None, None, group, k
+        return of(codes, (torch.rand(n, groups) / 100).half(), group=group)
     codes = torch.randint(0, 256, (n, (k + 1) // 2), dtype=torch.uint8)
     if kind == "affine4m":
         scale = torch.rand(n, groups) / 10
-        return codes, scale.half(), (scale * -torch.rand(n, groups) * 15).half(), None, None, group, k
+        return of(codes, scale.half(), zero=(scale * -torch.rand(n, groups) * 15).half(), group=group)
     if kind == "book4":
-        return codes, torch.rand(n, groups) / 10, None, None, torch.randn(16), group, k
+        return of(codes, torch.rand(n, groups) / 10, book=torch.randn(16), group=group)
     scale, zero = torch.rand(n, groups).half() + 0.5, (torch.rand(n, groups) * 15).half()
-    return codes, scale, zero, 2.0 ** torch.randint(-9, -4, (n,)), None, group, k
+    return of(codes, scale, zero=zero, row_scale=2.0 ** torch.randint(-9, -4, (n,)), group=group)
 
 
 def dense(operands: tuple) -> Tensor:
-    return op.dequantize_rows(*operands, torch.float64)
+    return Operands(*operands[:-1]).decoded(operands[-1], torch.float64)
 
 
 cases = st.fixed_dictionaries({
-    "kind": st.sampled_from(KINDS),
+    "kind": st.sampled_from(sorted(KINDS)),
     "m": st.sampled_from([1, 2, 3, 5, 8, 9, 31, 33, 70, 600]),
     "n": st.sampled_from([1, 3, 7, 31, 64, 129, 200]),
     "k": st.sampled_from([1, 2, 31, 33, 64, 95, 128, 200, 515, 1100]),
@@ -152,12 +150,12 @@ def test_tokens_do_not_know_of_each_other(kind: str, m: int):
     ({"zero": lambda t: None}, "zero"), ({"group": 48}, "groups of 48"),
 ])  # fmt: skip
 def test_operands_that_do_not_fit(change: dict, message: str):
-    names = ("codes", "scale", "zero", "row_scale", "book", "group", "k")
+    names = (*Operands._fields, "k")
     operands = dict(zip(names, weight("affine4", 10, 64), strict=True))
     for name, value in change.items():
         operands[name] = value(operands[name]) if callable(value) else value
     with pytest.raises(RuntimeError, match=message):
-        fwd(torch.randn(2, 64), *list(operands.values())[:5], None, operands["group"], operands["k"], False)
+        fwd(torch.randn(2, 64), *list(operands.values())[:5], None, *list(operands.values())[5:], False)
 
 
 @pytest.mark.parametrize("m", [1, 40])

@@ -118,7 +118,7 @@ def test_models(algorithm: str):
 def test_statistics_in_groups_see_quantized_layers(monkeypatch):
     monkeypatch.setattr(_calibration, "_BYTES", 1)
     seen = []
-    monkeypatch.setattr(bigkernels.quantization._model, "grams", lambda model, some, batches: seen.append(
+    monkeypatch.setattr(bigkernels.quantization._plan, "grams", lambda model, some, batches: seen.append(
         (list(some), type(model.one))) or _calibration.grams(model, some, batches))  # fmt: skip
     bigkernels.quantize(Net(), Int4(32, "gptq"), calibration=[inputs(64, 64)])
     assert seen == [(["one"], nn.Linear), (["two"], QuantizedLinear), (["unused"], QuantizedLinear)]

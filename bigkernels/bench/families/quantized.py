@@ -50,7 +50,7 @@ def case(settings: Settings, tokens: int, n: int, k: int, config: Format, *, bac
 
     def theirs(package: ModuleType) -> Callable[..., Tensor]:
         """The same codes and scales, with the nibbles of a byte the other way round."""
-        codes, scale, _, _, book, group = held[0].operands()
+        codes, scale, _, _, book, group, _ = held[0].operands()
         packed = ((codes & 15) << 4 | codes >> 4).view(-1, 1)
         state = package.functional.QuantState(scale.flatten(), (n, k), book, group, "nf4", torch.bfloat16)
         return lambda x, **rest: package.matmul_4bit(x, packed.t(), quant_state=state)

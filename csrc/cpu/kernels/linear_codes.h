@@ -6,24 +6,10 @@ namespace bigkernels {
 namespace BK_ISA {
 namespace {
 
-constexpr bool is_packed(Codes kind) {
-  return kind == Codes::affine4 || kind == Codes::book4 || kind == Codes::affine4m;
-}
+constexpr bool is_packed(Codes kind) { return traits(kind).bits == 4; }
 BK_INLINE bool packed(const Weight& a) { return is_packed(a.kind); }
 
-BK_INLINE bool plain(const Weight& a) { return a.kind == Codes::f32 || a.kind == Codes::bf16 || a.kind == Codes::f16; }
-
-BK_INLINE int64_t code_bytes(Codes kind, int64_t elements) {
-  switch (kind) {
-    case Codes::f32: return 4 * elements;
-    case Codes::bf16:
-    case Codes::f16: return 2 * elements;
-    case Codes::affine4:
-    case Codes::affine4m:
-    case Codes::book4: return elements / 2;
-    default: return elements;
-  }
-}
+BK_INLINE bool plain(const Weight& a) { return is_plain(a.kind); }
 
 // What plain weights of a type are marked with.
 template <class T>

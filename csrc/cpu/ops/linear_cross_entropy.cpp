@@ -22,7 +22,9 @@ struct Options {
 struct Head {
   Tensor weight;
   MaybeTensor scale, zero, row_scale, book;
-  int64_t group;
+  int64_t group, kind;
+
+  bool coded() const { return kind != 0; }  // 0: numbers, of their own type
 };
 
 // A call's arguments as the kernels read them, with what keeps converted copies alive.
@@ -42,7 +44,7 @@ class Call {
     a.head.in = x.rows, a.head.type = type_of(hidden), a.head.bias = added.data();
     a.vocabulary = a.head.n, a.weight = weight.data();
     STD_TORCH_CHECK(o.label_smoothing >= 0 && o.label_smoothing <= 1 && o.z_loss >= 0 && usable_softcap(o.softcap) &&
-                        o.focal_gamma >= 0 && !(o.label_smoothing > 0 && (o.softcap > 0 || head.scale)),
+                        o.focal_gamma >= 0 && !(o.label_smoothing > 0 && (o.softcap > 0 || head.coded())),
                     "bigkernels::", kOp, ": an option is out of its range");
     a.label_smoothing = (float)o.label_smoothing, a.z_loss = (float)o.z_loss, a.softcap = (float)o.softcap;
     a.focal_gamma = (float)o.focal_gamma, a.logit_scale = (float)o.logit_scale;
@@ -76,8 +78,9 @@ class Call {
     check_cpu(kOp, "weight", head.weight);
     STD_TORCH_CHECK(head.weight.dim() == 2, "bigkernels::", kOp, ": weight must be a matrix");
     int64_t k = hidden.size(1);
-    if (head.scale) {
-      codes_.emplace(kOp, head.weight, *head.scale, head.zero, head.row_scale, head.book, head.group, k);
+    if (head.coded()) {
+      STD_TORCH_CHECK(head.scale, "bigkernels::", kOp, ": scale does not fit the codes");
+      codes_.emplace(kOp, head.weight, *head.scale, head.zero, head.row_scale, head.book, head.group, head.kind, k);
       a.head = codes_->a;
       return;
     }
@@ -181,11 +184,11 @@ struct State {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensor hidden, Tensor weight, MaybeTensor scale, MaybeTensor zero, MaybeTensor row_scale, MaybeTensor book,
-    int64_t group, MaybeTensor bias, Tensor target, MaybeTensor class_weight, MaybeTensor token_weight,
+    int64_t group, int64_t kind, MaybeTensor bias, Tensor target, MaybeTensor class_weight, MaybeTensor token_weight,
     int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss, double softcap, double focal_gamma,
     double logit_scale, bool backward, bool of_hidden, bool of_weight, bool report) {
   Options o{ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma, logit_scale};
-  Call call(hidden, {weight, scale, zero, row_scale, book, group}, bias, target, class_weight, token_weight, o);
+  Call call(hidden, {weight, scale, zero, row_scale, book, group, kind}, bias, target, class_weight, token_weight, o);
   LinearCrossEntropy& a = call.a;
   std::vector<float> losses(a.tokens), lses(a.tokens), smoothed;
   std::vector<uint8_t> kept(call.pieces());
@@ -244,12 +247,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 
 // Scales dx, and fills dw and dbias; both hold what forward left in them.
 Tensor backward(Tensor grad, Tensor hidden, Tensor weight, MaybeTensor scale, MaybeTensor zero, MaybeTensor row_scale,
-                MaybeTensor book, int64_t group, MaybeTensor bias, Tensor target, MaybeTensor class_weight,
-                MaybeTensor token_weight, Tensor divisor, Tensor state, Tensor dx, Tensor dw, int64_t ignore_index,
-                int64_t reduction, double label_smoothing, double z_loss, double softcap, double focal_gamma,
-                double logit_scale, bool of_hidden, bool of_weight, bool of_bias) {
+                MaybeTensor book, int64_t group, int64_t kind, MaybeTensor bias, Tensor target,
+                MaybeTensor class_weight, MaybeTensor token_weight, Tensor divisor, Tensor state, Tensor dx, Tensor dw,
+                int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss, double softcap,
+                double focal_gamma, double logit_scale, bool of_hidden, bool of_weight, bool of_bias) {
   Options o{ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma, logit_scale};
-  Call call(hidden, {weight, scale, zero, row_scale, book, group}, bias, target, class_weight, token_weight, o);
+  Call call(hidden, {weight, scale, zero, row_scale, book, group, kind}, bias, target, class_weight, token_weight, o);
   LinearCrossEntropy& a = call.a;
   int64_t k = a.head.k;
   bool one = reduction != kNone;

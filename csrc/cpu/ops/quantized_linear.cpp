@@ -25,9 +25,9 @@ void run_dynamic(const Linear& a) {
 }
 
 Tensor forward(Tensor x, Tensor codes, Tensor scale, MaybeTensor zero, MaybeTensor row_scale, MaybeTensor book,
-               MaybeTensor bias, int64_t group, int64_t k, bool dynamic, bool wide) {
+               MaybeTensor bias, int64_t group, int64_t kind, int64_t k, bool dynamic, bool wide) {
   check_cpu(kOp, "x", x);
-  QuantizedWeight w(kOp, codes, scale, zero, row_scale, book, group, k);
+  QuantizedWeight w(kOp, codes, scale, zero, row_scale, book, group, kind, k);
   Linear& a = w.a;
   STD_TORCH_CHECK(!dynamic || (a.kind == Codes::int8 && k <= kMostExact), "bigkernels::", kOp,
                   ": tokens are rounded for int8 codes alone, of rows of at most ", kMostExact);
@@ -52,9 +52,9 @@ Tensor forward(Tensor x, Tensor codes, Tensor scale, MaybeTensor zero, MaybeTens
 }
 
 Tensor backward(Tensor grad, Tensor codes, Tensor scale, MaybeTensor zero, MaybeTensor row_scale, MaybeTensor book,
-                int64_t group, int64_t k) {
+                int64_t group, int64_t kind, int64_t k) {
   check_cpu(kOp, "grad", grad);
-  QuantizedWeight w(kOp, codes, scale, zero, row_scale, book, group, k);
+  QuantizedWeight w(kOp, codes, scale, zero, row_scale, book, group, kind, k);
   Linear& a = w.a;
   STD_TORCH_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == a.n, "bigkernels::", kOp,
                   ": grad does not have rows of ", a.n);

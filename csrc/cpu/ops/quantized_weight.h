@@ -9,7 +9,7 @@ class QuantizedWeight {
   Linear a{};
 
   QuantizedWeight(const char* op, const Tensor& codes, const Tensor& scale, const MaybeTensor& zero,
-                  const MaybeTensor& row_scale, const MaybeTensor& book, int64_t group, int64_t k)
+                  const MaybeTensor& row_scale, const MaybeTensor& book, int64_t group, int64_t kind, int64_t k)
       : codes_(last_contiguous(codes)),
         scale_(torch::stable::contiguous(scale)),
         row_scale_(op, "row_scale", row_scale, codes.size(0)),
@@ -17,32 +17,25 @@ class QuantizedWeight {
     check_cpu(op, "codes", codes);
     check_cpu(op, "scale", scale);
     STD_TORCH_CHECK(codes.dim() == 2 && k >= 0, "bigkernels::", op, ": codes must be a matrix");
-    ScalarType type = codes.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Char || type == ScalarType::Byte, "bigkernels::", op,
-                    ": codes must be int8 or uint8");
-    bool packed = type == ScalarType::Byte && group != 0;
-    if (packed) {
-      a.kind = book ? Codes::book4 : row_scale ? Codes::affine4 : Codes::affine4m;
-    } else if (type == ScalarType::Byte) {
-      a.kind = Codes::fp8;
-    } else {
-      a.kind = group != 0 ? Codes::int8g : Codes::int8;
-    }
+    STD_TORCH_CHECK(kind >= 0 && kind < kKinds && !is_plain((Codes)kind), "bigkernels::", op, ": no codes are of kind ",
+                    kind);
+    a.kind = (Codes)kind;
+    const CodesRow& row = traits(a.kind);
+    STD_TORCH_CHECK(codes.scalar_type() == (row.is_signed ? ScalarType::Char : ScalarType::Byte), "bigkernels::", op,
+                    ": codes must be ", row.is_signed ? "int8" : "uint8", " for ", row.name);
     a.n = codes.size(0), a.k = k;
-    STD_TORCH_CHECK(codes.size(1) == (packed ? (k + 1) / 2 : k), "bigkernels::", op, ": codes do not hold rows of ", k);
+    STD_TORCH_CHECK(codes.size(1) == (k * row.bits + 7) / 8, "bigkernels::", op, ": codes do not hold rows of ", k);
     a.codes = (const uint8_t*)codes_.const_data_ptr(), a.code_row = codes_.stride(0);
     a.group = group, a.groups = group > 0 ? (k + group - 1) / group : 0;
-    STD_TORCH_CHECK(group == 0 || group == 32 || group == 64 || group == 128, "bigkernels::", op, ": groups of ",
-                    group);
-    ScalarType wanted = group != 0 && a.kind != Codes::book4 ? ScalarType::Half : ScalarType::Float;
-    STD_TORCH_CHECK(scale.scalar_type() == wanted && scale.dim() == (group ? 2 : 1) && scale.size(0) == a.n &&
-                        (!group || scale.size(1) == a.groups),
+    STD_TORCH_CHECK(row.blocked ? group == 32 || group == 64 || group == 128 : group == 0, "bigkernels::", op,
+                    ": groups of ", group);
+    STD_TORCH_CHECK(scale.scalar_type() == (row.scale_bytes == 2 ? ScalarType::Half : ScalarType::Float) &&
+                        scale.dim() == (group ? 2 : 1) && scale.size(0) == a.n && (!group || scale.size(1) == a.groups),
                     "bigkernels::", op, ": scale does not fit the codes");
     a.scale = scale_.const_data_ptr();
-    STD_TORCH_CHECK(zero.has_value() == (a.kind == Codes::affine4 || a.kind == Codes::affine4m) &&
-                        row_scale.has_value() == (a.kind == Codes::affine4) &&
-                        book.has_value() == (a.kind == Codes::book4),
-                    "bigkernels::", op, ": zero, row_scale and book do not fit the codes");
+    STD_TORCH_CHECK(
+        zero.has_value() == row.zero && row_scale.has_value() == row.row_scale && book.has_value() == (row.book > 0),
+        "bigkernels::", op, ": zero, row_scale and book do not fit the codes");
     if (zero) {
       check_like(op, "zero", *zero, scale);
       zero_ = torch::stable::contiguous(*zero);

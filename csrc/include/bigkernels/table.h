@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 
+#include "codes.h"
 #include "optimizer.h"
 
 namespace bigkernels {
@@ -182,27 +183,7 @@ struct DecodeSizes {
   int64_t state;      // floats a part
 };
 
-// What a weight is stored as: numbers of a type, or codes; those of 4 bits lie two in a byte, the first in its low
-// half.
-enum class Codes : int {
-  f32 = 0,
-  bf16 = 1,
-  f16 = 2,
-  int8 = 3,
-  fp8 = 4,
-  affine4 = 5,
-  book4 = 6,
-  affine4m = 7,
-  int8g = 8
-};
-
-// A weight (N, K) as it is stored:
-//   f32, bf16, f16  the numbers themselves
-//   int8, fp8       code * scale[n]
-//   affine4         (code - zero[n, k / group]) * scale[n, k / group] * row_scale[n], scale and zero in float16
-//   book4           book[code] * scale[n, k / group], scale in float32
-//   affine4m        code * scale[n, k / group] + zero[n, k / group], both in float16: GGUF's Q4_1
-//   int8g           code * scale[n, k / group], scale in float16: GGUF's Q8_0
+// A weight (N, K) as it is stored (codes.h).
 struct Weight {
   int64_t n, k;
   Codes kind;

@@ -1,0 +1,197 @@
+"""What `quantize` does to a model: a plan, which changes nothing, and its steps, each of which can be undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._calibration import grams, groups
+from ._format import Format
+from ._layers import rows
+from ._report import QuantizeReport, Row
+from ._select import Chosen, put, select
+from ._ties import name_codes
+from ._weight import QuantizedWeight, quantize_weight
+from .qat import plain_kind
+
+
+class Journal:
+    """What was put into a model, last things last."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._undo: list[Callable[[], None]] = []
+
+    def layer(self, chosen: Chosen, made: nn.Module) -> None:
+        put(self.model, chosen.paths, made)
+        self._undo.append(lambda: put(self.model, chosen.paths, chosen.module))
+
+    def parameter(self, path: str, made: nn.Module) -> None:
+        owner, _, key = path.rpartition(".")
+        module = self.model.get_submodule(owner)
+        before = getattr(module, key)
+        delattr(module, key)
+        setattr(module, key, made)
+        self._undo.append(lambda: set_parameter(self.model, path, before))
+
+    def undo(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+
+@dataclass
+class Layers:
+    """A step: the layers that read one weight, of which all but the first share the first one's codes."""
+
+    members: list[Chosen]
+    config: Format
+
+    @property
+    def first(self) -> Chosen:
+        return self.members[0]
+
+    def weight(self) -> Tensor:
+        return rows(self.first.module, plain_kind(self.first.module))
+
+    @property
+    def measured(self) -> bool:
+        """Whether it needs the second moments of the layer's inputs."""
+        return self.config.calibrated and not self.first.module.weight.is_meta
+
+    @property
+    def stored(self) -> dict[str, tuple[str, ...]]:
+        """The names of stored tensors by the paths of layers that share them."""
+        if len(self.members) == 1:
+            return {}
+        names = tuple(self.config.layout(tuple(self.weight().shape)))
+        return {path: names for chosen in self.members for path in chosen.paths}
+
+    def write(self, journal: Journal, gram: Tensor | None = None) -> list[Row]:
+        from ..nn import QuantizedEmbedding, QuantizedLinear
+
+        weight = self.weight()
+        quantized = quantize_weight(weight, self.config, gram)
+        sizes, error, source, made = (weight.nbytes, quantized.nbytes), error_of(weight, quantized), None, []
+        for chosen in self.members:
+            kind = plain_kind(chosen.module)
+            layer = QuantizedEmbedding if kind is nn.Embedding else QuantizedLinear
+            module = layer.standing_for(chosen.module, quantized, kind)
+            journal.layer(chosen, module)
+            what = ", also ".join((self.config.name, *(chosen.paths[1:] if len(self.members) == 1 else ())))
+            if source is None:
+                source = module
+            else:
+                module.share(source)
+                # transformers asks for it when it saves: these tensors are those of another module.
+                module._tied_weights_keys = {name: f"{self.first.path}.{name}" for name in quantized.tensors}
+                what += f", the weight of {self.first.path}"
+            made.append(Row(chosen.path, what, *sizes, error))
+            sizes = 0, 0
+        return made
+
+
+@dataclass
+class Experts:
+    """A step: the weights of experts, a parameter of their module."""
+
+    path: str
+    config: Format
+
+    def write(self, journal: Journal) -> list[Row]:
+        from ..nn import QuantizedExperts
+
+        owner, _, key = self.path.rpartition(".")
+        module = journal.model.get_submodule(owner)
+        weight = getattr(module, key)
+        made = QuantizedExperts.from_parameter(weight, self.config, turned=getattr(module, "is_transposed", False))
+        journal.parameter(self.path, made.train(module.training))
+        flat = (weight.transpose(1, 2) if made.turned else weight).flatten(0, 1)
+        error = error_of(flat, made.qweight)
+        return [Row(self.path, self.config.name, weight.nbytes, made.qweight.nbytes, error)]
+
+
+@dataclass
+class Plan:
+    """The steps, those that need to know the inputs of layers in `measured`, and what was decided against."""
+
+    model: nn.Module
+    steps: list[Experts | Layers] = field(default_factory=list)
+    measured: list[Layers] = field(default_factory=list)
+    order: dict[str, int] = field(default_factory=dict)
+    report: QuantizeReport = field(default_factory=QuantizeReport)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, config: str | Format | Mapping[str, str | Format | None], skip: str | tuple[str, ...],
+        filter: Callable[[str, nn.Module], bool] | None, embeddings: bool,
+    ) -> Plan:  # fmt: skip
+        made = cls(model)
+        selection = select(model, config, skip, filter, embeddings, made.report)
+        made.order = selection.order
+        made.steps += (Experts(path, chosen) for path, chosen in selection.experts.items())
+        made.steps += (Layers(members, members[0].config.blind()) for members in selection.shared)
+        for chosen in selection.alone:
+            ids = plain_kind(chosen.module) is nn.Embedding  # what it reads tells nothing
+            step = Layers([chosen], chosen.config.blind() if ids else chosen.config)
+            (made.measured if step.measured else made.steps).append(step)
+        return made
+
+    def write(self, calibration: Iterable[Any] | None) -> QuantizeReport:
+        """Take all steps, or none.
+
+        Raises:
+            ValueError: a format is calibrated and there are no batches, or a weight cannot be stored.
+        """
+        if self.measured and calibration is None:
+            config = self.measured[0].config
+            raise ValueError(f"bigkernels.quantize: {config} is calibrated; give calibration batches")
+        journal, report = Journal(self.model), self.report
+        try:
+            for step in self.steps:
+                report.quantized += step.write(journal)
+            if self.measured:
+                self._write_measured(journal, calibration if isinstance(calibration, Sequence) else list(calibration))
+        except BaseException:
+            journal.undo()
+            raise
+        stored: dict[str, tuple[str, ...]] = {}
+        for step in self.steps:
+            stored |= step.stored if isinstance(step, Layers) else {}
+        name_codes(self.model, stored)
+        for listed in (report.quantized, report.skipped):
+            listed.sort(key=lambda row: self.order.get(row.path, self.order.get(row.path.rpartition(".")[0], 0)))
+        return report
+
+    def _write_measured(self, journal: Journal, batches: Sequence[Any]) -> None:
+        named = {step.first.path: step for step in self.measured}
+        for some in groups({path: step.weight().shape[1] for path, step in named.items()}):
+            found = grams(self.model, {path: named[path].first.module for path in some}, batches)
+            for path in some:
+                if path in found:
+                    self.report.quantized += named[path].write(journal, found[path])
+                else:
+                    nbytes = named[path].first.module.weight.nbytes
+                    self.report.skip(path, "no calibration batch reaches it", nbytes)
+
+
+def set_parameter(model: nn.Module, path: str, weight: nn.Parameter) -> None:
+    owner, _, key = path.rpartition(".")
+    module = model.get_submodule(owner)
+    module._modules.pop(key, None)
+    setattr(module, key, weight)
+
+
+def error_of(weight: Tensor, quantized: QuantizedWeight) -> float | None:
+    """Root mean square of the error over that of the weight."""
+    if weight.is_meta:
+        return None
+    error = total = 0.0
+    values = quantized.dequantize(torch.float32)
+    for a, b in zip(weight.detach().split(1024), values.split(1024), strict=True):
+        error += (a.double() - b.double()).square().sum().item()
+        total += a.double().square().sum().item()
+    return (error / total) ** 0.5 if total else 0.0
