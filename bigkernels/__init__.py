@@ -5,7 +5,7 @@ from ._info import info
 from ._memory import reuse_memory
 from ._version import __version__
 from .checkpointing import apply_checkpointing, checkpoint, remove_checkpointing, saved_activations
-from .gguf import load_gguf
+from .gguf import load_gguf, save_gguf
 from .nn.linear import pack
 from .ops import allow_nondeterministic, use
 from .patch import patch, patched, unpatch
@@ -36,6 +36,7 @@ __all__ = [
     "refresh",
     "remove_checkpointing",
     "reuse_memory",
+    "save_gguf",
     "save_quantized",
     "saved_activations",
     "unpatch",

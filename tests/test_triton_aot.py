@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from bigkernels.ops._codes import INT8
 from bigkernels.triton import OPERATORS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -186,15 +187,15 @@ def _huge_calls():
     yield m["decode_attention"].append, (q, q, q, cache, cache, lengths, *(None,) * 5, False)
     codes, scale = empty(64, 64, dtype=torch.int8), empty(64, dtype=f32)
     for dynamic in (False, True):
-        yield m["quantized_linear"].forward, (x, codes, scale, None, None, None, None, 0, 64, dynamic)
-    yield m["quantized_linear"].backward, (x, codes, scale, None, None, None, 0, 64)
+        yield m["quantized_linear"].forward, (x, codes, scale, None, None, None, None, 0, INT8.number, 64, dynamic)
+    yield m["quantized_linear"].backward, (x, codes, scale, None, None, None, 0, INT8.number, 64)
     many = importlib.import_module("bigkernels.triton._quantized_many")
     yield many.rounded_tokens, (x, torch.uint8)
     yield many.scaled, (empty(2**22, 64, dtype=torch.int32), row, scale, None, x)
-    yield many.decoded, (empty(2**22, 64, dtype=torch.int8), row, None, None, None, 0, 64, bf16)
+    yield many.decoded, (empty(2**22, 64, dtype=torch.int8), row, None, None, None, 0, INT8.number, 64, bf16)
     weight, many = (empty(512, 64, dtype=torch.int8), empty(512, dtype=f32), *(None,) * 3), empty(8, dtype=i32)
-    yield m["grouped_linear"].forward, (x, many, *weight, 0, False)
-    yield m["grouped_linear"].backward, (x, many, *weight, 0, 64)
+    yield m["grouped_linear"].forward, (x, many, *weight, 0, INT8.number, False)
+    yield m["grouped_linear"].backward, (x, many, *weight, 0, INT8.number, 64)
     yield m["grouped_linear"].weight_backward, (empty(64, 4096), empty(64, 65536), empty(4096, dtype=i32))
     long = empty(2**33)
     yield m["compress"].infer, (long, True, False, 0)

@@ -9,6 +9,7 @@ from ._format import Format, named
 from ._model import dequantize, quantize, refresh
 from ._report import QuantizeReport
 from ._weight import QuantizedWeight, quantize_weight
+from .blocks import GGUFBlocks
 from .book4 import FP4, NF4
 from .fp8 import FP8, FP8Dynamic
 from .int4 import Int4
@@ -29,6 +30,7 @@ __all__ = [
     "FakeQuantizedEmbedding",
     "FakeQuantizedLinear",
     "Format",
+    "GGUFBlocks",
     "Int4",
     "Int8",
     "Int8Dynamic",

@@ -12,6 +12,7 @@ import bigkernels
 from bigkernels.functional import linear_cross_entropy, quantize_weight, quantized_linear
 from bigkernels.nn import LinearCrossEntropyLoss
 from bigkernels.ops import linear_cross_entropy as op
+from bigkernels.ops._codes import NUMBERS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ALL = {"return_z_loss": True, "return_token_accuracy": True, "return_predicted_tokens": True}
@@ -285,8 +286,8 @@ def test_transforms_graphs_and_checkpoints():
 def test_raw_operator(report, library):
     hidden, weight, bias = integers(9, 300, 4, torch.bfloat16)
     target = targets(9, 300)
-    args = (hidden, weight, None, None, None, None, 0, bias.float(), target, None, None, -100, 1, 0.0, 0.1, 0.0, 0.0,
-            1.0, False, False, False, report)  # fmt: skip
+    args = (hidden, weight, None, None, None, None, 0, NUMBERS, bias.float(), target, None, None, -100, 1, 0.0, 0.1,
+            0.0, 0.0, 1.0, False, False, False, report)  # fmt: skip
     raw = torch.ops.bigkernels.linear_cross_entropy_fwd.default
     torch.library.opcheck(raw, args)
     *_, predicted, lse = raw(*args)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bigkernels.ops import _codes
 from bigkernels.ops import quantized_linear as op
-from bigkernels.ops._codes import Operands
+from bigkernels.ops._codes import INT8, Operands
 
 KINDS = {row.name: row for row in _codes.KINDS.values() if row.has_kernels}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -187,10 +187,10 @@ def test_every_product_of_8_bits():
     codes = torch.arange(-127, 128, dtype=torch.int8)[:, None].repeat(1, 512)
     x = torch.arange(-127, 128).float()[:, None].repeat(1, 512)
     x[:, 0] = 127.0  # so that the scale is 1
-    found = fwd(x, codes, torch.ones(255), None, None, None, None, 0, 512, True)
+    found = fwd(x, codes, torch.ones(255), None, None, None, None, 0, INT8.number, 512, True)
     assert torch.equal(found, x @ codes.float().T)
     long = fwd(torch.full((2, 2**17), -3.0), torch.full((3, 2**17), -127, dtype=torch.int8), torch.ones(3), None, None,
-               None, None, 0, 2**17, True)  # fmt: skip
+               None, None, 0, INT8.number, 2**17, True)  # fmt: skip
     torch.testing.assert_close(long, torch.full((2, 3), 3.0 * 127 * 2**17), rtol=1e-6, atol=0)
 
 

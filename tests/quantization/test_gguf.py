@@ -15,7 +15,7 @@ import bigkernels
 from bigkernels._compare import compare
 from bigkernels.nn import QuantizedEmbedding, QuantizedLinear
 from bigkernels.program._state import KEY
-from bigkernels.quantization import Q4_1, Q8_0
+from bigkernels.quantization import Q4_1, Q8_0, GGUFBlocks
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -86,7 +86,9 @@ def files(tmp_path_factory) -> dict[str, Path]:
 def test_values_and_logits_are_those_of_transformers(files, name: str):
     model, plain = bigkernels.load_gguf(files[name]), by_transformers(files[name])
     layer = model.model.layers[1].self_attn.q_proj
-    assert type(layer) is (QuantizedLinear if name in ("tied", "a head", "Q4_0") else nn.Linear)
+    assert type(layer) is (nn.Linear if name.startswith("dense") else QuantizedLinear)
+    if name == "another type":
+        assert layer.config == GGUFBlocks("Q5_0")
     if name != "dense, tied":
         assert isinstance(model.model.embed_tokens, QuantizedEmbedding) and model.lm_head.config == Q8_0()
     assert not model.training and not any(t.is_meta for t in (*model.parameters(), *model.buffers()))

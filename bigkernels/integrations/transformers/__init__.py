@@ -9,6 +9,9 @@ name, and the optimizers ``TrainingArguments(optim="bigkernels_adamw_8bit")`` an
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=Config("int4"))
     model.save_pretrained(folder)  # a process that loads the folder imports this module first
 
+    bigkernels.integrations.transformers.register()
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name)  # in the codes of the file
+
     Trainer(model, args, train_dataset=data, callbacks=[TrainerCallback(optim="bigkernels_adamw_8bit")])
 """
 
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._attention import attention_forward, register_attention
 from ._config import Config
+from ._gguf import register_gguf
 from ._optimizers import optimizer_cls_and_kwargs, register_optimizers
 from ._quantizer import Quantizer, forget, note, plain_saving, register_quantizer
 
@@ -29,8 +33,9 @@ __all__ = ["Config", "Quantizer", "TrainerCallback", "attention_forward", "forge
            "plain_saving", "register"]  # fmt: skip
 
 
-def register(published: bool | Collection[str] | None = None) -> None:
-    """Teach transformers the names; importing the module has done so already, but for folders of other libraries.
+def register(published: bool | Collection[str] | None = None, *, gguf: bool | None = None) -> None:
+    """Teach transformers the names; importing the module has done so already, but for files of
+    others: GGUF, and folders of other libraries.
 
     Args:
         published: methods whose folders `from_pretrained` reads by bigkernels from now on, as
@@ -38,17 +43,26 @@ def register(published: bool | Collection[str] | None = None) -> None:
             names among "gptq", "awq", "bitsandbytes", "compressed-tensors", "hqq", "mxfp4" and "torchao", or True for
             all. Those that are not named are read by their owners again; None leaves it as it is. Quantizing while
             loading (a `BitsAndBytesConfig` given to `from_pretrained`) stays with the owners.
+        gguf: whether ``from_pretrained(folder, gguf_file=name)`` keeps the codes of the file from now on, as
+            `bigkernels.load_gguf` does, where transformers by itself dequantizes. None leaves it as it is, but
+            ``register()``, with nothing named, is True.
 
     Raises:
         ValueError: there is no such method.
     """
-    register_quantizer()
-    register_attention()
-    register_optimizers()
+    _register_names()
+    if gguf is not None or published is None:
+        register_gguf(gguf is not False)
     if published is not None:
         from ._published import register_published
 
         register_published(published)
+
+
+def _register_names() -> None:
+    register_quantizer()
+    register_attention()
+    register_optimizers()
 
 
 def __getattr__(name: str) -> Any:
@@ -59,4 +73,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-register()
+_register_names()

@@ -62,6 +62,12 @@ class Quantizer(HfQuantizer):
             _untie(model, self._reading.grouped)
             return
         self._tied = build(model, self.quantization_config.held)
+        expected = self._expect(model)
+        marks = check(checkpoint_files or [], expected, model.base_model_prefix)
+        model._keys_to_ignore_on_load_unexpected = _joined(model._keys_to_ignore_on_load_unexpected, marks)
+
+    def _expect(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """The tensors that files have of layers with codes, of which some read another's (`_tied`)."""
         held = dict(model.named_modules())
         for path, source in self._tied.items():
             if source is not None:
@@ -72,9 +78,7 @@ class Quantizer(HfQuantizer):
         second = {f"{path}.{name}" for path in self._tied for name in held[path].qweight.tensors}
         model._keys_to_ignore_on_load_missing = _joined(model._keys_to_ignore_on_load_missing, second)
         expected = {f"{path}.{name}": t for path, module in codes.items() for name, t in module._buffers.items()}
-        expected = {name: t for name, t in expected.items() if name not in second}
-        marks = check(checkpoint_files or [], expected, model.base_model_prefix)
-        model._keys_to_ignore_on_load_unexpected = _joined(model._keys_to_ignore_on_load_unexpected, marks)
+        return {name: t for name, t in expected.items() if name not in second}
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return self._reading is not None and param_name in self._reading.chosen

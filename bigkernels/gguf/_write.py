@@ -1,0 +1,128 @@
+"""What a model holds as the tensors of a GGUF file, and metadata as the `gguf` package writes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..nn._quantized import Quantized
+from ..quantization import GGUFBlocks
+from ..quantization._ggml import BLOCK_TYPES
+from ._codes import blocks_of
+from ._file import ARRAY, SCALARS, STRING, Cursor, Pair
+from ._source import Place, Source
+
+_WHAT = "bigkernels.save_gguf"
+_NUMBERS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_BY_NUMBER = {row.number: row for row in BLOCK_TYPES.values()}
+
+
+def add(writer: Any, types: Any, key: str, pair: Pair) -> None:
+    if pair.kind != ARRAY:
+        writer.add_key_value(key, pair.value, types(pair.kind))
+        return
+    cursor = Cursor(pair.raw)
+    of, count = cursor.take("I"), cursor.take("Q")
+    if of == ARRAY:
+        raise ValueError(f"{_WHAT}: {key} is an array of arrays, which the gguf package does not write")
+    values = [cursor.string() if of == STRING else cursor.take(SCALARS[of]) for _ in range(count)]
+    if values:  # the writer has no empty arrays
+        writer.add_key_value(key, values, types.ARRAY, types(of))
+
+
+class Writing:
+    def __init__(self, model: nn.Module, source: Source) -> None:
+        self.model, self.source = model, source
+        self._process: Any = None
+
+    def blocks(self, place: Place) -> tuple[int, np.ndarray]:
+        """The type and the bytes of a tensor, (..., bytes of a row)."""
+        kind, found = self._coded(place) if place.coded else self._dense(place)
+        rows = found.contiguous().view(torch.uint8).reshape(*place.shape[:-1], -1)
+        return kind, rows.cpu().numpy()
+
+    def _held(self, place: Place) -> Any:
+        """The module with codes, or the tensor, where a tensor went."""
+        try:
+            held = self.model.get_submodule(place.target) if place.coded else None
+        except AttributeError:
+            held = None
+        if isinstance(held, Quantized):
+            return held
+        owner, _, key = (f"{place.target}.weight" if held is not None else place.target).rpartition(".")
+        try:
+            held = getattr(self.model.get_submodule(owner), key)
+        except AttributeError as error:
+            raise ValueError(f"{_WHAT}: the model has no {place.target} anymore, which was {place.name}") from error
+        if isinstance(held, Quantized) or isinstance(self.model.get_submodule(owner), Quantized):
+            raise ValueError(f"{_WHAT}: {place.target} was quantized after it was loaded; {place.name} of a GGUF file "
+                             "cannot hold that")  # fmt: skip
+        return held
+
+    def _coded(self, place: Place) -> tuple[int, Tensor]:
+        held = self._held(place)
+        if not isinstance(held, Quantized):
+            return self._numbers(place, held)
+        stored, config, row = held.qweight.tensors, held.config, _BY_NUMBER[place.kind]
+        made = stored["blocks"] if isinstance(config, GGUFBlocks) else blocks_of(row.name, stored)
+        kind = place.kind
+        if isinstance(config, GGUFBlocks) and config.type != row.name:
+            kind = config.row.number
+        elif not isinstance(config, GGUFBlocks) and config.name != row.ours:
+            raise ValueError(f"{_WHAT}: {place.target} is {config.name}, which {place.name} ({row.name}) cannot hold")
+        elif made is None:  # a Q4_1 in the place of a Q4_0
+            kind, made = BLOCK_TYPES["Q4_1"].number, blocks_of("Q4_1", stored)
+        part, count = place.part
+        if count > 1:
+            made = made.unflatten(0, (place.shape[0], count, -1))[:, part].flatten(0, 1)
+        return kind, _back(made, place.order)
+
+    def _dense(self, place: Place) -> tuple[int, Tensor]:
+        held = self._held(place).detach()
+        row, part, count = _BY_NUMBER.get(place.kind), *place.part
+        if count > 1:
+            held = held.unflatten(1, (count, -1))[:, part]
+        if place.raw is not None and row is not None:
+            before = row.decode(place.raw.view(-1, row.nbytes)).view(place.shape)
+            loaded = self._processed(place.name, before)
+            if loaded.shape == held.shape and torch.equal(loaded.to(held.dtype), held.cpu()):
+                return place.kind, place.raw
+        return self._numbers(place, held)
+
+    def _numbers(self, place: Place, held: Tensor) -> tuple[int, Tensor]:
+        """The numbers of a tensor as the file has them: what transformers did to them, undone."""
+        held = held.detach().cpu()
+        size = int(np.prod(place.shape))
+        index = np.arange(size, dtype=np.float64).reshape(place.shape)
+        moved, offset = self._processed(place.name, index), self._processed(place.name, np.zeros_like(index)).flatten()
+        offset = offset[0].item() if offset.numel() and bool((offset == offset[0]).all()) else float("nan")
+        where = (moved - offset).flatten()
+        if where.numel() != held.numel() or not torch.equal(where.sort().values, torch.from_numpy(index).flatten()):
+            raise ValueError(f"{_WHAT}: {place.name} was changed, and what transformers makes of such a tensor cannot "
+                             "be undone")  # fmt: skip
+        values = torch.empty_like(held).flatten()
+        values[where.long()] = held.flatten() - offset if offset else held.flatten()
+        row = _BY_NUMBER.get(place.kind)
+        name = row.name if row is not None and row.is_numbers else _NUMBERS.get(held.dtype, "F32")
+        return BLOCK_TYPES[name].number, values.to(BLOCK_TYPES[name].dtype).view(place.shape)
+
+    def _processed(self, name: str, values: Any) -> Tensor:
+        if self._process is None:
+            from transformers import modeling_gguf_pytorch_utils as known
+
+            kind = known.TENSOR_PROCESSORS.get(self.source.architecture, known.TensorProcessor)
+            self._process = kind(config=self.model.config.to_dict()).process
+        if name.endswith("_exps.weight"):
+            return values if isinstance(values, Tensor) else torch.from_numpy(values)
+        values = values.numpy() if isinstance(values, Tensor) else values
+        found = self._process(weights=values, name=name, tensor_key_mapping={}, parsed_parameters={"tensors": {}})
+        return torch.from_numpy(np.ascontiguousarray(found.weights))
+
+
+def _back(rows: Tensor, order: Tensor | None) -> Tensor:
+    if order is None:
+        return rows
+    return torch.empty_like(rows).index_copy_(0, order.to(rows.device), rows)
