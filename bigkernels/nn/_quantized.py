@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import _few_tokens
 from ..quantization import QuantizedWeight
 from ..quantization._layers import Shell
 from ._weight import LazyWeight
@@ -79,6 +80,8 @@ class Quantized(nn.Module):
     def refresh(self) -> None:
         """Forget what was derived from the codes."""
         self._qweight = self._weight = None
+        if (codes := self._buffers.get("codes")) is not None:
+            _few_tokens.forget(codes)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "weight":

@@ -173,7 +173,8 @@ class Operator:
                 self._in_graphs = tuple(
                     (i.device, dtype)
                     for i in self.implementations
-                    if i.name not in ("torch", "gluon")  # graphs hold the first as it is; the second is where Triton is
+                    # Graphs hold the first as it is; the others are where Triton is.
+                    if i.name not in ("torch", "gluon", "cuda")
                     for dtype in i.dtypes
                     # Asking for a GPU here would initialise its driver; a tensor on one is answer enough.
                     if (triton_missing() if i.name == "triton" else i.unavailable()) is None

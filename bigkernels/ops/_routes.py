@@ -35,7 +35,7 @@ class Route:
     Attributes:
         operator, call: of which calls it speaks.
         since, before: the compute capabilities [since, before).
-        by: "triton", "gluon" (ours as well, for Hopper alone), or a library: "cudnn" and "flash" by
+        by: "triton", "gluon" (for Hopper alone) and "cuda", which are ours, or a library: "cudnn" and "flash" by
             `scaled_dot_product_attention`, "cublas", "_int_mm", "_scaled_mm", or "torch" where the choice is PyTorch's.
         evidence: "measured" by us, "published" by others, or "predicted" from machine code and bandwidths.
         source: of the evidence.
@@ -51,7 +51,7 @@ class Route:
 
     @property
     def ours(self) -> bool:
-        return self.by == "triton"
+        return self.by in ("triton", "cuda")
 
     def __str__(self) -> str:
         return f"{self.operator}, {self.call}: {self.by} ({self.evidence}: {self.source})"
@@ -84,6 +84,10 @@ TABLE: tuple[Route, ...] = (
     Route("decode_attention", "over a cache", _FIRST, _END, "triton", "predicted",
           "PyTorch's kernels take no lengths, no pages and no 8-bit keys"),
     Route("quantized_linear", "few tokens", _FIRST, _END, "triton", "predicted", "bound by reading the codes"),
+    Route("quantized_linear", "few tokens, in fragments", _FIRST, (8, 0), "triton", "predicted",
+          "the CUDA kernels for 1 to 64 tokens copy asynchronously, which needs 8.0"),
+    Route("quantized_linear", "few tokens, in fragments", (8, 0), _END, "triton", "predicted",
+          "the CUDA kernels for 1 to 64 tokens have run on no GPU; use('cuda') takes them, with a copy of the codes"),
     Route("quantized_linear", "many tokens", _FIRST, _END, "cublas", "predicted",
           "H200, 2048 tokens, 4096 x 4096: 18 us to decode once and 87 us of cuBLAS, ours 165 us"),
     Route("quantized_linear", "many tokens, float32", _FIRST, _END, "triton", "predicted",

@@ -7,11 +7,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import _routes
+from . import _few_tokens, _routes
 from ._arguments import autocast_dtype, check_same_device, check_tensor
 from ._codes import FIRST_WITHOUT_KERNELS, FP8, INT8, Operands
 from ._derivatives import is_observed, no_autocast
-from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad, sees_plain_alone
+from ._registry import (
+    REFUSED,
+    Operator,
+    compute_dtype,
+    cpu_kernel,
+    define,
+    needs_grad,
+    sees_plain_alone,
+    triton_kernel,
+)
 from .linear import sum_rows
 
 if TYPE_CHECKING:
@@ -198,7 +207,9 @@ def _fwd_fake(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dyna
     return x.new_empty(*x.shape[:-1], codes.shape[0], dtype=compute_dtype(x.dtype) if wide else None)
 
 
-OPERATOR = Operator("quantized_linear", in_graphs=True)
+OPERATOR = Operator(
+    "quantized_linear", implementations=(cpu_kernel(), triton_kernel(), _few_tokens.kernel()), in_graphs=True
+)
 _WEIGHT = "Tensor codes, Tensor scale, Tensor? zero, Tensor? row_scale, Tensor? book"
 _fwd = define(
     # `wide` leaves the result as it was accumulated.

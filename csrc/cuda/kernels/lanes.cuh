@@ -7,11 +7,15 @@
 #if defined(__CUDACC__)
 #define BK_DEVICE static __device__ __forceinline__
 #define BK_METHOD __device__ __forceinline__
+#define BK_ANYWHERE __host__ __device__ __forceinline__
 #define BK_UNROLL _Pragma("unroll")
+#define BK_ROLL _Pragma("unroll 1")
 #else
 #define BK_DEVICE static inline __attribute__((unused))
 #define BK_METHOD inline
+#define BK_ANYWHERE inline
 #define BK_UNROLL
+#define BK_ROLL
 #endif
 
 namespace bigkernels {

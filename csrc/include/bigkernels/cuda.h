@@ -3,6 +3,7 @@
 // bindings.
 #pragma once
 #include "optimizer.h"
+#include "table.h"
 
 namespace bigkernels {
 namespace cuda {
@@ -40,6 +41,42 @@ const char* optimizer_measure(const OptimizerLists&, const OptimizerFactors&, do
 // out: one a tensor.
 const char* optimizer_norm(const OptimizerLists&, double* out, bool infinity, void* workspace, int device,
                            void* stream);
+
+// ---- linear layers with quantized weights, a few tokens
+// --------------------------------------------------------------
+
+enum class FewCode : int { int4 = 0, book4 = 1, int8 = 2, fp8 = 3 };
+enum class FewOffset : int { none = 0, zero = 1, minimum = 2 };
+
+// out (m, n) = x (m, k) @ weight (n, k) + bias. The weight is a copy in the order of matrix fragments
+// (bigkernels/ops/_fragments.py), of runs of 128 of the depth.
+struct FewProduct {
+  FewCode code = FewCode::int4;
+  FewOffset offset = FewOffset::none;
+  int group = 0;           // 32, 64 or 128; 0: a scale a row
+  Type type = Type::bf16;  // of x, and of out but where that is float32
+  bool wide = false;
+  Type bias_type = Type::f32;
+  const void* x = nullptr;  // 16-byte aligned, and so is the next row; k is a multiple of 8
+  int64_t stride = 0;       // of x, in elements
+  const void* weight = nullptr;
+  const float* factor = nullptr;  // (n), of the rows; null: 1
+  const float* book = nullptr;    // (16)
+  const void* bias = nullptr;     // (n)
+  void* out = nullptr;
+  int m = 0, n = 0, k = 0;
+};
+
+constexpr int kMostFewTokens = 64;
+
+// What a launch on a device needs, for the same arguments: bytes of memory to work in, and how many counters, which are
+// zero before and after it.
+const char* few_product_needs(const FewProduct&, int device, int64_t* workspace, int* counters);
+const char* few_product(const FewProduct&, void* workspace, int* counters, int device, void* stream);
+// Whether the stream is being captured into a CUDA graph, and into which; and zeroes.
+const char* capture_of(void* stream, int device, bool* capturing, uint64_t* id);
+const char* zero(void* memory, int64_t bytes, int device, void* stream);
+const char* wait_for(int device, void* stream);
 
 }  // namespace cuda
 }  // namespace bigkernels

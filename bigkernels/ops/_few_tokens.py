@@ -1,0 +1,172 @@
+"""`quantized_linear` with 1 to 64 tokens by the CUDA kernels that read a weight in the order of matrix fragments.
+
+The copy in that order is made when a weight first meets these kernels, beside the codes, and takes as much memory as
+they do. It holds as long as the tensors that it was made from are the same and count no write; PyTorch counts none
+through ``.data`` (`bigkernels.quantization.refresh`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .._load import cuda_unavailable
+from . import _registry, _routes
+from ._fragments import CODES, OFFSETS, Fragments, in_fragments, kind_of
+from ._registry import Implementation, is_capturing, log
+
+MOST = 64
+CALL = "few tokens, in fragments"
+DTYPES = (torch.bfloat16, torch.float16)
+
+torch.library.define(
+    "bigkernels::quantized_few",
+    "(Tensor x, Tensor units, Tensor? factor, Tensor? book, Tensor? bias, int code, int offset, int group, "
+    "Tensor(a!) out) -> ()",
+)
+_run = torch.ops.bigkernels.quantized_few.default
+
+
+def unavailable() -> str | None:
+    """Why no GPU here runs these kernels; None if all do. Asks the driver."""
+    if reason := cuda_unavailable():
+        return reason
+    oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    return None if oldest >= (8, 0) else f"a GPU here has compute capability {oldest[0]}.{oldest[1]}; it needs 8.0"
+
+
+def kernel() -> Implementation:
+    return Implementation("cuda", "cuda", DTYPES, unavailable)
+
+
+# ---- the copy --------------------------------------------------------------------------------------------------------
+
+
+class _Seen(NamedTuple):
+    """The tensors that a copy was made from, and how often each had been written to."""
+
+    tensors: tuple[Tensor | None, ...]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensors: tuple[Tensor | None, ...]) -> _Seen:
+        return cls(tensors, tuple(0 if t is None else t._version for t in tensors))
+
+    def holds(self, other: _Seen) -> bool:
+        return self.versions == other.versions and all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
+
+
+@dataclass
+class _Copy:
+    codes_version: int
+    seen: _Seen  # of all but the codes, which are what this is held by
+    fragments: Fragments | None  # None: where what it was made from has changed, until that is seen a second time
+
+
+_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def forget(codes: Tensor) -> None:
+    """Drop the copy of a weight; the next call makes another."""
+    _copies.pop(codes, None)
+
+
+def _fragments(codes: Tensor, others: tuple[Tensor | None, ...], group: int, k: int, at_once: bool) -> Fragments | str:
+    """The copy, or why there is none. `at_once`: make it whenever there is none."""
+    base = codes._base
+    if base is not None and base.nbytes > codes.nbytes:
+        return "the codes are a part of another tensor"
+    if any(t is not None and t.is_inference() for t in (codes, *others)):
+        return "inference tensors count no writes to them"
+    version, seen, held = codes._version, _Seen.of(others), _copies.get(codes)
+    same = held is not None and held.codes_version == version and held.seen.holds(seen)
+    if same and held.fragments is not None:
+        return held.fragments
+    if is_capturing(codes):
+        return "a CUDA graph is captured, and the copy of the weight was not made before"
+    if held is not None and not same and not at_once:
+        # What is made anew for each call is not worth a copy. The second call with the same tensors makes it.
+        _copies[codes] = _Copy(version, seen, None)
+        return "the weight has just changed"
+    with torch.no_grad():
+        made = in_fragments(codes, *others, group, k)
+    log.info("quantized_linear: a weight (%d, %d) copied in the order of matrix fragments: %.1f MB beside its %.1f MB",
+             made.n, made.k, made.nbytes / 1e6,
+             sum(t.nbytes for t in (codes, *others) if t is not None) / 1e6)  # fmt: skip
+    _copies[codes] = _Copy(version, seen, made)
+    return made
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _is_routed(capability: _routes.Capability) -> bool:
+    return _routes.find("quantized_linear", CALL, capability).by == "cuda" and unavailable() is None
+
+
+def _is_chosen(x: Tensor) -> bool:
+    forced = _registry._forced
+    if forced is not None:
+        return forced == "cuda"
+    capability = _routes.capability_of(x)
+    return capability is not None and _is_routed(capability)
+
+
+def refusal(x: Tensor, codes: Tensor, zero, row_scale, book, bias, group: int, k: int, dynamic: bool) -> str | None:
+    """Why these kernels do not take a call; None if they do."""
+    if dynamic:
+        return "it multiplies no rounded tokens"
+    if x.dtype not in DTYPES:
+        return f"no kernel for {str(x.dtype).removeprefix('torch.')}"
+    if x.numel() > MOST * k:
+        return f"it takes {MOST} tokens at most"
+    if k % 8:
+        return "it takes rows of a multiple of 8 elements"
+    if kind_of(codes, zero, row_scale, book, group) is None:
+        return "no kernel for this format"
+    if bias is not None and bias.dtype not in _registry.KERNEL_DTYPES:
+        return f"no kernel for a bias of {str(bias.dtype).removeprefix('torch.')}"
+    return None
+
+
+def product(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, row_scale: Tensor | None, book: Tensor | None,
+    bias: Tensor | None, group: int, k: int, wide: bool, at_once: bool = False,
+) -> Tensor | str:  # fmt: skip
+    """The result, of what `refusal` does not refuse, or why there is no copy of the weight."""
+    found = _fragments(codes, (scale, zero, row_scale, book), group, k, at_once)
+    if isinstance(found, str):
+        return found
+    tokens = x.reshape(-1, k)
+    if tokens.stride(1) != 1 or tokens.stride(0) % 8 or tokens.data_ptr() % 16:
+        tokens = tokens.clone(memory_format=torch.contiguous_format)
+    out = x.new_empty(*x.shape[:-1], found.n, dtype=torch.float32 if wide else None)
+    _run(tokens, found.units, found.factor, book, bias if bias is None else bias.contiguous(),
+         CODES.index(found.code), OFFSETS.index(found.offset), found.group, out.view(-1, found.n))  # fmt: skip
+    return out
+
+
+def before(launcher: Callable) -> Callable:
+    """`quantized_linear_fwd` on GPUs: these kernels where the table of routes or `use` says so, else the launcher."""
+
+    def call(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wide=False):
+        if x.numel() and len(codes) and _is_chosen(x):
+            forced = _registry._forced == "cuda"
+            why = refusal(x, codes, zero, row_scale, book, bias, group, k, dynamic)
+            if why is None:
+                found = product(x, codes, scale, zero, row_scale, book, bias, group, k, wide, forced)
+                if not isinstance(found, str):
+                    return found
+                why = found
+            if forced:
+                raise RuntimeError(f"bigkernels.quantized_linear: 'cuda' was forced but {why}")
+        return launcher(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wide)
+
+    return call

@@ -1,0 +1,76 @@
+// How a linear layer of a few tokens is launched. One source file a code instantiates the kernels: that is where the
+// compiler's time goes.
+#pragma once
+#include "few_kinds.cuh"
+
+namespace bigkernels {
+namespace cuda {
+
+typedef void (*FewKernel)(FewProduct, Line, int, void*, int*);
+
+// What is launched for a product on a device.
+struct FewLaunch {
+  FewKernel kernel = nullptr;
+  Line line;
+  int stages = 0, bytes = 0, threads = 0, counters = 0;
+  int64_t workspace = 0;
+};
+
+// Of each code; false: there is no such kernel.
+bool few_int4(const FewProduct&, int device, FewLaunch*, cudaError_t*);
+bool few_book4(const FewProduct&, int device, FewLaunch*, cudaError_t*);
+bool few_int8(const FewProduct&, int device, FewLaunch*, cudaError_t*);
+bool few_fp8(const FewProduct&, int device, FewLaunch*, cudaError_t*);
+
+namespace {
+
+// Without the second bound the compiler spills registers of some for more blocks than shared memory lets in.
+template <FewCode kCode, FewOffset kOffset, int kGroup, Type kType, int kColumns>
+__global__ void __launch_bounds__(Shape<kColumns>::kWarps* kLanes, 8 / Shape<kColumns>::kWarps)
+    few_kernel(const __grid_constant__ FewProduct p, const __grid_constant__ Line line, int stages, void* workspace,
+               int* counters) {
+#if __CUDA_ARCH__ >= 800
+  extern __shared__ __align__(128) char shared[];
+  Block<kCode, kOffset, kGroup, kType, kColumns> block(p, line, (int)blockIdx.x, stages, shared, workspace, counters);
+  block.run();
+#endif
+}
+
+// Three stages if two blocks can then share a multiprocessor, or if one has it alone; else two.
+template <int kColumns>
+cudaError_t shape(const FewProduct& p, int device, FewLaunch* l) {
+  typedef Shape<kColumns> S;
+  int processors, each, most;
+  cudaError_t e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (!e) e = cudaDeviceGetAttribute(&each, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (!e) e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (e) return e;
+  constexpr int kReserved = 1024;  // of each block, by the driver
+  int together = 2;
+  const auto fits = [&](int stages) {
+    const int bytes = Layout<kColumns>::bytes(p, stages);
+    return bytes <= most && together * (bytes + kReserved) <= each;
+  };
+  if (!fits(3)) together = 1;
+  l->stages = fits(3) ? 3 : 2;
+  if (!fits(l->stages)) return cudaErrorInvalidConfiguration;
+  l->bytes = Layout<kColumns>::bytes(p, l->stages);
+  l->line = Line::of<S>(p, together * processors);
+  l->threads = S::kWarps * kLanes;
+  l->counters = l->line.tiles;
+  l->workspace = (int64_t)2 * l->line.blocks() * S::kParts * 16;
+  return cudaSuccess;
+}
+
+template <FewCode kCode>
+bool prepare(const FewProduct& p, int device, FewLaunch* launch, cudaError_t* error) {
+  return with_kind<kCode>(p, [&](auto kind) {
+    typedef decltype(kind) K;
+    launch->kernel = few_kernel<K::kCode, K::kOffset, K::kGroup, K::kType, K::kColumns>;
+    *error = shape<K::kColumns>(p, device, launch);
+  });
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace bigkernels
