@@ -79,6 +79,25 @@ def of_quantized(config: str, tokens: int, where: str, rehearsed: bool) -> Check
     return check
 
 
+def of_few(config: str, tokens: int, dtype: torch.dtype, where: str, rehearsed: bool) -> Check:
+    """The CUDA kernels for a few tokens, which the table of routes does not choose before a GPU has run them."""
+
+    def check() -> str | None:
+        if rehearsed:  # they are not Triton's, whose driver is replaced
+            return None
+        qweight = functional.quantize_weight(torch.randn(1000, 2056, device=where) / 45, config)
+        x = torch.randn(tokens, 2056, device=where).to(dtype)
+
+        def run(backend: str, x: torch.Tensor) -> torch.Tensor:
+            with use(backend):
+                return functional.quantized_linear(x, qweight)
+
+        found = compare(run("cuda", x), run("reference", x), run("reference", x.double()), roundings=2, scale="tensor")
+        return None if found.ok else str(found)
+
+    return check
+
+
 def of_route(causal: bool, where: str, rehearsed: bool) -> Check:
     """Plain attention, by whom the table of routes says."""
 
@@ -132,6 +151,12 @@ def checks(where: str, dtypes: list[str], rehearsed: bool) -> Iterator[tuple[str
     for config in ("int8", "int8-dynamic", "int4", "nf4", "fp8"):
         for tokens in (1, 40, 600):
             yield f"quantized_linear, {config}, {tokens} tokens", of_quantized(config, tokens, where, rehearsed)
+    for config in ("int4", "nf4", "int8", "fp8", "q4_1", "q8_0"):
+        for tokens in (1, 12, 30, 64):
+            for dtype in dtypes:
+                if dtype != "float32":
+                    yield (f"quantized_linear in fragments, {config}, {tokens} tokens, {dtype}",
+                           of_few(config, tokens, DTYPES[dtype], where, rehearsed))  # fmt: skip
     for name in ("AdamW", "Lion", "Muon"):
         yield f"{name}, three steps", of_optimizer(name, where, rehearsed)
 

@@ -227,12 +227,16 @@ def _quantized(p: Probe, n: int, k: int) -> None:
             size = {"bytes": qweight.nbytes} if tokens <= 64 else figures
             call = lambda x=x, qweight=qweight: functional.quantized_linear(x, qweight)  # noqa: E731
             p.row(f"{tokens} x {k} to {n}", f"{name}, by route", call, **size)
+            if tokens <= 64 and name != "int8-dynamic" and not p.rehearsed:
+                p.row(
+                    f"{tokens} x {k} to {n}", f"{name}, in fragments", lambda call=call: _forced(call, "cuda"), **size
+                )
             if tokens > 16:
                 p.row(f"{tokens} x {k} to {n}", f"{name}, ours", lambda call=call: _forced(call), **size)
 
 
-def _forced(call: Callable) -> object:
-    with use("triton"):
+def _forced(call: Callable, backend: str = "triton") -> object:
+    with use(backend):
         return call()
 
 
