@@ -24,9 +24,13 @@ bool few_fp8(const FewProduct&, int device, FewLaunch*, cudaError_t*);
 
 namespace {
 
-// Without the second bound the compiler spills registers of some for more blocks than shared memory lets in.
+// How many blocks the compiler is to leave registers for: as many as shared memory lets in. Left to itself it spills
+// some of small kernels for more; of large ones it spills where it is told (0: it is not).
+template <int kGroup, int kColumns>
+constexpr int kTogether = kColumns <= 2 || (kColumns == 4 && kGroup == 0) ? 2 : 0;
+
 template <FewCode kCode, FewOffset kOffset, int kGroup, Type kType, int kColumns>
-__global__ void __launch_bounds__(Shape<kColumns>::kWarps* kLanes, 8 / Shape<kColumns>::kWarps)
+__global__ void __launch_bounds__(Shape<kColumns>::kWarps* kLanes, kTogether<kGroup, kColumns>)
     few_kernel(const __grid_constant__ FewProduct p, const __grid_constant__ Line line, int stages, void* workspace,
                int* counters) {
 #if __CUDA_ARCH__ >= 800
