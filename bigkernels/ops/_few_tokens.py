@@ -77,7 +77,8 @@ def forget(codes: Tensor) -> None:
     _copies.pop(codes, None)
 
 
-def _fragments(codes: Tensor, others: tuple[Tensor | None, ...], group: int, k: int, at_once: bool) -> Fragments | str:
+def _fragments(codes: Tensor, others: tuple[Tensor | None, ...], group: int, kind: int, k: int,
+               at_once: bool) -> Fragments | str:  # fmt: skip
     """The copy, or why there is none. `at_once`: make it whenever there is none."""
     base = codes._base
     if base is not None and base.nbytes > codes.nbytes:
@@ -95,7 +96,7 @@ def _fragments(codes: Tensor, others: tuple[Tensor | None, ...], group: int, k: 
         _copies[codes] = _Copy(version, seen, None)
         return "the weight has just changed"
     with torch.no_grad():
-        made = in_fragments(codes, *others, group, k)
+        made = in_fragments(codes, *others, group, kind, k)
     log.info("quantized_linear: a weight (%d, %d) copied in the order of matrix fragments: %.1f MB beside its %.1f MB",
              made.n, made.k, made.nbytes / 1e6,
              sum(t.nbytes for t in (codes, *others) if t is not None) / 1e6)  # fmt: skip
@@ -119,7 +120,7 @@ def _is_chosen(x: Tensor) -> bool:
     return capability is not None and _is_routed(capability)
 
 
-def refusal(x: Tensor, codes: Tensor, zero, row_scale, book, bias, group: int, k: int, dynamic: bool) -> str | None:
+def refusal(x: Tensor, bias: Tensor | None, group: int, kind: int, k: int, dynamic: bool) -> str | None:
     """Why these kernels do not take a call; None if they do."""
     if dynamic:
         return "it multiplies no rounded tokens"
@@ -129,7 +130,7 @@ def refusal(x: Tensor, codes: Tensor, zero, row_scale, book, bias, group: int, k
         return f"it takes {MOST} tokens at most"
     if k % 8:
         return "it takes rows of a multiple of 8 elements"
-    if kind_of(codes, zero, row_scale, book, group) is None:
+    if kind_of(kind, group) is None:
         return "no kernel for this format"
     if bias is not None and bias.dtype not in _registry.KERNEL_DTYPES:
         return f"no kernel for a bias of {str(bias.dtype).removeprefix('torch.')}"
@@ -138,10 +139,10 @@ def refusal(x: Tensor, codes: Tensor, zero, row_scale, book, bias, group: int, k
 
 def product(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, row_scale: Tensor | None, book: Tensor | None,
-    bias: Tensor | None, group: int, k: int, wide: bool, at_once: bool = False,
+    bias: Tensor | None, group: int, kind: int, k: int, wide: bool, at_once: bool = False,
 ) -> Tensor | str:  # fmt: skip
     """The result, of what `refusal` does not refuse, or why there is no copy of the weight."""
-    found = _fragments(codes, (scale, zero, row_scale, book), group, k, at_once)
+    found = _fragments(codes, (scale, zero, row_scale, book), group, kind, k, at_once)
     if isinstance(found, str):
         return found
     tokens = x.reshape(-1, k)
@@ -156,17 +157,17 @@ def product(
 def before(launcher: Callable) -> Callable:
     """`quantized_linear_fwd` on GPUs: these kernels where the table of routes or `use` says so, else the launcher."""
 
-    def call(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wide=False):
+    def call(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynamic, wide=False):
         if x.numel() and len(codes) and _is_chosen(x):
             forced = _registry._forced == "cuda"
-            why = refusal(x, codes, zero, row_scale, book, bias, group, k, dynamic)
+            why = refusal(x, bias, group, kind, k, dynamic)
             if why is None:
-                found = product(x, codes, scale, zero, row_scale, book, bias, group, k, wide, forced)
+                found = product(x, codes, scale, zero, row_scale, book, bias, group, kind, k, wide, forced)
                 if not isinstance(found, str):
                     return found
                 why = found
             if forced:
                 raise RuntimeError(f"bigkernels.quantized_linear: 'cuda' was forced but {why}")
-        return launcher(x, codes, scale, zero, row_scale, book, bias, group, k, dynamic, wide)
+        return launcher(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynamic, wide)
 
     return call

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._codes import AFFINE4, AFFINE4M, BOOK4, FP8, INT8, INT8G
+
 RUN = 128  # of the depth: what lies together
 _ROWS = 64
 _AT_ONCE = 2**22  # elements that are put in order at once
@@ -43,31 +45,32 @@ class Fragments:
         return self.units.nbytes + (0 if self.factor is None else self.factor.nbytes)
 
 
-def kind_of(
-    codes: Tensor, zero: Tensor | None, row_scale: Tensor | None, book: Tensor | None, group: int
-) -> tuple[str, str] | None:
-    """Code and offset of operands of `quantized_linear`; None where there is no kernel for them."""
-    if codes.dtype == torch.int8:
-        return ("int8", "none") if group in (0, 32) else None
-    if group == 0:
-        return "fp8", "none"
-    if group not in (32, 64, 128):
-        return None
-    if book is not None:
-        return "book4", "none"
-    if row_scale is None:
-        return ("int4", "minimum") if group == 32 else None
-    return ("int4", "zero") if zero is not None else None
+# Of the kinds of codes that the kernels read: code, offset, and the groups that a run is divided into.
+_READ = {
+    INT8.number: ("int8", "none", (0,)),
+    INT8G.number: ("int8", "none", (32,)),
+    FP8.number: ("fp8", "none", (0,)),
+    AFFINE4.number: ("int4", "zero", (32, 64, 128)),
+    AFFINE4M.number: ("int4", "minimum", (32,)),
+    BOOK4.number: ("book4", "none", (32, 64, 128)),
+}
+
+
+def kind_of(kind: int, group: int) -> tuple[str, str] | None:
+    """Code and offset of codes of a kind in groups; None where there is no kernel for them."""
+    code, offset, groups = _READ.get(kind, ("", "", ()))
+    return (code, offset) if group in groups else None
 
 
 def in_fragments(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, row_scale: Tensor | None, book: Tensor | None, group: int, k: int
-) -> Fragments:
+    codes: Tensor, scale: Tensor, zero: Tensor | None, row_scale: Tensor | None, book: Tensor | None, group: int,
+    kind: int, k: int,
+) -> Fragments:  # fmt: skip
     """The copy, on the device of the codes. Waits for nothing there."""
-    kind = kind_of(codes, zero, row_scale, book, group)
-    if kind is None:
+    found = kind_of(kind, group)
+    if found is None:
         raise ValueError("bigkernels: no fragments of this format")
-    code, offset = kind
+    code, offset = found
     n = codes.shape[0]
     runs, fours = -(-k // RUN), -(-n // _ROWS)
     bits = 4 if code in ("int4", "book4") else 8

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import bigkernels
 from bigkernels import functional, use
 from bigkernels.ops import _few_tokens, _registry, _routes
+from bigkernels.ops._codes import AFFINE4, AFFINE4M, FIRST_WITHOUT_KERNELS, INT8G
 from bigkernels.ops._fragments import CODES, OFFSETS, Fragments, in_fragments, kind_of
-from bigkernels.ops.quantized_linear import dequantize_rows
 from bigkernels.quantization import FP4, NF4, Int4, QuantizedWeight
 
 FORMATS = {
@@ -44,15 +44,15 @@ def tokens(m: int, k: int, dtype: torch.dtype) -> Tensor:
 
 
 def of(qweight: QuantizedWeight) -> tuple[Fragments, Tensor | None]:
-    *operands, group = qweight.operands()
-    return in_fragments(*operands, group, qweight.shape[1]), operands[4]
+    operands = qweight.operands()
+    return in_fragments(*operands, qweight.shape[1]), operands.book
 
 
 def exact(qweight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """The weight in float64; the values of a book as the matrix units get them."""
-    codes, scale, zero, row_scale, book, group = qweight.operands()
-    book = None if book is None else book.to(dtype)
-    return dequantize_rows(codes, scale, zero, row_scale, book, group, qweight.shape[1], torch.float64)
+    operands = qweight.operands()
+    book = None if operands.book is None else operands.book.to(dtype)
+    return operands._replace(book=book).decoded(qweight.shape[1], torch.float64)
 
 
 def check(found: Tensor, x: Tensor, qweight: QuantizedWeight) -> None:
@@ -174,13 +174,13 @@ def test_rows_are_put_in_order_a_few_at_a_time(name: str, monkeypatch: pytest.Mo
 
 
 def test_formats_without_a_kernel():
+    assert kind_of(AFFINE4.number, 16) is None
+    assert kind_of(AFFINE4M.number, 64) is None
+    assert kind_of(INT8G.number, 64) is None
+    assert kind_of(FIRST_WITHOUT_KERNELS, 32) is None
     one = torch.ones(4, 4)
-    codes = torch.zeros(4, 8, dtype=torch.uint8)
-    assert kind_of(codes, one, one, None, 16) is None
-    assert kind_of(codes, one, None, None, 64) is None
-    assert kind_of(codes.to(torch.int8), None, None, None, 64) is None
     with pytest.raises(ValueError, match="no fragments"):
-        in_fragments(codes, one, one, one[0], None, 16, 16)
+        in_fragments(torch.zeros(4, 8, dtype=torch.uint8), one, one, one[0], None, 16, AFFINE4.number, 16)
 
 
 # ---- the copy of a weight, and who is asked ------------------------------------------------------------------------
@@ -205,8 +205,8 @@ def on_host(host: Host, monkeypatch: pytest.MonkeyPatch) -> list[Fragments]:
 
 
 def call(launcher, x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = None, wide: bool = False) -> Tensor:
-    *tensors, group = qweight.operands()
-    return launcher(x, *tensors, bias, group, qweight.shape[1], qweight.config.dynamic, wide)
+    *tensors, group, kind = qweight.operands()
+    return launcher(x, *tensors, bias, group, kind, qweight.shape[1], qweight.config.dynamic, wide)
 
 
 def elsewhere(*_):
@@ -244,8 +244,8 @@ def test_the_copy_is_made_once_and_again_after_a_write(name: str, on_host, route
 
 def test_what_is_made_anew_for_each_call_is_copied_once_at_most(on_host, routed):
     qweight, x = made("int4", 40, 256), tokens(3, 256, torch.bfloat16)
-    codes, scale, *rest, group = qweight.operands()
-    found = [routed(x, codes, scale.clone(), *rest, None, group, 256, False) for _ in range(5)]
+    codes, scale, *rest, group, kind = qweight.operands()
+    found = [routed(x, codes, scale.clone(), *rest, None, group, kind, 256, False) for _ in range(5)]
     assert len(on_host) == 1
     assert [isinstance(f, str) for f in found] == [False, True, True, True, True]
 
