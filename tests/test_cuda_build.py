@@ -104,8 +104,8 @@ def test_kernels_know_where_their_pointers_point(cuda_library: Path) -> None:
     assert unwanted == [], "loads and stores through pointers to any kind of memory"
 
 
-# Instructions a weight and lane, in the whole loop over steps of the depth, its loads included; on 9.0 they are 1.92 to
-# 2.80. An H200 has time for 4.9 of 4 bits and 9.8 of 8 where it reads at 70 % of its bandwidth.
+# Instructions a weight and lane, in the whole loop over steps of the depth, its loads included; on 9.0 they are 1.89 to
+# 2.70. An H200 has time for 4.9 of 4 bits and 9.8 of 8 where it reads at 70 % of its bandwidth.
 _CODES = ("int4", "book4", "int8", "fp8")
 _MOST_A_WEIGHT = {
     ("int4", 128): 2.0, ("int4", 64): 2.3, ("int4", 32): 2.8, ("book4", 128): 2.5, ("book4", 64): 2.55,
