@@ -54,7 +54,7 @@ lint: $(VENV)/.dev
 
 # The site, in build/site. A broken link, an anchor that is not there or a page that nobody links to is an error.
 docs: $(VENV)/.docs
-	$(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 clean:
 	rm -rf build dist *.egg-info bigkernels/*.so bigkernels/_*not_compiled.txt
