@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -43,7 +44,10 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
 
 def pip_wheel(to: Path, **environment: str) -> subprocess.CompletedProcess:
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--wheel-dir", to]
-    return run(sys.executable, "-m", "pip", "wheel", *options, ROOT, **environment)
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / ".wheels").open("w") as lock:  # all are made in one folder of the checkout, one at a time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return run(sys.executable, "-m", "pip", "wheel", *options, ROOT, **environment)
 
 
 def only_wheel(folder: Path) -> Path:
