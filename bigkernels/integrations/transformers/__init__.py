@@ -34,8 +34,8 @@ __all__ = ["Config", "Quantizer", "TrainerCallback", "attention_forward", "forge
 
 
 def register(published: bool | Collection[str] | None = None, *, gguf: bool | None = None) -> None:
-    """Teach transformers the names; importing the module has done so already, but for files of
-    others: GGUF, and folders of other libraries.
+    """Teach transformers to read files that others wrote: GGUF, and quantized folders of other libraries. Its own names
+    (the method "bigkernels", attention, optimizers) it has learned when this module was imported.
 
     Args:
         published: methods whose folders `from_pretrained` reads by bigkernels from now on, as
