@@ -129,7 +129,7 @@ class KVCache:
         self._check(k, q, v)
         lengths = self.lengths + k.shape[2]
         rotated = append_kv_(
-            k if q is None else q, k, v, self.keys, self.values, lengths, block_table=self.block_table, cos=cos,
+            k if q is None else q, self.keys, self.values, lengths, k, v, block_table=self.block_table, cos=cos,
             sin=sin, interleaved=interleaved, k_scale=self.key_scales, v_scale=self.value_scales,
         )  # fmt: skip
         self._advance(k.shape[2])

@@ -167,7 +167,7 @@ def before(launcher: Callable) -> Callable:
                     return found
                 why = found
             if forced:
-                raise RuntimeError(f"bigkernels.quantized_linear: 'cuda' was forced but {why}")
+                raise RuntimeError(f"bigkernels.functional.quantized_linear: 'cuda' was forced but {why}")
         return launcher(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynamic, wide)
 
     return call

@@ -189,9 +189,9 @@ class Operator:
         refusals = self.refusals(device, dtype)
         if forced is not None:
             if forced not in refusals:
-                raise RuntimeError(f"bigkernels.{self.name}: there is no {forced!r} implementation")
+                raise RuntimeError(f"bigkernels.use: {self.name}: there is no {forced!r} implementation")
             if refusals[forced] is not None:
-                raise RuntimeError(f"bigkernels.{self.name}: {forced!r} was forced but {refusals[forced]}")
+                raise RuntimeError(f"bigkernels.use: {self.name}: {forced!r} was forced but {refusals[forced]}")
             choice = forced
         else:
             choice = next(name for name, reason in refusals.items() if reason is None)

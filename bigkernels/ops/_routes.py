@@ -183,7 +183,7 @@ def by_torch(
     row = find("attention", call, capability)
     if forced == "torch":
         if call in ("with options", "masked"):  # a mask of ours is not one of theirs
-            raise RuntimeError(f"bigkernels.attention: 'torch' was forced but this call is one {call}")
+            raise RuntimeError(f"bigkernels.functional.attention: 'torch' was forced but this call is one {call}")
     elif row.ours or not torch.backends.cuda.flash_sdp_enabled():  # whoever switched it off wants no fused kernel
         return None
     causal = right == 0 and q.shape[2] > 1

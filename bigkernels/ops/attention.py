@@ -81,7 +81,7 @@ def attention(
     """
     try:
         q, k, v = shared.lowered(q, k, v)
-        options = shared.options("attention", q.shape[-1], causal, scale, window, softcap, dropout_p)
+        options = shared.options("functional.attention", q.shape[-1], causal, scale, window, softcap, dropout_p)
         if bias is not None and bias.dim() != 4:
             bias = _four(bias)
         if mask is not None and mask.dim() != 4:
@@ -128,7 +128,7 @@ def _four(t):
 
 
 def _check(q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths):
-    op = "attention"
+    op = "functional.attention"
     for name, value in (("q", q), ("k", k), ("v", v)):
         check_tensor(op, name, value)
         if value.dim() != 4:

@@ -45,9 +45,9 @@ def compress(x: Tensor, format: str = "int8", *, stochastic: bool = False) -> tu
         TypeError: `x` is not a floating tensor.
         ValueError: there is no such format.
     """
-    check_tensor("compress", "x", x)
+    check_tensor("ops.compress", "x", x)
     if format not in FORMATS:
-        raise ValueError(f"bigkernels.compress: format is {format!r}; accepted are {', '.join(FORMATS)}")
+        raise ValueError(f"bigkernels.ops.compress: format is {format!r}; accepted are {', '.join(FORMATS)}")
     key = int(torch.randint(2**31 - 1, (), dtype=torch.int64, device="cpu")) if stochastic else 0
     return encode(x.detach().reshape(-1), format, stochastic, key)
 
@@ -65,9 +65,9 @@ def decompress(codes: Tensor, scale: Tensor, format: str = "int8", *, dtype: tor
         ValueError: there is no such format, or `codes` and `scale` do not fit each other.
     """
     if format not in FORMATS:
-        raise ValueError(f"bigkernels.decompress: format is {format!r}; accepted are {', '.join(FORMATS)}")
+        raise ValueError(f"bigkernels.ops.compress.decompress: format is {format!r}; accepted are {', '.join(FORMATS)}")
     if codes.dtype != torch.uint8 or codes.dim() != 1 or scale.shape != (-(-codes.shape[0] // BLOCK),):
-        raise ValueError(f"bigkernels.decompress: codes {tuple(codes.shape)} of {codes.dtype} and scale "
+        raise ValueError(f"bigkernels.ops.compress.decompress: codes {tuple(codes.shape)} of {codes.dtype} and scale "
                          f"{tuple(scale.shape)} are not what compress makes")  # fmt: skip
     probe = scale.new_empty(0, dtype=dtype)
     try:

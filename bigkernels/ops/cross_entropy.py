@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._deprecated import renamed_arguments
 from ._arguments import check_same_device, check_shape, check_tensor, own, type_name
 from ._derivatives import gradients, is_observed, vjp
 from ._registry import REFUSED, Operator, compute_dtype, define, is_readable, needs_grad
@@ -13,10 +14,11 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DEFAULTS = (-100, "mean", 0.0, 0.0, None, 0.0)
 
 
+@renamed_arguments("bigkernels.functional.cross_entropy", weight="class_weight")
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
-    weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -31,16 +33,16 @@ def cross_entropy(
     With ``z = softcap * tanh(logits / softcap)`` (or the logits), ``lse = logsumexp(z)``, ``p = exp(z[target] - lse)``
     and e the label smoothing, a token's loss is::
 
-        ce   = (1 - e) * weight[target] * (lse - z[target]) + e / V * sum_c weight[c] * (lse - z[c])
+        ce   = (1 - e) * class_weight[target] * (lse - z[target]) + e / V * sum_c class_weight[c] * (lse - z[c])
         loss = token_weight * ((1 - p)^focal_gamma * ce + z_loss * lse^2)
 
     Args:
         logits: (T, V), floating; rows may be strided.
         target: (T,), int64 or int32, in [0, V) or equal to `ignore_index`.
-        weight: (V,), floating: a weight a class. Not differentiable.
+        class_weight: (V,), floating: a weight a class. Not differentiable.
         ignore_index: tokens with this target give no loss and no gradient.
         reduction: "none" (T,), "sum", or "mean": the sum over the number of tokens kept, or over the sum of their
-            class weights where `weight` is given, as PyTorch does. `token_weight` does not enter the divisor.
+            class weights where `class_weight` is given, as PyTorch does. `token_weight` does not enter the divisor.
         label_smoothing: in [0, 1].
         z_loss: not negative; the coefficient of ``lse^2`` (PaLM, https://arxiv.org/abs/2204.02311).
         softcap: positive; bounds the logits (Gemma 2, https://arxiv.org/abs/2408.00118). None leaves them.
@@ -56,38 +58,40 @@ def cross_entropy(
     """
     options = (ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma)
     try:
-        if OPERATOR.uses_kernel(logits, target, weight, token_weight) and not needs_grad(weight, token_weight):
+        if OPERATOR.uses_kernel(logits, target, class_weight, token_weight) and not needs_grad(
+            class_weight, token_weight
+        ):
             grad = needs_grad(logits)
-            if not grad and options == _DEFAULTS and weight is None and token_weight is None:
+            if not grad and options == _DEFAULTS and class_weight is None and token_weight is None:
                 return _infer(logits, target)  # each argument that is not passed saves a call on one token some time
             # The raw operators know "no cap" as 0, which is no cap that a caller may ask for.
             cap = -1.0 if softcap == 0 else softcap or 0.0
             if grad:
                 target, token_weight = own(target), own(token_weight)
-            args = (logits, target, weight, token_weight, ignore_index, _REDUCTIONS[reduction], label_smoothing, z_loss,
-                    cap, focal_gamma)  # fmt: skip
+            args = (logits, target, class_weight, token_weight, ignore_index, _REDUCTIONS[reduction], label_smoothing,
+                    z_loss, cap, focal_gamma)  # fmt: skip
             return _CrossEntropy.apply(*args) if grad else _infer(*args)
     except REFUSED:
-        _check(logits, target, weight, token_weight, *options)
+        _check(logits, target, class_weight, token_weight, *options)
         raise
-    _check(logits, target, weight, token_weight, *options)
-    return _reference(logits, target, weight, token_weight, *options)
+    _check(logits, target, class_weight, token_weight, *options)
+    return _reference(logits, target, class_weight, token_weight, *options)
 
 
 def _check(
-    logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma
+    logits, target, class_weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma
 ):
-    op = "cross_entropy"
+    op = "functional.cross_entropy"
     check_tensor(op, "logits", logits)
-    check_tensor(op, "weight", weight, optional=True)
+    check_tensor(op, "class_weight", class_weight, optional=True)
     check_tensor(op, "token_weight", token_weight, optional=True)
     if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"bigkernels.{op}: target is {type_name(target)}; accepted are int64 and int32 class indices")
     if logits.dim() != 2:
         raise ValueError(f"bigkernels.{op}: logits has shape {tuple(logits.shape)}, expected (T, V)")
-    check_same_device(op, "logits", logits, target=target, weight=weight, token_weight=token_weight)
+    check_same_device(op, "logits", logits, target=target, class_weight=class_weight, token_weight=token_weight)
     check_shape(op, "target", target, logits.shape[:1], "one class a row of logits")
-    check_shape(op, "weight", weight, logits.shape[1:], "one weight a class")
+    check_shape(op, "class_weight", class_weight, logits.shape[1:], "one weight a class")
     check_shape(op, "token_weight", token_weight, logits.shape[:1], "one weight a token")
     check_options(op, reduction, label_smoothing, z_loss, softcap, focal_gamma)
     if is_readable(target):
@@ -111,11 +115,13 @@ def _check_targets(target, vocabulary, ignore_index):
     # Data-dependent, so on CPU only: on a GPU it would wait for the device.
     outside = target[(target != ignore_index) & ((target < 0) | (target >= vocabulary))]
     if outside.numel():
-        raise ValueError(f"bigkernels.cross_entropy: target holds {outside[0].item()}, outside the vocabulary "
-                         f"[0, {vocabulary}) and not ignore_index ({ignore_index})")  # fmt: skip
+        raise ValueError(f"bigkernels.functional.cross_entropy: target holds {outside[0].item()}, outside the "
+                         f"vocabulary [0, {vocabulary}) and not ignore_index ({ignore_index})")  # fmt: skip
 
 
-def _token_losses(logits, target, weight, token_weight, ignore_index, label_smoothing, z_loss, softcap, focal_gamma):
+def _token_losses(
+    logits, target, class_weight, token_weight, ignore_index, label_smoothing, z_loss, softcap, focal_gamma
+):
     """(loss a token, divisor weight a token, lse), everything wide."""
     wide = compute_dtype(logits.dtype)
     z = logits.to(wide)
@@ -125,11 +131,11 @@ def _token_losses(logits, target, weight, token_weight, ignore_index, label_smoo
     index = torch.where(kept, target, 0).long()
     lse = torch.logsumexp(z, -1)
     nll = lse - z.gather(1, index.unsqueeze(1)).squeeze(1)
-    divisor = torch.ones_like(nll) if weight is None else weight.to(wide)[index]
+    divisor = torch.ones_like(nll) if class_weight is None else class_weight.to(wide)[index]
     ce = (1 - label_smoothing) * divisor * nll
     if label_smoothing:
         per_class = lse.unsqueeze(1) - z
-        smooth = per_class.sum(1) if weight is None else per_class @ weight.to(wide)
+        smooth = per_class.sum(1) if class_weight is None else per_class @ class_weight.to(wide)
         ce = ce + label_smoothing / z.shape[1] * smooth
     if focal_gamma:
         ce = ce * (-torch.expm1(-nll)).clamp_min(0) ** focal_gamma
@@ -148,32 +154,32 @@ def predictions(logits, target, ignore_index, softcap):
 
 
 def _reference(
-    logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma
+    logits, target, class_weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma
 ):
     loss, divisor, _ = _token_losses(
-        logits, target, weight, token_weight, ignore_index, label_smoothing, z_loss, softcap, focal_gamma
+        logits, target, class_weight, token_weight, ignore_index, label_smoothing, z_loss, softcap, focal_gamma
     )
     if reduction == "none":
         return loss
     return loss.sum() / divisor.sum() if reduction == "mean" else loss.sum()
 
 
-def _fwd_fallback(logits, target, weight, token_weight, ignore_index, reduction, *options):
-    loss, divisor, lse = _token_losses(logits, target, weight, token_weight, ignore_index, *options)
+def _fwd_fallback(logits, target, class_weight, token_weight, ignore_index, reduction, *options):
+    loss, divisor, lse = _token_losses(logits, target, class_weight, token_weight, ignore_index, *options)
     divisor = divisor.sum()
     if reduction:
         loss = loss.sum() / divisor if reduction == _REDUCTIONS["mean"] else loss.sum()
     return loss.float(), lse.float().contiguous(), divisor.float()
 
 
-def _fwd_fake(logits, target, weight, token_weight, ignore_index, reduction, *options):
+def _fwd_fake(logits, target, class_weight, token_weight, ignore_index, reduction, *options):
     rows = logits.shape[:1]
     loss, lse, divisor = (logits.new_empty(s, dtype=torch.float32) for s in ((() if reduction else rows), rows, ()))
     return loss, lse, divisor
 
 
-def _predict_fallback(logits, target, weight, token_weight, ignore_index, reduction, *options):
-    found = _fwd_fallback(logits, target, weight, token_weight, ignore_index, reduction, *options)
+def _predict_fallback(logits, target, class_weight, token_weight, ignore_index, reduction, *options):
+    found = _fwd_fallback(logits, target, class_weight, token_weight, ignore_index, reduction, *options)
     return *found, predictions(logits, target, ignore_index, options[2])
 
 
@@ -181,14 +187,14 @@ def _predict_fake(logits, *rest):
     return *_fwd_fake(logits, *rest), logits.new_empty(logits.shape[:1], dtype=torch.int64)
 
 
-def _bwd_fallback(grad, logits, target, weight, token_weight, lse, divisor, *options):
-    return vjp(_loss_of(target, weight, token_weight, *options), (logits,), (grad,))[0].contiguous()
+def _bwd_fallback(grad, logits, target, class_weight, token_weight, lse, divisor, *options):
+    return vjp(_loss_of(target, class_weight, token_weight, *options), (logits,), (grad,))[0].contiguous()
 
 
-def _loss_of(target, weight, token_weight, ignore_index, reduction, *options):
+def _loss_of(target, class_weight, token_weight, ignore_index, reduction, *options):
     """The reference as a function of the logits alone, from the raw operators' arguments."""
     name = next(name for name, number in _REDUCTIONS.items() if number == reduction)
-    return lambda z: _reference(z, target, weight, token_weight, ignore_index, name, *options)
+    return lambda z: _reference(z, target, class_weight, token_weight, ignore_index, name, *options)
 
 
 def _bwd_fake(grad, logits, *rest):
@@ -235,16 +241,18 @@ _bwd_ = define(
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, target, weight, token_weight, *options):
-        loss, lse, divisor = _fwd(logits, target, weight, token_weight, *options)
-        ctx.save_for_backward(logits, target, weight, token_weight, lse, divisor)
+    def forward(ctx, logits, target, class_weight, token_weight, *options):
+        loss, lse, divisor = _fwd(logits, target, class_weight, token_weight, *options)
+        ctx.save_for_backward(logits, target, class_weight, token_weight, lse, divisor)
         ctx.options = options
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         saved = ctx.saved_tensors
-        logits, target, weight, token_weight, *_ = saved
+        logits, target, class_weight, token_weight, *_ = saved
         if is_observed(grad):
-            return *gradients(_loss_of(target, weight, token_weight, *ctx.options), (logits,), (grad,)), *[None] * 9
+            return *gradients(_loss_of(target, class_weight, token_weight, *ctx.options), (logits,), (grad,)), *[
+                None
+            ] * 9
         return _bwd(grad, *saved, *ctx.options), *[None] * 9

@@ -3,14 +3,19 @@ https://arxiv.org/abs/2309.06180), and the write of new tokens into it."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from .._deprecated import warn
 from . import _attention as shared
 from . import rope
 from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor, type_name
 from ._flops import attention_flops, values
 from ._registry import REFUSED, Operator, compute_dtype, define, is_readable, needs_grad
+
+_DECODE, _APPEND = "functional.decode_attention", "functional.append_kv_"
 
 
 def decode_attention(
@@ -79,7 +84,7 @@ def decode_attention(
     left = -1
     try:
         q, k, v = _as_cache(k_cache, q, k, v)
-        left, _, *options = shared.options("decode_attention", q.shape[-1], True, scale, window, softcap, 0.0)[:4]
+        left, _, *options = shared.options(_DECODE, q.shape[-1], True, scale, window, softcap, 0.0)[:4]
         grad = needs_grad(q, k_cache, v_cache, k, v, cos, sin, *tensors)
         if OPERATOR.uses_kernel(q, k_cache, v_cache, cache_seqlens, k, v, cos, sin, *tensors) and not grad:
             cache_seqlens, block_table = _int32(cache_seqlens), _int32(block_table)
@@ -90,13 +95,13 @@ def decode_attention(
                            left, *options)  # fmt: skip
             return found if return_lse else found[0]
     except REFUSED:
-        _check("decode_attention", q, k_cache, v_cache, cache_seqlens, *tensors, k, v, cos, sin, left=left,
+        _check(_DECODE, q, k_cache, v_cache, cache_seqlens, *tensors, k, v, cos, sin, left=left,
                appends=appends)  # fmt: skip
         raise
-    _check("decode_attention", q, k_cache, v_cache, cache_seqlens, *tensors, k, v, cos, sin, left=left,
+    _check(_DECODE, q, k_cache, v_cache, cache_seqlens, *tensors, k, v, cos, sin, left=left,
            appends=appends)  # fmt: skip
     if appends or k_cache.dtype == torch.int8:
-        _refuse_gradient("decode_attention", grad)
+        _refuse_gradient(_DECODE, grad)
     if appends:
         q = _written(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, k_scale, v_scale, interleaved)
     out, lse = _reference(q, k_cache, v_cache, cache_seqlens, *tensors, left, *options)
@@ -104,13 +109,31 @@ def decode_attention(
     return (out, lse) if return_lse else out
 
 
+def _caches_first(function):
+    """Calls in the order that was given up, ``(q, k, v, k_cache, v_cache, cache_seqlens)``."""
+
+    @functools.wraps(function)
+    def in_any_order(*args, **kwargs):
+        if len(args) > 1 and (
+            "k_cache" in kwargs or len(args) > 3 and isinstance(args[3], Tensor) and args[3].dim() == 4
+        ):
+            warn(f"bigkernels.{_APPEND}", "the order q, k, v, k_cache, v_cache, cache_seqlens",
+                 "q, k_cache, v_cache, cache_seqlens, k, v")  # fmt: skip
+            kwargs.update(zip(("q", "k", "v", "k_cache", "v_cache", "cache_seqlens"), args, strict=False))
+            args = ()
+        return function(*args, **kwargs)
+
+    return in_any_order
+
+
+@_caches_first
 def append_kv_(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     cache_seqlens: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
     block_table: Tensor | None = None,
     cos: Tensor | None = None,
@@ -127,7 +150,7 @@ def append_kv_(
 
     Args:
         q: (B, H, n, D): the queries to rotate.
-        k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, interleaved, k_scale, v_scale: as in
+        k_cache, v_cache, cache_seqlens, k, v, block_table, cos, sin, interleaved, k_scale, v_scale: as in
             `decode_attention`. **k_cache, v_cache, k_scale and v_scale are written**, at the new positions only.
 
     Returns:
@@ -144,11 +167,11 @@ def append_kv_(
         if OPERATOR.uses_kernel(*args) and not grad:
             return _appended(*args, interleaved)
     except REFUSED:
-        _check("append_kv_", q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, None, None, k, v, cos,
+        _check(_APPEND, q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, None, None, k, v, cos,
                sin)  # fmt: skip
         raise
-    _check("append_kv_", q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, None, None, k, v, cos, sin)
-    _refuse_gradient("append_kv_", grad)
+    _check(_APPEND, q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, None, None, k, v, cos, sin)
+    _refuse_gradient(_APPEND, grad)
     return _written(*args, interleaved)
 
 
@@ -362,7 +385,7 @@ def _written(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, k_
 
 def _infer_fallback(q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, alibi_slopes, sinks, *options):
     tensors = (q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, alibi_slopes, sinks)
-    _check("decode_attention", *tensors, left=options[0], appends=False)
+    _check(_DECODE, *tensors, left=options[0], appends=False)
     out, lse = _reference(*tensors, *options)
     return shared.like(q, v_cache.shape[-1]).copy_(out), lse.float().contiguous()
 
@@ -372,7 +395,7 @@ def _infer_fake(q, k_cache, v_cache, *rest):
 
 
 def _append_fallback(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, k_scale, v_scale, interleaved):
-    _check("append_kv_", q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, None, None, k, v, cos, sin)
+    _check(_APPEND, q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, None, None, k, v, cos, sin)
     return _written(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, k_scale, v_scale, interleaved)
 
 

@@ -51,13 +51,15 @@ def glu(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
 
 
 def _check(gate, up, activation):
-    check_tensor("glu", "gate", gate)
-    check_tensor("glu", "up", up)
+    check_tensor("functional.glu", "gate", gate)
+    check_tensor("functional.glu", "up", up)
     if activation not in ACTIVATIONS:
-        raise ValueError(f"bigkernels.glu: activation is {activation!r}; accepted are {', '.join(ACTIVATIONS)}")
-    check_same_device("glu", "gate", gate, up=up)
-    check_same_dtype("glu", "gate", gate, up=up)
-    check_shape("glu", "up", up, gate.shape, "the shape of gate")
+        raise ValueError(
+            f"bigkernels.functional.glu: activation is {activation!r}; accepted are {', '.join(ACTIVATIONS)}"
+        )
+    check_same_device("functional.glu", "gate", gate, up=up)
+    check_same_dtype("functional.glu", "gate", gate, up=up)
+    check_shape("functional.glu", "up", up, gate.shape, "the shape of gate")
 
 
 def _reference(gate, up, activation):

@@ -59,21 +59,21 @@ def grouped_linear(x: Tensor, weight: Tensor | QuantizedWeight, ends: Tensor) ->
 
 def _check(x: Tensor, weight: Tensor | QuantizedWeight, ends: Tensor) -> tuple[int, int]:
     """(experts, rows of each)"""
-    check_tensor("grouped_linear", "x", x)
+    check_tensor("ops.grouped_linear", "x", x)
     if not isinstance(ends, Tensor) or ends.dim() != 1 or ends.dtype not in (torch.int32, torch.int64):
-        raise TypeError("bigkernels.grouped_linear: ends must be a vector of int32 or int64")
+        raise TypeError("bigkernels.ops.grouped_linear: ends must be a vector of int32 or int64")
     experts, shape = ends.shape[0], tuple(weight.shape)
     if isinstance(weight, Tensor):
-        check_tensor("grouped_linear", "weight", weight)
+        check_tensor("ops.grouped_linear", "weight", weight)
         fits = weight.dim() == 3 and shape[0] == experts and weight.dtype == x.dtype
     else:
         fits = experts > 0 and shape[0] % experts == 0
     if x.dim() != 2 or not fits or shape[-1] != x.shape[1]:
         kind = "" if isinstance(weight, Tensor) else "quantized "
-        raise ValueError(f"bigkernels.grouped_linear: x {tuple(x.shape)} of {x.dtype}, {kind}weight {shape} of "
+        raise ValueError(f"bigkernels.ops.grouped_linear: x {tuple(x.shape)} of {x.dtype}, {kind}weight {shape} of "
                          f"{weight.dtype} and {experts} ends do not fit")  # fmt: skip
     held = weight if isinstance(weight, Tensor) else weight.operands().codes
-    check_same_device("grouped_linear", "x", x, weight=held, ends=ends)
+    check_same_device("ops.grouped_linear", "x", x, weight=held, ends=ends)
     return experts, shape[1] if isinstance(weight, Tensor) else shape[0] // experts
 
 
@@ -141,7 +141,7 @@ def _flops(x, ends, codes, *_):
 
 
 # Elsewhere than on GPUs each expert's product is one of its own.
-OPERATOR = Operator("grouped_linear", implementations=(triton_kernel(),), listed=False)
+OPERATOR = Operator("ops.grouped_linear", implementations=(triton_kernel(),), listed=False)
 _WEIGHT = "Tensor ends, Tensor codes, Tensor? scale, Tensor? zero, Tensor? row_scale, Tensor? book"
 _fwd = define(
     f"grouped_linear_fwd(Tensor x, {_WEIGHT}, int group, int kind, bool dynamic) -> Tensor",

@@ -55,17 +55,17 @@ def layer_norm(
 
 
 def _check(x, weight, bias, residual):
-    check_tensor("layer_norm", "x", x)
-    check_tensor("layer_norm", "weight", weight, optional=True)
-    check_tensor("layer_norm", "bias", bias, optional=True)
-    check_tensor("layer_norm", "residual", residual, optional=True)
+    check_tensor("functional.layer_norm", "x", x)
+    check_tensor("functional.layer_norm", "weight", weight, optional=True)
+    check_tensor("functional.layer_norm", "bias", bias, optional=True)
+    check_tensor("functional.layer_norm", "residual", residual, optional=True)
     if x.dim() == 0:
-        raise ValueError("bigkernels.layer_norm: x has no dimensions, expected (..., D)")
-    check_same_device("layer_norm", "x", x, weight=weight, bias=bias, residual=residual)
-    check_same_dtype("layer_norm", "x", x, residual=residual)
-    check_shape("layer_norm", "weight", weight, x.shape[-1:], "the last dimension of x")
-    check_shape("layer_norm", "bias", bias, x.shape[-1:], "the last dimension of x")
-    check_shape("layer_norm", "residual", residual, x.shape, "the shape of x")
+        raise ValueError("bigkernels.functional.layer_norm: x has no dimensions, expected (..., D)")
+    check_same_device("functional.layer_norm", "x", x, weight=weight, bias=bias, residual=residual)
+    check_same_dtype("functional.layer_norm", "x", x, residual=residual)
+    check_shape("functional.layer_norm", "weight", weight, x.shape[-1:], "the last dimension of x")
+    check_shape("functional.layer_norm", "bias", bias, x.shape[-1:], "the last dimension of x")
+    check_shape("functional.layer_norm", "residual", residual, x.shape, "the shape of x")
 
 
 def _reference(x, weight, bias, eps, residual):

@@ -75,19 +75,19 @@ def _rows(t):
 
 
 def _check(x, weight, bias, lowered):
-    check_tensor("linear", "x", x)
-    check_tensor("linear", "weight", weight)
-    check_tensor("linear", "bias", bias, optional=True)
+    check_tensor("functional.linear", "x", x)
+    check_tensor("functional.linear", "weight", weight)
+    check_tensor("functional.linear", "bias", bias, optional=True)
     if weight.dim() != 2:
-        raise ValueError(f"bigkernels.linear: weight has shape {tuple(weight.shape)}, expected (N, K)")
+        raise ValueError(f"bigkernels.functional.linear: weight has shape {tuple(weight.shape)}, expected (N, K)")
     rows, columns = weight.shape
     if x.dim() == 0 or x.shape[-1] != columns:
-        raise ValueError(f"bigkernels.linear: x has shape {tuple(x.shape)}, expected (..., {columns})")
+        raise ValueError(f"bigkernels.functional.linear: x has shape {tuple(x.shape)}, expected (..., {columns})")
     if bias is not None and bias.shape != (rows,):
-        raise ValueError(f"bigkernels.linear: bias has shape {tuple(bias.shape)}, expected ({rows},)")
+        raise ValueError(f"bigkernels.functional.linear: bias has shape {tuple(bias.shape)}, expected ({rows},)")
     if lowered is None:
-        check_same_dtype("linear", "x", x, weight=weight, bias=bias)
-    check_same_device("linear", "x", x, weight=weight, bias=bias)
+        check_same_dtype("functional.linear", "x", x, weight=weight, bias=bias)
+    check_same_device("functional.linear", "x", x, weight=weight, bias=bias)
 
 
 def _reference(x, weight, bias):

@@ -19,7 +19,7 @@ from ._registry import REFUSED, Implementation, Operator, cpu_kernel, define, ne
 if TYPE_CHECKING:
     from ..quantization import QuantizedWeight
 
-_OP = "linear_cross_entropy"
+_OP = "functional.linear_cross_entropy"
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -342,7 +342,7 @@ def _bwd_flops(grad, hidden, weight, *rest):
 
 
 OPERATOR = Operator(
-    _OP,
+    "linear_cross_entropy",
     implementations=(cpu_kernel(), Implementation("triton", "cuda", unavailable=triton_kernel().unavailable)),
     in_graphs=True,
 )

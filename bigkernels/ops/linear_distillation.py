@@ -18,7 +18,7 @@ from ._registry import is_readable
 if TYPE_CHECKING:
     from ..quantization import QuantizedWeight
 
-_OP = "linear_distillation"
+_OP = "functional.linear_distillation"
 _REDUCTIONS = ("mean", "sum", "none")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from .._deprecated import renamed_arguments
 from ._arguments import autocast_dtype
 from ._chunks import Call, Objective, Tokens, per_token
 from ._heads import as_reference, check_head, check_positive, check_target, logits_of, targets_inside
@@ -16,9 +17,10 @@ from ._heads import as_reference, check_head, check_positive, check_target, logi
 if TYPE_CHECKING:
     from ..quantization import QuantizedWeight
 
-_OP = "linear_logprobs"
+_OP = "functional.linear_logprobs"
 
 
+@renamed_arguments("bigkernels.functional.linear_logprobs", entropy="return_entropy")
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor | QuantizedWeight,
@@ -29,7 +31,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    entropy: bool = False,
+    return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``log_softmax(z)[target]`` of each token, and the entropy of ``softmax(z)``, with the logits::
 
@@ -49,7 +51,7 @@ def linear_logprobs(
         temperature: positive; divides the logits, after `softcap`.
         logit_scale: multiplies the logits, before `softcap`.
         softcap: positive; bounds the logits (Gemma 2, https://arxiv.org/abs/2408.00118). None leaves them.
-        entropy: whether to return the entropy, in nats.
+        return_entropy: whether to return the entropy too, in nats.
 
     Returns:
         (...) log probabilities in float32 (float64 for float64), or (log probabilities, entropy).
@@ -60,10 +62,10 @@ def linear_logprobs(
 
     Example::
 
-        logps = linear_logprobs(hidden, head.weight, tokens, temperature=0.7)          # (B, S)
+        logprobs = linear_logprobs(hidden, head.weight, tokens, temperature=0.7)          # (B, S)
         with torch.no_grad():
             before = linear_logprobs(old_hidden, old_head.weight, tokens, temperature=0.7)
-        loss = bigkernels.losses.grpo_loss(logps, before, advantages, mask).loss
+        loss = bigkernels.losses.grpo_loss(logprobs, before, advantages, mask).loss
     """
     lowered = autocast_dtype(hidden.device) if isinstance(hidden, Tensor) else None
     check_head(_OP, hidden, weight, bias, lowered)
@@ -76,9 +78,9 @@ def linear_logprobs(
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     options = {"scale": float(logit_scale), "softcap": softcap, "temperature": float(temperature)}
     run = _reference if as_reference(rows, weight, bias) else _run
-    results = run(rows, weight, bias, targets, ignore_index, entropy, options)
+    results = run(rows, weight, bias, targets, ignore_index, return_entropy, options)
     results = [r.view(target.shape) for r in results]
-    return tuple(results) if entropy else results[0]
+    return tuple(results) if return_entropy else results[0]
 
 
 @_disable_dynamo

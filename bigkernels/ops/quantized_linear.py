@@ -110,19 +110,23 @@ def _fwd_fp8(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynam
 def _check(x, qweight, bias):
     from ..quantization import QuantizedWeight
 
-    check_tensor("quantized_linear", "x", x)
+    check_tensor("functional.quantized_linear", "x", x)
     if not isinstance(qweight, QuantizedWeight):
         raise TypeError(
-            f"bigkernels.quantized_linear: qweight is {type(qweight).__name__}; accepted is QuantizedWeight"
+            f"bigkernels.functional.quantized_linear: qweight is {type(qweight).__name__}; accepted is QuantizedWeight"
         )
     rows, columns = qweight.shape
     if x.dim() == 0 or x.shape[-1] != columns:
-        raise ValueError(f"bigkernels.quantized_linear: x has shape {tuple(x.shape)}, expected (..., {columns})")
+        raise ValueError(
+            f"bigkernels.functional.quantized_linear: x has shape {tuple(x.shape)}, expected (..., {columns})"
+        )
     if bias is not None:
-        check_tensor("quantized_linear", "bias", bias)
+        check_tensor("functional.quantized_linear", "bias", bias)
         if bias.shape != (rows,):
-            raise ValueError(f"bigkernels.quantized_linear: bias has shape {tuple(bias.shape)}, expected ({rows},)")
-    check_same_device("quantized_linear", "x", x, qweight=qweight.operands().codes, bias=bias)
+            raise ValueError(
+                f"bigkernels.functional.quantized_linear: bias has shape {tuple(bias.shape)}, expected ({rows},)"
+            )
+    check_same_device("functional.quantized_linear", "x", x, qweight=qweight.operands().codes, bias=bias)
 
 
 def _chunks(operands, k, dtype):

@@ -48,15 +48,15 @@ def rms_norm(
 
 
 def _check(x, weight, residual):
-    check_tensor("rms_norm", "x", x)
-    check_tensor("rms_norm", "weight", weight, optional=True)
-    check_tensor("rms_norm", "residual", residual, optional=True)
+    check_tensor("functional.rms_norm", "x", x)
+    check_tensor("functional.rms_norm", "weight", weight, optional=True)
+    check_tensor("functional.rms_norm", "residual", residual, optional=True)
     if x.dim() == 0:
-        raise ValueError("bigkernels.rms_norm: x has no dimensions, expected (..., D)")
-    check_same_device("rms_norm", "x", x, weight=weight, residual=residual)
-    check_same_dtype("rms_norm", "x", x, residual=residual)
-    check_shape("rms_norm", "weight", weight, x.shape[-1:], "the last dimension of x")
-    check_shape("rms_norm", "residual", residual, x.shape, "the shape of x")
+        raise ValueError("bigkernels.functional.rms_norm: x has no dimensions, expected (..., D)")
+    check_same_device("functional.rms_norm", "x", x, weight=weight, residual=residual)
+    check_same_dtype("functional.rms_norm", "x", x, residual=residual)
+    check_shape("functional.rms_norm", "weight", weight, x.shape[-1:], "the last dimension of x")
+    check_shape("functional.rms_norm", "residual", residual, x.shape, "the shape of x")
 
 
 def _reference(x, weight, eps, offset, residual):

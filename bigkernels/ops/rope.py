@@ -54,19 +54,19 @@ def _needs_reference(cos, sin):
 
 def _check(q, k, cos, sin):
     for name, value in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
-        check_tensor("rope", name, value)
+        check_tensor("functional.rope", name, value)
     for name, value, dims in (("q", q, "(B, H, S, D)"), ("k", k, "(B, H, S, D)"), ("cos", cos, "(B or 1, S, R)")):
         if value.dim() != dims.count(",") + 1:
-            raise ValueError(f"bigkernels.rope: {name} has shape {tuple(value.shape)}, expected {dims}")
-    check_same_device("rope", "q", q, k=k, cos=cos, sin=sin)
-    check_same_dtype("rope", "q", q, k=k)
-    check_same_dtype("rope", "cos", cos, sin=sin)
+            raise ValueError(f"bigkernels.functional.rope: {name} has shape {tuple(value.shape)}, expected {dims}")
+    check_same_device("functional.rope", "q", q, k=k, cos=cos, sin=sin)
+    check_same_dtype("functional.rope", "q", q, k=k)
+    check_same_dtype("functional.rope", "cos", cos, sin=sin)
     batch, _, length, size = q.shape
-    check_shape("rope", "k", k, (batch, k.shape[1], length, size), "q with any number of heads")
-    check_shape("rope", "sin", sin, cos.shape, "the shape of cos")
+    check_shape("functional.rope", "k", k, (batch, k.shape[1], length, size), "q with any number of heads")
+    check_shape("functional.rope", "sin", sin, cos.shape, "the shape of cos")
     if cos.shape[0] not in (1, batch) or cos.shape[1] != length or cos.shape[2] > size or cos.shape[2] % 2:
-        raise ValueError(f"bigkernels.rope: cos has shape {tuple(cos.shape)}; expected ({batch} or 1, {length}, R) "
-                         f"with R even and at most {size}")  # fmt: skip
+        raise ValueError(f"bigkernels.functional.rope: cos has shape {tuple(cos.shape)}; expected ({batch} or 1, "
+                         f"{length}, R) with R even and at most {size}")  # fmt: skip
 
 
 def _rotate(x, interleaved):

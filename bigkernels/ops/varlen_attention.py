@@ -68,7 +68,7 @@ def varlen_attention(
     tensors = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, prefix_lengths)
     try:
         q, k, v = shared.lowered(q, k, v)
-        options = shared.options("varlen_attention", q.shape[-1], causal, scale, window, softcap, dropout_p)
+        options = shared.options("functional.varlen_attention", q.shape[-1], causal, scale, window, softcap, dropout_p)
         if OPERATOR.uses_kernel(q, k, v, *tensors) and not needs_grad(alibi_slopes):
             grad = needs_grad(q, k, v, sinks)
             cu_q, prefix = shared.integers(cu_seqlens_q, grad), shared.integers(prefix_lengths, grad)
@@ -94,7 +94,7 @@ def varlen_attention(
 
 
 def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, prefix_lengths, max_seqlen_q, max_seqlen_k):
-    op = "varlen_attention"
+    op = "functional.varlen_attention"
     for name, value in (("q", q), ("k", k), ("v", v)):
         check_tensor(op, name, value)
         if value.dim() != 3:
@@ -123,11 +123,11 @@ def _check_lengths(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, max_seqlen_q,
         ends = cu.tolist()
         lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
         if ends[0] != 0 or ends[-1] > tokens or any(n < 0 for n in lengths):
-            raise ValueError(f"bigkernels.varlen_attention: cu_seqlens_{name} must rise from 0 to at most {tokens}, "
-                             f"the tokens of {name}; it goes from {ends[0]} to {ends[-1]}")  # fmt: skip
+            raise ValueError(f"bigkernels.functional.varlen_attention: cu_seqlens_{name} must rise from 0 to at most "
+                             f"{tokens}, the tokens of {name}; it goes from {ends[0]} to {ends[-1]}")  # fmt: skip
         if lengths and max(lengths) > most:
-            raise ValueError(f"bigkernels.varlen_attention: max_seqlen_{name} is {most}, shorter than a sequence of "
-                             f"{max(lengths)}")  # fmt: skip
+            raise ValueError(f"bigkernels.functional.varlen_attention: max_seqlen_{name} is {most}, shorter than a "
+                             f"sequence of {max(lengths)}")  # fmt: skip
 
 
 def _packed(

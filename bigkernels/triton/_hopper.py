@@ -63,7 +63,7 @@ def takes(call, *tensors: Tensor) -> bool:
         return False
     reason = refusal(call, *tensors)
     if forced and reason is not None:
-        raise RuntimeError(f"bigkernels.attention: 'gluon' was forced but {reason}")
+        raise RuntimeError(f"bigkernels.functional.attention: 'gluon' was forced but {reason}")
     return reason is None
 
 

@@ -169,7 +169,7 @@ def infer(
     scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tensors = (q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, alibi_slopes, sinks)
-    op._check("decode_attention", *tensors, left=left, appends=False)
+    op._check("functional.decode_attention", *tensors, left=left, appends=False)
     k, v = k_cache, v_cache
     if k.dtype == torch.int8:
         k, v = _packed(k), _packed(v)
@@ -203,7 +203,7 @@ def append(
     interleaved: bool,
 ) -> Tensor:  # fmt: skip
     tensors = (k_cache, v_cache, cache_seqlens, block_table)
-    op._check("append_kv_", q, *tensors, k_scale, v_scale, None, None, k, v, cos, sin)
+    op._check("functional.append_kv_", q, *tensors, k_scale, v_scale, None, None, k, v, cos, sin)
     if k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
         return op._append_fallback(q, k, v, *tensors, cos, sin, k_scale, v_scale, interleaved)
     out = _empty(q)

@@ -119,7 +119,9 @@ def logprobs(target, temperature, softcap):
         return tuple(torch.where(target < 0, 0, v) for v in (of_target, -(log_p.exp() * log_p).sum(-1)))
 
     def ours(h, w, b):
-        return functional.linear_logprobs(h, w, target, b, temperature=temperature, softcap=softcap, entropy=True)
+        return functional.linear_logprobs(
+            h, w, target, b, temperature=temperature, softcap=softcap, return_entropy=True
+        )
 
     return ours, formula
 

@@ -113,7 +113,7 @@ def test_append_to_caches_of_any_strides():
                   for _ in range(2)]  # fmt: skip
         assert not caches[0].is_contiguous()
         lengths = torch.tensor([3, 11], dtype=torch.int32)
-        functional.append_kv_(k.transpose(1, 2), k.transpose(1, 2), k.transpose(1, 2), *caches, lengths)
+        functional.append_kv_(k.transpose(1, 2), *caches, lengths, k.transpose(1, 2), k.transpose(1, 2))
         for cache in caches:
             assert torch.equal(cache[0, :3], k[0]) and torch.equal(cache[1, 8:11], k[1])
             assert cache.count_nonzero() == k.count_nonzero()
@@ -123,14 +123,14 @@ def test_append_leaves_a_lazy_copy_alone():
     cache = torch.zeros(1, 8, 1, 4)
     copy = torch._lazy_clone(cache)
     new = torch.ones(1, 1, 1, 4)
-    functional.append_kv_(new, new, new, cache, torch.zeros_like(cache), torch.tensor([1], dtype=torch.int32))
+    functional.append_kv_(new, cache, torch.zeros_like(cache), torch.tensor([1], dtype=torch.int32), new, new)
     assert cache.sum() == 4 and copy.sum() == 0
 
 
 def test_append_counts_as_a_write():
     cache, new = torch.zeros(1, 8, 1, 4), torch.ones(1, 1, 1, 4)
     before = cache._version
-    functional.append_kv_(new, new, new, cache, torch.zeros_like(cache), torch.tensor([1], dtype=torch.int32))
+    functional.append_kv_(new, cache, torch.zeros_like(cache), torch.tensor([1], dtype=torch.int32), new, new)
     assert cache._version > before
 
 
@@ -140,7 +140,7 @@ def test_append_rotates_heads_beyond_the_kernel():
     cos, sin = torch.randn(2, 1, 1, size)
     cache = torch.zeros(1, 2, 1, size)
     lengths = torch.tensor([1], dtype=torch.int32)
-    rotated = functional.append_kv_(q, q, q, cache, torch.zeros_like(cache), lengths, cos=cos, sin=sin)
+    rotated = functional.append_kv_(q, cache, torch.zeros_like(cache), lengths, q, q, cos=cos, sin=sin)
     assert torch.equal(rotated[0, 0, 0], cache[0, 0, 0])
     functional.decode_attention(q, cache, torch.zeros_like(cache), lengths, k=q, v=q, cos=cos, sin=sin)
     assert torch.equal(rotated[0, 0, 0], cache[0, 0, 0])
@@ -149,5 +149,5 @@ def test_append_rotates_heads_beyond_the_kernel():
 def test_append_does_not_pass_over_the_cache(monkeypatch):
     monkeypatch.setattr(op, "_written", None)  # what the reference does
     cache, new = torch.zeros(1, 1000, 8, 64), torch.randn(1, 8, 1, 64)
-    functional.append_kv_(new, new, new, cache, torch.zeros_like(cache), torch.tensor([900]))
+    functional.append_kv_(new, cache, torch.zeros_like(cache), torch.tensor([900]), new, new)
     assert torch.equal(cache[0, 899], new[0, :, 0]) and cache.count_nonzero() == new.count_nonzero()

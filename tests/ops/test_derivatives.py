@@ -187,7 +187,8 @@ HEADS = {
     "cross entropy, chunks": lambda h, w, t: functional.linear_cross_entropy(h, w, t, softcap=3.0, label_smoothing=0.1),
     "cross entropy a token": lambda h, w, t: functional.linear_cross_entropy(
         h, w, t, softcap=3.0, label_smoothing=0.1, reduction="none").square().sum(),
-    "log probabilities": lambda h, w, t: functional.linear_logprobs(h, w, t, temperature=0.7, entropy=True)[0].sum(),
+    "log probabilities": lambda h, w, t: functional.linear_logprobs(
+        h, w, t, temperature=0.7, return_entropy=True)[0].sum(),
     "distillation": lambda h, w, t: functional.linear_distillation(
         h, w, t, teacher_logits=h.detach() @ w.detach().T + 1, temperature=2.0, alpha=0.5, divergence="jsd"),
     "distillation a token": lambda h, w, t: functional.linear_distillation(

@@ -409,5 +409,5 @@ HIDDEN = {"teacher_hidden": torch.zeros(4, 3), "teacher_weight": torch.zeros(7, 
     ],
 )  # fmt: skip
 def test_errors(changed, error, message):
-    with pytest.raises(error, match="bigkernels.linear_distillation: " + message):
+    with pytest.raises(error, match="bigkernels.functional.linear_distillation: " + message):
         linear_distillation(**given(**changed))

@@ -41,7 +41,7 @@ def definition(target, scale=1.0, softcap=None, temperature=1.0):
 
 def ours(target, scale=1.0, softcap=None, temperature=1.0):
     options = {"logit_scale": scale, "softcap": softcap, "temperature": temperature}
-    return lambda h, w, b: linear_logprobs(h, w, target, b, entropy=True, **options)
+    return lambda h, w, b: linear_logprobs(h, w, target, b, return_entropy=True, **options)
 
 
 def upstream(tokens, outputs=2):
@@ -120,7 +120,7 @@ def test_classes_of_probability_zero():
 def test_no_token_counts():
     target = torch.full((41,), 7)
     hidden, weight, bias = (t.requires_grad_() for t in make(41, 37, 5))
-    out = linear_logprobs(hidden, weight, target, bias, ignore_index=7, entropy=True)
+    out = linear_logprobs(hidden, weight, target, bias, ignore_index=7, return_entropy=True)
     (out[0] + out[1]).sum().backward()
     for t in (*out, hidden.grad, weight.grad, bias.grad):
         assert not t.any()
@@ -288,7 +288,7 @@ def test_memory(entropy, monkeypatch):
     target = targets(tokens, vocabulary)
 
     def step():
-        out = linear_logprobs(hidden, weight, target, entropy=entropy)
+        out = linear_logprobs(hidden, weight, target, return_entropy=entropy)
         (out[0].sum() + out[1].sum() if entropy else out.sum()).backward()
 
     of_16_bit_logits = 2 * tokens * vocabulary
@@ -330,5 +330,5 @@ def test_a_frozen_head_needs_no_gradient_of_its_size():
 )
 def test_errors(changed, error, message):
     arguments = {"hidden": torch.zeros(4, 5), "weight": torch.zeros(7, 5), "target": torch.zeros(4).long()}
-    with pytest.raises(error, match="bigkernels.linear_logprobs: " + message):
+    with pytest.raises(error, match="bigkernels.functional.linear_logprobs: " + message):
         linear_logprobs(**{**arguments, **changed})

@@ -41,7 +41,7 @@ CASES = {
     "linear_cross_entropy, in chunks": (
         _loss(B.linear_cross_entropy, reduction="none", label_smoothing=0.1, softcap=9.0), LABELS),
     "linear_logprobs": (
-        lambda x, w, b: torch.stack(B.linear_logprobs(x, w, b["target"], entropy=True)), {"target": _labels}),
+        lambda x, w, b: torch.stack(B.linear_logprobs(x, w, b["target"], return_entropy=True)), {"target": _labels}),
     "linear_distillation": (
         _distilled,
         {"mask": lambda: torch.rand(TOKENS) < 0.6, "log_p": lambda: torch.randn(TOKENS, 3) - 9,

@@ -170,7 +170,7 @@ def test_who_switched_fused_attention_off_gets_ours(device):
 def test_wrong_arguments_are_named_as_elsewhere(device, broken):
     device((9, 0))
     given = dict(zip("qkv", heads(), strict=True)) | {n: torch.ones(s, dtype=BF16) for n, s in broken.items()}
-    with pytest.raises(ValueError, match="bigkernels.attention: "):
+    with pytest.raises(ValueError, match="bigkernels.functional.attention: "):
         functional.attention(**given)
 
 
