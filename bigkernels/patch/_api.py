@@ -201,7 +201,7 @@ def _plan(model: nn.Module, flags: dict[str, bool | str | None], verify: bool) -
         if source is None or isinstance(module, torch.jit.ScriptModule):
             continue
         chosen = []
-        for name, (rule, site) in _sites(type(module)).items():
+        for name, (rule, site) in _sites(type(module), type(module).forward).items():
             if flags[rule.flag]:
                 with probing_on(device_of(module, model)):
                     fit = _attempt(report, path, functools.partial(_check_site, site, module, source, plan))
@@ -227,7 +227,7 @@ def _plan(model: nn.Module, flags: dict[str, bool | str | None], verify: bool) -
 
 
 @functools.lru_cache(maxsize=512)
-def _sites(cls: type) -> dict:
+def _sites(cls: type, forward: Any) -> dict:  # by both: a class's forward may be replaced between two calls of `patch`
     return all_sites(find_source(cls).fresh(), SOURCE_RULES)
 
 

@@ -8,24 +8,26 @@ from __future__ import annotations
 import importlib
 import sys
 import types
+from typing import Any
 
+from ._own import followed
 from ._source import all_sites, find_source, rewrite
 
-_functions: dict[tuple[type, str], types.FunctionType] = {}
+_functions: dict[tuple[type, Any, str], Any] = {}
 
 
 def rewritten(cls: type, sites: tuple[str, ...]) -> types.FunctionType:
     """The forward of `cls` with the named sites replaced; one function object for equal arguments."""
-    key = (cls, ",".join(sites))
+    key = (cls, cls.forward, ",".join(sites))
     function = _functions.get(key)
     if function is None:
         from .rules import SOURCE_RULES
 
         source = find_source(cls).fresh()
         found = all_sites(source, SOURCE_RULES)
-        function = rewrite(source, [found[name][1] for name in sites])
+        function = followed(rewrite(source, [found[name][1] for name in sites]), cls)
         function.__module__ = __name__
-        function.__qualname__ = f"{cls.__module__}:{cls.__qualname__}:{key[1]}".replace(".", "/")
+        function.__qualname__ = f"{cls.__module__}:{cls.__qualname__}:{key[2]}".replace(".", "/")
         _functions[key] = function
     return function
 

@@ -77,10 +77,13 @@ def call(helper: str, *args: ast.expr, **keywords: ast.expr) -> ast.Call:
     return ast.Call(ast.Name(helper, ast.Load()), list(args), [ast.keyword(k, v) for k, v in keywords.items()])
 
 
-@functools.lru_cache(maxsize=512)
 def find_source(cls: type) -> Source | None:
     """The source of `cls.forward`, or None where there is no Python source to read."""
-    function = inspect.getattr_static(cls, "forward", None)
+    return _source_of(inspect.getattr_static(cls, "forward", None))
+
+
+@functools.lru_cache(maxsize=512)
+def _source_of(function: Any) -> Source | None:
     wrappers = []
     while isinstance(function, types.FunctionType) and hasattr(function, "__wrapped__"):
         wrappers.append(function)

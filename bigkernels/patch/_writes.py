@@ -10,6 +10,7 @@ import ast
 import functools
 import types
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -20,7 +21,7 @@ def written_after(model: nn.Module) -> set[nn.Module]:
     """The modules, with all inside of them, that some function of the model gives a tensor to which it then writes."""
     found: set[nn.Module] = set()
     for module in model.modules():
-        for path in _calls(type(module)):
+        for path in _calls(type(module), type(module).forward):
             target = None if path is None else resolve(module, list(path))
             if isinstance(target, types.MethodType) and not _hands_on(type(module), path[0]):
                 continue
@@ -30,10 +31,10 @@ def written_after(model: nn.Module) -> set[nn.Module]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _calls(cls: type) -> frozenset[tuple[str, ...] | None]:
+def _calls(cls: type, forward: Any) -> frozenset[tuple[str, ...] | None]:
     """Paths from self of what is called with a tensor that is written to later; None for an unknown one.
 
-    In forward and in the methods that it calls.
+    In forward and in the methods that it calls. The class's forward, which may be replaced, is part of the key.
     """
     return frozenset().union(*(_calls_in(source) for source in methods(cls, "forward")))
 

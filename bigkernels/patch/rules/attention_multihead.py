@@ -38,7 +38,8 @@ def forward(
     reason = reason or _refusal(module, query, key, value, key_padding_mask, attn_mask, is_causal)
     if reason is not None:
         log_fallback("MultiheadAttention", reason)
-        return _ORIGINAL(module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
+        own = type(module).forward
+        return own(module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
                          is_causal)  # fmt: skip
     return _compute(module, query, key, value, key_padding_mask, attn_mask, is_causal), None
 
@@ -49,7 +50,9 @@ forward.__signature__ = inspect.signature(_ORIGINAL)
 def _refusal(
     module: nn.MultiheadAttention, q: Any, k: Any, v: Any, padding: Any, mask: Any, causal: bool
 ) -> str | None:
-    """Why the class's own forward serves a call, or has to say what is wrong with it."""
+    """Why the class's own forward runs for a call, or has to say what is wrong with it."""
+    if type(module).forward is not _ORIGINAL:
+        return "the class's forward was replaced"
     masks = [m for m in (padding, mask) if m is not None]
     weights = [p for p in (*module._parameters.values(), *module.out_proj._parameters.values()) if p is not None]
     if not plain(q, k, v, *masks, *weights):

@@ -17,6 +17,7 @@ from ... import functional
 from ...ops.glu import ACTIVATIONS
 from .._device import probe_device
 from .._isolated import sandbox
+from .._own import Own
 from .._rule import Fit, Plan, Site, Skip, SourceRule, Write
 from .._source import Source, call, resolve
 from .._verify import Probes, compare, doubled, gradients, plain
@@ -42,7 +43,9 @@ def activate(act: Any, gate: Any, approximate: str | None = None) -> Any:
     Two steps, so that whatever the original would have called is called in the original's order.
     """
     if isinstance(act, nn.Module):
-        name = act.__dict__.get("_bigkernels_activation") if unobserved(act) else None
+        name, own = act.__dict__.get("_bigkernels_activation", (None, None)) if unobserved(act) else (None, None)
+        if own is not None and not own.holds(act):
+            name = None
     else:
         name = _functions.get((act, approximate))
     if name is not None and plain(gate) and gate.is_floating_point():
@@ -202,7 +205,7 @@ def _check(target: Any, approximate: str | None):
             name, error = (
                 plan.memory[act] if act in plan.memory else plan.memory.setdefault(act, _name(act, approximate))
             )
-            return Fit(f"glu ({name})", error, (Write(act, "_bigkernels_activation", name),))
+            return Fit(f"glu ({name})", error, (Write(act, "_bigkernels_activation", (name, Own(type(act)))),))
         elif callable(act) and _is_known(act):
             name, error = _name(act, approximate)
             _functions[act, approximate] = name

@@ -14,9 +14,11 @@ from ...nn.linear import linear_by_packed, may_pay, pays
 from .._rule import Fit, ModuleRule, Plan, Skip, Write
 from .._verify import Probes, compare, doubled, gradients, outputs_only, plain
 
+_ORIGINAL = nn.Linear.forward
+
 
 def _fits(module: nn.Linear, x: Any) -> bool:
-    if type(module) is not nn.Linear:  # another class since
+    if type(module) is not nn.Linear or nn.Linear.forward is not _ORIGINAL:  # another class, or another forward, since
         return False
     weight, bias = module.weight, module.bias
     if not isinstance(x, Tensor) or not plain(x, weight) or (bias is not None and not plain(bias)):
@@ -45,7 +47,7 @@ WRITTEN = (forward, in_inference)  # what stands for the forward of a layer that
 
 
 def _plan(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear or nn.Linear.forward is not _ORIGINAL:
         return None
     weight, bias = module.weight, module.bias
     asked = plan.linear is True

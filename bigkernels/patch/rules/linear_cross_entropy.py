@@ -37,6 +37,9 @@ _FEATURES = 8  # of the head that is checked, whose vocabulary is the model's
 _HELPER, _HIDDEN = "_bigkernels_logits", "_bigkernels_hidden"
 
 
+_FORWARDS = {cls: cls.forward for cls in (nn.Linear, Linear, QuantizedLinear)}
+
+
 def logits(module: nn.Module, labels: Any, head: Any, hidden: Any) -> Any:
     """head(hidden), or what stands for it where the model is in training and nobody observes the head."""
     if labels is not None and module.training and torch.is_grad_enabled() and not _traced():
@@ -60,9 +63,12 @@ def _weight(head: Any) -> Any:
     held = getattr(head, "__dict__", {}).get("forward")
     if held is not None and not (type(held) is functools.partial and held.func in linear.WRITTEN):
         return None
-    if type(head) in (nn.Linear, Linear):
+    kind = type(head)
+    if kind not in _FORWARDS or kind.forward is not _FORWARDS[kind]:
+        return None
+    if kind is not QuantizedLinear:
         return head.weight if plain(head.weight) else None
-    if type(head) is QuantizedLinear and not head.config.dynamic and plain(*head.qweight.tensors.values()):
+    if not head.config.dynamic and plain(*head.qweight.tensors.values()):
         return head.qweight
     return None
 

@@ -71,6 +71,9 @@ def _kernel(logits: Tensor | Logits, target: Tensor, weight: Tensor | None = Non
     return functional.cross_entropy(logits, target, weight, **options)
 
 
+_ORIGINAL = nn.CrossEntropyLoss.forward
+
+
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """Takes the place of the class where a forward makes its own loss."""
 
@@ -79,6 +82,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 def module_forward(module: nn.CrossEntropyLoss, input: Tensor, target: Tensor) -> Tensor:
+    if nn.CrossEntropyLoss.forward is not _ORIGINAL:  # replaced since
+        return nn.CrossEntropyLoss.forward(module, input, target)
     return cross_entropy(input, target, module.weight, ignore_index=module.ignore_index, reduction=module.reduction,
                          label_smoothing=module.label_smoothing)  # fmt: skip
 
@@ -218,7 +223,7 @@ def _refuse(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _plan_module(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
-    if type(module) is not nn.CrossEntropyLoss:
+    if type(module) is not nn.CrossEntropyLoss or nn.CrossEntropyLoss.forward is not _ORIGINAL:
         return None
     return Write(module, "forward", functools.partial(module_forward, module)), Fit("cross_entropy", _error(plan))
 

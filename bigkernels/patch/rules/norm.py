@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ... import functional
 from .._device import probe_device
 from .._isolated import sandbox
+from .._own import Own
 from .._rule import Fit, ModuleRule, Plan, Skip, Write
 from .._source import find_source
 from .._verify import Probes, compare, doubled, gradients, outputs_only, plain
@@ -26,6 +27,7 @@ class Norm(NamedTuple):
     bias: bool
     size: int | None  # of the last dimension where no weight tells it; None accepts any
     autocast: bool  # whether a 16-bit input gives an output of its dtype under autocast too
+    own: Own | None = None  # what the module's class had for it
     copies: bool = False  # whether the input may be written to before backward, which the module's own code allows
 
     @property
@@ -73,7 +75,7 @@ def default_eps(dtype: torch.dtype) -> float:
 
 def forward(module: nn.Module, norm: Norm, *args: Any, **kwargs: Any) -> Any:
     """Takes the place of a norm's forward: the kernel where it fits the call, the class's own code elsewhere."""
-    if len(args) != 1 or kwargs or not norm.fits(module, args[0]):
+    if len(args) != 1 or kwargs or not norm.own.holds(module) or not norm.fits(module, args[0]):
         return type(module).forward(module, *args, **kwargs)
     return norm.compute(module, args[0])
 
@@ -82,7 +84,8 @@ def current(module: Any) -> Norm | None:
     """What a module computes if `patch` serves it and nothing was put around it since; None otherwise."""
     function = getattr(module, "forward", None)
     if type(function) is functools.partial and function.func is forward and function.args[0] is module:
-        return function.args[1]
+        norm = function.args[1]
+        return norm if norm.own.holds(module) else None
     return None
 
 
@@ -135,6 +138,7 @@ def _fingerprint(module: nn.Module) -> tuple:
 
 
 def _identify(module: nn.Module, verify: bool) -> tuple[Norm, float]:
+    own = Own(type(module))
     module = sandbox(module)
     parameters = {name: p for name, p in module._parameters.items() if p is not None}
     for p in parameters.values():
@@ -149,13 +153,13 @@ def _identify(module: nn.Module, verify: bool) -> tuple[Norm, float]:
     device = probe_device()
     size, fixed = _size(module, parameters)
     norm = _hypothesis(module, parameters, device, size, fixed)
-    own = {torch.float32, torch.bfloat16, *(p.dtype for p in parameters.values())} - {torch.float64}
+    dtypes = {torch.float32, torch.bfloat16, *(p.dtype for p in parameters.values())} - {torch.float64}
     error = 0.0
-    for dtype in sorted(own, key=str) if verify else (torch.float32,):
+    for dtype in sorted(dtypes, key=str) if verify else (torch.float32,):
         error = max(error, _check(module, parameters, norm, device, dtype, size, gradients if verify else outputs_only))
     if verify and fixed is None and not parameters:
         error = max(error, _check(module, parameters, norm, device, torch.float32, size + 32, gradients))
-    return norm._replace(autocast=_keeps_dtype(module, parameters, device, size)), error
+    return norm._replace(autocast=_keeps_dtype(module, parameters, device, size), own=own), error
 
 
 def _size(module: nn.Module, parameters: dict[str, Tensor]) -> tuple[int, int | None]:
