@@ -1,6 +1,6 @@
 """bigkernels: kernels that make large models train, fine-tune and run faster in less memory."""
 
-from . import checkpointing, functional, losses, memory, nn, optim, quantization
+from . import checkpointing, functional, losses, memory, nn, optim, quantization, triton
 from ._info import info
 from ._memory import reuse_memory
 from ._version import __version__
@@ -42,6 +42,8 @@ __all__ = [
     "unpatch",
     "use",
 ]
+
+triton.register()  # after the definitions of the operators
 
 
 def __getattr__(name: str):

@@ -32,6 +32,7 @@ __all__ = [
     "TorchDispatchMode",
     "autocast_anywhere",
     "backward_pass",
+    "below_autograd",
     "calls_go_through_instances",
     "counting_writes",
     "cuda_device",
@@ -41,6 +42,7 @@ __all__ = [
     "empty_cuda",
     "function_modes",
     "is_jit_tracing",
+    "is_profiled",
     "is_traceable_wrapper_subclass",
     "is_transformed",
     "storage_users",
@@ -61,6 +63,8 @@ dispatch_modes = torch._C._len_torch_dispatch_stack
 function_modes = torch._C._len_torch_function_stack
 autocast_anywhere = torch._C._is_any_autocast_enabled
 is_jit_tracing = torch._C._is_tracing
+is_profiled = torch._C._autograd._profiler_enabled
+below_autograd = torch._C._AutoDispatchBelowAutograd
 without_dispatch_modes = torch._C._DisableTorchDispatch
 storage_users = torch._C._storage_Use_Count
 without_functions = torch._C.DisableTorchFunction  # subclasses and modes

@@ -16,7 +16,7 @@ from bigkernels.ops._registry import KERNEL_DTYPES, Implementation
 from bigkernels.ops.compress import OPERATOR as CODES
 from bigkernels.ops.grouped_linear import OPERATOR as EXPERTS
 from bigkernels.triton import OPERATORS as KERNELS
-from bigkernels.triton import launchers
+from bigkernels.triton import launchers, play_directly
 
 
 class _OnCpu(Implementation):
@@ -35,8 +35,10 @@ def launchers_take_cpu_tensors(dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) 
             operator._choices.clear()
             operator._on_cpu.clear()
 
-    for name, launcher in launchers().items():
+    found = launchers()
+    for name, launcher in found.items():
         library.impl(name, launcher, "CPU", allow_override=True)
+    bound = play_directly(found, on_cpu=True)
     for name in KERNELS:
         ours = [i.name for i in before[name] if i.name in ("triton", "gluon")]
         operators[name].implementations = tuple(_OnCpu(kind, "cpu", dtypes=dtypes) for kind in ours)
@@ -44,6 +46,8 @@ def launchers_take_cpu_tensors(dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) 
     try:
         yield
     finally:
+        for module, name, overload in bound:
+            setattr(module, name, overload)
         for name, operator in operators.items():
             operator.implementations = before[name]
         forget()

@@ -15,8 +15,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from bigkernels import functional, use
 from bigkernels._samples import SAMPLES
-from bigkernels.triton import _launch, _prepared
-from bigkernels.triton._prepared import _Tape, prepared
+from bigkernels.triton import _launch, _prepared, _tape
+from bigkernels.triton._prepared import prepared
+from bigkernels.triton._tape import Tape
+
+BF16 = torch.bfloat16
 
 # ---- launchers of kernels that are ctypes: their results are compared ------------------------------------------------
 
@@ -48,7 +51,7 @@ def run(x, y, z, stream, function, metadata, launch_metadata, enter, leave, a, b
 def driver(monkeypatch):
     """A driver that knows one stream, so that tapes can be played."""
     active = SimpleNamespace(get_current_stream=lambda device: 0)
-    monkeypatch.setattr(_prepared, "_driver", lambda: active)
+    monkeypatch.setattr(_tape, "_driver", lambda: active)
     ran.clear()
 
 
@@ -69,8 +72,8 @@ def both(launcher, *calls):
     return wrapped
 
 
-def played(wrapped) -> list[_Tape]:
-    return [t for t in wrapped.tapes.values() if isinstance(t, _Tape)]
+def played(wrapped) -> list[Tape]:
+    return [t for t in wrapped.tapes.values() if isinstance(t, Tape)]
 
 
 def test_arguments_may_be_one_tensor_or_two():
@@ -95,7 +98,7 @@ def test_views_are_pointers_into_what_they_view():
         return out
 
     tape = played(both(launcher, (torch.randn(2, 3), torch.randn(12)), (torch.randn(2, 3), torch.randn(12))))[0]
-    assert [type(step).__name__ for step in tape.steps] == ["_New", "_Launched", "_Launched"]
+    assert [type(step).__name__ for step in tape.steps] == ["New", "Launched", "Launched"]
 
 
 def test_an_allocation_that_is_returned_transposed_is_made_so():
@@ -105,7 +108,7 @@ def test_an_allocation_that_is_returned_transposed_is_made_so():
         return out.transpose(0, 1), a.new_empty(0)
 
     tape = played(both(launcher, (torch.randn(6),)))[0]
-    assert [type(step).__name__ for step in tape.steps] == ["_New", "_Launched", "_New"]
+    assert [type(step).__name__ for step in tape.steps] == ["New", "Launched", "New"]
 
 
 def test_operators_of_torch_are_done_again():
@@ -121,7 +124,7 @@ def test_operators_of_torch_are_done_again():
 
     calls = [(torch.randn(6)[::2], torch.randn(3)) for _ in range(3)]
     tape = played(both(launcher, *calls))[0]
-    assert sum(type(step).__name__ == "_New" for step in tape.steps) == 1  # not the unused one
+    assert sum(type(step).__name__ == "New" for step in tape.steps) == 1  # not the unused one
 
 
 def test_what_reads_a_value_is_never_repeated():
@@ -214,6 +217,148 @@ def test_results_of_inference_are_inference_tensors():
     assert not wrapped(torch.randn(4)).is_inference()
 
 
+# ---- without the dispatcher ------------------------------------------------------------------------------------------
+
+
+def doubled(a: Tensor, b: Tensor | None = None, factor: float = 1.0) -> Tensor:
+    out = torch.empty_like(a)
+    add(a, a if b is None else b, out, factor)
+    return out
+
+
+@pytest.fixture
+def direct():
+    """A launcher with a tape, called without the dispatcher; what an operator would get is noted in `asked`."""
+    wrapped = prepared(doubled)
+    for _ in range(3):
+        wrapped(torch.ones(4))
+        wrapped(torch.ones(4), torch.ones(4))
+    assert len(played(wrapped)) == 2
+    asked: list[tuple] = []
+
+    def overload(*args):
+        asked.append(args)
+        return wrapped(*args)
+
+    call = wrapped.direct(overload)
+    call.asked = asked
+    return call
+
+
+def test_a_tape_is_played_without_the_dispatcher(direct):
+    a, b = torch.randn(2, 4)
+    assert torch.equal(direct(a), 2 * a) and torch.equal(direct(a, b), a + b)
+    assert torch.equal(direct(torch.nn.Parameter(a)), 2 * a) and not direct(a).requires_grad
+    with torch.inference_mode():
+        assert direct(a).is_inference()
+    assert not direct.asked
+
+
+def test_another_layout_goes_to_the_dispatcher(direct):
+    direct(torch.ones(5))
+    direct(torch.ones(4), torch.ones(4), 2.0)
+    assert len(direct.asked) == 2
+
+
+class _Subclass(Tensor):
+    pass
+
+
+class _Dispatch(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class _Function(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def _profiler():
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+
+@pytest.mark.parametrize("mode", [_Dispatch, _Function, _profiler])
+def test_who_looks_sees_the_operator(direct, mode):
+    a = torch.randn(4)
+    with mode():
+        direct(a)
+    assert len(direct.asked) == 1
+    assert torch.equal(direct(a), 2 * a) and len(direct.asked) == 1
+
+
+@pytest.mark.parametrize("tensor", [
+    torch.view_as_complex(torch.ones(4, 2)).conj().imag,  # negative where it is read, not in memory
+    torch.ones(4).as_subclass(_Subclass), torch.ones(4).to_sparse(), torch._efficientzerotensor(4),
+    torch.nested.nested_tensor([torch.ones(4)]),
+], ids=["negative", "subclass", "sparse", "zero", "nested"])  # fmt: skip
+def test_tensors_that_are_not_their_memory_go_to_the_dispatcher(tensor):
+    wrapped, asked = prepared(doubled), []
+    alike = torch.ones(4, 2)[:, 1] if tensor.is_neg() else torch.ones(4)
+    for _ in range(3):
+        wrapped(alike)
+    assert played(wrapped)
+    wrapped.direct(lambda *args: asked.append(args))(tensor)
+    assert len(asked) == 1
+
+
+def test_tensors_that_a_transform_wraps_go_to_the_dispatcher(direct):
+    asked = []
+    call = prepared(doubled).direct(lambda x: asked.append(x) or x)
+    torch.vmap(call)(torch.ones(2, 4))
+    torch.func.grad(lambda x: call(x).sum())(torch.ones(4))
+    assert len(asked) == 2
+
+
+def test_hooks_of_triton_go_to_the_dispatcher(direct):
+    from triton import knobs
+
+    def hook(metadata):
+        pass
+
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        direct(torch.ones(4))
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert len(direct.asked) == 1
+
+
+def test_no_gradient_goes_through_what_a_tape_calls():
+    def launcher(a, weight):
+        out = torch.empty_like(a)
+        add(a, weight.float(), out)
+        return out, (weight * 2).sum(0, keepdim=True)
+
+    wrapped, weight = prepared(launcher), torch.ones(4, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        wrapped(torch.ones(4), weight.detach())
+    out, total = wrapped.direct(None)(torch.ones(4), weight)
+    assert out.tolist() == [2.0] * 4 and not total.requires_grad and total.item() == 8
+
+
+def test_graphs_hold_the_operator(device_free):
+    x, weight, graphs = torch.ones(2, 64, dtype=BF16), torch.ones(64, dtype=BF16), []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    with torch.no_grad(), use("triton"):
+        for _ in range(3):
+            functional.rms_norm(x, weight)
+        torch.compile(lambda x: functional.rms_norm(x, weight), backend=keep, fullgraph=True)(x)
+    assert [n.target for n in graphs[0].graph.nodes if "bigkernels" in str(n.target)] == [
+        torch.ops.bigkernels.rms_norm.default
+    ]
+
+
+def test_names_are_bound_again_after_the_driver():
+    from bigkernels.ops import rms_norm as file
+
+    assert isinstance(file._infer, torch._ops.OpOverload)
+
+
 # ---- the package's launchers, with a driver that launches nothing ----------------------------------------------------
 
 
@@ -292,9 +437,6 @@ def _steps_of_python(call) -> int:
     return min(counts)
 
 
-BF16 = torch.bfloat16
-
-
 def _usual_calls():
     """A token of a Llama of 8 billion parameters."""
     x, w = torch.ones(1, 1, 4096, dtype=BF16), torch.ones(4096, dtype=BF16)
@@ -304,13 +446,13 @@ def _usual_calls():
     cache = torch.ones(1, 8, 1024, 128, dtype=BF16)
     qweight = functional.quantize_weight(torch.randn(256, 4096), "int4")
     return {
-        "rms_norm": (lambda: functional.rms_norm(x, w), 52),
-        "rms_norm with residual": (lambda: functional.rms_norm(x, w, residual=x), 66),
-        "layer_norm": (lambda: functional.layer_norm(x, w, w), 58),
-        "glu": (lambda: functional.glu(g, g), 44),
-        "rope": (lambda: functional.rope(q, k, angles, angles), 65),
-        "decode attention": (lambda: functional.attention(q, cache, cache), 106),
-        "quantized_linear": (lambda: functional.quantized_linear(x, qweight), 92),
+        "rms_norm": (lambda: functional.rms_norm(x, w), 40),
+        "rms_norm with residual": (lambda: functional.rms_norm(x, w, residual=x), 46),
+        "layer_norm": (lambda: functional.layer_norm(x, w, w), 46),
+        "glu": (lambda: functional.glu(g, g), 38),
+        "rope": (lambda: functional.rope(q, k, angles, angles), 50),
+        "decode attention": (lambda: functional.attention(q, cache, cache), 60),
+        "quantized_linear": (lambda: functional.quantized_linear(x, qweight), 70),
     }
 
 

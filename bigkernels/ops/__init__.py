@@ -2,7 +2,6 @@
 
 import torch
 
-from .. import triton
 from .._load import cpu_library, cuda_library
 from . import (
     attention,
@@ -31,7 +30,6 @@ torch.library.define("bigkernels::thresholds", "(int grain, int stream) -> (int,
 if cpu_library().reason is None:
     torch.ops.bigkernels.cpu_isa()  # an unknown BIGKERNELS_CPU_ISA is an error now, not at some first call
 cuda_library()
-triton.register()
 for operator in OPERATORS.values():
     operator.prepare(None)
 

@@ -112,7 +112,8 @@ def _is_routed(capability: _routes.Capability) -> bool:
     return _routes.find("quantized_linear", CALL, capability).by == "cuda" and unavailable() is None
 
 
-def _is_chosen(x: Tensor) -> bool:
+def is_chosen(x: Tensor) -> bool:
+    """Whether these kernels come first, by the table of routes or by `use`."""
     forced = _registry._forced
     if forced is not None:
         return forced == "cuda"
@@ -158,7 +159,7 @@ def before(launcher: Callable) -> Callable:
     """`quantized_linear_fwd` on GPUs: these kernels where the table of routes or `use` says so, else the launcher."""
 
     def call(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynamic, wide=False):
-        if x.numel() and len(codes) and _is_chosen(x):
+        if x.numel() and len(codes) and is_chosen(x):
             forced = _registry._forced == "cuda"
             why = refusal(x, bias, group, kind, k, dynamic)
             if why is None:

@@ -145,6 +145,12 @@ class Operator:
             served = self._on_cpu.get((x.dtype, _forced))
             if served is None:
                 served = self._on_cpu[x.dtype, _forced] = self.choose(x) != "reference"
+        elif x.is_cuda:
+            index = x.get_device()
+            for t in others:
+                if t is not None and (not t.is_cuda or t.get_device() != index):
+                    return False
+            served = (self._choices.get(("cuda", x.dtype, _forced)) or self.choose(x)) != "reference"
         else:
             for t in others:
                 if t is not None and t.device != x.device:

@@ -10,8 +10,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from ..ops import _few_tokens
+
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 OPERATORS = (
     "rms_norm", "layer_norm", "rope", "glu", "cross_entropy", "attention", "varlen_attention", "decode_attention",
@@ -19,43 +24,85 @@ OPERATORS = (
 )  # fmt: skip
 
 
-def _launcher(operator: str, direction: str) -> Callable:
-    found = None
+class _Launcher:
+    """The launcher of a raw operator; its file is loaded by the first call."""
 
-    def call(*args):
-        nonlocal found
-        if found is None:
+    def __init__(self, operator: str, direction: str) -> None:
+        self._operator, self._direction = operator, direction
+        self._found: Callable | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self._found is None:
             from ._prepared import prepared
 
-            found = prepared(getattr(importlib.import_module("." + operator, __name__), direction))
-        return found(*args)
+            module = importlib.import_module("." + self._operator, __name__)
+            self._found = prepared(getattr(module, self._direction))
+        return self._found(*args)
 
-    return call
+    def direct(self, overload: Callable) -> Callable | None:
+        """What plays this launcher's tapes without the dispatcher; None where there are none yet."""
+        made = getattr(self._found, "direct", None)
+        return None if made is None else made(overload)
 
 
-def launchers() -> dict[str, Callable]:
+def launchers() -> dict[str, _Launcher]:
     """The launcher of each raw operator of OPERATORS."""
     found = {
-        "append_kv_": _launcher("decode_attention", "append"),
-        "decompress": _launcher("compress", "decompress"),
-        "cross_entropy_bwd_": _launcher("cross_entropy", "backward_over"),
-        "cross_entropy_predict": _launcher("cross_entropy", "predict"),
-        "grouped_linear_weight_bwd": _launcher("grouped_linear", "weight_backward"),
+        "append_kv_": _Launcher("decode_attention", "append"),
+        "decompress": _Launcher("compress", "decompress"),
+        "cross_entropy_bwd_": _Launcher("cross_entropy", "backward_over"),
+        "cross_entropy_predict": _Launcher("cross_entropy", "predict"),
+        "grouped_linear_weight_bwd": _Launcher("grouped_linear", "weight_backward"),
     }
     for operator in OPERATORS:
         for suffix, direction in (("_fwd", "forward"), ("_bwd", "backward"), ("", "infer")):
             if hasattr(torch.ops.bigkernels, operator + suffix):  # not every operator has all forms
-                found[operator + suffix] = _launcher(operator, direction)
+                found[operator + suffix] = _Launcher(operator, direction)
     return found
+
+
+def _directly(overload: Callable, launcher: _Launcher, on_cpu: bool) -> Callable:
+    """A raw operator's overload, behind what plays the tapes of its launcher."""
+    direct, first = None, -1 if on_cpu else 0
+    has_others = overload.name() == "bigkernels::quantized_linear_fwd"
+
+    def call(*args: Any) -> Any:
+        nonlocal direct
+        if _is_dynamo_compiling() or args[0].get_device() < first:
+            return overload(*args)
+        if direct is None:
+            direct = launcher.direct(overload)
+            if direct is None:
+                return overload(*args)
+        if has_others and _few_tokens.is_chosen(args[0]):
+            return overload(*args)
+        return direct(*args)
+
+    return call
+
+
+def play_directly(found: dict[str, _Launcher], on_cpu: bool = False) -> list[tuple[Any, str, Callable]]:
+    """Bind the names of raw operators in the files of `ops` to what plays tapes without the dispatcher.
+    Returns what was bound before: (module, name, overload).
+    """
+    before = []
+    for operator in OPERATORS:
+        module = importlib.import_module(f"..ops.{operator}", __name__)
+        for name, overload in list(vars(module).items()):
+            if isinstance(overload, torch._ops.OpOverload):
+                launcher = found.get(overload.name().removeprefix("bigkernels::"))
+                if launcher is not None:
+                    before.append((module, name, overload))
+                    setattr(module, name, _directly(overload, launcher, on_cpu))
+    return before
 
 
 def register() -> None:
     """Register the launchers for CUDA tensors, where this torch and this environment could run them."""
     if not torch.backends.cuda.is_built() or importlib.util.find_spec("triton") is None:
         return
-    from ..ops import _few_tokens
-
     found = launchers()
-    found["quantized_linear_fwd"] = _few_tokens.before(found["quantized_linear_fwd"])
     for name, launcher in found.items():
-        torch.library.impl(f"bigkernels::{name}", "CUDA")(launcher)
+        before = _few_tokens.before(launcher) if name == "quantized_linear_fwd" else launcher
+        torch.library.impl(f"bigkernels::{name}", "CUDA")(before)
+    play_directly(found)

@@ -3,8 +3,11 @@
 A launcher is a straight line once shapes, strides, dtypes, devices, alignments and scalars are known: it allocates, it
 launches, and it may call a few operators of torch. Yet every call checks arguments, chooses tiles and lets Triton look
 at each argument of each kernel (7 us a launch). The second call of a layout is therefore watched, by a dispatch mode
-that sees operators and by `launch`, which says what it launched; from the third on, a `_Tape` does the same with other
+that sees operators and by `launch`, which says what it launched; from the third on, a `Tape` does the same with other
 tensors. A launcher that does what no tape can repeat, as reading a value from the device, is called as before.
+
+Where nothing stands between a call and its launcher (no mode, no subclass, no profiler), a tape is played without the
+dispatcher, which takes 2.5 us to arrive here.
 """
 
 from __future__ import annotations
@@ -14,15 +17,16 @@ import inspect
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.nn import Parameter
 
-from .._torch_private import TorchDispatchMode, cuda_device, dispatch_modes, empty_cpu, empty_cuda
+from .._torch_private import TorchDispatchMode, dispatch_modes, function_modes, is_profiled
 from ..ops import _registry
+from ._tape import Call, Launched, New, Source, Tape, Value, reads, renumbered
 
 _MOST = 512  # layouts that a launcher remembers; then those that were noted first are forgotten
 # How Triton launches what it has compiled, and tapes do; a release that does it in another way gets none.
@@ -35,94 +39,8 @@ _watching = threading.local()
 _deterministic = torch.are_deterministic_algorithms_enabled
 
 
-def _driver() -> Any:
-    return triton.runtime.driver.active
-
-
 class _Unrepeatable(Exception):
     """A launcher does something that depends on more than the layout of its arguments."""
-
-
-class _Value(NamedTuple):
-    """A tensor in a tape: an argument, or what a step made."""
-
-    index: int
-
-
-class _New(NamedTuple):
-    """An allocation."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class _Call(NamedTuple):
-    """A call of an operator of torch, whose result, if any, is the next value."""
-
-    function: Callable
-    args: tuple
-    kwargs: dict[str, Any]
-    several: bool  # whether it returns a tuple
-    made: int  # tensors that it returns
-
-
-class _Launched(NamedTuple):
-    """A launch: the kernel as it was compiled, its grid and its arguments; at `pointers` (place, value, offset)."""
-
-    run: Callable
-    grid: tuple[int, int, int]
-    function: int
-    metadata: Any
-    args: list
-    pointers: tuple[tuple[int, int, int], ...]
-
-
-@dataclass
-class _Tape:
-    """The steps of a launcher, and which values it returns. Value i is argument i, as far as there are arguments."""
-
-    steps: list[_New | _Call | _Launched]
-    results: tuple[int, ...]
-    several: bool
-    device: int
-
-    def play(self, args: tuple, pointers: list[int]) -> Any:
-        """The launcher's result; `pointers` are those of the arguments, 0 for scalars."""
-        values = list(args)
-        device, stream = self.device, None
-        for step in self.steps:
-            kind = type(step)
-            if kind is _New:
-                made = empty_cuda(*step) if device >= 0 else empty_cpu(*step)
-                values.append(made)
-                pointers.append(made.data_ptr())
-            elif kind is _Launched:
-                if stream is None:
-                    stream = _driver().get_current_stream(max(device, 0))
-                run, (x, y, z), function, metadata, given, places = step
-                given = given.copy()
-                for place, value, offset in places:
-                    given[place] = pointers[value] + offset
-                run(x, y, z, stream, function, metadata, None, None, None, *given)
-            else:
-                made = step.function(*_filled(step.args, values), **_filled_by_name(step.kwargs, values))
-                for t in made if step.several else (made,):
-                    values.append(t)
-                    pointers.append(t.data_ptr() if isinstance(t, Tensor) else 0)
-        if self.several:
-            return tuple(values[i] for i in self.results)
-        return values[self.results[0]]
-
-
-def _filled(args: Any, values: list) -> list:
-    return [
-        values[a.index] if type(a) is _Value else _filled(a, values) if isinstance(a, list) else a for a in args
-    ]  # fmt: skip
-
-
-def _filled_by_name(kwargs: dict[str, Any], values: list) -> dict[str, Any]:
-    return dict(zip(kwargs, _filled(kwargs.values(), values), strict=True)) if kwargs else kwargs
 
 
 _ALLOCATIONS = {
@@ -137,13 +55,13 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, args: tuple) -> None:
         super().__init__()
-        self.steps: list[_New | _Call | _Launched] = []
+        self.steps: list[New | Call | Launched] = []
         self.reason: str | None = None  # why no tape can repeat this
         self.held: list[Any] = []  # keeps the tensors alive, so that no other gets the `id` of one
         self.held_apart: list[Tensor] = []  # names of values that have one already
         self.indices: dict[int, int] = {}  # of values, by the `id` of a tensor
         self.roots: dict[int, tuple[int, int]] = {}  # of views, by their index: the value that they look into, bytes
-        self.views: dict[int, _New] = {}  # steps that make views, and what these look like
+        self.views: dict[int, New] = {}  # steps that make views, and what these look like
         for a in args:
             self._value(a)
         self.device = next(t.get_device() for t in args if isinstance(t, Tensor))
@@ -160,7 +78,7 @@ class _Watch(TorchDispatchMode):
             index = self.indices.get(id(value))
             if index is None:
                 raise _Unrepeatable("a tensor that is no argument and was not made here")
-            return _Value(index)
+            return Value(index)
         if isinstance(value, (list, tuple)):
             return [self._known(v) for v in value]
         return value
@@ -184,13 +102,13 @@ class _Watch(TorchDispatchMode):
             raise _Unrepeatable(f"{func} returns no tensors, or takes them to another device")
         if func in _ALLOCATIONS and out.layout is torch.strided and not out.is_pinned():
             self._value(out)
-            self.steps.append(_New(tuple(out.shape), out.stride(), out.dtype))
+            self.steps.append(New(tuple(out.shape), out.stride(), out.dtype))
             return
         if func is torch.ops.aten.detach.default and id(args[0]) in self.indices:
             self.held_apart.append(out)
             self.indices[id(out)] = self.indices[id(args[0])]
             return
-        call = _Call(func, tuple(self._known(args)), {n: self._known(v) for n, v in kwargs.items()}, several,
+        call = Call(func, tuple(self._known(args)), {n: self._known(v) for n, v in kwargs.items()}, several,
                      len(made))  # fmt: skip
         aliased = [r.alias_info for r in func._schema.returns]
         if len(made) == 1 and aliased[0] is not None and not aliased[0].is_write:
@@ -198,7 +116,7 @@ class _Watch(TorchDispatchMode):
             root, offset = self.roots.get(self.indices[id(base)], (self.indices[id(base)], 0))
             moved = made[0].storage_offset() * made[0].element_size() - base.storage_offset() * base.element_size()
             self.roots[len(self.held)] = root, offset + moved
-            self.views[len(self.steps)] = _New(tuple(made[0].shape), made[0].stride(), made[0].dtype)
+            self.views[len(self.steps)] = New(tuple(made[0].shape), made[0].stride(), made[0].dtype)
         self.steps.append(call)
         for t in made:  # what an operator writes to, it returns as another value with the same pointer
             self._value(t)
@@ -222,16 +140,17 @@ class _Watch(TorchDispatchMode):
                 value = None
             given.append(value)
         x, y, z = (*grid, 1, 1)[:3]
-        self.steps.append(_Launched(compiled.run, (x, y, z), compiled.function, compiled.packed_metadata, given,
+        self.steps.append(Launched(compiled.run, (x, y, z), compiled.function, compiled.packed_metadata, given,
                                     tuple(pointers)))  # fmt: skip
 
-    def tape(self, arguments: int, result: Any) -> _Tape | None:
+    def tape(self, arguments: int, result: Any) -> Tape | None:
         """What was noted, without what nothing needs; None where it cannot be repeated."""
         several = isinstance(result, (tuple, list))
         found = [self.indices.get(id(t)) for t in (result if several else (result,))]
         if self.reason is not None or None in found or len(set(found)) < len(found) or min(found) < arguments:
             return None  # what is no new tensor of its own is left to the launcher
-        return _Tape(*self._needed(arguments, found), several, self.device)
+        tensors = tuple(i for i, a in enumerate(self.held[:arguments]) if isinstance(a, Tensor))
+        return Tape(*self._needed(arguments, found), several, self.device, arguments, tensors)
 
     def _needed(self, arguments: int, results: list[int]) -> tuple[list, tuple[int, ...]]:
         """The steps that are needed, and the results, by the values that are left."""
@@ -244,10 +163,10 @@ class _Watch(TorchDispatchMode):
         for at in range(len(self.steps) - 1, -1, -1):
             step, begin = self.steps[at], first[at]
             made = range(begin, begin + self._made(step))
-            if (type(step) is _New or at in self.views) and not needed.intersection(made):
+            if (type(step) is New or at in self.views) and not needed.intersection(made):
                 continue
             kept.insert(0, at)
-            needed |= _reads(step)
+            needed |= reads(step)
         steps = {at: self.steps[at] for at in kept}
         same = self._allocated_as_views(steps, first, results)
         places = {i: i for i in range(arguments)}
@@ -255,19 +174,19 @@ class _Watch(TorchDispatchMode):
             for i in range(first[at], first[at] + self._made(step)):
                 places[i] = len(places)
         places |= {view: places[root] for view, root in same.items()}
-        return [_renumbered(step, places) for step in steps.values()], tuple(places[i] for i in results)
+        return [renumbered(step, places) for step in steps.values()], tuple(places[i] for i in results)
 
     def _allocated_as_views(self, steps: dict[int, Any], first: list[int], results: list[int]) -> dict[int, int]:
         """Where nothing but a view of it reads an allocation, it is made as the view is; {view: allocation}."""
         same = {}
-        calls = [v for step in steps.values() if type(step) is _Call for v in _reads(step)]
+        calls = [v for step in steps.values() if type(step) is Call for v in reads(step)]
         for at, view in self.views.items():
             root, offset = self.roots[first[at]]
-            made = next((i for i, step in steps.items() if first[i] == root and type(step) is _New), None)
+            made = next((i for i, step in steps.items() if first[i] == root and type(step) is New), None)
             if at not in steps or made is None or offset or root in results or calls.count(root) > 1:
                 continue
             whole = steps[made]
-            if _reads(steps[at]) == {root} and (math.prod(whole.shape), whole.dtype) == (
+            if reads(steps[at]) == {root} and (math.prod(whole.shape), whole.dtype) == (
                 math.prod(view.shape), view.dtype
             ):  # fmt: skip
                 steps[made] = view
@@ -277,31 +196,7 @@ class _Watch(TorchDispatchMode):
 
     @staticmethod
     def _made(step: Any) -> int:
-        return step.made if type(step) is _Call else int(type(step) is _New)
-
-
-def _reads(step: Any) -> set[int]:
-    if type(step) is _Launched:
-        return {value for _, value, _ in step.pointers}
-    return {v.index for v in _values(step.args) + _values(step.kwargs.values())} if type(step) is _Call else set()
-
-
-def _values(args: Any) -> list[_Value]:
-    found = []
-    for a in args:
-        found += [a] if type(a) is _Value else _values(a) if isinstance(a, list) else []
-    return found
-
-
-def _renumbered(step: Any, places: dict[int, int]) -> Any:
-    def moved(a: Any) -> Any:
-        return _Value(places[a.index]) if type(a) is _Value else [*map(moved, a)] if isinstance(a, list) else a
-
-    if type(step) is _Launched:
-        return step._replace(pointers=tuple((place, places[v], offset) for place, v, offset in step.pointers))
-    if type(step) is _Call:
-        return step._replace(args=tuple(map(moved, step.args)), kwargs={n: moved(a) for n, a in step.kwargs.items()})
-    return step
+        return step.made if type(step) is Call else int(type(step) is New)
 
 
 def note_launch(kernel: Any, grid: tuple[int, ...], compiled: Any, args: tuple, constants: dict) -> None:
@@ -324,55 +219,103 @@ def _can_prepare() -> bool:
     return _RUN in " ".join(inspect.getsource(triton.runtime.jit.JITFunction.run).split())
 
 
-def prepared(launcher: Callable) -> Callable:
-    """A launcher with tapes, by the layout of its arguments."""
-    if not _can_prepare():
-        return launcher
-    tapes: dict[tuple, _Tape | int | None] = {}  # or how often a layout was seen, or None where it has no tape
-    find, tensor, runtime = tapes.get, Tensor, triton.knobs.runtime
+_SCALARS = (type(None), int, float, bool, torch.dtype)
 
-    def call(*args: Any) -> Any:
-        key: list[Any] = [_registry._nondeterministic and not _deterministic(), _registry._forced]
-        pointers: list[int] = []
-        for a in args:
-            if isinstance(a, tensor):
-                pointer = a.data_ptr()
-                pointers.append(pointer)
-                key += (a.shape, a.stride(), a.dtype, a.get_device(), pointer & 15)
-            else:
-                pointers.append(0)
-                key.append(a)
-        key = tuple(key)
-        tape = find(key, 0)
-        if type(tape) is _Tape and not (
-            dispatch_modes() or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
-        ):
-            device = tape.device
-            if device < 0 or device == cuda_device():
-                return tape.play(args, pointers)
-            with torch.cuda.device(device):
-                return tape.play(args, pointers)
-        if type(tape) is not int or dispatch_modes():
-            return launcher(*args)
-        while len(tapes) >= _MOST:
-            tapes.pop(next(iter(tapes)), None)
-        if tape == 0:  # many layouts come once
-            tapes[key] = 1
-            return launcher(*args)
+
+def _reader(kinds: tuple[type, ...], tapes: dict, missed: Callable, direct: bool) -> Callable:
+    """A function of arguments of some types that plays the tape of their layout, or gives the layout and them to
+    `missed`. `direct`: it is called without the dispatcher, for what the dispatcher would have seen to first.
+    """
+    source = Source()
+    named = source.named
+    args = [f"a{i}" for i in range(len(kinds))]
+    tensors = [i for i, kind in enumerate(kinds) if issubclass(kind, Tensor)]
+    registry, runtime = named(_registry), named(triton.knobs.runtime)
+    key = [f"{registry}._nondeterministic and not {named(_deterministic)}()", f"{registry}._forced"]
+    for i, kind in enumerate(kinds):
+        if i in tensors:  # one without memory, which stands for another, has no layout of a tape
+            key += [f"a{i}.shape", f"a{i}.stride()", f"a{i}.dtype", f"a{i}.get_device()", f"p{i} & 15 if p{i} else -1"]
+        elif kind is not type(None):
+            key.append(f"a{i}")
+    watched = [f"{named(dispatch_modes)}()", f"{runtime}.launch_enter_hook.calls", f"{runtime}.launch_exit_hook.calls"]
+    if direct:
+        modes = named(torch.utils._python_dispatch)
+        watched += [f"{modes}._is_in_torch_dispatch_mode", f"{named(function_modes)}()", f"{named(is_profiled)}()",
+                    *(f"a{i}.is_neg()" for i in tensors)]  # fmt: skip
+    source.lines += [
+        "try:",
+        *(f"    p{i} = a{i}.data_ptr()" for i in tensors),
+        f"    key = ({', '.join(key)},)",
+        "except RuntimeError:",  # sparse and nested tensors, and those that a transform wraps
+        f"    return {named(missed)}(None, {', '.join(args)})",
+        f"tape = {named(tapes.get)}(key)",
+        f"if type(tape) is {named(Tape)} and not ({' or '.join(watched)}):",
+        f"    return tape.play({', '.join(args + [f'p{i}' for i in tensors])})",
+        f"return {named(missed)}(key, {', '.join(args)})",
+    ]
+    return source.function(args, "read")
+
+
+class Prepared:
+    """A launcher with tapes, by the layout of its arguments.
+
+    Attributes:
+        tapes: of each layout, or how often it was seen, or None where it has no tape.
+    """
+
+    def __init__(self, launcher: Callable) -> None:
+        self.launcher = launcher
+        self.tapes: dict[tuple, Tape | int | None] = {}
+        self._readers: dict[tuple[type, ...], Callable] = {}  # by the types of arguments
+        _all_tapes.append(self.tapes)
+
+    def __call__(self, *args: Any) -> Any:
+        """What the dispatcher calls."""
+        kinds = (*map(type, args),)
+        read = self._readers.get(kinds)
+        if read is None:
+            read = self._readers[kinds] = _reader(kinds, self.tapes, self._missed, False)
+        return read(*args)
+
+    def direct(self, overload: Callable) -> Callable:
+        """What gives what an operator gives, and plays tapes without the dispatcher."""
+        readers: dict[tuple[type, ...], Callable] = {}
+
+        def call(*args: Any) -> Any:
+            kinds = (*map(type, args),)
+            read = readers.get(kinds)
+            if read is None:
+                plain = all(kind in (Tensor, Parameter, *_SCALARS) for kind in kinds)
+                missed = (lambda key, *args: overload(*args)) if plain else None
+                read = readers[kinds] = _reader(kinds, self.tapes, missed, True) if plain else overload
+            return read(*args)
+
+        return call
+
+    def _missed(self, key: tuple | None, *args: Any) -> Any:
+        seen = 0 if key is None else self.tapes.get(key, 0)
+        if type(seen) is not int or key is None or dispatch_modes():
+            return self.launcher(*args)
+        while len(self.tapes) >= _MOST:
+            self.tapes.pop(next(iter(self.tapes)), None)
+        if seen == 0:  # many layouts come once
+            self.tapes[key] = 1
+            return self.launcher(*args)
         args = _told_apart(args)
         watch, outer = _Watch(args), getattr(_watching, "watch", None)
         _watching.watch = watch
         try:
             with watch:
-                result = launcher(*args)
+                result = self.launcher(*args)
         finally:
             _watching.watch = outer
-        tapes[key] = watch.tape(len(args), result)
+        self.tapes[key] = watch.tape(len(args), result)
         return result
 
-    call.tapes = tapes
-    _all_tapes.append(tapes)
-    return call
+
+def prepared(launcher: Callable) -> Callable:
+    """A launcher with tapes, where this Triton launches as tapes do."""
+    return Prepared(launcher) if _can_prepare() else launcher
 
 
 _all_tapes: list[dict] = []

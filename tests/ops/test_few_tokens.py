@@ -216,7 +216,7 @@ def elsewhere(*_):
 @pytest.fixture
 def routed(monkeypatch: pytest.MonkeyPatch):
     """As if a GPU had measured these kernels to be the fastest."""
-    monkeypatch.setattr(_few_tokens, "_is_chosen", lambda x: _registry._forced in (None, "cuda"))
+    monkeypatch.setattr(_few_tokens, "is_chosen", lambda x: _registry._forced in (None, "cuda"))
     return _few_tokens.before(elsewhere)
 
 
