@@ -27,7 +27,7 @@ class _OnCpu(Implementation):
 @contextmanager
 def launchers_take_cpu_tensors(dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) -> Iterator[None]:
     library = torch.library.Library("bigkernels", "IMPL")
-    operators = OPERATORS | {operator.name: operator for operator in (CODES, EXPERTS)}
+    operators = OPERATORS | {"compress": CODES, "grouped_linear": EXPERTS}
     before = {name: operator.implementations for name, operator in operators.items()}
 
     def forget() -> None:
