@@ -36,9 +36,9 @@ def renamed_arguments(path: str, **names: str) -> Callable[[Function], Function]
     return decorate
 
 
-def renamed_attributes(path: str, **names: str) -> Callable[[Class], Class]:
-    """For a class that is imported as `path`: attributes by their old names, ``old="new"``. Pickles and state dicts
-    that were saved with the old names can be loaded."""
+def renamed_members(path: str, **names: str) -> Callable[[Class], Class]:
+    """For a class that is imported as `path`: attributes, and the arguments that make them, by their old names,
+    ``old="new"``. Pickles and state dicts that were saved with the old names can be loaded."""
 
     def decorate(cls: Class) -> Class:
         for old, new in names.items():
@@ -60,12 +60,25 @@ def renamed_attributes(path: str, **names: str) -> Callable[[Class], Class]:
                     state_dict[prefix + new] = state_dict.pop(prefix + old)
             load(self, state_dict, prefix, *rest)
 
+        cls.__init__ = renamed_arguments(path, **names)(cls.__init__)  # type: ignore[misc]
         cls.__setstate__ = __setstate__  # type: ignore[attr-defined]
         if load is not None:
             cls._load_from_state_dict = _load_from_state_dict  # type: ignore[attr-defined]
         return cls
 
     return decorate
+
+
+def renamed_functions(path: str, values: dict[str, Any], **names: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a module that is imported as `path` and has `values`: ``old="new"``."""
+
+    def __getattr__(name: str) -> Any:
+        if name in names:
+            warn(path, name, names[name])
+            return values[names[name]]
+        raise AttributeError(f"module {path!r} has no attribute {name!r}")
+
+    return __getattr__
 
 
 def _renamed(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:

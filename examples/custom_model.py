@@ -23,7 +23,7 @@ class Block(nn.Module):
     def __init__(self, size: int, heads: int, rope: RotaryEmbedding):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(size), RMSNorm(size)
-        self.attention = Attention(size, heads, key_heads=heads // 2, rope=rope)
+        self.attention = Attention(size, heads, num_kv_heads=heads // 2, rope=rope)
         self.mlp = GatedMLP(size, 2 * size)
 
     def forward(self, branch: Tensor, stream: Tensor, **options) -> tuple[Tensor, Tensor]:

@@ -8,25 +8,25 @@ import torch
 from torch import Tensor
 
 from bigkernels import checkpoint
-from bigkernels.checkpointing import Policy, named, offload, selective
+from bigkernels.checkpointing import Policy, offload, resolve_policy, selective
 
 OFFLOAD = offload(least=0)
 # Bit for bit the gradients of a plain call.
 EXACT: dict[str, Policy] = {
-    "recompute": named("recompute"),
-    "selective": named("selective"),
+    "recompute": resolve_policy("recompute"),
+    "selective": resolve_policy("selective"),
     "selective, no budget": selective(budget=None),
     "selective, all of it": selective(budget=1.0),
     "offload": OFFLOAD,
-    "recompute+offload": named("recompute") + OFFLOAD,
+    "recompute+offload": resolve_policy("recompute") + OFFLOAD,
     "selective+offload": selective(budget=None) + OFFLOAD,
 }
 CODED: dict[str, Policy] = {
-    "int8": named("int8"),
-    "fp8": named("fp8"),
-    "int8+offload": named("int8") + OFFLOAD,
-    "recompute+int8": named("recompute+int8"),
-    "selective+int8": selective(budget=None) + named("int8"),
+    "int8": resolve_policy("int8"),
+    "fp8": resolve_policy("fp8"),
+    "int8+offload": resolve_policy("int8") + OFFLOAD,
+    "recompute+int8": resolve_policy("recompute+int8"),
+    "selective+int8": selective(budget=None) + resolve_policy("int8"),
 }
 ALL = EXACT | CODED
 AGAIN = {name: policy for name, policy in ALL.items() if policy.keep is not None}

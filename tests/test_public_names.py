@@ -7,7 +7,8 @@ import pickle
 import pytest
 import torch
 
-from bigkernels import functional, nn
+import bigkernels
+from bigkernels import checkpointing, functional, nn, quantization
 
 
 def renamed(old: str, new: str):
@@ -48,3 +49,64 @@ def test_class_weights_of_saved_losses():
     before = pickle.loads(pickle.dumps(loss))
     before.__setstate__({**loss.__dict__, "_buffers": {"weight": loss.class_weight}})
     assert torch.equal(before.class_weight, loss.class_weight)
+
+
+@pytest.mark.parametrize("kind, given, before", [
+    (nn.Attention, {"hidden_size": 8, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
+     {"dim": 8, "heads": 4, "key_heads": 2, "head_size": 6}),
+    (nn.RMSNorm, {"hidden_size": 8}, {"size": 8}),
+    (nn.LayerNorm, {"hidden_size": 8}, {"size": 8}),
+    (nn.RotaryEmbedding, {"rotary_dim": 8}, {"size": 8}),
+])  # fmt: skip
+def test_sizes_of_modules(kind, given, before):
+    module = kind(**given)
+    with pytest.warns(DeprecationWarning) as warned:
+        other = kind(**before)
+    assert [str(w.message).split(": ")[0] for w in warned] == [f"bigkernels.nn.{kind.__name__}"] * len(given)
+    assert repr(module) == repr(other)
+    for (new, value), old in zip(given.items(), before, strict=True):
+        with renamed(f"the attribute {old}", new):
+            assert getattr(module, old) == getattr(module, new) == value
+    pickled = module.__getstate__() if hasattr(module, "__getstate__") else dict(module.__dict__)
+    names = dict(zip(given, before, strict=True))
+    module.__setstate__({names.get(name, name): value for name, value in pickled.items()})
+    assert repr(module) == repr(other) and not before.keys() & vars(module).keys()
+
+
+def test_sizes_of_modules_without_attributes():
+    with renamed("GatedMLP: the argument size", "hidden_size"):
+        assert nn.GatedMLP(size=4, intermediate_size=6).down_proj.out_features == 4
+    with pytest.warns(DeprecationWarning, match="KVCache"):
+        cache = nn.KVCache(2, 8, key_heads=1, head_size=4, value_size=6, page_size=4, pages=5)
+    assert cache.keys.shape == (5, 4, 1, 4) and cache.values.shape == (5, 4, 1, 6)
+
+
+def test_formats_by_their_old_names():
+    model, w = torch.nn.Sequential(torch.nn.Linear(64, 8)), torch.randn(8, 64)
+    with renamed("bigkernels.quantize: the argument config", "format"):
+        bigkernels.quantize(model, config="int8")
+    with renamed("the attribute config", "weight_format"):
+        assert model[0].config == model[0].weight_format == quantization.Int8()
+    with pytest.warns(DeprecationWarning, match="quantize_weight: the argument (w|config) is"):
+        q = functional.quantize_weight(w=w, config="int8")
+    with pytest.warns(DeprecationWarning, match="fake_quantize: the argument (w|config) is"):
+        assert torch.equal(quantization.fake_quantize(w=w, config="int8"), q.dequantize())
+    with renamed("QuantizedWeight: the attribute config", "format"):
+        assert q.config == q.format
+    with renamed("QuantizedWeight: the argument config", "format"):
+        other = quantization.QuantizedWeight(config=q.format, shape=q.shape, dtype=q.dtype, tensors={})
+    assert other.format == q.format
+    with renamed("quantization: named", "resolve_format"):
+        assert quantization.named("int8") == quantization.resolve_format("int8")
+    with renamed("checkpointing: named", "resolve_policy"):
+        assert checkpointing.named("int8") == checkpointing.resolve_policy("int8")
+    experts = torch.randn(3, 64, 8)
+    with renamed("from_parameter: the argument turned", "transposed"):
+        made = nn.QuantizedExperts.from_parameter(experts, "int8", turned=True)
+    assert made.shape == experts.shape and made.num_experts == 3
+    with renamed("the attribute turned", "transposed"):
+        assert made.turned
+    restored = nn.QuantizedExperts.from_parameter(torch.zeros(3, 64, 8), "int8", transposed=True)
+    restored.load_state_dict(made.state_dict())
+    assert torch.equal(restored.dequantize(), made.dequantize())
+    assert b'"turned": 1' in bytes(made.state_dict()["format"].tolist())  # a name in saved files

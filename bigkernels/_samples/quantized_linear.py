@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import functional
-from ..quantization import NF4, Int4, QuantizedWeight, named, quantize_weight
+from ..quantization import NF4, Int4, QuantizedWeight, quantize_weight, resolve_format
 from ._sample import Draw, Sample, rows_strided, strided
 
 
@@ -17,7 +17,7 @@ class _WeightSample(Sample):
     """The tensors of a weight stand among the arguments."""
 
     def call(self, inputs: dict[str, Tensor]) -> Tensor:
-        config, n = named(self.options["config"]), self.options["n"]
+        config, n = resolve_format(self.options["config"]), self.options["n"]
         x = inputs["x"]
         shape = n, x.shape[-1]
         # As they are stored, also among inputs that were widened to float64.

@@ -76,8 +76,8 @@ class Muon(Loop):
         x = x / x.norm()
         a, b, c = _NEWTON_SCHULZ
         for _ in range(5):
-            gram = x @ x.T
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+            hessian = x @ x.T
+            x = torch.addmm(x, torch.addmm(hessian, hessian, hessian, beta=b, alpha=c), x, beta=a)
         p.mul_(1 - lr * weight_decay)
         p.add_(x.T if rows > columns else x, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 

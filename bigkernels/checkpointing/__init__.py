@@ -1,8 +1,9 @@
 """Less kept for backward: recomputed, in 8 bits, or elsewhere; policies say which."""
 
+from .._deprecated import renamed_functions
 from ._blocks import apply_checkpointing, remove_checkpointing
 from ._checkpoint import checkpoint, saved_activations
-from ._policy import Policy, fp8, int8, named, offload, recompute, selective
+from ._policy import Policy, fp8, int8, offload, recompute, resolve_policy, selective
 from ._recompute import CheckpointError
 
 __all__ = [
@@ -12,10 +13,12 @@ __all__ = [
     "checkpoint",
     "fp8",
     "int8",
-    "named",
     "offload",
     "recompute",
+    "resolve_policy",
     "remove_checkpointing",
     "saved_activations",
     "selective",
 ]
+
+__getattr__ = renamed_functions(__name__, globals(), named="resolve_policy")

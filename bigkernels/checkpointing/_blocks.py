@@ -10,7 +10,7 @@ from torch import nn
 
 from .._torch_private import CALL, calls_go_through_instances
 from ._checkpoint import run
-from ._policy import Policy, Selection, named
+from ._policy import Policy, Selection, resolve_policy
 from ._select import Plan
 
 _KEY = CALL
@@ -69,7 +69,7 @@ def apply_checkpointing(
     if not calls_go_through_instances():
         raise RuntimeError(f"bigkernels.apply_checkpointing: torch {torch.__version__} calls modules in another way "
                            f"than by {CALL}; use bigkernels.checkpoint")  # fmt: skip
-    policy = named(policy)
+    policy = resolve_policy(policy)
     if every < 1:
         raise ValueError(f"bigkernels.apply_checkpointing: every is {every}, expected a positive number")
     names = {module: name for name, module in model.named_modules()}

@@ -160,7 +160,7 @@ def offload(directory: str | PathLike | None = None, *, least: int = 2**20) -> P
 _NAMED = {"recompute": recompute, "selective": selective, "int8": int8, "fp8": fp8, "offload": offload}
 
 
-def named(policy: str | Policy) -> Policy:
+def resolve_policy(policy: str | Policy) -> Policy:
     """A policy from a name, or from names with "+" between them.
 
     Raises:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..quantization import Format, GGUFBlocks, named
+from ..quantization import Format, GGUFBlocks, resolve_format
 from ..quantization._layers import is_transposed
 from ._codes import planes
 from ._file import File, Info
@@ -95,7 +95,7 @@ class _Reading:
         raw = self.file.data(tensor).view(n, -1)
         pick = (lambda t: t) if order is None else (lambda t: t.index_select(0, order))
         if row.ours and (made := planes(row, raw, (n, k))) is not None:
-            return named(row.ours), {name: pick(t) for name, t in made.items()}
+            return resolve_format(row.ours), {name: pick(t) for name, t in made.items()}
         blocks = pick(raw)
         return GGUFBlocks(row.name), {"blocks": blocks if self.mmap or order is not None else blocks.clone()}
 

@@ -66,7 +66,7 @@ class Writing:
         held = self._held(place)
         if not isinstance(held, Quantized):
             return self._numbers(place, held)
-        stored, config, row = held.qweight.tensors, held.config, _BY_NUMBER[place.kind]
+        stored, config, row = held.qweight.tensors, held.weight_format, _BY_NUMBER[place.kind]
         made = stored["blocks"] if isinstance(config, GGUFBlocks) else blocks_of(row.name, stored)
         kind = place.kind
         if isinstance(config, GGUFBlocks) and config.type != row.name:

@@ -95,9 +95,9 @@ class LoraQuantizedLinear(Linear):
             raise
         self._unmerged = (original,)
         warnings.warn(
-            f"bigkernels: adapters are merged into {original.config.name}, which rounds the sum of weight and updates; "
-            "`merge_error` of a layer is what it lost, relative to the update. `unmerge` restores it bit by bit, and "
-            "bigkernels.dequantize(model) before merging loses nothing", stacklevel=2)  # fmt: skip
+            f"bigkernels: adapters are merged into {original.weight_format.name}, which rounds the sum of weight and "
+            "updates; `merge_error` of a layer is what it lost, relative to the update. `unmerge` restores it bit by "
+            "bit, and bigkernels.dequantize(model) before merging loses nothing", stacklevel=2)  # fmt: skip
         return None
 
     def unmerge(self) -> None:

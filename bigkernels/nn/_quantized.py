@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._deprecated import renamed_members
 from ..ops import _few_tokens
 from ..quantization import QuantizedWeight
 from ..quantization._layers import Shell
@@ -19,6 +20,7 @@ from ._weight import LazyWeight
 _DESCRIPTION = "format"  # the buffer that says what the others are
 
 
+@renamed_members("bigkernels.nn.Quantized", config="weight_format")
 class Quantized(nn.Module):
     """Holds the tensors of a weight (N, K) as buffers: they are saved, copied and moved as the model is, and keep their
     dtypes when it is cast. A state dict loads into a module of the same format and size alone.
@@ -29,7 +31,7 @@ class Quantized(nn.Module):
     def __init__(self, qweight: QuantizedWeight, shell: Shell | None = None, trained: bool = True,
                  **described: int) -> None:  # fmt: skip
         nn.Module.__init__(self)
-        self.config = qweight.config
+        self.weight_format = qweight.format
         self.dtype = qweight.dtype  # of the values: what was quantized, or what the module was cast to since
         self.out_features, self.in_features = qweight.shape
         self._described = _description(qweight, described)
@@ -45,11 +47,11 @@ class Quantized(nn.Module):
     @property
     def qweight(self) -> QuantizedWeight:
         """The weight: its tensors are the buffers."""
-        names = self.config.layout((self.out_features, self.in_features))
+        names = self.weight_format.layout((self.out_features, self.in_features))
         tensors = {name: self._buffers[name] for name in names}
         held = self._qweight
         if held is None or held.dtype != self.dtype or any(held.tensors[name] is not t for name, t in tensors.items()):
-            held = QuantizedWeight(self.config, (self.out_features, self.in_features), self.dtype, tensors)
+            held = QuantizedWeight(self.weight_format, (self.out_features, self.in_features), self.dtype, tensors)
             self._qweight = held
         return held
 
@@ -191,7 +193,7 @@ class _Tie:
 
 def _description(qweight: QuantizedWeight, more: dict[str, int]) -> str:
     """Format, options and size."""
-    held = {"format": qweight.config.name, "shape": list(qweight.shape), **dataclasses.asdict(qweight.config),
+    held = {"format": qweight.format.name, "shape": list(qweight.shape), **dataclasses.asdict(qweight.format),
             **more}  # fmt: skip
     return json.dumps(held)
 

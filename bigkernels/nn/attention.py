@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .._deprecated import renamed_members
 from ..ops import _attention as shared
 from ..ops.attention import attention
 from ..ops.rope import rope as rotate
@@ -17,6 +18,8 @@ from .rms_norm import RMSNorm
 from .rope import RotaryEmbedding
 
 
+@renamed_members("bigkernels.nn.Attention", dim="hidden_size", heads="num_heads", key_heads="num_kv_heads",
+                 head_size="head_dim")  # fmt: skip
 class Attention(KeepsConstants):
     """``o_proj(attention(q_proj(x), k_proj(x), v_proj(x)))`` with grouped heads, RoPE and a cache.
 
@@ -24,10 +27,10 @@ class Attention(KeepsConstants):
     `q_norm`, `k_norm`) and of gpt-oss (`sinks`): the part of a state dict below ``self_attn.`` loads as it is.
 
     Args:
-        dim: the size of the input and the output.
-        heads: H, of the queries.
-        key_heads: Hk, of the keys and values; divides H. H by default; 1 is multi-query attention.
-        head_size: D; ``dim // heads`` by default.
+        hidden_size: E, of the input and the output.
+        num_heads: H, of the queries.
+        num_kv_heads: Hk, of the keys and values; divides H. H by default; 1 is multi-query attention.
+        head_dim: D; ``hidden_size // num_heads`` by default.
         bias: whether the projections of queries, keys and values have biases.
         out_bias: whether the output projection has one; as `bias` by default.
         rope: a `RotaryEmbedding`, which layers may share, or the base theta of one for whole heads.
@@ -44,38 +47,41 @@ class Attention(KeepsConstants):
     alibi_slopes: Tensor | None
 
     def __init__(
-        self, dim: int, heads: int, key_heads: int | None = None, *, head_size: int | None = None, bias: bool = False,
-        out_bias: bool | None = None, rope: RotaryEmbedding | float | None = None, causal: bool = True,
-        window: tuple[int, int] | None = None, softcap: float | None = None, sinks: bool = False, qk_norm: bool = False,
-        alibi: bool = False, dropout: float = 0.0, scale: float | None = None,
+        self, hidden_size: int, num_heads: int, num_kv_heads: int | None = None, *, head_dim: int | None = None,
+        bias: bool = False, out_bias: bool | None = None, rope: RotaryEmbedding | float | None = None,
+        causal: bool = True, window: tuple[int, int] | None = None, softcap: float | None = None, sinks: bool = False,
+        qk_norm: bool = False, alibi: bool = False, dropout: float = 0.0, scale: float | None = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        key_heads = heads if key_heads is None else key_heads
-        if heads < 1 or key_heads < 1 or heads % key_heads:
-            raise ValueError(f"bigkernels.nn.Attention: heads is {heads}, not a multiple of key_heads {key_heads}")
-        if head_size is None:
-            if dim % heads:
-                raise ValueError(f"bigkernels.nn.Attention: dim is {dim}, not a multiple of heads {heads}; give "
-                                 "head_size")  # fmt: skip
-            head_size = dim // heads
-        shared.options("nn.Attention", head_size, causal, scale, window, softcap, dropout)  # raises on wrong values
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                f"bigkernels.nn.Attention: num_heads is {num_heads}, not a multiple of num_kv_heads {num_kv_heads}"
+            )
+        if head_dim is None:
+            if hidden_size % num_heads:
+                raise ValueError(f"bigkernels.nn.Attention: hidden_size is {hidden_size}, not a multiple of num_heads "
+                                 f"{num_heads}; give head_dim")  # fmt: skip
+            head_dim = hidden_size // num_heads
+        shared.options("nn.Attention", head_dim, causal, scale, window, softcap, dropout)  # raises on wrong values
         if rope is not None and not isinstance(rope, nn.Module):
-            rope = RotaryEmbedding(head_size, rope, device=device)
-        if rope is not None and rope.size > head_size:
-            raise ValueError(f"bigkernels.nn.Attention: rope rotates {rope.size} elements of heads of {head_size}")
-        self.dim, self.heads, self.key_heads, self.head_size = dim, heads, key_heads, head_size
+            rope = RotaryEmbedding(head_dim, rope, device=device)
+        if rope is not None and rope.rotary_dim > head_dim:
+            raise ValueError(f"bigkernels.nn.Attention: rope rotates {rope.rotary_dim} elements of heads of {head_dim}")
+        self.hidden_size, self.num_heads = hidden_size, num_heads
+        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.causal, self.window, self.softcap, self.scale, self.dropout = causal, window, softcap, scale, dropout
         made = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(dim, heads * head_size, bias=bias, **made)
-        self.k_proj = nn.Linear(dim, key_heads * head_size, bias=bias, **made)
-        self.v_proj = nn.Linear(dim, key_heads * head_size, bias=bias, **made)
-        self.o_proj = nn.Linear(heads * head_size, dim, bias=bias if out_bias is None else out_bias, **made)
-        self.q_norm = RMSNorm(head_size, **made) if qk_norm else None
-        self.k_norm = RMSNorm(head_size, **made) if qk_norm else None
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias, **made)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **made)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **made)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias if out_bias is None else out_bias, **made)
+        self.q_norm = RMSNorm(head_dim, **made) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, **made) if qk_norm else None
         self.rope = rope
-        self.register_parameter("sinks", nn.Parameter(torch.zeros(heads, **made)) if sinks else None)
-        slopes = torch.tensor(alibi_slopes(heads), device=device, dtype=torch.float32) if alibi else None
+        self.register_parameter("sinks", nn.Parameter(torch.zeros(num_heads, **made)) if sinks else None)
+        slopes = torch.tensor(alibi_slopes(num_heads), device=device, dtype=torch.float32) if alibi else None
         self.register_buffer("alibi_slopes", slopes, persistent=False)
 
     def forward(
@@ -90,10 +96,10 @@ class Attention(KeepsConstants):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Tensor:
-        """Attention of x (B, S, dim) over itself, over the cache and itself, or within each of its packed sequences.
+        """Attention of x (B, S, E) over itself, over the cache and itself, or within each of its packed sequences.
 
         Args:
-            x: (B, S, dim); packed (T, dim).
+            x: (B, S, E); packed (T, E).
             positions: for RoPE, integers (B, S) or (S,), packed (T,). By default tokens count from 0, with a cache
                 from its lengths, packed from 0 in each sequence.
             angles: what ``self.rope.angles(positions)`` gives, in its place: layers that share it need not compute it
@@ -107,7 +113,7 @@ class Attention(KeepsConstants):
             max_seqlen: at least the longest of them; T by default, which on a GPU is slower.
 
         Returns:
-            (B, S, dim), packed (T, dim).
+            (B, S, E), packed (T, E).
 
         Raises:
             TypeError, ValueError: shapes do not fit, or the arguments do not go together.
@@ -118,7 +124,7 @@ class Attention(KeepsConstants):
         if packed:
             x = x.unsqueeze(0)
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None:
@@ -147,10 +153,11 @@ class Attention(KeepsConstants):
         """A `KVCache` for this layer's heads, in the dtype and on the device of its weights.
 
         Args:
-            options: `page_size`, `pages`, `block_table`, `int8`; and `dtype`, which inside autocast is to be its dtype.
+            options: `page_size`, `num_pages`, `block_table`, `int8`; and `dtype`, which inside autocast is to be its
+                dtype.
         """
         made = {"device": self.k_proj.weight.device, "dtype": self.k_proj.weight.dtype}
-        return KVCache(batch, length, self.key_heads, self.head_size, **made | options)
+        return KVCache(batch, length, self.num_kv_heads, self.head_dim, **made | options)
 
     @property
     def _interleaved(self) -> bool:
@@ -165,10 +172,10 @@ class Attention(KeepsConstants):
         return at
 
     def _check(self, x, mask, bias, cache, packed, max_seqlen):
-        accepted = "(T, dim)" if packed else "(B, S, dim)"
-        if x.dim() != (2 if packed else 3) or x.shape[-1] != self.dim:
-            raise ValueError(f"bigkernels.nn.Attention: x has shape {tuple(x.shape)}, expected {accepted} with dim "
-                             f"{self.dim}")  # fmt: skip
+        accepted = "(T, hidden_size)" if packed else "(B, S, hidden_size)"
+        if x.dim() != (2 if packed else 3) or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"bigkernels.nn.Attention: x has shape {tuple(x.shape)}, expected {accepted} with "
+                             f"hidden_size {self.hidden_size}")  # fmt: skip
         if packed and not (mask is bias is cache is None):
             raise ValueError("bigkernels.nn.Attention: packed sequences (cu_seqlens) take no mask, bias or cache")
         if max_seqlen is not None and not packed:
@@ -183,11 +190,11 @@ class Attention(KeepsConstants):
                    "dropout": self.dropout or None, "alibi": self.alibi_slopes is not None or None,
                    "sinks": self.sinks is not None or None}  # fmt: skip
         given = "".join(f", {name}={value}" for name, value in options.items() if value is not None)
-        return f"heads={self.heads}, key_heads={self.key_heads}, head_size={self.head_size}{given}"
+        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}{given}"
 
 
-def alibi_slopes(heads: int) -> list[float]:
+def alibi_slopes(num_heads: int) -> list[float]:
     """A geometric series for a power of two; other counts take every second slope of the next one (Press et al.)."""
-    power = 2 ** math.floor(math.log2(heads))
+    power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    return slopes + [2 ** (-8 * (i + 0.5) / power) for i in range(heads - power)]
+    return slopes + [2 ** (-8 * (i + 0.5) / power) for i in range(num_heads - power)]

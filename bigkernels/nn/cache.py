@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._deprecated import renamed_arguments
 from ..ops._registry import needs_grad
 from ..ops.attention import attention
 from ..ops.decode_attention import append_kv_, decode_attention
@@ -22,9 +23,9 @@ class KVCache:
 
         cache = layer.make_cache(batch=2, length=1024)
         with torch.no_grad():
-            layer(prompts, cache=cache)  # (2, S, dim), any S, also in parts
+            layer(prompts, cache=cache)  # (2, S, E), any S, also in parts
             cache.truncate([9, 5])  # what the prompts really are
-            layer(token, cache=cache)  # (2, 1, dim), at positions 9 and 5
+            layer(token, cache=cache)  # (2, 1, E), at positions 9 and 5
 
     It holds ``B * N * Hk * (D + Dv)`` elements, with `int8` a byte each and four bytes more a token and head for keys
     and for values; see `nbytes`.
@@ -32,11 +33,11 @@ class KVCache:
     Args:
         batch: B.
         length: N; in pages, rounded up to whole ones.
-        key_heads: Hk.
-        head_size: D, of the keys.
-        value_size: Dv, of the values; D by default.
+        num_kv_heads: Hk.
+        head_dim: D, of the keys.
+        value_head_dim: Dv, of the values; D by default.
         page_size: tokens a page; by default the cache is contiguous.
-        pages: how many pages there are, by default enough for all sequences at full length.
+        num_pages: how many pages there are, by default enough for all sequences at full length.
         block_table: (B, pages a sequence), int32: which pages each sequence fills, in order; by default each has pages
             of its own. It is used as it is given, so that a scheduler can write to it: sequences may share pages that
             none of them fills, and pages beyond a sequence's length are not looked at. With fewer pages than the
@@ -53,31 +54,33 @@ class KVCache:
         ValueError: sizes or the block table do not fit.
     """
 
+    @renamed_arguments("bigkernels.nn.KVCache", key_heads="num_kv_heads", head_size="head_dim",
+                       value_size="value_head_dim", pages="num_pages")  # fmt: skip
     def __init__(
-        self, batch: int, length: int, key_heads: int, head_size: int, *, value_size: int | None = None,
-        page_size: int | None = None, pages: int | None = None, block_table: Tensor | None = None, int8: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        self, batch: int, length: int, num_kv_heads: int, head_dim: int, *, value_head_dim: int | None = None,
+        page_size: int | None = None, num_pages: int | None = None, block_table: Tensor | None = None,
+        int8: bool = False, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        sizes = {"batch": batch, "length": length, "key_heads": key_heads, "head_size": head_size,
-                 "value_size": value_size, "page_size": page_size, "pages": pages}  # fmt: skip
+        sizes = {"batch": batch, "length": length, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
+                 "value_head_dim": value_head_dim, "page_size": page_size, "num_pages": num_pages}  # fmt: skip
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"bigkernels.nn.KVCache: {name} is {value}, expected at least 1")
         if page_size is None:
-            if pages is not None or block_table is not None:
-                raise ValueError("bigkernels.nn.KVCache: pages and block_table need page_size")
+            if num_pages is not None or block_table is not None:
+                raise ValueError("bigkernels.nn.KVCache: num_pages and block_table need page_size")
             self.capacity, tokens = length, (batch, length)
         else:
             each = -(-length // page_size)
-            pages = batch * each if pages is None else pages
-            block_table = _table(batch, each, pages, block_table, device)
-            self.capacity, tokens = each * page_size, (pages, page_size)
+            num_pages = batch * each if num_pages is None else num_pages
+            block_table = _table(batch, each, num_pages, block_table, device)
+            self.capacity, tokens = each * page_size, (num_pages, page_size)
         self.dtype = dtype or torch.get_default_dtype()
         made = {"device": device, "dtype": torch.int8 if int8 else self.dtype}
-        self.keys = torch.empty(*tokens, key_heads, head_size, **made)
-        self.values = torch.empty(*tokens, key_heads, value_size or head_size, **made)
+        self.keys = torch.empty(*tokens, num_kv_heads, head_dim, **made)
+        self.values = torch.empty(*tokens, num_kv_heads, value_head_dim or head_dim, **made)
         self.key_scales, self.value_scales = (
-            torch.empty(*tokens, key_heads, device=device, dtype=torch.float32) if int8 else None for _ in range(2)
+            torch.empty(*tokens, num_kv_heads, device=device, dtype=torch.float32) if int8 else None for _ in range(2)
         )
         self.block_table = block_table
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)

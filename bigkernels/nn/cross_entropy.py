@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .._deprecated import renamed_arguments, renamed_attributes
+from .._deprecated import renamed_members
 from ..ops.cross_entropy import cross_entropy
 
-_PATH = "bigkernels.nn.CrossEntropyLoss"
 
-
-@renamed_attributes(_PATH, weight="class_weight")
+@renamed_members("bigkernels.nn.CrossEntropyLoss", weight="class_weight")
 class CrossEntropyLoss(nn.Module):
     """Cross entropy of logits (T, V) and targets (T,); options as in `bigkernels.functional.cross_entropy`."""
 
     class_weight: Tensor | None
 
-    @renamed_arguments(_PATH, weight="class_weight")
     def __init__(self, class_weight: Tensor | None = None, *, ignore_index: int = -100, reduction: str = "mean",
                  label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None,
                  focal_gamma: float = 0.0) -> None:  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._deprecated import renamed_arguments
 from ..quantization import Format, QuantizedWeight, quantize_weight
 from ..quantization._layers import Shell, carry_hooks
 from ._quantized import Quantized, weight_of
@@ -25,7 +26,8 @@ class QuantizedEmbedding(Quantized):
         self.num_embeddings, self.embedding_dim = qweight.shape
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding, config: str | Format) -> QuantizedEmbedding:
+    @renamed_arguments("bigkernels.nn.QuantizedEmbedding.from_embedding", config="format")
+    def from_embedding(cls, embedding: nn.Embedding, format: str | Format) -> QuantizedEmbedding:
         """The rows of a `torch.nn.Embedding`, which gets no gradients anymore.
 
         Raises:
@@ -33,7 +35,7 @@ class QuantizedEmbedding(Quantized):
         """
         if embedding.max_norm is not None:
             raise ValueError("bigkernels.nn.QuantizedEmbedding: an embedding with max_norm changes its rows")
-        return cls.standing_for(embedding, quantize_weight(embedding.weight, config))
+        return cls.standing_for(embedding, quantize_weight(embedding.weight, format))
 
     @classmethod
     def standing_for(
@@ -74,4 +76,4 @@ class QuantizedEmbedding(Quantized):
         return rows.to(self.dtype).view(*ids.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, {self.config}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.weight_format}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .._deprecated import renamed_arguments
 from ..ops.quantized_linear import quantized_linear
 from ..quantization import Format, QuantizedWeight, quantize_weight
 from ..quantization._layers import Shell, carry_hooks, is_transposed, rows
@@ -30,9 +31,10 @@ class QuantizedLinear(Quantized, nn.Linear):
         self.bias = None if bias is None else bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, config: str | Format) -> QuantizedLinear:
+    @renamed_arguments("bigkernels.nn.QuantizedLinear.from_linear", config="format")
+    def from_linear(cls, linear: nn.Module, format: str | Format) -> QuantizedLinear:
         """The layer of a `torch.nn.Linear` (or `Conv1D` of transformers), whose bias and hooks it takes over."""
-        return cls.standing_for(linear, quantize_weight(rows(linear), config))
+        return cls.standing_for(linear, quantize_weight(rows(linear), format))
 
     @classmethod
     def standing_for(cls, linear: nn.Module, qweight: QuantizedWeight, kind: type | None = None) -> QuantizedLinear:
@@ -60,7 +62,7 @@ class QuantizedLinear(Quantized, nn.Linear):
 
     def requantized(self, values: Tensor) -> QuantizedLinear:
         """The same layer with other values (N, K), in a format that needs no data."""
-        qweight = quantize_weight(values.to(self.dtype), self.config.blind())
+        qweight = quantize_weight(values.to(self.dtype), self.weight_format.blind())
         made = QuantizedLinear(qweight, self.bias, self._shell, self._trained)
         carry_hooks(self, made)
         return made.train(self.training)
@@ -70,4 +72,4 @@ class QuantizedLinear(Quantized, nn.Linear):
 
     def extra_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-                f"{self.config}")  # fmt: skip
+                f"{self.weight_format}")  # fmt: skip

@@ -5,28 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._deprecated import renamed_members
 from ..ops.rope import rope
 from ._constants import KeepsConstants
 
 
+@renamed_members("bigkernels.nn.RotaryEmbedding", size="rotary_dim")
 class RotaryEmbedding(KeepsConstants):
     """Rotates queries and keys by their positions; see `bigkernels.functional.rope`.
 
     Args:
-        size: R, the number of elements of a head that are rotated; even.
+        rotary_dim: R, the number of elements of a head that are rotated; even.
         theta: the base of the frequencies.
         interleaved: pair neighbours and not halves.
     """
 
     inverse_frequencies: Tensor
 
-    def __init__(self, size: int, theta: float = 10_000.0, *, interleaved: bool = False,
+    def __init__(self, rotary_dim: int, theta: float = 10_000.0, *, interleaved: bool = False,
                  device: torch.device | str | None = None) -> None:  # fmt: skip
         super().__init__()
-        if size % 2:
-            raise ValueError(f"bigkernels.nn.RotaryEmbedding: size is {size}, expected an even number")
-        self.size, self.theta, self.interleaved = size, theta, interleaved
-        exponents = torch.arange(0, size, 2, device=device, dtype=torch.float32) / size
+        if rotary_dim % 2:
+            raise ValueError(f"bigkernels.nn.RotaryEmbedding: rotary_dim is {rotary_dim}, expected an even number")
+        self.rotary_dim, self.theta, self.interleaved = rotary_dim, theta, interleaved
+        exponents = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32) / rotary_dim
         self.register_buffer("inverse_frequencies", theta**-exponents, persistent=False)
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,4 +46,4 @@ class RotaryEmbedding(KeepsConstants):
         return rope(q, k, *self.angles(positions), interleaved=self.interleaved)
 
     def extra_repr(self) -> str:
-        return f"{self.size}, theta={self.theta}, interleaved={self.interleaved}"
+        return f"{self.rotary_dim}, theta={self.theta}, interleaved={self.interleaved}"

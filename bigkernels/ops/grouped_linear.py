@@ -44,7 +44,7 @@ def grouped_linear(x: Tensor, weight: Tensor | QuantizedWeight, ends: Tensor) ->
     if isinstance(weight, Tensor):
         dynamic, operands = False, Operands.plain(weight.reshape(experts * rows, -1))
     else:
-        dynamic, operands = weight.config.dynamic, weight.operands()
+        dynamic, operands = weight.format.dynamic, weight.operands()
         if weight.channel is not None:
             x = x * weight.channel.to(x.dtype)
     *tensors, group, kind = operands

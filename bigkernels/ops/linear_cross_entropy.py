@@ -161,7 +161,7 @@ def _kernel_serves(hidden, weight, bias, options) -> bool:
         and kind < FIRST_WITHOUT_KERNELS
         and OPERATOR.uses_kernel(hidden, codes, bias)
         and not (label_smoothing and (softcap or not plain))
-        and (plain or not weight.config.dynamic)
+        and (plain or not weight.format.dynamic)
         and hidden.shape[1] > 0
     )
 

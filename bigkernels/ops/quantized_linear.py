@@ -53,7 +53,7 @@ def quantized_linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = 
         ValueError: shapes or devices do not fit.
     """
     try:
-        dynamic = qweight.config.dynamic
+        dynamic = qweight.format.dynamic
         operands = qweight.operands()
         k = qweight.shape[1]
         lowered = autocast_dtype(x.device)
@@ -63,7 +63,7 @@ def quantized_linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = 
             x = x * qweight.channel.to(x.dtype)
         if uses_kernel(x, operands, bias) and not (dynamic and k > _MOST_EXACT):
             if needs_grad(x, bias):
-                return _QuantizedLinear.apply(True, x, bias, *operands, k, dynamic, qweight.config.rounds_gradients)
+                return _QuantizedLinear.apply(True, x, bias, *operands, k, dynamic, qweight.format.rounds_gradients)
             codes, scale, zero, row_scale, book, group, kind = operands
             run = _run(True, kind, dynamic)
             return run(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynamic)
@@ -71,14 +71,14 @@ def quantized_linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = 
         _check(x, qweight, bias)
         raise
     _check(x, qweight, bias)
-    return _reference(x, bias, operands, k, dynamic, qweight.config.rounds_gradients)
+    return _reference(x, bias, operands, k, dynamic, qweight.format.rounds_gradients)
 
 
 def wide_product(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """`quantized_linear` with a result as it was accumulated, in float32 (float64 for float64), and no gradient."""
     operands = qweight.operands()
     *tensors, group, kind = operands
-    k, dynamic = qweight.shape[1], qweight.config.dynamic
+    k, dynamic = qweight.shape[1], qweight.format.dynamic
     if qweight.channel is not None:
         x = x * qweight.channel.to(x.dtype)
     kernel = uses_kernel(x, operands, bias) and not (dynamic and k > _MOST_EXACT)

@@ -49,25 +49,25 @@ def orthogonalize_(
     return x.copy_(work.transpose(1, 2) if tall else work)
 
 
-def _polynomial(gram: Tensor, square: Tensor, coefficients: tuple[float, float, float], factor: float) -> Tensor:
+def _polynomial(hessian: Tensor, square: Tensor, coefficients: tuple[float, float, float], factor: float) -> Tensor:
     """factor (a I + b A + c A^2), over `square`."""
     a, b, c = (factor * value for value in coefficients)
-    square.mul_(c).add_(gram, alpha=b)
+    square.mul_(c).add_(hessian, alpha=b)
     square.diagonal(dim1=-2, dim2=-1).add_(a)
     return square
 
 
 def _batched(x: Tensor, coefficients: tuple[float, float, float], steps: int, factor: float) -> Tensor:
     for step in range(steps):
-        gram = x @ x.mT
-        x = _polynomial(gram, gram @ gram, coefficients, factor if step == steps - 1 else 1.0) @ x
+        hessian = x @ x.mT
+        x = _polynomial(hessian, hessian @ hessian, coefficients, factor if step == steps - 1 else 1.0) @ x
     return x
 
 
 def _by_halves(x: Tensor, coefficients: tuple[float, float, float], steps: int, factor: float) -> Tensor:
     for step in range(steps):
-        gram = _symmetric(x)
-        polynomial = _polynomial(gram, _symmetric(gram), coefficients, factor if step == steps - 1 else 1.0)
+        hessian = _symmetric(x)
+        polynomial = _polynomial(hessian, _symmetric(hessian), coefficients, factor if step == steps - 1 else 1.0)
         x = linear._bwd(polynomial, None, x, True)[0] if _on_tiles(x) else polynomial @ x
     return x
 

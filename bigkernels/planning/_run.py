@@ -166,9 +166,9 @@ def _program(model: nn.Module, setting: Setting) -> int:
 def _learns(checkpointing: Any) -> bool:
     if checkpointing is None:
         return False
-    from ..checkpointing._policy import Selection, named
+    from ..checkpointing._policy import Selection, resolve_policy
 
-    return isinstance(named(checkpointing).keep, Selection)
+    return isinstance(resolve_policy(checkpointing).keep, Selection)
 
 
 @contextmanager

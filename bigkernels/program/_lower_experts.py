@@ -65,8 +65,8 @@ def _weights(held: Tensor | QuantizedExperts, transposed: bool, reads: Reads) ->
     """One an expert, and whether their format rounds tokens by itself."""
     if isinstance(held, QuantizedExperts):
         whole, rounds = reads.quantized(held.qweight)
-        n = whole.n // held.experts
-        return [rows_of(whole, i * n, (i + 1) * n) for i in range(held.experts)], rounds
+        n = whole.n // held.num_experts
+        return [rows_of(whole, i * n, (i + 1) * n) for i in range(held.num_experts)], rounds
     plain_tensor(held, "the weights of experts")
     if held.dtype not in TYPES:
         raise Refused(f"the weights of experts are {held.dtype}")

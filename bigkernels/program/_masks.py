@@ -25,7 +25,8 @@ _NEW = 2
 def hints(model: nn.Module) -> int:
     """The largest number that may be a window: of tokens, by the name of what holds it."""
     found = [0]
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    held = [vars(m).get("config") for m in model.modules()]
+    configs = {id(config): config for config in held if config is not None}
     for config in configs.values():
         held = config.to_dict() if hasattr(config, "to_dict") else vars(config)
         found += _numbers(held)

@@ -196,7 +196,7 @@ def _eager_experts(model: nn.Module):
     """Experts one by one: grouped products know no float64."""
     changed = []
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config = vars(module).get("config")
         name = "_experts_implementation_internal"
         if config is not None and getattr(config, name, None) not in (None, "eager"):
             changed.append((config, name, getattr(config, name)))

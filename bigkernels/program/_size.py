@@ -51,8 +51,8 @@ def workspace(model: nn.Module, batch: int, tokens: int, keep: int, positions: i
 def panels(model: nn.Module) -> int:
     """Bytes, about: the copy of codes that steps of a few tokens read, where there is memory for it."""
     held = (m for m in model.modules() if isinstance(m, Quantized) and (_layers.is_linear(m) or hasattr(m, "experts")))
-    rounded = (m.qweight for m in held if m.dtype != torch.float32 or m.config.dynamic)
-    return sum(w.nbytes for w in rounded if w.config.name != "fp8")
+    rounded = (m.qweight for m in held if m.dtype != torch.float32 or m.weight_format.dynamic)
+    return sum(w.nbytes for w in rounded if w.format.name != "fp8")
 
 
 def _head(model: nn.Module) -> int:

@@ -241,7 +241,7 @@ def _random(module: nn.Module) -> str | None:
         return None
     for m in module.modules():
         if m.training:
-            for key, value in (*m.__dict__.items(), *vars(getattr(m, "config", m)).items()):
+            for key, value in (*m.__dict__.items(), *vars(m.__dict__.get("config", m)).items()):
                 named = any(part in key for part in _RANDOM) or (
                     key == "p" and isinstance(m, nn.modules.dropout._DropoutNd)
                 )

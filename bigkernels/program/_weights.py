@@ -67,7 +67,7 @@ class Reads:
             raise Refused(f"{type(module).__name__} in the place of a linear layer")
         else:
             made = self._dense(module)
-        name = module.config.name if isinstance(module, Quantized) else _name(module.weight.dtype)
+        name = module.weight_format.name if isinstance(module, Quantized) else _name(module.weight.dtype)
         self.formats[name] = self.formats.get(name, 0) + 1
         return made
 
@@ -98,10 +98,10 @@ class Reads:
     def quantized(self, qweight: QuantizedWeight) -> tuple[records.Weight, bool]:
         """Its record, and whether its format rounds tokens by itself."""
         operands = qweight.operands()
-        if qweight.config.dynamic and operands.kind == FP8.number:
+        if qweight.format.dynamic and operands.kind == FP8.number:
             raise Refused("its tokens are rounded to floats of 8 bits")
-        if qweight.config.derived:
-            self.sources += (qweight.tensors[name] for name in qweight.config.derived)
+        if qweight.format.derived:
+            self.sources += (qweight.tensors[name] for name in qweight.format.derived)
             if not all(t.is_contiguous() for t in self.sources):
                 raise Refused("codes are not contiguous")
         stored = {id(t) for t in qweight.tensors.values()}
@@ -114,7 +114,7 @@ class Reads:
             if id(t) not in self._seen:
                 self.codes.append(t)
             self.address(t)
-        return coded(operands, qweight.shape[1]), qweight.config.dynamic
+        return coded(operands, qweight.shape[1]), qweight.format.dynamic
 
 
 class Operand(NamedTuple):

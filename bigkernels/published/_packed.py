@@ -22,11 +22,11 @@ class Packed:
     """
 
     def __init__(self, config: Format, shape: tuple[int, ...], tensors: dict[str, Tensor]) -> None:
-        self.config, self.shape, self.tensors = config, torch.Size(shape), tensors
+        self.format, self.shape, self.tensors = config, torch.Size(shape), tensors
 
     @classmethod
     def of(cls, qweight: QuantizedWeight) -> Packed:
-        return cls(qweight.config, qweight.shape, qweight.tensors)
+        return cls(qweight.format, qweight.shape, qweight.tensors)
 
     def __getitem__(self, index: Any) -> Packed:
         if index is not Ellipsis:
@@ -37,18 +37,18 @@ class Packed:
         """On a device; codes have no other dtype."""
         if device is None:
             return self
-        return Packed(self.config, self.shape, {name: t.to(device) for name, t in self.tensors.items()})
+        return Packed(self.format, self.shape, {name: t.to(device) for name, t in self.tensors.items()})
 
     def qweight(self, dtype: torch.dtype) -> QuantizedWeight:
         """All rows as a weight of a dtype."""
         n = self.shape[:-1].numel()
-        expected = self.config.layout((n, self.shape[-1]))
+        expected = self.format.layout((n, self.shape[-1]))
         for name, (shape, kind) in expected.items():
             held = self.tensors[name]
             if held.shape != shape or held.dtype != kind:
                 raise ValueError(f"bigkernels: {name} is {held.dtype} of shape {tuple(held.shape)}, expected {kind} of "
                                  f"shape {shape}")  # fmt: skip
-        return QuantizedWeight(self.config, (n, self.shape[-1]), dtype, self.tensors)
+        return QuantizedWeight(self.format, (n, self.shape[-1]), dtype, self.tensors)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.qweight(dtype).dequantize().view(self.shape)
@@ -72,13 +72,13 @@ def _joined(parts: Sequence[Any], stack: bool, dim: int) -> Packed | None:
         return None
     parts = [_by_rows(part) for part in parts]
     first = parts[0]
-    if any(part.config != first.config or part.shape[-1] != first.shape[-1] for part in parts):
+    if any(part.format != first.format or part.shape[-1] != first.shape[-1] for part in parts):
         return None
     if stack:
         if dim != 0 or any(part.shape != first.shape for part in parts) or len(first.shape) != 2:
             return None
         joined = {name: torch.cat([part.tensors[name] for part in parts]) for name in first.tensors}
-        return Packed(first.config, (len(parts), *first.shape), joined)
+        return Packed(first.format, (len(parts), *first.shape), joined)
     rows = len(first.shape) - 2
     if dim % len(first.shape) != rows or any(part.shape[:-2] != first.shape[:-2] for part in parts):
         return None
@@ -88,14 +88,14 @@ def _joined(parts: Sequence[Any], stack: bool, dim: int) -> Packed | None:
         for name in first.tensors
     }
     n = sum(part.shape[-2] for part in parts)
-    return Packed(first.config, (*first.shape[:-2], n, first.shape[-1]), joined)
+    return Packed(first.format, (*first.shape[:-2], n, first.shape[-1]), joined)
 
 
 def _by_rows(part: Packed) -> Packed:
     """With scales that are stored a row: those of NF4 that are quantized lie across rows."""
-    if not isinstance(part.config, NF4) or not part.config.double_quant:
+    if not isinstance(part.format, NF4) or not part.format.double_quant:
         return part
-    scale = part.config.operands(part.tensors).scale
+    scale = part.format.operands(part.tensors).scale
     return Packed(
-        replace(part.config, double_quant=False), part.shape, {"codes": part.tensors["codes"], "scale": scale}
+        replace(part.format, double_quant=False), part.shape, {"codes": part.tensors["codes"], "scale": scale}
     )

@@ -84,7 +84,7 @@ def _compressed(model: nn.Module, layers: dict[str, QuantizedLinear], state: dic
 
 
 def _compressed_layer(path: str, qweight: QuantizedWeight) -> Stored:
-    config, t = qweight.config, qweight.tensors
+    config, t = qweight.format, qweight.tensors
     plain = {"symmetric": True, "dynamic": False, "strategy": "channel"}
     if isinstance(config, Int8):  # `Int8Dynamic` is one
         scheme = {"format": "int-quantized", "weights": {"num_bits": 8, "type": "int", **plain}}
@@ -110,14 +110,14 @@ def _compressed_layer(path: str, qweight: QuantizedWeight) -> Stored:
 
 
 def _gptq(model: nn.Module, layers: dict[str, QuantizedLinear], state: dict[str, Tensor]) -> dict[str, Any]:
-    sizes = {module.config.group_size for module in layers.values() if isinstance(module.config, Int4)}
+    sizes = {module.weight_format.group_size for module in layers.values() if isinstance(module.weight_format, Int4)}
     if len(sizes) > 1:
         raise ValueError(f"{_WHAT}: gptq has one group size for all layers, and these have {sorted(sizes)}")
     found = {}
     for path, module in layers.items():
         found[path] = codes, zero, scale = _int4(path, module.qweight, "gptq")
         n, k = module.qweight.shape
-        if n % 8 or k % module.config.group_size:
+        if n % 8 or k % module.weight_format.group_size:
             raise ValueError(
                 f"{_WHAT}: {path} is ({n}, {k}); gptq needs rows in whole groups and a multiple of 8 of them"
             )
@@ -127,7 +127,7 @@ def _gptq(model: nn.Module, layers: dict[str, QuantizedLinear], state: dict[str,
     newer = any(bool((zero == 0).any()) for _, zero, _ in found.values())
     for path, (codes, zero, scale) in found.items():
         k = codes.shape[1]
-        order = torch.arange(k, dtype=torch.int32, device=codes.device) // layers[path].config.group_size
+        order = torch.arange(k, dtype=torch.int32, device=codes.device) // layers[path].weight_format.group_size
         stored = zero if newer else zero - 1
         state |= {f"{path}.qweight": pack(codes.T), f"{path}.qzeros": pack(stored).T.contiguous(),
                   f"{path}.scales": scale.half().T.contiguous(), f"{path}.g_idx": order}  # fmt: skip
@@ -137,8 +137,8 @@ def _gptq(model: nn.Module, layers: dict[str, QuantizedLinear], state: dict[str,
 
 def _int4(path: str, qweight: QuantizedWeight, method: str) -> tuple[Tensor, Tensor, Tensor]:
     """codes (N, K), zero points and scales (N, G) in float32."""
-    if not isinstance(qweight.config, Int4):
-        raise ValueError(f"{_WHAT}: {path} is {qweight.config.name}, which {method} cannot store")
+    if not isinstance(qweight.format, Int4):
+        raise ValueError(f"{_WHAT}: {path} is {qweight.format.name}, which {method} cannot store")
     if qweight.channel is not None:
         raise ValueError(f"{_WHAT}: {path} divides its inputs (awq), for which {method} has no place")
     codes, scale, zero, row_scale, *_ = qweight.operands()

@@ -101,4 +101,4 @@ def _rounds_tokens(kind: str, about: Mapping[str, Any]) -> bool:
 def _shaped(found: Packed | Tensor, shape: torch.Size) -> Packed | Tensor:
     if isinstance(found, Tensor):
         return found.view(shape)
-    return Packed(found.config, tuple(shape), found.tensors)
+    return Packed(found.format, tuple(shape), found.tensors)

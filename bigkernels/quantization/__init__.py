@@ -4,8 +4,9 @@ A format is a frozen dataclass: how rows of a weight become named plain tensors,
 is stored is the same on every device; nothing is packed for a kernel.
 """
 
+from .._deprecated import renamed_functions
 from . import checkpoints
-from ._format import Format, named
+from ._format import Format, resolve_format
 from ._model import dequantize, quantize, refresh
 from ._report import QuantizeReport
 from ._weight import QuantizedWeight, quantize_weight
@@ -39,9 +40,11 @@ __all__ = [
     "checkpoints",
     "dequantize",
     "fake_quantize",
-    "named",
     "prepare_qat",
     "quantize",
     "quantize_weight",
     "refresh",
+    "resolve_format",
 ]
+
+__getattr__ = renamed_functions(__name__, globals(), named="resolve_format")

@@ -29,7 +29,7 @@ def groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 
 @torch.no_grad()
-def grams(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]) -> dict[str, Tensor]:
+def hessians(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]) -> dict[str, Tensor]:
     """The sum of ``x x^T`` over the inputs x (K,) of each layer that the batches reach."""
     found: dict[str, Tensor] = {}
     # Layers beside each other read the same input. It may be written in between, and not every write is counted.

@@ -52,7 +52,7 @@ class Format(abc.ABC):
         """The stored tensors that `operands` computes from; others it hands on as they are."""
         return ()
 
-    def prepare(self, w: Tensor, gram: Tensor) -> Any:
+    def prepare(self, w: Tensor, hessian: Tensor) -> Any:
         """What `encode` takes for data, from a whole weight and the second moments (K, K) of its inputs; of formats
         that are calibrated.
         """
@@ -75,20 +75,20 @@ class Format(abc.ABC):
         """What operators read of the stored tensors, by the kind of codes that they are (`bigkernels.ops._codes`)."""
 
 
-def named(config: str | Format) -> Format:
+def resolve_format(format: str | Format) -> Format:
     """The format of a name, with its default options; formats as they are.
 
     Raises:
         ValueError: no format has this name.
         TypeError: neither a name nor a format.
     """
-    if isinstance(config, Format):
-        return config
-    if not isinstance(config, str):
-        raise TypeError(f"bigkernels.quantization: config is {type(config).__name__}; accepted are names and formats")
-    if config not in _FORMATS:
-        raise ValueError(f"bigkernels.quantization: config is {config!r}; accepted are {', '.join(sorted(_FORMATS))}")
-    return _FORMATS[config]()
+    if isinstance(format, Format):
+        return format
+    if not isinstance(format, str):
+        raise TypeError(f"bigkernels.quantization: format is {type(format).__name__}; accepted are names and formats")
+    if format not in _FORMATS:
+        raise ValueError(f"bigkernels.quantization: format is {format!r}; accepted are {', '.join(sorted(_FORMATS))}")
+    return _FORMATS[format]()
 
 
 def ratio(values: Tensor, scale: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .._deprecated import renamed_arguments
 from ._format import Format
 from ._owners import note
 from ._plan import Plan, set_parameter
@@ -15,9 +16,10 @@ from ._select import places, put
 from ._ties import name_weights
 
 
+@renamed_arguments("bigkernels.quantize", config="format")
 def quantize(
     model: nn.Module,
-    config: str | Format | Mapping[str, str | Format | None],
+    format: str | Format | Mapping[str, str | Format | None],
     *,
     skip: str | tuple[str, ...] = ("lm_head",),
     filter: Callable[[str, nn.Module], bool] | None = None,
@@ -32,7 +34,7 @@ def quantize(
             is called one of experts: by `bigkernels.nn.QuantizedExperts` under the parameter's name. Hooks stay; a
             layer under several names stays one. On the meta device, layers are made that a state dict fills
             (``assign=True``).
-        config: a format or its name ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "fp8-dynamic", "q4_1",
+        format: a format or its name ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "fp8-dynamic", "q4_1",
             "q8_0"), for all layers; or a mapping of patterns of names (as in `fnmatch`; the first that matches counts)
             to formats, names, or None for layers to leave alone.
         skip: names, or last parts of names, of layers to leave alone; or one of them.
@@ -53,7 +55,7 @@ def quantize(
     """
     from ..nn._quantized import Quantized
 
-    report = Plan.of(model, config, skip, filter, embeddings).write(calibration)
+    report = Plan.of(model, format, skip, filter, embeddings).write(calibration)
     trained = any(p.requires_grad for p in model.parameters())
     for module in model.modules():
         if isinstance(module, Quantized):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._calibration import grams, groups
+from ._calibration import groups, hessians
 from ._format import Format
 from ._layers import rows
 from ._report import QuantizeReport, Row
@@ -48,7 +48,7 @@ class Layers:
     """A step: the layers that read one weight, of which all but the first share the first one's codes."""
 
     members: list[Chosen]
-    config: Format
+    format: Format
 
     @property
     def first(self) -> Chosen:
@@ -60,28 +60,28 @@ class Layers:
     @property
     def measured(self) -> bool:
         """Whether it needs the second moments of the layer's inputs."""
-        return self.config.calibrated and not self.first.module.weight.is_meta
+        return self.format.calibrated and not self.first.module.weight.is_meta
 
     @property
     def stored(self) -> dict[str, tuple[str, ...]]:
         """The names of stored tensors by the paths of layers that share them."""
         if len(self.members) == 1:
             return {}
-        names = tuple(self.config.layout(tuple(self.weight().shape)))
+        names = tuple(self.format.layout(tuple(self.weight().shape)))
         return {path: names for chosen in self.members for path in chosen.paths}
 
-    def write(self, journal: Journal, gram: Tensor | None = None) -> list[Row]:
+    def write(self, journal: Journal, hessian: Tensor | None = None) -> list[Row]:
         from ..nn import QuantizedEmbedding, QuantizedLinear
 
         weight = self.weight()
-        quantized = quantize_weight(weight, self.config, gram)
+        quantized = quantize_weight(weight, self.format, hessian)
         sizes, error, source, made = (weight.nbytes, quantized.nbytes), error_of(weight, quantized), None, []
         for chosen in self.members:
             kind = plain_kind(chosen.module)
             layer = QuantizedEmbedding if kind is nn.Embedding else QuantizedLinear
             module = layer.standing_for(chosen.module, quantized, kind)
             journal.layer(chosen, module)
-            what = ", also ".join((self.config.name, *(chosen.paths[1:] if len(self.members) == 1 else ())))
+            what = ", also ".join((self.format.name, *(chosen.paths[1:] if len(self.members) == 1 else ())))
             if source is None:
                 source = module
             else:
@@ -99,7 +99,7 @@ class Experts:
     """A step: the weights of experts, a parameter of their module."""
 
     path: str
-    config: Format
+    format: Format
 
     def write(self, journal: Journal) -> list[Row]:
         from ..nn import QuantizedExperts
@@ -107,11 +107,11 @@ class Experts:
         owner, _, key = self.path.rpartition(".")
         module = journal.model.get_submodule(owner)
         weight = getattr(module, key)
-        made = QuantizedExperts.from_parameter(weight, self.config, turned=getattr(module, "is_transposed", False))
+        made = QuantizedExperts.from_parameter(weight, self.format, transposed=getattr(module, "is_transposed", False))
         journal.parameter(self.path, made.train(module.training))
-        flat = (weight.transpose(1, 2) if made.turned else weight).flatten(0, 1)
+        flat = (weight.transpose(1, 2) if made.transposed else weight).flatten(0, 1)
         error = error_of(flat, made.qweight)
-        return [Row(self.path, self.config.name, weight.nbytes, made.qweight.nbytes, error)]
+        return [Row(self.path, self.format.name, weight.nbytes, made.qweight.nbytes, error)]
 
 
 @dataclass
@@ -126,17 +126,17 @@ class Plan:
 
     @classmethod
     def of(
-        cls, model: nn.Module, config: str | Format | Mapping[str, str | Format | None], skip: str | tuple[str, ...],
+        cls, model: nn.Module, format: str | Format | Mapping[str, str | Format | None], skip: str | tuple[str, ...],
         filter: Callable[[str, nn.Module], bool] | None, embeddings: bool,
     ) -> Plan:  # fmt: skip
         made = cls(model)
-        selection = select(model, config, skip, filter, embeddings, made.report)
+        selection = select(model, format, skip, filter, embeddings, made.report)
         made.order = selection.order
         made.steps += (Experts(path, chosen) for path, chosen in selection.experts.items())
-        made.steps += (Layers(members, members[0].config.blind()) for members in selection.shared)
+        made.steps += (Layers(members, members[0].format.blind()) for members in selection.shared)
         for chosen in selection.alone:
             ids = plain_kind(chosen.module) is nn.Embedding  # what it reads tells nothing
-            step = Layers([chosen], chosen.config.blind() if ids else chosen.config)
+            step = Layers([chosen], chosen.format.blind() if ids else chosen.format)
             (made.measured if step.measured else made.steps).append(step)
         return made
 
@@ -147,8 +147,8 @@ class Plan:
             ValueError: a format is calibrated and there are no batches, or a weight cannot be stored.
         """
         if self.measured and calibration is None:
-            config = self.measured[0].config
-            raise ValueError(f"bigkernels.quantize: {config} is calibrated; give calibration batches")
+            format = self.measured[0].format
+            raise ValueError(f"bigkernels.quantize: {format} is calibrated; give calibration batches")
         journal, report = Journal(self.model), self.report
         try:
             for step in self.steps:
@@ -167,14 +167,14 @@ class Plan:
         return report
 
     def _write_measured(self, journal: Journal, batches: Sequence[Any]) -> None:
-        named = {step.first.path: step for step in self.measured}
-        for some in groups({path: step.weight().shape[1] for path, step in named.items()}):
-            found = grams(self.model, {path: named[path].first.module for path in some}, batches)
+        steps = {step.first.path: step for step in self.measured}
+        for some in groups({path: step.weight().shape[1] for path, step in steps.items()}):
+            found = hessians(self.model, {path: steps[path].first.module for path in some}, batches)
             for path in some:
                 if path in found:
-                    self.report.quantized += named[path].write(journal, found[path])
+                    self.report.quantized += steps[path].write(journal, found[path])
                 else:
-                    nbytes = named[path].first.module.weight.nbytes
+                    nbytes = steps[path].first.module.weight.nbytes
                     self.report.skip(path, "no calibration batch reaches it", nbytes)
 
 

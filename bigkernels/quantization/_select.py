@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ._format import Format, named
+from ._format import Format, resolve_format
 from ._layers import exact_weight, has_own_forward, has_state_hooks, is_linear, is_transposed
 from ._report import QuantizeReport
 
@@ -23,7 +23,7 @@ class Chosen:
 
     module: nn.Module
     paths: list[str]
-    config: Format
+    format: Format
 
     @property
     def path(self) -> str:
@@ -93,7 +93,7 @@ class _Rules:
 
 def select(
     model: nn.Module,
-    config: str | Format | Mapping[str, str | Format | None],
+    format: str | Format | Mapping[str, str | Format | None],
     skip: str | tuple[str, ...],
     filter: Filter | None,
     embeddings: bool,
@@ -103,8 +103,8 @@ def select(
     from ..nn._quantized import Quantized
     from .qat import plain_kind
 
-    patterns = {"*": config} if isinstance(config, (str, Format)) else dict(config)
-    formats = {pattern: None if value is None else named(value) for pattern, value in patterns.items()}
+    patterns = {"*": format} if isinstance(format, (str, Format)) else dict(format)
+    formats = {pattern: None if value is None else resolve_format(value) for pattern, value in patterns.items()}
     rules = _Rules(formats, as_names(skip), filter)
     found = places(model)
     owners = collections.defaultdict(list)
@@ -118,7 +118,7 @@ def select(
     for module, paths in found.items():
         kind, path = plain_kind(module), paths[0]
         if isinstance(module, Quantized):
-            report.skip(path, f"already quantized ({module.config.name})", module.qweight.nbytes)
+            report.skip(path, f"already quantized ({module.weight_format.name})", module.qweight.nbytes)
         elif is_linear(kind) or kind is nn.Embedding:
             reason = never_called(model, path) or rules.refusal(paths, module)
             if module in adapters:
@@ -163,8 +163,8 @@ def _group(candidates, owners, made: Selection, report: QuantizeReport) -> None:
         if len(owners[key]) == 1:
             made.alone += members
             continue
-        turned = {is_transposed(type(m.module)) for m in members}
-        if len(members) == len(owners[key]) and len({m.config for m in members}) == len(turned) == 1:
+        transposed = {is_transposed(type(m.module)) for m in members}
+        if len(members) == len(owners[key]) and len({m.format for m in members}) == len(transposed) == 1:
             made.shared.append(members)
             continue
         for m in members:

@@ -8,24 +8,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._deprecated import renamed_arguments, renamed_members
 from ..ops._registry import is_watched
-from ._format import Format, Operands, named
+from ._format import Format, Operands, resolve_format
 
+_WHAT = "bigkernels.functional.quantize_weight"
 _AT_ONCE = 2**22  # elements: float32 copies and what the formats make of them stay small
 
 
+@renamed_members("bigkernels.quantization.QuantizedWeight", config="format")
 @dataclass(eq=False)
 class QuantizedWeight:
     """A weight (N, K) in codes.
 
     Attributes:
-        config: its format.
+        format: its format.
         shape: (N, K).
         dtype: what it was quantized from, and what `dequantize` makes by default.
         tensors: what is stored, by name.
     """
 
-    config: Format
+    format: Format
     shape: tuple[int, int]
     dtype: torch.dtype
     tensors: dict[str, Tensor]
@@ -34,33 +37,34 @@ class QuantizedWeight:
     def operands(self) -> Operands:
         """What `quantized_linear` reads; made once as long as the stored tensors stay what they are."""
         if torch.compiler.is_dynamo_compiling():
-            return self.config.operands(self.tensors)
+            return self.format.operands(self.tensors)
         if is_watched():
             self._check_dtypes()
-            return self.config.operands(self.tensors)
+            return self.format.operands(self.tensors)
         held = self._read
         if held is not None and all(map(_Seen.holds, held[0], self.tensors.values())):
             return held[1]
         self._check_dtypes()
-        derived = self.config.derived
-        operands = self.config.operands(self.tensors)
+        derived = self.format.derived
+        operands = self.format.operands(self.tensors)
         self._read = tuple(_Seen.of(t, name in derived) for name, t in self.tensors.items()), operands
         return operands
 
     def _check_dtypes(self) -> None:
-        for name, (_, dtype) in self.config.layout(self.shape).items():
-            if self.tensors[name].dtype != dtype:
-                raise TypeError(f"bigkernels.QuantizedWeight: {name} is {self.tensors[name].dtype}, and {self.config} "
-                                f"stores {dtype}: something cast the buffers of the model one by one")  # fmt: skip
+        for name, (_, dtype) in self.format.layout(self.shape).items():
+            held = self.tensors[name].dtype
+            if held != dtype:
+                raise TypeError(f"bigkernels.quantization.QuantizedWeight: {name} is {held}, and {self.format} stores "
+                                f"{dtype}: something cast the buffers of the model one by one")  # fmt: skip
 
     def with_exact_tokens(self) -> QuantizedWeight:
         """The same weight; tokens that it is multiplied with are not rounded."""
-        exact = self.config.exact()
-        return self if exact is self.config else QuantizedWeight(exact, self.shape, self.dtype, self.tensors)
+        exact = self.format.exact()
+        return self if exact is self.format else QuantizedWeight(exact, self.shape, self.dtype, self.tensors)
 
     def rows(self, begin: int, end: int) -> QuantizedWeight:
         """Rows [begin, end) as a weight of their own, in the same memory."""
-        return _Rows(self.config, (end - begin, self.shape[1]), self.dtype, self.tensors, whole=self, begin=begin)
+        return _Rows(self.format, (end - begin, self.shape[1]), self.dtype, self.tensors, whole=self, begin=begin)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (N, K) that the codes stand for, computed in float32 and rounded once."""
@@ -137,57 +141,56 @@ def _words(t: Tensor) -> tuple[Tensor, ...]:
     return tuple(part for part in (flat[:whole].view(torch.int64), flat[whole:]) if part.numel())
 
 
+@renamed_arguments(_WHAT, w="weight", config="format", gram="hessian")
 @torch.no_grad()
-def quantize_weight(w: Tensor, config: str | Format, gram: Tensor | None = None) -> QuantizedWeight:
+def quantize_weight(weight: Tensor, format: str | Format, hessian: Tensor | None = None) -> QuantizedWeight:
     """A weight in a format. The same values give the same bits, on every device and number of threads.
 
     Args:
-        w: (N, K), floating, any strides; every value finite.
-        config: a format, or its name: "int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "fp8-dynamic",
+        weight: (N, K), floating, any strides; every value finite.
+        format: a format, or its name: "int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "fp8-dynamic",
             "q4_1" or "q8_0".
-        gram: (K, K), the sum or mean of ``x x^T`` over inputs x of the layer; for formats that are calibrated, and of
-            no use to others.
+        hessian: (K, K), the sum or mean of ``x x^T`` over inputs x of the layer; for formats that are calibrated, and
+            of no use to others.
 
     Of a weight on the meta device, which has no values, shapes and dtypes are made and nothing else.
 
     Raises:
-        TypeError: `w` is not a floating tensor.
-        ValueError: `w` is no matrix or holds a value that is not finite (in float32) or beyond the format's range
-            (float16 in "q4_1" and "q8_0"), there is no such format, or `gram` is missing, of another shape, or not
+        TypeError: `weight` is not a floating tensor.
+        ValueError: `weight` is no matrix or holds a value that is not finite (in float32) or beyond the format's range
+            (float16 in "q4_1" and "q8_0"), there is no such format, or `hessian` is missing, of another shape, or not
             finite.
     """
-    config = named(config)
-    if not isinstance(w, Tensor) or not w.is_floating_point():
-        given = w.dtype if isinstance(w, Tensor) else type(w).__name__
-        raise TypeError(f"bigkernels.quantize_weight: w is {given}; accepted are floating tensors")
-    if w.dim() != 2:
-        raise ValueError(f"bigkernels.quantize_weight: w has shape {tuple(w.shape)}, expected (N, K)")
-    w = w.detach()
+    format = resolve_format(format)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{_WHAT}: weight is {given}; accepted are floating tensors")
+    if weight.dim() != 2:
+        raise ValueError(f"{_WHAT}: weight has shape {tuple(weight.shape)}, expected (N, K)")
+    weight = weight.detach()
     data = None
-    if w.is_meta:
+    if weight.is_meta:
         tensors = {name: torch.empty(shape, dtype=dtype, device="meta")
-                   for name, (shape, dtype) in config.layout((w.shape[0], w.shape[1])).items()}  # fmt: skip
-        return QuantizedWeight(config, (w.shape[0], w.shape[1]), w.dtype, tensors)
-    if config.calibrated:
-        _check_gram(config, gram, w.shape[1])
-        data = config.prepare(w, gram.to(w.device))
-    at_once = max(1, _AT_ONCE // max(w.shape[1], 1))
+                   for name, (shape, dtype) in format.layout((weight.shape[0], weight.shape[1])).items()}  # fmt: skip
+        return QuantizedWeight(format, (weight.shape[0], weight.shape[1]), weight.dtype, tensors)
+    if format.calibrated:
+        _check_hessian(format, hessian, weight.shape[1])
+        data = format.prepare(weight, hessian.to(weight.device))
+    at_once = max(1, _AT_ONCE // max(weight.shape[1], 1))
     parts = []
-    for rows in w.split(at_once) if w.shape[0] else [w]:
+    for rows in weight.split(at_once) if weight.shape[0] else [weight]:
         rows = rows.float().contiguous()
         if not rows.isfinite().all():
-            raise ValueError("bigkernels.quantize_weight: w holds a value that is not finite")
-        parts.append(config.encode(rows, data))
-    tensors = config.finish({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, data)
-    return QuantizedWeight(config, (w.shape[0], w.shape[1]), w.dtype, tensors)
+            raise ValueError(f"{_WHAT}: weight holds a value that is not finite")
+        parts.append(format.encode(rows, data))
+    tensors = format.finish({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, data)
+    return QuantizedWeight(format, (weight.shape[0], weight.shape[1]), weight.dtype, tensors)
 
 
-def _check_gram(config: Format, gram: Tensor | None, k: int) -> None:
-    if gram is None:
-        raise ValueError(
-            f"bigkernels.quantize_weight: {config} is calibrated: give gram, or `calibration` to `quantize`"
-        )
-    if gram.shape != (k, k):
-        raise ValueError(f"bigkernels.quantize_weight: gram has shape {tuple(gram.shape)}, expected ({k}, {k})")
-    if not gram.isfinite().all():
-        raise ValueError("bigkernels.quantize_weight: gram holds a value that is not finite")
+def _check_hessian(format: Format, hessian: Tensor | None, k: int) -> None:
+    if hessian is None:
+        raise ValueError(f"{_WHAT}: {format} is calibrated: give hessian, or `calibration` to `quantize`")
+    if hessian.shape != (k, k):
+        raise ValueError(f"{_WHAT}: hessian has shape {tuple(hessian.shape)}, expected ({k}, {k})")
+    if not hessian.isfinite().all():
+        raise ValueError(f"{_WHAT}: hessian holds a value that is not finite")

@@ -24,34 +24,36 @@ class Channels(NamedTuple):
     importance: Tensor
 
 
-def channel_scales(w: Tensor, gram: Tensor, rounded: Callable[[Tensor, Tensor], Tensor]) -> Channels:
+def channel_scales(w: Tensor, hessian: Tensor, rounded: Callable[[Tensor, Tensor], Tensor]) -> Channels:
     """The scales, powers of the inputs' sizes, whose rounded weight changes the outputs least.
 
     Args:
         w: (N, K).
-        gram: (K, K), second moments of inputs.
+        hessian: (K, K), second moments of inputs.
         rounded: float32 rows and the second moments of their inputs to the values that they are stored as.
     """
     ones = torch.ones(w.shape[1], dtype=torch.float32, device=w.device)
     if not w.numel():
         return Channels(ones, ones, ones)
-    gram = gram.float()
-    mean = gram.diagonal().mean()
+    hessian = hessian.float()
+    mean = hessian.diagonal().mean()
     # Inputs that were always zero may not always be.
-    gram = gram + _DAMP * torch.where(mean > 0, mean, 1.0) * torch.eye(len(ones), dtype=torch.float32, device=w.device)
-    moments = gram.diagonal()
+    hessian = hessian + _DAMP * torch.where(mean > 0, mean, 1.0) * torch.eye(
+        len(ones), dtype=torch.float32, device=w.device
+    )
+    moments = hessian.diagonal()
     size = (moments / moments.mean()).sqrt()
     at_once = max(1, _AT_ONCE // len(ones))
     best, least = None, None
     for i in range(_STEPS):
         up = torch.exp2((size.log2() * i / _STEPS).round())
         found = Channels(up, 1 / up, moments / up.square())
-        error = sum(_output_error(rows.float(), found, gram, rounded) for rows in w.split(at_once))
+        error = sum(_output_error(rows.float(), found, hessian, rounded) for rows in w.split(at_once))
         if least is None or error < least:
             best, least = found, error
     return best
 
 
-def _output_error(rows: Tensor, channels: Channels, gram: Tensor, rounded) -> float:
+def _output_error(rows: Tensor, channels: Channels, hessian: Tensor, rounded) -> float:
     missed = rows - rounded(rows * channels.up, channels.importance) * channels.down
-    return ((missed @ gram) * missed).sum().item()
+    return ((missed @ hessian) * missed).sum().item()

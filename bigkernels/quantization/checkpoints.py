@@ -118,8 +118,8 @@ def to_compressed_tensors(qweight: QuantizedWeight) -> dict[str, Tensor]:
     Raises:
         ValueError: another format, or zero points that are no integers: quantize with ``Int4(algorithm="rtn")``.
     """
-    if not isinstance(qweight.config, Int4):
-        raise ValueError(f"bigkernels.to_compressed_tensors: the weight is {qweight.config.name}; accepted is int4")
+    if not isinstance(qweight.format, Int4):
+        raise ValueError(f"bigkernels.to_compressed_tensors: the weight is {qweight.format.name}; accepted is int4")
     if qweight.channel is not None:
         raise ValueError("bigkernels.to_compressed_tensors: the layout has no place for what divides inputs (awq)")
     codes, scale, zero, row_scale, *_ = qweight.operands()

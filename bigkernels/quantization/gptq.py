@@ -31,13 +31,13 @@ class Order(NamedTuple):
     importance: Tensor
 
     @classmethod
-    def of(cls, gram: Tensor) -> Order:
-        gram = gram.double()
-        moments = gram.diagonal().clone()
+    def of(cls, hessian: Tensor) -> Order:
+        hessian = hessian.double()
+        moments = hessian.diagonal().clone()
         mean = moments.mean() if moments.numel() else moments.new_ones(())
         mean = torch.where(mean > 0, mean, 1.0)
         order = moments.argsort(descending=True, stable=True)
-        ordered = gram[order][:, order]
+        ordered = hessian[order][:, order]
         ordered.diagonal().add_(_DAMP * mean)  # also keeps inputs that are always zero from dividing by it
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
         factor = torch.linalg.cholesky(inverse, upper=True)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._deprecated import renamed_arguments, renamed_members
 from ..ops.quantized_linear import round_tokens
-from ._format import Format, named
+from ._format import Format, resolve_format
 from ._layers import become, is_transposed
 from ._report import QuantizeReport
 from ._weight import quantize_weight
@@ -18,8 +19,8 @@ from .fp8 import FP8
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(w, config):
-        return quantize_weight(w, config).dequantize(w.dtype)
+    def forward(w, format):
+        return quantize_weight(w, format).dequantize(w.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -34,29 +35,31 @@ class _StraightThrough(torch.autograd.Function):
         return tangent.clone()  # a view would have to be one of the output too
 
     @staticmethod
-    def vmap(info, dims, w, config):
+    def vmap(info, dims, w, format):
         if dims[0] is None:
-            return _StraightThrough.apply(w, config), None
-        return torch.stack([_StraightThrough.apply(each, config) for each in w.unbind(dims[0])]), 0
+            return _StraightThrough.apply(w, format), None
+        return torch.stack([_StraightThrough.apply(each, format) for each in w.unbind(dims[0])]), 0
 
 
-def fake_quantize(w: Tensor, config: str | Format) -> Tensor:
+@renamed_arguments("bigkernels.quantization.fake_quantize", w="weight", config="format")
+def fake_quantize(weight: Tensor, format: str | Format) -> Tensor:
     """The values (N, K) that `quantize_weight` would store for a weight, with the gradient of the identity (Bengio et
     al. 2013, https://arxiv.org/abs/1308.3432).
 
     Raises:
         ValueError, TypeError: as `quantize_weight`; calibrated formats are refused.
     """
-    return _StraightThrough.apply(w, named(config))
+    return _StraightThrough.apply(weight, resolve_format(format))
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: Format) -> Tensor:
-    if config.dynamic:
-        whole, scale = round_tokens(x.detach().float(), isinstance(config, FP8))
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, format: Format) -> Tensor:
+    if format.dynamic:
+        whole, scale = round_tokens(x.detach().float(), isinstance(format, FP8))
         x = x + ((whole * scale).to(x.dtype) - x).detach()
-    return F.linear(x, fake_quantize(weight, config), bias)
+    return F.linear(x, fake_quantize(weight, format), bias)
 
 
+@renamed_members("bigkernels.quantization.FakeQuantizedLinear", config="weight_format")
 class FakeQuantizedLinear(nn.Linear):
     """A `torch.nn.Linear`, with its parameters and state dict, that computes with the weight which its format would
     store (and, for "int8-dynamic", with the tokens that it would multiply), and trains the weight straight through.
@@ -65,49 +68,52 @@ class FakeQuantizedLinear(nn.Linear):
     ``Int4(64, "rtn")``.
     """
 
-    config: Format
+    weight_format: Format
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, config: str | Format) -> FakeQuantizedLinear:
+    @renamed_arguments("bigkernels.quantization.FakeQuantizedLinear.from_linear", config="format")
+    def from_linear(cls, linear: nn.Linear, format: str | Format) -> FakeQuantizedLinear:
         """The layer of a `torch.nn.Linear`, whose parameters and hooks it takes over.
 
         Raises:
             ValueError: the format is calibrated.
         """
-        return become(linear, cls, config=_fit(config))
+        return become(linear, cls, weight_format=_fit(format))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _linear(x, self.weight, self.bias, self.config)
+        return _linear(x, self.weight, self.bias, self.weight_format)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.config}"
+        return f"{super().extra_repr()}, {self.weight_format}"
 
 
+@renamed_members("bigkernels.quantization.FakeQuantizedConv1D", config="weight_format")
 class FakeQuantizedConv1D(nn.Module):
     """As `FakeQuantizedLinear`, for the `Conv1D` of transformers, whose weight is (K, N)."""
 
-    config: Format
+    weight_format: Format
     kind: type  # of the layer that it stands for
 
     def forward(self, x: Tensor) -> Tensor:
-        return _linear(x, self.weight.T, self.bias, self.config)
+        return _linear(x, self.weight.T, self.bias, self.weight_format)
 
     def extra_repr(self) -> str:
         k, n = self.weight.shape
-        return f"in_features={k}, out_features={n}, {self.config}"
+        return f"in_features={k}, out_features={n}, {self.weight_format}"
 
 
+@renamed_members("bigkernels.quantization.FakeQuantizedEmbedding", config="weight_format")
 class FakeQuantizedEmbedding(nn.Embedding):
     """A `torch.nn.Embedding`, with its parameters and state dict, of the rows that its format would store."""
 
-    config: Format
+    weight_format: Format
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, fake_quantize(self.weight, self.config), self.padding_idx,
+        return F.embedding(ids, fake_quantize(self.weight, self.weight_format), self.padding_idx,
                            scale_grad_by_freq=self.scale_grad_by_freq, sparse=self.sparse)  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.config}"
+        return f"{super().extra_repr()}, {self.weight_format}"
 
 
 _PLAIN = {FakeQuantizedLinear: nn.Linear, FakeQuantizedEmbedding: nn.Embedding}
@@ -119,9 +125,10 @@ def plain_kind(module: nn.Module) -> type:
     return module.kind if kind is FakeQuantizedConv1D else _PLAIN.get(kind, kind)
 
 
+@renamed_arguments("bigkernels.quantization.prepare_qat", config="format")
 def prepare_qat(
     model: nn.Module,
-    config: str | Format | Mapping[str, str | Format | None],
+    format: str | Format | Mapping[str, str | Format | None],
     *,
     skip: str | tuple[str, ...] = ("lm_head",),
     filter: Callable[[str, nn.Module], bool] | None = None,
@@ -139,23 +146,23 @@ def prepare_qat(
     """
     from ._select import put, select
 
-    selection = select(model, config, skip, filter, embeddings, QuantizeReport())
+    selection = select(model, format, skip, filter, embeddings, QuantizeReport())
     chosen = sorted(selection.alone + sum(selection.shared, []), key=lambda c: selection.order[c.path])
-    made = [_fake(c.module, c.config) for c in chosen]
+    made = [_fake(c.module, c.format) for c in chosen]
     for c, module in zip(chosen, made, strict=True):
         put(model, c.paths, module)
     return [c.path for c in chosen]
 
 
-def _fake(module: nn.Module, config: Format) -> nn.Module:
-    kind, config = plain_kind(module), _fit(config)
+def _fake(module: nn.Module, format: Format) -> nn.Module:
+    kind, format = plain_kind(module), _fit(format)
     if is_transposed(kind):
-        return become(module, FakeQuantizedConv1D, config=config, kind=kind)
-    return become(module, FakeQuantizedEmbedding if kind is nn.Embedding else FakeQuantizedLinear, config=config)
+        return become(module, FakeQuantizedConv1D, weight_format=format, kind=kind)
+    return become(module, FakeQuantizedEmbedding if kind is nn.Embedding else FakeQuantizedLinear, weight_format=format)
 
 
-def _fit(config: str | Format) -> Format:
-    config = named(config)
-    if config.calibrated:
-        raise ValueError(f"bigkernels.quantization: {config} is calibrated, which no training step can repeat")
-    return config
+def _fit(format: str | Format) -> Format:
+    format = resolve_format(format)
+    if format.calibrated:
+        raise ValueError(f"bigkernels.quantization: {format} is calibrated, which no training step can repeat")
+    return format

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import bigkernels
 from bigkernels import apply_checkpointing, remove_checkpointing
-from bigkernels.checkpointing import _blocks, named, selective
+from bigkernels.checkpointing import _blocks, resolve_policy, selective
 from bigkernels.memory import peak
 
 transformers = pytest.importorskip("transformers")
@@ -318,7 +318,7 @@ def test_peak_falls(policy: str, part: float) -> None:
     ids = torch.randint(64, (2, 256))
     inputs = {"input_ids": ids, "labels": ids}
     figures = []
-    for p in (None, named(policy)):
+    for p in (None, resolve_policy(policy)):
         if p is not None:
             apply_checkpointing(model, p)
         step(model, inputs)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bigkernels import apply_checkpointing, checkpoint, saved_activations
-from bigkernels.checkpointing import _places, _saver, named, offload
+from bigkernels.checkpointing import _places, _saver, offload, resolve_policy
 from bigkernels.checkpointing._places import _STEP, MappedFile, Slot
 from bigkernels.checkpointing._saver import Saver
 from bigkernels.memory import peak
@@ -154,7 +154,7 @@ def test_memory_of_torch(pool) -> None:
     assert ends[0] >= 12 * x.nbytes and ends[1] <= 2 * x.nbytes, ends
 
 
-@pytest.mark.parametrize("policy", [OFFLOAD, named("int8") + OFFLOAD, named("recompute") + OFFLOAD])
+@pytest.mark.parametrize("policy", [OFFLOAD, resolve_policy("int8") + OFFLOAD, resolve_policy("recompute") + OFFLOAD])
 def test_the_region_before_is_fetched(pool, policy, monkeypatch) -> None:
     """Backward in one region brings what the one before it has put away, and no other."""
     log: list[tuple[str, int]] = []
@@ -355,7 +355,7 @@ def test_copies_are_in_order() -> None:
     assert len(held) == 1
     for policy in ("recompute+offload", "int8+offload"):
         exact = "int8" not in policy
-        for a, b in zip(run(named(policy)), expected, strict=True):
+        for a, b in zip(run(resolve_policy(policy)), expected, strict=True):
             assert torch.equal(a, b) if exact else (a - b).norm() < 0.05 * b.norm()
 
 

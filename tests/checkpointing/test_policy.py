@@ -11,21 +11,21 @@ from torch import nn
 
 import bigkernels
 from bigkernels import apply_checkpointing, checkpoint, saved_activations
-from bigkernels.checkpointing import Policy, fp8, int8, named, offload, recompute, selective
+from bigkernels.checkpointing import Policy, fp8, int8, offload, recompute, resolve_policy, selective
 from bigkernels.checkpointing._policy import Code, Host, Selection
 
 
 def test_names() -> None:
-    assert named("recompute") == recompute() == Policy(keep="nothing")
-    assert named("selective") == selective() and isinstance(selective().keep, Selection)
-    assert named("int8") == int8() == Policy(code=Code("int8"))
-    assert named("fp8") == fp8() == Policy(code=Code("fp8", stochastic=False))
-    assert named("offload") == offload() == Policy(place=Host())
-    assert named(int8(stochastic=True)).code.stochastic
+    assert resolve_policy("recompute") == recompute() == Policy(keep="nothing")
+    assert resolve_policy("selective") == selective() and isinstance(selective().keep, Selection)
+    assert resolve_policy("int8") == int8() == Policy(code=Code("int8"))
+    assert resolve_policy("fp8") == fp8() == Policy(code=Code("fp8", stochastic=False))
+    assert resolve_policy("offload") == offload() == Policy(place=Host())
+    assert resolve_policy(int8(stochastic=True)).code.stochastic
 
 
 def test_sums() -> None:
-    assert named("recompute+offload") == named(" offload + recompute ") == recompute() + offload()
+    assert resolve_policy("recompute+offload") == resolve_policy(" offload + recompute ") == recompute() + offload()
     everything = selective(["aten::mm"]) + fp8() + offload("/tmp", least=5)
     assert everything.keep.operators == {"aten::mm"} and everything.place == Host("/tmp", 5)
     assert everything.code == Code("fp8")
@@ -35,19 +35,19 @@ def test_sums() -> None:
 @pytest.mark.parametrize("names", ["int8+fp8", "recompute+selective", "offload+offload", "int8+int8"])
 def test_contradictions(names: str) -> None:
     with pytest.raises(ValueError, match="both policies say (code|keep|place)"):
-        named(names)
+        resolve_policy(names)
 
 
 @pytest.mark.parametrize("name", ["", "int4", "int8+", "Recompute", "recompute offload"])
 def test_unknown_names(name: str) -> None:
     with pytest.raises(ValueError, match="accepted are recompute, selective, int8, fp8, offload"):
-        named(name)
+        resolve_policy(name)
 
 
 @pytest.mark.parametrize("wrong", [None, 8, ["int8"], Code("int8")])
 def test_wrong_types(wrong) -> None:
     with pytest.raises(TypeError, match="accepted are str and Policy"):
-        named(wrong)
+        resolve_policy(wrong)
     with pytest.raises(TypeError):
         recompute() + wrong
 

@@ -572,9 +572,9 @@ def deep(policy, x: Tensor, blocks: list[Block]) -> int:
     [("recompute", 0.35), ("int8", 0.55), ("fp8", 0.55), ("recompute+int8", 0.25), ("offload", 0.6)],
 )
 def test_peak_falls(policy: str, part: float) -> None:
-    from bigkernels.checkpointing import named
+    from bigkernels.checkpointing import resolve_policy
 
-    policy = named(policy) if policy != "offload" else ALL["offload"]
+    policy = resolve_policy(policy) if policy != "offload" else ALL["offload"]
     blocks = [Block(128) for _ in range(12)]
     x = torch.randn(512, 128, requires_grad=True)
     figures = []

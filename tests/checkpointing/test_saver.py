@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import bigkernels.functional as BF
 from bigkernels import checkpoint, saved_activations
-from bigkernels.checkpointing import _saver, int8, named
+from bigkernels.checkpointing import _saver, int8, resolve_policy
 from bigkernels.checkpointing._saver import Exact, Packed, Saver
 from bigkernels.memory import peak
 
@@ -26,7 +26,7 @@ class Kept:
     """What a saver has kept of everything that autograd saved in a function."""
 
     def __init__(self, fn, *args, policy="int8", constants=()):
-        saver, packs = Saver(named(policy), constants), []
+        saver, packs = Saver(resolve_policy(policy), constants), []
 
         def pack(t):
             packs.append(saver.pack(t))
@@ -377,7 +377,7 @@ def test_written_to_where_it_stays(w) -> None:
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_error_bound(format: str, step: float, scale: float) -> None:
     t = torch.randn(ROWS, WIDTH) * scale
-    saver = Saver(named(format))
+    saver = Saver(resolve_policy(format))
     back = saver.unpack(saver.pack(t))
     largest = t.abs().amax(1, keepdim=True)  # rows are blocks
     bound = largest * step if format == "int8" else t.abs() * step + largest * 2**-15
@@ -387,7 +387,7 @@ def test_error_bound(format: str, step: float, scale: float) -> None:
 @formats
 def test_stochastic_rounding_has_the_mean(format: str) -> None:
     t = torch.randn(ROWS, WIDTH)
-    policy = named(format)
+    policy = resolve_policy(format)
     policy = type(policy)(code=type(policy.code)(format, stochastic=True))
     backs = []
     state = torch.get_rng_state()
@@ -396,7 +396,7 @@ def test_stochastic_rounding_has_the_mean(format: str) -> None:
         backs.append(saver.unpack(saver.pack(t)))
     assert torch.equal(torch.get_rng_state(), state), "the model's generator was used"
     assert not torch.equal(backs[0], backs[1])
-    nearest = Saver(named(format))
+    nearest = Saver(resolve_policy(format))
     single = relative(nearest.unpack(nearest.pack(t)), t)
     assert relative(torch.stack(backs).mean(0), t) < single / 3
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bigkernels import apply_checkpointing, optim
-from bigkernels.checkpointing import fp8, int8, named
+from bigkernels.checkpointing import fp8, int8, resolve_policy
 
 # The language model, its text and its sizes are those of the optimizers' tests.
 _path = Path(__file__).parent.parent / "optim" / "test_training.py"
@@ -27,7 +27,7 @@ POLICIES = {
     "fp8": fp8(),
     "int8, stochastic": int8(stochastic=True),
     "fp8, stochastic": fp8(stochastic=True),
-    "recompute+int8": named("recompute+int8"),
+    "recompute+int8": resolve_policy("recompute+int8"),
 }
 STEPS = 200
 # Over four seeds of the small size the means of the first four were +0.2 %, -0.1 %, +0.3 % and +0.6 %, and single runs

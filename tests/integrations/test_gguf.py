@@ -114,7 +114,7 @@ def test_mixtures_of_experts(kind: str, tmp_path):
     if kind != "F16":
         assert type(experts.gate_up_proj) is QuantizedExperts and type(experts.down_proj) is QuantizedExperts
     if kind == "Q4_K":
-        assert experts.down_proj.config == GGUFBlocks("Q4_K")
+        assert experts.down_proj.weight_format == GGUFBlocks("Q4_K")
     dense = copy.deepcopy(model)
     bigkernels.dequantize(dense)
     plain = read(path)  # by transformers

@@ -76,7 +76,7 @@ def test_a_calibrated_format_is_merged_without_data():
     lora = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
     adapted = peft.get_peft_model(layer, lora)
     adapted.merge_adapter()
-    assert adapted.base_model.model[0].base_layer.config == Int4(32)
+    assert adapted.base_model.model[0].base_layer.weight_format == Int4(32)
 
 
 def llama(name: str = "int8"):

@@ -123,8 +123,8 @@ def test_some_layers_formats_of_their_own_and_calibration(tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path)
     assert torch.equal(logits(again), expected)
-    found = {path: m.config for path, m in again.named_modules() if isinstance(m, QuantizedLinear)}
-    assert found == {path: m.config for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    found = {path: m.weight_format for path, m in again.named_modules() if isinstance(m, QuantizedLinear)}
+    assert found == {path: m.weight_format for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert found["model.layers.1.mlp.down_proj"] == Int4(32, "awq") and "model.layers.0.self_attn.q_proj" not in found
 
 

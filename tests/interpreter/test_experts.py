@@ -20,7 +20,7 @@ def _operands(format: str | None, experts: int, dtype: torch.dtype) -> tuple:
     if format is None:
         return Operands.plain(weight.to(dtype)), False
     qweight = quantize_weight(weight, format)
-    return qweight.operands(), qweight.config.dynamic
+    return qweight.operands(), qweight.format.dynamic
 
 
 def _close(found, plain, exact):

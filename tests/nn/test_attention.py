@@ -25,13 +25,13 @@ def plain(m: Attention, x, *, positions=None, mask=None, bias=None):
     at = torch.arange(length)
 
     def heads(projection):
-        return projection(x).view(batch, length, -1, m.head_size).transpose(1, 2)
+        return projection(x).view(batch, length, -1, m.head_dim).transpose(1, 2)
 
     def norm(t, weight):
         return t * torch.rsqrt(t.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
 
     def rotate(t):
-        size, rate = m.rope.size, m.rope.theta ** -(torch.arange(0, m.rope.size, 2) / m.rope.size)
+        size, rate = m.rope.rotary_dim, m.rope.theta ** -(torch.arange(0, m.rope.rotary_dim, 2) / m.rope.rotary_dim)
         angle = ((at if positions is None else positions).float()[..., None] * rate).to(torch.float32)
         angle = angle.expand(batch, length, -1)[:, None]
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -48,15 +48,15 @@ def plain(m: Attention, x, *, positions=None, mask=None, bias=None):
         q, k = norm(q, m.q_norm.weight), norm(k, m.k_norm.weight)
     if m.rope is not None:
         q, k = rotate(q), rotate(k)
-    k, v = (t.repeat_interleave(m.heads // m.key_heads, 1) for t in (k, v))
-    scores = q @ k.transpose(2, 3) * (m.head_size**-0.5 if m.scale is None else m.scale)
+    k, v = (t.repeat_interleave(m.num_heads // m.num_kv_heads, 1) for t in (k, v))
+    scores = q @ k.transpose(2, 3) * (m.head_dim**-0.5 if m.scale is None else m.scale)
     if m.softcap:
         scores = m.softcap * torch.tanh(scores / m.softcap)
     if bias is not None:
         scores = scores + bias
     ahead = at - at[:, None]
     if m.alibi_slopes is not None:
-        slopes = torch.tensor(alibi_slopes(m.heads), dtype=x.dtype)
+        slopes = torch.tensor(alibi_slopes(m.num_heads), dtype=x.dtype)
         scores = scores - slopes[:, None, None] * ahead.abs()
     left, right = m.window or (-1, -1)
     hidden = torch.zeros(length, length, dtype=torch.bool)
@@ -110,17 +110,17 @@ def assert_matches(module: Attention, **inputs):
 OPTIONS = {
     "plain": {},
     "not causal": {"causal": False},
-    "grouped": {"heads": 6, "key_heads": 2},
-    "one key head": {"heads": 6, "key_heads": 1},
-    "one head": {"heads": 1},
-    "head size": {"heads": 3, "head_size": 10},
-    "prime heads": {"heads": 7, "key_heads": 7, "head_size": 8, "alibi": True},
+    "grouped": {"num_heads": 6, "num_kv_heads": 2},
+    "one key head": {"num_heads": 6, "num_kv_heads": 1},
+    "one head": {"num_heads": 1},
+    "head size": {"num_heads": 3, "head_dim": 10},
+    "prime heads": {"num_heads": 7, "num_kv_heads": 7, "head_dim": 8, "alibi": True},
     "biases": {"bias": True, "rope": 1e4},
     "output bias": {"out_bias": True},
     "no output bias": {"bias": True, "out_bias": False, "rope": 1e4},
     "rope": {"rope": 10_000.0},
-    "rope, theta": {"rope": 500, "key_heads": 2},
-    "rope, part of a head": {"rope": RotaryEmbedding(6), "key_heads": 2},
+    "rope, theta": {"rope": 500, "num_kv_heads": 2},
+    "rope, part of a head": {"rope": RotaryEmbedding(6), "num_kv_heads": 2},
     "rope, interleaved": {"rope": RotaryEmbedding(8, interleaved=True)},
     "window": {"window": (5, -1)},
     "window both ways": {"window": (5, 3), "causal": False},
@@ -129,13 +129,13 @@ OPTIONS = {
     "qk_norm": {"qk_norm": True, "rope": 1e4},
     "alibi": {"alibi": True},
     "scale": {"scale": 0.7},
-    "everything": {"heads": 6, "key_heads": 3, "head_size": 12, "bias": True, "rope": 1e3, "window": (9, 0),
+    "everything": {"num_heads": 6, "num_kv_heads": 3, "head_dim": 12, "bias": True, "rope": 1e3, "window": (9, 0),
                    "softcap": 2.0, "sinks": True, "qk_norm": True, "alibi": True, "scale": 0.5},
 }  # fmt: skip
 
 
 def make(name: str, **more) -> Attention:
-    return filled(Attention(DIM, **{"heads": 4} | OPTIONS[name] | more))
+    return filled(Attention(DIM, **{"num_heads": 4} | OPTIONS[name] | more))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -233,7 +233,7 @@ def test_dropout_is_for_training_alone():
 
 
 def test_names_and_shapes_are_those_of_checkpoints():
-    module = Attention(DIM, 6, 2, head_size=10, bias=True, qk_norm=True, sinks=True, rope=1e4, alibi=True)
+    module = Attention(DIM, 6, 2, head_dim=10, bias=True, qk_norm=True, sinks=True, rope=1e4, alibi=True)
     assert {name: tuple(t.shape) for name, t in module.state_dict().items()} == {
         "q_proj.weight": (60, DIM), "k_proj.weight": (20, DIM), "v_proj.weight": (20, DIM), "o_proj.weight": (DIM, 60),
         "q_proj.bias": (60,), "k_proj.bias": (20,), "v_proj.bias": (20,), "o_proj.bias": (DIM,),
@@ -250,7 +250,7 @@ def test_attention_of_hugging_face_models_loads_and_agrees(family):
     config = getattr(transformers, f"{name}Config")(**sizes)
     model = filled(getattr(transformers, f"{name}Model")(config)).eval()
     theirs = model.layers[0].self_attn
-    ours = Attention(DIM, 4, 2, head_size=12, bias=family == "qwen2", out_bias=False, qk_norm=family == "qwen3",
+    ours = Attention(DIM, 4, 2, head_dim=12, bias=family == "qwen2", out_bias=False, qk_norm=family == "qwen3",
                      rope=10_000.0)  # fmt: skip
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 21, DIM)
@@ -355,7 +355,7 @@ def test_packed_compiled_in_one_graph():
 
 def test_opaque_reprs_say_what_is_set():
     module = make("everything")
-    assert "heads=6, key_heads=3, head_size=12" in repr(module)
+    assert "num_heads=6, num_kv_heads=3, head_dim=12" in repr(module)
     assert "window=(9, 0)" in repr(module)
     assert "dropout" not in repr(module)
     assert "3 heads of 12, page_size=16, int8" in repr(module.make_cache(2, 30, page_size=16, int8=True))
@@ -477,7 +477,7 @@ def test_a_block_table_of_ones_own():
     tails = torch.randn(2, 3, DIM)
     expected = module(torch.cat((x, tails), 1))[:, 16:]
     table = torch.tensor([[6, 1, 2], [6, 1, 4]], dtype=torch.int32)
-    cache = module.make_cache(2, 24, page_size=8, pages=7, block_table=table)
+    cache = module.make_cache(2, 24, page_size=8, num_pages=7, block_table=table)
     module(x, cache=cache)
     torch.testing.assert_close(module(tails, cache=cache), expected, rtol=1e-4, atol=1e-5)
     assert cache.nbytes == 2 * 7 * 8 * 4 * 12 * 4 + 6 * 4 + 2 * 4
@@ -490,7 +490,7 @@ def test_memory_is_as_documented():
         ({"dtype": torch.bfloat16}, tokens * heads * (size + value_size) * 2),
         ({"int8": True}, tokens * heads * (size + value_size + 2 * 4)),
     ):
-        cache = KVCache(2, 30, heads, size, value_size=value_size, **options)
+        cache = KVCache(2, 30, heads, size, value_head_dim=value_size, **options)
         assert cache.nbytes == expected + 2 * 4
     k, v = torch.randn(2, heads, 5, size), torch.randn(2, heads, 5, value_size)
     assert cache.append(k, v) is None
@@ -534,14 +534,14 @@ def test_cache_inside_autocast():
 
 def test_construction_names_what_does_not_fit():
     for options, message in (
-        ({"heads": 5}, "dim is 48, not a multiple of heads 5; give head_size"),
-        ({"heads": 4, "key_heads": 3}, "heads is 4, not a multiple of key_heads 3"),
-        ({"heads": 0}, "heads is 0"),
-        ({"heads": 4, "window": 5}, "nn.Attention: window is 5, expected"),
-        ({"heads": 4, "softcap": -1.0}, "nn.Attention: softcap is -1.0"),
-        ({"heads": 4, "dropout": 1.0}, "nn.Attention: dropout_p is 1.0"),
-        ({"heads": 4, "rope": RotaryEmbedding(16)}, "rope rotates 16 elements of heads of 12"),
-        ({"heads": 4, "head_size": 9, "rope": 1e4}, "RotaryEmbedding: size is 9, expected an even number"),
+        ({"num_heads": 5}, "hidden_size is 48, not a multiple of num_heads 5; give head_dim"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_heads is 4, not a multiple of num_kv_heads 3"),
+        ({"num_heads": 0}, "heads is 0"),
+        ({"num_heads": 4, "window": 5}, "nn.Attention: window is 5, expected"),
+        ({"num_heads": 4, "softcap": -1.0}, "nn.Attention: softcap is -1.0"),
+        ({"num_heads": 4, "dropout": 1.0}, "nn.Attention: dropout_p is 1.0"),
+        ({"num_heads": 4, "rope": RotaryEmbedding(16)}, "rope rotates 16 elements of heads of 12"),
+        ({"num_heads": 4, "head_dim": 9, "rope": 1e4}, "RotaryEmbedding: rotary_dim is 9, expected an even number"),
     ):
         with pytest.raises(ValueError, match=message):
             Attention(DIM, **options)
@@ -552,9 +552,9 @@ def test_calls_name_what_does_not_fit():
     flat, cu_seqlens = x.flatten(0, 1), torch.tensor([0, 5, 10])
     cache = module.make_cache(2, 8)
     for arguments, message in (
-        (SimpleNamespace(x=flat), r"x has shape \(10, 48\), expected \(B, S, dim\) with dim 48"),
+        (SimpleNamespace(x=flat), r"x has shape \(10, 48\), expected \(B, S, hidden_size\) with hidden_size 48"),
         (SimpleNamespace(x=x[..., :40]), r"x has shape \(2, 5, 40\)"),
-        (SimpleNamespace(x=x, cu_seqlens=cu_seqlens), r"expected \(T, dim\) with dim 48"),
+        (SimpleNamespace(x=x, cu_seqlens=cu_seqlens), r"expected \(T, hidden_size\) with hidden_size 48"),
         (SimpleNamespace(x=flat, cu_seqlens=cu_seqlens, cache=cache), "take no mask, bias or cache"),
         (SimpleNamespace(x=flat, cu_seqlens=cu_seqlens, mask=x[..., :5] > 0), "take no mask, bias or cache"),
         (SimpleNamespace(x=x, max_seqlen=5), "max_seqlen is given without cu_seqlens"),
@@ -583,19 +583,19 @@ def test_caches_name_what_does_not_fit():
                 module(torch.randn(2, length, DIM), cache=cache)
         assert cache.lengths.tolist() == [5, 5]
         with pytest.raises(ValueError, match="not a multiple|expected"):
-            make("rope", key_heads=2)(x[:, :2], cache=cache)
+            make("rope", num_kv_heads=2)(x[:, :2], cache=cache)
         with pytest.raises(TypeError, match="cache is float32"):
             make("rope", dtype=torch.bfloat16)(x[:, :2].bfloat16(), cache=cache)
         assert cache.lengths.tolist() == [5, 5]
     for options, message in (
         ({"batch": 0}, "batch is 0, expected at least 1"),
         ({"page_size": 0}, "page_size is 0"),
-        ({"pages": 3}, "pages and block_table need page_size"),
-        ({"page_size": 4, "pages": 3}, "3 pages are fewer than 2 sequences of 2; give block_table"),
+        ({"num_pages": 3}, "num_pages and block_table need page_size"),
+        ({"page_size": 4, "num_pages": 3}, "3 pages are fewer than 2 sequences of 2; give block_table"),
         ({"page_size": 4, "block_table": torch.zeros(2, 3, dtype=torch.int32)}, r"expected torch.int32 \(2, 2\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            KVCache(**{"batch": 2, "length": 8, "key_heads": 2, "head_size": 4} | options)
+            KVCache(**{"batch": 2, "length": 8, "num_kv_heads": 2, "head_dim": 4} | options)
 
 
 def test_layers_may_share_one_rope():

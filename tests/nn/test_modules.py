@@ -94,7 +94,7 @@ def test_rotary_embedding_depends_on_distances_alone(interleaved):
     # Positions given a token, and shifted by a constant: the same scores.
     shifted = torch.matmul(*(lambda a, b: (a, b.transpose(-1, -2)))(*module(q, k, torch.arange(6)[None] + 3)))[0, 0]
     torch.testing.assert_close(shifted, scores, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="RotaryEmbedding: size is 7, expected an even number"):
+    with pytest.raises(ValueError, match="RotaryEmbedding: rotary_dim is 7, expected an even number"):
         bnn.RotaryEmbedding(7)
 
 

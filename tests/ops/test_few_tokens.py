@@ -206,7 +206,7 @@ def on_host(host: Host, monkeypatch: pytest.MonkeyPatch) -> list[Fragments]:
 
 def call(launcher, x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = None, wide: bool = False) -> Tensor:
     *tensors, group, kind = qweight.operands()
-    return launcher(x, *tensors, bias, group, kind, qweight.shape[1], qweight.config.dynamic, wide)
+    return launcher(x, *tensors, bias, group, kind, qweight.shape[1], qweight.format.dynamic, wide)
 
 
 def elsewhere(*_):

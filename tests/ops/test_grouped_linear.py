@@ -58,7 +58,7 @@ def test_fallbacks_of_the_raw_operators(format):
     operands, dynamic = Operands.plain(weight.flatten(0, 1).detach()), False
     if format is not None:
         qweight = quantize_weight(weight.flatten(0, 1), format)
-        operands, dynamic, weight = qweight.operands(), qweight.config.dynamic, qweight.dequantize().view(4, N, K)
+        operands, dynamic, weight = qweight.operands(), qweight.format.dynamic, qweight.dequantize().view(4, N, K)
     leaf = x.clone().requires_grad_()
     expected = each(leaf, weight.requires_grad_(), ends.tolist())
     dx, dw = torch.autograd.grad(expected, (leaf, weight), up)

@@ -73,7 +73,7 @@ def test_wide_products_round_to_the_narrow_ones(dtype, tokens):
     for form in FORMATS:
         q = B.quantize_weight(weight.float(), form)
         *operands, group, kind = q.operands()
-        arguments = (x, *operands, bias, group, kind, SIZE, q.config.dynamic)
+        arguments = (x, *operands, bias, group, kind, SIZE, q.format.dynamic)
         wide = quantized_fwd(*arguments, True)
         assert wide.dtype == torch.float32 and torch.equal(wide.to(dtype), quantized_fwd(*arguments)), form
 

@@ -101,7 +101,7 @@ def test_quantized_experts_never_wait(monkeypatch):
     """One launch for all experts, whose tokens end where the device alone knows; chosen experts are gathered there."""
     from bigkernels.nn import QuantizedExperts
 
-    weights = QuantizedExperts.from_parameter(torch.randn(8, 64, 96), "int4", turned=True)
+    weights = QuantizedExperts.from_parameter(torch.randn(8, 64, 96), "int4", transposed=True)
     x, offs = torch.randn(24, 64), torch.tensor([2, 2, 9, 9, 9, 20, 22, 24], dtype=torch.int32)
     chosen, expected = torch.tensor([3, 0, 3, -1]), weights.dequantize()[[3, 0, 3, -1]]
     put_module(weights)

@@ -24,7 +24,7 @@ def checked(folder, expected: dict, formats: set, dtype: torch.dtype = torch.flo
     """The model of a folder: its weights bit for bit, and its logits beside those of a plain model with them."""
     model = bigkernels.load_quantized(folder)
     found = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    assert {type(m.config) for m in found.values()} == formats
+    assert {type(m.weight_format) for m in found.values()} == formats
     assert len(found) + len(model.dense_layers) == 7
     for path, module in found.items():
         if exact:
@@ -188,7 +188,7 @@ def test_mxfp4_of_gpt_oss(tmp_path, lowest: int):
     for name, weight in expected.items():
         owner, _, key = name.rpartition(".")
         held = getattr(model.get_submodule(owner), key)
-        assert isinstance(held, QuantizedExperts) and isinstance(held.config, MXFP4)
+        assert isinstance(held, QuantizedExperts) and isinstance(held.weight_format, MXFP4)
         assert torch.equal(held.dequantize(), weight)
         assert held.qweight.nbytes * 32 == weight.numel() * 17, "4 bits and a byte for 32"
         plain.get_submodule(owner)._parameters[key] = torch.nn.Parameter(weight)
@@ -207,7 +207,7 @@ def test_experts_that_transformers_joins(tmp_path):
     expected = folders.write(tmp_path, folders.awq(64, "gemm"), said, plain)
     found = bigkernels.load_quantized(tmp_path)
     experts = found.model.layers[0].mlp.experts
-    assert isinstance(experts.gate_up_proj, QuantizedExperts) and isinstance(experts.gate_up_proj.config, Int4)
+    assert isinstance(experts.gate_up_proj, QuantizedExperts) and isinstance(experts.gate_up_proj.weight_format, Int4)
     prefix = "model.layers.0.block_sparse_moe.experts"
     prefix = prefix if f"{prefix}.0.w1.weight" in expected else "model.layers.0.mlp.experts"
     for i in range(3):

@@ -76,7 +76,7 @@ def test_compressed_tensors(tmp_path, case: str, dtype: torch.dtype):
     model = bigkernels.load_quantized(tmp_path)
     found = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert len(found) == 7 and not model.dense_layers
-    assert {type(m.config) for m in found.values()} <= {expected_format, Int8}
+    assert {type(m.weight_format) for m in found.values()} <= {expected_format, Int8}
     for path, module in found.items():
         assert torch.equal(module.qweight.dequantize(dtype), expected[f"{path}.weight"]), path
     if not weights["symmetric"]:
@@ -97,7 +97,7 @@ def test_bitsandbytes_4bit():
             packed, state = functional.quantize_4bit(w, blocksize=64, quant_type=kind, compress_statistics=nested)
             held = {"weight": packed} | {f"weight.{name}": t for name, t in state.as_dict(packed=True).items()}
             found = BitsAndBytes4({}).decode("layer", held)
-            assert isinstance(found, Packed) and (kind == "fp4" or isinstance(found.config, NF4))
+            assert isinstance(found, Packed) and (kind == "fp4" or isinstance(found.format, NF4))
             assert torch.equal(found.dequantize(torch.bfloat16), functional.dequantize_4bit(packed, state))
 
 
@@ -148,7 +148,7 @@ def test_torchao(tmp_path, case: str):
     model = bigkernels.load_quantized(tmp_path)
     found = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert len(found) + len(model.dense_layers) == 7
-    assert {type(m.config) for m in found.values()} == {expected_format}
+    assert {type(m.weight_format) for m in found.values()} == {expected_format}
     for path, module in model.named_modules():
         if path in found or path in model.dense_layers:
             values = module.qweight.dequantize() if path in found else module.weight

@@ -34,7 +34,7 @@ def test_the_error_of_outputs_falls(algorithm: str, size: int):
     x, unseen = inputs(4000, 300).split(2000)
     w = torch.randn(70, 300)
     found = quantize_weight(w, Int4(size, algorithm), x.T @ x)
-    assert {n: (tuple(t.shape), t.dtype) for n, t in found.tensors.items()} == found.config.layout((70, 300))
+    assert {n: (tuple(t.shape), t.dtype) for n, t in found.tensors.items()} == found.format.layout((70, 300))
     hqq = output_error(unseen, w, quantize_weight(w, Int4(size)).dequantize())
     assert output_error(unseen, w, found.dequantize()) < (0.75 if algorithm == "gptq" else 0.9) * hqq
     torch.testing.assert_close(quantized_linear(unseen, found), unseen @ found.dequantize().T, rtol=1e-3, atol=1e-3)
@@ -44,11 +44,11 @@ def test_gptq_is_the_published_loop():
     """Against the algorithm element by element, with the inverse made anew for what is left."""
     x = inputs(500, 64).double()
     w = torch.randn(3, 64).double()
-    gram = x.T @ x
-    data = gptq.Order.of(gram)
+    hessian = x.T @ x
+    data = gptq.Order.of(hessian)
     step, zero = torch.full((3, 2), 0.2), torch.full((3, 2), 7.0)
     found = gptq.codes(w.float(), step, zero, 32, data)
-    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(64).double()
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(64).double()
     left, expected = w.clone(), torch.empty(3, 64)
     remaining = data.order.tolist()
     while remaining:
@@ -65,8 +65,8 @@ def test_gptq_is_the_published_loop():
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_inputs_that_tell_nothing(algorithm: str):
     w = torch.randn(5, 70)
-    for gram in (torch.zeros(70, 70), torch.ones(70, 70), torch.eye(70), torch.diag(torch.arange(70.0) % 2)):
-        found = quantize_weight(w, Int4(32, algorithm), gram).dequantize()
+    for hessian in (torch.zeros(70, 70), torch.ones(70, 70), torch.eye(70), torch.diag(torch.arange(70.0) % 2)):
+        found = quantize_weight(w, Int4(32, algorithm), hessian).dequantize()
         assert found.isfinite().all() and (found - w).norm() < 0.3 * w.norm()
 
 
@@ -78,12 +78,12 @@ def test_odd_shapes(algorithm: str, shape: tuple[int, int]):
     assert found.dequantize().shape == shape
 
 
-@pytest.mark.parametrize("gram, message", [
-    (None, "give gram"), (torch.eye(3), r"expected \(64, 64\)"), (torch.full((64, 64), float("nan")), "not finite"),
+@pytest.mark.parametrize("hessian, message", [
+    (None, "give hessian"), (torch.eye(3), r"expected \(64, 64\)"), (torch.full((64, 64), float("nan")), "not finite"),
 ])  # fmt: skip
-def test_refused(gram: Tensor | None, message: str):
+def test_refused(hessian: Tensor | None, message: str):
     with pytest.raises(ValueError, match=message):
-        quantize_weight(torch.randn(4, 64), Int4(64, "gptq"), gram)
+        quantize_weight(torch.randn(4, 64), Int4(64, "gptq"), hessian)
 
 
 class Net(nn.Module):
@@ -118,8 +118,8 @@ def test_models(algorithm: str):
 def test_statistics_in_groups_see_quantized_layers(monkeypatch):
     monkeypatch.setattr(_calibration, "_BYTES", 1)
     seen = []
-    monkeypatch.setattr(bigkernels.quantization._plan, "grams", lambda model, some, batches: seen.append(
-        (list(some), type(model.one))) or _calibration.grams(model, some, batches))  # fmt: skip
+    monkeypatch.setattr(bigkernels.quantization._plan, "hessians", lambda model, some, batches: seen.append(
+        (list(some), type(model.one))) or _calibration.hessians(model, some, batches))  # fmt: skip
     bigkernels.quantize(Net(), Int4(32, "gptq"), calibration=[inputs(64, 64)])
     assert seen == [(["one"], nn.Linear), (["two"], QuantizedLinear), (["unused"], QuantizedLinear)]
 
@@ -145,9 +145,9 @@ def test_gradients_adapters_and_export():
     torch.testing.assert_close(leaf.grad, weight.dequantize().sum(0).expand(20, -1), rtol=1e-4, atol=1e-3)
     adapted = LoRALinear(QuantizedLinear(weight))
     adapted.merge()
-    assert adapted.base.config == Int4(32)
+    assert adapted.base.weight_format == Int4(32)
     adapted.unmerge()
-    assert adapted.base.qweight.config == Int4(32, "awq")
+    assert adapted.base.qweight.format == Int4(32, "awq")
     with pytest.raises(ValueError, match="no place"):
         to_compressed_tensors(weight)
 
@@ -187,4 +187,4 @@ def test_each_layer_is_measured_on_what_it_reads(change: str, algorithm: str):
 def test_embeddings_need_no_data():
     model = nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 32))
     bigkernels.quantize(model, Int4(32, "gptq"), embeddings=True, calibration=[torch.arange(50)])
-    assert model[0].config == Int4(32) and model[1].config == Int4(32, "gptq")
+    assert model[0].weight_format == Int4(32) and model[1].weight_format == Int4(32, "gptq")

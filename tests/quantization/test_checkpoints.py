@@ -46,7 +46,7 @@ def bitsandbytes_state(config: NF4, shape: tuple[int, int], tensors: dict[str, T
 def test_bitsandbytes(config: NF4):
     ours = quantize_weight(torch.randn(6, 128).bfloat16(), config)
     found = checkpoints.from_bitsandbytes(bitsandbytes_state(config, (6, 128), ours.tensors), "w")
-    assert (found.config, found.shape, found.dtype) == (config, (6, 128), torch.bfloat16)
+    assert (found.format, found.shape, found.dtype) == (config, (6, 128), torch.bfloat16)
     assert {n: (t.shape, t.dtype) for n, t in found.tensors.items()} == {
         n: (t.shape, t.dtype) for n, t in ours.tensors.items()
     }
@@ -101,7 +101,7 @@ def test_gptq(group: int, v2: bool):
     qzeros = torch.tensor([[word(stored[g, n : n + 8].tolist()) for n in (0, 8)] for g in range(128 // group)])
     g_idx = torch.arange(128) // group
     found = checkpoints.from_gptq(qweight.int(), qzeros.int(), scales, g_idx, v2=v2)
-    assert found.config == Int4(group, "rtn") and found.shape == (16, 128)
+    assert found.format == Int4(group, "rtn") and found.shape == (16, 128)
     torch.testing.assert_close(found.dequantize(torch.float32), weight, rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="reorders"):
         checkpoints.from_gptq(qweight.int(), qzeros.int(), scales, g_idx.flip(0), v2=v2)

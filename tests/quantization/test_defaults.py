@@ -42,7 +42,7 @@ def drawn() -> dict[str, Tensor]:
     torch.manual_seed(0)
     inputs = torch.randn(300, 131, dtype=torch.float32)
     return {
-        "w": torch.randn(37, 131, dtype=torch.float32), "gram": inputs.T @ inputs, "x": inputs[:40].clone(),
+        "w": torch.randn(37, 131, dtype=torch.float32), "hessian": inputs.T @ inputs, "x": inputs[:40].clone(),
         "bias": torch.randn(37, dtype=torch.float32), "grad": torch.randn(40, 37, dtype=torch.float32),
         "ids": torch.arange(36, dtype=torch.int64),
     }  # fmt: skip
@@ -51,7 +51,7 @@ def drawn() -> dict[str, Tensor]:
 def computed(config, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """Everything that is made of a weight, in the defaults that are in force."""
     with torch.no_grad():
-        q = quantize_weight(given["w"], config, given["gram"])
+        q = quantize_weight(given["w"], config, given["hessian"])
     found = {f"stored {name}": t for name, t in q.tensors.items()}
     found |= {f"read {i}": t for i, t in enumerate(q.operands()) if isinstance(t, Tensor)}
     found["dequantized"] = q.dequantize()

@@ -84,8 +84,8 @@ def test_a_shared_weight_is_left_alone_unless_all_may_go(options, config):
 def test_what_calibration_does_not_reach():
     model = llama()
     bigkernels.quantize(model, Int4(32, "gptq"), skip=(), embeddings=True, calibration=[IDS])
-    assert model.model.embed_tokens.config == model.lm_head.config == Int4(32)
-    assert model.model.layers[0].mlp.up_proj.config == Int4(32, "gptq")
+    assert model.model.embed_tokens.weight_format == model.lm_head.weight_format == Int4(32)
+    assert model.model.layers[0].mlp.up_proj.weight_format == Int4(32, "gptq")
     limited = nn.ModuleDict({"table": nn.Embedding(8, 8, max_norm=1.0)})
     report = bigkernels.quantize(limited, "int8", embeddings=True)
     assert [row.what for row in report.skipped] == ["it changes its weight (max_norm)"]

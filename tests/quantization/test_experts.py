@@ -56,7 +56,7 @@ def test_no_weight_is_dequantized(implementation: str, monkeypatch):
 
     monkeypatch.setattr(bigkernels.quantization.QuantizedWeight, "dequantize", refuse)
     assert model(IDS).logits.isfinite().all()
-    weights = QuantizedExperts.from_parameter(torch.randn(3, 40, 70), "int8", turned=True)
+    weights = QuantizedExperts.from_parameter(torch.randn(3, 40, 70), "int8", transposed=True)
     assert torch.bmm(torch.randn(3, 5, 40), weights).shape == (3, 5, 70)
 
 

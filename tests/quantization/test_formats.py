@@ -206,12 +206,12 @@ NAMES = ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "q4_1", "q8_0")
 
 
 def test_formats_that_are_refused():
-    for make in (lambda: Int4(48), lambda: Int4(algorithm="spqr"), lambda: NF4(16), lambda: Q.named("int3")):
+    for make in (lambda: Int4(48), lambda: Int4(algorithm="spqr"), lambda: NF4(16), lambda: Q.resolve_format("int3")):
         with pytest.raises(ValueError, match="accepted are"):
             make()
     with pytest.raises(TypeError, match="accepted are"):
-        Q.named(4)
-    assert [Q.named(n).name for n in NAMES] == list(NAMES)
+        Q.resolve_format(4)
+    assert [Q.resolve_format(n).name for n in NAMES] == list(NAMES)
 
 
 def test_operands_are_made_again_when_a_tensor_changes():

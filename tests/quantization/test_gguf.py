@@ -88,9 +88,9 @@ def test_values_and_logits_are_those_of_transformers(files, name: str):
     layer = model.model.layers[1].self_attn.q_proj
     assert type(layer) is (nn.Linear if name.startswith("dense") else QuantizedLinear)
     if name == "another type":
-        assert layer.config == GGUFBlocks("Q5_0")
+        assert layer.weight_format == GGUFBlocks("Q5_0")
     if name != "dense, tied":
-        assert isinstance(model.model.embed_tokens, QuantizedEmbedding) and model.lm_head.config == Q8_0()
+        assert isinstance(model.model.embed_tokens, QuantizedEmbedding) and model.lm_head.weight_format == Q8_0()
     assert not model.training and not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     dense = copy.deepcopy(model)
     bigkernels.dequantize(dense)
@@ -118,7 +118,7 @@ def test_another_architecture(tmp_path):
 def test_codes_are_those_of_the_file(files):
     model = bigkernels.load_gguf(files["tied"], torch.bfloat16)
     layer = model.model.layers[0].mlp.down_proj
-    assert layer.config == Q4_1() and layer.dtype == torch.bfloat16 and model(IDS).logits.dtype == torch.bfloat16
+    assert layer.weight_format == Q4_1() and layer.dtype == torch.bfloat16 and model(IDS).logits.dtype == torch.bfloat16
     assert model.model.norm.weight.dtype == torch.bfloat16 and model.model.rotary_emb.inv_freq.dtype == torch.float32
     values = tensors()["blk.0.ffn_down.weight"][0]
     expected = bigkernels.functional.quantize_weight(torch.from_numpy(values), "q4_1")

@@ -68,7 +68,7 @@ def test_a_model_of_each_type(kind: str, tmp_path):
     layer, table = model.model.layers[0].mlp.down_proj, model.model.embed_tokens
     assert type(layer) is QuantizedLinear and type(table) is QuantizedEmbedding and model.lm_head.shares(table)
     row = BLOCK_TYPES[kind]
-    assert layer.config.name == (row.ours or "gguf") and (row.ours or layer.config == GGUFBlocks(kind))
+    assert layer.weight_format.name == (row.ours or "gguf") and (row.ours or layer.weight_format == GGUFBlocks(kind))
     dense = copy.deepcopy(model)
     bigkernels.dequantize(dense)
     with torch.no_grad():

@@ -22,7 +22,7 @@ from bigkernels.ops.grouped_linear import grouped_linear
 def test_values_are_the_nearest():
     w = torch.randn(9, 75)
     found = quantize_weight(w, "toy3")
-    assert found.config == Toy3() and found.nbytes == 9 * (3 * 12 + 3 * 2)
+    assert found.format == Toy3() and found.nbytes == 9 * (3 * 12 + 3 * 2)
     step = found.tensors["scale"].float().repeat_interleave(BLOCK, 1)[:, :75]
     values = found.dequantize()
     assert ((values - w).abs() <= step * 0.5 + w.abs() * 2**-9).all()

@@ -27,7 +27,7 @@ import bigkernels
 from bigkernels.functional import quantize_weight
 from bigkernels.nn import LoRALinear, QuantizedEmbedding, QuantizedLinear
 from bigkernels.nn._quantized import Quantized
-from bigkernels.quantization import Int4, named, prepare_qat
+from bigkernels.quantization import Int4, prepare_qat, resolve_format
 
 FORMATS = ("int8", "int8-dynamic", Int4(32, "rtn"), Int4(64), "nf4", "fp4", "fp8", "q4_1", "q8_0")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -86,7 +86,7 @@ class Programs(RuleBasedStateMachine):
     @precondition(lambda self: not self.merged)
     @rule(config=st.sampled_from(FORMATS), embeddings=st.booleans(), skip=st.sampled_from(("a", "b", "output", ())))
     def quantize(self, config, embeddings: bool, skip) -> None:
-        config = named(config)
+        config = resolve_format(config)
         if self.prepared is not None:  # what was prepared
             config, embeddings, skip = self.prepared, True, ()
         report = bigkernels.quantize(self.model, config, embeddings=embeddings, skip=skip)
@@ -219,7 +219,7 @@ class Programs(RuleBasedStateMachine):
     @rule(config=st.sampled_from(FORMATS[:3]))
     def prepare(self, config) -> None:
         prepare_qat(self.model, config, embeddings=True, skip=())
-        self.prepared = named(config)
+        self.prepared = resolve_format(config)
         self.model(IDS).square().mean().backward()
         self.model.zero_grad()
         with torch.no_grad():

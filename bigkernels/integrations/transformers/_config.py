@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ...quantization import Format, named
+from ...quantization import Format, resolve_format
 from ...quantization._select import as_names
 
 METHOD = "bigkernels"
@@ -80,7 +80,7 @@ def from_dict(described: Mapping[str, Any]) -> Format:
         ValueError: it is none.
     """
     options = dict(described)
-    made = named(str(options.pop("format", None)))
+    made = resolve_format(str(options.pop("format", None)))
     try:
         return dataclasses.replace(made, **options)
     except TypeError as error:
@@ -89,8 +89,8 @@ def from_dict(described: Mapping[str, Any]) -> Format:
 
 def _formats(config: Any) -> Any:
     if config is None or isinstance(config, (str, Format)):
-        return config if config is None else named(config)
+        return config if config is None else resolve_format(config)
     if "format" in config and isinstance(config["format"], str):
         return from_dict(config)
-    return {key: from_dict(f) if isinstance(f, Mapping) else None if f is None else named(f)
+    return {key: from_dict(f) if isinstance(f, Mapping) else None if f is None else resolve_format(f)
             for key, f in config.items()}  # fmt: skip

@@ -33,7 +33,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """`formats`, `tied` and `adapters` of `Config`."""
     held, lora = quantized(model), adapters(model)
     usual = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    named = {path: (m.config, None if m.dtype == usual else _name(m.dtype)) for path, m in held.items()}
+    named = {path: (m.weight_format, None if m.dtype == usual else _name(m.dtype)) for path, m in held.items()}
     formats = []
     for (config, dtype), names in _collapsed(named, model).items():
         formats.append(as_dict(config) | ({} if dtype is None else {"dtype": dtype}) | {"layers": names})
@@ -95,7 +95,7 @@ def stand(
     module = parent._modules.get(key)
     if module is None:
         weight = _typed(parent._parameters[key], dtype)
-        made = QuantizedExperts.from_parameter(weight, config, turned=getattr(parent, "is_transposed", False))
+        made = QuantizedExperts.from_parameter(weight, config, transposed=getattr(parent, "is_transposed", False))
         delattr(parent, key)
         setattr(parent, key, made.train(parent.training))
         return made

@@ -86,9 +86,9 @@ class Placing(ReadingBase):
         module = model.get_submodule(owner)
         before = module._parameters[key]
         if len(packed.shape) == 3:
-            turned = getattr(module, "is_transposed", False)
-            shape = (packed.shape[0], packed.shape[2], packed.shape[1]) if turned else tuple(packed.shape)
-            made = QuantizedExperts(packed.qweight(before.dtype), packed.shape[0], turned, before.requires_grad)
+            transposed = getattr(module, "is_transposed", False)
+            shape = (packed.shape[0], packed.shape[2], packed.shape[1]) if transposed else tuple(packed.shape)
+            made = QuantizedExperts(packed.qweight(before.dtype), packed.shape[0], transposed, before.requires_grad)
         else:
             from ...nn import QuantizedEmbedding, QuantizedLinear
 

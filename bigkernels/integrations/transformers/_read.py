@@ -61,7 +61,7 @@ class Reading(ReadingBase):
 
     def bytes_an_element(self, name: str, param: Tensor) -> float:
         members = self.chosen[name]
-        config = self._formats[name] if members is None else members[0].config.blind()
+        config = self._formats[name] if members is None else members[0].format.blind()
         flat = torch.empty(param.shape[-2:], dtype=param.dtype, device="meta")
         return quantize_weight(flat, config).nbytes / max(flat.numel(), 1)
 
@@ -88,7 +88,7 @@ class Reading(ReadingBase):
         if weight.shape != before.shape:
             raise ValueError(f"bigkernels: it has shape {tuple(weight.shape)}, expected {tuple(before.shape)}")
         made = QuantizedExperts.from_parameter(weight, self._formats[name],
-                                               turned=getattr(parent, "is_transposed", False))  # fmt: skip
+                                               transposed=getattr(parent, "is_transposed", False))  # fmt: skip
         made._trained = before.requires_grad
         delattr(parent, key)
         setattr(parent, key, made.train(parent.training))
@@ -105,7 +105,7 @@ class Reading(ReadingBase):
         if weight.shape != shape:
             raise ValueError(f"bigkernels: it has shape {tuple(weight.shape)}, expected {tuple(shape)}")
         transposed = is_transposed(plain_kind(first.module))
-        qweight = quantize_weight(weight.T if transposed else weight, first.config.blind())
+        qweight = quantize_weight(weight.T if transposed else weight, first.format.blind())
         if any(isinstance(m, Quantized) for m in current):  # the file has the weight of each of several tied layers
             if not _equal(current[0].qweight, qweight):
                 raise ValueError("bigkernels: layers that the model ties have different weights in the checkpoint; set "

@@ -343,7 +343,7 @@ def _sites(source: Source) -> Iterator[Site]:
 def _check(module: nn.Module, plan: Plan) -> Fit | None:
     readers = {"get_interface", "scaled_dot_product_attention"}
     sources = filter(None, (find_source(type(m)) for m in module.modules()))
-    if not _is_served(getattr(module, "config", None)) or not any(
+    if not _is_served(vars(module).get("config")) or not any(
         readers & {*source.function.__code__.co_names} for source in sources
     ):
         return None  # attention of another kind would have the masks built

@@ -68,7 +68,7 @@ def _weight(head: Any) -> Any:
         return None
     if kind is not QuantizedLinear:
         return head.weight if plain(head.weight) else None
-    if not head.config.dynamic and plain(*head.qweight.tensors.values()):
+    if not head.weight_format.dynamic and plain(*head.qweight.tensors.values()):
         return head.qweight
     return None
 
