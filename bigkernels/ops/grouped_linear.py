@@ -141,7 +141,7 @@ def _flops(x, ends, codes, *_):
 
 
 # Elsewhere than on GPUs each expert's product is one of its own.
-OPERATOR = Operator("ops.grouped_linear", implementations=(triton_kernel(),), listed=False)
+OPERATOR = Operator("grouped_linear", implementations=(triton_kernel(),), listed=False)
 _WEIGHT = "Tensor ends, Tensor codes, Tensor? scale, Tensor? zero, Tensor? row_scale, Tensor? book"
 _fwd = define(
     f"grouped_linear_fwd(Tensor x, {_WEIGHT}, int group, int kind, bool dynamic) -> Tensor",
