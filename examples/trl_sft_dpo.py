@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import bigkernels
 from bigkernels.integrations.transformers import TrainerCallback
+from bigkernels.integrations.trl import fuse
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -63,6 +64,7 @@ with tempfile.TemporaryDirectory() as folder:
         sft.model, args=trl.DPOConfig(max_steps=20, learning_rate=5e-3, **arguments), train_dataset=preferences,
         processing_class=tokenizer, callbacks=[TrainerCallback(optim="bigkernels_adamw_8bit")],
     )  # fmt: skip
+    fuse(dpo)  # the loss by `bigkernels.losses`, and the reference's head too
     dpo.train()
     margins = [entry["rewards/margins"] for entry in dpo.state.log_history if "rewards/margins" in entry]
     print(f"DPO: margin of rewards {margins[0]:.2f} -> {margins[-1]:.2f}")

@@ -26,6 +26,7 @@ last ends. Everything is computed in float32, or in float64 where that is given.
 
 from ._free import cpo_loss, orpo_loss, simpo_loss
 from ._linear import (
+    linear_bco_loss,
     linear_cpo_loss,
     linear_dpo_loss,
     linear_grpo_loss,
@@ -36,19 +37,23 @@ from ._linear import (
 from ._pairs import dpo_loss, ipo_loss
 from ._policy import GRPOLoss, grpo_loss
 from ._sampler import off_policy_mask, sampler_ratios
-from ._sequences import sequence_logprobs
+from ._sequences import sequence_logprobs, wpo_weights
 from ._shared import PreferenceLoss
-from ._unpaired import KTOLoss, kto_loss
+from ._unpaired import BCOLoss, KTOLoss, RewardShift, bco_loss, kto_loss
 
 __all__ = [
+    "BCOLoss",
     "GRPOLoss",
     "KTOLoss",
     "PreferenceLoss",
+    "RewardShift",
+    "bco_loss",
     "cpo_loss",
     "dpo_loss",
     "grpo_loss",
     "ipo_loss",
     "kto_loss",
+    "linear_bco_loss",
     "linear_cpo_loss",
     "linear_dpo_loss",
     "linear_grpo_loss",
@@ -60,4 +65,5 @@ __all__ = [
     "sampler_ratios",
     "sequence_logprobs",
     "simpo_loss",
+    "wpo_weights",
 ]

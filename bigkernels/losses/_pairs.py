@@ -37,6 +37,7 @@ class _Pairs(NamedTuple):
     beta: float
     label_smoothing: float
     discopop_tau: float
+    bco_shift: float | Tensor
 
     @property
     def x(self) -> Tensor:
@@ -62,6 +63,10 @@ def _nca(p: _Pairs) -> Tensor:
 def _robust(p: _Pairs) -> Tensor:
     clean, flipped = (1 - p.label_smoothing) * logsigmoid(p.x), p.label_smoothing * logsigmoid(-p.x)
     return (flipped - clean) / (1 - 2 * p.label_smoothing)
+
+
+def _bco(p: _Pairs) -> Tensor:
+    return -logsigmoid(p.beta * p.of_chosen - p.bco_shift) - logsigmoid(p.bco_shift - p.beta * p.of_rejected)
 
 
 def _sppo(p: _Pairs) -> Tensor:
@@ -104,7 +109,7 @@ LOSSES = {
     "exo_pair": _Row(_exo, smooths=True),
     "nca_pair": _Row(_nca, diverges=False),
     "robust": _Row(_robust, smooths=True),
-    "bco_pair": _Row(lambda p: -logsigmoid(p.beta * p.of_chosen) - logsigmoid(-p.beta * p.of_rejected), diverges=False),
+    "bco_pair": _Row(_bco, diverges=False),
     "sppo_hard": _Row(_sppo, diverges=False),
     "aot": _Row(_aot, smooths=True, diverges=False),
     "aot_unpaired": _Row(_aot_unpaired, smooths=True, diverges=False),
@@ -134,8 +139,8 @@ DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
 def dpo_loss(
     chosen: Tensor,
     rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
+    ref_chosen: Tensor | None,
+    ref_rejected: Tensor | None,
     *,
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
@@ -144,8 +149,10 @@ def dpo_loss(
     discopop_tau: float = 0.05,
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = 0.5,
+    bco_shift: float | Tensor = 0.0,
     chosen_tokens: Tensor | None = None,
     rejected_tokens: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> PreferenceLoss:
     """Direct preference optimization (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 7), and the
     losses that go by a `loss_type` in TRL, under its names. With e the label smoothing and ::
@@ -161,7 +168,7 @@ def dpo_loss(
         exo_pair      sigmoid(x) * log(sigmoid(x) / (1 - e)) + sigmoid(-x) * log(sigmoid(-x) / e)      2402.00856, 16
         nca_pair      -log sigmoid(beta * c) - (log sigmoid(-beta * c) + log sigmoid(-beta * r)) / 2   2402.05369
         robust        (-(1 - e) * log sigmoid(x) + e * log sigmoid(-x)) / (1 - 2 * e)          arXiv 2403.00409
-        bco_pair      -log sigmoid(beta * c) - log sigmoid(-beta * r)       arXiv 2404.04656, without its shift
+        bco_pair      -log sigmoid(beta * c - bco_shift) - log sigmoid(bco_shift - beta * r)   arXiv 2404.04656
         sppo_hard     (c - 1 / (2 * beta))^2 + (r + 1 / (2 * beta))^2       arXiv 2405.00675, eq. 4.7 with P of 1 and 0
         aot           sigmoid of the sorted chosen - rejected less the sorted ref_chosen - ref_rejected    2406.05882
         aot_unpaired  sigmoid of the sorted c less the sorted r                                            2406.05882
@@ -177,7 +184,8 @@ def dpo_loss(
 
     Args:
         chosen, rejected: (P,), summed log probabilities of completions by the model.
-        ref_chosen, ref_rejected: (P,), by the reference.
+        ref_chosen, ref_rejected: (P,), by the reference. None, for both, takes all completions for equally likely, so
+            that c and r are the model's own (what TRL has called `reference_free`).
         loss_type: a name, or several.
         loss_weights: a number a name; None is 1 each.
         beta: positive.
@@ -188,33 +196,47 @@ def dpo_loss(
             takes f'(exp(c)) and f'(exp(r)) for c and r in x, up to what all have in common. Others than "reverse_kl"
             are for losses of x alone. Ratios are bounded at exp(80) in float32, and have no gradient there.
         f_alpha_divergence_coef: alpha of "alpha_divergence".
+        bco_shift: for "bco_pair", the reward between good and bad completions: a number or a scalar, a constant, as
+            `RewardShift` follows it. `bco_loss` is for completions without pairs.
         chosen_tokens, rejected_tokens: (P,), how many tokens the completions have, which "ipo" and "sigmoid_norm" need,
             and "sft" of the chosen ones. Completions of no token count as having one.
+        weights: (P,), constants that multiply the losses, as WPO's do (`wpo_weights`).
 
     Raises:
         ValueError: shapes or values do not fit, or an option is given that would mean nothing.
     """
     op = "dpo_loss"
-    names, weights = check_options(op, loss_type, loss_weights, beta, label_smoothing, discopop_tau, f_divergence_type)
+    names, factors = check_options(op, loss_type, loss_weights, beta, label_smoothing, discopop_tau, f_divergence_type)
     check_shapes(op, "chosen", chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected,
-                 chosen_tokens=chosen_tokens, rejected_tokens=rejected_tokens)  # fmt: skip
+                 chosen_tokens=chosen_tokens, rejected_tokens=rejected_tokens, weights=weights)  # fmt: skip
+    check_range(op, "ref_rejected", "None" if ref_rejected is None else "given", "as ref_chosen is",
+                (ref_chosen is None) == (ref_rejected is None))  # fmt: skip
+    unshifted = isinstance(bco_shift, (int, float)) and bco_shift == 0
+    check_range(op, "bco_shift", bco_shift, f"0, as loss_type is {loss_type!r}", unshifted or "bco_pair" in names)
     for name in names:
         for of, tokens in (("chosen_tokens", chosen_tokens), ("rejected_tokens", rejected_tokens)):
             needed = LOSSES[name].tokens and (name != "sft" or of == "chosen_tokens")
             check_range(op, of, None, f"given, as loss_type is {name!r}", tokens is not None or not needed)
-    chosen, rejected, ref_chosen, ref_rejected = (wide(t) for t in (chosen, rejected, ref_chosen, ref_rejected))
+    chosen, rejected = wide(chosen), wide(rejected)
+    ref_chosen, ref_rejected = (torch.zeros_like(chosen) if t is None else wide(t) for t in (ref_chosen, ref_rejected))
     of_chosen, of_rejected = chosen - ref_chosen, rejected - ref_rejected
     diverge = DIVERGENCES[f_divergence_type]
     scores = tuple(diverge(r, f_alpha_divergence_coef) for r in (of_chosen, of_rejected))
     tokens = tuple(None if n is None else n.to(chosen.dtype) for n in (chosen_tokens, rejected_tokens))
     pairs = _Pairs(chosen, rejected, ref_chosen, ref_rejected, of_chosen, of_rejected, scores, tokens, beta,
-                   label_smoothing, discopop_tau)  # fmt: skip
+                   label_smoothing, discopop_tau, _constant(bco_shift))  # fmt: skip
     losses = None
-    for name, weight in zip(names, weights, strict=True):
+    for name, factor in zip(names, factors, strict=True):
         found = LOSSES[name].losses(pairs)
-        found = found if weight == 1 else weight * found
+        found = found if factor == 1 else factor * found
         losses = found if losses is None else losses + found
+    if weights is not None:
+        losses = losses * weights.detach().to(losses.dtype)
     return of_pairs(losses, beta * of_chosen, beta * of_rejected)
+
+
+def _constant(shift: float | Tensor) -> float | Tensor:
+    return shift.detach() if isinstance(shift, Tensor) else shift
 
 
 def check_options(op, loss_type, loss_weights, beta, label_smoothing, discopop_tau, f_divergence_type):

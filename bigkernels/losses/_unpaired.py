@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from ._shared import check_name, check_range, check_shapes, wide
 
@@ -75,3 +76,97 @@ def kto_loss(
     short = torch.sigmoid(-beta * gain)  # 1 - sigmoid(x), without its cancellation
     losses = torch.where(good, desirable_weight * short, undesirable_weight * short)
     return KTOLoss(losses.mean(), losses, (beta * ratio).detach(), z0)
+
+
+class BCOLoss(NamedTuple):
+    """Of B completions.
+
+    Attributes:
+        loss: the mean of `losses`.
+        losses: (B,), differentiable.
+        rewards: (B,), ``beta * (logps - ref_logps)``.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    rewards: Tensor
+
+
+def bco_loss(
+    logps: Tensor,
+    ref_logps: Tensor,
+    desirable: Tensor,
+    *,
+    shift: float | Tensor | RewardShift = 0.0,
+    beta: float = 0.1,
+    weights: Tensor | None = None,
+) -> BCOLoss:
+    """Binary classifier optimization (Jung et al. 2024, https://arxiv.org/abs/2404.04656)::
+
+        reward = beta * (logps - ref_logps)
+        loss   = -log sigmoid(reward - shift)     where desirable
+                 -log sigmoid(shift - reward)     elsewhere
+
+    Args:
+        logps, ref_logps: (B,), summed log probabilities of completions by the model and by the reference.
+        desirable: (B,), boolean.
+        shift: the paper's delta, a number or a scalar, a constant; or a `RewardShift`, which is updated with these
+            rewards first, where gradients are computed.
+        beta: positive.
+        weights: (B,), constants: the ratios by which the paper matches the distributions of prompts; None is 1.
+
+    Raises:
+        ValueError: shapes or values do not fit.
+    """
+    op = "bco_loss"
+    check_shapes(op, "logps", logps, ref_logps=ref_logps, desirable=desirable, weights=weights)
+    check_range(op, "beta", beta, "positive", beta > 0)
+    rewards, good = beta * (wide(logps) - wide(ref_logps)), desirable.bool()
+    if isinstance(shift, RewardShift):
+        shift = shift.update(rewards[good], rewards[~good]) if torch.is_grad_enabled() else shift.value
+    shift = shift.detach() if isinstance(shift, Tensor) else shift
+    losses = -logsigmoid(torch.where(good, rewards - shift, shift - rewards))
+    if weights is not None:
+        losses = losses * weights.detach().to(losses.dtype)
+    return BCOLoss(losses.mean(), losses, rewards.detach())
+
+
+class RewardShift(nn.Module):
+    """The reward between good and bad completions, as training goes on: half the sum of the means of both.
+
+    Each mean is of all rewards seen so far, or with `decay` one that forgets, ``decay * mean + (1 - decay) * new``.
+    A module, so that it moves and is saved with a model.
+
+    Args:
+        decay: in [0, 1), or None.
+
+    Attributes:
+        means: (2,) in float32, of good and of bad ones.
+        counts: (2,) in float32, how many there were.
+    """
+
+    def __init__(self, decay: float | None = None) -> None:
+        super().__init__()
+        check_range("RewardShift", "decay", decay, "in [0, 1) or None", decay is None or 0 <= decay < 1)
+        self.decay = decay
+        for name in ("means", "counts"):
+            self.register_buffer(name, torch.zeros(2, dtype=torch.float32, device=torch.get_default_device()))
+
+    @property
+    def value(self) -> Tensor:
+        """A scalar: 0 before anything was seen, and the one mean where only one kind was."""
+        seen = (self.counts > 0).to(self.means.dtype)
+        return (self.means * seen).sum() / seen.sum().clamp_min(1)
+
+    @torch.no_grad()
+    def update(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """`value` after rewards (M,) of good and (N,) of bad completions were seen; of all processes: gather before."""
+        for kind, rewards in enumerate((chosen, rejected)):
+            count = rewards.numel()
+            if not count:
+                continue
+            new, before = rewards.detach().to(self.means).mean(), self.counts[kind].clone()
+            share = count / (before + count) if self.decay is None else torch.where(before > 0, 1 - self.decay, 1.0)
+            self.means[kind].lerp_(new, share)
+            self.counts[kind] += count
+        return self.value.clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from ..quantization import QuantizedWeight
 
 _OP = "functional.linear_logprobs"
+# What is known of a token's distribution without a gradient, and its dtype where that is not the logits'.
+REPORTS = {"log_sum_sq_probs": None, "mean_logits": None, "is_top1": torch.bool}
 
 
 @renamed_arguments("bigkernels.functional.linear_logprobs", entropy="return_entropy")
@@ -32,7 +35,8 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    reports: Sequence[str] = (),
+) -> Tensor | tuple[Tensor, ...]:
     """``log_softmax(z)[target]`` of each token, and the entropy of ``softmax(z)``, with the logits::
 
         z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature
@@ -52,13 +56,18 @@ def linear_logprobs(
         logit_scale: multiplies the logits, before `softcap`.
         softcap: positive; bounds the logits (Gemma 2, https://arxiv.org/abs/2408.00118). None leaves them.
         return_entropy: whether to return the entropy too, in nats.
+        reports: more to return, without gradients, of "log_sum_sq_probs" (``log(sum(softmax(z)^2))``, as WPO's weights
+            need it), "mean_logits" (the mean of z) and "is_top1" (whether the target is the first of the largest
+            logits, whose mean is the accuracy of tokens).
 
     Returns:
-        (...) log probabilities in float32 (float64 for float64), or (log probabilities, entropy).
+        (...) log probabilities in float32 (float64 for float64), or a tuple of them, the entropy where it is asked for,
+        and the reports in the order of their names; all are 0 or False for ignored tokens.
 
     Raises:
         TypeError: wrong dtypes.
-        ValueError: shapes, devices or option values do not fit, or, on CPU, a target is outside the vocabulary.
+        ValueError: shapes, devices or option values do not fit, there is no such report, or, on CPU, a target is
+            outside the vocabulary.
 
     Example::
 
@@ -73,30 +82,33 @@ def linear_logprobs(
     check_positive(_OP, temperature=temperature, softcap=softcap)
     if not math.isfinite(logit_scale):
         raise ValueError(f"bigkernels.{_OP}: logit_scale is {logit_scale}, expected a finite number")
+    unknown = [name for name in reports if name not in REPORTS]
+    if unknown or isinstance(reports, str):
+        raise ValueError(f"bigkernels.{_OP}: reports are {reports!r}, expected a tuple of {', '.join(REPORTS)}")
     if lowered is not None:
         hidden = hidden.to(lowered)
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     options = {"scale": float(logit_scale), "softcap": softcap, "temperature": float(temperature)}
     run = _reference if as_reference(rows, weight, bias) else _run
-    results = run(rows, weight, bias, targets, ignore_index, return_entropy, options)
+    results = run(rows, weight, bias, targets, ignore_index, return_entropy, tuple(reports), options)
     results = [r.view(target.shape) for r in results]
-    return tuple(results) if return_entropy else results[0]
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 @_disable_dynamo
-def _run(hidden, weight, bias, target, ignore_index, entropy, options):
+def _run(hidden, weight, bias, target, ignore_index, entropy, reports, options):
     target, kept = _split(target, ignore_index, weight.shape[0])
 
     def reference(hidden, weight, bias):
-        return _whole(hidden, weight, bias, target, kept, entropy, options)
+        return _whole(hidden, weight, bias, target, kept, entropy, (), options)
 
     quantized, weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
-    call = Call(LogProbs(target, entropy), kept, quantized, reference=reference, **options)
-    return per_token(hidden, weight, bias, call)
+    call = Call(LogProbs(target, entropy, reports), kept, quantized, reference=reference, **options)
+    return finished(per_token(hidden, weight, bias, call), reports, kept)
 
 
-def _reference(hidden, weight, bias, target, ignore_index, entropy, options):
-    return _whole(hidden, weight, bias, *_split(target, ignore_index, weight.shape[0]), entropy, options)
+def _reference(hidden, weight, bias, target, ignore_index, entropy, reports, options):
+    return _whole(hidden, weight, bias, *_split(target, ignore_index, weight.shape[0]), entropy, reports, options)
 
 
 def _split(target, ignore_index, vocabulary):
@@ -106,24 +118,47 @@ def _split(target, ignore_index, vocabulary):
     return torch.where(kept, target, 0).long(), kept
 
 
-def _whole(hidden, weight, bias, target, kept, entropy, options):
-    log_p = logits_of(hidden, weight, bias, **options).log_softmax(-1)
+def _whole(hidden, weight, bias, target, kept, entropy, reports, options):
+    z = logits_of(hidden, weight, bias, **options)
+    log_p = z.log_softmax(-1)
     results = [log_p.gather(1, target[:, None])[:, 0]]
     if entropy:
         results.append(-(log_p.exp() * log_p).sum(-1))
-    return [torch.where(kept, r, 0.0) for r in results]
+    results = [torch.where(kept, r, 0.0) for r in results]
+    return results + finished([report(name, z.detach(), target) for name in reports], reports, kept)
+
+
+def report(name: str, z: Tensor, target: Tensor) -> Tensor:
+    """One of `REPORTS` (n,) of logits (n, V), in their dtype."""
+    if name == "is_top1":
+        return (z.argmax(-1) == target).to(z.dtype)
+    if name == "mean_logits":
+        return z.mean(-1)
+    return torch.logsumexp(2 * z, -1) - 2 * torch.logsumexp(z, -1)
+
+
+def finished(found: Sequence[Tensor], reports: Sequence[str], kept: Tensor | None) -> list[Tensor]:
+    """Outputs and then reports, where these have their dtypes and are 0 for tokens that do not count."""
+    first = len(found) - len(reports)
+    made = list(found[:first])
+    for name, t in zip(reports, found[first:], strict=True):
+        t = t if kept is None else torch.where(kept, t, 0)
+        made.append(t.to(REPORTS[name] or t.dtype))
+    return made
 
 
 class LogProbs(Objective):
     """With s = z - max(z), e = exp(s), S = sum(e): log p = s - log S. Nothing is lost where logits are large."""
 
-    def __init__(self, target: Tensor, entropy: bool = False):
+    def __init__(self, target: Tensor, entropy: bool = False, reports: Sequence[str] = ()):
         self.target = target
         self.entropy = entropy
         self.outputs = 1 + entropy
+        self.named, self.reports = reports, len(reports)
         self.tensors = (target,)
 
     def values(self, z: Tensor, tokens: Tokens) -> tuple[Tensor, ...]:
+        reports = tuple(report(name, z, self.target[tokens]) for name in self.named)
         target = self.target[tokens, None]
         most = z.amax(-1, keepdim=True)
         s = z - most
@@ -142,13 +177,13 @@ class LogProbs(Objective):
         if self.entropy:
             mean = torch.linalg.vecdot(e, s).unsqueeze(-1) + torch.special.xlogy(e_target, e_target)
             found.append(total.log() - mean / total)
-        return tuple(v.squeeze(-1) for v in (*found, most, total))
+        return *(v.squeeze(-1) for v in (*found, most, total)), *reports
 
     def gradient(self, z, tokens, values, grads):
         target = self.target[tokens, None]
         values = [v.unsqueeze(-1) for v in values]
         of_log_p, of_entropy = [*(g if g is None else g.to(z.dtype).unsqueeze(-1) for g in grads), None][:2]
-        log_p, most, total = values[0], *values[-2:]
+        log_p, most, total = values[0], *values[self.outputs : self.outputs + 2]
         if of_log_p is None:
             of_log_p = torch.zeros_like(log_p)
         of_target = -of_log_p * torch.expm1(log_p)

@@ -20,8 +20,8 @@ if not hasattr(utils, "add_fused_lm_head"):
 from integrations import trained  # noqa: E402
 
 from bigkernels._load import cpu_library  # noqa: E402
-from bigkernels.integrations import trl as ours  # noqa: E402
 from bigkernels.integrations.transformers import TrainerCallback  # noqa: E402
+from bigkernels.integrations.trl import _head as ours  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EVERY = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")

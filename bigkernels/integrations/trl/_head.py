@@ -1,30 +1,27 @@
-"""TRL: this package's products and losses in the place of its fused head.
+"""This package's products in the place of TRL's fused head.
 
 TRL's trainers compute log probabilities of tokens, entropies and accuracies from hidden states, some tokens at a time.
 `use_head` lets them do so by `bigkernels.functional.linear_logprobs`: on the CPU with float32 logits that are computed
 by kernels, where TRL rounds them to the dtype of the model; and a quantized head is read in its codes, on every device.
-`bigkernels.integrations.transformers.TrainerCallback` calls it.
 """
 
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from trl.trainer import utils
 
-from ..nn._weight import LazyWeight
-from ..ops._arguments import autocast_dtype
-from ..ops._chunks import Call, Tokens, per_token
-from ..ops.linear_logprobs import LogProbs
-from ..program._suspend import PASSES_ON
-from ..quantization import QuantizedWeight
+from ...nn._weight import LazyWeight
+from ...ops._arguments import autocast_dtype
+from ...ops._chunks import Call, per_token
+from ...ops.linear_logprobs import REPORTS, LogProbs, finished
+from ...program._suspend import PASSES_ON
+from ...quantization import QuantizedWeight
 
 _THEIRS = "_ChunkedLogProbFunction"
-# What TRL asks for beside log probabilities, in the order in which it takes them.
-_EXTRAS = ("log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 def use_head(model: nn.Module) -> bool:
@@ -35,17 +32,36 @@ def use_head(model: nn.Module) -> bool:
 
     Returns:
         Whether it has one.
+
+    Raises:
+        ValueError: an adapter is on its output layer, whose weight alone TRL's head reads.
     """
     found = False
-    for module in model.modules():
-        forward = module.__dict__.get("forward")
-        function = getattr(forward, "__func__", None)
-        if not isinstance(function, types.FunctionType) or _THEIRS not in function.__code__.co_names:
-            continue
+    for module, function in _heads(model):
         found = True
+        _check_output_layer(module)
         if function.__globals__.get(_THEIRS) is not _Head:
             module.forward = types.MethodType(_with_our_head(function), module)
     return found
+
+
+def _heads(model: nn.Module) -> Iterator[tuple[nn.Module, types.FunctionType]]:
+    """Models with a fused head, and its forward."""
+    for module in model.modules():
+        function = getattr(module.__dict__.get("forward"), "__func__", None)
+        if isinstance(function, types.FunctionType) and _THEIRS in function.__code__.co_names:
+            yield module, function
+
+
+def has_head(model: nn.Module) -> bool:
+    return next(_heads(model), None) is not None
+
+
+def closure_of(model: nn.Module) -> dict[str, Any]:
+    """What TRL's fused forward of a model knows, by its names there."""
+    _, function = next(_heads(model))
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {name: cell.cell_contents for name, cell in cells}
 
 
 def _with_our_head(function: types.FunctionType) -> types.FunctionType:
@@ -72,7 +88,7 @@ class _Head:
         """Log probabilities (N,) of the targets, and of entropies, log sums of squared probabilities, mean logits and
         whether the target is the largest logit those that are asked for, or None.
         """
-        head = _quantized(weight)
+        head = quantized(weight)
         if head is None and not hidden.is_cpu:
             theirs = getattr(utils, _THEIRS)
             return theirs.apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs)
@@ -83,48 +99,25 @@ class _Head:
             weight = weight.to(hidden.dtype)
         if bias is not None and bias.dtype != hidden.dtype:
             bias = bias.to(hidden.dtype)
-        extras = tuple(name for name in _EXTRAS if name in outputs)
-        objective = _Described(targets.long(), "entropy" in outputs, extras)
+        reports = tuple(name for name in REPORTS if name in outputs)
+        objective = LogProbs(targets.long(), "entropy" in outputs, reports)
         call = Call(
             objective, quantized=head, scale=float(logit_scale), softcap=softcap, temperature=float(temperature)
         )
-        found = per_token(hidden, None if head is not None else weight, bias, call)
-        named = dict(zip(objective.names, found, strict=True))
-        if "is_top1" in named:
-            named["is_top1"] = named["is_top1"].bool()
-        return tuple(
-            t if t is None or name in ("log_probs", "entropy") else t.detach()
-            for name, t in ((name, named.get(name)) for name in ("log_probs", "entropy", *_EXTRAS))
-        )
+        found = finished(per_token(hidden, None if head is not None else weight, bias, call), reports, None)
+        named = dict(zip(("log_probs", "entropy")[: objective.outputs] + reports, found, strict=True))
+        return tuple(named.get(name) for name in ("log_probs", "entropy", *REPORTS))
 
 
-class _Described(LogProbs):
-    """Log probabilities, and what is known of the distribution without a gradient."""
-
-    def __init__(self, target: Tensor, entropy: bool, extras: tuple[str, ...]) -> None:
-        super().__init__(target, entropy)
-        self.extras, self._own = extras, self.outputs
-        self.names = ("log_probs", "entropy")[: self._own] + extras
-        self.outputs += len(extras)
-
-    def values(self, z: Tensor, tokens: Tokens) -> tuple[Tensor, ...]:
-        found = []
-        for name in self.extras:
-            if name == "is_top1":
-                found.append((z.argmax(-1) == self.target[tokens]).to(z.dtype))
-            elif name == "mean_logits":
-                found.append(z.mean(-1))
-            else:
-                found.append(torch.logsumexp(2 * z, -1) - 2 * torch.logsumexp(z, -1))
-        first = super().values(z, tokens)
-        return (*first[: self._own], *found, *first[self._own :])
-
-    def gradient(self, z: Tensor, tokens: Tokens, values: Any, grads: Any) -> Tensor:
-        values = [*values[: self._own], *values[self.outputs :]]
-        return super().gradient(z, tokens, values, grads[: self._own])
+def _check_output_layer(module: nn.Module) -> None:
+    layer = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    if layer is not None and hasattr(layer, "base_layer") and getattr(layer, "active_adapters", None):
+        raise ValueError("bigkernels.integrations.trl: the output layer has an adapter, and TRL's fused head reads the "
+                         "weight below it: the adapter would be ignored and learn nothing. Leave the layer out of the "
+                         "adapter's target_modules")  # fmt: skip
 
 
-def _quantized(weight: Tensor) -> QuantizedWeight | None:
+def quantized(weight: Tensor) -> QuantizedWeight | None:
     """What a quantized layer's ``weight`` reads."""
     if isinstance(weight, LazyWeight) and weight._owner is not None and not weight._trained:
         return getattr(weight._owner, "qweight", None)
