@@ -200,8 +200,9 @@ def test_reports_of_log_probabilities(dtype, quantized):
     expected = {"is_top1": (z.argmax(-1) == target) & kept, "log_sum_sq_probs": p.square().sum(-1).log() * kept,
                 "mean_logits": z.mean(-1) * kept}  # fmt: skip
     hidden.requires_grad_()
-    logprobs, entropy, *found = linear_logprobs(hidden, head, target, bias, logit_scale=0.3, softcap=2.0,
-                                                temperature=0.8, return_entropy=True, reports=tuple(expected))  # fmt: skip
+    options = {"logit_scale": 0.3, "softcap": 2.0, "temperature": 0.8}
+    logprobs, entropy, *found = linear_logprobs(hidden, head, target, bias, return_entropy=True,
+                                                reports=tuple(expected), **options)  # fmt: skip
     close = {"rtol": 2e-5, "atol": 2e-5} if dtype != torch.bfloat16 or not quantized else {"rtol": 0.02, "atol": 0.02}
     for t, (name, value) in zip(found, expected.items(), strict=True):
         assert not t.requires_grad
@@ -209,7 +210,7 @@ def test_reports_of_log_probabilities(dtype, quantized):
             assert t.dtype == torch.bool and torch.equal(t, value) and t[0].all()
         else:
             torch.testing.assert_close(t.double(), value, **close)
-    alone = linear_logprobs(hidden, head, target, bias, logit_scale=0.3, softcap=2.0, temperature=0.8)
+    alone = linear_logprobs(hidden, head, target, bias, **options)
     assert torch.equal(alone, logprobs)
     grads = [torch.autograd.grad(t.sum(), hidden, retain_graph=True)[0] for t in (logprobs, alone)]
     assert torch.equal(*grads)
