@@ -9,7 +9,7 @@ python = $(VENV)/bin/python
 pip = $(python) -m pip install --disable-pip-version-check --constraint $(VENV)/constraints.txt
 TRITON = 3.6.0
 
-.PHONY: demo test test-torches test-triton guard fuzz-generation build lint docs wheel clean
+.PHONY: demo test test-torches test-triton guard fuzz-generation build lint types docs wheel clean
 
 demo: build $(VENV)/.demo
 	$(VENV)/bin/bigkernels demo
@@ -51,6 +51,9 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+types: $(VENV)/.dev
+	$(VENV)/bin/mypy
 
 # The site, in build/site. A broken link, an anchor that is not there or a page that nobody links to is an error.
 docs: $(VENV)/.docs

@@ -128,14 +128,19 @@ def _unpack_text(folder: Path, temporary: Path) -> None:
     with tarfile.open(_download(TEXT, temporary)) as archive:
         for member in archive:
             if member.isfile() and member.name.endswith("_gut.txt"):
-                (folder / Path(member.name).name).write_bytes(archive.extractfile(member).read())
+                if (text := archive.extractfile(member)) is not None:
+                    (folder / Path(member.name).name).write_bytes(text.read())
 
 
 def _convert_model(folder: Path, temporary: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     gguf = model_file()
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": gguf.parent,
+        "gguf_file": gguf.name,
+        "local_files_only": True,
+    }
     quantized = AutoModelForCausalLM.from_pretrained(**source)
     # transformers refuses to save what it read from GGUF, although the weights are plain tensors by now.
     config = quantized.config

@@ -43,7 +43,8 @@ def renamed_members(path: str, **names: str) -> Callable[[Class], Class]:
     def decorate(cls: Class) -> Class:
         for old, new in names.items():
             setattr(cls, old, _alias(path, old, new))
-        set_state, load = getattr(cls, "__setstate__", None), getattr(cls, "_load_from_state_dict", None)
+        set_state: Any = getattr(cls, "__setstate__", None)
+        load: Any = getattr(cls, "_load_from_state_dict", None)
 
         def __setstate__(self: Any, state: dict[str, Any]) -> None:
             state = _renamed(state, names)

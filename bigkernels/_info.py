@@ -52,7 +52,11 @@ def info() -> dict:
 
 
 def _versions() -> dict[str, str | None]:
-    versions = {"bigkernels": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    versions: dict[str, str | None] = {
+        "bigkernels": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

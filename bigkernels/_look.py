@@ -6,6 +6,7 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Seen:
         self.addresses = array("q")
         self._hints = array("q")
         self._at: tuple[int, ...] = ()
-        self._layouts: array | list[tuple] | None = None
+        self._layouts: array[int] | list[tuple[Any, ...]] | None = None
 
     def record(self, tensors: list[Tensor]) -> None:
         """Raises whatever a tensor without an address raises, and for what is no tensor."""
@@ -57,7 +58,9 @@ class Seen:
             self.addresses = array("q", [row[0] for row in rows])
             alike = [row[1:] for row in rows] == self._layouts and all(row[0] or 0 in row[3] for row in rows)
             return alike, alike and before == self.addresses
-        found = _native()(tensors, *self._at, True)
+        native = _native()
+        assert native is not None  # as `record` had it
+        found = native(tensors, *self._at, True)
         return found >= 1, found == 3
 
 
@@ -79,7 +82,7 @@ def describe_function() -> int | None:
 
 
 @functools.cache
-def _native() -> Callable[[list[Tensor], int, int, int, int, bool], int] | None:
+def _native() -> Callable[..., int] | None:
     """`bk_look` of csrc/cpu/look.cpp; None where there is no such library, or a torch without DLPack's C functions."""
     describe = describe_function()
     if not describe or cpu_library().reason is not None:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch._C._dynamo.guards import _empty_strided_cpu as empty_cpu
-from torch._C._dynamo.guards import _empty_strided_cuda as empty_cuda
+from torch._C._dynamo.guards import _empty_strided_cpu as empty_cpu  # type: ignore[attr-defined]
+from torch._C._dynamo.guards import _empty_strided_cuda as empty_cuda  # type: ignore[attr-defined]
 from torch._compile import _disable_dynamo as disable_dynamo
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -95,5 +95,5 @@ def calls_go_through_instances() -> bool:
 
 def constant_to_the_compiler(function: Callable) -> Callable:
     """`torch.compiler.assume_constant_result`, which imports the compiler, and that imports triton."""
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

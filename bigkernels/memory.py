@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -265,7 +266,8 @@ class _Cpu:
     def stop(self) -> tuple[int, int]:
         with quiet_stderr():
             self.record.stop()
-        events = [e for e in self.record.profiler.kineto_results.events() if e.name() == "[memory]"]
+        profiler: Any = self.record.profiler
+        events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
         held = most = 0
         for event in sorted(events, key=lambda e: e.start_ns()):
             held += event.nbytes()

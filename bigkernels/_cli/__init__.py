@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .._version import __version__
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     # Only the chosen command is imported: the others may need packages that are not installed.
     chosen = next((a for a in argv if not a.startswith("-")), None)
-    run = None
+    run: Callable[[argparse.Namespace], int] | None = None
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name == chosen:
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # with the usage of the command, which `parse_args` leaves out
         commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    assert run is not None  # `parse_known_args` has left where no command is named
     try:
         return run(args)
     except KeyboardInterrupt:

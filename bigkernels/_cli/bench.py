@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
         for family in args.families or FAMILIES
     }
     if args.list:
-        rows = [[c.family, c, ", ".join(c.candidates)] for listed in line_up.values() for c in listed]
-        table("Cases", ["family", "case", "candidates"], rows)
+        listed = [[c.family, c, ", ".join(c.candidates)] for some in line_up.values() for c in some]
+        table("Cases", ["family", "case", "candidates"], listed)
         return 0
     if args.plot:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ._sample import Draw, Sample, strided
 # The weights are rounded before they are multiplied. Backward works from the output and the logsumexp as forward
 # rounded them, and the gradient of a query that sees one key is a difference of equals; PyTorch without fusion keeps
 # the weights.
-_CRITERION = {"scale": "row", "gradient_scale": "tensor", "gradient_roundings": 6.0}
+_CRITERION: dict[str, Any] = {"scale": "row", "gradient_scale": "tensor", "gradient_roundings": 6.0}
 
 
 def _heads(

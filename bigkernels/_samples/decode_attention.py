@@ -28,7 +28,7 @@ def decode_sample(
             return draw.normal(batch, count, length, width)
 
         made = {"q": arrange(tokens(heads, new, size))}
-        shape = (batch, capacity)
+        shape: tuple[int, ...] = (batch, capacity)
         valid = torch.arange(capacity, dtype=torch.int64, device="cpu")
         valid = valid < torch.tensor(lengths, dtype=torch.int64, device="cpu")[:, None]
         if page is not None:

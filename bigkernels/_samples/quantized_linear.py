@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -27,7 +28,7 @@ class _WeightSample(Sample):
 
 
 def weight_sample(
-    name: str, config: object, shape: tuple[int, ...], n: int, *, bias: bool = True,
+    name: str, config: str | Format, shape: tuple[int, ...], n: int, *, bias: bool = True,
     arrange: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> Sample:  # fmt: skip
     def make(draw: Draw) -> dict[str, Tensor]:

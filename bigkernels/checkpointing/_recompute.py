@@ -163,8 +163,8 @@ def random_state(cuda: list[int]) -> list:
     generators = [torch.cuda.default_generators[i] for i in cuda]
     state = torch.default_generator.get_state()
     # As bytes they are compared ten times as fast as tensors are.
-    state = ctypes.string_at(state.data_ptr(), state.numel())
-    return [state, *((g.initial_seed(), g.get_offset()) for g in generators)]
+    held = ctypes.string_at(state.data_ptr(), state.numel())
+    return [held, *((g.initial_seed(), g.get_offset()) for g in generators)]
 
 
 _OFF = (False, None, None)
@@ -265,14 +265,17 @@ class _Collector:
     """Collects what a region saves when it runs again, and stops it at the last."""
 
     def __init__(self, seen: list[tuple]):
-        self.seen, self.made = seen, []
+        self.seen = seen
+        self.made: list[Exact] = []
 
     def pack(self, tensor: Tensor) -> Tensor:
         index, now = len(self.made), (tensor.shape, tensor.dtype, tensor.device)
         if now != self.seen[index]:
-            then, now = _text(self.seen[index]), _text(now)
-            raise CheckpointError(f"bigkernels.checkpoint: saved tensor {index} of the region was {then}, and is {now} "
-                                  "when the region runs again")  # fmt: skip
+            then, is_now = _text(self.seen[index]), _text(now)
+            raise CheckpointError(
+                f"bigkernels.checkpoint: saved tensor {index} of the region was {then}, and is {is_now} when the "
+                "region runs again"
+            )
         self.made.append(Exact(tensor))
         if len(self.made) == len(self.seen):
             raise Stop

@@ -9,9 +9,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
     if args.integers:
         from . import rounding
 
-        columns, rows = rounding.COLUMNS, rounding.compare(given, args)
+        columns: Sequence[str] = rounding.COLUMNS
+        rows: Sequence[Any] = rounding.compare(given, args)
     else:
         columns, rows = COLUMNS, compare(given, args)
     if args.markdown:
@@ -159,7 +161,7 @@ def _prefill(model: nn.Module, ids: Tensor) -> Callable[[], object]:
     return step
 
 
-def _decode(model: nn.Module, ids: Tensor, tokens: int) -> list[float]:
+def _decode(model: Any, ids: Tensor, tokens: int) -> list[float]:
     """When each new token was there: from the first on, nothing but decoding."""
     from transformers import StoppingCriteriaList
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +49,7 @@ class Generation:
     speed: dict[str, float] = field(default_factory=dict)
 
 
-def ratio(values: dict[str, float]) -> float:
+def ratio(values: Mapping[str, float]) -> float:
     return values["patched"] / values["eager"]
 
 
@@ -97,6 +99,7 @@ def generate(models: dict[str, nn.Module], prompt: Tensor, new_tokens: int, roun
     result = Generation()
     options = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     for _ in range(rounds):
+        model: Any
         for name, model in models.items():
             ids = prompt.to(next(model.parameters()).device)
             start = _now(ids.device)
@@ -133,7 +136,7 @@ def train(models: dict[str, nn.Module], batches: Tensor, *, lr: float, deadline:
         if last:
             record.resting = _resting_bytes(first, optimizers["eager"])
             for name, model in models.items():
-                record.working[name] = extra_peak(lambda model=model, ids=ids: _backward(model, ids), device.type)
+                record.working[name] = extra_peak(functools.partial(_backward, model, ids), device.type)
                 optimizers[name].zero_grad()
         yield record
         if last:

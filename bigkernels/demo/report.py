@@ -18,7 +18,8 @@ def print_speed_and_memory(trainings: Sequence[Training], generation: Generation
     for t in trainings:
         for name in VARIANTS:
             losses, working = t.losses[name], t.working[name]
-            rows.append((f"fine-tuning, {dtype_name(t)}, {name}", len(losses), f"{losses[0]:.3f}", f"{losses[-1]:.3f}",
+            steps = str(len(losses))
+            rows.append((f"fine-tuning, {dtype_name(t)}, {name}", steps, f"{losses[0]:.3f}", f"{losses[-1]:.3f}",
                          f"{t.speed[name]:.1f}", _times(name, t.speed), _megabytes(working),
                          _megabytes(t.resting + working)))  # fmt: skip
     for name in VARIANTS:
@@ -59,9 +60,9 @@ def figure(path: Path, trainings: Sequence[Training], generation: Generation) ->
     colours = dict(zip(VARIANTS, ("#9aa5b1", "#1f6fb2"), strict=True))
     panels = len(trainings) + 2
     columns = 2 if panels == 4 else panels
-    fig, axes = plt.subplots(panels // columns, columns, figsize=(4.8 * columns, 3.8 * (panels // columns)),
+    fig, grid = plt.subplots(panels // columns, columns, figsize=(4.8 * columns, 3.8 * (panels // columns)),
                              layout="constrained", squeeze=False)  # fmt: skip
-    axes = axes.flat
+    axes = grid.flat
     for axis, training in zip(axes, trainings, strict=False):
         steps = range(1, len(training.losses["eager"]) + 1)
         axis.plot(steps, training.losses["eager"], color=colours["eager"], linewidth=5, label="eager")

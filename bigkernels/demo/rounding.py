@@ -6,6 +6,7 @@ import argparse
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ class Row:
         )
 
 
-def _quantized(config: str | Format, **options: object) -> Callable[[Input], nn.Module]:
+def _quantized(config: str | Format, **options: Any) -> Callable[[Input], nn.Module]:
     def make(given: Input) -> nn.Module:
         model = copy.deepcopy(given.model)
         quantize(model, config, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -85,16 +86,20 @@ def stand(model: nn.Module, contents: Contents) -> None:
         tied[id(p)].append(name.removesuffix(".weight"))
     for group in tied.values():  # the file has one tensor for all of them
         held = next((layer for layer in group if layer in formats), None)
-        for layer in group if held else ():
-            formats[layer] = formats[held]
+        if held is not None:
+            formats |= dict.fromkeys(group, formats[held])
     by_format: dict[Format, set[str]] = {}
     for name, config in formats.items():
         by_format.setdefault(config, set()).add(name)
     for config, chosen in by_format.items():
-        quantize(model, config, skip=(), embeddings=True, filter=lambda name, _, chosen=chosen: name in chosen)
+        quantize(model, config, skip=(), embeddings=True, filter=functools.partial(_is_in, chosen))
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
             contents.state[f"{name}.format"] = module.description()
+
+
+def _is_in(names: set[str], name: str, module: nn.Module) -> bool:
+    return name in names
 
 
 def fill(model: nn.Module, contents: Contents, file: File) -> None:

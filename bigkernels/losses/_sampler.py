@@ -53,9 +53,8 @@ def sampler_ratios(
     for name, value in (("clip_max", clip_max), ("clip_min", clip_min)):
         check_range(op, name, value, "positive or None", value is None or value > 0)
     limits = [v for v in (clip_min, clip_max) if v is not None]
-    check_range(
-        op, "clip_min", clip_min, f"below clip_max, which is {clip_max}", len(limits) < 2 or clip_min < clip_max
-    )
+    below = clip_min is None or clip_max is None or clip_min < clip_max
+    check_range(op, "clip_min", clip_min, f"below clip_max, which is {clip_max}", below)
     check_range(op, "clip_max", None, f"a number, as mode is {mode!r}", bool(limits) or mode.endswith("mask"))
     difference = _difference(logprobs, sampler_logprobs, mask)
     if mode.startswith("sequence"):

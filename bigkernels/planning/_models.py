@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 Model = Any  # a module, a configuration of transformers, or the path of a folder with one
 
@@ -76,7 +77,7 @@ def faked(made: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _slots(module: nn.Module) -> list[dict[str, Tensor | None]]:
-    return [slots for m in module.modules() for slots in (m._parameters, m._buffers)]
+    return [cast(dict[str, Tensor | None], slots) for m in module.modules() for slots in (m._parameters, m._buffers)]
 
 
 def _emptied(model: nn.Module) -> nn.Module:
@@ -94,7 +95,7 @@ def _emptied(model: nn.Module) -> nn.Module:
 
 
 def _without_memory(t: Tensor) -> Tensor:
-    if isinstance(t, nn.parameter.UninitializedTensorMixin):
+    if isinstance(t, UninitializedTensorMixin):
         raise ValueError("bigkernels.plan: the model has parameters whose shapes a first call would decide")
     if t.dim() < 2:
         made = torch.ones(t.shape, dtype=t.dtype, device="cpu") if t.is_meta else t.detach().to("cpu", copy=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def _name(made: Any) -> str:
     return home + getattr(made, "__name__", type(made).__name__)
 
 
-def step(factory: Factory, parameters: list[Tensor], recorder: Recorder) -> tuple[int, Phase]:
+def step(factory: Factory, parameters: Sequence[Tensor], recorder: Recorder) -> tuple[int, Phase]:
     """The bytes of the states, and the step of an optimizer that has them; the parameters have their gradients.
 
     The classes of `torch.optim` run. Steps of `bigkernels.optim` work from addresses, which fakes have not: their
@@ -97,7 +97,8 @@ def step(factory: Factory, parameters: list[Tensor], recorder: Recorder) -> tupl
 
 
 def _ours(optimizer: optim.Optimizer, recorder: Recorder) -> tuple[int, Phase]:
-    work, matrices = [], {}
+    work: list[Any] = []
+    matrices: dict[Any, Any] = {}
     for p, number in optimizer._all():
         if p.grad is None:
             continue

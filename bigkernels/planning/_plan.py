@@ -100,7 +100,8 @@ def plan(
     setting = Setting(mode, batch, seq, device, new_tokens, cast, checkpointing, every, flags, inputs,
                       loss or default_loss, machine)  # fmt: skip
     (result,) = run(made, setting, [factory])
-    choices, reason = (), None
+    choices: tuple[_search.Choice, ...] = ()
+    reason: str | None = None
     if allowed is not None:
         choices, reason = _search.search(made, setting, optimizer, state_dtype, allowed, machine, label, result,
                                          progress)  # fmt: skip
@@ -109,14 +110,29 @@ def plan(
     flops, seconds = _together(phases, new_tokens)
     floating = [p.dtype for p in made.parameters() if p.is_floating_point()]
     return MemoryPlan(
-        model=_models.name_of(model), mode=mode, batch=batch, seq=seq, new_tokens=new_tokens, device=str(device),
+        model=_models.name_of(model),
+        mode=mode,
+        batch=batch,
+        seq=seq,
+        new_tokens=new_tokens,
+        device=str(device),
         dtype=_short(max(set(floating), key=floating.count)) if floating else "none",
-        autocast=cast and _short(cast), optimizer=optimizer_name, state_dtype=state_dtype and _short(state_dtype),
-        checkpointing=checkpointing and str(checkpointing), patch=label, held=result.held, at_peak=result.at_peak,
-        peak=result.peak, phases=phases, flops=flops, seconds=seconds,
+        autocast=_short(cast) if cast else None,
+        optimizer=optimizer_name,
+        state_dtype=_short(state_dtype) if state_dtype else None,
+        checkpointing=str(checkpointing) if checkpointing else None,
+        patch=label,
+        held=result.held,
+        at_peak=result.at_peak,
+        peak=result.peak,
+        phases=phases,
+        flops=flops,
+        seconds=seconds,
         limits={"copy": machine.copy, "matrix": dict(machine.matrix)},
-        limit=allowed, choices=choices, reason=reason,
-    )  # fmt: skip
+        limit=allowed,
+        choices=choices,
+        reason=reason,
+    )
 
 
 def _together(phases: tuple[PhasePlan, ...], new_tokens: int) -> tuple[int, float]:
@@ -141,8 +157,10 @@ def parse_bytes(limit: int | str | None) -> int | None:
             number = limit.strip()
             raise ValueError(f"bigkernels.plan: limit is {limit!r}, which has no unit; write {number}GB or {number}B")
         try:
+            if found is None:
+                raise ValueError
             limit = int(float(found[1]) * _UNITS[found[2]])
-        except (TypeError, KeyError, ValueError):
+        except (KeyError, ValueError):
             raise ValueError(f"bigkernels.plan: limit is {limit!r}; accepted are bytes and strings such as '24GB' and "
                              "'16GiB'") from None  # fmt: skip
     if limit is not None and not (isinstance(limit, int) and limit > 0):
@@ -166,7 +184,7 @@ def _dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _patch(patch: bool | str | Mapping[str, bool]) -> tuple[str, dict[str, bool] | None]:
+def _patch(patch: bool | str | Mapping[str, bool]) -> tuple[str, dict[str, Any] | None]:
     if isinstance(patch, bool):
         patch = "yes" if patch else "no"
     if isinstance(patch, str):

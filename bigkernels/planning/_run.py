@@ -50,7 +50,7 @@ class Setting:
     autocast: torch.dtype | None = None
     checkpointing: Any = None  # a name or a `bigkernels.checkpointing.Policy`
     every: int = 1
-    patch: dict[str, bool] | None = None  # the arguments of `bigkernels.patch`; None for a model as it is
+    patch: dict[str, Any] | None = None  # the arguments of `bigkernels.patch`; None for a model as it is
     inputs: Any = None
     loss: Loss = default_loss
     machine: Limits | None = None  # by whose limits "selective" policies choose
@@ -101,7 +101,7 @@ def train(made: nn.Module, setting: Setting, optimizers: Sequence[Factory | None
             gc.collect()  # what regions left in cycles
         with recorder.phase("forward") as forward, _autocast(setting), _logits(model, recorder) as vocabulary:
             loss = setting.loss(model, inputs)
-        held[LOGITS] = recorder.tag_shape(*vocabulary, LOGITS) if vocabulary else 0
+        held[LOGITS] = recorder.tag_shape(*vocabulary[0], LOGITS) if vocabulary else 0
         held[ACTIVATIONS] = recorder.tag_alive(ACTIVATIONS)
         with recorder.phase("backward") as backward:
             loss.backward()
@@ -109,7 +109,7 @@ def train(made: nn.Module, setting: Setting, optimizers: Sequence[Factory | None
         trained = [p for p in model.parameters() if p.requires_grad]
         held[GRADIENTS] = recorder.hold([p.grad for p in trained], GRADIENTS, again=True)
         if vocabulary:
-            recorder.tag_shape(*vocabulary, LOGITS)
+            recorder.tag_shape(*vocabulary[0], LOGITS)
         steps = [_optimizers.step(f, trained, recorder) if f is not None and trained else (0, None) for f in optimizers]
     # The states come into the log after the phases that they live through.
     return [
@@ -224,15 +224,15 @@ def _autocast(setting: Setting) -> Any:
 
 
 @contextmanager
-def _logits(model: nn.Module, recorder: Recorder) -> Iterator[list[int]]:
+def _logits(model: nn.Module, recorder: Recorder) -> Iterator[list[tuple[int, int]]]:
     """The size of the vocabulary and the least number of logits, once the model has given some; else nothing."""
-    found: list[int] = []
+    found: list[tuple[int, int]] = []
 
     def see(module: nn.Module, args: Any, out: Any) -> None:
         logits = getattr(out, "logits", None)
         if isinstance(logits, torch.Tensor) and logits.dim():
             # Of each sequence one token may be left out: it has no next one.
-            found[:] = [logits.shape[-1], logits.numel() // 2]
+            found[:] = [(logits.shape[-1], logits.numel() // 2)]
 
     handle = model.register_forward_hook(see)
     try:

@@ -34,7 +34,7 @@ def search(
     patches = {label: setting.patch, **PATCHES}
     if not training:
         del patches["loss"]
-    states = _states(optimizer, state_dtype) if training else [None]
+    states: list[str | None] = _states(optimizer, state_dtype) if training else [None]
     choices = []
     for name, flags in patches.items():
         for policy in policies:

@@ -29,7 +29,7 @@ def make_inputs(model: nn.Module, given: Any, batch: int, seq: int, device: torc
                          if isinstance(t, Tensor) else t, given)  # fmt: skip
         return fakes if isinstance(fakes, (dict, tuple)) else tuple(fakes) if isinstance(fakes, list) else (fakes,)
     names = inspect.signature(type(model).forward).parameters
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     made: dict[str, Any] = {}
     if "input_ids" in names:
         made["input_ids"] = torch.zeros(batch, seq, dtype=torch.int64, device=device)
@@ -68,7 +68,7 @@ def default_loss(model: nn.Module, inputs: Inputs) -> Tensor:
 def one_sequence_a_row() -> Iterator[None]:
     """Models of transformers look at positions for sequences that share a row; those of fakes they cannot read, and
     would then build masks that a run does without."""
-    masks = sys.modules.get("transformers.masking_utils")
+    masks: Any = sys.modules.get("transformers.masking_utils")
     original = getattr(masks, "find_packed_sequence_indices", None)
     if original is None:
         yield

@@ -8,6 +8,7 @@ allocate what they return. What a kernel takes and gives back within one call is
 from __future__ import annotations
 
 import sys
+import types
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -184,8 +185,12 @@ class Recorder(TorchDispatchMode):
         size = storage.nbytes()
         if self._device.type == "cuda":
             size = -(-size // _CUDA_BLOCK) * _CUDA_BLOCK
+
         # The address is free for another storage from here on.
-        reference = weakref.ref(storage, lambda _, a=address, n=number: self._free(a, n))
+        def free(_: object, address: int = address, number: int = number) -> None:
+            self._free(address, number)
+
+        reference = weakref.ref(storage, free)
         self._numbers[address] = number, reference
         self._sizes[number] = size
         self._rows[number] = (t.shape[-1] if t.dim() else 1, t.numel())
@@ -239,7 +244,7 @@ def _grouped_mm(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> Tensor:
 
 def _from_engine() -> bool:
     """Whether the autograd engine itself called, and not a function's backward."""
-    frame = sys._getframe(2)
+    frame: types.FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__", "").startswith(_WRAPPERS):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_name == "_engine_run_backward"

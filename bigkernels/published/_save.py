@@ -57,7 +57,8 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike, method: str, *, 
             layers[path] = module
     if not layers:
         raise ValueError(f"{_WHAT}: the model has no quantized layers")
-    state, held = {}, set()
+    state: dict[str, Tensor] = {}
+    held: set[str] = set()
     config = methods[method](model, layers, state)
     for path, module in layers.items():
         held |= {f"{path}.{name}" for name in module._buffers}

@@ -16,7 +16,8 @@ def groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
     """The layers, by name and size of their inputs, in their order: as many at once as the memory for their second
     moments allows, but at least one.
     """
-    some, size = [], 0
+    some: list[str] = []
+    size = 0
     for name, k in sizes.items():
         needed = 4 * k**2
         if some and size + needed > _BYTES:

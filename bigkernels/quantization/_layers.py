@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,7 +29,8 @@ def is_linear(kind: type) -> bool:
 
 def rows(module: nn.Module, kind: type | None = None) -> Tensor:
     """The weight (N, K) of a layer; `kind` is its class, where it is one that stands for another."""
-    return module.weight.T if is_transposed(kind or type(module)) else module.weight
+    weight: Any = module.weight
+    return weight.T if is_transposed(kind or type(module)) else weight
 
 
 def carry_hooks(source: nn.Module, target: nn.Module) -> None:
@@ -73,7 +75,7 @@ class Shell:
 
     def filled(self, values: Tensor, bias: nn.Parameter | None, trained: bool, like: nn.Module) -> nn.Module:
         """The layer with a weight (N, K) and a bias; hooks and the mode are those of `like`."""
-        made = self.kind.__new__(self.kind)
+        made: nn.Module = object.__new__(self.kind)
         nn.Module.__init__(made)
         made.__dict__.update(self.options)
         weight = values.T.contiguous() if is_transposed(self.kind) else values
@@ -86,7 +88,7 @@ class Shell:
 
 def become(module: nn.Module, other: type, /, **attributes: object) -> nn.Module:
     """A module of another class with the attributes, parameters and hooks of a layer."""
-    made = other.__new__(other)
+    made: nn.Module = object.__new__(other)
     nn.Module.__init__(made)
     made.__dict__.update(_unpatched(module))
     made._parameters = dict(module._parameters)

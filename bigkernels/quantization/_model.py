@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -86,7 +86,7 @@ def dequantize(model: nn.Module) -> None:
             for path in paths:
                 set_parameter(model, path, values)
             continue
-        made = module.dequantize()
+        made = cast(Any, module).dequantize()
         bias = getattr(made, "bias", None)
         if frozen or (bias is not None and not bias.requires_grad):
             made.weight.requires_grad_(False)

@@ -78,7 +78,7 @@ class Layers:
         sizes, error, source, made = (weight.nbytes, quantized.nbytes), error_of(weight, quantized), None, []
         for chosen in self.members:
             kind = plain_kind(chosen.module)
-            layer = QuantizedEmbedding if kind is nn.Embedding else QuantizedLinear
+            layer: Any = QuantizedEmbedding if kind is nn.Embedding else QuantizedLinear
             module = layer.standing_for(chosen.module, quantized, kind)
             journal.layer(chosen, module)
             what = ", also ".join((self.format.name, *(chosen.paths[1:] if len(self.members) == 1 else ())))
@@ -153,7 +153,7 @@ class Plan:
         try:
             for step in self.steps:
                 report.quantized += step.write(journal)
-            if self.measured:
+            if self.measured and calibration is not None:
                 self._write_measured(journal, calibration if isinstance(calibration, Sequence) else list(calibration))
         except BaseException:
             journal.undo()

@@ -6,6 +6,7 @@ import collections
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -132,7 +133,9 @@ def select(
                     "bigkernels.quantize: the model is a linear layer itself; use QuantizedLinear.from_linear"
                 )
             else:
-                candidates[module] = Chosen(module, paths, rules.format_of(path))
+                config_of_it = rules.format_of(path)
+                assert config_of_it is not None  # `refusal` has asked
+                candidates[module] = Chosen(module, paths, config_of_it)
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             reason = never_called(model, path)
             expected = "Linear" if isinstance(module, nn.Linear) else "Embedding"
@@ -183,23 +186,25 @@ def _weights(module, path: str, rules: _Rules, owners, made: Selection) -> Itera
             continue
         paths = [f"{path}.{key}".lstrip(".")]
         reason = rules.refusal(paths, module)
-        if not reason and rules.format_of(paths[0]).calibrated:
+        config = rules.format_of(paths[0])
+        if not reason and (config is None or config.calibrated):
             reason = "calibration measures the inputs of linear layers alone"
         if not reason and len(owners[id(p)]) > 1:
             reason = "it is shared with another module"
         if not reason and not exact_weight(p):
             reason = _kind_of(p)
-        if reason:
-            yield key, reason, p.nbytes
+        if reason or config is None:
+            yield key, reason or "no format is named for it", p.nbytes
         else:
-            made.experts[paths[0]] = rules.format_of(paths[0])
+            made.experts[paths[0]] = config
 
 
 def _refusal(module: nn.Module) -> str | None:
     if "weight" not in module._parameters:
         return "its weight is computed, no parameter"
-    if not exact_weight(module.weight):
-        return _kind_of(module.weight)
+    weight: Any = module.weight
+    if not exact_weight(weight):
+        return _kind_of(weight)
     if getattr(module, "max_norm", None) is not None:
         return "it changes its weight (max_norm)"
     if has_own_forward(module):

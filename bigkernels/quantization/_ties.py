@@ -26,7 +26,7 @@ def name_codes(model: nn.Module, tied: Mapping[str, Iterable[str]]) -> None:
         made = {}
         for target, source in mapping.items():
             codes = [tied.get(f"{prefix}.{name}".lstrip(".").removesuffix(".weight")) for name in (target, source)]
-            if None in codes:
+            if codes[0] is None or None in codes:
                 made[target] = source
             else:
                 made |= {

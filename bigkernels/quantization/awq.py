@@ -5,6 +5,7 @@ Lin et al. 2023, https://arxiv.org/abs/2306.00978. The scales are powers of two,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ def channel_scales(w: Tensor, hessian: Tensor, rounded: Callable[[Tensor, Tensor
     moments = hessian.diagonal()
     size = (moments / moments.mean()).sqrt()
     at_once = max(1, _AT_ONCE // len(ones))
-    best, least = None, None
+    best, least = Channels(ones, ones, moments), math.inf
     for i in range(_STEPS):
         up = torch.exp2((size.log2() * i / _STEPS).round())
         found = Channels(up, 1 / up, moments / up.square())

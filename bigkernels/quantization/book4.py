@@ -91,7 +91,7 @@ class NF4(Format):
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         n, k = shape
         blocks = (n, -(-k // self.block_size))
-        codes = {"codes": ((n, (k + 1) // 2), torch.uint8)}
+        codes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"codes": ((n, (k + 1) // 2), torch.uint8)}
         if not self.double_quant:
             return codes | {"scale": (blocks, torch.float32)}
         outer = -(-blocks[0] * blocks[1] // _SCALES_A_BLOCK)

@@ -123,6 +123,7 @@ def to_compressed_tensors(qweight: QuantizedWeight) -> dict[str, Tensor]:
     if qweight.channel is not None:
         raise ValueError("bigkernels.to_compressed_tensors: the layout has no place for what divides inputs (awq)")
     codes, scale, zero, row_scale, *_ = qweight.operands()
+    assert scale is not None and zero is not None and row_scale is not None  # as int4 has them
     if not torch.equal(zero, zero.round()):
         raise ValueError("bigkernels.to_compressed_tensors: zero points are no integers; use Int4(algorithm='rtn')")
     flat = torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, : qweight.shape[1]]
@@ -139,7 +140,8 @@ def _one_more(qzeros: Tensor, zeros: str | None) -> Tensor:
     if zeros not in (None, "nibbles", "words"):
         raise ValueError(f"bigkernels.from_gptq: zeros is {zeros!r}; accepted are 'nibbles', 'words' and None")
     by_words = (qzeros.long() + 0x11111111) & 0xFFFFFFFF
-    by_nibbles = sum(((qzeros.long() >> 4 * i) + 1 & 15) << 4 * i for i in range(8))
+    nibbles = [((qzeros.long() >> 4 * i) + 1 & 15) << 4 * i for i in range(8)]
+    by_nibbles = torch.stack(nibbles).sum(0)
     if zeros is None and not torch.equal(by_words, by_nibbles):
         raise ValueError("bigkernels.from_gptq: some zero points are 0, which writers of this format store in two "
                          "ways; say which by zeros='words' (GPTQModel) or zeros='nibbles'")  # fmt: skip

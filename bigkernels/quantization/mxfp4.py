@@ -37,18 +37,19 @@ class MXFP4(NF4):
         if bool((most > 6 * 2.0 ** (_LARGEST - _BIAS)).any()):
             raise ValueError("bigkernels.quantize_weight: w is beyond the range of mxfp4, which ends at 6 * 2^125")
         first = (torch.frexp(most).exponent - 3 + _BIAS).clamp(0, _LARGEST)  # of 4 to 8 times the power of two
-        best = codes = least = None
+        best, codes, least = first, None, None
         for exponent in (first, (first + 1).clamp_max(_LARGEST)):
             scaled = ratio(blocks, self._scale(exponent).unsqueeze(-1))
             found = _nearest(scaled, self.values)
             book = torch.tensor(self.values, dtype=torch.float32, device=rows.device)
             # In units that do not over- or underflow: of the first power of two.
             error = (scaled - book[found]).square().sum(-1) * torch.where(exponent > first, 4.0, 1.0)
-            if best is None:
-                best, codes, least = exponent, found, error
+            if codes is None or least is None:
+                codes, least = found, error
             else:
                 better = error < least
                 best, codes = torch.where(better, exponent, best), torch.where(better.unsqueeze(-1), found, codes)
+        assert codes is not None
         best = torch.where(most > 0, best, 0)
         return {"codes": pack4(codes.flatten(1), rows.shape[1]), "exponent": best.to(torch.uint8)}
 

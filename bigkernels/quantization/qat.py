@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,7 @@ _PLAIN = {FakeQuantizedLinear: nn.Linear, FakeQuantizedEmbedding: nn.Embedding}
 def plain_kind(module: nn.Module) -> type:
     """The class of a module or, where it trains as if it were quantized, of the one that it was made of."""
     kind = type(module)
-    return module.kind if kind is FakeQuantizedConv1D else _PLAIN.get(kind, kind)
+    return module.kind if isinstance(module, FakeQuantizedConv1D) else _PLAIN.get(kind, kind)
 
 
 @renamed_arguments("bigkernels.quantization.prepare_qat", config="format")
