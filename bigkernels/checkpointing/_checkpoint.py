@@ -109,6 +109,7 @@ def _eager(fn: Callable, args: tuple, kwargs: dict, policy: Policy, plan: Plan |
             saver = Saver(policy, _constants((args, kwargs)))
             hooks = saver.pack, saver.unpack
         return Region(fn, hooks).run(args, kwargs)
+    assert isinstance(policy.keep, Selection)
     results = Results(plan or _plan_of(fn, policy.keep), Saver(policy) if stores else None)
     if results.plan.measures:
         inputs = (t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.requires_grad)
@@ -135,6 +136,7 @@ def _compiled(fn: Callable, args: tuple, kwargs: dict, policy: Policy) -> Any:
         return disable_dynamo(_eager)(fn, args, kwargs, policy, None)
     if policy.keep == "nothing":
         return torchs(fn, *args, use_reentrant=False, **kwargs)
+    assert isinstance(policy.keep, Selection)
     return torchs(fn, *args, use_reentrant=False, context_fn=_contexts(policy.keep), **kwargs)
 
 

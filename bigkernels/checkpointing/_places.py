@@ -131,6 +131,7 @@ class _PinnedSlot(Slot):
     far the host is ahead, no more of it is in use than where it waits for each copy.
     """
 
+    pool: Pinned
     leaving: Tensor | None = None  # what is being copied out
     back: Tensor | None = None  # what is being copied in
 
@@ -166,6 +167,7 @@ class _PinnedSlot(Slot):
         current = torch.cuda.current_stream(self.device)
         current.wait_event(self.arrived)
         back, self.back = self.back, None
+        assert back is not None  # as `fetch` has left it
         if current != self.to:
             back.record_stream(current)
         return back

@@ -180,7 +180,8 @@ def _flat(values: Any) -> list[Tensor]:
 
 def _made_of(tensors: list[Tensor]) -> list[Any]:
     """Nodes of the functions of single elements that lead to some tensors, as far back as values are held."""
-    nodes, found = [t.grad_fn for t in tensors], []
+    nodes: list[Any] = [t.grad_fn for t in tensors]
+    found: list[Any] = []
     for _ in range(_HELD):
         nodes = [n for n in nodes if n is not None and _base(n.name()) in _PASSES]
         found += nodes

@@ -126,7 +126,7 @@ class Surroundings:
         self.cuda = gpus(tensors)
         kinds = ["cpu", *({t.device.type for t in tensors if not t.is_cpu} | ({"cuda"} if self.cuda else set()))]
         self.autocast = [(kind, _autocast(kind)) for kind in kinds]
-        self.random = random_state(self.cuda)
+        self.random: list[Any] | None = random_state(self.cuda)
 
     def entered(self) -> None:
         """The region has run: where it drew nothing, there is nothing to draw again."""
@@ -194,7 +194,7 @@ class Region:
         self.fn, self.hooks, self.forward, self.again, self.watch = fn, hooks, forward, again, watch
         self.seen: list[tuple] = []  # (shape, dtype, device) of each saved tensor
         self.made: list[Exact | None] = []
-        self.made_in = None  # the backward pass that they are of
+        self.made_in: int | None = None  # the backward pass that they are of
 
     def run(self, args: tuple, kwargs: dict) -> Any:
         self.buffers = Buffers(self.fn, args)
@@ -226,6 +226,7 @@ class Region:
                 self.made = self._run_again()
             self.made_in = current
         kept, self.made[index] = self.made[index], None
+        assert kept is not None  # as it has just been made
         return kept.get()
 
     def _run_again(self) -> list[Exact | None]:
@@ -266,7 +267,7 @@ class _Collector:
 
     def __init__(self, seen: list[tuple]):
         self.seen = seen
-        self.made: list[Exact] = []
+        self.made: list[Exact | None] = []
 
     def pack(self, tensor: Tensor) -> Tensor:
         index, now = len(self.made), (tensor.shape, tensor.dtype, tensor.device)
@@ -276,10 +277,11 @@ class _Collector:
                 f"bigkernels.checkpoint: saved tensor {index} of the region was {then}, and is {is_now} when the "
                 "region runs again"
             )
-        self.made.append(Exact(tensor))
+        kept = Exact(tensor)
+        self.made.append(kept)
         if len(self.made) == len(self.seen):
             raise Stop
-        return self.made[-1].tensor
+        return kept.tensor
 
 
 def within_region() -> bool:

@@ -7,7 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,8 @@ class _Kept:
 class _Stored(_Kept):
     def __init__(self, flat: Tensor, code: Code | None, place: Place | None, slots: list[weakref.ref[Slot]]):
         super().__init__(flat)
-        self.code, self.place, self.dtype, self.scale, self.slots = code, place, flat.dtype, None, slots
+        self.code, self.place, self.dtype, self.slots = code, place, flat.dtype, slots
+        self.scale: Tensor | None = None
 
     def settle(self) -> None:
         if self.exact and self.flat is not None and self.place is not None:  # there it is exact, too
@@ -95,13 +96,20 @@ class _Stored(_Kept):
 
     def make(self) -> Tensor:
         flat = self.values.get() if isinstance(self.values, Slot) else self.values
-        return flat if self.scale is None else decompress(flat, self.scale, self.code.format, dtype=self.dtype)
+        return (
+            flat
+            if self.scale is None or self.code is None
+            else decompress(flat, self.scale, self.code.format, dtype=self.dtype)
+        )
 
 
 class _Again(_Kept):
     def __init__(self, run: Callable[[], Tensor], flat: Tensor):
         super().__init__(flat)
-        self.make = lambda: _flat(run())
+        self.run = run
+
+    def make(self) -> Tensor:
+        return _flat(self.run())
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -149,6 +157,7 @@ class Saver:
         self.kept: dict[tuple, tuple[StorageWeakRef, int, _Kept]] = {}
         self.slots: list[weakref.ref[Slot]] = []
         self.watch: Watch | None = None
+        self.before: Callable[[], Saver | None] | None = None  # of the region before, whose tensors are fetched ahead
         if self.place is not None:
             self.before, _last = _last, weakref.ref(self)
 
@@ -218,7 +227,8 @@ class Saver:
 
     def _keep(self, t: Tensor) -> tuple[_Kept, tuple[int, ...], int]:
         """What keeps a tensor, and its stride and offset there."""
-        flat, stride, offset = t, t.stride(), 0
+        flat, stride = t, t.stride()
+        offset: Any = 0
         whole = t.untyped_storage().nbytes() // t.element_size()
         if is_dense(t):
             flat = _flat(t)

@@ -109,11 +109,11 @@ class Plan:
             self.names = frozenset(name for name, _ in self.chosen)
 
     def _choose(self) -> frozenset[Key]:
-        budget = self.selection.budget
+        budget, reached = self.selection.budget or 0, self.reached or {}
         left = int(budget * self.saved_bytes) - self.input_bytes if isinstance(budget, float) else budget
         allowed = self.selection.operators
         worth = [(c.seconds / c.nbytes, key) for key, c in self.calls.items()
-                 if c.nbytes and key[1] < self.reached.get(key[0], 0)
+                 if c.nbytes and key[1] < reached.get(key[0], 0)
                  and (allowed is None or key[0] in allowed)]  # fmt: skip
         found = set()
         for _, key in sorted(worth, reverse=True):
@@ -143,7 +143,9 @@ class Results:
 
     def watch(self, tensor: Tensor) -> None:
         """A tensor is saved. While measuring, adds up what autograd would keep, each storage once."""
-        self.noting.saved_at = self.noting.count
+        noting = self.noting
+        assert noting is not None  # within `forward`
+        noting.saved_at = noting.count
         if not self.plan.measures or tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
@@ -307,7 +309,7 @@ class _Kept:
         if isinstance(value, Exact):
             with counting_writes():
                 return value.get().detach()
-        return self.saver.unpack(value) if isinstance(value, Packed) else value
+        return self.saver.unpack(value) if isinstance(value, Packed) and self.saver is not None else value
 
 
 def _nested(out: Any) -> bool:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,7 @@ def _compressed_layer(path: str, qweight: QuantizedWeight) -> Stored:
         scheme = {"format": "float-quantized", "weights": {"num_bits": 8, "type": "float", **plain}}
         return {"weight": t["codes"].view(torch.float8_e4m3fn), "weight_scale": t["scale"][:, None]}, scheme
     codes, zero, scale = _int4(path, qweight, "compressed-tensors")
+    config = cast(Int4, config)
     half = scale.to(qweight.dtype)
     grouped = {"num_bits": 4, "type": "int", "symmetric": False, "dynamic": False, "strategy": "group"}
     scheme = {"format": "pack-quantized", "weights": grouped | {"group_size": config.group_size}}
@@ -143,6 +144,7 @@ def _int4(path: str, qweight: QuantizedWeight, method: str) -> tuple[Tensor, Ten
     if qweight.channel is not None:
         raise ValueError(f"{_WHAT}: {path} divides its inputs (awq), for which {method} has no place")
     codes, scale, zero, row_scale, *_ = qweight.operands()
+    assert scale is not None and zero is not None and row_scale is not None  # as int4 has them
     if not torch.equal(zero, zero.round()) or not bool(((zero >= 0) & (zero <= 15)).all()):
         raise ValueError(f"{_WHAT}: zero points of {path} are no integers; use Int4(algorithm='rtn')")
     flat = torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, : qweight.shape[1]]
