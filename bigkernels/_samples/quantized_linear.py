@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import functional
-from ..quantization import NF4, Int4, QuantizedWeight, quantize_weight, resolve_format
+from ..quantization import NF4, Format, Int4, QuantizedWeight, quantize_weight, resolve_format
 from ._sample import Draw, Sample, rows_strided, strided
 
 
@@ -18,7 +18,8 @@ class _WeightSample(Sample):
     """The tensors of a weight stand among the arguments."""
 
     def call(self, inputs: dict[str, Tensor]) -> Tensor:
-        config, n = resolve_format(self.options["config"]), self.options["n"]
+        options: dict[str, Any] = self.options
+        config, n = resolve_format(options["config"]), options["n"]
         x = inputs["x"]
         shape = n, x.shape[-1]
         # As they are stored, also among inputs that were widened to float64.

@@ -96,6 +96,7 @@ def _by_rows(part: Packed) -> Packed:
     if not isinstance(part.format, NF4) or not part.format.double_quant:
         return part
     scale = part.format.operands(part.tensors).scale
+    assert scale is not None
     return Packed(
         replace(part.format, double_quant=False), part.shape, {"codes": part.tensors["codes"], "scale": scale}
     )

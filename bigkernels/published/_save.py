@@ -119,7 +119,7 @@ def _gptq(model: nn.Module, layers: dict[str, QuantizedLinear], state: dict[str,
     for path, module in layers.items():
         found[path] = codes, zero, scale = _int4(path, module.qweight, "gptq")
         n, k = module.qweight.shape
-        if n % 8 or k % module.weight_format.group_size:
+        if n % 8 or k % cast(Int4, module.weight_format).group_size:
             raise ValueError(
                 f"{_WHAT}: {path} is ({n}, {k}); gptq needs rows in whole groups and a multiple of 8 of them"
             )
@@ -129,7 +129,8 @@ def _gptq(model: nn.Module, layers: dict[str, QuantizedLinear], state: dict[str,
     newer = any(bool((zero == 0).any()) for _, zero, _ in found.values())
     for path, (codes, zero, scale) in found.items():
         k = codes.shape[1]
-        order = torch.arange(k, dtype=torch.int32, device=codes.device) // layers[path].weight_format.group_size
+        size = cast(Int4, layers[path].weight_format).group_size
+        order = torch.arange(k, dtype=torch.int32, device=codes.device) // size
         stored = zero if newer else zero - 1
         state |= {f"{path}.qweight": pack(codes.T), f"{path}.qzeros": pack(stored).T.contiguous(),
                   f"{path}.scales": scale.half().T.contiguous(), f"{path}.g_idx": order}  # fmt: skip

@@ -67,7 +67,8 @@ class Layers:
         """The names of stored tensors by the paths of layers that share them."""
         if len(self.members) == 1:
             return {}
-        names = tuple(self.format.layout(tuple(self.weight().shape)))
+        n, k = self.weight().shape
+        names = tuple(self.format.layout((n, k)))
         return {path: names for chosen in self.members for path in chosen.paths}
 
     def write(self, journal: Journal, hessian: Tensor | None = None) -> list[Row]:
@@ -174,8 +175,8 @@ class Plan:
                 if path in found:
                     self.report.quantized += steps[path].write(journal, found[path])
                 else:
-                    nbytes = steps[path].first.module.weight.nbytes
-                    self.report.skip(path, "no calibration batch reaches it", nbytes)
+                    weight: Any = steps[path].first.module.weight
+                    self.report.skip(path, "no calibration batch reaches it", weight.nbytes)
 
 
 def set_parameter(model: nn.Module, path: str, weight: nn.Parameter) -> None:

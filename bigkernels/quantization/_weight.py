@@ -174,8 +174,7 @@ def quantize_weight(weight: Tensor, format: str | Format, hessian: Tensor | None
                    for name, (shape, dtype) in format.layout((weight.shape[0], weight.shape[1])).items()}  # fmt: skip
         return QuantizedWeight(format, (weight.shape[0], weight.shape[1]), weight.dtype, tensors)
     if format.calibrated:
-        _check_hessian(format, hessian, weight.shape[1])
-        data = format.prepare(weight, hessian.to(weight.device))
+        data = format.prepare(weight, _checked_hessian(format, hessian, weight.shape[1]).to(weight.device))
     at_once = max(1, _AT_ONCE // max(weight.shape[1], 1))
     parts = []
     for rows in weight.split(at_once) if weight.shape[0] else [weight]:
@@ -187,10 +186,11 @@ def quantize_weight(weight: Tensor, format: str | Format, hessian: Tensor | None
     return QuantizedWeight(format, (weight.shape[0], weight.shape[1]), weight.dtype, tensors)
 
 
-def _check_hessian(format: Format, hessian: Tensor | None, k: int) -> None:
+def _checked_hessian(format: Format, hessian: Tensor | None, k: int) -> Tensor:
     if hessian is None:
         raise ValueError(f"{_WHAT}: {format} is calibrated: give hessian, or `calibration` to `quantize`")
     if hessian.shape != (k, k):
         raise ValueError(f"{_WHAT}: hessian has shape {tuple(hessian.shape)}, expected ({k}, {k})")
     if not hessian.isfinite().all():
         raise ValueError(f"{_WHAT}: hessian holds a value that is not finite")
+    return hessian

@@ -79,7 +79,7 @@ class FakeQuantizedLinear(nn.Linear):
         Raises:
             ValueError: the format is calibrated.
         """
-        return become(linear, cls, weight_format=_fit(format))
+        return cast(FakeQuantizedLinear, become(linear, cls, weight_format=_fit(format)))
 
     def forward(self, x: Tensor) -> Tensor:
         return _linear(x, self.weight, self.bias, self.weight_format)
@@ -93,6 +93,8 @@ class FakeQuantizedConv1D(nn.Module):
     """As `FakeQuantizedLinear`, for the `Conv1D` of transformers, whose weight is (K, N)."""
 
     weight_format: Format
+    weight: nn.Parameter
+    bias: nn.Parameter
     kind: type  # of the layer that it stands for
 
     def forward(self, x: Tensor) -> Tensor:
