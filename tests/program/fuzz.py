@@ -23,6 +23,7 @@ from bigkernels._compare import compare
 
 FORMATS = ["int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8"]
 _SHAKEN = 4
+_TOKEN_STEP = 1 / 254  # half a step of numbers in 8 bits, of the largest
 ACTIVATIONS = ["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "quick_gelu", "sigmoid", "relu2"]
 
 
@@ -345,18 +346,25 @@ def run(c: Case) -> Result | None:
         return Result(f"{got.dtype} {tuple(got.shape)}, expected {plain.dtype} {tuple(plain.shape)}", used > 0, why)
     fault = _judge(c, got, plain, by_modules, exact)
     if fault:  # or one that rounding makes of such a model
-        others = (logits(_shaken(exact_model, c.dtype, seed), c, ids, mask) for seed in range(_SHAKEN))
+        step = _TOKEN_STEP if _rounds_tokens(c) else torch.finfo(c.dtype).eps / 2
+        others = (logits(_shaken(exact_model, step, seed), c, ids, mask) for seed in range(_SHAKEN))
         fault = _judge(c, got, _furthest(exact, plain, *others), by_modules, exact)
     return Result(fault, used > 0, why)
 
 
-def _shaken(model: nn.Module, dtype: torch.dtype, seed: int) -> nn.Module:
-    """With weights up to one rounding away. Norms of three elements, or of nearly nothing, make much of it."""
+def _rounds_tokens(c: Case) -> bool:
+    """Whether the step program rounds what enters a product to 8 bits."""
+    return c.quantized == "int8-dynamic" or (c.quantized is not None and c.dtype != torch.float32)
+
+
+def _shaken(model: nn.Module, step: float, seed: int) -> nn.Module:
+    """With weights up to one rounding away. Norms of one to three elements, or of nearly nothing, and routers that
+    choose one expert make much of it: a norm of one element is a sign."""
     model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             noise = 2 * torch.rand(p.shape, generator=generator, dtype=p.dtype) - 1
-            p.mul_(1 + torch.finfo(dtype).eps / 2 * noise)
+            p.mul_(1 + step * noise)
     return model
 
 
@@ -372,7 +380,7 @@ def _judge(c: Case, got: Tensor, plain: Tensor, by_modules: Tensor, exact: Tenso
     got, plain, by_modules, exact = (x[fine] for x in (got, plain, by_modules, exact))
     if not got.numel():
         return None
-    if c.quantized == "int8-dynamic" or (c.quantized and c.dtype != torch.float32):  # tokens are rounded to 8 bits
+    if _rounds_tokens(c):
         far = [((x.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item() for x in (got, plain, by_modules)]
         allowed = max(0.08, 2 * far[1], 2 * far[2])
         return (
