@@ -1,22 +1,22 @@
 """bigkernels: kernels that make large models train, fine-tune and run faster in less memory."""
 
-from . import checkpointing, functional, losses, memory, nn, optim, quantization, triton
+from . import _deprecated, checkpointing, functional, losses, memory, nn, optim, quantization, triton
 from ._info import info
-from ._memory import reuse_memory
 from ._version import __version__
-from .checkpointing import apply_checkpointing, checkpoint, remove_checkpointing, saved_activations
+from .checkpointing import apply_checkpointing, checkpoint, checkpointed, remove_checkpointing, saved_activations
 from .gguf import load_gguf, save_gguf
 from .nn.linear import pack
 from .ops import allow_nondeterministic, use
 from .patch import patch, patched, unpatch
 from .published import load_quantized, save_quantized
-from .quantization import dequantize, quantize, refresh
+from .quantization import dequantize, quantize, quantized, refresh
 
 __all__ = [
     "__version__",
     "allow_nondeterministic",
     "apply_checkpointing",
     "checkpoint",
+    "checkpointed",
     "checkpointing",
     "dequantize",
     "functional",
@@ -33,9 +33,9 @@ __all__ = [
     "plan",
     "quantization",
     "quantize",
+    "quantized",
     "refresh",
     "remove_checkpointing",
-    "reuse_memory",
     "save_gguf",
     "save_quantized",
     "saved_activations",
@@ -56,4 +56,7 @@ def __getattr__(name: str):
         from .program._cache_int8 import Cache
 
         return Cache
+    if name == "reuse_memory":
+        _deprecated.warn(__name__, name, "bigkernels.memory.reuse_memory")
+        return memory.reuse_memory
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from ._load import cpu_library
+from ._memory import reuse_memory
 
-__all__ = ["Peak", "Pool", "PoolStats", "limit_workspaces", "peak", "pool", "release_workspaces", "workspaces"]
+__all__ = ["Peak", "Pool", "PoolStats", "limit_workspaces", "peak", "pool", "release_workspaces", "reuse_memory",
+           "workspaces"]  # fmt: skip
 
 torch.library.define("bigkernels::pool_on", "(int limit, bool huge_pages) -> str")
 torch.library.define("bigkernels::pool_off", "() -> ()")
@@ -121,7 +123,7 @@ def pool(limit: int | float | None = None, huge_pages: bool = True) -> Pool:
         bigkernels.memory.pool(limit=0.25)  # for the rest of the process, at most a quarter of the memory cached
 
     Only what torch's allocator asks for is affected, by rebinding what its library (libc10.so) imports as
-    `posix_memalign` and `free`; malloc stays as it is for everybody else. `bigkernels.reuse_memory` is the other way:
+    `posix_memalign` and `free`; malloc stays as it is for everybody else. `reuse_memory` is the other way:
     it changes malloc for the whole process, by two glibc settings, cannot be undone or bounded, uses no huge pages, and
     serves memory that is not torch's, too. The two go together. Forked processes keep the pool; tensors may be freed
     after the pool they came from is off, and by any thread.
@@ -152,13 +154,15 @@ def _bytes(limit: int | float | None) -> int:
     if limit is None:
         return _UNLIMITED
     if isinstance(limit, bool) or not isinstance(limit, (int, float)):
-        raise TypeError(f"memory.pool: limit must be bytes (int), a part of the memory (float) or None, got {limit!r}")
+        raise TypeError(
+            f"bigkernels.memory.pool: limit must be bytes (int), a part of the memory (float) or None, got {limit!r}"
+        )
     if isinstance(limit, float):
         if not 0 <= limit <= 1:
-            raise ValueError(f"memory.pool: a limit given as a float must be from 0 to 1, got {limit}")
+            raise ValueError(f"bigkernels.memory.pool: a limit given as a float must be from 0 to 1, got {limit}")
         return int(limit * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) if sys.platform == "linux" else 0
     if limit < 0:
-        raise ValueError(f"memory.pool: limit must not be negative, got {limit}")
+        raise ValueError(f"bigkernels.memory.pool: limit must not be negative, got {limit}")
     return min(limit, _UNLIMITED)
 
 
@@ -212,9 +216,9 @@ def limit_workspaces(nbytes: int) -> int:
         TypeError, ValueError: it is no integer, or negative.
     """
     if isinstance(nbytes, bool) or not isinstance(nbytes, int):
-        raise TypeError(f"memory.limit_workspaces: nbytes must be an int, got {nbytes!r}")
+        raise TypeError(f"bigkernels.memory.limit_workspaces: nbytes must be an int, got {nbytes!r}")
     if nbytes < 0:
-        raise ValueError(f"memory.limit_workspaces: nbytes must not be negative, got {nbytes}")
+        raise ValueError(f"bigkernels.memory.limit_workspaces: nbytes must not be negative, got {nbytes}")
     if cpu_library().reason is not None:
         return 0
     return torch.ops.bigkernels.limit_workspaces(min(nbytes, _UNLIMITED))
@@ -257,7 +261,7 @@ class _Cpu:
         from torch.profiler import ProfilerActivity, profile
 
         if torch.autograd._profiler_enabled():
-            raise RuntimeError("memory.peak: another profiler is running, and there can be only one")
+            raise RuntimeError("bigkernels.memory.peak: another profiler is running, and there can be only one")
         # Not with profile_all_threads: torch 2.13 then records no memory at all (pytorch issue 166121).
         self.record = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         with quiet_stderr():
@@ -318,7 +322,7 @@ def peak(device: str | torch.device = "cpu") -> Iterator[Peak]:
     """
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"memory.peak: device must be a CPU or CUDA device, got {device}")
+        raise ValueError(f"bigkernels.memory.peak: device must be a CPU or CUDA device, got {device}")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     start = _Cpu if device.type == "cpu" else _Cuda

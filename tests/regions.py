@@ -10,7 +10,7 @@ from torch import Tensor
 from bigkernels import checkpoint
 from bigkernels.checkpointing import Policy, offload, resolve_policy, selective
 
-OFFLOAD = offload(least=0)
+OFFLOAD = offload(min_nbytes=0)
 # Bit for bit the gradients of a plain call.
 EXACT: dict[str, Policy] = {
     "recompute": resolve_policy("recompute"),

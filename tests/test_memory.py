@@ -1,4 +1,4 @@
-"""`bigkernels.memory` and `bigkernels.reuse_memory`. What is about a whole process runs in one of its own."""
+"""`bigkernels.memory`. What is about a whole process runs in one of its own."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def process(snippet: str, *arguments: str) -> list[str]:
 class TestReuseMemory:
     SNIPPET = """
         if sys.argv[1] == "reuse":
-            print(bigkernels.reuse_memory())
+            print(bigkernels.memory.reuse_memory())
         x = torch.ones(80 * MB, dtype=torch.uint8)  # beyond the largest block that glibc keeps by itself
         for _ in range(4):
             x.clone()

@@ -2,13 +2,124 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import pickle
+import pkgutil
+import types
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import bigkernels
-from bigkernels import checkpointing, functional, nn, quantization
+from bigkernels import checkpointing, functional, losses, memory, nn, quantization
+
+# What has another name here, with the name that it has: `CONTRIBUTING.md` says why.
+ARGUMENTS = {
+    "class_weights": "class_weight", "dim": "hidden_size", "size": "hidden_size, head_dim, ...", "heads": "num_heads",
+    "n_heads": "num_heads", "key_heads": "num_kv_heads", "kv_heads": "num_kv_heads",
+    "num_key_value_heads": "num_kv_heads", "head_size": "head_dim", "value_size": "value_head_dim",
+    "experts": "num_experts", "pages": "num_pages", "config": "format", "gram": "hessian", "w": "weight",
+    "turned": "transposed", "book": "codebook", "logps": "logprobs", "log_probs": "logprobs",
+    "ref_logps": "ref_logprobs", "old_logps": "old_logprobs", "entropy": "return_entropy", "lse": "return_lse",
+    "directory": "folder", "dir": "folder", "least": "min_nbytes", "labels_smoothing": "label_smoothing",
+    "epsilon": "eps", "in_dim": "in_features", "out_dim": "out_features",
+}  # fmt: skip
+# Classes of other libraries give these their names.
+THEIRS = {("bigkernels.integrations.transformers.Quantizer.update_attn_implementation", "config"),
+          ("bigkernels.nn.QuantizedExperts.size", "dim")}  # fmt: skip
+# What changes a model, how it is undone, and the context that does both.
+UNDONE = [("patch", "unpatch", "patched"), ("quantize", "dequantize", "quantized"),
+          ("apply_checkpointing", "remove_checkpointing", "checkpointed")]  # fmt: skip
+CACHES = ("k_cache", "v_cache", "cache_seqlens")
+
+
+def public_modules() -> list[types.ModuleType]:
+    """Modules of ours that say what they give to others."""
+    found = [bigkernels]
+    for info in pkgutil.walk_packages(bigkernels.__path__, "bigkernels."):
+        if not any(part.startswith("_") for part in info.name.split(".")):
+            try:
+                module = importlib.import_module(info.name)
+            except ImportError:  # an extra that is not installed
+                continue
+            if hasattr(module, "__all__"):
+                found.append(module)
+    return found
+
+
+def callables() -> Iterator[tuple[str, inspect.Signature]]:
+    """Public functions, classes and their public methods, by the paths that they are imported by."""
+    for module in public_modules():
+        for name in module.__all__:
+            value = getattr(module, name)
+            path = f"{module.__name__}.{name}"
+            if inspect.isclass(value):
+                if not issubclass(value, (tuple, BaseException)):
+                    yield path, inspect.signature(value)
+                for method, function in vars(value).items():
+                    function = getattr(function, "__func__", function)
+                    if inspect.isfunction(function) and not method.startswith("_"):
+                        yield f"{path}.{method}", inspect.signature(function)
+            elif inspect.isroutine(value):
+                yield path, inspect.signature(value)
+
+
+def test_one_word_a_thing():
+    paths = dict(callables())
+    assert len(paths) > 100 and "bigkernels.nn.Attention" in paths
+    wrong = [f"{path}({name}): {ARGUMENTS[name]}" for path, signature in paths.items() for name in signature.parameters
+             if name in ARGUMENTS and (path, name) not in THEIRS]  # fmt: skip
+    assert not wrong, "\n".join(wrong)
+    for path, signature in paths.items():
+        names = tuple(signature.parameters)
+        if set(CACHES) <= set(names):
+            assert names[1:4] == CACHES, f"{path}: caches come after the queries, in this order"
+        for name, parameter in signature.parameters.items():
+            if parameter.default is True or parameter.default is False:
+                assert name in ("causal", "bias") or not name.startswith(("no_", "not_")), f"{path}({name})"
+            if parameter.annotation == "Format" or "Format |" in str(parameter.annotation):
+                assert name in ("format", "config"), f"{path}({name}): format"
+
+
+def test_what_is_done_is_undone_by_a_name_and_by_a_context():
+    for do, undo, context in UNDONE:
+        for name in (do, undo, context):
+            assert name in bigkernels.__all__
+        given = inspect.signature(getattr(bigkernels, do)).parameters
+        found = inspect.signature(getattr(bigkernels, context)).parameters
+        assert list(found)[0] == "model" and list(inspect.signature(getattr(bigkernels, undo)).parameters) == ["model"]
+        assert found.keys() <= given.keys() | {"options"}
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """The beginnings of strings that read like an error of ours."""
+    package = Path(bigkernels.__file__).parent
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr) and node.values and isinstance(node.values[0], ast.Constant):
+                node = node.values[0]
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("bigkernels."):
+                path, colon, rest = node.value.partition(": ")
+                if colon and rest and " " not in path:
+                    yield f"{file.relative_to(package)}:{node.lineno}", path
+
+
+def test_errors_begin_with_a_path_that_can_be_imported():
+    found = list(messages())
+    assert len(found) > 100
+    wrong = []
+    for where, path in found:
+        value = bigkernels
+        try:
+            for i, part in enumerate(path.split(".")[1:], 2):
+                value = getattr(value, part, None) or importlib.import_module(".".join(path.split(".")[:i]))
+        except ImportError:
+            wrong.append(f"{where}: {path}")
+    assert not wrong, "\n".join(wrong)
 
 
 def renamed(old: str, new: str):
@@ -110,3 +221,15 @@ def test_formats_by_their_old_names():
     restored.load_state_dict(made.state_dict())
     assert torch.equal(restored.dequantize(), made.dequantize())
     assert b'"turned": 1' in bytes(made.state_dict()["format"].tolist())  # a name in saved files
+
+
+def test_losses_and_memory_by_their_old_names():
+    given = torch.randn(4), torch.randn(4), torch.tensor([True, False, True, True]), None
+    expected = losses.kto_loss(*given).loss
+    with pytest.warns(DeprecationWarning, match="kto_loss: the argument (logps|ref_logps) is"):
+        found = losses.kto_loss(logps=given[0], ref_logps=given[1], desirable=given[2], kl_logratios=None)
+    assert torch.equal(found.loss, expected)
+    with pytest.warns(DeprecationWarning, match="offload: the argument (directory|least) is"):
+        assert checkpointing.offload(directory="/tmp", least=5) == checkpointing.offload("/tmp", min_nbytes=5)
+    with renamed("bigkernels: reuse_memory", "bigkernels.memory.reuse_memory"):
+        assert bigkernels.reuse_memory is memory.reuse_memory

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh-memory",
         action="store_true",
-        help="do not keep freed memory for the next tensor (bigkernels.reuse_memory), for any candidate",
+        help="do not keep freed memory for the next tensor (bigkernels.memory.reuse_memory), for any candidate",
     )
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="cases whose name has all of these words in it")
     parser.add_argument("--candidates", nargs="+", metavar="NAME", help="of the generation family; default: all")

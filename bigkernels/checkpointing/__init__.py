@@ -1,7 +1,7 @@
 """Less kept for backward: recomputed, in 8 bits, or elsewhere; policies say which."""
 
 from .._deprecated import renamed_functions
-from ._blocks import apply_checkpointing, remove_checkpointing
+from ._blocks import apply_checkpointing, checkpointed, remove_checkpointing
 from ._checkpoint import checkpoint, saved_activations
 from ._policy import Policy, fp8, int8, offload, recompute, resolve_policy, selective
 from ._recompute import CheckpointError
@@ -11,12 +11,13 @@ __all__ = [
     "Policy",
     "apply_checkpointing",
     "checkpoint",
+    "checkpointed",
     "fp8",
     "int8",
     "offload",
     "recompute",
-    "resolve_policy",
     "remove_checkpointing",
+    "resolve_policy",
     "saved_activations",
     "selective",
 ]

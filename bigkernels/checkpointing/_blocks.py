@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -87,6 +88,27 @@ def apply_checkpointing(
             plan = plans.setdefault(_structure(module), Plan(policy.keep))
         module.__dict__[_KEY] = _Checkpointed(module, policy, plan)
     return [names[module] for module in chosen]
+
+
+@contextmanager
+def checkpointed(
+    model: nn.Module,
+    policy: str | Policy = "recompute",
+    *,
+    every: int = 1,
+    modules: Iterable[nn.Module | str] | type | None = None,
+) -> Iterator[list[str]]:
+    """`apply_checkpointing(model, ...)` inside a `with` block; after it the model is as it was, with what had been
+    applied before. Backward may come after the block: what it recomputes was noted in forward.
+    """
+    before = {module: module.__dict__[_KEY] for module in model.modules() if _KEY in module.__dict__}
+    names = apply_checkpointing(model, policy, every=every, modules=modules)
+    try:
+        yield names
+    finally:
+        remove_checkpointing(model)
+        for module, call in before.items():
+            module.__dict__[_KEY] = call
 
 
 def remove_checkpointing(model: nn.Module) -> None:

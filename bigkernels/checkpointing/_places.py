@@ -256,8 +256,8 @@ class Place:
 
     def put(self, flat: Tensor) -> Slot | Tensor:
         """Tensors of devices that have no such place stay."""
-        if flat.nbytes < self.host.least:
+        if flat.nbytes < self.host.min_nbytes:
             return flat
         if flat.is_cuda:
             return _pinned(flat.device).put(flat)
-        return _mapped(self.host.directory).put(flat) if flat.is_cpu else flat
+        return _mapped(self.host.folder).put(flat) if flat.is_cpu else flat

@@ -8,6 +8,8 @@ from functools import cache
 from os import PathLike
 from typing import Any
 
+from .._deprecated import renamed_arguments
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -37,7 +39,9 @@ class Code:
 
     def __post_init__(self):
         if self.format not in ("int8", "fp8"):
-            raise ValueError(f"bigkernels.checkpointing.Code: format is {self.format!r}; accepted are 'int8' and 'fp8'")
+            raise ValueError(
+                f"bigkernels.checkpointing: Code: format is {self.format!r}; accepted are 'int8' and 'fp8'"
+            )
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,12 @@ class Host:
     """Memory of the host (page-locked) for GPU tensors; for CPU tensors files that are mapped.
 
     Attributes:
-        directory: of the files; None for the system's.
-        least: bytes of the smallest tensor that moves.
+        folder: of the files; None for the system's.
+        min_nbytes: bytes of the smallest tensor that moves.
     """
 
-    directory: str | None = None
-    least: int = 2**20
+    folder: str | None = None
+    min_nbytes: int = 2**20
 
 
 @dataclass(frozen=True)
@@ -145,17 +149,18 @@ def fp8(*, stochastic: bool = False) -> Policy:
     return Policy(code=Code("fp8", stochastic))
 
 
-def offload(directory: str | PathLike | None = None, *, least: int = 2**20) -> Policy:
+@renamed_arguments("bigkernels.checkpointing.offload", directory="folder", least="min_nbytes")
+def offload(folder: str | PathLike | None = None, *, min_nbytes: int = 2**20) -> Policy:
     """Move what is kept out of the way until backward comes near it.
 
     GPU tensors go to page-locked host memory that is used again, beside the computation, and come back one region
-    ahead. CPU tensors go to mapped files in `directory`, which the system writes and reads as memory asks for it.
+    ahead. CPU tensors go to mapped files in `folder`, which the system writes and reads as memory asks for it.
 
     Args:
-        directory: of the files of CPU tensors; None for the system's temporary directory.
-        least: bytes; smaller tensors stay.
+        folder: of the files of CPU tensors; None for the system's temporary one.
+        min_nbytes: smaller tensors stay.
     """
-    return Policy(place=Host(None if directory is None else str(directory), least))
+    return Policy(place=Host(None if folder is None else str(folder), min_nbytes))
 
 
 _NAMED = {"recompute": recompute, "selective": selective, "int8": int8, "fp8": fp8, "offload": offload}

@@ -6,16 +6,16 @@ They take log probabilities from anywhere; from `bigkernels.functional.linear_lo
     from bigkernels import losses
 
     # DPO: prompts and completions (2P, S), the chosen ones first; labels are -100 in prompts and padding
-    logps = losses.sequence_logprobs(B.linear_logprobs(hidden[:, :-1], head.weight, labels[:, 1:]))
+    logprobs = losses.sequence_logprobs(B.linear_logprobs(hidden[:, :-1], head.weight, labels[:, 1:]))
     with torch.no_grad():
         before = losses.sequence_logprobs(B.linear_logprobs(ref_hidden[:, :-1], ref_head.weight, labels[:, 1:]))
-    found = losses.dpo_loss(*logps.chunk(2), *before.chunk(2), beta=0.1)
+    found = losses.dpo_loss(*logprobs.chunk(2), *before.chunk(2), beta=0.1)
     found.loss.backward()
     print(found.accuracy, found.margins.mean())
 
     # GRPO: completions (B, S) with their advantages (B,)
-    logps = B.linear_logprobs(hidden[:, :-1], head.weight, tokens[:, 1:], temperature=temperature)
-    losses.grpo_loss(logps, old_logps, advantages, mask, ref_logprobs=ref_logps, beta=0.04).loss.backward()
+    logprobs = B.linear_logprobs(hidden[:, :-1], head.weight, tokens[:, 1:], temperature=temperature)
+    losses.grpo_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs=ref_logprobs, beta=0.04).loss.backward()
 
 Each function has the relatives of its method as `loss_type`, by the names that TRL gives them. `linear_dpo_loss`,
 `linear_grpo_loss` and the like are the two steps in one call, from hidden states.

@@ -38,7 +38,7 @@ def orpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, nll: Tenso
         odds(c) = exp(c) / (1 - exp(c))
         loss    = nll - beta * log sigmoid(log(odds(chosen) / odds(rejected)))
 
-    beta is the paper's lambda. Rewards are ``beta * logps``.
+    beta is the paper's lambda. Rewards are ``beta * logprobs``.
 
     Args:
         chosen, rejected: (P,), log probabilities *averaged* over tokens, by ``sequence_logprobs(average=True)``.
@@ -64,7 +64,7 @@ def simpo_loss(
         x    = beta * chosen - beta * rejected - gamma
         loss = -(1 - label_smoothing) * log sigmoid(x) - label_smoothing * log sigmoid(-x)
 
-    Rewards are ``beta * logps``; there is no reference.
+    Rewards are ``beta * logprobs``; there is no reference.
 
     Args:
         chosen, rejected: (P,), log probabilities *averaged* over tokens, by ``sequence_logprobs(average=True)``.
@@ -107,7 +107,7 @@ def cpo_loss(
         simpo     sigmoid of x - simpo_gamma                            `simpo_loss`, of averaged log probabilities
         alphapo   simpo without nll, for an alpha that is not 0         AlphaPO, arXiv 2501.03884
 
-    Rewards are ``beta * r(logps)``.
+    Rewards are ``beta * r(logprobs)``.
 
     Args:
         chosen, rejected: (P,), log probabilities of completions, summed or averaged over tokens.

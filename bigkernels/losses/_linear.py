@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._deprecated import renamed_arguments
 from ..ops.linear_logprobs import linear_logprobs
 from ._free import AVERAGED, cpo_loss, orpo_loss, simpo_loss
 from ._pairs import dpo_loss
@@ -82,24 +83,25 @@ class _Completions:
     def means(self) -> Tensor:
         return self.sums() / self.tokens.clamp_min(1)
 
-    def ref_logps(self, options: dict[str, Any], ld_alpha: float | None = None) -> Tensor | None:
+    def ref_logprobs(self, options: dict[str, Any], ld_alpha: float | None = None) -> Tensor | None:
         """None where the options say that there is no reference."""
-        reference, given = _taken(_Reference, options), options.pop("ref_logps", None)
+        reference, given = _taken(_Reference, options), options.pop("ref_logprobs", None)
         free = options.pop("reference_free", False)
-        named = (("ref_hidden", reference.ref_hidden), ("ref_logps", given), ("reference_free", free or None))
+        named = (("ref_hidden", reference.ref_hidden), ("ref_logprobs", given), ("reference_free", free or None))
         named = [name for name, t in named if t is not None]
-        check_range(self.op, "the reference", " and ".join(named) or None, "one of ref_hidden and ref_logps",
+        check_range(self.op, "the reference", " and ".join(named) or None, "one of ref_hidden and ref_logprobs",
                     len(named) == 1)  # fmt: skip
         reference.check(self.op)
         if free:
             return None
         if given is None:
             given = self.sums(reference.logprobs(self.head, self.weight, self.labels, self.bias), ld_alpha)
-        check_range(self.op, "ref_logps", f"of shape {tuple(given.shape)}", tuple(self.tokens.shape),
+        check_range(self.op, "ref_logprobs", f"of shape {tuple(given.shape)}", tuple(self.tokens.shape),
                     given.shape == self.tokens.shape)  # fmt: skip
         return given.detach()
 
 
+@renamed_arguments("bigkernels.losses.linear_dpo_loss", ref_logps="ref_logprobs")
 def linear_dpo_loss(
     hidden: Tensor,
     weight: Tensor | QuantizedWeight,
@@ -132,7 +134,7 @@ def linear_dpo_loss(
             Of the reference, one of the first three::
 
                 ref_hidden     of the shape of `hidden`; its head may have another H
-                ref_logps      (2P,), summed log probabilities, in the place of `ref_hidden`
+                ref_logprobs      (2P,), summed log probabilities, in the place of `ref_hidden`
                 reference_free True: there is none, as in `dpo_loss`
                 ref_weight,    the head beside `ref_hidden`; None takes `weight` and `bias`, as with adapters that are
                 ref_bias       switched off
@@ -143,14 +145,14 @@ def linear_dpo_loss(
     """
     reports = ("log_sum_sq_probs",) if use_weighting else ()
     found = _Completions("linear_dpo_loss", hidden, weight, labels, bias, options, reports)
-    logps, reference = found.sums(ld_alpha=ld_alpha), found.ref_logps(options, ld_alpha)
+    logprobs, reference = found.sums(ld_alpha=ld_alpha), found.ref_logprobs(options, ld_alpha)
     if use_weighting:
         check_range(found.op, "weights", "given", "None, as use_weighting is", "weights" not in options)
         weights = wpo_weights(found.logprobs, *found.reports, found.mask, cu_seqlens=found.cu_seqlens)
         options["weights"] = torch.mul(*weights.chunk(2))
     reference = (None, None) if reference is None else reference.chunk(2)
     chosen, rejected = found.tokens.chunk(2)
-    return dpo_loss(*logps.chunk(2), *reference, chosen_tokens=chosen, rejected_tokens=rejected, **options)
+    return dpo_loss(*logprobs.chunk(2), *reference, chosen_tokens=chosen, rejected_tokens=rejected, **options)
 
 
 def linear_orpo_loss(
@@ -190,12 +192,13 @@ def linear_cpo_loss(
     op = "linear_cpo_loss"
     check_range(op, "nll", "given", "nothing: it is computed here", "nll" not in options)
     found = _Completions(op, hidden, weight, labels, bias, options)
-    logps, pairs = found.sums(), found.tokens.shape[0] // 2
-    nll = None if loss_type == "alphapo" else -logps[:pairs].sum() / found.tokens[:pairs].sum().clamp_min(1)
-    logps = found.means() if loss_type in AVERAGED else logps
-    return cpo_loss(*logps.chunk(2), loss_type=loss_type, nll=nll, **options)
+    logprobs, pairs = found.sums(), found.tokens.shape[0] // 2
+    nll = None if loss_type == "alphapo" else -logprobs[:pairs].sum() / found.tokens[:pairs].sum().clamp_min(1)
+    logprobs = found.means() if loss_type in AVERAGED else logprobs
+    return cpo_loss(*logprobs.chunk(2), loss_type=loss_type, nll=nll, **options)
 
 
+@renamed_arguments("bigkernels.losses.linear_kto_loss", ref_logps="ref_logprobs")
 def linear_kto_loss(
     hidden: Tensor,
     weight: Tensor | QuantizedWeight,
@@ -233,7 +236,7 @@ def linear_bco_loss(
 
 def _of_a_reference(found: _Completions, options: dict[str, Any]) -> Tensor:
     check_range(found.op, "reference_free", "given", "nothing", "reference_free" not in options)
-    return found.ref_logps(options)
+    return found.ref_logprobs(options)
 
 
 def linear_grpo_loss(

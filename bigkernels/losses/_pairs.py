@@ -270,7 +270,7 @@ def ipo_loss(
         loss = ((chosen - ref_chosen) - (rejected - ref_rejected) - 1 / (2 * beta))^2
 
     beta is the paper's tau. The paper sums log probabilities over tokens; others have averaged them, which is for the
-    caller of `sequence_logprobs` to decide. Rewards are ``beta * (logps - ref_logps)``.
+    caller of `sequence_logprobs` to decide. Rewards are ``beta * (logprobs - ref_logprobs)``.
 
     Arguments as those of `dpo_loss`.
     """

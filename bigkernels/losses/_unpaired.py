@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from .._deprecated import renamed_arguments
 from ._shared import check_name, check_range, check_shapes, wide
 
 
@@ -17,7 +18,7 @@ class KTOLoss(NamedTuple):
     Attributes:
         loss: the mean of `losses`.
         losses: (B,), differentiable.
-        rewards: (B,), ``beta * (logps - ref_logps)``.
+        rewards: (B,), ``beta * (logprobs - ref_logprobs)``.
         kl: the reference point z0, not yet times beta.
     """
 
@@ -27,9 +28,10 @@ class KTOLoss(NamedTuple):
     kl: Tensor
 
 
+@renamed_arguments("bigkernels.losses.kto_loss", logps="logprobs", ref_logps="ref_logprobs")
 def kto_loss(
-    logps: Tensor,
-    ref_logps: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
     desirable: Tensor,
     kl_logratios: Tensor | None,
     *,
@@ -40,7 +42,7 @@ def kto_loss(
 ) -> KTOLoss:
     """Kahneman-Tversky optimization (Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, equation 8)::
 
-        r    = logps - ref_logps
+        r    = logprobs - ref_logprobs
         z0   = max(0, mean(kl_logratios)), without gradient
         loss = desirable_weight   * (1 - sigmoid(beta * (r - z0)))     where desirable
                undesirable_weight * (1 - sigmoid(beta * (z0 - r)))     elsewhere
@@ -49,11 +51,11 @@ def kto_loss(
     completion at a time) is that with z0 = 0.
 
     Args:
-        logps, ref_logps: (B,), summed log probabilities of completions by the model and by the reference.
+        logprobs, ref_logprobs: (B,), summed log probabilities of completions by the model and by the reference.
         desirable: (B,), boolean.
-        kl_logratios: (M,), ``logps - ref_logps`` of prompts with completions of other prompts, from which the paper
-            estimates the divergence of the model from its reference (over all processes: gather them before). None
-            takes z0 = 0.
+        kl_logratios: (M,), ``logprobs - ref_logprobs`` of prompts with completions of other prompts, from which the
+            paper estimates the divergence of the model from its reference (over all processes: gather them before).
+            None takes z0 = 0.
         loss_type: "kto" or "apo_zero_unpaired".
         beta: positive.
         desirable_weight, undesirable_weight: not negative; the paper's lambdas.
@@ -62,14 +64,14 @@ def kto_loss(
         ValueError: shapes or values do not fit, or `kl_logratios` is given where it means nothing.
     """
     op = "kto_loss"
-    check_shapes(op, "logps", logps, ref_logps=ref_logps, desirable=desirable)
+    check_shapes(op, "logprobs", logprobs, ref_logprobs=ref_logprobs, desirable=desirable)
     check_name(op, "loss_type", loss_type, ("kto", "apo_zero_unpaired"))
     check_range(op, "kl_logratios", "given", "None, as loss_type is 'apo_zero_unpaired'",
                 kl_logratios is None or loss_type == "kto")  # fmt: skip
     check_range(op, "beta", beta, "positive", beta > 0)
     for name, value in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
         check_range(op, name, value, "not negative", value >= 0)
-    ratio = wide(logps) - wide(ref_logps)
+    ratio = wide(logprobs) - wide(ref_logprobs)
     z0 = ratio.new_zeros(()) if kl_logratios is None else wide(kl_logratios.detach()).mean().clamp_min(0)
     good = desirable.bool()
     gain = torch.where(good, ratio - z0, z0 - ratio)
@@ -84,7 +86,7 @@ class BCOLoss(NamedTuple):
     Attributes:
         loss: the mean of `losses`.
         losses: (B,), differentiable.
-        rewards: (B,), ``beta * (logps - ref_logps)``.
+        rewards: (B,), ``beta * (logprobs - ref_logprobs)``.
     """
 
     loss: Tensor
@@ -93,8 +95,8 @@ class BCOLoss(NamedTuple):
 
 
 def bco_loss(
-    logps: Tensor,
-    ref_logps: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
     desirable: Tensor,
     *,
     shift: float | Tensor | RewardShift = 0.0,
@@ -103,12 +105,12 @@ def bco_loss(
 ) -> BCOLoss:
     """Binary classifier optimization (Jung et al. 2024, https://arxiv.org/abs/2404.04656)::
 
-        reward = beta * (logps - ref_logps)
+        reward = beta * (logprobs - ref_logprobs)
         loss   = -log sigmoid(reward - shift)     where desirable
                  -log sigmoid(shift - reward)     elsewhere
 
     Args:
-        logps, ref_logps: (B,), summed log probabilities of completions by the model and by the reference.
+        logprobs, ref_logprobs: (B,), summed log probabilities of completions by the model and by the reference.
         desirable: (B,), boolean.
         shift: the paper's delta, a number or a scalar, a constant; or a `RewardShift`, which is updated with these
             rewards first, where gradients are computed.
@@ -119,9 +121,9 @@ def bco_loss(
         ValueError: shapes or values do not fit.
     """
     op = "bco_loss"
-    check_shapes(op, "logps", logps, ref_logps=ref_logps, desirable=desirable, weights=weights)
+    check_shapes(op, "logprobs", logprobs, ref_logprobs=ref_logprobs, desirable=desirable, weights=weights)
     check_range(op, "beta", beta, "positive", beta > 0)
-    rewards, good = beta * (wide(logps) - wide(ref_logps)), desirable.bool()
+    rewards, good = beta * (wide(logprobs) - wide(ref_logprobs)), desirable.bool()
     if isinstance(shift, RewardShift):
         shift = shift.update(rewards[good], rewards[~good]) if torch.is_grad_enabled() else shift.value
     shift = shift.detach() if isinstance(shift, Tensor) else shift

@@ -155,7 +155,9 @@ class MemoryPlan:
         """
         found = json.loads(text)
         if found.get("schema") != SCHEMA:
-            raise ValueError(f"bigkernels.MemoryPlan: schema {found.get('schema')!r}; this version reads {SCHEMA}")
+            raise ValueError(
+                f"bigkernels.planning.MemoryPlan: schema {found.get('schema')!r}; this version reads {SCHEMA}"
+            )
         found["phases"] = tuple(PhasePlan(**p) for p in found["phases"])
         found["choices"] = tuple(Choice(**c) for c in found["choices"])
         return cls(**{f.name: found[f.name] for f in fields(cls)})

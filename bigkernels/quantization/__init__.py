@@ -7,7 +7,7 @@ is stored is the same on every device; nothing is packed for a kernel.
 from .._deprecated import renamed_functions
 from . import checkpoints
 from ._format import Format, resolve_format
-from ._model import dequantize, quantize, refresh
+from ._model import dequantize, quantize, quantized, refresh
 from ._report import QuantizeReport
 from ._weight import QuantizedWeight, quantize_weight
 from .blocks import GGUFBlocks
@@ -43,6 +43,7 @@ __all__ = [
     "prepare_qat",
     "quantize",
     "quantize_weight",
+    "quantized",
     "refresh",
     "resolve_format",
 ]

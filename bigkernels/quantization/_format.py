@@ -52,7 +52,7 @@ class Format(abc.ABC):
         """The stored tensors that `operands` computes from; others it hands on as they are."""
         return ()
 
-    def prepare(self, w: Tensor, hessian: Tensor) -> Any:
+    def prepare(self, weight: Tensor, hessian: Tensor) -> Any:
         """What `encode` takes for data, from a whole weight and the second moments (K, K) of its inputs; of formats
         that are calibrated.
         """

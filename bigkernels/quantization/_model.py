@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import nn
@@ -97,6 +98,40 @@ def dequantize(model: nn.Module) -> None:
         put(model, paths, made)
     name_weights(model)
     note(model)
+
+
+@contextmanager
+def quantized(
+    model: nn.Module, format: str | Format | Mapping[str, str | Format | None], **options: Any
+) -> Iterator[QuantizeReport]:
+    """`quantize(model, format, **options)` inside a `with` block; after it the layers that were replaced are back, with
+    their weights bit for bit. Both are in memory inside of the block, to see what a format costs; `quantize` and
+    `dequantize` keep one of them. What the block itself puts around or beside a
+    layer stays, and moves and casts in the block are not the weights'.
+    """
+    from ..nn._quantized import Quantized
+
+    modules = {(parent, name): child for parent in model.modules() for name, child in parent._modules.items()}
+    weights = {(parent, name): p for parent in model.modules() for name, p in parent._parameters.items()}
+    report = quantize(model, format, **options)
+    replaced: dict[nn.Module, nn.Module | nn.Parameter | None] = {}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            place = parent, name
+            if isinstance(child, Quantized) and modules.get(place) is not child:
+                replaced[child] = modules[place] if place in modules else weights[place]
+    try:
+        yield report
+    finally:
+        for parent in list(model.modules()):
+            for name, child in list(parent._modules.items()):
+                before = replaced.get(child) if child is not None else None
+                if isinstance(before, nn.Parameter):
+                    del parent._modules[name]
+                    parent.register_parameter(name, before)
+                elif before is not None:
+                    parent._modules[name] = before.train(child.training)
+        note(model)
 
 
 def refresh(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from ._weight import QuantizedWeight
 from .book4 import DYNAMIC_BOOK, FP4, NF4
 from .int4 import Int4
 
+_HERE = "bigkernels.quantization.checkpoints"
 _BOOKS = {"nf4": NF4, "fp4": FP4}
 # The column of eight that each nibble of AWQ's integers holds, from the lowest.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -32,19 +33,19 @@ def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> Quan
     """
     kind = next((k for k in _BOOKS if f"{name}.quant_state.bitsandbytes__{k}" in state), None)
     if kind is None:
-        raise KeyError(f"bigkernels.from_bitsandbytes: {name}.quant_state.bitsandbytes__nf4 or __fp4")
+        raise KeyError(f"{_HERE}.from_bitsandbytes: {name}.quant_state.bitsandbytes__nf4 or __fp4")
     described = state[f"{name}.quant_state.bitsandbytes__{kind}"]
     described = json.loads(bytes(described.cpu().tolist()).decode())
     (n, k), size, nested = described["shape"], described["blocksize"], f"{name}.nested_absmax" in state
     dtype = getattr(torch, str(described["dtype"]), None)
     if not all(isinstance(v, int) and v > 0 for v in (n, k, size)) or not isinstance(dtype, torch.dtype):
-        raise ValueError(f"bigkernels.from_bitsandbytes: {name} is described as {described}")
+        raise ValueError(f"{_HERE}.from_bitsandbytes: {name} is described as {described}")
     if k % size:
-        raise ValueError(f"bigkernels.from_bitsandbytes: rows of {k} are no whole number of blocks of {size}")
+        raise ValueError(f"{_HERE}.from_bitsandbytes: rows of {k} are no whole number of blocks of {size}")
     config = _BOOKS[kind](size, double_quant=nested)
     book = torch.tensor(config.values, dtype=torch.float32, device="cpu")
     if not torch.allclose(state[f"{name}.quant_map"].cpu().float(), book, rtol=0, atol=1e-6):
-        raise ValueError(f"bigkernels.from_bitsandbytes: the book of {name} is not that of {kind}")
+        raise ValueError(f"{_HERE}.from_bitsandbytes: the book of {name} is not that of {kind}")
     packed = state[name].view(torch.uint8).reshape(n, -1)
     tensors = {"codes": packed >> 4 | packed << 4}  # its first element is in the high half
     scale = state[f"{name}.absmax"].view(n, k // size)
@@ -53,7 +54,7 @@ def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> Quan
         ours = torch.tensor(DYNAMIC_BOOK, dtype=torch.float32, device="cpu")
         same = torch.allclose(book.float(), ours, rtol=0, atol=1e-6)
         if described["nested_blocksize"] != 256 or not same:
-            raise ValueError(f"bigkernels.from_bitsandbytes: the nested scales of {name} are not in blocks of 256 of "
+            raise ValueError(f"{_HERE}.from_bitsandbytes: the nested scales of {name} are not in blocks of 256 of "
                              "the signed dynamic book")  # fmt: skip
         offset = torch.tensor([described["nested_offset"]], dtype=torch.float32, device=scale.device)
         tensors |= {"scale_codes": scale, "scale_scale": outer.float(), "scale_offset": offset}
@@ -88,7 +89,7 @@ def from_gptq(
     if g_idx is not None:
         natural = torch.arange(codes.shape[1], dtype=torch.int64, device=g_idx.device) // config.group_size
         if not torch.equal(g_idx.long(), natural):
-            raise ValueError("bigkernels.from_gptq: g_idx reorders elements (act-order), which is not served")
+            raise ValueError(f"{_HERE}.from_gptq: g_idx reorders elements (act-order), which is not served")
     return _integers(config, codes, zero, scales)
 
 
@@ -119,13 +120,13 @@ def to_compressed_tensors(qweight: QuantizedWeight) -> dict[str, Tensor]:
         ValueError: another format, or zero points that are no integers: quantize with ``Int4(algorithm="rtn")``.
     """
     if not isinstance(qweight.format, Int4):
-        raise ValueError(f"bigkernels.to_compressed_tensors: the weight is {qweight.format.name}; accepted is int4")
+        raise ValueError(f"{_HERE}.to_compressed_tensors: the weight is {qweight.format.name}; accepted is int4")
     if qweight.channel is not None:
-        raise ValueError("bigkernels.to_compressed_tensors: the layout has no place for what divides inputs (awq)")
+        raise ValueError(f"{_HERE}.to_compressed_tensors: the layout has no place for what divides inputs (awq)")
     codes, scale, zero, row_scale, *_ = qweight.operands()
     assert scale is not None and zero is not None and row_scale is not None  # as int4 has them
     if not torch.equal(zero, zero.round()):
-        raise ValueError("bigkernels.to_compressed_tensors: zero points are no integers; use Int4(algorithm='rtn')")
+        raise ValueError(f"{_HERE}.to_compressed_tensors: zero points are no integers; use Int4(algorithm='rtn')")
     flat = torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, : qweight.shape[1]]
     return {
         "weight_packed": _packed(flat),
@@ -138,12 +139,12 @@ def to_compressed_tensors(qweight: QuantizedWeight) -> dict[str, Tensor]:
 def _one_more(qzeros: Tensor, zeros: str | None) -> Tensor:
     """The eight zero points of each integer, stored as one less, as they are."""
     if zeros not in (None, "nibbles", "words"):
-        raise ValueError(f"bigkernels.from_gptq: zeros is {zeros!r}; accepted are 'nibbles', 'words' and None")
+        raise ValueError(f"{_HERE}.from_gptq: zeros is {zeros!r}; accepted are 'nibbles', 'words' and None")
     by_words = (qzeros.long() + 0x11111111) & 0xFFFFFFFF
     nibbles = [((qzeros.long() >> 4 * i) + 1 & 15) << 4 * i for i in range(8)]
     by_nibbles = torch.stack(nibbles).sum(0)
     if zeros is None and not torch.equal(by_words, by_nibbles):
-        raise ValueError("bigkernels.from_gptq: some zero points are 0, which writers of this format store in two "
+        raise ValueError(f"{_HERE}.from_gptq: some zero points are 0, which writers of this format store in two "
                          "ways; say which by zeros='words' (GPTQModel) or zeros='nibbles'")  # fmt: skip
     return by_nibbles if zeros == "nibbles" else by_words
 
@@ -165,7 +166,7 @@ def _config(op: str, codes: Tensor, zero: Tensor, scales: Tensor) -> Int4:
     (n, k), (groups, columns) = codes.shape, scales.shape
     size = -(-k // groups) if groups else 0
     if zero.shape != scales.shape or columns != n or size not in (32, 64, 128) or -(-k // size) != groups:
-        raise ValueError(f"bigkernels.{op}: a weight ({n}, {k}) with scales {tuple(scales.shape)} and zero points "
+        raise ValueError(f"{_HERE}.{op}: a weight ({n}, {k}) with scales {tuple(scales.shape)} and zero points "
                          f"{tuple(zero.shape)}; expected groups of 32, 64 or 128")  # fmt: skip
     return Int4(size, "rtn")
 

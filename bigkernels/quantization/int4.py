@@ -58,10 +58,10 @@ class Int4(Format):
     def blind(self) -> Int4:
         return Int4(self.group_size) if self.calibrated else self
 
-    def prepare(self, w: Tensor, hessian: Tensor) -> Any:
+    def prepare(self, weight: Tensor, hessian: Tensor) -> Any:
         if self.algorithm == "gptq":
             return gptq.Order.of(hessian)
-        return awq.channel_scales(w, hessian, lambda rows, importance: self._rounded(rows, importance))
+        return awq.channel_scales(weight, hessian, lambda rows, importance: self._rounded(rows, importance))
 
     def _rounded(self, rows: Tensor, importance: Tensor) -> Tensor:
         """The values of rows to the nearest, with the ranges that fit inputs of the given second moments."""

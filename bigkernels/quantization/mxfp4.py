@@ -35,7 +35,9 @@ class MXFP4(NF4):
         blocks = in_groups(rows, self.block_size)
         most = blocks.abs().amax(-1)
         if bool((most > 6 * 2.0 ** (_LARGEST - _BIAS)).any()):
-            raise ValueError("bigkernels.quantize_weight: w is beyond the range of mxfp4, which ends at 6 * 2^125")
+            raise ValueError(
+                "bigkernels.functional.quantize_weight: w is beyond the range of mxfp4, which ends at 6 * 2^125"
+            )
         first = (torch.frexp(most).exponent - 3 + _BIAS).clamp(0, _LARGEST)  # of 4 to 8 times the power of two
         best, codes, least = first, None, None
         for exponent in (first, (first + 1).clamp_max(_LARGEST)):

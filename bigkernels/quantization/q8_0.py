@@ -55,4 +55,6 @@ def inverse(step: Tensor) -> Tensor:
 def check_range(name: str, *numbers: Tensor) -> None:
     """Raise ValueError where a weight is beyond the range of float16, in which its scales are stored."""
     if not all(t.isfinite().all() for t in numbers):
-        raise ValueError(f"bigkernels.quantize_weight: w is beyond the range of {name}, whose scales are float16")
+        raise ValueError(
+            f"bigkernels.functional.quantize_weight: w is beyond the range of {name}, whose scales are float16"
+        )

@@ -61,7 +61,7 @@ def test_slots_do_not_overlap(pool) -> None:
 
 
 def test_buffers_are_used_again(pool) -> None:
-    policy = offload(least=0)
+    policy = offload(min_nbytes=0)
     x, w = torch.randn(256, 512, requires_grad=True), torch.randn(512, 512, requires_grad=True)
     held = []
     for _ in range(4):
@@ -121,12 +121,12 @@ def test_a_full_disk_is_an_error(pool, monkeypatch) -> None:
 def test_a_directory_that_is_not_there(tmp_path) -> None:
     x = torch.randn(256, 512, requires_grad=True)
     with pytest.raises(FileNotFoundError):
-        checkpoint(torch.exp, x, policy=offload(tmp_path / "none", least=0))
+        checkpoint(torch.exp, x, policy=offload(tmp_path / "none", min_nbytes=0))
 
 
 def test_files_lie_where_they_should(tmp_path) -> None:
     x = torch.randn(256, 512, requires_grad=True)
-    out = checkpoint(lambda x: (x * 1).exp(), x, policy=offload(tmp_path, least=0))
+    out = checkpoint(lambda x: (x * 1).exp(), x, policy=offload(tmp_path, min_nbytes=0))
     files = [
         os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{n}")
     ]  # noqa: E501
@@ -137,8 +137,8 @@ def test_files_lie_where_they_should(tmp_path) -> None:
 def test_small_tensors_stay(pool) -> None:
     x, w = torch.randn(256, 512, requires_grad=True), torch.randn(512, 512, requires_grad=True)
     n = x.nbytes
-    assert compare(block, (x * 1, w), [w], offload(least=n + 1)) == [0] and pool.held == 0
-    assert compare(block, (x * 1, w), [w], offload(least=n)) == [0] and pool.held > 0
+    assert compare(block, (x * 1, w), [w], offload(min_nbytes=n + 1)) == [0] and pool.held == 0
+    assert compare(block, (x * 1, w), [w], offload(min_nbytes=n)) == [0] and pool.held > 0
 
 
 def test_memory_of_torch(pool) -> None:
@@ -234,7 +234,7 @@ def forked(tmp_path):
     torch.set_num_threads(1)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(3)))
     plain = copy.deepcopy(model)
-    apply_checkpointing(model, offload(tmp_path, least=0))
+    apply_checkpointing(model, offload(tmp_path, min_nbytes=0))
     yield model, plain
     torch.set_num_threads(before)
 

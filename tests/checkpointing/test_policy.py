@@ -26,7 +26,7 @@ def test_names() -> None:
 
 def test_sums() -> None:
     assert resolve_policy("recompute+offload") == resolve_policy(" offload + recompute ") == recompute() + offload()
-    everything = selective(["aten::mm"]) + fp8() + offload("/tmp", least=5)
+    everything = selective(["aten::mm"]) + fp8() + offload("/tmp", min_nbytes=5)
     assert everything.keep.operators == {"aten::mm"} and everything.place == Host("/tmp", 5)
     assert everything.code == Code("fp8")
     assert Policy() + int8() == int8() == int8() + Policy()

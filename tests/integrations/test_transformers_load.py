@@ -80,8 +80,8 @@ def test_patterns_options_and_names_of_formats(folders, tmp_path):
     bigkernels.quantize(expected, formats, skip=("k_proj", "lm_head"))
     assert torch.equal(logits(model), logits(expected))
     config = Config.from_dict(json.loads(json.dumps(Config(formats, skip="k_proj").to_dict())))
-    assert config.config == Config(formats).config and config.skip == ("k_proj",)
-    assert Config.from_dict({"config": {"format": "int4", "group_size": 64}}).config == Int4(64)
+    assert config.format == Config(formats).format and config.skip == ("k_proj",)
+    assert Config.from_dict({"config": {"format": "int4", "group_size": 64}}).format == Int4(64)
 
 
 def test_two_tied_weights_in_the_files(folders, tmp_path):

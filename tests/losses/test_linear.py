@@ -45,7 +45,7 @@ class Case:
     def sums(self, t):
         return torch.stack([part.sum() for part in t.split(self.lengths)]) if self.cu is not None else t.sum(1)
 
-    def logps(self):
+    def logprobs(self):
         ours = of_tokens(*self.inputs, self.labels)
         theirs = of_tokens(*self.reference.values(), self.labels)
         return *(self.sums(t) for t in (ours, theirs)), self.sums((self.labels != -100).double())
@@ -61,14 +61,14 @@ def same(found, expected, inputs, close=1e-9):
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "apo_zero", ("sigmoid", "sft")])
 def test_dpo(loss_type, packed):
     case = Case(4, packed=packed)
-    ours, theirs, tokens = case.logps()
+    ours, theirs, tokens = case.logprobs()
     found = losses.linear_dpo_loss(case.inputs[0], case.inputs[1], case.labels, case.inputs[2], **case.reference,
                                    cu_seqlens=case.cu, loss_type=loss_type, beta=0.3, **HEAD)  # fmt: skip
     n = tokens.chunk(2)
     expected = losses.dpo_loss(*ours.chunk(2), *theirs.chunk(2), loss_type=loss_type, beta=0.3, chosen_tokens=n[0],
                                rejected_tokens=n[1])  # fmt: skip
     same(found.loss, expected.loss, case.inputs)
-    given = losses.linear_dpo_loss(case.inputs[0], case.inputs[1], case.labels, case.inputs[2], ref_logps=theirs,
+    given = losses.linear_dpo_loss(case.inputs[0], case.inputs[1], case.labels, case.inputs[2], ref_logprobs=theirs,
                                    cu_seqlens=case.cu, loss_type=loss_type, beta=0.3, **HEAD)  # fmt: skip
     torch.testing.assert_close(given.loss, found.loss)
     torch.testing.assert_close(given.chosen_rewards, expected.chosen_rewards)
@@ -90,7 +90,7 @@ def test_a_reference_of_the_same_head():
 @pytest.mark.parametrize("name", ["orpo", "simpo", "cpo sigmoid", "cpo simpo", "cpo hinge", "cpo ipo", "cpo alphapo"])
 def test_without_a_reference(name, packed):
     case = Case(4, packed=packed)
-    ours, _, tokens = case.logps()
+    ours, _, tokens = case.logprobs()
     means = ours / tokens.clamp_min(1)
     name, *kind = name.split()
     options = {"beta": 0.3} | ({"loss_type": kind[0]} if kind else {})
@@ -105,7 +105,7 @@ def test_without_a_reference(name, packed):
 
 def test_kto():
     case = Case(4)
-    ours, theirs, _ = case.logps()
+    ours, theirs, _ = case.logprobs()
     good, ratios = torch.tensor([True, False, False, True]), torch.tensor([0.3, 0.9])
     found = losses.linear_kto_loss(case.inputs[0], case.inputs[1], case.labels, good, ratios, case.inputs[2],
                                    **case.reference, beta=0.4, **HEAD)  # fmt: skip
@@ -153,7 +153,7 @@ def test_16_bits(dtype):
     wide.inputs = [t.detach().double() for t in case.inputs]
     wide.reference = {k: t.double() for k, t in case.reference.items()}
     wide.labels = case.labels
-    ours, theirs, _ = wide.logps()
+    ours, theirs, _ = wide.logprobs()
     expected = losses.dpo_loss(*ours.chunk(2), *theirs.chunk(2)).loss
     torch.testing.assert_close(found.loss.double(), expected, rtol=1e-4, atol=1e-4)
     assert all(g.dtype == dtype for g in torch.autograd.grad(found.loss, case.inputs))
@@ -180,10 +180,10 @@ X, W, L = torch.zeros(4, 3, 2), torch.zeros(5, 2), torch.zeros(4, 3, dtype=torch
     "call, message",
     [
         (lambda: losses.linear_dpo_loss(X, W, L), "linear_dpo_loss: the reference is None, expected one of ref_hid"),
-        (lambda: losses.linear_dpo_loss(X, W, L, ref_hidden=X, ref_logps=X), "is ref_hidden and ref_logps, expected"),
-        (lambda: losses.linear_dpo_loss(X, W, L, ref_logps=X[:, 0, 0], ref_weight=W), "ref_weight is given, expected"),
+        (lambda: losses.linear_dpo_loss(X, W, L, ref_hidden=X, ref_logprobs=X), "is ref_hidden and ref_logprobs,"),
+        (lambda: losses.linear_dpo_loss(X, W, L, ref_logprobs=X[:, 0, 0], ref_weight=W), "ref_weight is given"),
         (lambda: losses.linear_dpo_loss(X[:3], W, L[:3], ref_hidden=X[:3]), "labels is of 3 completions, expected two"),
-        (lambda: losses.linear_dpo_loss(X, W, L, ref_logps=X[0, 0]), r"ref_logps is of shape \(2,\), expected \(4,\)"),
+        (lambda: losses.linear_dpo_loss(X, W, L, ref_logprobs=X[0, 0]), r"is of shape \(2,\), expected \(4,\)"),
         (lambda: losses.linear_orpo_loss(X[:1], W, L[:1]), "linear_orpo_loss: labels is of 1 completions"),
         (lambda: losses.linear_cpo_loss(X, W, L, nll=X), "linear_cpo_loss: nll is given"),
         (lambda: losses.linear_kto_loss(X, W, L, L[:, 0], None), "linear_kto_loss: the reference is None"),

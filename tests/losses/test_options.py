@@ -63,12 +63,12 @@ def test_wpo_weights_are_those_of_the_distribution():
     assert not found.requires_grad
     labels = torch.where(mask.bool(), target, -100)
     ref = torch.randn(4, dtype=torch.float64)
-    loss = losses.linear_dpo_loss(hidden, weight, labels, ref_logps=ref, use_weighting=True, beta=0.2)
-    logps = torch.stack([p[i, k, target[i, k]].log() for i in range(4) for k in range(9) if mask[i, k]])
-    ratio = torch.stack([part.sum() for part in logps.split(mask.sum(1).tolist())]) - ref
+    loss = losses.linear_dpo_loss(hidden, weight, labels, ref_logprobs=ref, use_weighting=True, beta=0.2)
+    logprobs = torch.stack([p[i, k, target[i, k]].log() for i in range(4) for k in range(9) if mask[i, k]])
+    ratio = torch.stack([part.sum() for part in logprobs.split(mask.sum(1).tolist())]) - ref
     x = 0.2 * (ratio[:2] - ratio[2:])
     torch.testing.assert_close(loss.losses, torch.log1p(torch.exp(-x)) * expected[:2] * expected[2:])
-    alone = losses.linear_dpo_loss(hidden, weight, labels, ref_logps=ref, beta=0.2)
+    alone = losses.linear_dpo_loss(hidden, weight, labels, ref_logprobs=ref, beta=0.2)
     torch.testing.assert_close(alone.losses, torch.log1p(torch.exp(-x)))
 
 
@@ -78,13 +78,13 @@ def test_ld_alpha_is_of_the_reference_too():
     weight = torch.randn(11, 6, dtype=torch.float64)
     _, mask = rows()
     target = torch.randint(11, (4, 9))
-    logps = [
+    logprobs = [
         losses.sequence_logprobs(
             (h @ weight.T).log_softmax(-1).gather(-1, target[..., None])[..., 0], mask, ld_alpha=0.4
         )  # fmt: skip
         for h in (hidden, ref_hidden)
     ]
-    expected = losses.dpo_loss(*logps[0].chunk(2), *logps[1].chunk(2))
+    expected = losses.dpo_loss(*logprobs[0].chunk(2), *logprobs[1].chunk(2))
     labels = torch.where(mask.bool(), target, -100)
     found = losses.linear_dpo_loss(hidden, weight, labels, ref_hidden=ref_hidden, ld_alpha=0.4)
     torch.testing.assert_close(found.losses, expected.losses)
@@ -100,12 +100,12 @@ def test_without_a_reference():
     hidden, weight = torch.randn(4, 9, 6), torch.randn(11, 6)
     labels = torch.randint(11, (4, 9))
     free = losses.linear_dpo_loss(hidden, weight, labels, reference_free=True)
-    zero = losses.linear_dpo_loss(hidden, weight, labels, ref_logps=torch.zeros(4))
+    zero = losses.linear_dpo_loss(hidden, weight, labels, ref_logprobs=torch.zeros(4))
     assert torch.equal(free.losses, zero.losses)
     with pytest.raises(ValueError, match="ref_rejected is given, expected as ref_chosen is"):
         losses.dpo_loss(chosen, rejected, None, rejected)
-    with pytest.raises(ValueError, match="the reference is ref_logps and reference_free"):
-        losses.linear_dpo_loss(hidden, weight, labels, reference_free=True, ref_logps=torch.zeros(4))
+    with pytest.raises(ValueError, match="the reference is ref_logprobs and reference_free"):
+        losses.linear_dpo_loss(hidden, weight, labels, reference_free=True, ref_logprobs=torch.zeros(4))
     with pytest.raises(ValueError, match="linear_kto_loss: reference_free is given"):
         losses.linear_kto_loss(hidden, weight, labels, torch.ones(4), None, reference_free=True)
 
@@ -113,22 +113,24 @@ def test_without_a_reference():
 @pytest.mark.parametrize("shift", [0.0, -1.3, torch.tensor(0.4)])
 def test_bco(shift):
     torch.manual_seed(4)
-    logps, ref = torch.randn(2, 6, dtype=torch.float64)
-    logps.requires_grad_()
+    logprobs, ref = torch.randn(2, 6, dtype=torch.float64)
+    logprobs.requires_grad_()
     good, weights = torch.tensor([1, 0, 0, 1, 1, 0]), torch.rand(6, dtype=torch.float64)
-    reward = 0.3 * (logps - ref)
+    reward = 0.3 * (logprobs - ref)
     sigmoid = lambda x: 1 / (1 + torch.exp(-x))  # noqa: E731
     expected = -torch.where(good > 0, sigmoid(reward - shift), sigmoid(shift - reward)).log() * weights
-    found = losses.bco_loss(logps, ref, good, shift=shift, beta=0.3, weights=weights)
+    found = losses.bco_loss(logprobs, ref, good, shift=shift, beta=0.3, weights=weights)
     torch.testing.assert_close(found.losses, expected)
-    a, b = (torch.autograd.grad(t, logps, retain_graph=True)[0] for t in (found.loss, expected.mean()))
+    a, b = (torch.autograd.grad(t, logprobs, retain_graph=True)[0] for t in (found.loss, expected.mean()))
     torch.testing.assert_close(a, b)
     torch.testing.assert_close(found.rewards, reward.detach())
-    pairs = losses.dpo_loss(logps[:3], logps[3:], ref[:3], ref[3:], loss_type="bco_pair", bco_shift=shift, beta=0.3)
+    pairs = losses.dpo_loss(
+        logprobs[:3], logprobs[3:], ref[:3], ref[3:], loss_type="bco_pair", bco_shift=shift, beta=0.3
+    )
     expected = -sigmoid(reward[:3] - shift).log() - sigmoid(-(reward[3:] - shift)).log()
     torch.testing.assert_close(pairs.losses, expected)
     with pytest.raises(ValueError, match="bco_shift is 0.5, expected 0, as loss_type is 'sigmoid'"):
-        losses.dpo_loss(logps[:3], logps[3:], ref[:3], ref[3:], bco_shift=0.5)
+        losses.dpo_loss(logprobs[:3], logprobs[3:], ref[:3], ref[3:], bco_shift=0.5)
 
 
 def test_the_shift_follows_the_rewards():
@@ -149,15 +151,15 @@ def test_the_shift_follows_the_rewards():
     again = losses.RewardShift()
     again.load_state_dict(shift.state_dict())
     assert again.value == shift.value == copy.deepcopy(shift).value
-    logps, ref, labels = torch.randn(4).requires_grad_(), torch.randn(4), torch.tensor([1, 1, 0, 0])
+    logprobs, ref, labels = torch.randn(4).requires_grad_(), torch.randn(4), torch.tensor([1, 1, 0, 0])
     before = shift.value.clone()
     with torch.no_grad():
-        measured = losses.bco_loss(logps, ref, labels, shift=shift)
+        measured = losses.bco_loss(logprobs, ref, labels, shift=shift)
     assert shift.value == before
-    torch.testing.assert_close(measured.losses, losses.bco_loss(logps, ref, labels, shift=before).losses)
-    trained = losses.bco_loss(logps, ref, labels, shift=shift)
+    torch.testing.assert_close(measured.losses, losses.bco_loss(logprobs, ref, labels, shift=before).losses)
+    trained = losses.bco_loss(logprobs, ref, labels, shift=shift)
     assert shift.value != before
-    torch.testing.assert_close(trained.losses, losses.bco_loss(logps, ref, labels, shift=shift.value).losses)
+    torch.testing.assert_close(trained.losses, losses.bco_loss(logprobs, ref, labels, shift=shift.value).losses)
     only = losses.RewardShift()
     assert only.update(torch.tensor([2.0, 4.0]), torch.zeros(0)) == 3
 
@@ -166,10 +168,10 @@ def test_bco_from_hidden_states():
     torch.manual_seed(6)
     hidden, weight = torch.randn(3, 5, 6), torch.randn(11, 6)
     labels = torch.randint(11, (3, 5))
-    logps = (hidden @ weight.T).log_softmax(-1).gather(-1, labels[..., None])[..., 0].sum(1)
+    logprobs = (hidden @ weight.T).log_softmax(-1).gather(-1, labels[..., None])[..., 0].sum(1)
     good, ref = torch.tensor([1, 0, 0]), torch.randn(3)
-    found = losses.linear_bco_loss(hidden, weight, labels, good, ref_logps=ref, shift=0.2)
-    torch.testing.assert_close(found.losses, losses.bco_loss(logps, ref, good, shift=0.2).losses)
+    found = losses.linear_bco_loss(hidden, weight, labels, good, ref_logprobs=ref, shift=0.2)
+    torch.testing.assert_close(found.losses, losses.bco_loss(logprobs, ref, good, shift=0.2).losses)
 
 
 @pytest.mark.parametrize("options, message", [

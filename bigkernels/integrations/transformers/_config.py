@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..._deprecated import renamed_members
 from ...quantization import Format, resolve_format
 from ...quantization._select import as_names
 
@@ -19,11 +20,12 @@ VERSION = 1
 Formats = str | Format | Mapping[str, str | Format | None]
 
 
+@renamed_members("bigkernels.integrations.transformers.Config", config="format")
 class Config(QuantizationConfigMixin):
     """``from_pretrained(path, quantization_config=Config("int4"))`` quantizes each weight as it is read.
 
     Args:
-        config, skip, embeddings: as `bigkernels.quantize` takes them. Formats that are calibrated need a loaded model.
+        format, skip, embeddings: as `bigkernels.quantize` takes them. Formats that are calibrated need a loaded model.
         formats, tied, adapters, version, quant_method: what config.json of a saved model says: the formats and the
             names of their layers (``*`` for any number), layers that share the codes of another, and adapters
             (`bigkernels.nn.LoRALinear`).
@@ -33,7 +35,7 @@ class Config(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, config: Formats | dict | None = None, *, skip: str | tuple[str, ...] = ("lm_head",),
+        self, format: Formats | dict | None = None, *, skip: str | tuple[str, ...] = ("lm_head",),
         embeddings: bool = False, formats: list[dict] | None = None, tied: dict[str, str] | None = None,
         adapters: list[dict] | None = None, version: int = VERSION, quant_method: str = METHOD,
     ) -> None:  # fmt: skip
@@ -41,7 +43,7 @@ class Config(QuantizationConfigMixin):
             raise ValueError(f"bigkernels: the model was saved by a newer bigkernels: files of version {version}, "
                              f"where {VERSION} is known")  # fmt: skip
         self.quant_method = quant_method
-        self.config, self.skip, self.embeddings = _formats(config), as_names(skip), embeddings
+        self.format, self.skip, self.embeddings = _formats(format), as_names(skip), embeddings
         self.reading: Any = None  # makes the operation of the loader from a model, where it is not the usual one
         self.held = {"formats": formats or [], "tied": tied or {}, "adapters": adapters or []}
         for each in self._chosen():
@@ -49,8 +51,14 @@ class Config(QuantizationConfigMixin):
                 raise ValueError(f"bigkernels: {each} is calibrated; load the model, then "
                                  "bigkernels.quantize(model, ..., calibration=batches)")  # fmt: skip
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Of what config.json says, where the format is called "config"."""
+        names = {"config": "format"}
+        return super().from_dict({names.get(key, key): value for key, value in config_dict.items()}, **kwargs)
+
     def _chosen(self) -> list[Format | None]:
-        return list(self.config.values()) if isinstance(self.config, dict) else [self.config]
+        return list(self.format.values()) if isinstance(self.format, dict) else [self.format]
 
     def to_dict(self) -> dict[str, Any]:
         if "peft" in sys.modules:  # which asks for a model's configuration before it puts adapters on
@@ -58,10 +66,10 @@ class Config(QuantizationConfigMixin):
         made: dict[str, Any] = {"quant_method": self.quant_method, "version": VERSION}
         if any(self.held.values()):
             return made | {key: value for key, value in self.held.items() if value}
-        if isinstance(self.config, dict):
-            made["config"] = {key: None if f is None else as_dict(f) for key, f in self.config.items()}
-        elif self.config is not None:
-            made["config"] = as_dict(self.config)
+        if isinstance(self.format, dict):
+            made["config"] = {key: None if f is None else as_dict(f) for key, f in self.format.items()}
+        elif self.format is not None:
+            made["config"] = as_dict(self.format)
         return made | {"skip": list(self.skip), "embeddings": self.embeddings}
 
     def __iter__(self):

@@ -40,7 +40,7 @@ class Reading(ReadingBase):
     """
 
     def __init__(self, model: nn.Module, config: Config) -> None:
-        if config.config is None:
+        if config.format is None:
             raise ValueError("bigkernels: quantization_config names no format; as in Config('int4')")
         for target, source in getattr(model, "all_tied_weights_keys", {}).items():
             owner, _, key = target.rpartition(".")
@@ -50,7 +50,7 @@ class Reading(ReadingBase):
                 continue
             model.get_submodule(owner)._parameters[key] = shared
         self.report = QuantizeReport()
-        found = select(model, config.config, config.skip, None, config.embeddings, self.report)
+        found = select(model, config.format, config.skip, None, config.embeddings, self.report)
         self.chosen: dict[str, list[Chosen] | None] = {}
         self._formats = found.experts
         for members in (*([one] for one in found.alone), *found.shared):

@@ -19,6 +19,7 @@ from ...program._suspend import RECORD
 from ._optimizers import NAMES, can_be_taught, is_ours
 
 _SPEED, _MEMORY = "tokens_per_second", "peak_memory_gib"
+_WHAT = "bigkernels.integrations.transformers.TrainerCallback"
 
 
 class TrainerCallback(transformers.TrainerCallback):
@@ -57,12 +58,12 @@ class TrainerCallback(transformers.TrainerCallback):
         optim_args: str | Mapping[str, Any] | None = None, report: bool = True, head: bool = True,
     ) -> None:  # fmt: skip
         if optim is not None and optim not in NAMES:
-            raise ValueError(f"bigkernels.TrainerCallback: optim is {optim!r}; accepted are {', '.join(NAMES)}")
+            raise ValueError(f"{_WHAT}: optim is {optim!r}; accepted are {', '.join(NAMES)}")
         if optim is not None and not can_be_taught():
-            raise ImportError("bigkernels.TrainerCallback: this version of transformers takes no names of others; give "
+            raise ImportError(f"{_WHAT}: this version of transformers takes no names of others; give "
                               "the trainer optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(name, args)")  # fmt: skip
         if optim is None and optim_args is not None:
-            raise ValueError("bigkernels.TrainerCallback: optim_args are given and optim is not")
+            raise ValueError(f"{_WHAT}: optim_args are given and optim is not")
         self.options = None if patch is False else {} if patch is True else dict(patch)
         self.optim, self.optim_args, self.reports, self.head = optim, optim_args, report, head
         self.report: Any = None
@@ -88,7 +89,7 @@ class TrainerCallback(transformers.TrainerCallback):
                        **kwargs: Any) -> None:  # fmt: skip
         if self.optim is not None and not is_ours(optimizer):
             kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
-            raise ValueError(f"bigkernels.TrainerCallback: optim is {self.optim!r}, and the trainer has a {kind}: it "
+            raise ValueError(f"{_WHAT}: optim is {self.optim!r}, and the trainer has a {kind}: it "
                              "has optimizers, optimizer_cls_and_kwargs or a create_optimizer of its own")  # fmt: skip
         if model is not None:
             self._patch(model)
@@ -117,7 +118,7 @@ class TrainerCallback(transformers.TrainerCallback):
         if self.options is None or any(RECORD in module.__dict__ for module in model.modules()):
             return
         if any(isinstance(p, DTensor) for p in model.parameters()):
-            what = "bigkernels.TrainerCallback: the model is sharded already and stays unpatched; patch it before"
+            what = f"{_WHAT}: the model is sharded already and stays unpatched; patch it before"
             warnings.warn(what, stacklevel=3)
             return
         self.report = patch_model(model, **self.options)
