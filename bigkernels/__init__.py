@@ -7,11 +7,12 @@ from .checkpointing import apply_checkpointing, checkpoint, checkpointed, remove
 from .gguf import load_gguf, save_gguf
 from .nn.linear import pack
 from .ops import allow_nondeterministic, use
-from .patch import patch, patched, unpatch
+from .patch import LossMetrics, patch, patched, unpatch
 from .published import load_quantized, save_quantized
 from .quantization import dequantize, quantize, quantized, refresh
 
 __all__ = [
+    "LossMetrics",
     "__version__",
     "allow_nondeterministic",
     "apply_checkpointing",

@@ -9,6 +9,7 @@ How a rule works, and how to add one, is in `README.md` beside this file.
 """
 
 from ._api import patch, patched, unpatch
+from ._metrics import LossMetrics
 from ._report import PatchReport, Row
 
-__all__ = ["PatchReport", "Row", "patch", "patched", "unpatch"]
+__all__ = ["LossMetrics", "PatchReport", "Row", "patch", "patched", "unpatch"]

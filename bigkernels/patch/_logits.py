@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from .. import functional
 from ..ops._arguments import autocast_dtype
 from ._lazy import Kind, Lazy, Values
+from ._metrics import LossMetrics
 
 _aten = torch.ops.aten
 _ROWS_STAY = (_aten.view.default, _aten._unsafe_view.default, _aten._reshape_alias.default, _aten.alias.default,
@@ -39,6 +40,7 @@ class Note:
     origin: tuple[Tensor | None, ...] | None
     scale: float = 1.0
     cap: float | None = None
+    watcher: LossMetrics | None = None
 
     def then(self, step: Callable[[Tensor], Tensor], **changes: Any) -> Note:
         replay = self.replay
@@ -59,11 +61,20 @@ class Note:
     def _same_sample(self) -> bool:
         return self.sample is None or torch.equal(self.sample, _sample(self.weight))
 
-    def cross_entropy(self, hidden, weight, bias, target, class_weight, options) -> Tensor:
+    def cross_entropy(self, hidden, weight, bias, target, class_weight, options, report: bool = False) -> Tensor:
+        """With `report`, the watcher is told of it."""
+        report = report and self.watcher is not None
         scale = self.scale if self.cap is None else self.scale * self.cap
-        return functional.linear_cross_entropy(hidden, weight, target.view(hidden.shape[:-1]), bias,
-                                               class_weight=class_weight, softcap=self.cap, logit_scale=scale,
-                                               **options)  # fmt: skip
+        found = functional.linear_cross_entropy(hidden, weight, target.view(hidden.shape[:-1]), bias,
+                                                class_weight=class_weight, softcap=self.cap, logit_scale=scale,
+                                                return_z_loss=report, return_token_accuracy=report,
+                                                **options)  # fmt: skip
+        if not report:
+            return found
+        if options.get("reduction", "mean") != "none":
+            kept = target != options.get("ignore_index", -100)
+            self.watcher.add(found, kept, options.get("reduction", "mean") == "mean")
+        return found.loss
 
 
 def _sample(weight: Any) -> Tensor | None:
@@ -85,7 +96,9 @@ class Logits(Lazy):
     note: Note | None = None
 
     @classmethod
-    def of(cls, head: Callable, hidden: Tensor, weight: Any, bias: Tensor | None) -> Logits:
+    def of(
+        cls, head: Callable, hidden: Tensor, weight: Any, bias: Tensor | None, watcher: LossMetrics | None = None
+    ) -> Logits:
         lowered, kind = autocast_dtype(hidden.device), hidden.device.type
         known = torch.amp.is_autocast_available(kind)
 
@@ -99,7 +112,7 @@ class Logits(Lazy):
         sources = tuple((t.detach(), version) for t, version in sources)  # which share the counter
         trained = weight if isinstance(weight, Tensor) else None
         note = Note(hidden.detach(), _plain(weight), _plain(bias), product, sources, _sample(weight),
-                    (hidden, trained, bias))  # fmt: skip
+                    (hidden, trained, bias), watcher=watcher)  # fmt: skip
         return _Head.apply(cls, note, lowered or hidden.dtype, hidden, trained, bias)
 
     @classmethod
@@ -123,6 +136,9 @@ class Logits(Lazy):
 
     def cross_entropy(self, target: Tensor, weight: Tensor | None = None, **options: Any) -> Tensor:
         """As `bigkernels.functional.cross_entropy` of rows of these logits, in float32."""
+        watcher = self.note.watcher
+        if watcher is not None and watcher.coefficient:
+            options["z_loss"] = watcher.coefficient
         return _Loss.apply(self, target, weight, options)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -319,8 +335,8 @@ class _Loss(torch.autograd.Function):
         ctx.save_for_backward(target, class_weight, z if note.origin is None else None, *origin)
         if not ctx.needs_input_grad[0] or not any(ctx.wanted):
             ctx.made = None
-            return note.cross_entropy(note.hidden, note.weight, note.bias, target, class_weight, options)
-        ctx.made = _fused(ctx, origin, target, class_weight)
+            return note.cross_entropy(note.hidden, note.weight, note.bias, target, class_weight, options, True)
+        ctx.made = _fused(ctx, origin, target, class_weight, True)
         return ctx.made[0].detach()
 
     @staticmethod
@@ -341,7 +357,7 @@ class _Loss(torch.autograd.Function):
         return Gradient.of(parts, None, elements, ctx.like), None, None, None
 
 
-def _of_logits(z, target, class_weight, grad, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+def _of_logits(z, target, class_weight, grad, ignore_index=-100, reduction="mean", label_smoothing=0.0, z_loss=0.0):
     """The gradient of the cross entropy of logits z (..., V), by operators that can be differentiated."""
     rows, target = z.reshape(-1, z.shape[-1]).float(), target.reshape(-1, 1).long()
     kept = target != ignore_index
@@ -356,6 +372,8 @@ def _of_logits(z, target, class_weight, grad, ignore_index=-100, reduction="mean
     found = (1 - label_smoothing) * of_target * (p - hot)
     if label_smoothing:
         found = found + label_smoothing / len(weight) * (weight.sum() * p - weight)
+    if z_loss:
+        found = found + 2 * z_loss * torch.logsumexp(rows, -1, keepdim=True) * p
     return (grad * found).reshape(z.shape).to(z.dtype)
 
 
@@ -367,13 +385,13 @@ def _or(value: Any, other: Any) -> Any:
     return other if value is None else value
 
 
-def _fused(ctx, origin, target, class_weight):
+def _fused(ctx, origin, target, class_weight, report=False):
     """The loss and what it is differentiated by. A graph of its own: its gradients are those of the logits' inputs."""
     leaves = [t if t is None else t.detach().requires_grad_(w) for t, w in zip(origin, ctx.wanted, strict=True)]
     hidden, weight, bias = leaves
     with torch.enable_grad():
         weight = _or(ctx.note.weight, weight)
-        return ctx.note.cross_entropy(hidden, weight, bias, target, class_weight, ctx.options), leaves
+        return ctx.note.cross_entropy(hidden, weight, bias, target, class_weight, ctx.options, report), leaves
 
 
 def settled(logits: Any) -> Any:

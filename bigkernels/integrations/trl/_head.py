@@ -18,6 +18,7 @@ from ...nn._weight import LazyWeight
 from ...ops._arguments import autocast_dtype
 from ...ops._chunks import Call, per_token
 from ...ops.linear_logprobs import REPORTS, LogProbs, finished
+from ...patch._metrics import watcher_of
 from ...program._suspend import PASSES_ON
 from ...quantization import QuantizedWeight
 
@@ -110,6 +111,10 @@ class _Head:
 
 
 def _check_output_layer(module: nn.Module) -> None:
+    watcher = watcher_of(module)
+    if watcher is not None and watcher.coefficient:
+        raise ValueError("bigkernels.integrations.trl: the model has LossMetrics with a z_loss, which TRL's loss would "
+                         "not have")  # fmt: skip
     layer = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     if layer is not None and hasattr(layer, "base_layer") and getattr(layer, "active_adapters", None):
         raise ValueError("bigkernels.integrations.trl: the output layer has an adapter, and TRL's fused head reads the "

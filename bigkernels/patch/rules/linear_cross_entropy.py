@@ -25,6 +25,7 @@ from ...ops._registry import _transforms
 from .._device import probe_device
 from .._isolated import Stand, check_effects, is_trusted, isolated
 from .._logits import Logits
+from .._metrics import watcher_of
 from .._places import stays
 from .._rule import Fit, Plan, Site, Skip, SourceRule
 from .._source import Source, call, replace
@@ -42,10 +43,15 @@ _FORWARDS = {cls: cls.forward for cls in (nn.Linear, Linear, QuantizedLinear)}
 
 def logits(module: nn.Module, labels: Any, head: Any, hidden: Any) -> Any:
     """head(hidden), or what stands for it where the model is in training and nobody observes the head."""
-    if labels is not None and module.training and torch.is_grad_enabled() and not _traced():
-        weight = _weight(head)
+    if labels is not None and module.training and torch.is_grad_enabled():
+        watcher = watcher_of(module)
+        weight = None if _traced() else _weight(head)
         if weight is not None and _fits(weight, head.bias, hidden) and unobserved(head) and stays(head, weight):
-            return Logits.of(head, hidden, weight, head.bias)
+            return Logits.of(head, hidden, weight, head.bias, watcher)
+        if watcher is not None and watcher.coefficient:
+            raise RuntimeError("bigkernels.LossMetrics: this step makes its logits (torch.compile, hooks on the output"
+                               " layer, or one that is sharded or has an adapter), and its loss would have no "
+                               "z_loss")  # fmt: skip
     return head(hidden)
 
 
