@@ -27,7 +27,7 @@ class Unavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Package:
-    """A pinned archive of the package index. The hash is checked by pip, whichever index serves the file."""
+    """A pinned archive of the package index. The hash is checked by pip, whichever index the file comes from."""
 
     name: str
     version: str

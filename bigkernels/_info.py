@@ -29,11 +29,11 @@ _CPU_FEATURES = (*(f for features in ISA_FEATURES.values() for f in features), "
 
 
 def info() -> dict:
-    """Versions, processor, memory, GPUs, libraries, and for every operator who can serve it here.
+    """Versions, processor, memory, GPUs, libraries, and the implementations of every operator.
 
     Returns:
         A dictionary that `json.dumps` accepts. `["operators"][op][device][dtype]` maps each implementation to None
-        where it can serve and to the reason where it cannot, in the order in which they are tried. `["programs"]` says
+        where it can run and to the reason where it cannot, in the order in which they are tried. `["programs"]` says
         whether models decode in step programs here, what memory these keep, and what became of each patched model of
         the process: its state, calls answered by the program and by the modules, and why. `["routes"]` lists
         who computes what on GPUs, for the newest of this machine or, where there is none, for each range of compute

@@ -17,7 +17,7 @@ def reuse_memory() -> bool:
     undone, so it is never done on import; a process that runs under jemalloc or tcmalloc does not need it.
 
     `bigkernels.memory.pool` is the other way to it: for torch's tensors alone, on huge pages, with a limit, counters
-    and a way back; memory that libraries allocate for themselves is served by this one only.
+    and a way back; memory that libraries allocate for themselves is kept by this one only.
 
     Returns:
         Whether the setting took effect: False where the C library is not glibc.

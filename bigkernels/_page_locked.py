@@ -16,8 +16,8 @@ def page_locked(nbytes: int) -> Tensor:
     """Bytes (nbytes,) in host memory that a GPU reads and writes while neither side waits.
 
     torch's own page-locked memory comes in powers of two (pytorch #171662): a tensor of 1.1 GB holds 2 GB. Here pages
-    of the system are registered with the driver, and given back with the tensor. Where it refuses, torch's memory
-    serves.
+    of the system are registered with the driver, and given back with the tensor. Where it refuses, it is
+    torch's own.
     """
     if nbytes < _SMALL:
         return _of_torch(nbytes)

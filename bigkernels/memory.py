@@ -27,7 +27,9 @@ torch.library.define("bigkernels::release_workspaces", "() -> int")
 torch.library.define("bigkernels::limit_workspaces", "(int nbytes) -> int")
 
 _UNLIMITED = 2**62
-_TRIED = 1 << 20  # bytes of a tensor that shows whether the pool serves torch; above the pool's smallest block
+_TRIED = (
+    1 << 20
+)  # bytes of a tensor that shows whether torch's memory comes from the pool; above the pool's smallest block
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class Pool:
         return torch.ops.bigkernels.pool_trim() if cpu_library().reason is None else 0
 
     def off(self) -> None:
-        """Let malloc serve torch again. Tensors in the pool live on; their memory goes back when they are freed."""
+        """Let torch's memory come from malloc again. Tensors in the pool live on; their memory goes back when they are
+        freed."""
         with _switch:
             self.active = False
             _set(None)
@@ -125,7 +128,7 @@ def pool(limit: int | float | None = None, huge_pages: bool = True) -> Pool:
     Only what torch's allocator asks for is affected, by rebinding what its library (libc10.so) imports as
     `posix_memalign` and `free`; malloc stays as it is for everybody else. `reuse_memory` is the other way:
     it changes malloc for the whole process, by two glibc settings, cannot be undone or bounded, uses no huge pages, and
-    serves memory that is not torch's, too. The two go together. Forked processes keep the pool; tensors may be freed
+    works on memory that is not torch's, too. The two go together. Forked processes keep the pool; tensors may be freed
     after the pool they came from is off, and by any thread.
 
     Args:
@@ -179,9 +182,9 @@ def _set(settings: tuple[int, bool] | None) -> str | None:
     if reason := torch.ops.bigkernels.pool_on(*settings):
         return reason
     _settings = settings
-    served = _blocks()
+    before = _blocks()
     torch.empty(_TRIED, dtype=torch.uint8, device="cpu")
-    if _blocks() == served:
+    if _blocks() == before:
         _set(None)
         return "torch's CPU allocator does not take its memory from the C library"
     return None

@@ -1,4 +1,4 @@
-"""What the compiled libraries contain and need: one binary must serve every Python, torch >= 2.10 and processor."""
+"""What the compiled libraries contain and need: one binary is for every Python, torch >= 2.10 and processor."""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ def test_samples_reach_the_launch(sample: Sample, dtype: torch.dtype, driver):
     inputs = sample.inputs(dtype)
     calls = recorded(sample, inputs, "triton")
     assert calls  # of raw operators: the reference was not asked
-    served = all(t.dtype in KERNEL_DTYPES and t.numel() for t in inputs.values() if t.is_floating_point())
-    assert driver.launches or not served
+    supported = all(t.dtype in KERNEL_DTYPES and t.numel() for t in inputs.values() if t.is_floating_point())
+    assert driver.launches or not supported
 
 
 @pytest.mark.parametrize("fp8", [False, True])

@@ -30,5 +30,5 @@ names = [f"bigkernels::{{name}}" for name in launchers()]
 found = [torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in names]
 print(sorted(set(OPERATORS) - set(kernels)), all(found), any(found), "triton" in sys.modules)
 """
-    # cuBLAS serves linear, and the products of linear_cross_entropy.
+    # cuBLAS computes linear, and the products of linear_cross_entropy.
     assert python(snippet) == f"['linear', 'linear_cross_entropy'] {built} {built} False"

@@ -11,7 +11,7 @@ from .._version import __version__
 
 # name: (module with add_arguments(parser) and run(args) -> exit code, one line of help)
 COMMANDS = {
-    "info": ("bigkernels._cli.info", "versions, CPU and GPUs, and which implementations can serve on this machine"),
+    "info": ("bigkernels._cli.info", "versions, CPU and GPUs, and which implementations run on this machine"),
     "check": ("bigkernels._cli.check", "run every operator here and compare it with its float64 reference"),
     "bench": ("bigkernels._cli.bench", "time the operators against PyTorch, torch.compile and installed peers"),
     "plan": ("bigkernels._cli.plan", "what a training step or a generation will need, without running it"),

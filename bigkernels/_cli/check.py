@@ -44,11 +44,11 @@ def run(args: argparse.Namespace) -> int:
             for dtype in KERNEL_DTYPES:
                 steps.begin(f"{name} {_short(dtype)}")
                 refusals = OPERATORS[name].refusals(device, dtype)
-                serving = [
+                runnable = [
                     i for i, reason in refusals.items() if reason is None and i not in ("reference", "torch", "gluon")
                 ]
-                tallies += [check(name, dtype, implementation, device) for implementation in serving]
-                if not serving:
+                tallies += [check(name, dtype, implementation, device) for implementation in runnable]
+                if not runnable:
                     why = "; ".join(f"{i}: {reason}" for i, reason in refusals.items() if reason)
                     unserved.setdefault((name, why), []).append(dtype)
     _report(device, tallies, unserved)
@@ -101,7 +101,7 @@ def _report(device: str, tallies: list[Tally], unserved: dict[tuple[str, str], l
         table(f"Check on {device}, forward and backward", columns, rows, right=("cases", "error / allowed"))
     if unserved:
         rows = [[name, ", ".join(map(_short, dtypes)), why] for (name, why), dtypes in unserved.items()]
-        table("Not checked: no kernel serves these, the reference runs", ["operator", "dtypes", "why"], rows)
+        table("Not checked: no kernel supports these, the reference runs", ["operator", "dtypes", "why"], rows)
     for failure in (f for t in tallies for f in t.failures):
         print(failure)
 

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
         for name, entry in found["libraries"].items()
     ]
     table("Libraries", ["library", "state", "path or reason"], libraries)
-    columns = ["operator", "device", "dtypes", "served by", "others"]
+    columns = ["operator", "device", "dtypes", "runs on", "others"]
     table("Operators", columns, [row for op, devices in found["operators"].items() for row in _served(op, devices)])
     table("Step programs", ["what", "value"], _programs(found["programs"]))
     columns = ["operator", "calls", "capabilities", "computed by", "evidence"]
@@ -75,15 +75,15 @@ def _machine(found: dict) -> list[list[str]]:
 
 
 def _served(operator: str, devices: dict) -> list[list[str]]:
-    """One row for each group of dtypes that are served alike."""
+    """One row for each group of dtypes that the same implementations support."""
     rows = []
     for device, dtypes in devices.items():
         groups: dict[tuple, list[str]] = {}
         for dtype, refusals in dtypes.items():
             groups.setdefault(tuple(refusals.items()), []).append(dtype)
         for refusals, names in groups.items():
-            served = next(name for name, reason in refusals if reason is None)
-            rest = [(name, reason) for name, reason in refusals if name not in (served, "reference")]
-            others = "; ".join(f"{name}: {reason or 'could serve too'}" for name, reason in rest)
-            rows.append([operator, device, ", ".join(names), served, others])
+            first = next(name for name, reason in refusals if reason is None)
+            rest = [(name, reason) for name, reason in refusals if name not in (first, "reference")]
+            others = "; ".join(f"{name}: {reason or 'supported, too'}" for name, reason in rest)
+            rows.append([operator, device, ", ".join(names), first, others])
     return rows

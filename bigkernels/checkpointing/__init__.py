@@ -1,4 +1,7 @@
-"""Less kept for backward: recomputed, in 8 bits, or elsewhere; policies say which."""
+"""Less kept for backward: recomputed, in 8 bits, or elsewhere; policies say which.
+
+A *checkpointed segment*, a segment for short, is what a policy is applied to: a call of a function, or of a module.
+"""
 
 from .._deprecated import renamed_functions
 from ._blocks import apply_checkpointing, checkpointed, remove_checkpointing

@@ -1,4 +1,4 @@
-"""The repeated blocks of a model as regions."""
+"""The repeated blocks of a model as segments."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def apply_checkpointing(
     every: int = 1,
     modules: Iterable[nn.Module | str] | type | None = None,
 ) -> list[str]:
-    """Make regions of a model's repeated blocks, as `bigkernels.checkpoint` does of a function.
+    """Make segments of a model's repeated blocks, as `bigkernels.checkpoint` does of a function.
 
     Blocks are found by structure: the modules of the longest lists whose modules are of one class and hold equal sets
     of parameters. Only calls of the instances change: classes, parameters, hooks and state_dict stay as they are, and
@@ -55,15 +55,15 @@ def apply_checkpointing(
     Args:
         policy: as in `bigkernels.checkpoint`. Blocks of one structure learn together what a "selective" policy keeps.
         every: 1 for all blocks, 2 for every second one, and so on: the others keep what they always did.
-        modules: what to make regions of, in place of the search: modules or their names in `model`, or a class.
+        modules: what to make segments of, in place of the search: modules or their names in `model`, or a class.
 
     Returns:
-        The names of the modules that are now regions.
+        The names of the modules that are now segments.
 
     Raises:
         TypeError, ValueError: there is no such policy; `every` is not positive; no repeated blocks are found; or a
             module of `modules` is not in the model.
-        RuntimeError: this torch does not call modules as regions need it to.
+        RuntimeError: this torch does not call modules as segments need it to.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"bigkernels.apply_checkpointing: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -78,7 +78,7 @@ def apply_checkpointing(
     found = (_blocks(model) or _blocks(model, empty=True)) if modules is None else _given(modules, names)
     if not found:
         raise ValueError("bigkernels.apply_checkpointing: no list of modules of one class and structure is in "
-                         f"{type(model).__name__}; name the regions by modules=")  # fmt: skip
+                         f"{type(model).__name__}; name the segments by modules=")  # fmt: skip
     remove_checkpointing(model)
     chosen = found[::every]
     plans: dict[tuple, Plan] = {}
@@ -112,7 +112,7 @@ def checkpointed(
 
 
 def remove_checkpointing(model: nn.Module) -> None:
-    """Undo `apply_checkpointing`. A model without regions is left as it is."""
+    """Undo `apply_checkpointing`. A model without segments is left as it is."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"bigkernels.remove_checkpointing: model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():

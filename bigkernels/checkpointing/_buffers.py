@@ -1,4 +1,4 @@
-"""Buffers that a region writes, such as the statistics of a batch norm: once a step, however often the region runs."""
+"""Buffers that a segment writes, such as the statistics of a batch norm: once a step, however often it runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _written: WeakKeyDictionary[nn.Module, dict[bool, set[str]]] = WeakKeyDictionary
 
 
 class Buffers:
-    """Those of the modules of a region, as they were when it began.
+    """Those of the modules of a segment, as they were when it began.
 
     A module's first run copies and compares all of them, to find out which it writes, as not every operator counts what
     it writes in a tensor's version; later runs copy these.
@@ -30,7 +30,7 @@ class Buffers:
                 if t is not None:
                     copied = known is None or name in known
                     self.entries.append((module, name, t, _version(t), _copy(t) if copied else None))
-        self.before: list[tuple[nn.Module, str, Tensor]] = []  # of those that are written, once the region has run
+        self.before: list[tuple[nn.Module, str, Tensor]] = []  # of those that are written, once the segment has run
 
     def ended(self) -> None:
         for module, name, t, version, copy in self.entries:
@@ -45,7 +45,7 @@ class Buffers:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """The region finds the buffers as it did, and what it does to them is forgotten."""
+        """The segment finds the buffers as it did, and what it does to them is forgotten."""
         copies: dict[int, Tensor] = {}  # by tensor, as modules may share one
         now = []
         for module, name, value in self.before:

@@ -1,4 +1,4 @@
-"""Regions under a policy: as calls, as a context, and as the blocks of a model."""
+"""Segments under a policy: as calls, as a context, and as the blocks of a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .._torch_private import disable_dynamo, transforms, tree_flatten
 from ._policy import Policy, Selection, resolve_policy
-from ._recompute import Region, within_region
+from ._recompute import Segment, within_segment
 from ._saver import Saver, is_parameter
 from ._select import ATTENTION, PRODUCTS, Plan, Results
 
@@ -25,11 +25,11 @@ _plans: WeakKeyDictionary[Any, dict[Selection, Plan]] = WeakKeyDictionary()
 def checkpoint(fn: Callable, *args: Any, policy: str | Policy = "recompute", **kwargs: Any) -> Any:
     """``fn(*args, **kwargs)``, with less kept for backward.
 
-    As `torch.utils.checkpoint.checkpoint` without reentrance: any arguments and results, regions within regions, inputs
-    and parameters with and without gradients, autocast and the random number generators as they were, and no work after
-    the last tensor that backward needs. Buffers of modules that `fn` is, is of, is given or closes over move once, and
-    `fn` runs again with what they were: statistics of batch norms, power iterations. `fn` must do the same each time.
-    With "recompute", "selective" and "offload"
+    As `torch.utils.checkpoint.checkpoint` without reentrance: any arguments and results, segments within segments,
+    inputs and parameters with and without gradients, autocast and the random number generators as they were, and no
+    work after the last tensor that backward needs. Buffers of modules that `fn` is, is of, is given or closes over move
+    once, and `fn` runs again with what they were: statistics of batch norms, power iterations. `fn` must do the same
+    each time. With "recompute", "selective" and "offload"
     the gradients are, bit for bit, those of a plain call.
 
     Args:
@@ -70,7 +70,7 @@ def saved_activations(policy: str | Policy = "int8") -> Iterator[None]:
 
 @contextmanager
 def _saving(policy: Policy, values: tuple) -> Iterator[None]:
-    if (policy.code is None and policy.place is None) or within_region():
+    if (policy.code is None and policy.place is None) or within_segment():
         yield
         return
     saver = Saver(policy, _constants(values))
@@ -86,7 +86,7 @@ def _constants(values: tuple) -> list[Tensor]:
 
 
 def run(fn: Callable, args: tuple, kwargs: dict, policy: Policy, plan: Plan | None) -> Any:
-    """A region. `plan`: what earlier runs of it have taught about what to keep."""
+    """A segment. `plan`: what earlier runs of it have taught about what to keep."""
     if not torch.is_grad_enabled():
         return fn(*args, **kwargs)
     if torch.compiler.is_dynamo_compiling():  # before what follows, which it would find true
@@ -100,21 +100,21 @@ def _eager(fn: Callable, args: tuple, kwargs: dict, policy: Policy, plan: Plan |
     if policy.keep in (None, "all"):
         with _saving(policy, (args, kwargs)):
             return fn(*args, **kwargs)
-    if within_region():  # it will run again, and what is kept here would not be given up
-        return Region(fn).run(args, kwargs)
+    if within_segment():  # it will run again, and what is kept here would not be given up
+        return Segment(fn).run(args, kwargs)
     stores = policy.code is not None or policy.place is not None
     if policy.keep == "nothing":
         hooks = None
         if stores:
             saver = Saver(policy, _constants((args, kwargs)))
             hooks = saver.pack, saver.unpack
-        return Region(fn, hooks).run(args, kwargs)
+        return Segment(fn, hooks).run(args, kwargs)
     assert isinstance(policy.keep, Selection)
     results = Results(plan or _plan_of(fn, policy.keep), Saver(policy) if stores else None)
     if results.plan.measures:
         inputs = (t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.requires_grad)
         results.input_bytes = sum(t.nbytes for t in inputs if not is_parameter(t))
-    return Region(fn, None, results.forward, results.again, results.watch).run(args, kwargs)
+    return Segment(fn, None, results.forward, results.recompute, results.watch).run(args, kwargs)
 
 
 def _plan_of(fn: Callable, selection: Selection) -> Plan:

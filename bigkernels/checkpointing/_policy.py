@@ -1,4 +1,4 @@
-"""What to keep of a region's activations, in which code, and where: three questions that know nothing of each other."""
+"""What to keep of a segment's activations, in which code, and where: three questions, independent of each other."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Selection:
 
     Attributes:
         operators: names ("aten::mm", "bigkernels::attention_fwd"), or None for attention and matrix products.
-        budget: how much may be kept of what a run without checkpointing holds: a fraction in (0, 1], or bytes a region.
-            What to keep is then chosen by the measured time of each operator a byte of its results.
+        budget: how much may be kept of what a run without checkpointing holds: a fraction in (0, 1], or bytes a
+            segment. What to keep is then chosen by the measured time of each operator a byte of its results.
     """
 
     operators: frozenset[str] | None = None
@@ -59,7 +59,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Policy:
-    """How activations of a region are saved for backward. Policies are added: each says some of the three, once.
+    """How activations of a segment are saved for backward. Policies are added: each says some of the three, once.
 
     Attributes:
         keep: "all", "nothing" (everything is recomputed), or a `Selection`; None is "all".
@@ -94,7 +94,7 @@ _HALF_OR_ALL: Any = object()  # of a budget that is not given
 
 
 def recompute() -> Policy:
-    """Keep nothing but the region's inputs, and run it again in backward (Chen et al. 2016,
+    """Keep nothing but the segment's inputs, and run it again in backward (Chen et al. 2016,
     https://arxiv.org/abs/1604.06174)."""
     return Policy(keep="nothing")
 
@@ -107,10 +107,10 @@ def selective(
 
     Args:
         operators: names or operators (`torch.ops.aten.mm`). Named without a budget, they are kept, all of them and no
-            others. None: with a budget, any that the region calls; without, attention, with its logsumexp, and matrix
+            others. None: with a budget, any that the segment calls; without, attention, with its logsumexp, and matrix
             products.
-        budget: a fraction in (0, 1] of the bytes that a run without checkpointing holds of a region, its inputs
-            included, or bytes of results a region. The first run of a region measures each operator; from the second
+        budget: a fraction in (0, 1] of the bytes that a run without checkpointing holds of a segment, its inputs
+            included, or bytes of results a segment. The first run of a segment measures each operator; from the second
             on, those with the most time a byte are kept. By default half, where no operators are named.
 
     Raises:
@@ -153,7 +153,7 @@ def fp8(*, stochastic: bool = False) -> Policy:
 def offload(folder: str | PathLike | None = None, *, min_nbytes: int = 2**20) -> Policy:
     """Move what is kept out of the way until backward comes near it.
 
-    GPU tensors go to page-locked host memory that is used again, beside the computation, and come back one region
+    GPU tensors go to page-locked host memory that is used again, beside the computation, and come back one segment
     ahead. CPU tensors go to mapped files in `folder`, which the system writes and reads as memory asks for it.
 
     Args:

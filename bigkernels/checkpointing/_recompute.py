@@ -1,7 +1,7 @@
-"""Regions whose activations are made again in backward.
+"""Segments whose activations are recomputed in backward.
 
 Hooks take the place of every tensor that autograd would save: forward only counts them. The first that backward asks
-for runs the region once more, under hooks that collect the tensors, and which stop the run at the last one.
+for runs the segment once more, under hooks that collect the tensors, and which stop the run at the last one.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
 
 class CheckpointError(RuntimeError):
-    """A region did something else when it ran again."""
+    """A segment did something else when it ran again."""
 
 
 class Misplaced(Exception):
-    """What was handed out may be the result of another call: the region has to run again without."""
+    """What was handed out may be the result of another call: the segment has to run again without."""
 
 
 class Stop(BaseException):
-    """The last saved tensor has been made again. No handler of the region's own may catch it."""
+    """The last saved tensor has been made again. No handler of the segment's own may catch it."""
 
 
 class Exact:
@@ -65,9 +65,9 @@ class _Save(torch.autograd.Function):
 
 
 class Inputs:
-    """A region's arguments until it runs again.
+    """A segment's arguments until it runs again.
 
-    Where hooks are given, or surround the region, the tensors are theirs to keep: a region within a region must not
+    Where hooks are given, or surround the segment, the tensors are theirs to keep: a segment within a segment must not
     hold what the outer one gives up.
     """
 
@@ -96,8 +96,8 @@ class Inputs:
             for i, version in zip(self.at, self.versions, strict=True):
                 if values[i]._version != version:
                     shape = tuple(values[i].shape)
-                    raise RuntimeError(f"bigkernels.checkpoint: an input of the region, of shape {shape}, was modified "
-                                       "in place after the region began")  # fmt: skip
+                    raise RuntimeError(f"bigkernels.checkpoint: an input of the segment, of shape {shape}, was "
+                                       "modified in place after the segment began")  # fmt: skip
         return _unflatten(values, self.structure)
 
 
@@ -105,7 +105,7 @@ _ATOMS = (Tensor, int, float, str, type(None))
 
 
 def _flatten(args: tuple, kwargs: dict) -> tuple[list, Any]:
-    """As `tree_flatten`, which takes longer than the rest of a region where no argument is a container."""
+    """As `tree_flatten`, which takes longer than the rest of a segment where no argument is a container."""
     values = [*args, *kwargs.values()]
     if all(isinstance(v, _ATOMS) for v in values):
         return values, tuple(kwargs)
@@ -120,7 +120,7 @@ def _unflatten(values: list, structure: Any) -> tuple[tuple, dict]:
 
 
 class Surroundings:
-    """What a region computes with beside its arguments: autocast and the random number generators."""
+    """What a segment computes with beside its arguments: autocast and the random number generators."""
 
     def __init__(self, tensors: list[Tensor]):
         self.cuda = gpus(tensors)
@@ -129,7 +129,7 @@ class Surroundings:
         self.random: list[Any] | None = random_state(self.cuda)
 
     def entered(self) -> None:
-        """The region has run: where it drew nothing, there is nothing to draw again."""
+        """The segment has run: where it drew nothing, there is nothing to draw again."""
         if self.random == random_state(self.cuda):
             self.random = None
 
@@ -176,11 +176,11 @@ def _autocast(kind: str) -> tuple:
     return True, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
 
 
-class Region:
-    """One run of a region.
+class Segment:
+    """One run of a segment.
 
-    `forward` and `again` make what surrounds the first run and the one in backward, beside the hooks; `watch` sees each
-    tensor that autograd would save.
+    `forward` and `recompute` make what surrounds the first run and the one in backward, beside the hooks; `watch` sees
+    each tensor that autograd would save.
     """
 
     def __init__(
@@ -188,12 +188,12 @@ class Region:
         fn: Callable,
         hooks: Hooks | None = None,
         forward: Callable[[], AbstractContextManager] | None = None,
-        again: Callable[[], AbstractContextManager] | None = None,
+        recompute: Callable[[], AbstractContextManager] | None = None,
         watch: Callable[[Tensor], None] | None = None,
     ):
-        self.fn, self.hooks, self.forward, self.again, self.watch = fn, hooks, forward, again, watch
+        self.fn, self.hooks, self.forward, self.recompute, self.watch = fn, hooks, forward, recompute, watch
         self.seen: list[tuple] = []  # (shape, dtype, device) of each saved tensor
-        self.made: list[Exact | None] = []
+        self.recomputed: list[Exact | None] = []
         self.made_in: int | None = None  # the backward pass that they are of
 
     def run(self, args: tuple, kwargs: dict) -> Any:
@@ -219,39 +219,40 @@ class Region:
 
     def _unpack(self, index: int) -> Tensor:
         current = backward_pass()
-        if self.made_in != current or not self.made or self.made[index] is None:
+        if self.made_in != current or not self.recomputed or self.recomputed[index] is None:
             try:
-                self.made = self._run_again()
+                self.recomputed = self._recomputed()
             except Misplaced:
-                self.made = self._run_again()
+                self.recomputed = self._recomputed()
             self.made_in = current
-        kept, self.made[index] = self.made[index], None
+        kept, self.recomputed[index] = self.recomputed[index], None
         assert kept is not None  # as it has just been made
         return kept.get()
 
-    def _run_again(self) -> list[Exact | None]:
+    def _recomputed(self) -> list[Exact | None]:
         collector = _Collector(self.seen)
         args, kwargs = self.inputs.get()
         hooks = saved_tensors_hooks(collector.pack, _itself)
         if (
-            self.again is None and not self.buffers.before and self.surroundings.hold()
+            self.recompute is None and not self.buffers.before and self.surroundings.hold()
         ):  # as below, without a stack of nothing
             with torch.enable_grad(), hooks:
                 if self._stopped(args, kwargs):
-                    return collector.made
+                    return collector.collected
         else:
             with ExitStack() as stack:
                 self.surroundings.restore(stack)
                 if self.buffers.before:
                     stack.enter_context(self.buffers.restored())
                 stack.enter_context(torch.enable_grad())
-                if self.again is not None:
-                    stack.enter_context(self.again())
+                if self.recompute is not None:
+                    stack.enter_context(self.recompute())
                 stack.enter_context(hooks)
                 if self._stopped(args, kwargs):
-                    return collector.made
-        raise CheckpointError(f"bigkernels.checkpoint: the region saved {len(self.seen)} tensors, and "
-                              f"{len(collector.made)} when it runs again; it must do the same every time")  # fmt: skip
+                    return collector.collected
+        raise CheckpointError(f"bigkernels.checkpoint: the segment saved {len(self.seen)} tensors, and "
+                              f"{len(collector.collected)} when it runs again; it must do the same every time"
+                              )  # fmt: skip
 
     def _stopped(self, args: tuple, kwargs: dict) -> bool:
         """Run; whether the last saved tensor has been made."""
@@ -263,31 +264,31 @@ class Region:
 
 
 class _Collector:
-    """Collects what a region saves when it runs again, and stops it at the last."""
+    """Collects what a segment saves when it runs again, and stops it at the last."""
 
     def __init__(self, seen: list[tuple]):
         self.seen = seen
-        self.made: list[Exact | None] = []
+        self.collected: list[Exact | None] = []
 
     def pack(self, tensor: Tensor) -> Tensor:
-        index, now = len(self.made), (tensor.shape, tensor.dtype, tensor.device)
+        index, now = len(self.collected), (tensor.shape, tensor.dtype, tensor.device)
         if now != self.seen[index]:
             then, is_now = _text(self.seen[index]), _text(now)
             raise CheckpointError(
-                f"bigkernels.checkpoint: saved tensor {index} of the region was {then}, and is {is_now} when the "
-                "region runs again"
+                f"bigkernels.checkpoint: saved tensor {index} of the segment was {then}, and is {is_now} when the "
+                "segment runs again"
             )
         kept = Exact(tensor)
-        self.made.append(kept)
-        if len(self.made) == len(self.seen):
+        self.collected.append(kept)
+        if len(self.collected) == len(self.seen):
             raise Stop
         return kept.tensor
 
 
-def within_region() -> bool:
-    """Whether a region around this gives up what is saved here and will run it again: nothing is kept here, then."""
+def within_segment() -> bool:
+    """Whether a segment around this gives up what is saved here and will run it again: nothing is kept here, then."""
     hooks = surrounding_hooks(True)
-    return hooks is not None and isinstance(getattr(hooks[0], "__self__", None), (Region, _Collector))
+    return hooks is not None and isinstance(getattr(hooks[0], "__self__", None), (Segment, _Collector))
 
 
 def _itself(tensor: Tensor) -> Tensor:

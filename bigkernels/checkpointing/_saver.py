@@ -16,10 +16,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .._torch_private import dispatch_modes, is_traceable_wrapper_subclass, without_dispatch_modes
 from ..ops._arguments import is_dense
 from ..ops.compress import decompress, encode
-from ._again import recipe
 from ._places import Place, Slot
 from ._policy import Code, Policy
 from ._precise import Watch
+from ._recomputable import recipe
 from ._recompute import Exact
 
 _LEAST = 4096  # values: smaller tensors are nothing to save
@@ -103,7 +103,7 @@ class _Stored(_Kept):
         )
 
 
-class _Again(_Kept):
+class _Recomputed(_Kept):
     def __init__(self, run: Callable[[], Tensor], flat: Tensor):
         super().__init__(flat)
         self.run = run
@@ -138,11 +138,11 @@ class Packed(NamedTuple):
     offset: int
 
 
-_last: Callable[[], Saver | None] = lambda: None  # noqa: E731  the region that ran before
+_last: Callable[[], Saver | None] = lambda: None  # noqa: E731  the segment that ran before
 
 
 class Saver:
-    """`pack` and `unpack` for `saved_tensors_hooks`, of one region.
+    """`pack` and `unpack` for `saved_tensors_hooks`, of one segment.
 
     A tensor that several nodes save is kept once, and so are views of one tensor. Parameters, `constants`, integers and
     small tensors stay as they are. Under its `watch`, so do tensors that backward divides by or compares.
@@ -157,7 +157,7 @@ class Saver:
         self.kept: dict[tuple, tuple[StorageWeakRef, int, _Kept]] = {}
         self.slots: list[weakref.ref[Slot]] = []
         self.watch: Watch | None = None
-        self.before: Callable[[], Saver | None] | None = None  # of the region before, whose tensors are fetched ahead
+        self.before: Callable[[], Saver | None] | None = None  # of the segment before, whose tensors are fetched ahead
         if self.place is not None:
             self.before, _last = _last, weakref.ref(self)
 
@@ -184,7 +184,7 @@ class Saver:
         if isinstance(packed, Exact):
             return packed.get()
         if self.place is not None and self.before is not None:
-            # Backward has reached this region; what it needs next is that of the region before.
+            # Backward has reached this segment; what it needs next is that of the segment before.
             before, self.before = self.before(), None
             if before is not None:
                 before.fetch()
@@ -211,7 +211,7 @@ class Saver:
                 self.watch = None
 
     def close(self) -> None:
-        """The region has run."""
+        """The segment has run."""
         self.kept.clear()
 
     def _worth(self, t: Tensor) -> bool:
@@ -253,5 +253,5 @@ class Saver:
     def _kept(self, t: Tensor, flat: Tensor) -> _Kept:
         run = recipe(t) if self.code is not None and flat.numel() == t.numel() else None
         if run is not None:
-            return _Again(run, flat)
+            return _Recomputed(run, flat)
         return _Stored(flat.detach().reshape(-1), self.code, self.place, self.slots)

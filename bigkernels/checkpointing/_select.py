@@ -1,7 +1,8 @@
-"""Regions that run again without their expensive operators: their results are kept.
+"""Segments that run again without their expensive operators: their results are kept.
 
-Two dispatch modes, below autograd: one notes results while a region runs first, one hands them out while it runs again.
-What is worth keeping is learnt from both: how long each operator took, and which of them the second run reaches at all.
+Two dispatch modes, below autograd: one notes results while a segment runs first, one hands them out while it runs
+again. What is worth keeping is learnt from both: how long each operator took, and which of them the second run reaches
+at all.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ def times_estimated_by(estimate: Callable[..., float]) -> Iterator[None]:
         _estimate.reset(token)
 
 
-Key = tuple[str, int]  # an operator, and which of its calls in a region
+Key = tuple[str, int]  # an operator, and which of its calls in a segment
 
 
 @dataclass
 class _Call:
-    """One call of an operator in a region, from its first runs."""
+    """One call of an operator in a segment, from its first runs."""
 
     seconds: float  # the least of them
     nbytes: int  # of its results
@@ -66,17 +67,17 @@ class _Call:
 
 @dataclass
 class Plan:
-    """What is kept of the calls of a region. It outlives the runs of the region, and regions of one structure share it:
-    the more runs are measured before the first backward, the better the choice.
+    """What is kept of the calls of a segment. It outlives the runs of the segment, and segments of one structure share
+    it: the more runs are measured before the first backward, the better the choice.
     """
 
     selection: Selection
     calls: dict[Key, _Call] = field(default_factory=dict)  # measured
-    saved_bytes: int = 0  # what autograd would have kept of a region
+    saved_bytes: int = 0  # what autograd would have kept of a segment
     input_bytes: int = 0  # what is kept in any case
     chosen: frozenset[Key] | None = None
     reached: dict[str, int] | None = None  # calls of each operator up to the last saved tensor; later ones are not kept
-    unlike: set[str] = field(default_factory=set)  # operators that are not called as often when a region runs again
+    unlike: set[str] = field(default_factory=set)  # operators that are not called as often when a segment runs again
 
     def __post_init__(self):
         self.names = self.selection.operators or ATTENTION | PRODUCTS  # of operators that may be kept
@@ -101,7 +102,7 @@ class Plan:
         return key[0] in self.names
 
     def learn(self, reached: dict[str, int]) -> None:
-        """The region has run again, with so many calls of each operator."""
+        """The segment has run again, with so many calls of each operator."""
         known = self.reached or {}
         self.reached = known | {name: max(count, known.get(name, 0)) for name, count in reached.items()}
         if self.measures and self.calls:
@@ -130,7 +131,7 @@ Place = tuple[torch._ops.OpOverload, tuple, int]
 
 @dataclass
 class Results:
-    """What one run of a region has kept, and how to note it and hand it out."""
+    """What one run of a segment has kept, and how to note it and hand it out."""
 
     plan: Plan
     saver: Saver | None = None  # in which form; None: as they are
@@ -156,7 +157,7 @@ class Results:
     def forward(self) -> TorchDispatchMode:
         return _Note(self)
 
-    def again(self) -> TorchDispatchMode:
+    def recompute(self) -> TorchDispatchMode:
         return _HandOut(self)
 
 
@@ -165,7 +166,7 @@ def _tensors(out: Any) -> list[Tensor]:
 
 
 @cache
-def _always_again(func: torch._ops.OpOverload) -> bool:
+def _always_recomputed(func: torch._ops.OpOverload) -> bool:
     """Views and operators that write their arguments are done again: they cost nothing, or have to happen. They are
     not numbered either. No more are conversions, which autocast remembers and leaves out of one run or the other, and
     what processes do together.
@@ -205,7 +206,7 @@ class _Note(_Mode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
-        if _always_again(func) or not (self.measure or name in self.plan.names):
+        if _always_recomputed(func) or not (self.measure or name in self.plan.names):
             return func(*args, **(kwargs or {}))
         key = name, self.numbers[name]
         self.numbers[name] += 1
@@ -258,7 +259,7 @@ class _HandOut(_Mode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
-        if _always_again(func) or not (self.learns or name in self.plan.names):
+        if _always_recomputed(func) or not (self.learns or name in self.plan.names):
             return func(*args, **(kwargs or {}))
         self.numbers[name] += 1
         if func not in self.functions:

@@ -144,7 +144,7 @@ def keep_mask(seed: Tensor, batches: Tensor, heads: int, queries: int, keys: int
     """What dropout keeps: (len(batches), heads, queries, keys), a function of the seed and the element's place alone.
 
     Element (b, h, i, j) is word (j % 64) // 16 of Philox at counter (j // 64 * 16 + j % 16, i, b * heads + h, 0): one
-    evaluation serves 4 rows of 16 neighbours, the width of a vector register.
+    evaluation is for 4 rows of 16 neighbours, the width of a vector register.
     """
     device = seed.device
     j = torch.arange(keys, device=device, dtype=torch.int64)

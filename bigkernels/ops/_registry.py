@@ -2,7 +2,7 @@
 
 An operator is a public function, a reference in plain PyTorch, and two raw operators `bigkernels::<op>_fwd` and
 `bigkernels::<op>_bwd`. The dispatcher knows which kernel implements a raw operator on which device; this module
-decides, before a raw operator is called, whether some kernel serves the given tensors at all, and says why not.
+decides, before a raw operator is called, whether some kernel supports the given tensors at all, and says why not.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Implementation:
     unavailable: Callable[[], str | None] = _no_reason
 
     def refuses(self, device: str, dtype: torch.dtype) -> str | None:
-        """Why this implementation cannot serve tensors of `dtype` on `device`; None if it can."""
+        """Why this implementation cannot run on tensors of `dtype` on `device`; None if it can."""
         if device != self.device:
             return f"runs on {self.device} tensors, not {device}"
         if dtype not in self.dtypes:
@@ -107,27 +107,27 @@ class Operator:
     ):
         """
         Args:
-            in_graphs: whether compiled graphs hold the kernel, where one serves, and not the reference.
+            in_graphs: whether compiled graphs hold the kernel, where there is one, and not the reference.
             listed: whether it is an operator of its own to users, with samples, or a part of others.
         """
         self.name = name
         self.in_graphs = in_graphs
         self.implementations = implementations or (cpu_kernel(), triton_kernel())
         self._choices: dict[tuple, str] = {}
-        self._on_cpu: dict[tuple, bool] = {}  # (dtype, forced): whether a kernel serves CPU tensors
+        self._on_cpu: dict[tuple, bool] = {}  # (dtype, forced): whether a kernel supports CPU tensors
         # (device, dtype) of the tensors for which compiled graphs hold the kernel.
         self._in_graphs: tuple[tuple[str, torch.dtype], ...] = ()
         if listed:
             OPERATORS[name] = self
 
     def choose(self, x: Tensor) -> str:
-        """Name of the first implementation that serves tensors like `x`; "reference" if none does."""
+        """Name of the first implementation that supports tensors like `x`; "reference" if none does."""
         key = (x.device.type, x.dtype, _forced)
         choice = self._choices.get(key)
         return choice if choice is not None else self._first_choice(*key)
 
     def uses_kernel(self, x: Tensor, *others: Tensor | None) -> bool:
-        """Whether a raw operator serves a call on these tensors.
+        """Whether a raw operator supports a call on these tensors.
 
         What sees only through plain PyTorch (`sees_plain_alone`) gets the reference. The compiler gets it too, because
         it fuses that with its neighbours, unless the operator says otherwise. Tensors of several devices are left to
@@ -142,22 +142,22 @@ class Operator:
             for t in others:
                 if t is not None and not t.is_cpu:
                     return False
-            served = self._on_cpu.get((x.dtype, _forced))
-            if served is None:
-                served = self._on_cpu[x.dtype, _forced] = self.choose(x) != "reference"
+            supported = self._on_cpu.get((x.dtype, _forced))
+            if supported is None:
+                supported = self._on_cpu[x.dtype, _forced] = self.choose(x) != "reference"
         elif x.is_cuda:
             index = x.get_device()
             for t in others:
                 if t is not None and (not t.is_cuda or t.get_device() != index):
                     return False
-            served = (self._choices.get(("cuda", x.dtype, _forced)) or self.choose(x)) != "reference"
+            supported = (self._choices.get(("cuda", x.dtype, _forced)) or self.choose(x)) != "reference"
         else:
             for t in others:
                 if t is not None and t.device != x.device:
                     return False
-            served = self.choose(x) != "reference"
+            supported = self.choose(x) != "reference"
         return (
-            served
+            supported
             and _transforms() is None
             and _forward_ad._current_level < 0
             and not _is_jit_tracing()
@@ -165,7 +165,7 @@ class Operator:
         )
 
     def refusals(self, device: str, dtype: torch.dtype) -> dict[str, str | None]:
-        """For each implementation, why it cannot serve; None where it can."""
+        """For each implementation, why it cannot run; None where it can."""
         found: dict[str, str | None] = {}
         for i in self.implementations:
             if found.get(i.name, "") is not None:  # one of a name may be for another device
@@ -213,7 +213,7 @@ def use(backend: str) -> Iterator[None]:
 
     "torch" are PyTorch's own kernels, which compute by default what they are faster at (`bigkernels info` prints the
     table of routes); "triton" takes ours there too, and "gluon" attention's kernels for Hopper, off otherwise.
-    An operator that cannot be served raises RuntimeError with the reason. The choice holds for the whole process while
+    An operator that it cannot run raises RuntimeError with the reason. The choice holds for the whole process while
     the block runs.
     """
     global _forced

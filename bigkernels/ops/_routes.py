@@ -74,7 +74,7 @@ TABLE: tuple[Route, ...] = (
           "PyTorch's backward adds up by atomics unless told otherwise, and then slowly"),
     Route("attention", "odd heads", _FIRST, _END, "triton", "predicted", "PyTorch's kernels pad heads in copies"),
     Route("attention", "masked", _FIRST, _END, "triton", "predicted",
-          "PyTorch serves masks by its memory-efficient kernels alone, which skip no blocks"),
+          "PyTorch runs masks by its memory-efficient kernels alone, which skip no blocks"),
     Route("attention", "masked, one query of a model", _FIRST, _END, "torch", "predicted",
           "what models have: of static caches; ours does not cut the keys into parts where there is a mask"),
     Route("attention", "ours on Hopper", _FIRST, _END, "triton", "predicted",

@@ -100,7 +100,7 @@ class _GLU(torch.autograd.Function):
         return _fwd(gate, up, activation)
 
     @staticmethod
-    def again(ctx):
+    def recompute_output(ctx):
         return _fwd(*ctx.saved_tensors, ctx.activation)
 
     @staticmethod

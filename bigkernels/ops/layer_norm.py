@@ -146,7 +146,7 @@ class _LayerNorm(torch.autograd.Function):
         return y, total
 
     @staticmethod
-    def again(ctx):
+    def recompute_output(ctx):
         x, weight, bias, *_ = ctx.saved_tensors
         return _infer(x, weight, bias, ctx.eps)
 

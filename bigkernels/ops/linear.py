@@ -58,7 +58,7 @@ def _reads(x, weight, lowered):
 
 def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The weight in the order in which the kernel reads it for tokens of `dtype`: for this process alone, and not for a
-    file. None where no kernel serves it.
+    file. None where no kernel supports it.
     """
     probe = weight.new_empty(0, dtype=dtype)
     return _pack(weight, dtype) if weight.is_cpu and OPERATOR.uses_kernel(probe, weight) else None
@@ -133,7 +133,7 @@ def _pack_fallback(weight, dtype):
 
 
 OPERATOR = Operator(
-    "linear", implementations=(cpu_kernel(), Implementation("triton", "cuda", unavailable=lambda: "cuBLAS serves it"))
+    "linear", implementations=(cpu_kernel(), Implementation("triton", "cuda", unavailable=lambda: "cuBLAS computes it"))
 )
 _fwd = define(
     # `wide` leaves the result as it was accumulated.

@@ -206,7 +206,7 @@ def _in_chunks(hidden, weight, bias, target, class_weight, token_weight, logit_s
 
 
 class Losses(Objective):
-    """The loss of each token, by the kernels of `cross_entropy` where they serve its logits."""
+    """The loss of each token, by the kernels of `cross_entropy` where they support its logits."""
 
     def __init__(self, target, class_weight, token_weight, options, report=False):
         self.reports = 2 if report else 0  # predicted classes and lse

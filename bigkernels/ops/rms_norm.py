@@ -131,7 +131,7 @@ class _RMSNorm(torch.autograd.Function):
         return y, total
 
     @staticmethod
-    def again(ctx):
+    def recompute_output(ctx):
         x, weight, _ = ctx.saved_tensors
         return _infer(x, weight, ctx.eps, ctx.offset)
 

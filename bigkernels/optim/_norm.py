@@ -122,14 +122,14 @@ def _parts(tensors: list[Tensor], p: float) -> list[Tensor]:
     """For each tensor the sum of its p-th powers, or its extreme: float64 (), shards included."""
     op = {math.inf: dist.ReduceOp.MAX, -math.inf: dist.ReduceOp.MIN}.get(p) if dist.is_available() else None
     values: list[Tensor | None] = [None] * len(tensors)
-    served: dict[torch.device, list[int]] = {}
+    by_device: dict[torch.device, list[int]] = {}
     for i, t in enumerate(tensors):
         here = _values(t)
         if p in (2.0, math.inf) and ops.why_not(here.device.type, here.dtype, _registry._forced) is None:
-            served.setdefault(here.device, []).append(i)
+            by_device.setdefault(here.device, []).append(i)
         else:
             values[i] = _power(here, p)
-    for device, indices in served.items():
+    for device, indices in by_device.items():
         flat = [_values(tensors[i]) for i in indices]
         flat = [t if _plan.dense(t) else t.contiguous() for t in flat]
         found = torch.empty(len(flat), dtype=torch.float64, device=device)

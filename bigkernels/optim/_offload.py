@@ -25,7 +25,7 @@ def offload_states(optimizer: Optimizer) -> None:
     For parameters on a GPU. Gradients go to pinned host memory bucket by bucket; while the CPU kernels step one bucket,
     the next one's gradients arrive and the last one's parameters return. States take no memory on the GPU; the host
     holds them, a copy of the parameters and one of the gradients. Existing states move. Parameters on the CPU are
-    served in the same way, for tests.
+    moved in the same way, for tests.
 
     Raises:
         ValueError: for `Muon`, whose products belong on the GPU; for distributed and complex parameters and those of

@@ -30,7 +30,7 @@ def orthogonalize_(
     Each step is ``X <- a X + (b A + c A^2) X`` with ``A = X X^T`` (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon/), of the matrix divided by its Frobenius norm, or by `eps` where that is
     larger. `a` goes to the diagonal of the polynomial, so that a step is three products; of the two symmetric ones half
-    is computed where the tile engine serves.
+    is computed where the tile unit can be used.
 
     Args:
         x: (B, M, N) in the dtype to compute in.

@@ -42,7 +42,7 @@ def patch(
     """Let bigkernels compute what it can in `model`, in place and for this instance only.
 
     Candidates are found by what a module holds and computes, not by its name, and each is compared with a kernel
-    before it is touched. Code paths, arguments and dtypes that a kernel does not serve run the model's own code.
+    before it is touched. Code paths, arguments and dtypes that a kernel does not support run the model's own code.
     A model that is already patched is patched anew with the given flags; patching twice changes nothing.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 class Row(NamedTuple):
     """One place in the model.
 
-    `what` is the kernel that serves it or the reason why it was left alone. `error` is the largest error of the
+    `what` is the kernel that computes it or the reason why it was left alone. `error` is the largest error of the
     numerical check, relative to the largest value compared; None where nothing was compared.
     """
 

@@ -98,7 +98,7 @@ def train(made: nn.Module, setting: Setting, optimizers: Sequence[Factory | None
             loss.backward()
             model.zero_grad(set_to_none=True)
             del loss
-            gc.collect()  # what regions left in cycles
+            gc.collect()  # what segments left in cycles
         with recorder.phase("forward") as forward, _autocast(setting), _logits(model, recorder) as vocabulary:
             loss = setting.loss(model, inputs)
         held[LOGITS] = recorder.tag_shape(*vocabulary[0], LOGITS) if vocabulary else 0

@@ -158,7 +158,7 @@ class Recorder(TorchDispatchMode):
             return NotImplemented  # it has no memory; what it computes comes here again
         kwargs = kwargs or {}
         if func is torch.ops.aten.equal.default and args[0].dtype == torch.uint8:
-            # States of a random number generator, which regions compare before they run again: nothing is drawn here.
+            # States of a random number generator, which segments compare before they run again: nothing is drawn here.
             return args[0].shape == args[1].shape
         if func is torch.ops.aten.add.Tensor and _from_engine():
             self._reuse(*args[:2])

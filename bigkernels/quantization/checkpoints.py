@@ -73,7 +73,7 @@ def from_gptq(
         qweight: (K / 8, N) int32, eight neighbours along K in an integer.
         qzeros: (G, N / 8) int32, eight neighbours along N.
         scales: (G, N), float16.
-        g_idx: (K,) the group of each element; only groups of neighbours are served.
+        g_idx: (K,) the group of each element; only groups of neighbours are supported.
         v2: zero points are stored as they are; else one less (the older format).
         zeros: how the older format's writer took one away, which matters where a zero point is 0: "nibbles", from each
             alone, so that 0 becomes 15; or "words", from all eight of an integer at once, where 0 borrows from its
@@ -89,7 +89,7 @@ def from_gptq(
     if g_idx is not None:
         natural = torch.arange(codes.shape[1], dtype=torch.int64, device=g_idx.device) // config.group_size
         if not torch.equal(g_idx.long(), natural):
-            raise ValueError(f"{_HERE}.from_gptq: g_idx reorders elements (act-order), which is not served")
+            raise ValueError(f"{_HERE}.from_gptq: g_idx reorders elements (act-order), which is not supported")
     return _integers(config, codes, zero, scales)
 
 

@@ -88,7 +88,7 @@ def falls_back(fallback: Callable, *, inputs: int = 1, empty: Callable | None = 
 
     Args:
         fallback: the operator in plain PyTorch.
-        empty: serves empty tensors in its place. Fallbacks that differentiate by autograd cannot run inside a dispatch
+        empty: takes empty tensors in its place. Fallbacks that differentiate by autograd cannot run inside a dispatch
             mode; the fake kernel is right where there is nothing to compute.
     """
 

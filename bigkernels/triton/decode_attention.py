@@ -184,7 +184,7 @@ def serve_attention(
     scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """`attention` of few queries without gradient, bias, mask, prefix and dropout, arguments checked; None where it
-    is better served by the kernel for many queries.
+    is faster by the kernel for many queries.
 
     q (B, H, Sq, D), k (B, Hk, Sk, D) and v (B, Hk, Sk, Dv) give out and lse as `attention_fwd` does.
     """

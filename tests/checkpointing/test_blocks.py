@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from regions import ALL, EXACT, relative
+from segments import ALL, EXACT, relative
 from torch import Tensor, nn
 
 import bigkernels
@@ -207,7 +207,7 @@ def test_removed(name: str) -> None:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
 @pytest.mark.parametrize("policy", ["recompute", selective(budget=0.5), "int8+offload"])
 def test_copies(how: str, policy) -> None:
-    """A copy has regions of its own, which know nothing of the original."""
+    """A copy has segments of its own, which know nothing of the original."""
     model, inputs, _ = made("Llama")
     expected = step(model, inputs)
     apply_checkpointing(model, policy)
@@ -279,7 +279,7 @@ def test_which_modules() -> None:
             f([nn.Linear(2, 2)])
 
 
-def test_nested_regions_of_a_model() -> None:
+def test_nested_segments_of_a_model() -> None:
     """Blocks and their parts, by name."""
     model, inputs, _ = made("Llama")
     expected = step(model, inputs)

@@ -1,4 +1,4 @@
-"""Buffers that are written in a region end as they do without one, and gradients are those of what they were."""
+"""Buffers that are written in a segment end as they do without one, and gradients are those of what they were."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from regions import AGAIN, gradients
+from segments import RECOMPUTED, gradients
 from torch import nn
 
 from bigkernels import apply_checkpointing, checkpoint
@@ -71,7 +71,7 @@ CALLS = {
     "closure": lambda m, x, policy: checkpoint(lambda x: m(x), x, policy=policy),
     "argument": lambda m, x, policy: checkpoint(lambda m, x: m(x), m, x, policy=policy),
     "partial": lambda m, x, policy: checkpoint(functools.partial(m.__call__), x, policy=policy),
-    "regions": lambda m, x, policy: checkpoint(lambda x: checkpoint(m, x, policy=policy).sin(), x, policy=policy),
+    "segments": lambda m, x, policy: checkpoint(lambda x: checkpoint(m, x, policy=policy).sin(), x, policy=policy),
 }
 
 
@@ -86,13 +86,13 @@ def run(module: nn.Module, call, steps: int = 3):
     return found + [b.clone() for b in module.buffers()]
 
 
-@pytest.mark.parametrize("policy", [name for name in AGAIN if "int8" not in name])
+@pytest.mark.parametrize("policy", [name for name in RECOMPUTED if "int8" not in name])
 @pytest.mark.parametrize("name", MODULES)
 def test_buffers_move_once(name: str, policy: str) -> None:
     module = MODULES[name]()
     plain = copy.deepcopy(module)
     expected = run(plain, lambda m, x: m(x))
-    found = run(module, lambda m, x: checkpoint(m, x, policy=AGAIN[policy]))
+    found = run(module, lambda m, x: checkpoint(m, x, policy=RECOMPUTED[policy]))
     assert all(map(torch.equal, found, expected))
 
 
@@ -102,7 +102,7 @@ def test_ways_to_call(call: str) -> None:
         module = make()
         plain = copy.deepcopy(module)
         fn = CALLS[call]
-        after = (lambda m, x: m(x).sin()) if call == "regions" else (lambda m, x: m(x))
+        after = (lambda m, x: m(x).sin()) if call == "segments" else (lambda m, x: m(x))
         assert all(map(torch.equal, run(module, lambda m, x, fn=fn: fn(m, x, "recompute")), run(plain, after)))
 
 

@@ -1,7 +1,7 @@
-"""Regions under `torch.compile`.
+"""Segments under `torch.compile`.
 
 The compiler takes "recompute" and "selective" as torch's own checkpoints, which its partitioner honours: the memory
-that is held falls as it does without the compiler. 8 bits and offloading run a region outside of the graph.
+that is held falls as it does without the compiler. 8 bits and offloading run a segment outside of the graph.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 
 import pytest
 import torch
-from regions import ALL, gradients, relative
+from segments import ALL, gradients, relative
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,7 +72,7 @@ def test_model(policy) -> None:
 
 
 def test_compiled_blocks() -> None:
-    """By `Module.compile`: the region is in the graph."""
+    """By `Module.compile`: the segment is in the graph."""
     x, graphs = torch.randn(96, 64), []
     model = nn.Sequential(*(Block() for _ in range(2)))
     expected = gradients(model(x), model.parameters())
@@ -83,7 +83,7 @@ def test_compiled_blocks() -> None:
     assert graphs and all("checkpoint" in str(g.graph) for g in graphs)
 
 
-def test_compiled_function_in_a_region() -> None:
+def test_compiled_function_in_a_segment() -> None:
     """Graphs save tensors as operators do."""
     block, x = Block(), torch.randn(96, 64, requires_grad=True)
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
@@ -98,7 +98,7 @@ def test_compiled_function_in_a_region() -> None:
 
 @pytest.mark.parametrize("policy", [ALL["recompute"], selective(["aten::mm", "aten::addmm"])])
 def test_whole_graph(policy) -> None:
-    """No break: with nothing to keep in another form, the region is a part of the graph."""
+    """No break: with nothing to keep in another form, the segment is a part of the graph."""
     block, x = Block(), torch.randn(96, 64, requires_grad=True)
     compiled = torch.compile(
         lambda x: checkpoint(block, x, policy=policy).sum(), backend="aot_eager_decomp_partition", fullgraph=True

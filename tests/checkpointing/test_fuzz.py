@@ -1,4 +1,4 @@
-"""Random programs in regions of random policies, against plain autograd."""
+"""Random programs in segments of random policies, against plain autograd."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from regions import ALL, gradients, relative
+from segments import ALL, gradients, relative
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from regions import OFFLOAD, compare, gradients
+from segments import OFFLOAD, compare, gradients
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -155,8 +155,8 @@ def test_memory_of_torch(pool) -> None:
 
 
 @pytest.mark.parametrize("policy", [OFFLOAD, resolve_policy("int8") + OFFLOAD, resolve_policy("recompute") + OFFLOAD])
-def test_the_region_before_is_fetched(pool, policy, monkeypatch) -> None:
-    """Backward in one region brings what the one before it has put away, and no other."""
+def test_the_segment_before_is_fetched(pool, policy, monkeypatch) -> None:
+    """Backward in one segment brings what the one before it has put away, and no other."""
     log: list[tuple[str, int]] = []
     order: dict[int, int] = {}
 
@@ -179,12 +179,12 @@ def test_the_region_before_is_fetched(pool, policy, monkeypatch) -> None:
     got = [i for name, i in log if name == "get"]
     assert fetched and len(fetched) == len(set(fetched)), "fetched twice"
     first = got.index(next(i for i in got if i in fetched))
-    assert first > 0, "what the last region keeps is needed at once"
+    assert first > 0, "what the last segment keeps is needed at once"
     for i in fetched:
         assert log.index(("fetch", i)) < log.index(("get", i))
 
 
-def test_prefetching_holds_no_region() -> None:
+def test_prefetching_holds_no_segment() -> None:
     x, w = torch.randn(256, 512, requires_grad=True), torch.randn(512, 512, requires_grad=True)
     out = checkpoint(block, x * 1, w, policy=OFFLOAD)
     assert isinstance(_saver._last(), Saver)

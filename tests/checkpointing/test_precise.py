@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from regions import gradients, relative
+from segments import gradients, relative
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -103,7 +103,7 @@ def test_other_types(code: str, dtype) -> None:
 
 
 @codes
-def test_regions_and_functions_of_ones_own(code: str) -> None:
+def test_segments_and_functions_of_ones_own(code: str) -> None:
     """In a function of autograd's nobody sees what backward will do: its values keep their signs and are not zero."""
 
     class Quotient(torch.autograd.Function):
@@ -185,7 +185,7 @@ def test_memory_of_ordinary_layers_stays() -> None:
     assert ends[1] < 0.45 * ends[0]
 
 
-def test_nothing_is_held_after_a_region() -> None:
+def test_nothing_is_held_after_a_segment() -> None:
     x = torch.randn(N, requires_grad=True)
     kept = []
 

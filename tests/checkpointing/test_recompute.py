@@ -1,4 +1,4 @@
-"""Regions that run again: what `torch.utils.checkpoint` without reentrance promises, for every policy."""
+"""Segments that run again: what `torch.utils.checkpoint` without reentrance promises, for every policy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from regions import AGAIN, ALL, CODED, EXACT, compare, gradients, relative
+from segments import ALL, CODED, EXACT, RECOMPUTED, compare, gradients, relative
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
@@ -24,7 +24,7 @@ from bigkernels.memory import peak
 policies = pytest.mark.parametrize("policy", ALL.values(), ids=ALL.keys())
 exact = pytest.mark.parametrize("policy", EXACT.values(), ids=EXACT.keys())
 INNER = {name: ALL[name] for name in ("recompute", "selective, no budget", "offload", "int8", "recompute+int8")}
-again = pytest.mark.parametrize("policy", AGAIN.values(), ids=AGAIN.keys())
+again = pytest.mark.parametrize("policy", RECOMPUTED.values(), ids=RECOMPUTED.keys())
 
 
 class Block(nn.Module):
@@ -49,7 +49,7 @@ def x() -> Tensor:
 
 
 def state() -> tuple:
-    """What a region might leave behind."""
+    """What a segment might leave behind."""
     return (
         torch._C._autograd._top_saved_tensors_default_hooks(True),
         _get_current_dispatch_mode(),
@@ -156,7 +156,7 @@ def test_backward_twice(policy, x) -> None:
 
 @policies
 def test_parts_of_backward(policy, x) -> None:
-    """Each asks for some of the region's tensors, and none twice."""
+    """Each asks for some of the segment's tensors, and none twice."""
     block = Block()
     tensors = [x, *block.parameters()]
     expected = gradients(block(x), tensors)
@@ -181,7 +181,7 @@ def test_double_backward(policy, x) -> None:
 
 
 @exact
-def test_gradient_within_a_region(policy, x) -> None:
+def test_gradient_within_a_segment(policy, x) -> None:
     w = torch.randn(64, 64).div_(16).requires_grad_()
 
     def fn(x):
@@ -191,14 +191,14 @@ def test_gradient_within_a_region(policy, x) -> None:
     assert max(compare(fn, (x,), [x, w], policy)) == 0
 
 
-# ---- what surrounds a region -----------------------------------------------------------------------------------------
+# ---- what surrounds a segment ----------------------------------------------------------------------------------------
 
 
 @policies
 @pytest.mark.parametrize("backward_inside", [False, True])
 @pytest.mark.parametrize("cache", [False, True])
 def test_autocast(policy, backward_inside: bool, cache: bool, x) -> None:
-    """Autocast keeps converted weights for its whole block: one run of a region converts, another may not."""
+    """Autocast keeps converted weights for its whole block: one run of a segment converts, another may not."""
     block = Block(dropout=0.1)
     tensors = [x, *block.parameters()]
 
@@ -221,12 +221,12 @@ def test_autocast(policy, backward_inside: bool, cache: bool, x) -> None:
 
 @exact
 def test_autocast_is_as_it_was(policy, x) -> None:
-    """A region that ran without autocast runs again without it, in a backward pass within."""
+    """A segment that ran without autocast runs again without it, in a backward pass within."""
     block = Block()
     plain = block(x)
     out = checkpoint(block, x, policy=policy)
     with torch.autocast("cpu", torch.bfloat16):
-        expected = gradients(plain, [x])  # products of the backward pass itself are not the region's
+        expected = gradients(plain, [x])  # products of the backward pass itself are not the segment's
         assert relative(*gradients(out, [x]), *expected) == 0
         assert torch.is_autocast_enabled("cpu")
 
@@ -378,7 +378,7 @@ def test_modified_input(policy, x) -> None:
 
 @policies
 def test_written_to_after_it_was_saved(policy) -> None:
-    """A plain call refuses. A region may as well, or use what was saved; never what was written."""
+    """A plain call refuses. A segment may as well, or use what was saved; never what was written."""
     x = torch.randn(96, 64, requires_grad=True)
 
     def fn(x):
@@ -399,7 +399,7 @@ def test_written_to_after_it_was_saved(policy) -> None:
 
 
 @exact
-def test_writing_within_a_region(policy, x) -> None:
+def test_writing_within_a_segment(policy, x) -> None:
     """What plain calls allow: results of products, kept by some policies, and later written to."""
     w = torch.randn(64, 64, requires_grad=True)
 
@@ -417,12 +417,12 @@ def test_writing_within_a_region(policy, x) -> None:
     assert torch.equal(*gradients(out, [x]), *expected)
 
 
-# ---- regions within regions ------------------------------------------------------------------------------------------
+# ---- segments within segments ----------------------------------------------------------------------------------------
 
 
 @policies
 @pytest.mark.parametrize("inner", INNER.values(), ids=INNER.keys())
-def test_regions_within_regions(policy, inner, x) -> None:
+def test_segments_within_segments(policy, inner, x) -> None:
     a, b, c = (Block(dropout=0.1) for _ in range(3))
 
     def fn(x):
@@ -444,7 +444,7 @@ def test_regions_within_regions(policy, inner, x) -> None:
 
 @pytest.mark.parametrize("policy", ["recompute", "recompute+int8", "recompute+offload"])
 @pytest.mark.parametrize("inner", ALL.values(), ids=ALL.keys())
-def test_an_inner_region_holds_nothing_that_the_outer_gives_up(policy, inner) -> None:
+def test_an_inner_segment_holds_nothing_that_the_outer_gives_up(policy, inner) -> None:
     x = torch.randn(512, 64, requires_grad=True)
     w = torch.randn(64, 64, requires_grad=True)
     held = []
@@ -468,7 +468,7 @@ def test_an_inner_region_holds_nothing_that_the_outer_gives_up(policy, inner) ->
 
 
 @pytest.mark.parametrize("outer, inner", [(torchs, checkpoint), (checkpoint, torchs)])
-def test_among_torchs_regions(outer, inner, x) -> None:
+def test_among_torchs_segments(outer, inner, x) -> None:
     block = Block(dropout=0.1)
     options = {checkpoint: {}, torchs: {"use_reentrant": False}}
     fn = lambda x: inner(block, x.sin(), **options[inner])  # noqa: E731
@@ -481,7 +481,7 @@ def test_among_torchs_regions(outer, inner, x) -> None:
 
 @policies
 @pytest.mark.parametrize("around", ["int8", "fp8", "offload"])
-def test_saved_activations_around_regions(policy, around: str, x) -> None:
+def test_saved_activations_around_segments(policy, around: str, x) -> None:
     block = Block()
     tensors = [x, *block.parameters()]
     expected = gradients(block(x.sin()).tanh(), tensors)
@@ -493,7 +493,7 @@ def test_saved_activations_around_regions(policy, around: str, x) -> None:
 
 @policies
 @pytest.mark.parametrize("inside", ["int8", "offload"])
-def test_saved_activations_in_regions(policy, inside: str, x) -> None:
+def test_saved_activations_in_segments(policy, inside: str, x) -> None:
     block = Block()
     tensors = [x, *block.parameters()]
 
@@ -588,7 +588,7 @@ def test_peak_falls(policy: str, part: float) -> None:
 
 @again
 def test_hooks_of_others_are_seen(policy, x) -> None:
-    """Hooks around a region get its inputs, as they get any saved tensor."""
+    """Hooks around a segment get its inputs, as they get any saved tensor."""
     seen = []
 
     def pack(t):
@@ -596,7 +596,7 @@ def test_hooks_of_others_are_seen(policy, x) -> None:
         return t
 
     if policy.code is not None or policy.place is not None:
-        pytest.skip("the region's own hooks are nearer")
+        pytest.skip("the segment's own hooks are nearer")
     with saved_tensors_hooks(pack, lambda t: t):
         out = checkpoint(lambda y: y.exp().sin(), x, policy=policy)
     assert len(seen) == 1 and seen[0] is x

@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 from pretend_gpu import PretendGpu, pretend, put
-from regions import compare, gradients, relative
+from segments import compare, gradients, relative
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
@@ -36,7 +36,7 @@ class Kept:
             self.out = fn(*args)
         kept = {id(p.kept): p.kept for p in packs if isinstance(p, Packed)}.values()
         self.stored = [k for k in kept if isinstance(k, _saver._Stored)]
-        self.recipes = [k for k in kept if isinstance(k, _saver._Again)]
+        self.recipes = [k for k in kept if isinstance(k, _saver._Recomputed)]
         self.exact = [p.tensor for p in packs if isinstance(p, Exact)]
         self.packs, self.saver = packs, saver
 
@@ -423,10 +423,10 @@ def test_memory(format: str, w) -> None:
 
 
 def test_nothing_is_held_after_backward(w, x) -> None:
-    """Neither by the saver of a region, nor by what is kept once for several nodes."""
+    """Neither by the saver of a segment, nor by what is kept once for several nodes."""
 
     def all_kept() -> set[int]:
-        return {id(o) for o in gc.get_objects() if type(o) in (_saver._Stored, _saver._Again)}
+        return {id(o) for o in gc.get_objects() if type(o) in (_saver._Stored, _saver._Recomputed)}
 
     before = all_kept()
     out = checkpoint(Unlike.gated_and_normed, x, w, policy="int8").sum()

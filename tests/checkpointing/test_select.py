@@ -1,4 +1,4 @@
-"""Which results a region keeps: by operator, by measured time and a budget, and how they are handed out."""
+"""Which results a segment keeps: by operator, by measured time and a budget, and how they are handed out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from regions import compare, gradients, relative
+from segments import compare, gradients, relative
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +21,7 @@ from bigkernels.memory import peak
 
 
 class Count(TorchDispatchMode):
-    """Calls of each operator that is really computed: below every region's modes."""
+    """Calls of each operator that is really computed: below every segment's modes."""
 
     def __init__(self):
         super().__init__()
@@ -169,7 +169,7 @@ def test_conversions_that_autocast_remembers(w) -> None:
             assert all(map(torch.equal, found, run(fn, inside)))
 
 
-def test_regions_of_different_policies_in_one_another(x, w) -> None:
+def test_segments_of_different_policies_in_one_another(x, w) -> None:
     inner = lambda x: checkpoint(block, x, w, policy=selective(["aten::exp"]))  # noqa: E731
     fn = lambda x: block(inner(x).tanh(), w).sin()  # noqa: E731
     assert compare(fn, (x,), [x, w], selective(budget=None)) == [0, 0]
@@ -187,7 +187,7 @@ def wide(x: Tensor, w: Tensor) -> Tensor:
 
 
 def saved(policy, x: Tensor, w: Tensor, runs: int = 3) -> int:
-    """Bytes that a region holds, beside its input and its output."""
+    """Bytes that a segment holds, beside its input and its output."""
     for _ in range(runs):
         y = x * 1
         with peak() as p:
@@ -249,7 +249,7 @@ def test_chosen_by_time_a_byte() -> None:
 
 
 class Once:
-    """Does something in the first run of a region that it does not do in the second."""
+    """Does something in the first run of a segment that it does not do in the second."""
 
     def __init__(self, what):
         self.what, self.runs = what, 0

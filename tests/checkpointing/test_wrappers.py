@@ -1,4 +1,4 @@
-"""Regions in models that are wrapped for several processes: the gradients of the wrapped model without regions."""
+"""Segments in models that are wrapped for several processes: the gradients of the wrapped model without segments."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def inputs():
             yield pytest.param(info, given, id=f"{info.optim_cls.__name__} {given.desc}")
 
 
-def test_torchs_classes_are_served() -> None:
+def test_torchs_classes_are_covered() -> None:
     assert set(NAMES) >= {"Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Muon"}
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models of every family that patching must serve, built once, and how to run and compare them."""
+"""Tiny random models of every family that patching must support, built once, and how to run and compare them."""
 
 from __future__ import annotations
 

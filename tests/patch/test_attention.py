@@ -464,7 +464,7 @@ def test_other_implementations_are_left_alone():
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "t5", "falcon"])
 def test_float64_is_left_to_the_model(name, spy):
-    """No kernel serves it, and the reference would hold all scores."""
+    """No kernel supports it, and the reference would hold all scores."""
     module, given = _build(MODELS[name]).double(), _inputs(MODELS[name])["right"]
     want = module(**given).logits
     _patch(module, spy, **ONLY)
@@ -753,14 +753,14 @@ LOOK_ALIKES = [
 ]
 
 
-@pytest.mark.parametrize(("build", "reason", "served", "options"), LOOK_ALIKES)
-def test_attention_functions_that_look_alike(build, reason, served, options, spy):
+@pytest.mark.parametrize(("build", "reason", "calls", "options"), LOOK_ALIKES)
+def test_attention_functions_that_look_alike(build, reason, calls, options, spy):
     module, x = build(), torch.randn(2, 5, 16)
     want = module(x, **options)[0]
     report = _patch(module, spy)
     assert [reason in row.what for row in report.skipped] == ([] if reason is None else [True])
     torch.testing.assert_close(module(x, **options)[0], want, rtol=1e-5, atol=1e-6)
-    assert len(spy) == served
+    assert len(spy) == calls
 
 
 def test_an_eager_function_that_needs_a_mask_fails_as_before():
@@ -871,8 +871,8 @@ SDPA = [
 ]
 
 
-@pytest.mark.parametrize(("build", "options", "served"), SDPA)
-def test_scaled_dot_product_attention(build, options, served, spy):
+@pytest.mark.parametrize(("build", "options", "calls"), SDPA)
+def test_scaled_dot_product_attention(build, options, calls, spy):
     if options.get("shape") == ():
         module = Positional()
         module.shapes = [(7, 16)] * 3
@@ -890,7 +890,7 @@ def test_scaled_dot_product_attention(build, options, served, spy):
     report = _patch(module, spy)
     assert [row.what for row in report.patched] == ["attention"]
     after = step()
-    assert len(spy) == served
+    assert len(spy) == calls
     largest = max(t.abs().max() for t in before)
     for ours, theirs in zip(after, before, strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
@@ -1157,7 +1157,7 @@ def test_a_check_that_fails_is_a_row(monkeypatch):
     checks = (attention_interface._identify, attention_sdpa._error, attention_multihead._error)
 
     def forget():
-        attention_interface._served.clear()
+        attention_interface._replacements.clear()
         for check in checks:
             check.cache_clear()
 

@@ -1,4 +1,4 @@
-"""Training steps whose loss needs no logits: what is served, what is left alone, and what users see of it."""
+"""Training steps whose loss needs no logits: what is fused, what is left alone, and what users see of it."""
 
 from __future__ import annotations
 

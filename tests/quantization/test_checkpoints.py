@@ -65,7 +65,7 @@ def test_bitsandbytes_itself():
         assert all(torch.equal(t, ours[name]) for name, t in found.tensors.items())
 
 
-def test_bitsandbytes_that_is_not_served():
+def test_bitsandbytes_that_is_not_supported():
     state = bitsandbytes_state(NF4(), (6, 128), quantize_weight(torch.randn(6, 128), NF4()).tensors)
     key = "w.quant_state.bitsandbytes__nf4"
     described = json.loads(bytes(state[key].tolist()).decode())

@@ -65,7 +65,7 @@ def unserved(dropout_p: Any, q: Tensor, *others: Tensor) -> str | None:
     if not torch._C._get_flash_sdp_enabled():
         return "fused attention is switched off in torch"
     if not OPERATOR.uses_kernel(q, *others):
-        return f"no kernel serves {q.dtype} on {q.device.type} here"
+        return f"no kernel supports {q.dtype} on {q.device.type} here"
     return None
 
 
@@ -120,7 +120,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, structure: Structure, **options: An
 
 
 def log_fallback(place: str, reason: str) -> None:
-    """Say once, why the model's own attention serves a call."""
+    """Say once why the model's own attention takes a call."""
     if not torch.compiler.is_compiling() and (place, reason) not in _logged:
         _logged.add((place, reason))
         log.info("attention of %s is left to the model: %s", place, reason)

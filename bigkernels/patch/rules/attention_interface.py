@@ -42,7 +42,7 @@ class Spec(NamedTuple):
     error: float = 0.0
 
     def refusal(self, module: Any, q: Any, k: Any, v: Any, mask: Any, options: dict[str, Any]) -> str | None:
-        """Why this call is left to the function; None where the kernels serve it."""
+        """Why this call is left to the function; None where the kernels support it."""
         if options.get("output_attentions") or (not self.sdpa and _weights_wanted(module)):
             return "attention weights are asked for"
         for name, value in options.items():
@@ -140,7 +140,7 @@ def _weights_wanted(module: Any) -> bool:
     return wanted is not None and any("attentions" in key for key in wanted)
 
 
-def _serve(original: Callable, spec: Spec) -> Callable:
+def _by_kernels(original: Callable, spec: Spec) -> Callable:
     """A function with the arguments of `original`, and its results; None for the attention weights."""
 
     def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *rest: Any, **options: Any):
@@ -155,16 +155,16 @@ def _serve(original: Callable, spec: Spec) -> Callable:
     return attention
 
 
-_served: dict[Callable, Callable] = {}
+_replacements: dict[Callable, Callable] = {}
 
 
 def interface(found: Callable) -> Callable:
     """What takes the place of an attention function; the function itself where it is not known."""
-    served = _served.get(found)
-    if served is None and not torch.compiler.is_compiling():
+    replacement = _replacements.get(found)
+    if replacement is None and not torch.compiler.is_compiling():
         spec = _identify(found)
-        served = _served[found] = _serve(found, spec) if isinstance(spec, Spec) else found
-    return served or found
+        replacement = _replacements[found] = _by_kernels(found, spec) if isinstance(spec, Spec) else found
+    return replacement or found
 
 
 def _sites(source: Source) -> Iterator[Site]:

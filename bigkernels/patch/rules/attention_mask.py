@@ -312,7 +312,7 @@ def _structured(create: Callable) -> Callable:
     @functools.wraps(create)
     def created(*args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("config", args[0] if args else None)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is_served(config):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is_ours(config):
             return create(*args, **kwargs)
         with _registered():
             if "config" in kwargs:
@@ -322,7 +322,7 @@ def _structured(create: Callable) -> Callable:
     return created
 
 
-def _is_served(config: Any) -> bool:
+def _is_ours(config: Any) -> bool:
     return getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
 
 
@@ -343,7 +343,7 @@ def _sites(source: Source) -> Iterator[Site]:
 def _check(module: nn.Module, plan: Plan) -> Fit | None:
     readers = {"get_interface", "scaled_dot_product_attention"}
     sources = filter(None, (find_source(type(m)) for m in module.modules()))
-    if not _is_served(vars(module).get("config")) or not any(
+    if not _is_ours(vars(module).get("config")) or not any(
         readers & {*source.function.__code__.co_names} for source in sources
     ):
         return None  # attention of another kind would have the masks built

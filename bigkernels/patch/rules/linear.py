@@ -30,7 +30,7 @@ def _fits(module: nn.Linear, x: Any) -> bool:
 
 
 def forward(module: nn.Linear, *args: Any, **kwargs: Any) -> Any:
-    """Takes the place of a linear layer's forward: the kernel where it serves the call, the layer's own elsewhere."""
+    """Takes the place of a linear layer's forward: the kernel where it supports the call, the layer's own elsewhere."""
     if len(args) != 1 or kwargs or not _fits(module, args[0]):
         return type(module).forward(module, *args, **kwargs)
     return linear_by_packed(args[0], module.weight, module.bias)

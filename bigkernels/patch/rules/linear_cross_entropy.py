@@ -2,7 +2,7 @@
 
 The call of the head gives `Logits`, an object that notes what the forward does with it; the loss functions of `loss`
 hand what it stands for to the kernel. What was not foreseen computes the logits, so that the model's own code stays in
-charge. Which models are served is found out by running that code, from the head to the loss, on probes.
+charge. Which models can be fused is found out by running that code, from the head to the loss, on probes.
 """
 
 from __future__ import annotations
@@ -229,9 +229,9 @@ class _Tail:
         arguments = source.tree.args
         self.more = arguments.kwarg is not None
         # Without keyword arguments of its own, the forward passes none on.
-        self.plain, self.served = (self._compile(source, served) for served in (False, True))
+        self.plain, self.fused = (self._compile(source, fused) for fused in (False, True))
 
-    def _compile(self, source: Source, served: bool) -> types.FunctionType:
+    def _compile(self, source: Source, fused: bool) -> types.FunctionType:
         place, memo = self.place, {}
         body = copy.deepcopy(source.tree.body[place.first : place.last + 1], memo)
         memo[id(place.call)].args = [ast.Name(_HIDDEN, ast.Load())]
@@ -245,7 +245,7 @@ class _Tail:
         tree = ast.FunctionDef("tail", arguments, body, [], **more)
         tail = Source(source.function, [], tree, source.imported)
         helpers = {}
-        if served:
+        if fused:
             sites = list(loss.SOURCE_RULE.sites(tail))
             tree = replace(tree, sites)
             helpers = {name: helper for site in sites for name, helper in site.helpers.items()}
@@ -272,7 +272,7 @@ class _Tail:
                       probe(self.vocabulary) if self.bias else None]  # fmt: skip
             for way in ways:
                 runs = (
-                    (self.served, False, self.function),
+                    (self.fused, False, self.function),
                     (self.plain, True, original),
                     (self.plain, True, self._exact),
                 )

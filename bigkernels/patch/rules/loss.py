@@ -219,7 +219,7 @@ def _check_function(function: Callable, shift: bool, takes_shifted: bool) -> flo
 
 
 def _refuse(*args: Any, **kwargs: Any) -> Tensor:
-    raise Skip("the loss function: the kernel does not serve this call")
+    raise Skip("the loss function: the kernel does not support this call")
 
 
 def _plan_module(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:

@@ -81,7 +81,7 @@ def forward(module: nn.Module, norm: Norm, *args: Any, **kwargs: Any) -> Any:
 
 
 def current(module: Any) -> Norm | None:
-    """What a module computes if `patch` serves it and nothing was put around it since; None otherwise."""
+    """What a module computes if `patch` replaces it and nothing was put around it since; None otherwise."""
     function = getattr(module, "forward", None)
     if type(function) is functools.partial and function.func is forward and function.args[0] is module:
         norm = function.args[1]

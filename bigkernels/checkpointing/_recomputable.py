@@ -32,20 +32,21 @@ _ATEN: dict[str, Callable] = {
 def recipe(t: Tensor) -> Callable[[], Tensor] | None:
     """How to compute a contiguous tensor, or the one that it is a view of, from what its node saves; or None.
 
-    A `torch.autograd.Function` takes part by a static method `again(ctx)`: its first output from `ctx.saved_tensors`.
+    A `torch.autograd.Function` takes part by a static method `recompute_output(ctx)`: its first output from
+    `ctx.saved_tensors`.
     """
-    made = t if t._base is None else t._base
-    node = made.grad_fn
-    if node is None or not made.is_contiguous() or made.numel() != t.numel() or made.output_nr != 0:
+    whole = t if t._base is None else t._base
+    node = whole.grad_fn
+    if node is None or not whole.is_contiguous() or whole.numel() != t.numel() or whole.output_nr != 0:
         return None
     function = getattr(node, "_forward_cls", None)
-    again = getattr(function, "again", None) if function is not None else _ATEN.get(node.name())
-    if again is None or (function is None and not _saves_all(node)):
+    compute = getattr(function, "recompute_output", None) if function is not None else _ATEN.get(node.name())
+    if compute is None or (function is None and not _saves_all(node)):
         return None
 
     def run() -> Tensor:
         with torch.no_grad():
-            return again(node).contiguous()
+            return compute(node).contiguous()
 
     return run
 

@@ -29,7 +29,7 @@ CODED: dict[str, Policy] = {
     "selective+int8": selective(budget=None) + resolve_policy("int8"),
 }
 ALL = EXACT | CODED
-AGAIN = {name: policy for name, policy in ALL.items() if policy.keep is not None}
+RECOMPUTED = {name: policy for name, policy in ALL.items() if policy.keep is not None}
 
 
 def gradients(out: Tensor, tensors: Iterable[Tensor], **options) -> list[Tensor]:
@@ -39,7 +39,7 @@ def gradients(out: Tensor, tensors: Iterable[Tensor], **options) -> list[Tensor]
 
 
 def compare(fn: Callable[..., Tensor], args: tuple, tensors: Iterable[Tensor], policy: Policy | str) -> list[float]:
-    """The relative errors of the gradients of a region, whose output must be the same; 0.0 if they are bitwise so."""
+    """The relative errors of the gradients of a segment, whose output must be the same; 0.0 if they are bitwise so."""
     tensors = list(tensors)
     state = torch.get_rng_state()
     out = fn(*args)
