@@ -9,9 +9,9 @@ They take log probabilities from anywhere; from `bigkernels.functional.linear_lo
     logprobs = losses.sequence_logprobs(B.linear_logprobs(hidden[:, :-1], head.weight, labels[:, 1:]))
     with torch.no_grad():
         before = losses.sequence_logprobs(B.linear_logprobs(ref_hidden[:, :-1], ref_head.weight, labels[:, 1:]))
-    found = losses.dpo_loss(*logprobs.chunk(2), *before.chunk(2), beta=0.1)
-    found.loss.backward()
-    print(found.accuracy, found.margins.mean())
+    result = losses.dpo_loss(*logprobs.chunk(2), *before.chunk(2), beta=0.1)
+    result.loss.backward()
+    print(result.accuracy, result.margins.mean())
 
     # GRPO: completions (B, S) with their advantages (B,)
     logprobs = B.linear_logprobs(hidden[:, :-1], head.weight, tokens[:, 1:], temperature=temperature)

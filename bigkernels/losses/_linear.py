@@ -70,8 +70,8 @@ class _Completions:
         self.op, self.weight, self.labels, self.bias = op, weight, labels, bias
         self.cu_seqlens, self.head = options.pop("cu_seqlens", None), _taken(_Head, options)
         self.mask = labels != self.head.ignore_index
-        found = self.head(hidden, weight, labels, bias, reports=reports)
-        self.logprobs, *self.reports = found if reports else (found,)
+        results = self.head(hidden, weight, labels, bias, reports=reports)
+        self.logprobs, *self.reports = results if reports else (results,)
         self.tokens = sums(self.mask.to(self.logprobs.dtype), self.cu_seqlens)
         count = self.tokens.shape[0]
         check_range(op, "labels", f"of {count} completions", "two a pair", not pairs or count % 2 == 0)
@@ -144,14 +144,16 @@ def linear_dpo_loss(
             reference.
     """
     reports = ("log_sum_sq_probs",) if use_weighting else ()
-    found = _Completions("linear_dpo_loss", hidden, weight, labels, bias, options, reports)
-    logprobs, reference = found.sums(ld_alpha=ld_alpha), found.ref_logprobs(options, ld_alpha)
+    completions = _Completions("linear_dpo_loss", hidden, weight, labels, bias, options, reports)
+    logprobs, reference = completions.sums(ld_alpha=ld_alpha), completions.ref_logprobs(options, ld_alpha)
     if use_weighting:
-        check_range(found.op, "weights", "given", "None, as use_weighting is", "weights" not in options)
-        weights = wpo_weights(found.logprobs, *found.reports, found.mask, cu_seqlens=found.cu_seqlens)
+        check_range(completions.op, "weights", "given", "None, as use_weighting is", "weights" not in options)
+        weights = wpo_weights(
+            completions.logprobs, *completions.reports, completions.mask, cu_seqlens=completions.cu_seqlens
+        )
         options["weights"] = torch.mul(*weights.chunk(2))
     reference = (None, None) if reference is None else reference.chunk(2)
-    chosen, rejected = found.tokens.chunk(2)
+    chosen, rejected = completions.tokens.chunk(2)
     return dpo_loss(*logprobs.chunk(2), *reference, chosen_tokens=chosen, rejected_tokens=rejected, **options)
 
 
@@ -161,8 +163,8 @@ def linear_orpo_loss(
     """`orpo_loss` of pairs from hidden states. Arguments and options of the head as those of `linear_dpo_loss`, and
     options of `orpo_loss`.
     """
-    found = _Completions("linear_orpo_loss", hidden, weight, labels, bias, options)
-    return orpo_loss(*found.means().chunk(2), **options)
+    completions = _Completions("linear_orpo_loss", hidden, weight, labels, bias, options)
+    return orpo_loss(*completions.means().chunk(2), **options)
 
 
 def linear_simpo_loss(
@@ -171,8 +173,8 @@ def linear_simpo_loss(
     """`simpo_loss` of pairs from hidden states. Arguments and options of the head as those of `linear_dpo_loss`, and
     options of `simpo_loss`.
     """
-    found = _Completions("linear_simpo_loss", hidden, weight, labels, bias, options)
-    return simpo_loss(*found.means().chunk(2), **options)
+    completions = _Completions("linear_simpo_loss", hidden, weight, labels, bias, options)
+    return simpo_loss(*completions.means().chunk(2), **options)
 
 
 def linear_cpo_loss(
@@ -191,10 +193,10 @@ def linear_cpo_loss(
     """
     op = "linear_cpo_loss"
     check_range(op, "nll", "given", "nothing: it is computed here", "nll" not in options)
-    found = _Completions(op, hidden, weight, labels, bias, options)
-    logprobs, pairs = found.sums(), found.tokens.shape[0] // 2
-    nll = None if loss_type == "alphapo" else -logprobs[:pairs].sum() / found.tokens[:pairs].sum().clamp_min(1)
-    logprobs = found.means() if loss_type in AVERAGED else logprobs
+    completions = _Completions(op, hidden, weight, labels, bias, options)
+    logprobs, pairs = completions.sums(), completions.tokens.shape[0] // 2
+    nll = None if loss_type == "alphapo" else -logprobs[:pairs].sum() / completions.tokens[:pairs].sum().clamp_min(1)
+    logprobs = completions.means() if loss_type in AVERAGED else logprobs
     return cpo_loss(*logprobs.chunk(2), loss_type=loss_type, nll=nll, **options)
 
 
@@ -213,8 +215,8 @@ def linear_kto_loss(
     Arguments and options of the head and of the reference as those of `linear_dpo_loss`, without pairs, and options of
     `kto_loss`.
     """
-    found = _Completions("linear_kto_loss", hidden, weight, labels, bias, options, pairs=False)
-    return kto_loss(found.sums(), _of_a_reference(found, options), desirable, kl_logratios, **options)
+    completions = _Completions("linear_kto_loss", hidden, weight, labels, bias, options, pairs=False)
+    return kto_loss(completions.sums(), _of_a_reference(completions, options), desirable, kl_logratios, **options)
 
 
 def linear_bco_loss(
@@ -230,8 +232,8 @@ def linear_bco_loss(
     Arguments and options of the head and of the reference as those of `linear_dpo_loss`, without pairs, and options of
     `bco_loss`.
     """
-    found = _Completions("linear_bco_loss", hidden, weight, labels, bias, options, pairs=False)
-    return bco_loss(found.sums(), _of_a_reference(found, options), desirable, **options)
+    completions = _Completions("linear_bco_loss", hidden, weight, labels, bias, options, pairs=False)
+    return bco_loss(completions.sums(), _of_a_reference(completions, options), desirable, **options)
 
 
 def _of_a_reference(found: _Completions, options: dict[str, Any]) -> Tensor:

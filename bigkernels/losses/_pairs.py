@@ -227,9 +227,9 @@ def dpo_loss(
                    label_smoothing, discopop_tau, _constant(bco_shift))  # fmt: skip
     losses = None
     for name, factor in zip(names, factors, strict=True):
-        found = LOSSES[name].losses(pairs)
-        found = found if factor == 1 else factor * found
-        losses = found if losses is None else losses + found
+        values = LOSSES[name].losses(pairs)
+        values = values if factor == 1 else factor * values
+        losses = values if losses is None else losses + values
     if weights is not None:
         losses = losses * weights.detach().to(losses.dtype)
     return of_pairs(losses, beta * of_chosen, beta * of_rejected)

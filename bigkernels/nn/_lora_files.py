@@ -30,20 +30,20 @@ _PLAIN = {"use_dora": (False,), "lora_bias": (False,), "bias": ("none",), "modul
 def save(model: nn.Module, folder: str | Path, kind: type[LoRALinear]) -> None:
     from safetensors.torch import save_file
 
-    found = {path: module for path, module in model.named_modules() if isinstance(module, kind)}
-    if not found:
+    adapters = {path: module for path, module in model.named_modules() if isinstance(module, kind)}
+    if not adapters:
         raise ValueError("bigkernels.nn.LoRALinear.save: the model has no adapters")
-    first = next(iter(found.values()))
+    first = next(iter(adapters.values()))
     config = {
         "peft_type": "LORA", "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout,
-        "target_modules": list(found), "bias": "none", "inference_mode": True, "use_rslora": False, "use_dora": False,
-        "fan_in_fan_out": all(is_transposed(_kind(module)) for module in found.values()),
-        "rank_pattern": {_exactly(path): m.rank for path, m in found.items() if m.rank != first.rank},
-        "alpha_pattern": {_exactly(path): m.alpha for path, m in found.items() if m.alpha != first.alpha},
+        "target_modules": list(adapters), "bias": "none", "inference_mode": True, "use_rslora": False,
+        "use_dora": False, "fan_in_fan_out": all(is_transposed(_kind(module)) for module in adapters.values()),
+        "rank_pattern": {_exactly(path): m.rank for path, m in adapters.items() if m.rank != first.rank},
+        "alpha_pattern": {_exactly(path): m.alpha for path, m in adapters.items() if m.alpha != first.alpha},
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
     }  # fmt: skip
     state = {}
-    for path, module in found.items():
+    for path, module in adapters.items():
         for name, p in (("lora_A", module.lora_a), ("lora_B", module.lora_b)):
             state[f"{_PREFIX}{path}.{name}.weight"] = p.detach().cpu().contiguous()
     folder = Path(folder)

@@ -178,8 +178,8 @@ class _Tie:
         """The moved tensor: that of the module that was moved before, where it had the same by the same function."""
         key = before.device, before.shape, 0 if before.is_meta else before.data_ptr()
         if name in self._last:
-            by, of, made = self._last[name]
-            if by() is fn and of == key and (kept := made()) is not None:
+            by, of, reference = self._last[name]
+            if by() is fn and of == key and (kept := reference()) is not None:
                 return kept
         self._last[name] = weakref.ref(fn), key, weakref.ref(after)
         return after
@@ -220,9 +220,9 @@ def weight_of(module: Quantized, transposed: bool = False) -> Tensor:
     exact = qweight.with_exact_tokens()
     linear = None if transposed else (lambda x, bias: quantized_linear(x, exact, bias))
     n, k = qweight.shape
-    made = LazyWeight((k, n) if transposed else (n, k), module.dtype, qweight.device, values, owner=module,
+    lazy = LazyWeight((k, n) if transposed else (n, k), module.dtype, qweight.device, values, owner=module,
                       linear=linear)  # fmt: skip
     if transposed:
-        made._is_param = False  # PEFT's DoRA transposes it, and a parameter would have to stay one
-    module._weight = qweight, made
-    return made
+        lazy._is_param = False  # PEFT's DoRA transposes it, and a parameter would have to stay one
+    module._weight = qweight, lazy
+    return lazy

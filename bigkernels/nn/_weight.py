@@ -56,18 +56,18 @@ class LazyWeight(Tensor):
         stride: tuple[int, ...] | None = None, offset: int | None = None, owner: nn.Module | None = None,
         linear: Callable[[Tensor, Tensor | None], Tensor] | None = None, trained: bool = False,
     ) -> LazyWeight:  # fmt: skip
-        made = Tensor._make_wrapper_subclass(cls, shape, strides=stride, storage_offset=offset, dtype=dtype,
+        lazy = Tensor._make_wrapper_subclass(cls, shape, strides=stride, storage_offset=offset, dtype=dtype,
                                              device=device)  # fmt: skip
-        made._make, made._owner, made._linear, made._trained = make, owner, linear, trained
-        return made
+        lazy._make, lazy._owner, lazy._linear, lazy._trained = make, owner, linear, trained
+        return lazy
 
     @classmethod
     def _of(cls, values: Tensor) -> LazyWeight:
         """A view of a weight: it may be read and not written."""
-        made = cls(values.shape, values.dtype, values.device, lambda: values, stride=values.stride(),
+        lazy = cls(values.shape, values.dtype, values.device, lambda: values, stride=values.stride(),
                    offset=values.storage_offset(), trained=values.requires_grad)  # fmt: skip
-        made._is_param = False
-        return made
+        lazy._is_param = False
+        return lazy
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -101,11 +101,11 @@ class LazyWeight(Tensor):
 
     def _detached(self) -> LazyWeight:
         make = (lambda: self._make().detach()) if self._trained else self._make
-        made = LazyWeight(self.shape, self.dtype, self.device, make, stride=self.stride(),
+        lazy = LazyWeight(self.shape, self.dtype, self.device, make, stride=self.stride(),
                           offset=self.storage_offset(), owner=self._owner,
                           linear=None if self._trained else self._linear)  # fmt: skip
-        made._is_param = self._is_param
-        return made
+        lazy._is_param = self._is_param
+        return lazy
 
 
 def _run(func: Callable, args: tuple, kwargs: dict) -> Any:

@@ -72,15 +72,17 @@ class Attention(KeepsConstants):
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.causal, self.window, self.softcap, self.scale, self.dropout = causal, window, softcap, scale, dropout
-        made = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias, **made)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **made)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **made)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias if out_bias is None else out_bias, **made)
-        self.q_norm = RMSNorm(head_dim, **made) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim, **made) if qk_norm else None
+        factory_kwargs = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias, **factory_kwargs)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **factory_kwargs)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **factory_kwargs)
+        self.o_proj = nn.Linear(
+            num_heads * head_dim, hidden_size, bias=bias if out_bias is None else out_bias, **factory_kwargs
+        )
+        self.q_norm = RMSNorm(head_dim, **factory_kwargs) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, **factory_kwargs) if qk_norm else None
         self.rope = rope
-        self.register_parameter("sinks", nn.Parameter(torch.zeros(num_heads, **made)) if sinks else None)
+        self.register_parameter("sinks", nn.Parameter(torch.zeros(num_heads, **factory_kwargs)) if sinks else None)
         slopes = torch.tensor(alibi_slopes(num_heads), device=device, dtype=torch.float32) if alibi else None
         self.register_buffer("alibi_slopes", slopes, persistent=False)
 
@@ -156,8 +158,8 @@ class Attention(KeepsConstants):
             options: `page_size`, `num_pages`, `block_table`, `int8`; and `dtype`, which inside autocast is to be its
                 dtype.
         """
-        made = {"device": self.k_proj.weight.device, "dtype": self.k_proj.weight.dtype}
-        return KVCache(batch, length, self.num_kv_heads, self.head_dim, **made | options)
+        factory_kwargs = {"device": self.k_proj.weight.device, "dtype": self.k_proj.weight.dtype}
+        return KVCache(batch, length, self.num_kv_heads, self.head_dim, **factory_kwargs | options)
 
     @property
     def _interleaved(self) -> bool:

@@ -76,9 +76,9 @@ class KVCache:
             block_table = _table(batch, each, num_pages, block_table, device)
             self.capacity, tokens = each * page_size, (num_pages, page_size)
         self.dtype = dtype or torch.get_default_dtype()
-        made = {"device": device, "dtype": torch.int8 if int8 else self.dtype}
-        self.keys = torch.empty(*tokens, num_kv_heads, head_dim, **made)
-        self.values = torch.empty(*tokens, num_kv_heads, value_head_dim or head_dim, **made)
+        factory_kwargs = {"device": device, "dtype": torch.int8 if int8 else self.dtype}
+        self.keys = torch.empty(*tokens, num_kv_heads, head_dim, **factory_kwargs)
+        self.values = torch.empty(*tokens, num_kv_heads, value_head_dim or head_dim, **factory_kwargs)
         self.key_scales, self.value_scales = (
             torch.empty(*tokens, num_kv_heads, device=device, dtype=torch.float32) if int8 else None for _ in range(2)
         )
@@ -144,8 +144,8 @@ class KVCache:
         Views of a contiguous cache; copies out of pages or of integers. What lies beyond a shorter sequence's length
         has no meaning.
         """
-        made = ((self.keys, self.key_scales), (self.values, self.value_scales))
-        keys, values = (self._read(stored, scales).transpose(1, 2) for stored, scales in made)
+        pairs = ((self.keys, self.key_scales), (self.values, self.value_scales))
+        keys, values = (self._read(stored, scales).transpose(1, 2) for stored, scales in pairs)
         return keys, values
 
     def attend(

@@ -50,9 +50,9 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.out_features, self.in_features = _size(base)
-        made = {"device": base.weight.device, "dtype": dtype or base.weight.dtype}
-        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **made))
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **made))
+        factory_kwargs = {"device": base.weight.device, "dtype": dtype or base.weight.dtype}
+        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **factory_kwargs))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **factory_kwargs))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self._unmerged: nn.Module | None = None
 
@@ -76,23 +76,23 @@ class LoRALinear(nn.Module):
             ValueError: no layer's name matches.
         """
         targets = as_names(targets)
-        found = {
+        layers = {
             module: paths for module, paths in places(model).items()
             if paths[0] and _fits(module) and any(fnmatch.fnmatchcase(path, t) for t in targets for path in paths)
         }  # fmt: skip
-        reasons = [f"{paths[0]}: {reason}" for paths in found.values() if (reason := never_called(model, paths[0]))]
-        found = {module: paths for module, paths in found.items() if not never_called(model, paths[0])}
-        if not found:
+        reasons = [f"{paths[0]}: {reason}" for paths in layers.values() if (reason := never_called(model, paths[0]))]
+        layers = {module: paths for module, paths in layers.items() if not never_called(model, paths[0])}
+        if not layers:
             raise ValueError(f"bigkernels.nn.LoRALinear.add_to: no linear layer is named like {', '.join(targets)}"
                              + "".join(f"; {reason}" for reason in reasons))  # fmt: skip
         if reasons:
             warnings.warn(f"bigkernels.nn.LoRALinear.add_to leaves alone {'; '.join(reasons)}", stacklevel=2)
         for module in model.modules():
             module.requires_grad_(False)  # each, as quantized layers note it
-        for base, paths in found.items():
+        for base, paths in layers.items():
             put(model, paths, cls(base, rank, alpha, dropout).train(base.training))
         note(model)
-        return [paths[0] for paths in found.values()]
+        return [paths[0] for paths in layers.values()]
 
     @classmethod
     def save(cls, model: nn.Module, folder: str | Path) -> None:
@@ -169,10 +169,12 @@ class LoRALinear(nn.Module):
             return
         base = self.base
         if isinstance(base, QuantizedLinear):
-            made = base.requantized(base.qweight.dequantize(torch.float32) + self.delta())
+            layer = base.requantized(base.qweight.dequantize(torch.float32) + self.delta())
         else:
-            made = Shell(base).filled((rows(base).float() + self.delta()).to(base.weight.dtype), base.bias, False, base)
-        self._unmerged, self.base = base, made.requires_grad_(False).train(self.training)
+            layer = Shell(base).filled(
+                (rows(base).float() + self.delta()).to(base.weight.dtype), base.bias, False, base
+            )
+        self._unmerged, self.base = base, layer.requires_grad_(False).train(self.training)
 
     def unmerge(self) -> None:
         """Undo `merge`."""

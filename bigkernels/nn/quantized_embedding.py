@@ -42,9 +42,9 @@ class QuantizedEmbedding(Quantized):
         cls, embedding: nn.Embedding, qweight: QuantizedWeight, kind: type | None = None
     ) -> QuantizedEmbedding:
         """The table with given codes, which `dequantize` makes an `embedding` of (of class `kind`) again."""
-        made = cls(qweight, Shell(embedding, kind), embedding.weight.requires_grad)
-        carry_hooks(embedding, made)
-        return made.train(embedding.training)
+        layer = cls(qweight, Shell(embedding, kind), embedding.weight.requires_grad)
+        carry_hooks(embedding, layer)
+        return layer.train(embedding.training)
 
     @property
     def weight(self) -> Tensor:
@@ -60,9 +60,9 @@ class QuantizedEmbedding(Quantized):
         values = self.qweight.dequantize()
         if self._shell is not None:
             return self._shell.filled(values, None, self._trained, self)
-        made = nn.Embedding.from_pretrained(values, freeze=not self._trained)
-        carry_hooks(self, made)
-        return made.train(self.training)
+        layer = nn.Embedding.from_pretrained(values, freeze=not self._trained)
+        carry_hooks(self, layer)
+        return layer.train(self.training)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (...), from 0 to N - 1, to rows (..., K)."""

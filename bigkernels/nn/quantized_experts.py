@@ -207,8 +207,8 @@ class _Transposed(_View):
         return self.weights.dequantize().transpose(1, 2)
 
     def __getitem__(self, index):
-        found = self.weights[index]
-        return found.transpose(-2, -1) if isinstance(index, (int, Tensor)) else self.dequantize()[index]
+        picked = self.weights[index]
+        return picked.transpose(-2, -1) if isinstance(index, (int, Tensor)) else self.dequantize()[index]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -39,9 +39,9 @@ class QuantizedLinear(Quantized, nn.Linear):
     @classmethod
     def standing_for(cls, linear: nn.Module, qweight: QuantizedWeight, kind: type | None = None) -> QuantizedLinear:
         """The layer with given codes, which `dequantize` makes a `linear` of (of class `kind`) again."""
-        made = cls(qweight, linear.bias, Shell(linear, kind), linear.weight.requires_grad)
-        carry_hooks(linear, made)
-        return made.train(linear.training)
+        layer = cls(qweight, linear.bias, Shell(linear, kind), linear.weight.requires_grad)
+        carry_hooks(linear, layer)
+        return layer.train(linear.training)
 
     @property
     def weight(self) -> Tensor:
@@ -63,9 +63,9 @@ class QuantizedLinear(Quantized, nn.Linear):
     def requantized(self, values: Tensor) -> QuantizedLinear:
         """The same layer with other values (N, K), in a format that needs no data."""
         qweight = quantize_weight(values.to(self.dtype), self.weight_format.blind())
-        made = QuantizedLinear(qweight, self.bias, self._shell, self._trained)
-        carry_hooks(self, made)
-        return made.train(self.training)
+        layer = QuantizedLinear(qweight, self.bias, self._shell, self._trained)
+        carry_hooks(self, layer)
+        return layer.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         return quantized_linear(x, self.qweight, self.bias)

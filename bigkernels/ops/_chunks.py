@@ -404,8 +404,8 @@ class _Total(torch.autograd.Function):
             return *ctx.call.derivatives(*inputs, (grad,)), None, None
         if divisor is not None:
             grad = torch.where(divisor == 0, 0, grad / divisor)
-        found = of_hidden, of_weight, of_bias
-        return *(g if g is None else _scaled(g, grad, t.dtype) for g, t in zip(found, inputs, strict=True)), None, None
+        grads = of_hidden, of_weight, of_bias
+        return *(g if g is None else _scaled(g, grad, t.dtype) for g, t in zip(grads, inputs, strict=True)), None, None
 
 
 class _PerToken(torch.autograd.Function):

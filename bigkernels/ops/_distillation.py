@@ -114,16 +114,16 @@ class Distillation(Objective):
         u = z / self.temperature
         few = u.gather(1, classes)
         if not self.others:
-            value, found = divergence(self.kind, self.beta, log_p, finite(few.log_softmax(-1)), of_loss is not None)
-            return value, None if found is None else u.scatter_(1, classes, found.mul_(of_loss))
+            value, gradient = divergence(self.kind, self.beta, log_p, finite(few.log_softmax(-1)), of_loss is not None)
+            return value, None if gradient is None else u.scatter_(1, classes, gradient.mul_(of_loss))
         # The logit of the others together; their shares of its gradient are their shares of its mass.
         lse = finite(u.scatter_(1, classes, -torch.inf).logsumexp(-1, keepdim=True))
         log_q = finite(torch.cat((few, lse), 1).log_softmax(-1))
-        value, found = divergence(self.kind, self.beta, log_p, log_q, of_loss is not None)
-        if found is None:
+        value, gradient = divergence(self.kind, self.beta, log_p, log_q, of_loss is not None)
+        if gradient is None:
             return value, None
-        found.mul_(of_loss)
-        return value, u.sub_(lse).exp_().mul_(found[:, -1:]).scatter_(1, classes, found[:, :-1])
+        gradient.mul_(of_loss)
+        return value, u.sub_(lse).exp_().mul_(gradient[:, -1:]).scatter_(1, classes, gradient[:, :-1])
 
 
 def count_tokens(hidden, kept):

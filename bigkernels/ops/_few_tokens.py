@@ -96,12 +96,12 @@ def _fragments(codes: Tensor, others: tuple[Tensor | None, ...], group: int, kin
         _copies[codes] = _Copy(version, seen, None)
         return "the weight has just changed"
     with torch.no_grad():
-        made = in_fragments(codes, *others, group, kind, k)
+        fragments = in_fragments(codes, *others, group, kind, k)
     log.info("quantized_linear: a weight (%d, %d) copied in the order of matrix fragments: %.1f MB beside its %.1f MB",
-             made.n, made.k, made.nbytes / 1e6,
+             fragments.n, fragments.k, fragments.nbytes / 1e6,
              sum(t.nbytes for t in (codes, *others) if t is not None) / 1e6)  # fmt: skip
-    _copies[codes] = _Copy(version, seen, made)
-    return made
+    _copies[codes] = _Copy(version, seen, fragments)
+    return fragments
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
@@ -143,15 +143,16 @@ def product(
     bias: Tensor | None, group: int, kind: int, k: int, wide: bool, at_once: bool = False,
 ) -> Tensor | str:  # fmt: skip
     """The result, of what `refusal` does not refuse, or why there is no copy of the weight."""
-    found = _fragments(codes, (scale, zero, row_scale, book), group, kind, k, at_once)
-    if isinstance(found, str):
-        return found
+    fragments = _fragments(codes, (scale, zero, row_scale, book), group, kind, k, at_once)
+    if isinstance(fragments, str):
+        return fragments
     tokens = x.reshape(-1, k)
     if tokens.stride(1) != 1 or tokens.stride(0) % 8 or tokens.data_ptr() % 16:
         tokens = tokens.clone(memory_format=torch.contiguous_format)
-    out = x.new_empty(*x.shape[:-1], found.n, dtype=torch.float32 if wide else None)
-    _run(tokens, found.units, found.factor, book, bias if bias is None else bias.contiguous(),
-         CODES.index(found.code), OFFSETS.index(found.offset), found.group, out.view(-1, found.n))  # fmt: skip
+    out = x.new_empty(*x.shape[:-1], fragments.n, dtype=torch.float32 if wide else None)
+    _run(tokens, fragments.units, fragments.factor, book, bias if bias is None else bias.contiguous(),
+         CODES.index(fragments.code), OFFSETS.index(fragments.offset), fragments.group,
+         out.view(-1, fragments.n))  # fmt: skip
     return out
 
 
@@ -163,10 +164,10 @@ def before(launcher: Callable) -> Callable:
             forced = _registry._forced == "cuda"
             why = refusal(x, bias, group, kind, k, dynamic)
             if why is None:
-                found = product(x, codes, scale, zero, row_scale, book, bias, group, kind, k, wide, forced)
-                if not isinstance(found, str):
-                    return found
-                why = found
+                out = product(x, codes, scale, zero, row_scale, book, bias, group, kind, k, wide, forced)
+                if not isinstance(out, str):
+                    return out
+                why = out
             if forced:
                 raise RuntimeError(f"bigkernels.functional.quantized_linear: 'cuda' was forced but {why}")
         return launcher(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynamic, wide)

@@ -67,10 +67,10 @@ def in_fragments(
     kind: int, k: int,
 ) -> Fragments:  # fmt: skip
     """The copy, on the device of the codes. Waits for nothing there."""
-    found = kind_of(kind, group)
-    if found is None:
+    layout = kind_of(kind, group)
+    if layout is None:
         raise ValueError("bigkernels: no fragments of this format")
-    code, offset = found
+    code, offset = layout
     n = codes.shape[0]
     runs, fours = -(-k // RUN), -(-n // _ROWS)
     bits = 4 if code in ("int4", "book4") else 8

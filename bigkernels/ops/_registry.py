@@ -166,11 +166,11 @@ class Operator:
 
     def refusals(self, device: str, dtype: torch.dtype) -> dict[str, str | None]:
         """For each implementation, why it cannot run; None where it can."""
-        found: dict[str, str | None] = {}
+        reasons: dict[str, str | None] = {}
         for i in self.implementations:
-            if found.get(i.name, "") is not None:  # one of a name may be for another device
-                found[i.name] = i.refuses(device, dtype)
-        return found | {"reference": None}
+            if reasons.get(i.name, "") is not None:  # one of a name may be for another device
+                reasons[i.name] = i.refuses(device, dtype)
+        return reasons | {"reference": None}
 
     def prepare(self, backend: str | None) -> None:
         """Choose for a forced backend, or for none, ahead of time: the compiler can read them, not make them."""

@@ -105,10 +105,10 @@ _capabilities: dict[int, Capability] = {}
 
 @constant_to_the_compiler
 def _capability(index: int) -> Capability:
-    found = _capabilities.get(index)
-    if found is None:
-        found = _capabilities[index] = torch.cuda.get_device_capability(index)
-    return found
+    capability = _capabilities.get(index)
+    if capability is None:
+        capability = _capabilities[index] = torch.cuda.get_device_capability(index)
+    return capability
 
 
 def capability_of(t: Tensor) -> Capability | None:

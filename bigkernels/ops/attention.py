@@ -89,19 +89,19 @@ def attention(
         tensors = (bias, mask, alibi_slopes, sinks, prefix_lengths)
         if OPERATOR.uses_kernel(q, k, v, *tensors) and not needs_grad(alibi_slopes):
             if not return_lse:
-                found = _by_torch(q, k, v, *tensors, *options)
-                if found is not None:
-                    return found
+                results = _by_torch(q, k, v, *tensors, *options)
+                if results is not None:
+                    return results
             grad = needs_grad(q, k, v, bias, sinks)
             prefix_lengths = shared.integers(prefix_lengths, grad)
             args = (q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths, shared.draw_seed(q, dropout_p), *options)
             if grad:
-                found = _Attention.apply(*args)
+                results = _Attention.apply(*args)
             elif return_lse:
-                found = _fwd(*args)
+                results = _fwd(*args)
             else:
                 return _infer(*args)
-            return found if return_lse else found[0]
+            return results if return_lse else results[0]
     except REFUSED:
         _check(q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths)
         raise
@@ -182,14 +182,14 @@ def _bwd_fallback(grad, grad_lse, q, k, v, out, lse, bias, mask, alibi_slopes, s
 
     leaves = (q, k, v, bias if bias_grad else None, sinks)
     dq, dk, dv, dbias, dsinks = vjp(call, leaves, (grad, grad_lse))
-    made = tuple(shared.like(t, t.shape[-1]).copy_(d) for t, d in ((q, dq), (k, dk), (v, dv)))
-    return *made, *(q.new_empty(0) if d is None else d.contiguous() for d in (dbias, dsinks))
+    grads = tuple(shared.like(t, t.shape[-1]).copy_(d) for t, d in ((q, dq), (k, dk), (v, dv)))
+    return *grads, *(q.new_empty(0) if d is None else d.contiguous() for d in (dbias, dsinks))
 
 
 def _bwd_fake(grad, grad_lse, q, k, v, out, lse, bias, mask, alibi_slopes, sinks, *rest):
-    made = tuple(shared.like(t, t.shape[-1]) for t in (q, k, v))
+    grads = tuple(shared.like(t, t.shape[-1]) for t in (q, k, v))
     wanted = (bias if rest[-1] else None, sinks)
-    return *made, *(q.new_empty(0) if t is None else t.new_empty(t.shape) for t in wanted)
+    return *grads, *(q.new_empty(0) if t is None else t.new_empty(t.shape) for t in wanted)
 
 
 def _flops(q, k, v, *_, backward=False):

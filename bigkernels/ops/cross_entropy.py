@@ -179,8 +179,8 @@ def _fwd_fake(logits, target, class_weight, token_weight, ignore_index, reductio
 
 
 def _predict_fallback(logits, target, class_weight, token_weight, ignore_index, reduction, *options):
-    found = _fwd_fallback(logits, target, class_weight, token_weight, ignore_index, reduction, *options)
-    return *found, predictions(logits, target, ignore_index, options[2])
+    results = _fwd_fallback(logits, target, class_weight, token_weight, ignore_index, reduction, *options)
+    return *results, predictions(logits, target, ignore_index, options[2])
 
 
 def _predict_fake(logits, *rest):

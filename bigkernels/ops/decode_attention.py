@@ -91,9 +91,9 @@ def decode_attention(
             if appends:
                 q = _appended(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, k_scale, v_scale,
                               interleaved)  # fmt: skip
-            found = _infer(q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, alibi_slopes, sinks,
+            results = _infer(q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, alibi_slopes, sinks,
                            left, *options)  # fmt: skip
-            return found if return_lse else found[0]
+            return results if return_lse else results[0]
     except REFUSED:
         _check(_DECODE, q, k_cache, v_cache, cache_seqlens, *tensors, k, v, cos, sin, left=left,
                appends=appends)  # fmt: skip

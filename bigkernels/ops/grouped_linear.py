@@ -129,11 +129,11 @@ def _backward(grad, ends, codes, scale, zero, row_scale, book, group, kind, k):
 
 
 def _weight_backward(grad, x, ends):
-    found = x.new_zeros(ends.shape[0], grad.shape[1], x.shape[1])
+    grad_weight = x.new_zeros(ends.shape[0], grad.shape[1], x.shape[1])
     wide = compute_dtype(x.dtype)
     parts = {i: grad[begin:end].T.to(wide) @ x[begin:end].to(wide) for i, begin, end in _spans(ends, x.shape[0])}
-    return torch.stack([parts[i].to(x.dtype) if i in parts else none for i, none in enumerate(found)]) \
-        if parts else found  # fmt: skip
+    return torch.stack([parts[i].to(x.dtype) if i in parts else none for i, none in enumerate(grad_weight)]) \
+        if parts else grad_weight  # fmt: skip
 
 
 def _flops(x, ends, codes, *_):

@@ -110,10 +110,10 @@ def linear_cross_entropy(
     else:
         run = _kernel if _kernel_serves(hidden, weight, bias, options) else _in_chunks
     report = bool(return_z_loss or return_token_accuracy or return_predicted_tokens)
-    found = run(hidden, weight, bias, target, class_weight, token_weight, logit_scale, report, *options)
+    results = run(hidden, weight, bias, target, class_weight, token_weight, logit_scale, report, *options)
     if not report:
-        return found.view(shape) if reduction == "none" else found
-    loss, predicted, lse = found
+        return results.view(shape) if reduction == "none" else results
+    loss, predicted, lse = results
     kept = target != ignore_index
     of_z = right = None
     if return_z_loss:
@@ -197,8 +197,8 @@ def _in_chunks(hidden, weight, bias, target, class_weight, token_weight, logit_s
 
     call = Call(objective, kept, quantized, reference=reference, scale=float(logit_scale))
     if reduction == "none":
-        found = per_token(hidden, weight, bias, call)
-        return found if report else found[0]
+        results = per_token(hidden, weight, bias, call)
+        return results if report else results[0]
     divisor = None
     if reduction == "mean":
         divisor = _divisor(kept, target, class_weight, torch.promote_types(hidden.dtype, torch.float32))
@@ -324,12 +324,12 @@ def _bwd_fallback(grad, hidden, weight, scale, zero, row_scale, book, group, kin
     def run(hidden, dense, bias):
         return _loss(hidden, dense, bias, target, class_weight, token_weight, *numbers)
 
-    found = vjp(run, (hidden, dense, bias), (grad,))
+    grads = vjp(run, (hidden, dense, bias), (grad,))
     if of_hidden:
-        dx.copy_(found[0])
+        dx.copy_(grads[0])
     if of_weight:
-        dw.copy_(found[1])
-    return found[2].float() if of_bias else state.new_empty(0)
+        dw.copy_(grads[1])
+    return grads[2].float() if of_bias else state.new_empty(0)
 
 
 def _bwd_fake(grad, hidden, weight, *rest):
@@ -401,10 +401,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dx, dw, dbias = gradients(loss, (hidden, dense, bias), (grad,))
             return dx, dw, *[None] * 6, dbias, *[None] * 5
         of_hidden, of_weight, of_bias = (ctx.needs_input_grad[i] for i in (0, 1, 8))
-        made, ctx.made = ctx.made, None
-        if made is None:
-            _, *made, _, _ = _fwd(*arguments, *ctx.numbers, True, of_hidden, of_weight, False)
-        divisor, dx, dw, state = made
+        grads, ctx.made = ctx.made, None
+        if grads is None:
+            _, *grads, _, _ = _fwd(*arguments, *ctx.numbers, True, of_hidden, of_weight, False)
+        divisor, dx, dw, state = grads
         dbias = _bwd(grad, *arguments, divisor, state, dx, dw, *ctx.numbers, of_hidden, of_weight, of_bias)
         return (dx if of_hidden else None, dw if of_weight else None, *[None] * 6,
                 dbias.to(bias.dtype) if of_bias else None, *[None] * 5)  # fmt: skip

@@ -140,11 +140,11 @@ def report(name: str, z: Tensor, target: Tensor) -> Tensor:
 def finished(found: Sequence[Tensor], reports: Sequence[str], kept: Tensor | None) -> list[Tensor]:
     """Outputs and then reports, where these have their dtypes and are 0 for tokens that do not count."""
     first = len(found) - len(reports)
-    made = list(found[:first])
+    results = list(found[:first])
     for name, t in zip(reports, found[first:], strict=True):
         t = t if kept is None else torch.where(kept, t, 0)
-        made.append(t.to(REPORTS[name] or t.dtype))
-    return made
+        results.append(t.to(REPORTS[name] or t.dtype))
+    return results
 
 
 class LogProbs(Objective):
@@ -173,11 +173,11 @@ class LogProbs(Objective):
         # Near 1, p has no digits left for what it lacks; the others have.
         certain = e_target > others
         ratio = others / torch.where(certain, e_target, 1)
-        found = [torch.where(certain, -torch.log1p(ratio), s_target - total.log())]
+        results = [torch.where(certain, -torch.log1p(ratio), s_target - total.log())]
         if self.entropy:
             mean = torch.linalg.vecdot(e, s).unsqueeze(-1) + torch.special.xlogy(e_target, e_target)
-            found.append(total.log() - mean / total)
-        return *(v.squeeze(-1) for v in (*found, most, total)), *reports
+            results.append(total.log() - mean / total)
+        return *(v.squeeze(-1) for v in (*results, most, total)), *reports
 
     def gradient(self, z, tokens, values, grads):
         target = self.target[tokens, None]

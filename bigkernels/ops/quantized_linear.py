@@ -176,10 +176,10 @@ def _transparent(x, bias, operands, k, dynamic):
 
 def _backward(grad, codes, scale, zero, row_scale, book, group, kind, k):
     wide = compute_dtype(grad.dtype)
-    found = grad.new_zeros(*grad.shape[:-1], k, dtype=wide)
+    out = grad.new_zeros(*grad.shape[:-1], k, dtype=wide)
     for rows, weight in _chunks(Operands(codes, scale, zero, row_scale, book, group, kind), k, wide):
-        found += grad.narrow(-1, rows.start, weight.shape[0]).to(wide) @ weight
-    return found.to(grad.dtype)
+        out += grad.narrow(-1, rows.start, weight.shape[0]).to(wide) @ weight
+    return out.to(grad.dtype)
 
 
 def _backward_fp8(grad, codes, scale):
@@ -194,8 +194,8 @@ def _backward_fp8(grad, codes, scale):
     rows = tokens.reshape(-1, tokens.shape[-1]).to(torch.float8_e4m3fn)
     ones = factor.new_ones(1, codes.shape[1])
     columns = codes.view(torch.uint8).t().contiguous().view(torch.float8_e4m3fn).t()  # which is how cuBLAS reads them
-    found = torch._scaled_mm(rows, columns, factor.reshape(-1, 1), ones, out_dtype=grad.dtype)
-    return found.view(*grad.shape[:-1], -1)
+    product = torch._scaled_mm(rows, columns, factor.reshape(-1, 1), ones, out_dtype=grad.dtype)
+    return product.view(*grad.shape[:-1], -1)
 
 
 def _reference(x, bias, operands, k, dynamic, coarse=False):

@@ -134,6 +134,6 @@ class _Rope(torch.autograd.Function):
     def backward(ctx, grad_q, grad_k):
         cos, sin = ctx.saved_tensors
         if is_observed():  # linear in the gradients: the formula is its own derivative
-            made = (_apply(g, cos, sin, ctx.interleaved, inverse=True) for g in (grad_q, grad_k))
-            return *made, None, None, None
+            grads = (_apply(g, cos, sin, ctx.interleaved, inverse=True) for g in (grad_q, grad_k))
+            return *grads, None, None, None
         return *_bwd(grad_q, grad_k, cos, sin, ctx.interleaved), None, None, None

@@ -78,12 +78,12 @@ def varlen_attention(
             args = (q, k, v, cu_q, cu_k, alibi_slopes, sinks, prefix, shared.draw_seed(q, dropout_p), max_seqlen_q,
                     max_seqlen_k, *options)  # fmt: skip
             if grad:
-                found = _VarlenAttention.apply(*args)
+                results = _VarlenAttention.apply(*args)
             elif return_lse:
-                found = _fwd(*args)
+                results = _fwd(*args)
             else:
                 return _infer(*args)
-            return found if return_lse else found[0]
+            return results if return_lse else results[0]
     except REFUSED:
         _check(q, k, v, *tensors, max_seqlen_q, max_seqlen_k)
         raise

@@ -16,8 +16,8 @@ Betas = tuple[float | Tensor, float | Tensor]
 
 def _options(given: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
     """The defaults of the groups from a constructor's local variables, and the norm to clip to."""
-    found = {k: v for k, v in given.items() if k not in ("self", "params", "max_grad_norm", "__class__")}
-    return found, given["max_grad_norm"]
+    options = {k: v for k, v in given.items() if k not in ("self", "params", "max_grad_norm", "__class__")}
+    return options, given["max_grad_norm"]
 
 
 class Adam(Optimizer):

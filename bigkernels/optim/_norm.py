@@ -132,9 +132,9 @@ def _parts(tensors: list[Tensor], p: float) -> list[Tensor]:
     for device, indices in by_device.items():
         flat = [_values(tensors[i]) for i in indices]
         flat = [t if _plan.dense(t) else t.contiguous() for t in flat]
-        found = torch.empty(len(flat), dtype=torch.float64, device=device)
-        ops.norm(*_plan.only_gradients(flat, device), found, p == math.inf)
-        for i, value in zip(indices, found.unbind(), strict=True):
+        norms = torch.empty(len(flat), dtype=torch.float64, device=device)
+        ops.norm(*_plan.only_gradients(flat, device), norms, p == math.inf)
+        for i, value in zip(indices, norms.unbind(), strict=True):
             values[i] = value
     reduced = []
     for t, value in zip(tensors, values, strict=True):

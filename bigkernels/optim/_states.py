@@ -47,12 +47,12 @@ class States(torch.optim.Optimizer):
         """The tensors of the shape of `p` in its state, with their dtypes."""
         rule = self._rule_of(p, o)
         needed = zip(rule.states, rule.needs(self._options(rule, o)), strict=True)
-        found = {k: _state_dtype(p, k in rule.unsigned, o) for k, there in needed if there}
+        dtypes = {k: _state_dtype(p, k in rule.unsigned, o) for k, there in needed if there}
         if o["rounding"] == "kahan" and p.dtype == torch.bfloat16:
-            found["remainder"] = torch.int16
+            dtypes["remainder"] = torch.int16
         if o["ema_decay"] is not None:
-            found["ema"] = compute_dtype(p.dtype)
-        return found
+            dtypes["ema"] = compute_dtype(p.dtype)
+        return dtypes
 
     def _complete(self, p: Tensor, number: int) -> Entry:
         """The state of a parameter as the options of its group want it: what is missing is made, what is in another
@@ -214,15 +214,15 @@ class States(torch.optim.Optimizer):
         8-bit states of distributed parameters are saved as float32, whose rounding back is exact: their blocks would be
         others on another number of ranks. Their remainders are saved as int32: no backend gathers int16.
         """
-        found = super().state_dict()
+        saved = super().state_dict()
         # By name, which torch.distributed.checkpoint takes where it gathers; of dtypes it knows nothing.
-        found["param_groups"] = [
-            {**g, "state_dtype": str(g["state_dtype"]).removeprefix("torch.")} for g in found["param_groups"]
+        saved["param_groups"] = [
+            {**g, "state_dtype": str(g["state_dtype"]).removeprefix("torch.")} for g in saved["param_groups"]
         ]
-        for index, state in found["state"].items():
+        for index, state in saved["state"].items():
             if isinstance(state, dict):  # else it is an entry of the user's
-                found["state"][index] = self._saved(state)
-        return found
+                saved["state"][index] = self._saved(state)
+        return saved
 
     def _saved(self, state: dict) -> dict:
         saved = {}
@@ -240,21 +240,21 @@ class States(torch.optim.Optimizer):
 
     def torch_state_dict(self) -> dict[str, Any]:
         """A state_dict in which all states are float32 and nothing is unknown to the torch class of this name."""
-        found = self.state_dict()
-        states = {index: self._widened(state) for index, state in found["state"].items() if isinstance(state, dict)}
+        saved = self.state_dict()
+        states = {index: self._widened(state) for index, state in saved["state"].items() if isinstance(state, dict)}
         ours = {*_KEPT, "seed", "decoupled_weight_decay"}.difference(self._torch_options)
-        groups = [{k: v for k, v in g.items() if k not in ours} for g in found["param_groups"]]
+        groups = [{k: v for k, v in g.items() if k not in ours} for g in saved["param_groups"]]
         return {"state": states, "param_groups": groups}
 
     def _widened(self, state: dict) -> dict:
         state = _uncoded(state)
-        found = {}
+        saved = {}
         for key in _KNOWN & state.keys():
             value = self._read(key, state)
-            found[key] = value.to(compute_dtype(value.dtype))
+            saved[key] = value.to(compute_dtype(value.dtype))
         if "step" in state:
-            found["step"] = torch.full((), float(state["step"]), dtype=torch.float32, device=_device_of(state["step"]))
-        return found
+            saved["step"] = torch.full((), float(state["step"]), dtype=torch.float32, device=_device_of(state["step"]))
+        return saved
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ def groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 @torch.no_grad()
 def hessians(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]) -> dict[str, Tensor]:
     """The sum of ``x x^T`` over the inputs x (K,) of each layer that the batches reach."""
-    found: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
     # Layers beside each other read the same input. It may be written in between, and not every write is counted.
     last: list[tuple[Tensor, Tensor]] = []
 
@@ -42,7 +42,7 @@ def hessians(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterabl
             if not last or last[0][0].shape != x.shape or not torch.equal(last[0][0], x):
                 rows = x.detach().reshape(-1, x.shape[-1]).float()
                 last[:] = [(x.detach().clone(), rows.T @ rows)]
-            found[name] = found[name] + last[0][1] if name in found else last[0][1].clone()
+            statistics[name] = statistics[name] + last[0][1] if name in statistics else last[0][1].clone()
 
         return hook
 
@@ -54,7 +54,7 @@ def hessians(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterabl
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return statistics
 
 
 def _call(model: nn.Module, batch: Any) -> None:

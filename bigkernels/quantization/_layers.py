@@ -75,15 +75,15 @@ class Shell:
 
     def filled(self, values: Tensor, bias: nn.Parameter | None, trained: bool, like: nn.Module) -> nn.Module:
         """The layer with a weight (N, K) and a bias; hooks and the mode are those of `like`."""
-        made: nn.Module = object.__new__(self.kind)
-        nn.Module.__init__(made)
-        made.__dict__.update(self.options)
+        module: nn.Module = object.__new__(self.kind)
+        nn.Module.__init__(module)
+        module.__dict__.update(self.options)
         weight = values.T.contiguous() if is_transposed(self.kind) else values
         held = {"weight": nn.Parameter(weight, requires_grad=trained), "bias": bias}
         for name in self._names:
-            made.register_parameter(name, held[name])
-        carry_hooks(like, made)
-        return made.train(like.training)
+            module.register_parameter(name, held[name])
+        carry_hooks(like, module)
+        return module.train(like.training)
 
 
 def become(module: nn.Module, other: type, /, **attributes: object) -> nn.Module:

@@ -76,7 +76,7 @@ def dequantize(model: nn.Module) -> None:
     from ..nn import QuantizedExperts
     from ..nn._quantized import Quantized
 
-    found: list[tuple[Quantized, nn.Parameter]] = []
+    restored: list[tuple[Quantized, nn.Parameter]] = []
     untrained = not any(p.requires_grad for p in model.parameters())
     for module, paths in places(model).items():
         if not isinstance(module, Quantized) or not paths[0]:
@@ -87,15 +87,15 @@ def dequantize(model: nn.Module) -> None:
             for path in paths:
                 set_parameter(model, path, values)
             continue
-        made = cast(Any, module).dequantize()
-        bias = getattr(made, "bias", None)
+        layer = cast(Any, module).dequantize()
+        bias = getattr(layer, "bias", None)
         if frozen or (bias is not None and not bias.requires_grad):
-            made.weight.requires_grad_(False)
-        for other, weight in found:
-            if module.shares(other) and weight.shape == made.weight.shape:
-                made.weight = weight
-        found.append((module, made.weight))
-        put(model, paths, made)
+            layer.weight.requires_grad_(False)
+        for other, weight in restored:
+            if module.shares(other) and weight.shape == layer.weight.shape:
+                layer.weight = weight
+        restored.append((module, layer.weight))
+        put(model, paths, layer)
     name_weights(model)
     note(model)
 

@@ -18,13 +18,13 @@ def note(model: nn.Module) -> None:
         importlib.import_module("bigkernels.integrations.peft")
     models = sys.modules.get("transformers.modeling_utils")
     kind = getattr(models, "PreTrainedModel", None)
-    found = [m for m in model.modules() if kind is not None and isinstance(m, kind)]
-    if not found:
+    owners = [m for m in model.modules() if kind is not None and isinstance(m, kind)]
+    if not owners:
         return
     try:
         library = importlib.import_module("bigkernels.integrations.transformers")
     except ImportError:
-        for m in found:
+        for m in owners:
             m.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="bigkernels"))
         return
     library.note(model)

@@ -76,7 +76,7 @@ class Layers:
 
         weight = self.weight()
         quantized = quantize_weight(weight, self.format, hessian)
-        sizes, error, source, made = (weight.nbytes, quantized.nbytes), error_of(weight, quantized), None, []
+        sizes, error, source, layers = (weight.nbytes, quantized.nbytes), error_of(weight, quantized), None, []
         for chosen in self.members:
             kind = plain_kind(chosen.module)
             layer: Any = QuantizedEmbedding if kind is nn.Embedding else QuantizedLinear
@@ -90,9 +90,9 @@ class Layers:
                 # transformers asks for it when it saves: these tensors are those of another module.
                 module._tied_weights_keys = {name: f"{self.first.path}.{name}" for name in quantized.tensors}
                 what += f", the weight of {self.first.path}"
-            made.append(Row(chosen.path, what, *sizes, error))
+            layers.append(Row(chosen.path, what, *sizes, error))
             sizes = 0, 0
-        return made
+        return layers
 
 
 @dataclass
@@ -108,11 +108,13 @@ class Experts:
         owner, _, key = self.path.rpartition(".")
         module = journal.model.get_submodule(owner)
         weight = getattr(module, key)
-        made = QuantizedExperts.from_parameter(weight, self.format, transposed=getattr(module, "is_transposed", False))
-        journal.parameter(self.path, made.train(module.training))
-        flat = (weight.transpose(1, 2) if made.transposed else weight).flatten(0, 1)
-        error = error_of(flat, made.qweight)
-        return [Row(self.path, self.format.name, weight.nbytes, made.qweight.nbytes, error)]
+        experts = QuantizedExperts.from_parameter(
+            weight, self.format, transposed=getattr(module, "is_transposed", False)
+        )
+        journal.parameter(self.path, experts.train(module.training))
+        flat = (weight.transpose(1, 2) if experts.transposed else weight).flatten(0, 1)
+        error = error_of(flat, experts.qweight)
+        return [Row(self.path, self.format.name, weight.nbytes, experts.qweight.nbytes, error)]
 
 
 @dataclass
@@ -130,16 +132,16 @@ class Plan:
         cls, model: nn.Module, format: str | Format | Mapping[str, str | Format | None], skip: str | tuple[str, ...],
         filter: Callable[[str, nn.Module], bool] | None, embeddings: bool,
     ) -> Plan:  # fmt: skip
-        made = cls(model)
-        selection = select(model, format, skip, filter, embeddings, made.report)
-        made.order = selection.order
-        made.steps += (Experts(path, chosen) for path, chosen in selection.experts.items())
-        made.steps += (Layers(members, members[0].format.blind()) for members in selection.shared)
+        plan = cls(model)
+        selection = select(model, format, skip, filter, embeddings, plan.report)
+        plan.order = selection.order
+        plan.steps += (Experts(path, chosen) for path, chosen in selection.experts.items())
+        plan.steps += (Layers(members, members[0].format.blind()) for members in selection.shared)
         for chosen in selection.alone:
             ids = plain_kind(chosen.module) is nn.Embedding  # what it reads tells nothing
             step = Layers([chosen], chosen.format.blind() if ids else chosen.format)
-            (made.measured if step.measured else made.steps).append(step)
-        return made
+            (plan.measured if step.measured else plan.steps).append(step)
+        return plan
 
     def write(self, calibration: Iterable[Any] | None) -> QuantizeReport:
         """Take all steps, or none.
@@ -170,10 +172,10 @@ class Plan:
     def _write_measured(self, journal: Journal, batches: Sequence[Any]) -> None:
         steps = {step.first.path: step for step in self.measured}
         for some in groups({path: step.weight().shape[1] for path, step in steps.items()}):
-            found = hessians(self.model, {path: steps[path].first.module for path in some}, batches)
+            statistics = hessians(self.model, {path: steps[path].first.module for path in some}, batches)
             for path in some:
-                if path in found:
-                    self.report.quantized += steps[path].write(journal, found[path])
+                if path in statistics:
+                    self.report.quantized += steps[path].write(journal, statistics[path])
                 else:
                     weight: Any = steps[path].first.module.weight
                     self.report.skip(path, "no calibration batch reaches it", weight.nbytes)

@@ -50,10 +50,10 @@ def as_names(names: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def places(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Each module of a model with all its paths."""
-    found = collections.defaultdict(list)
+    paths = collections.defaultdict(list)
     for path, module in model.named_modules(remove_duplicate=False):
-        found[module].append(path)
-    return found
+        paths[module].append(path)
+    return paths
 
 
 def put(model: nn.Module, paths: list[str], module: nn.Module) -> None:
@@ -107,16 +107,16 @@ def select(
     patterns = {"*": format} if isinstance(format, (str, Format)) else dict(format)
     formats = {pattern: None if value is None else resolve_format(value) for pattern, value in patterns.items()}
     rules = _Rules(formats, as_names(skip), filter)
-    found = places(model)
+    modules = places(model)
     owners = collections.defaultdict(list)
-    for module, paths in found.items():
+    for module, paths in modules.items():
         for p in module._parameters.values():
             if p is not None:
                 owners[id(p)].append((module, paths))
-    made = Selection(order={path: i for i, (path, _) in enumerate(model.named_modules(remove_duplicate=False))})
+    selection = Selection(order={path: i for i, (path, _) in enumerate(model.named_modules(remove_duplicate=False))})
     candidates: dict[nn.Module, Chosen] = {}
-    adapters = _adapters(found)
-    for module, paths in found.items():
+    adapters = _adapters(modules)
+    for module, paths in modules.items():
         kind, path = plain_kind(module), paths[0]
         if isinstance(module, Quantized):
             report.skip(path, f"already quantized ({module.weight_format.name})", module.qweight.nbytes)
@@ -141,13 +141,13 @@ def select(
             expected = "Linear" if isinstance(module, nn.Linear) else "Embedding"
             report.skip(path, reason or f"a {type(module).__name__}, not a torch.nn.{expected}", _nbytes(module))
         elif not isinstance(module, ParametrizationList):
-            for key, reason, nbytes in _weights(module, path, rules, owners, made):
+            for key, reason, nbytes in _weights(module, path, rules, owners, selection):
                 report.skip(f"{path}.{key}".lstrip("."), reason, nbytes)
             sized = hasattr(module, "in_features") and hasattr(module, "out_features")
             if sized and not module._modules and not module._parameters:
                 report.skip(path, f"a {type(module).__name__}, not a torch.nn.Linear", _nbytes(module))
-    _group(candidates, owners, made, report)
-    return made
+    _group(candidates, owners, selection, report)
+    return selection
 
 
 def _adapters(modules: Iterable[nn.Module]) -> set[nn.Module]:

@@ -48,10 +48,10 @@ def channel_scales(w: Tensor, hessian: Tensor, rounded: Callable[[Tensor, Tensor
     best, least = Channels(ones, ones, moments), math.inf
     for i in range(_STEPS):
         up = torch.exp2((size.log2() * i / _STEPS).round())
-        found = Channels(up, 1 / up, moments / up.square())
-        error = sum(_output_error(rows.float(), found, hessian, rounded) for rows in w.split(at_once))
+        channels = Channels(up, 1 / up, moments / up.square())
+        error = sum(_output_error(rows.float(), channels, hessian, rounded) for rows in w.split(at_once))
         if least is None or error < least:
-            best, least = found, error
+            best, least = channels, error
     return best
 
 

@@ -49,7 +49,7 @@ def codes(rows: Tensor, step: Tensor, zero: Tensor, size: int, data: Order) -> T
     order, factor, _ = data
     left = rows[:, order]
     steps, zeros = (t[:, order // size] for t in (step, zero))
-    found = torch.empty_like(left)
+    rounded = torch.empty_like(left)
     for begin in range(0, left.shape[1], _BLOCK):
         end = min(begin + _BLOCK, left.shape[1])
         block, errors = left[:, begin:end], torch.empty_like(left[:, begin:end])
@@ -59,6 +59,6 @@ def codes(rows: Tensor, step: Tensor, zero: Tensor, size: int, data: Order) -> T
             code = (ratio(w, s) + z).round().clamp(0, 15)
             error = (w - (code - z) * s) / factor[at, at]
             block[:, i + 1 :] -= error[:, None] * factor[at, at + 1 : end]
-            found[:, at], errors[:, i] = code, error
+            rounded[:, at], errors[:, i] = code, error
         left[:, end:] -= errors @ factor[begin:end, end:]
-    return torch.empty_like(found).index_copy_(1, order, found)
+    return torch.empty_like(rounded).index_copy_(1, order, rounded)

@@ -65,9 +65,9 @@ class Int4(Format):
 
     def _rounded(self, rows: Tensor, importance: Tensor) -> Tensor:
         """The values of rows to the nearest, with the ranges that fit inputs of the given second moments."""
-        found = fit(in_groups(rows, self.group_size), self._weights(rows, importance), clip=True)
+        fitted = fit(in_groups(rows, self.group_size), self._weights(rows, importance), clip=True)
         groups = in_groups(rows, self.group_size)
-        values = (_codes(groups, found.step, found.zero) - found.zero.unsqueeze(-1)) * found.step
+        values = (_codes(groups, fitted.step, fitted.zero) - fitted.zero.unsqueeze(-1)) * fitted.step
         return values.flatten(1)[:, : rows.shape[1]]
 
     def _weights(self, rows: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -86,15 +86,15 @@ class Int4(Format):
             return {"codes": empty.to(torch.uint8), "scale": empty.half(), "zero": empty.half(),
                     "row_scale": torch.ones(rows.shape[0], dtype=torch.float32, device=rows.device)}  # fmt: skip
         weights = self._weights(rows, data.importance if self.calibrated else None)
-        found = fit(groups, weights, clip=self.calibrated)
-        zero = found.zero
+        fitted = fit(groups, weights, clip=self.calibrated)
+        zero = fitted.zero
         if self.algorithm in ("hqq", "awq"):
-            zero = _half_quadratic(groups, found.step, zero, weights)
+            zero = _half_quadratic(groups, fitted.step, zero, weights)
         if self.algorithm == "gptq":
-            codes = gptq.codes(rows, found.step[..., 0], zero, self.group_size, data)
+            codes = gptq.codes(rows, fitted.step[..., 0], zero, self.group_size, data)
         else:
-            codes = _codes(groups, found.step, zero).flatten(1)
-        return {"codes": pack4(codes, k), "scale": found.scale, "zero": zero.half(), "row_scale": found.row_scale}
+            codes = _codes(groups, fitted.step, zero).flatten(1)
+        return {"codes": pack4(codes, k), "scale": fitted.scale, "zero": zero.half(), "row_scale": fitted.row_scale}
 
     def finish(self, tensors: dict[str, Tensor], data: Any = None) -> dict[str, Tensor]:
         return tensors | {"channel": data.down} if self.algorithm == "awq" else tensors

@@ -33,9 +33,9 @@ class Q4_1(Format):
         step = (high - low) / torch.full_like(low, 15.0)
         # Half up, and not to even, as the difference is never negative.
         codes = ((blocks - low) * inverse(step) + 0.5).trunc().nan_to_num(0.0, 0.0).clamp(0, 15)
-        found = {"scale": step.squeeze(-1).half(), "minimum": low.squeeze(-1).half()}
-        check_range(self.name, *found.values())
-        return {"codes": pack4(codes.flatten(1), rows.shape[1])} | found
+        tensors = {"scale": step.squeeze(-1).half(), "minimum": low.squeeze(-1).half()}
+        check_range(self.name, *tensors.values())
+        return {"codes": pack4(codes.flatten(1), rows.shape[1])} | tensors
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         n, k = shape

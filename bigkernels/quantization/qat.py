@@ -151,8 +151,8 @@ def prepare_qat(
 
     selection = select(model, format, skip, filter, embeddings, QuantizeReport())
     chosen = sorted(selection.alone + sum(selection.shared, []), key=lambda c: selection.order[c.path])
-    made = [_fake(c.module, c.format) for c in chosen]
-    for c, module in zip(chosen, made, strict=True):
+    layers = [_fake(c.module, c.format) for c in chosen]
+    for c, module in zip(chosen, layers, strict=True):
         put(model, c.paths, module)
     return [c.path for c in chosen]
 
