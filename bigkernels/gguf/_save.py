@@ -1,8 +1,10 @@
-"""A model that came out of a GGUF file, back into one."""
+"""A model into a GGUF file."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
 
 from torch import nn
 
@@ -10,48 +12,81 @@ from ..nn import LoRALinear
 from ._source import Source
 
 _WHAT = "bigkernels.save_gguf"
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 
 
-def save_gguf(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write a model that `load_gguf` made into a GGUF file, by the `gguf` package's writer: with the metadata and the
-    vocabulary of its file, codes as they are, and numbers as the model has them now, in the file's type.
+def save_gguf(
+    model: nn.Module, path: str | os.PathLike, type: str | None = None, *, tokenizer: str | os.PathLike | None = None
+) -> None:
+    """Write a causal language model into a GGUF file, by the `gguf` package's writer.
 
-    What was not changed is written bit for bit as it was read. A layer that holds no codes anymore (`dequantize`) is
-    written in the model's dtype.
+    A model that `load_gguf` made is written with the metadata and the vocabulary of its file, codes as they are, and
+    numbers as the model has them now, in the file's type. What was not changed is written bit for bit as it was read; a
+    layer that holds no codes anymore (`dequantize`) is written in the model's dtype.
+
+    Others (Llama, Mistral, Qwen2, Qwen3 and Gemma 2, as transformers has them) get metadata from their configuration.
+    Layers in codes that a type of blocks holds bit for bit (`Q8_0`, `Q4_1`, `MXFP4`, `GGUFBlocks`) are written so;
+    other formats as numbers.
 
     Args:
-        model: as `load_gguf` (or `from_pretrained` with ``gguf_file``) made it, or a copy; adapters are merged first.
+        model: adapters are merged first.
         path: of the file; one that is there is replaced.
+        type: of the matrices of numbers of a model that came from no file: "F32", "F16", "BF16", "Q8_0", "Q4_0",
+            "Q4_1", "Q5_0" or "Q5_1", rounded as the `gguf` package does. Rows that are no whole blocks become F16,
+            vectors stay F32. None takes the dtype they have.
+        tokenizer: for a model that came from no file: a folder with a tokenizer.json of bytes merged in pairs (GPT-2,
+            SmolLM, Llama 3, Qwen), or another GGUF file, whose entries are copied. llama.cpp opens no file without a
+            vocabulary; transformers and `load_gguf` do.
 
     Raises:
         ImportError: gguf is not installed.
-        ValueError: the model came from no GGUF file, or holds something that its file has no place for (its name is
-            given).
+        ValueError: the model is of another kind, has an option that no such file can say, or holds something that its
+            file has no place for (its name is given); or the tokenizer is not one of those.
     """
     try:
         import gguf
 
+        from ._describe import described
+        from ._vocabulary import vocabulary
         from ._write import Writing, add
     except ImportError as error:
         raise ImportError(f"{_WHAT} needs gguf ({error}); pip install 'bigkernels[gguf]' installs it") from error
-    source = getattr(model, "gguf_source", None)
-    if not isinstance(source, Source):
-        raise ValueError(f"{_WHAT}: the {type(model).__name__} came from no GGUF file; llama.cpp's "
-                         "convert_hf_to_gguf.py writes one of a folder that `save_pretrained` made")  # fmt: skip
-    adapter = next((name for name, m in model.named_modules() if isinstance(m, LoRALinear)), None)
+    if type is not None and type not in TYPES:
+        raise ValueError(f"{_WHAT}: type is {type!r}; accepted are {', '.join(TYPES)}")
+    adapter = next((name for name, m in model.named_modules() if _adapts(m)), None)
     if adapter is not None:
         raise ValueError(f"{_WHAT}: {adapter} has an adapter; merge it, or save it by itself")
+    source = getattr(model, "gguf_source", None)
+    if not isinstance(source, Source):
+        source = described(model, type)
+        if tokenizer is not None:
+            sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
+            words = vocabulary(tokenizer, model.config.get_text_config().vocab_size, sizes)
+            source = replace(source, metadata=source.metadata | words)
+    elif type is not None or tokenizer is not None:
+        raise ValueError(f"{_WHAT}: the model came from a GGUF file, whose types and vocabulary it keeps")
     writing = Writing(model, source)
-    tensors = [(place.name, *writing.blocks(place)) for place in source.places]  # before a file is touched
-    writer = gguf.GGUFWriter(os.fspath(path), source.architecture)
-    for key, pair in source.metadata.items():
-        if key == "general.alignment":
-            writer.add_custom_alignment(pair.value)
-        elif key != "general.architecture":
-            add(writer, gguf.GGUFValueType, key, pair)
-    for name, kind, blocks in tensors:
-        writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType(kind))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    target = Path(path)
+    begun = target.with_name(target.name + ".part")  # what is there may be what the model is mapped from
+    writer = gguf.GGUFWriter(os.fspath(begun), source.architecture)
+    try:
+        for place in source.places:
+            kind, blocks = writing.blocks(place)
+            writer.add_tensor(place.name, blocks, raw_dtype=gguf.GGMLQuantizationType(kind))
+        for key, pair in source.metadata.items():
+            if key == "general.alignment":
+                writer.add_custom_alignment(pair.value)
+            elif key != "general.architecture":
+                add(writer, gguf.GGUFValueType, key, pair)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        begun.replace(target)
+    finally:
+        begun.unlink(missing_ok=True)
+
+
+def _adapts(module: nn.Module) -> bool:
+    """LoRALinear, and PEFT's layers."""
+    return isinstance(module, LoRALinear) or (hasattr(module, "base_layer") and hasattr(module, "active_adapters"))

@@ -43,6 +43,7 @@ class Source:
     architecture: str
     metadata: dict[str, Pair]
     places: list[Place] = field(default_factory=list)
+    anew: bool = False  # of a model that came from no file
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model copies what is small."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,12 @@ class Writing:
     def blocks(self, place: Place) -> tuple[int, np.ndarray]:
         """The type and the bytes of a tensor, (..., bytes of a row)."""
         kind, found = self._coded(place) if place.coded else self._dense(place)
+        row = _BY_NUMBER.get(place.kind)
+        if not place.coded and place.raw is None and self.source.anew and row is not None and not row.is_numbers:
+            import gguf
+
+            kind, values = place.kind, found.float().numpy()
+            return kind, gguf.quants.quantize(values, gguf.GGMLQuantizationType(kind))
         rows = found.contiguous().view(torch.uint8).reshape(*place.shape[:-1], -1)
         return kind, rows.cpu().numpy()
 
@@ -57,6 +64,8 @@ class Writing:
             held = getattr(self.model.get_submodule(owner), key)
         except AttributeError as error:
             raise ValueError(f"{_WHAT}: the model has no {place.target} anymore, which was {place.name}") from error
+        if self.source.anew:
+            return held.dequantize() if hasattr(held, "dequantize") and not _is_plain(held) else held
         if isinstance(held, Quantized) or isinstance(self.model.get_submodule(owner), Quantized):
             raise ValueError(f"{_WHAT}: {place.target} was quantized after it was loaded; {place.name} of a GGUF file "
                              "cannot hold that")  # fmt: skip
@@ -111,15 +120,29 @@ class Writing:
 
     def _processed(self, name: str, values: Any) -> Tensor:
         if self._process is None:
-            from transformers import modeling_gguf_pytorch_utils as known
+            self._process = processor(self.model, self.source.architecture)
+        return self._process(name, values)
 
-            kind = known.TENSOR_PROCESSORS.get(self.source.architecture, known.TensorProcessor)
-            self._process = kind(config=self.model.config.to_dict()).process
+
+def processor(model: nn.Module, architecture: str) -> Callable[[str, Any], Tensor]:
+    """What transformers makes of the values of a tensor of a file, by its name."""
+    from transformers import modeling_gguf_pytorch_utils as known
+
+    kind = known.TENSOR_PROCESSORS.get(architecture, known.TensorProcessor)
+    process = kind(config=model.config.to_dict()).process
+
+    def processed(name: str, values: Any) -> Tensor:
         if name.endswith("_exps.weight"):
             return values if isinstance(values, Tensor) else torch.from_numpy(values)
         values = values.numpy() if isinstance(values, Tensor) else values
-        found = self._process(weights=values, name=name, tensor_key_mapping={}, parsed_parameters={"tensors": {}})
+        found = process(weights=values, name=name, tensor_key_mapping={}, parsed_parameters={"tensors": {}})
         return torch.from_numpy(np.ascontiguousarray(found.weights))
+
+    return processed
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
 def _back(rows: Tensor, order: Tensor | None) -> Tensor:

@@ -1,0 +1,115 @@
+"""The vocabulary of a tokenizer as a GGUF file has it."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from ._file import ARRAY, STRING, File, Pair
+
+_WHAT = "bigkernels.save_gguf"
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_INT32, _UINT32, _BOOL = 5, 4, 7
+_PREFIX = "tokenizer."
+
+# How text is cut before its bytes are merged, by the names that llama.cpp gives to it.
+_LLAMA_3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+            r"\s+(?!\S)|\s+")  # fmt: skip
+_CUTS = {_LLAMA_3: "llama-bpe", _LLAMA_3.replace("{1,3}", ""): "qwen2"}
+
+
+def vocabulary(source: str | os.PathLike, size: int, sizes: dict[int, tuple[int, int]]) -> dict[str, Pair]:
+    """From another GGUF file, whose entries are taken as they are, or from a folder with a tokenizer.json.
+
+    Raises:
+        ValueError: the vocabulary is of another size, or llama.cpp's name for its way to cut text is not known.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix != ".json":
+        file = File.read(path, sizes)
+        found = {key: pair for key, pair in file.metadata.items() if key.startswith(_PREFIX)}
+        count = found["tokenizer.ggml.tokens"].count if "tokenizer.ggml.tokens" in found else 0
+    else:
+        found, count = _of_folder(path if path.is_dir() else path.parent, size)
+    if count != size:
+        raise ValueError(f"{_WHAT}: {source} has {count} tokens, and the model {size}")
+    return found
+
+
+def _of_folder(folder: Path, size: int) -> tuple[dict[str, Pair], int]:
+    try:
+        read = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{_WHAT}: {folder} has no tokenizer.json that can be read ({error}); give a GGUF file with "
+                         "the same vocabulary instead") from error  # fmt: skip
+    known, added = read["model"], read.get("added_tokens", [])
+    cut = _cut(read.get("pre_tokenizer"))
+    if known.get("type") != "BPE" or known.get("byte_fallback") or cut is None or read.get("normalizer") not in (
+        None, {"type": "NFC"}
+    ):  # fmt: skip
+        raise ValueError(f"{_WHAT}: llama.cpp's name for the tokenizer in {folder} is not known here; give a GGUF file "
+                         "with the same vocabulary instead")  # fmt: skip
+    tokens = {i: text for text, i in known["vocab"].items()} | {t["id"]: t["content"] for t in added}
+    kinds = dict.fromkeys(tokens, _NORMAL)
+    kinds |= {t["id"]: _CONTROL if t["special"] else _USER_DEFINED for t in added}
+    count = max(size, max(tokens, default=-1) + 1)
+    tokens = [tokens.get(i, f"[PAD{i}]") for i in range(count)]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in known["merges"]]
+    found = {
+        "tokenizer.ggml.model": _text("gpt2"), "tokenizer.ggml.pre": _text(cut),
+        "tokenizer.ggml.tokens": _texts(tokens), "tokenizer.ggml.merges": _texts(merges),
+        "tokenizer.ggml.token_type": _integers([kinds.get(i, _UNUSED) for i in range(count)]),
+    }  # fmt: skip
+    return found | _special(folder, {t: i for i, t in enumerate(tokens)}), count
+
+
+def _cut(found: Any) -> str | None:
+    parts = found["pretokenizers"] if (found or {}).get("type") == "Sequence" else [found or {}]
+    if not parts or parts[-1].get("type") != "ByteLevel" or parts[-1].get("add_prefix_space"):
+        return None
+    rest, regex = parts[:-1], parts[-1].get("use_regex", True)
+    if not rest:
+        return "gpt-2" if regex else None
+    if len(rest) > 1:
+        return None
+    if rest[0].get("type") == "Digits" and rest[0].get("individual_digits") and regex:
+        return "smollm"
+    if rest[0].get("type") != "Split" or rest[0].get("behavior") != "Isolated" or rest[0].get("invert") or regex:
+        return None
+    return _CUTS.get(rest[0]["pattern"].get("Regex"))
+
+
+def _special(folder: Path, numbers: dict[str, int]) -> dict[str, Pair]:
+    """What tokenizer_config.json says of tokens with a meaning, and the template of chats."""
+    try:
+        said = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        said = {}
+    found = {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token = said.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token in numbers:
+            found[f"tokenizer.ggml.{key}_token_id"] = Pair(_UINT32, 1, b"", numbers[token])
+    for name in ("bos", "eos"):
+        found[f"tokenizer.ggml.add_{name}_token"] = Pair(_BOOL, 1, b"", bool(said.get(f"add_{name}_token", False)))
+    template = folder / "chat_template.jinja"
+    template = template.read_text(encoding="utf-8") if template.exists() else said.get("chat_template")
+    return found | ({"tokenizer.chat_template": _text(template)} if isinstance(template, str) else {})
+
+
+def _text(value: str) -> Pair:
+    return Pair(STRING, 1, b"", value)
+
+
+def _texts(values: list[str]) -> Pair:
+    encoded = [value.encode() for value in values]
+    raw = struct.pack("<IQ", STRING, len(encoded)) + b"".join(struct.pack("<Q", len(e)) + e for e in encoded)
+    return Pair(ARRAY, len(encoded), raw, None)
+
+
+def _integers(values: list[int]) -> Pair:
+    return Pair(ARRAY, len(values), struct.pack(f"<IQ{len(values)}i", _INT32, len(values), *values), None)
