@@ -104,6 +104,8 @@ class Writing:
     def _numbers(self, place: Place, held: Tensor) -> tuple[int, Tensor]:
         """The numbers of a tensor as the file has them: what transformers did to them, undone."""
         held = held.detach().cpu()
+        if held.dim() == 2 and tuple(held.shape) == place.shape and (rows := self._rows(place)) is not None:
+            return self._typed(place, torch.empty_like(held).index_copy_(0, rows, held))
         size = int(np.prod(place.shape))
         index = np.arange(size, dtype=np.float64).reshape(place.shape)
         moved, offset = self._processed(place.name, index), self._processed(place.name, np.zeros_like(index)).flatten()
@@ -114,8 +116,22 @@ class Writing:
                              "be undone")  # fmt: skip
         values = torch.empty_like(held).flatten()
         values[where.long()] = held.flatten() - offset if offset else held.flatten()
+        return self._typed(place, values)
+
+    def _rows(self, place: Place) -> Tensor | None:
+        """The row of the file that becomes each row of the weight, where that is all that transformers does."""
+        count = place.shape[0]
+        try:
+            found = self._processed(place.name, np.arange(count, dtype=np.int64)[:, None])
+        except (ArithmeticError, LookupError, ValueError):  # it needs whole rows
+            return None
+        rows = torch.arange(count, dtype=torch.int64, device="cpu")
+        return found[:, 0] if found.shape == (count, 1) and torch.equal(found[:, 0].sort().values, rows) else None
+
+    def _typed(self, place: Place, values: Tensor) -> tuple[int, Tensor]:
+        """In the type of a place, where that is one of numbers, else in the nearest one."""
         row = _BY_NUMBER.get(place.kind)
-        name = row.name if row is not None and row.is_numbers else _NUMBERS.get(held.dtype, "F32")
+        name = row.name if row is not None and row.is_numbers else _NUMBERS.get(values.dtype, "F32")
         return BLOCK_TYPES[name].number, values.to(BLOCK_TYPES[name].dtype).view(place.shape)
 
     def _processed(self, name: str, values: Any) -> Tensor:
