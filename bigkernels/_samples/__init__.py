@@ -3,7 +3,7 @@
 They cover every option, odd sizes, empty tensors and strided inputs. A new operator adds one entry to `SAMPLES`.
 """
 
-from . import attention, decode_attention, linear, linear_cross_entropy, quantized_linear, rows
+from . import attention, decode_attention, images, linear, linear_cross_entropy, mlp, quantized_linear, rows
 from ._sample import Draw, Sample, widen
 
 SAMPLES: dict[str, list[Sample]] = {
@@ -18,6 +18,9 @@ SAMPLES: dict[str, list[Sample]] = {
     "linear": linear.LINEAR,
     "linear_cross_entropy": linear_cross_entropy.LINEAR_CROSS_ENTROPY,
     "quantized_linear": quantized_linear.QUANTIZED_LINEAR,
+    "mlp": mlp.MLP,
+    "group_norm": images.GROUP_NORM,
+    "batch_norm": images.BATCH_NORM,
 }
 
 __all__ = ["SAMPLES", "Draw", "Sample", "widen"]

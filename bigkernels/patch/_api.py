@@ -191,6 +191,7 @@ def _plan(model: nn.Module, flags: dict[str, bool | str | None], verify: bool) -
                 report.skipped.append(Row(path, f"{write.key} was already replaced on this instance", None))
                 continue
             writes.append(write)
+            extra.update({(id(w.module), w.key): w for w in fit.writes})
             (report.inference if fit.inference else report.patched).append(Row(path, fit.kernel, fit.error))
             if write.key == "forward":
                 taken.add(module)

@@ -1,5 +1,5 @@
 // Chooses the instruction-set level once, from what the machine has and what BIGKERNELS_CPU_ISA allows.
-#include <bigkernels/program.h>
+#include <bigkernels/layers.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -74,6 +74,12 @@ const char* isa_name() { return kNames[(int)isa()]; }
 const CpuTable& table() {
   static const CpuTable* const tables[] = BK_ALL_LEVELS(table);
   static const CpuTable* const chosen = tables[(int)isa()];
+  return *chosen;
+}
+
+const LayerTable& layer_table() {
+  static const LayerTable* const tables[] = BK_ALL_LEVELS(layer_table);
+  static const LayerTable* const chosen = tables[(int)isa()];
   return *chosen;
 }
 

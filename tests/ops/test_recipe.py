@@ -239,7 +239,7 @@ def test_compile_dynamic_shapes_make_one_graph(sample: Sample, library):
         lengths = torch.tensor([4, 5], dtype=torch.int32)
         sizes = [{"q": torch.randn(2, 4, 2, 16), "k_cache": torch.randn(2, n, 2, 16),
                   "v_cache": torch.randn(2, n, 2, 16), "cache_seqlens": lengths} for n in (5, 7, 11)]  # fmt: skip
-    elif sample.operator in ("linear", "quantized_linear"):
+    elif sample.operator in ("linear", "quantized_linear", "mlp"):
         inputs = sample.inputs(torch.float32)
         sizes = [inputs | {"x": torch.randn(n, inputs["x"].shape[-1])} for n in (5, 7, 11)]
     else:
@@ -356,7 +356,8 @@ def test_backward_twice_through_a_retained_graph(sample: Sample, library):
 @pytest.mark.parametrize("sample", PLAIN, ids=named)
 def test_autocast_keeps_the_types_of_the_inputs(sample: Sample, library):
     """The operators compute in float32 whatever they are given, so autocast has nothing to cast."""
-    if sample.operator in ("attention", "varlen_attention", "linear", "linear_cross_entropy", "quantized_linear"):
+    lowered = ("attention", "varlen_attention", "linear", "linear_cross_entropy", "quantized_linear", "mlp")
+    if sample.operator in lowered:
         pytest.skip("products are lowered, as in scaled_dot_product_attention and linear")
     for dtype in (torch.float32, torch.bfloat16):
         inputs = sample.inputs(dtype)

@@ -7,16 +7,21 @@ from . import (
     attention_multihead,
     attention_sdpa,
     glu,
+    image_norm,
     linear,
     linear_cross_entropy,
     loss,
+    mlp,
     norm,
     rope,
 )
 
 # A module rule replaces a module's whole forward; it goes first, because source rules ask what it decided.
-MODULE_RULES = (norm.RULE, linear.RULE, attention_multihead.RULE, loss.MODULE_RULE, loss.FUNCTION_RULE)
+MODULE_RULES = (
+    norm.RULE, image_norm.MODULE_RULE, image_norm.SEQUENCE_RULE, linear.RULE, mlp.MODULE_RULE, attention_multihead.RULE,
+    loss.MODULE_RULE, loss.FUNCTION_RULE,
+)  # fmt: skip
 SOURCE_RULES = (
-    add_norm.RULE, glu.RULE, rope.RULE, attention_interface.RULE, attention_mask.RULE, attention_sdpa.RULE,
-    loss.SOURCE_RULE, linear_cross_entropy.RULE,
+    add_norm.RULE, glu.RULE, mlp.RULE, image_norm.RULE, rope.RULE, attention_interface.RULE, attention_mask.RULE,
+    attention_sdpa.RULE, loss.SOURCE_RULE, linear_cross_entropy.RULE,
 )  # fmt: skip

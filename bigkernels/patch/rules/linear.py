@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ... import functional
 from ...nn.linear import linear_by_packed, may_pay, pays
+from ...ops.mlp import linear_of_activation, made_by_linear_activation
 from .._rule import Fit, ModuleRule, Plan, Skip, Write
 from .._verify import Probes, compare, doubled, gradients, outputs_only, plain
 
@@ -32,7 +33,9 @@ def _fits(module: nn.Linear, x: Any) -> bool:
 def forward(module: nn.Linear, *args: Any, **kwargs: Any) -> Any:
     """Takes the place of a linear layer's forward: the kernel where it supports the call, the layer's own elsewhere."""
     if len(args) != 1 or kwargs or not _fits(module, args[0]):
-        return type(module).forward(module, *args, **kwargs)
+        return _behind_activation(module, *args, **kwargs)
+    if made_by_linear_activation(args[0]):
+        return linear_of_activation(args[0], module.weight, module.bias)
     return linear_by_packed(args[0], module.weight, module.bias)
 
 
@@ -40,6 +43,18 @@ def in_inference(module: nn.Linear, *args: Any, **kwargs: Any) -> Any:
     """The same for calls without gradients that the kernel is known to make no slower."""
     if len(args) == 1 and not kwargs and _fits(module, args[0]) and pays(args[0], module.weight, module.bias):
         return linear_by_packed(args[0], module.weight, module.bias)
+    return _behind_activation(module, *args, **kwargs)
+
+
+def _behind_activation(module: nn.Linear, *args: Any, **kwargs: Any) -> Any:
+    """The layer's own forward, but for what `linear_activation` made, which is then not kept for backward."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and made_by_linear_activation(args[0]):
+        x, weight, bias = args[0], module.weight, module.bias
+        lowered = torch.is_autocast_enabled("cpu") and x.dtype == torch.get_autocast_dtype("cpu")
+        same = weight.dtype == x.dtype or (lowered and weight.dtype == torch.float32)
+        if type(module) is nn.Linear and same and plain(weight) and weight.is_cpu and x.shape[-1] == weight.shape[-1]:
+            if bias is None or (plain(bias) and bias.dtype == weight.dtype):
+                return linear_of_activation(x, weight, bias)
     return type(module).forward(module, *args, **kwargs)
 
 

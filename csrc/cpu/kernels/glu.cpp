@@ -1,41 +1,9 @@
 // Gated linear units: the activation's value and slope from one evaluation of its exponential.
-#include "activation.h"
+#include "slope.h"
 
 namespace bigkernels {
 namespace BK_ISA {
 namespace {
-
-// The activation at x, and its derivative.
-template <Activation kind>
-BK_INLINE vf activate(vf x, vf* slope) {
-  if (kind == Activation::silu) {
-    vf complement, s = vsigmoid(x, &complement);
-    *slope = s * (x * complement + 1.0f);
-    return x * s;
-  }
-  if (kind == Activation::gelu) {
-    vf density, p = vnormal(x, &density);
-    *slope = x * density + p;
-    return x * p;
-  }
-  if (kind == Activation::gelu_tanh) {
-    vf b, complement, s = gelu_tanh_sigmoid(x, &b, &complement);
-    *slope = s * (b * complement * (b * b * 0.134145f + 1.0f) * kTwoRootTwoOverPi + 1.0f);
-    return x * s;
-  }
-  if (kind == Activation::sigmoid) {
-    vf complement, s = vsigmoid(x, &complement);
-    *slope = s * complement;
-    return s;
-  }
-  vf positive = select_less(x, vf{}, vf{}, x);
-  if (kind == Activation::relu) {
-    *slope = select(x <= vf{}, vf{}, splat(1.0f));  // 1 at NaN, as in PyTorch
-    return positive;
-  }
-  *slope = positive + positive;
-  return positive * positive;
-}
 
 template <class T, Activation kind>
 void forward(const Glu& a, int64_t begin, int64_t end) {

@@ -11,20 +11,27 @@ constexpr int64_t kPackedBytes = int64_t{16} << 20;  // of packed tokens at once
 // Tokens and columns of the result that a task makes.
 constexpr int64_t kTokens = 512, kColumns = 256;
 
+// Whether the results are to be written past the caches, and the place of them so many bytes further on. A call with
+// more results than one has functions of its own.
+inline bool streams(const Linear& a, int64_t row_bytes, int64_t all_bytes) {
+  return worth_streaming(a.out, row_bytes, all_bytes);
+}
+inline void move_on(Linear& a, int64_t bytes) { a.out = (char*)a.out + bytes; }
+
 // The tokens of a call in groups of kTokens, its columns in runs of kColumns: pack(part, begin, end, left, scales) for
 // strips [begin, end) of 32 tokens of a group, `strip` bytes each, then run(part, left, scales, begin, end) for
 // columns.
-template <class Pack, class Run>
-void for_groups(const Linear& call, int64_t columns, int64_t strip, const Pack& pack, const Run& run) {
-  Linear a = call;
+template <class Call, class Pack, class Run>
+void for_groups(const Call& call, int64_t columns, int64_t strip, const Pack& pack, const Run& run) {
+  Call a = call;
   int64_t row_bytes = columns * size_of(a.out_type), group = kTokens / 32 * strip;
   int64_t all = (a.m + kTokens - 1) / kTokens, at_once = std::clamp<int64_t>(kPackedBytes / group, 1, all);
   int64_t tasks = (columns + kColumns - 1) / kColumns;
-  a.stream = worth_streaming(a.out, row_bytes, a.m * row_bytes);
+  a.stream = streams(a, row_bytes, a.m * row_bytes);
   auto part_of = [&](int64_t g) {
-    Linear part = a;
+    Call part = a;
     part.in.data = (const char*)a.in.data + g * kTokens * (a.in_turned ? 1 : a.in.stride) * size_of(a.type);
-    part.out = (char*)a.out + g * kTokens * row_bytes;
+    move_on(part, g * kTokens * row_bytes);
     part.m = std::min(kTokens, a.m - g * kTokens);
     return part;
   };

@@ -1,0 +1,247 @@
+"""`nn.GroupNorm` and `nn.BatchNorm`, themselves, and with the activation behind them.
+
+A norm's forward is replaced as it is; where its result goes into an activation and nowhere else, a helper calls both at
+once: `act(self.norm(x))`, `h = self.norm(x)` and `h = act(h)` as statements one after the other, and neighbours in an
+`nn.Sequential`.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...nn.batch_norm import normalise
+from ...nn.linear import may_pay
+from ...ops._images import NUMBERS
+from ...ops._registry import has_values
+from ...ops.batch_norm import batch_norm
+from ...ops.group_norm import group_norm
+from .._rule import Fit, ModuleRule, Plan, Site, Skip, SourceRule, Write
+from .._source import Source, call, resolve
+from .._verify import Probes, compare, doubled, gradients, plain
+from .add_norm import unobserved
+from .mlp import _activation as activation_of
+from .mlp import _functions, _is_known, _key, _name, is_pointwise
+
+_BATCH = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}  # and the dimensions that they take
+_KEY = "_bigkernels_image_activation"  # of an activation module: its name
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _fits(module: nn.Module, x: Any) -> bool:
+    if not isinstance(x, Tensor) or not plain(x) or not x.is_cpu or x.dtype not in _DTYPES or not has_values(x):
+        return False
+    cls = type(module)
+    if cls is nn.GroupNorm:
+        if x.dim() < 2 or x.shape[1] != module.num_channels or not x.numel():
+            return False
+    elif cls not in _BATCH or x.dim() not in _BATCH[cls] or x.shape[1] != module.num_features or not x.numel():
+        return False
+    elif module.training and x.numel() == x.shape[1]:
+        return False  # the class's own error
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        t = getattr(module, name, None)
+        # PyTorch knows one mix of dtypes: 16-bit images and float32 for the rest.
+        if t is not None and (not plain(t) or not t.is_cpu or t.dtype not in (x.dtype, torch.float32)):
+            return False
+    dtypes = {t.dtype for n in ("weight", "bias", "running_mean", "running_var")
+              if (t := getattr(module, n, None)) is not None}  # fmt: skip
+    if len(dtypes) > 1 or (torch.is_autocast_enabled("cpu") and x.dtype != torch.float32 and cls is nn.GroupNorm):
+        return False
+    return True
+
+
+def compute(module: nn.Module, x: Tensor, activation: str | None = None) -> Tensor:
+    if type(module) is nn.GroupNorm:
+        return group_norm(x, module.num_groups, module.weight, module.bias, module.eps, activation=activation)
+    return normalise(module, x, activation)
+
+
+def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Takes the place of a norm's forward: the kernel where it fits the call, the class's own code elsewhere."""
+    if len(args) == 1 and not kwargs and _fits(module, args[0]):
+        return compute(module, args[0])
+    return type(module).forward(module, *args, **kwargs)
+
+
+def _plan(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
+    error = _error_of(module, plan)
+    if error is None:
+        return None
+    kind = "group_norm" if type(module) is nn.GroupNorm else "batch_norm"
+    return Write(module, "forward", functools.partial(forward, module)), Fit(kind, error)
+
+
+def _error_of(module: nn.Module, plan: Plan) -> float | None:
+    """The largest error of a norm of this kind; None for what is none."""
+    cls = type(module)
+    if cls is not nn.GroupNorm and cls not in _BATCH:
+        return None
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if any(not plain(t) or not t.is_cpu or t.is_meta for t in tensors) or not may_pay():
+        return None
+    key = "image_norm", cls, module.weight is None, module.bias is None
+    if key not in plan.memory:
+        plan.memory[key] = _error(module)
+    return plan.memory[key]
+
+
+def _error(module: nn.Module) -> float:
+    """The kernel against PyTorch's, where a small module stands for all of its class."""
+    worst = 0.0
+    sizes = (6, 5, 7, 4)[: 2 if type(module) is nn.BatchNorm1d else 3 if type(module) is nn.BatchNorm3d else 2]
+    for dtype in (torch.float32, torch.bfloat16):
+        probe = Probes("cpu", dtype)
+        affine = [None if t is None else probe(8) for t in (module.weight, module.bias)]
+        leaves = [probe(3, 8, *sizes, shift=0.5), *affine]
+
+        def theirs(x, weight, bias):
+            if type(module) is nn.GroupNorm:
+                return nn.functional.group_norm(x, 4, weight, bias)
+            return nn.functional.batch_norm(x, None, None, weight, bias, True)
+
+        def ours(x, weight, bias):
+            if type(module) is nn.GroupNorm:
+                return group_norm(x, 4, weight, bias)
+            return batch_norm(x, None, None, weight, bias, training=True)
+
+        results = (gradients(ours, leaves), gradients(theirs, leaves), gradients(theirs, doubled(leaves)))
+        worst = max(worst, compare(*results, f"in {str(dtype).removeprefix('torch.')}"))
+    return worst
+
+
+# ---- with an activation ---------------------------------------------------------------------------------------------
+
+
+def is_patched(norm: Any) -> bool:
+    """Whether a module is a norm whose forward is this rule's, or its class's, and that nobody observes."""
+    if not isinstance(norm, nn.Module) or (type(norm) is not nn.GroupNorm and type(norm) not in _BATCH):
+        return False
+    own = norm.__dict__.get("forward")
+    ours = own is None or (type(own) is functools.partial and own.func is forward and own.args[0] is norm)
+    return ours and unobserved(norm)
+
+
+def name_of(act: Any, approximate: str | None = None) -> str | None:
+    if isinstance(act, nn.Module):
+        return act.__dict__.get(_KEY) if unobserved(act) else None
+    name = _functions.get((act, approximate))
+    return name if name in NUMBERS else None
+
+
+def normed(act: Any, norm: Any, x: Any, approximate: str | None = None) -> Any:
+    """act(norm(x))."""
+    name = name_of(act, approximate)
+    if name is not None and is_patched(norm) and _fits(norm, x):
+        return compute(norm, x, name)
+    y = norm(x)
+    return act(y) if approximate is None else act(y, approximate=approximate)
+
+
+def sequence(module: nn.Sequential, *args: Any, **kwargs: Any) -> Any:
+    """Takes the place of the forward of `nn.Sequential`."""
+    if len(args) != 1 or kwargs:
+        return type(module).forward(module, *args, **kwargs)
+    (x,) = args
+    layers = list(module._modules.values())
+    at = 0
+    while at < len(layers):
+        if at + 1 < len(layers) and is_patched(layers[at]) and isinstance(layers[at + 1], nn.Module):
+            x = normed(layers[at + 1], layers[at], x)
+            at += 2
+        else:
+            x = layers[at](x)
+            at += 1
+    return x
+
+
+def _plan_sequence(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
+    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
+        return None
+    layers = list(module._modules.values())
+    extra, names, error = [], [], 0.0
+    for norm, act in zip(layers, layers[1:], strict=False):
+        own = _error_of(norm, plan) if isinstance(norm, nn.Module) else None
+        if own is None or not isinstance(act, nn.Module) or not is_pointwise(act):
+            continue
+        try:
+            name, by_act = _activation_name(act, None, plan)
+        except Skip:
+            continue
+        extra.append(Write(act, _KEY, name))
+        names.append(f"{'group_norm' if type(norm) is nn.GroupNorm else 'batch_norm'} + {name}")
+        error = max(error, own, by_act)
+    if not names:
+        return None
+    fit = Fit(", ".join(sorted(set(names))), error, tuple(extra))
+    return Write(module, "forward", functools.partial(sequence, module)), fit
+
+
+def _activation_name(act: Any, approximate: str | None, plan: Plan) -> tuple[str, float]:
+    key = "mlp", _key(act), approximate
+    if key not in plan.memory:
+        plan.memory[key] = _name(act, approximate, plan.verify)
+    name, error = plan.memory[key]
+    if name not in NUMBERS:
+        raise Skip(f"the activation {name} is none of {', '.join(n for n in NUMBERS if n)}")
+    return name, error
+
+
+def _sites(source: Source) -> Iterator[Site]:
+    for node in source.body():
+        found = activation_of(source, node)
+        if found is not None:
+            match found[2]:
+                case ast.Call(norm, [x], []) if source.attribute(norm) and not isinstance(x, ast.Starred):
+                    yield _site(source, found, node, norm, x, {})
+    for owner in (source.tree, *source.body()):
+        for field in ("body", "orelse", "finalbody"):
+            block = getattr(owner, field, None)
+            for first, second in zip(block, block[1:], strict=False) if isinstance(block, list) else ():
+                match first, second:
+                    case ast.Assign([ast.Name(name)], ast.Call(norm, [x], [])), ast.Assign([ast.Name(again)], value):
+                        if name != again or not source.attribute(norm) or isinstance(x, ast.Starred):
+                            continue
+                        found = activation_of(source, value)
+                        if found and isinstance(found[2], ast.Name) and found[2].id == name:
+                            yield _site(source, found, value, norm, x, {first: ast.Pass()})
+
+
+def _site(source, found, node, norm, x, more) -> Site:
+    target, approximate, _ = found
+    extra = {} if approximate is None else {"approximate": ast.Constant(approximate)}
+    new = call("_bigkernels_normed", node.func, norm, x, **extra)
+    return Site(_check(target, approximate, source.attribute(norm)), {node: new, **more},
+                {"_bigkernels_normed": normed})  # fmt: skip
+
+
+def _check(target: Any, approximate: str | None, path: list[str]):
+    def check(module: nn.Module, plan: Plan) -> Fit | None:
+        norm = resolve(module, path)
+        error = _error_of(norm, plan) if isinstance(norm, nn.Module) else None
+        if error is None:
+            return None
+        act = resolve(module, target) if isinstance(target, list) else target
+        if isinstance(act, nn.Module):
+            if approximate is not None or not is_pointwise(act):
+                return None
+        elif not _is_known(act):
+            return None
+        name, by_act = _activation_name(act, approximate, plan)
+        what = f"{'group_norm' if type(norm) is nn.GroupNorm else 'batch_norm'} + {name}"
+        if isinstance(act, nn.Module):
+            return Fit(what, max(error, by_act), (Write(act, _KEY, name),))
+        _functions[act, approximate] = name
+        return Fit(what, max(error, by_act))
+
+    return check
+
+
+MODULE_RULE = ModuleRule("norm", _plan)
+SEQUENCE_RULE = ModuleRule("norm", _plan_sequence)
+RULE = SourceRule("norm", "image_norm", _sites)

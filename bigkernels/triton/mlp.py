@@ -1,0 +1,90 @@
+"""The activation of an MLP on GPUs, forward and backward; the products beside it are PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops import mlp as op
+from ._launch import falls_back, launch, require
+from .glu import _activate, _sigmoid
+
+_ELEMENTS = 2048  # of a program of 128 threads: two 16-byte loads of a 16-bit operand each
+
+
+@triton.jit
+def _value_and_slope(x, ACTIVATION: tl.constexpr):
+    """Numbered as in bigkernels.ops.mlp.ACTIVATIONS."""
+    if ACTIVATION < 6:
+        value, slope = _activate(x, ACTIVATION)
+    elif ACTIVATION == 6:  # identity
+        value, slope = x, x * 0.0 + 1.0
+    elif ACTIVATION == 7:  # tanh, by 2 sigmoid(2x) - 1
+        s, rest = _sigmoid(x + x)
+        small = x - x * x * x * 0.3333333333333333  # where the difference would lose the digits
+        value, slope = tl.where(tl.abs(x) < 0.01, small, s - rest), 4.0 * s * rest
+    else:  # quick_gelu
+        s, rest = _sigmoid(x * 1.702)
+        value, slope = x * s, s * (1.0 + x * rest * 1.702)
+    return value, slope
+
+
+@triton.jit
+def activate_flat(X, Y, n, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(X + at, mask=at < n, other=0.0).to(tl.float32)
+    value, _ = _value_and_slope(x, ACTIVATION)
+    tl.store(Y + at, value.to(Y.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def differentiate_flat(GRAD, X, DX, Y, n, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    grad = tl.load(GRAD + at, mask=at < n, other=0.0).to(tl.float32)
+    x = tl.load(X + at, mask=at < n, other=0.0).to(tl.float32)
+    value, slope = _value_and_slope(x, ACTIVATION)
+    tl.store(DX + at, (grad * slope).to(DX.dtype.element_ty), mask=at < n)
+    if Y is not None:
+        tl.store(Y + at, value.to(Y.dtype.element_ty), mask=at < n)
+
+
+@falls_back(op._fwd_fallback)
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, activation: int, keep: bool
+) -> tuple[Tensor, Tensor]:
+    require("mlp_fwd", 0 <= activation < len(op.ACTIVATIONS), f"no activation number {activation}")
+    before = (x if weight is None else op._plain(x, weight, bias)).contiguous()
+    y = before.new_empty(before.shape)
+    if y.numel():
+        launch(activate_flat, (triton.cdiv(y.numel(), _ELEMENTS),), before, y, y.numel(), ACTIVATION=activation,
+               BLOCK=_ELEMENTS, num_warps=4)  # fmt: skip
+    return y, before if keep and weight is not None else x.new_empty(0)
+
+
+@falls_back(op._bwd_fallback, empty=op._bwd_fake)
+def backward(
+    grad: Tensor, weight: Tensor | None, before: Tensor, activation: int, again: bool
+) -> tuple[Tensor, Tensor]:
+    require("mlp_bwd", 0 <= activation < len(op.ACTIVATIONS), f"no activation number {activation}")
+    if weight is not None:
+        grad = grad @ weight.to(grad.dtype)
+    require("mlp_bwd", grad.shape == before.shape and grad.dtype == before.dtype, "grad does not fit the activation")
+    grad, before = grad.contiguous(), before.contiguous()
+    dx = before.new_empty(before.shape)
+    value = before.new_empty(before.shape) if again else None
+    if dx.numel():
+        launch(differentiate_flat, (triton.cdiv(dx.numel(), _ELEMENTS),), grad, before, dx, value, dx.numel(),
+               ACTIVATION=activation, BLOCK=_ELEMENTS, num_warps=4)  # fmt: skip
+    return dx, before.new_empty(0) if value is None else value
+
+
+def examples(dtype: torch.dtype) -> Iterator[tuple]:
+    """Calls whose launches the ahead-of-time check compiles: every activation."""
+    x = torch.empty(4096, 3072, dtype=dtype, device="meta")
+    for activation in range(len(op.ACTIVATIONS)):
+        yield forward, (x, None, None, activation, False)
+        yield backward, (x, None, x, activation, activation % 2 == 0)

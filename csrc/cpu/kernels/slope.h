@@ -1,0 +1,79 @@
+// Activations by value and slope.
+#pragma once
+#include <bigkernels/program.h>
+
+#include "activation.h"
+
+namespace bigkernels {
+namespace BK_ISA {
+namespace {
+
+// The activation at x, and its derivative.
+template <Activation kind>
+BK_INLINE vf activate(vf x, vf* slope) {
+  if (kind == Activation::silu) {
+    vf complement, s = vsigmoid(x, &complement);
+    *slope = s * (x * complement + 1.0f);
+    return x * s;
+  }
+  if (kind == Activation::gelu) {
+    vf density, p = vnormal(x, &density);
+    *slope = x * density + p;
+    return x * p;
+  }
+  if (kind == Activation::gelu_tanh) {
+    vf b, complement, s = gelu_tanh_sigmoid(x, &b, &complement);
+    *slope = s * (b * complement * (b * b * 0.134145f + 1.0f) * kTwoRootTwoOverPi + 1.0f);
+    return x * s;
+  }
+  if (kind == Activation::sigmoid) {
+    vf complement, s = vsigmoid(x, &complement);
+    *slope = s * complement;
+    return s;
+  }
+  vf positive = select_less(x, vf{}, vf{}, x);
+  if (kind == Activation::relu) {
+    *slope = select(x <= vf{}, vf{}, splat(1.0f));  // 1 at NaN, as in PyTorch
+    return positive;
+  }
+  *slope = positive + positive;
+  return positive * positive;
+}
+
+// The same of all activations that step programs know.
+template <Act kind>
+BK_INLINE vf act_of(vf x) {
+  if constexpr (kind == Act::identity) {
+    return x;
+  } else if constexpr (kind == Act::tanh) {
+    return vtanh(x);
+  } else if constexpr (kind == Act::quick_gelu) {
+    return x * vsigmoid(x * 1.702f);
+  } else {
+    return activate<(Activation)(int)kind>(x);
+  }
+}
+template <Act kind>
+BK_INLINE vf act_of(vf x, vf* slope) {
+  if constexpr (kind == Act::identity) {
+    *slope = splat(1.0f);
+    return x;
+  } else if constexpr (kind == Act::tanh) {
+    // (1 - t) (1 + t) would lose the digits of large x: 4 s (1 - s) with s = sigmoid(2x) keeps them.
+    vf complement, s = vsigmoid(x + x, &complement);
+    *slope = s * complement * 4.0f;
+    return vtanh(x);
+  } else if constexpr (kind == Act::quick_gelu) {
+    vf complement, s = vsigmoid(x * 1.702f, &complement);
+    *slope = s * (x * complement * 1.702f + 1.0f);
+    return x * s;
+  } else {
+    return activate<(Activation)(int)kind>(x, slope);
+  }
+}
+
+#define BK_ACTS(X) X(silu) X(gelu) X(gelu_tanh) X(relu) X(relu2) X(sigmoid) X(identity) X(tanh) X(quick_gelu)
+
+}  // namespace
+}  // namespace BK_ISA
+}  // namespace bigkernels
