@@ -110,7 +110,10 @@ def test_what_the_compiler_makes_of_every_launch(operator, dtype, capability, tm
         assert registers * 32 * launch.num_warps <= 65536, f"{describe(launch)}: {registers} registers do not fit"
         assert kernel.metadata.shared <= SHARED[capability], f"{describe(launch)}: {kernel.metadata.shared} bytes"
         # Rows that start on 16 bytes are read 16 bytes at a time.
-        row = next(launch.args[name] for name in ("D", "V", "N", "DV") if name in launch.args)
+        if "CHANNELS" in launch.args:  # of images, in planes or with channels innermost
+            row = launch.args["C" if launch.args["ROWS"] else "S"]
+        else:
+            row = next(launch.args[name] for name in ("D", "V", "N", "DV") if name in launch.args)
         vectors = re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.cg.* 0x10", kernel.asm["ptx"])
         if launch.kernel.__name__ == "decode_weight":  # bound by what it writes, two to four times what it reads
             vectors = re.findall(r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64", kernel.asm["ptx"])
@@ -137,7 +140,10 @@ def _check_products(launch, found, capability):
 def test_every_kernel_is_compiled():
     modules = [
         *MODULES.values(),
-        *(importlib.import_module(f"bigkernels.triton.{n}") for n in ("_norm", "_attention", "_quantized_many")),
+        *(
+            importlib.import_module(f"bigkernels.triton.{n}")
+            for n in ("_norm", "_channel_norm", "_attention", "_quantized_many")
+        ),
     ]
     # A leading underscore marks a function that kernels call.
     functions = [item for module in modules for item in vars(module).items() if isinstance(item[1], JITFunction)]

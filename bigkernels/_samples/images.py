@@ -42,7 +42,7 @@ def _group(
 
 GROUP_NORM = [
     _group("plain", (2, 12, 5, 7), 3),
-    *(_group(f"{name}", (2, 8, 9, 4), 4, name) for name in NUMBERS if name),
+    *(_group(name, (2, 8, 9, 4), 4, name) for name in NUMBERS if name),
     _group("channels-last", (2, 12, 5, 7), 3, "silu", arrange=_channels_last),
     _group("channels-last, odd", (3, 37, 3, 3), 37, arrange=_channels_last),
     _group("many pixels", (1, 4, 70, 81), 2, "silu"),
@@ -71,8 +71,9 @@ def _batch(name: str, shape: tuple[int, ...], activation: str | None = None, *, 
 _RESIDUAL = "x weight bias residual"
 
 BATCH_NORM = [
+    # First one with an activation: of the others the sum of squares is a constant.
+    *(_batch(name, (3, 8, 9, 4), name) for name in NUMBERS if name),
     _batch("plain", (4, 6, 5, 7)),
-    *(_batch(f"{name}", (3, 8, 9, 4), name) for name in NUMBERS if name),
     _batch("residual", (3, 8, 6, 6), names=_RESIDUAL),
     _batch("residual and relu", (3, 8, 6, 6), "relu", names=_RESIDUAL),
     _batch("residual and relu, channels-last", (3, 24, 6, 6), "relu", names=_RESIDUAL, arrange=_channels_last),

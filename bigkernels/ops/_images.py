@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -27,20 +24,28 @@ def has_rows(x: Tensor) -> bool:
     return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
+def lies(x: Tensor, rows: bool) -> bool:
+    """Whether a tensor is contiguous, or with rows has its channels innermost."""
+    return (x.movedim(1, -1) if rows else x).is_contiguous()
+
+
 def arranged(x: Tensor, rows: bool) -> Tensor:
-    """(N, S, C) with rows, else (N, C, S); contiguous, a view where x lies so."""
-    # Sizes in full: of a tensor without elements -1 would be ambiguous.
-    batch, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-    if rows:
-        return x.movedim(1, -1).contiguous().view(batch, pixels, channels)
-    return x.contiguous().view(batch, channels, pixels)
+    """x itself where it lies so, else a copy: the channels innermost with rows, else contiguous."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if rows else x.contiguous()
 
 
-def back(y: Tensor, shape: Sequence[int], rows: bool) -> Tensor:
-    """What `arranged` took, from a contiguous tensor of its result's shape."""
-    if rows:
-        return y.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-    return y.view(*shape)
+def empty(x: Tensor, rows: bool) -> Tensor:
+    """A tensor of the shape, dtype and device of x that lies so."""
+    if not rows:
+        return x.new_empty(x.shape)
+    # No view, which autograd would not let users write to.
+    strides = torch.empty((x.shape[0], *x.shape[2:], x.shape[1]), dtype=x.dtype, device="meta").movedim(-1, 1).stride()
+    return x.new_empty_strided(x.shape, strides)
+
+
+def over(x: Tensor) -> list[int]:
+    """The dimensions that are no channels."""
+    return [0, *range(2, x.dim())]
 
 
 def check_images(op: str, x: object, weight: object, bias: object, activation: object, least: int) -> None:
@@ -57,16 +62,15 @@ def check_images(op: str, x: object, weight: object, bias: object, activation: o
     check_shape(op, "bias", bias, x.shape[1:2], "the channels of x")
 
 
-def per_channel(t: Tensor, rows: bool) -> Tensor:
-    """(N or 1, C), or (C,), to be broadcast over what `arranged` gives."""
-    return t.unsqueeze(-2) if rows else t.unsqueeze(-1)
+def per_channel(t: Tensor, x: Tensor) -> Tensor:
+    """(N, C) or (C,), to be broadcast over x."""
+    return t.reshape(*t.shape, *(1,) * (x.dim() - 2))
 
 
-def gradients_of_sums(grad, x, mean, rstd, weight, bias, activation, result, rows, shared):
-    """(g, xhat, dweight, dbias) of arranged tensors in one wide dtype: g is the gradient behind the activation."""
-    wide = x.dtype
-    scale, shift = (None if t is None else per_channel(t.to(wide), rows) for t in (weight, bias))
-    xhat = (x - per_channel(mean, rows)) * per_channel(rstd, rows)
+def gradients_of_sums(grad, x, mean, rstd, weight, bias, activation, result):
+    """(g, xhat, dweight, dbias) in one wide dtype: g is the gradient behind the activation."""
+    scale, shift = (None if t is None else per_channel(t.to(x.dtype), x) for t in (weight, bias))
+    xhat = (x - per_channel(mean, x)) * per_channel(rstd, x)
     name = NAMES[activation]
     if result is not None and name == "relu":
         grad = torch.where(result <= 0, 0.0, grad)
@@ -75,7 +79,6 @@ def gradients_of_sums(grad, x, mean, rstd, weight, bias, activation, result, row
         with torch.enable_grad():
             leaf = (before if shift is None else before + shift).detach().requires_grad_()
             (grad,) = torch.autograd.grad(activate(leaf, name), leaf, grad)
-    over = (0, 1) if rows else (0, 2)
-    dweight = x.new_empty(0) if weight is None else (grad * xhat).sum(over).to(weight.dtype)
-    dbias = x.new_empty(0) if bias is None else grad.sum(over).to(bias.dtype)
+    dweight = x.new_empty(0) if weight is None else (grad * xhat).sum(over(x)).to(weight.dtype)
+    dbias = x.new_empty(0) if bias is None else grad.sum(over(x)).to(bias.dtype)
     return grad, xhat, dweight, dbias

@@ -5,12 +5,22 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor
 from ._derivatives import gradients, is_observed
-from ._images import NAMES, NUMBERS, activate, arranged, back, check_images, gradients_of_sums, has_rows, per_channel
+from ._images import (
+    NAMES,
+    NUMBERS,
+    activate,
+    arranged,
+    check_images,
+    empty,
+    gradients_of_sums,
+    has_rows,
+    over,
+    per_channel,
+)
 from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
 
 
@@ -69,7 +79,6 @@ def batch_norm(
                 rows = has_rows(x)
                 other = None if residual is None else arranged(residual, rows)
                 y, mean, var = _fwd(arranged(x, rows), weight, bias, other, *moments, eps, number, rows)
-                y = back(y, x.shape, rows)
             if training:
                 _update(running_mean, running_var, mean, var, x, momentum)
             return y
@@ -80,7 +89,7 @@ def batch_norm(
     if training and (running_mean is not None or running_var is not None):
         with torch.no_grad():
             wide = x.to(compute_dtype(x.dtype))
-            var, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
+            var, mean = torch.var_mean(wide, over(x), correction=0)
             _update(running_mean, running_var, mean, var, x, momentum)
     moments = (None, None) if training else (running_mean, running_var)
     return _reference(x, weight, bias, residual, *moments, eps, activation)
@@ -118,63 +127,57 @@ def _check(x, running_mean, running_var, weight, bias, training, activation, res
 
 
 def _reference(x, weight, bias, residual, mean, var, eps, activation):
+    # Not by `F.batch_norm`, whose backward some transforms do not know.
     dtype = compute_dtype(x.dtype)
     wide = x.to(dtype)
-    weight, bias, mean, var = (None if t is None else t.to(dtype) for t in (weight, bias, mean, var))
-    if (weight is None) == (bias is None) and x.numel():
-        y = F.batch_norm(wide, mean, var, weight, bias, mean is None, 0.0, eps)
-    else:
-        shape = (-1, *(1,) * (x.dim() - 2))
-        if mean is None:
-            var, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
-        y = (wide - mean.view(shape)) * torch.rsqrt(var.view(shape) + eps)
-        y = y if weight is None else y * weight.view(shape)
-        y = y if bias is None else y + bias.view(shape)
+    if mean is None:
+        var, mean = torch.var_mean(wide, over(x), correction=0)
+    y = (wide - per_channel(mean.to(dtype), x)) * per_channel(torch.rsqrt(var.to(dtype) + eps), x)
+    y = y if weight is None else y * per_channel(weight.to(dtype), x)
+    y = y if bias is None else y + per_channel(bias.to(dtype), x)
     return activate(y if residual is None else y + residual.to(dtype), activation).to(x.dtype)
 
 
 def _fwd_fallback(x, weight, bias, residual, mean, var, eps, activation, rows):
-    images, other = (t.movedim(-1, 1) if rows and t is not None else t for t in (x, residual))
-    y = _reference(images, weight, bias, other, mean, var, eps, NAMES[activation])
-    y = (y.movedim(1, -1) if rows else y).contiguous()
+    y = empty(x, rows).copy_(_reference(x, weight, bias, residual, mean, var, eps, NAMES[activation]))
     if mean is not None:
         return y, x.new_empty(0), x.new_empty(0)
     if x.numel() == 0:
-        return y, *(x.new_zeros(images.shape[1], dtype=torch.float32) for _ in range(2))
-    found, at = torch.var_mean(images.to(compute_dtype(x.dtype)), (0, 2), correction=0)
-    return y, at.float().contiguous(), found.float().contiguous()
+        return y, *(x.new_zeros(x.shape[1], dtype=torch.float32) for _ in range(2))
+    found, at = torch.var_mean(x.to(compute_dtype(x.dtype)), over(x), correction=0)
+    return y, at.float(), found.float()
 
 
 def _fwd_fake(x, weight, bias, residual, mean, var, eps, activation, rows):
     if mean is not None:
-        return x.new_empty(x.shape), x.new_empty(0), x.new_empty(0)
-    moments = (x.new_empty(x.shape[2 if rows else 1], dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), *moments
+        return empty(x, rows), x.new_empty(0), x.new_empty(0)
+    moments = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+    return empty(x, rows), *moments
 
 
 def _bwd_fallback(grad, x, weight, bias, result, mean, var, eps, activation, rows, training, residual):
     wide = compute_dtype(x.dtype)
     means, rstds = mean.to(wide), torch.rsqrt(var.to(wide) + eps)
     g, xhat, dweight, dbias = gradients_of_sums(
-        grad.to(wide), x.to(wide), means, rstds, weight, bias, activation, result, rows, True
+        grad.to(wide), x.to(wide), means, rstds, weight, bias, activation, result
     )
-    of_residual = g.to(x.dtype).contiguous() if residual else x.new_empty(0)
+    of_residual = empty(x, rows).copy_(g) if residual else x.new_empty(0)
     if weight is not None:
-        g = g * per_channel(weight.to(wide), rows)
+        g = g * per_channel(weight.to(wide), x)
     if training and x.numel():
-        over = (0, 1) if rows else (0, 2)
-        g = g - g.mean(over, keepdim=True) - xhat * (g * xhat).mean(over, keepdim=True)
-    return (g * per_channel(rstds, rows)).to(x.dtype).contiguous(), dweight, dbias, of_residual
+        g = g - g.mean(over(x), keepdim=True) - xhat * (g * xhat).mean(over(x), keepdim=True)
+    return empty(x, rows).copy_(g * per_channel(rstds, x)), dweight, dbias, of_residual
 
 
 def _bwd_fake(grad, x, weight, bias, result, mean, var, eps, activation, rows, training, residual):
     dweight, dbias = (x.new_empty(0) if t is None else torch.empty_like(t) for t in (weight, bias))
-    return x.new_empty(x.shape), dweight, dbias, x.new_empty(x.shape if residual else 0)
+    return empty(x, rows), dweight, dbias, empty(x, rows) if residual else x.new_empty(0)
 
 
 OPERATOR = Operator("batch_norm")
 _fwd = define(
-    # x is contiguous: (N, C, S), or with rows (N, S, C). Given moments are used, and then none are returned.
+    # x is contiguous, or with rows has its channels innermost; so are the others like it, and the results. Given
+    # moments are used, and then none are returned.
     "batch_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? var, float eps,"
     " int activation, bool rows) -> (Tensor, Tensor, Tensor)",
     _fwd_fake, _fwd_fallback,
@@ -198,9 +201,8 @@ class _BatchNorm(torch.autograd.Function):
             mean, var = made
         elif x.requires_grad or weight is not None:
             mean, var = mean.clone(), var.clone()  # a later step in training updates them
-        y = back(y, x.shape, rows)
         masked = residual is not None and activation == NUMBERS["relu"]
-        ctx.save_for_backward(x, weight, bias, residual if not masked else None, mean, var, y if masked else None)
+        ctx.save_for_backward(x, weight, bias, mean, var, y if masked else None)
         ctx.options = eps, activation, training, residual is not None
         ctx.mark_non_differentiable(*made)
         ctx.set_materialize_grads(False)
@@ -208,26 +210,25 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        x, weight, bias, residual, mean, var, result = ctx.saved_tensors
+        x, weight, bias, mean, var, result = ctx.saved_tensors
         eps, activation, training, added = ctx.options
         nothing = (None,) * 4
         if grad is None:
             return (None,) * 4 + nothing
         if is_observed(grad):
-            return *_observed(ctx, grad), *nothing
+            return *_observed(grad, x, weight, bias, mean, var, result, ctx.options), *nothing
         rows = has_rows(x)
         dx, dweight, dbias, dresidual = _bwd(
             arranged(grad, rows), arranged(x, rows), weight, bias, None if result is None else arranged(result, rows),
             mean, var, eps, activation, rows, training, added and ctx.needs_input_grad[3],
         )  # fmt: skip
-        dresidual = back(dresidual, x.shape, rows) if added and ctx.needs_input_grad[3] else None
-        return (back(dx, x.shape, rows), dweight if weight is not None else None, dbias if bias is not None else None,
+        dresidual = dresidual if added and ctx.needs_input_grad[3] else None
+        return (dx, dweight if weight is not None else None, dbias if bias is not None else None,
                 dresidual, *nothing)  # fmt: skip
 
 
-def _observed(ctx, grad):
-    x, weight, bias, residual, mean, var, result = ctx.saved_tensors
-    eps, activation, training, added = ctx.options
+def _observed(grad, x, weight, bias, mean, var, result, options):
+    eps, activation, training, added = options
     moments = (None, None) if training else (mean, var)
     name = NAMES[activation]
     if not added:

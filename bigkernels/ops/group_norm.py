@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._derivatives import gradients, is_observed
-from ._images import NAMES, NUMBERS, activate, arranged, back, check_images, gradients_of_sums, has_rows, per_channel
+from ._images import (
+    NAMES,
+    NUMBERS,
+    activate,
+    arranged,
+    check_images,
+    empty,
+    gradients_of_sums,
+    has_rows,
+    per_channel,
+)
 from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
 
 
@@ -46,7 +55,7 @@ def group_norm(
             if needs_grad(x, weight, bias):
                 return _GroupNorm.apply(x, weight, bias, groups, eps, number)
             rows = has_rows(x)
-            return back(_fwd(arranged(x, rows), weight, bias, groups, eps, number, rows)[0], x.shape, rows)
+            return _fwd(arranged(x, rows), weight, bias, groups, eps, number, rows)[0]
     except REFUSED:
         _check(x, groups, weight, bias, activation)
         raise
@@ -63,73 +72,63 @@ def _check(x, groups, weight, bias, activation):
 
 
 def _reference(x, weight, bias, groups, eps, activation):
+    # Not by `F.group_norm`, whose backward some transforms do not know.
     wide = x.to(compute_dtype(x.dtype))
-    weight = None if weight is None else weight.to(wide.dtype)
-    bias = None if bias is None else bias.to(wide.dtype)
-    if x.numel() == 0:  # PyTorch takes no tensor without elements in all shapes
-        y = wide.clone()
-        for t in (weight, bias):
-            y = y if t is None else y + t.sum() * 0
-    elif (weight is None) != (bias is None):
-        shape = (-1, *(1,) * (x.dim() - 2))
-        y = F.group_norm(wide, groups, eps=eps)
-        y = y * weight.view(shape) if bias is None else y + bias.view(shape)
-    else:
-        y = F.group_norm(wide, groups, weight, bias, eps)
+    if x.numel():
+        grouped = wide.reshape(x.shape[0], groups, -1)
+        var, mean = torch.var_mean(grouped, -1, correction=0, keepdim=True)
+        wide = ((grouped - mean) * torch.rsqrt(var + eps)).reshape(x.shape)
+    y = wide if weight is None else wide * per_channel(weight.to(wide.dtype), x)
+    y = y if bias is None else y + per_channel(bias.to(wide.dtype), x)
     return activate(y, activation).to(x.dtype)
 
 
-def _group_moments(x, groups, eps, rows):
-    """mean and rstd (N, groups) in float32 of an arranged tensor."""
-    wide = x.to(compute_dtype(x.dtype))
-    wide = wide.transpose(1, 2) if rows else wide
+def _moments(x, groups, eps):
+    """mean and rstd (N, groups), float32."""
     if x.numel() == 0:
         return (x.new_zeros(x.shape[0], groups, dtype=torch.float32) for _ in range(2))
-    var, mean = torch.var_mean(wide.reshape(x.shape[0], groups, -1), -1, correction=0)
+    wide = x.to(compute_dtype(x.dtype)).reshape(x.shape[0], groups, -1)
+    var, mean = torch.var_mean(wide, -1, correction=0)
     return mean.float(), torch.rsqrt(var + eps).float()
 
 
 def _fwd_fallback(x, weight, bias, groups, eps, activation, rows):
-    images = x.movedim(-1, 1) if rows else x
-    y = _reference(images, weight, bias, groups, eps, NAMES[activation])
-    mean, rstd = _group_moments(x, groups, eps, rows)
-    return (y.movedim(1, -1) if rows else y).contiguous(), mean.contiguous(), rstd.contiguous()
+    y = _reference(x, weight, bias, groups, eps, NAMES[activation])
+    return empty(x, rows).copy_(y), *_moments(x, groups, eps)
 
 
 def _fwd_fake(x, weight, bias, groups, eps, activation, rows):
     mean, rstd = (x.new_empty(x.shape[0], groups, dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), mean, rstd
+    return empty(x, rows), mean, rstd
 
 
 def _bwd_fallback(grad, x, weight, bias, mean, rstd, activation, rows):
     wide = compute_dtype(x.dtype)
-    channels, groups = x.shape[2 if rows else 1], mean.shape[1]
-    size = channels // groups
+    groups = mean.shape[1]
+    size = x.shape[1] // groups
     means, rstds = (t.to(wide).repeat_interleave(size, 1) for t in (mean, rstd))
-    g, xhat, dweight, dbias = gradients_of_sums(
-        grad.to(wide), x.to(wide), means, rstds, weight, bias, activation, None, rows, False
-    )
+    g, xhat, dweight, dbias = gradients_of_sums(grad.to(wide), x.to(wide), means, rstds, weight, bias, activation, None)
     if x.numel() == 0:
-        return x.new_empty(x.shape), dweight, dbias
+        return empty(x, rows), dweight, dbias
     if weight is not None:
-        g = g * per_channel(weight.to(wide), rows)
+        g = g * per_channel(weight.to(wide), x)
 
     def mean_of(t):  # over the group, for each channel
-        sums = t.sum(1 if rows else 2).view(x.shape[0], groups, size).sum(-1)
-        return per_channel(sums.repeat_interleave(size, 1) / (t[0].numel() / groups), rows)
+        means = t.reshape(x.shape[0], groups, -1).mean(-1)
+        return per_channel(means.repeat_interleave(size, 1), x)
 
-    dx = per_channel(rstds, rows) * (g - mean_of(g) - xhat * mean_of(g * xhat))
-    return dx.to(x.dtype).contiguous(), dweight, dbias
+    dx = per_channel(rstds, x) * (g - mean_of(g) - xhat * mean_of(g * xhat))
+    return empty(x, rows).copy_(dx), dweight, dbias
 
 
 def _bwd_fake(grad, x, weight, bias, mean, rstd, activation, rows):
     dweight, dbias = (x.new_empty(0) if t is None else torch.empty_like(t) for t in (weight, bias))
-    return x.new_empty(x.shape), dweight, dbias
+    return empty(x, rows), dweight, dbias
 
 
 OPERATOR = Operator("group_norm")
 _fwd = define(
-    # x is contiguous: (N, C, S), or with rows (N, S, C).
+    # x is contiguous, or with rows has its channels innermost; so are the results.
     "group_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, int activation, bool rows)"
     " -> (Tensor, Tensor, Tensor)",
     _fwd_fake, _fwd_fallback,
@@ -148,13 +147,13 @@ class _GroupNorm(torch.autograd.Function):
         y, mean, rstd = _fwd(arranged(x, rows), weight, bias, groups, eps, activation, rows)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.options = groups, eps, activation
-        return back(y, x.shape, rows)
+        return y
 
     @staticmethod
     def again(ctx):
         x, weight, bias, *_ = ctx.saved_tensors
         rows = has_rows(x)
-        return back(_fwd(arranged(x, rows), weight, bias, *ctx.options, rows)[0], x.shape, rows)
+        return _fwd(arranged(x, rows), weight, bias, *ctx.options, rows)[0]
 
     @staticmethod
     def backward(ctx, grad):
@@ -166,5 +165,5 @@ class _GroupNorm(torch.autograd.Function):
             return *found, None, None, None
         rows = has_rows(x)
         dx, dweight, dbias = _bwd(arranged(grad, rows), arranged(x, rows), weight, bias, mean, rstd, activation, rows)
-        return (back(dx, x.shape, rows), dweight if weight is not None else None, dbias if bias is not None else None,
+        return (dx, dweight if weight is not None else None, dbias if bias is not None else None,
                 None, None, None)  # fmt: skip

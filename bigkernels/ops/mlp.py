@@ -50,7 +50,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
         TypeError: an argument is not a floating tensor, or dtypes differ outside of autocast.
         ValueError: shapes or devices do not fit, or the activation is unknown.
     """
-    lowered = None
+    lowered, tensors = None, (x, weight1, bias1, weight2, bias2)
     try:
         lowered = autocast_dtype(x.device)
         given, x = x, x if lowered is None or x.dtype == torch.float64 else x.to(lowered)
@@ -84,7 +84,7 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, *, activat
             if needs_grad(x, weight, bias):
                 return _Hidden.apply(x, weight, bias, number)
             return _hidden(x, weight, bias, number, False)[0]
-    _check(x, weight, bias, None, None, activation, lowered)
+    _check(x, weight, bias, None, None, activation, lowered, half=True)
     return _half(x, weight, bias, activation)
 
 
@@ -108,11 +108,11 @@ def linear_of_activation(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
         return _LinearOfHidden.apply(a, weight, bias, before, x, weight1, bias1, node.activation)
 
 
-def _check(x, weight1, bias1, weight2, bias2, activation, lowered):
+def _check(x, weight1, bias1, weight2, bias2, activation, lowered, half=False):
     check_tensor("mlp", "x", x)
     check_tensor("mlp", "weight1", weight1)
     check_tensor("mlp", "bias1", bias1, optional=True)
-    check_tensor("mlp", "weight2", weight2, optional=True)
+    check_tensor("mlp", "weight2", weight2, optional=half)
     check_tensor("mlp", "bias2", bias2, optional=True)
     if activation not in ACTIVATIONS:
         raise ValueError(f"bigkernels.mlp: activation is {activation!r}; accepted are {', '.join(ACTIVATIONS)}")
@@ -149,7 +149,9 @@ def _multiplies(x, count):
     """Whether products with `x` (count tokens) are ours, which have a pass over their results, or PyTorch's: of float32
     its own are the faster ones, and on GPUs.
     """
-    return x.is_cpu and (x.dtype != torch.float32 or count <= _FEW)
+    if not x.is_cpu or OPERATOR.choose(x) != "cpu":
+        return False
+    return x.dtype != torch.float32 or count <= _FEW
 
 
 def _tokens(x):

@@ -52,9 +52,11 @@ def patch(
         linear: linear layers (CPU). By default the kernel takes calls without gradients where it is known to be at
             least as fast as PyTorch's product on such a machine (a few tokens, above all), and no others; True: all
             calls, training too; False: none. `bigkernels.pack` gives them packed weights for inference.
-        norm: RMSNorm and LayerNorm modules, and the residual addition before them where the block's code has it.
+        norm: RMSNorm and LayerNorm modules, and the residual addition before them where the block's code has it;
+            `nn.GroupNorm` and `nn.BatchNorm` (CPU), and the activation behind them.
         rope: calls of a rotary embedding function.
-        mlp: products of an activation with another tensor.
+        mlp: products of an activation with another tensor; linear layers and the activation behind them (CPU), which
+            the layer after it then does not keep for backward.
         loss: cross entropies; logits are then not copied to float32. In training (`train()`, labels given, gradients
             on) a language model whose logits go from a linear layer through a scale or a softcap into the loss never
             makes them: its loss comes from `linear_cross_entropy`. What it returns as `logits` is then a tensor that

@@ -1,4 +1,4 @@
-"""The kernels of group_norm and batch_norm, for planes (N, C, S) and rows (N, S, C): a tile is some pixels of some
+"""The kernels of group_norm and batch_norm, for planes and for rows of channels: a tile is some pixels of some
 channels of one image.
 
 Moments and sums go to partial results of the tiles' programs, in a fixed order; what is combined from them is small,
@@ -6,6 +6,8 @@ and left to PyTorch. Then one more pass writes the results.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -47,6 +49,8 @@ def moments(
         x = tl.load(X + offset, mask=mask, other=0.0).to(tl.float32)
         count = tl.minimum(end - first, PIXELS).to(tl.float32)
         own = tl.sum(x, 0) / count
+        # Of values far from zero the mean loses digits, which what is left over gives back.
+        own += tl.sum(tl.where(mask, x - own[None, :], 0.0), 0) / count
         left = tl.where(mask, x - own[None, :], 0.0)
         # Two sets of values joined (Chan, Golub and LeVeque 1979).
         delta = own - mean
@@ -135,10 +139,10 @@ def differentiate(
 
 
 class Images:
-    """The sizes of an arranged tensor, and the tiles and grids for it."""
+    """The sizes of a tensor, and the tiles and grids for it."""
 
     def __init__(self, x: Tensor, rows: bool) -> None:
-        self.n, self.c, self.s = x.shape[0], x.shape[2 if rows else 1], x.shape[1 if rows else 2]
+        self.n, self.c, self.s = x.shape[0], x.shape[1], math.prod(x.shape[2:])
         channels = min(64, power_of_2(self.c)) if rows else 1
         if not rows and self.s < _TILE // 2:
             channels = min(power_of_2(self.c), _TILE // power_of_2(self.s))
@@ -162,11 +166,11 @@ class Images:
 
 def joined(mean: Tensor, square: Tensor, count: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Mean and variance of sets of values from theirs: `square` are sums of squared deviations."""
-    count = count.expand_as(mean)
+    mean, square, count = mean.double(), square.double(), count.double().expand_as(mean)  # small, and exact
     total = count.sum(over, keepdim=True)
     all_mean = (mean * (count / total)).sum(over, keepdim=True)
     variance = ((square + count * (mean - all_mean).square()) / total).sum(over, keepdim=True)
-    return all_mean, variance
+    return all_mean.float(), variance.float()
 
 
 def run_moments(x: Tensor, images: Images) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import batch_norm as op
-from ..ops._images import NAMES, NUMBERS
+from ..ops._images import NAMES, NUMBERS, empty, lies
 from ._channel_norm import Images, factors, joined, run_differentiate, run_moments, run_results, run_sums
 from ._launch import falls_back, require
 
@@ -18,8 +18,8 @@ def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, mean: Tensor | None,
     var: Tensor | None, eps: float, activation: int, rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    require("batch_norm_fwd", x.dim() == 3 and x.is_contiguous() and activation in NAMES, "x must be contiguous, 3-D")
-    require("batch_norm_fwd", residual is None or (residual.shape == x.shape and residual.is_contiguous()),
+    require("batch_norm_fwd", lies(x, rows) and activation in NAMES, "x does not lie in planes, or in rows")
+    require("batch_norm_fwd", residual is None or (residual.shape == x.shape and lies(residual, rows)),
             "residual must be like x")  # fmt: skip
     images = Images(x, rows)
     made = x.new_empty(0), x.new_empty(0)
@@ -27,7 +27,7 @@ def forward(
         mean, var = (t.flatten() for t in joined(*run_moments(x, images), (0, 1)))
         made = mean, var
     rstd = torch.rsqrt(var.float() + eps)
-    y = torch.empty_like(x)
+    y = empty(x, rows)
     run_results(x, residual, mean.float().contiguous(), *factors(rstd, weight, bias), y, images, False, activation)
     return y, *made
 
@@ -37,9 +37,9 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, result: Tensor | None, mean: Tensor,
     var: Tensor, eps: float, activation: int, rows: bool, training: bool, residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    require("batch_norm_bwd", x.dim() == 3 and x.is_contiguous() and activation in NAMES, "x must be contiguous, 3-D")
-    require("batch_norm_bwd", grad.shape == x.shape and grad.is_contiguous(), "grad must be like x")
-    require("batch_norm_bwd", result is None or (result.shape == x.shape and result.is_contiguous()),
+    require("batch_norm_bwd", lies(x, rows) and activation in NAMES, "x does not lie in planes, or in rows")
+    require("batch_norm_bwd", grad.shape == x.shape and lies(grad, rows), "grad must be like x")
+    require("batch_norm_bwd", result is None or (result.shape == x.shape and lies(result, rows)),
             "result must be like x")  # fmt: skip
     images = Images(x, rows)
     mean, rstd = mean.float().contiguous(), torch.rsqrt(var.float() + eps)
@@ -49,8 +49,8 @@ def backward(
     plain, product = (t.sum(0) for t in sums)
     dweight, dbias = (x.new_empty(0) if t is None else s.to(t.dtype) for t, s in ((weight, product), (bias, plain)))
     share = (scale if training else torch.zeros_like(scale)) / (images.n * images.s)
-    dx = torch.empty_like(x)
-    dresidual = torch.empty_like(x) if residual else None
+    dx = empty(x, rows)
+    dresidual = empty(x, rows) if residual else None
     of_x, constant = -product * share * rstd, -plain * share
     run_differentiate(
         grad, x, result, mean, scale, shift, scale, of_x, constant, dx, dresidual, images, False, activation
@@ -62,7 +62,8 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
     """Calls whose launches the ahead-of-time check compiles."""
     for shape, rows in (((8, 256, 3136), False), ((8, 3136, 256), True), ((8, 512, 49), False), ((3, 45, 33), True)):
         x = torch.empty(shape, dtype=dtype, device="meta")
-        weight = x.new_empty(shape[2 if rows else 1], dtype=torch.float32)
+        x = x.movedim(-1, 1) if rows else x
+        weight = x.new_empty(x.shape[1], dtype=torch.float32)
         for activation in NAMES:
             result = x if activation == NUMBERS["relu"] else None
             yield forward, (x, weight, weight, result, None, None, 1e-5, activation, rows)

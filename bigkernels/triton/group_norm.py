@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import group_norm as op
-from ..ops._images import NAMES
+from ..ops._images import NAMES, empty, lies
 from ._channel_norm import Images, factors, joined, run_differentiate, run_moments, run_results, run_sums
 from ._launch import falls_back, require
 
@@ -17,7 +17,7 @@ from ._launch import falls_back, require
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, activation: int, rows: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    require("group_norm_fwd", x.dim() == 3 and x.is_contiguous() and activation in NAMES, "x must be contiguous, 3-D")
+    require("group_norm_fwd", lies(x, rows) and activation in NAMES, "x does not lie in planes, or in rows")
     images = Images(x, rows)
     require("group_norm_fwd", images.c % groups == 0, "groups must divide the channels")
     size = images.c // groups
@@ -26,7 +26,7 @@ def forward(
     mean, variance = (t.flatten(1) for t in joined(*split, count.unsqueeze(-1), (1, 3)))
     rstd = torch.rsqrt(variance + eps)
     wide_mean, wide_rstd = (t.repeat_interleave(size, 1) for t in (mean, rstd))
-    y = torch.empty_like(x)
+    y = empty(x, rows)
     run_results(x, None, wide_mean, *factors(wide_rstd, weight, bias), y, images, True, activation)
     return y, mean.contiguous(), rstd.contiguous()
 
@@ -36,8 +36,8 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, activation: int,
     rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    require("group_norm_bwd", x.dim() == 3 and x.is_contiguous() and activation in NAMES, "x must be contiguous, 3-D")
-    require("group_norm_bwd", grad.shape == x.shape and grad.is_contiguous(), "grad must be like x")
+    require("group_norm_bwd", lies(x, rows) and activation in NAMES, "x does not lie in planes, or in rows")
+    require("group_norm_bwd", grad.shape == x.shape and lies(grad, rows), "grad must be like x")
     images, groups = Images(x, rows), mean.shape[1]
     size = images.c // groups
     mean, rstd = (t.repeat_interleave(size, 1) for t in (mean, rstd))
@@ -49,7 +49,7 @@ def backward(
         plain, product = plain * weight.float(), product * weight.float()
     of_group = [t.unflatten(-1, (groups, size)).sum(-1).repeat_interleave(size, 1) / (size * images.s)
                 for t in (plain, product)]  # fmt: skip
-    dx = torch.empty_like(x)
+    dx = empty(x, rows)
     of_x, constant = -of_group[1] * rstd * rstd, -of_group[0] * rstd
     run_differentiate(grad, x, None, mean, scale, shift, scale, of_x, constant, dx, None, images, True, activation)
     return dx, dweight, dbias
@@ -59,7 +59,8 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
     """Calls whose launches the ahead-of-time check compiles."""
     for shape, rows in (((2, 320, 4096), False), ((2, 4096, 320), True), ((2, 1280, 64), False), ((3, 45, 33), True)):
         x = torch.empty(shape, dtype=dtype, device="meta")
-        channels = shape[2 if rows else 1]
+        x = x.movedim(-1, 1) if rows else x
+        channels = x.shape[1]
         groups = 32 if channels % 32 == 0 else 5
         weight, mean = x.new_empty(channels), x.new_empty(shape[0], groups, dtype=torch.float32)
         for activation in NAMES:

@@ -34,22 +34,22 @@ def _value_and_slope(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activate_flat(X, Y, n, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+def activate_flat(X, Y, N, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(X + at, mask=at < n, other=0.0).to(tl.float32)
+    x = tl.load(X + at, mask=at < N, other=0.0).to(tl.float32)
     value, _ = _value_and_slope(x, ACTIVATION)
-    tl.store(Y + at, value.to(Y.dtype.element_ty), mask=at < n)
+    tl.store(Y + at, value.to(Y.dtype.element_ty), mask=at < N)
 
 
 @triton.jit
-def differentiate_flat(GRAD, X, DX, Y, n, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+def differentiate_flat(GRAD, X, DX, Y, N, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    grad = tl.load(GRAD + at, mask=at < n, other=0.0).to(tl.float32)
-    x = tl.load(X + at, mask=at < n, other=0.0).to(tl.float32)
+    grad = tl.load(GRAD + at, mask=at < N, other=0.0).to(tl.float32)
+    x = tl.load(X + at, mask=at < N, other=0.0).to(tl.float32)
     value, slope = _value_and_slope(x, ACTIVATION)
-    tl.store(DX + at, (grad * slope).to(DX.dtype.element_ty), mask=at < n)
+    tl.store(DX + at, (grad * slope).to(DX.dtype.element_ty), mask=at < N)
     if Y is not None:
-        tl.store(Y + at, value.to(Y.dtype.element_ty), mask=at < n)
+        tl.store(Y + at, value.to(Y.dtype.element_ty), mask=at < N)
 
 
 @falls_back(op._fwd_fallback)

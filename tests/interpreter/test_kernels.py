@@ -62,7 +62,10 @@ def test_matches_the_reference(sample, dtype):
 
 
 def _defined_kernels() -> set:
-    modules = [importlib.import_module(f"bigkernels.triton.{name}") for name in (*SAMPLED, "_norm", "_attention")]
+    modules = [
+        importlib.import_module(f"bigkernels.triton.{name}")
+        for name in (*SAMPLED, "_norm", "_channel_norm", "_attention")
+    ]
     found = [item for module in modules for item in vars(module).items() if isinstance(item[1], InterpretedFunction)]
     return {fn for name, fn in found if not name.startswith("_")}
 

@@ -18,7 +18,7 @@ from . import (
 
 # A module rule replaces a module's whole forward; it goes first, because source rules ask what it decided.
 MODULE_RULES = (
-    norm.RULE, image_norm.MODULE_RULE, image_norm.SEQUENCE_RULE, linear.RULE, mlp.MODULE_RULE, attention_multihead.RULE,
+    norm.RULE, image_norm.MODULE_RULE, image_norm.SEQUENCE_RULE, linear.RULE, attention_multihead.RULE,
     loss.MODULE_RULE, loss.FUNCTION_RULE,
 )  # fmt: skip
 SOURCE_RULES = (

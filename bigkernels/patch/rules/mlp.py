@@ -21,7 +21,7 @@ from ...ops._registry import has_values
 from ...ops.mlp import ACTIVATIONS, linear_activation, linear_of_activation, made_by_linear_activation
 from .._device import probe_device
 from .._isolated import sandbox
-from .._rule import Fit, ModuleRule, Plan, Site, Skip, SourceRule, Write
+from .._rule import Fit, Plan, Site, Skip, SourceRule, Write
 from .._source import Source, call, resolve
 from .._verify import compare, doubled, gradients, outputs_only, plain
 from .add_norm import unobserved
@@ -86,12 +86,6 @@ def transposed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if isinstance(x, Tensor) and fits(x, weight, bias) and made_by_linear_activation(x):
             return linear_of_activation(x, weight, bias)
     return type(module).forward(module, *args, **kwargs)
-
-
-def _plan_transposed(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
-    if not is_transposed(module) or not plain(module.weight) or not module.weight.is_cpu or not may_pay():
-        return None
-    return Write(module, "forward", functools.partial(transposed, module)), Fit("linear (transposed)")
 
 
 def _sites(source: Source) -> Iterator[Site]:
@@ -178,12 +172,21 @@ def _check(target: Any, approximate: str | None, path: list[str]):
         if key not in plan.memory:
             plan.memory[key] = _name(act, approximate, plan.verify)
         name, error = plan.memory[key]
+        # The second layer of GPT-2's MLP, which no other rule writes to.
+        writes = [Write(other, "forward", functools.partial(transposed, other)) for other in module.children()
+                  if is_transposed(other) and other is not linear and _writable(other)]  # fmt: skip
         if isinstance(act, nn.Module):
-            return Fit(f"linear + {name}", error, (Write(act, _KEY, name),))
-        _functions[act, approximate] = name
-        return Fit(f"linear + {name}", error)
+            writes.append(Write(act, _KEY, name))
+        else:
+            _functions[act, approximate] = name
+        return Fit(f"linear + {name}", error, tuple(writes))
 
     return check
+
+
+def _writable(module: nn.Module) -> bool:
+    own = module.__dict__.get("forward")
+    return plain(module.weight) and (own is None or (type(own) is functools.partial and own.func is transposed))
 
 
 def is_pointwise(act: nn.Module) -> bool:
@@ -245,5 +248,4 @@ def _name(act: Any, approximate: str | None, verify: bool) -> tuple[str, float]:
     raise Skip(f"the activation {described} is none of {', '.join(n for n in ACTIVATIONS if n != 'identity')}")
 
 
-MODULE_RULE = ModuleRule("mlp", _plan_transposed)
 RULE = SourceRule("mlp", "mlp", _sites)

@@ -1,4 +1,4 @@
-// GroupNorm and BatchNorm. x is contiguous, of planes (N, C, S) or of rows (N, S, C): the Python side makes it so.
+// GroupNorm and BatchNorm of dense tensors (N, C, ...): the Python side makes them so.
 #include <bigkernels/layers.h>
 #include <bigkernels/stable.h>
 
@@ -9,24 +9,47 @@
 namespace bigkernels {
 namespace {
 
+// The strides of a dense tensor of planes (N, C, ...), or of rows, whose channels are innermost; whether x has them.
+struct Layout {
+  int64_t dim, sizes[kMaxDim], strides[kMaxDim];
+  bool fits = true;
+
+  Layout(const char* op, const Tensor& x, bool rows) : dim(x.dim()) {
+    STD_TORCH_CHECK(dim >= 2 && dim <= kMaxDim, "bigkernels::", op, ": tensors must have 2 to 16 dimensions");
+    int64_t dense = 1;
+    for (int64_t i = 0; i < dim; ++i) sizes[i] = x.size(i);
+    for (int64_t i = 0; i < dim; ++i) {
+      int64_t at = !rows ? dim - 1 - i : i == 0 ? 1 : i == dim - 1 ? 0 : dim - i;
+      strides[at] = dense;
+      fits = fits && (sizes[at] <= 1 || x.stride(at) == dense);
+      dense *= sizes[at];
+    }
+    fits = fits || dense == 0;
+  }
+};
+
 struct Shape {
-  int64_t n, c, s;  // batch, channels, pixels
+  int64_t n, c, s = 1;  // batch, channels, pixels
   bool rows;
   Type type;
+  Layout layout;
 
-  Shape(const char* op, const Tensor& x, bool as_rows) : rows(as_rows), type(type_of(x)) {
+  Shape(const char* op, const Tensor& x, bool as_rows) : rows(as_rows), type(type_of(x)), layout(op, x, as_rows) {
     check_cpu(op, "x", x);
-    STD_TORCH_CHECK(x.dim() == 3 && x.is_contiguous(), "bigkernels::", op, ": x must be contiguous, (N, C, S) or ",
-                    "(N, S, C)");
-    n = x.size(0), c = x.size(rows ? 2 : 1), s = x.size(rows ? 1 : 2);
+    STD_TORCH_CHECK(layout.fits, "bigkernels::", op, ": x does not lie in planes, or in rows");
+    n = x.size(0), c = x.size(1);
+    for (int64_t i = 2; i < x.dim(); ++i) s *= x.size(i);
   }
   int64_t bytes() const { return n * c * s * size_of(type); }
   int64_t plane(int64_t i) const { return i * s; }  // where plane i = (n, c) begins
+  Tensor empty(const Tensor& like) const {
+    return empty_strided(layout.sizes, layout.strides, layout.dim, like.scalar_type(), bytes());
+  }
 };
 
-void check_other(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+void check_other(const char* op, const char* name, const Tensor& t, const Tensor& x, bool rows) {
   check_like(op, name, t, x);
-  STD_TORCH_CHECK(t.is_contiguous(), "bigkernels::", op, ": ", name, " must be contiguous");
+  STD_TORCH_CHECK(Layout(op, t, rows).fits, "bigkernels::", op, ": ", name, " does not lie as x does");
 }
 
 ChannelNorm arguments(const char* op, const Shape& shape, const Tensor& x, int64_t activation) {
@@ -217,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor> group_forward(Tensor x, MaybeTensor weight, M
   int64_t size = check_groups(shape, groups), sizes[2] = {shape.n, groups}, strides[2] = {groups, 1};
   ChannelNorm a = arguments(kOp, shape, x, activation);
   VectorView w(kOp, "weight", weight, shape.c), b(kOp, "bias", bias, shape.c);
-  Tensor out = empty_contiguous_like(x);
+  Tensor out = shape.empty(x);
   Tensor mean = empty_strided(sizes, strides, 2, ScalarType::Float, shape.n * groups * 4);
   Tensor rstd = empty_strided(sizes, strides, 2, ScalarType::Float, shape.n * groups * 4);
   if (x.numel() == 0) return {out, torch::stable::zero_(mean), torch::stable::zero_(rstd)};
@@ -267,7 +290,7 @@ std::tuple<Tensor, Tensor, Tensor> group_backward(Tensor grad, Tensor x, MaybeTe
                                                   Tensor mean, Tensor rstd, int64_t activation, bool rows) {
   constexpr const char* kOp = "group_norm";
   Shape shape(kOp, x, rows);
-  check_other(kOp, "grad", grad, x);
+  check_other(kOp, "grad", grad, x, rows);
   check_cpu(kOp, "mean", mean);
   STD_TORCH_CHECK(mean.dim() == 2, "bigkernels::group_norm: mean must be (N, groups)");
   int64_t groups = mean.size(1), size = check_groups(shape, groups);
@@ -277,7 +300,7 @@ std::tuple<Tensor, Tensor, Tensor> group_backward(Tensor grad, Tensor x, MaybeTe
   }
   ChannelNorm a = arguments(kOp, shape, x, activation);
   VectorView w(kOp, "weight", weight, shape.c), b(kOp, "bias", bias, shape.c);
-  Tensor dx = empty_contiguous_like(x);
+  Tensor dx = shape.empty(x);
   int64_t images = x.numel() ? shape.n : 0;
   std::vector<double> sums(images * 2 * shape.c);  // (images, 2, c): of g, and of g * (x - mean) * rstd
   auto result = [&] {
@@ -341,8 +364,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_forward(Tensor x, MaybeTensor weight, M
   ChannelNorm a = arguments(kOp, shape, x, activation);
   VectorView w(kOp, "weight", weight, shape.c), b(kOp, "bias", bias, shape.c);
   STD_TORCH_CHECK(mean.has_value() == variance.has_value(), "bigkernels::batch_norm: mean and variance go together");
-  if (residual) check_other(kOp, "residual", *residual, x);
-  Tensor out = empty_contiguous_like(x);
+  if (residual) check_other(kOp, "residual", *residual, x, rows);
+  Tensor out = shape.empty(x);
   Channels channels(shape.c, false);
   a.out = out.mutable_data_ptr();
   a.residual = residual ? residual->const_data_ptr() : nullptr;
@@ -386,14 +409,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_backward(Tensor grad, Tensor x,
                                                           int64_t activation, bool rows, bool training, bool residual) {
   constexpr const char* kOp = "batch_norm";
   Shape shape(kOp, x, rows);
-  check_other(kOp, "grad", grad, x);
-  if (result) check_other(kOp, "result", *result, x);
+  check_other(kOp, "grad", grad, x, rows);
+  if (result) check_other(kOp, "result", *result, x, rows);
   STD_TORCH_CHECK(!residual || result || activation == (int64_t)Act::identity,
                   "bigkernels::batch_norm: behind a residual the slope of the ", "activation is read from the result");
   ChannelNorm a = arguments(kOp, shape, x, activation);
   VectorView w(kOp, "weight", weight, shape.c), b(kOp, "bias", bias, shape.c);
   VectorView m(kOp, "mean", mean, shape.c), v(kOp, "variance", variance, shape.c);
-  Tensor dx = empty_contiguous_like(x), of_residual = residual ? empty_contiguous_like(x) : none(x);
+  Tensor dx = shape.empty(x), of_residual = residual ? shape.empty(x) : none(x);
   bool any = x.numel() > 0;
   std::vector<double> sums(2 * shape.c);
   auto results = [&] {

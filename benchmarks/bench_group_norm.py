@@ -1,0 +1,5 @@
+FAMILY = "group_norm"
+
+
+def test_group_norm(benchmark, step):
+    benchmark(step)

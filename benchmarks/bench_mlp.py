@@ -1,0 +1,5 @@
+FAMILY = "mlp"
+
+
+def test_mlp(benchmark, step):
+    benchmark(step)
