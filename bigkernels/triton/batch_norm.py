@@ -64,7 +64,7 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
         x = torch.empty(shape, dtype=dtype, device="meta")
         x = x.movedim(-1, 1) if rows else x
         weight = x.new_empty(x.shape[1], dtype=torch.float32)
-        for activation in NAMES:
+        for activation in NAMES if shape[2] == 3136 else (NUMBERS["relu"],):
             result = x if activation == NUMBERS["relu"] else None
             yield forward, (x, weight, weight, result, None, None, 1e-5, activation, rows)
             yield backward, (x, x, weight, weight, result, weight, weight, 1e-5, activation, rows, True, True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import group_norm as op
-from ..ops._images import NAMES, empty, lies
+from ..ops._images import NAMES, NUMBERS, empty, lies
 from ._channel_norm import Images, factors, joined, run_differentiate, run_moments, run_results, run_sums
 from ._launch import falls_back, require
 
@@ -61,8 +61,8 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
         x = torch.empty(shape, dtype=dtype, device="meta")
         x = x.movedim(-1, 1) if rows else x
         channels = x.shape[1]
-        groups = 32 if channels % 32 == 0 else 5
+        groups = 32 if channels % 32 == 0 else 3
         weight, mean = x.new_empty(channels), x.new_empty(shape[0], groups, dtype=torch.float32)
-        for activation in NAMES:
+        for activation in NAMES if shape[0] == 2 and not rows else (NUMBERS["silu"],):
             yield forward, (x, weight, weight, groups, 1e-5, activation, rows)
             yield backward, (x, x, weight, weight, mean, mean, activation, rows)

@@ -83,8 +83,8 @@ def backward(
 
 
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
-    """Calls whose launches the ahead-of-time check compiles: every activation."""
+    """Calls whose launches the ahead-of-time check compiles: GELU, and the activations that `glu` does not have."""
     x = torch.empty(4096, 3072, dtype=dtype, device="meta")
-    for activation in range(len(op.ACTIVATIONS)):
+    for activation in (1, *range(6, len(op.ACTIVATIONS))):
         yield forward, (x, None, None, activation, False)
         yield backward, (x, None, x, activation, activation % 2 == 0)
