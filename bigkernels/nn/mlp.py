@@ -14,20 +14,20 @@ class MLP(nn.Module):
     Layers that were replaced (by quantized ones, by adapters) or have hooks are called as they are.
 
     Args:
-        size: D, of the input and the output.
+        hidden_size: D, of the input and the output.
         intermediate_size: N, between them.
         activation: a name that `bigkernels.functional.mlp` takes.
         bias: whether the layers have biases.
     """
 
-    def __init__(self, size: int, intermediate_size: int, activation: str = "gelu", *, bias: bool = True,
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str = "gelu", *, bias: bool = True,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"bigkernels.nn.MLP: activation is {activation!r}; accepted are {', '.join(ACTIVATIONS)}")
         self.activation = activation
-        self.fc1 = nn.Linear(size, intermediate_size, bias=bias, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(intermediate_size, size, bias=bias, device=device, dtype=dtype)
+        self.fc1 = nn.Linear(hidden_size, intermediate_size, bias=bias, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.fc1, self.fc2

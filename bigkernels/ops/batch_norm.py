@@ -105,25 +105,31 @@ def _update(running_mean, running_var, mean, var, x, momentum):
 
 
 def _check(x, running_mean, running_var, weight, bias, training, activation, residual):
-    check_images("batch_norm", x, weight, bias, activation, 2)
-    check_tensor("batch_norm", "running_mean", running_mean, optional=True)
-    check_tensor("batch_norm", "running_var", running_var, optional=True)
-    check_tensor("batch_norm", "residual", residual, optional=True)
+    check_images("functional.batch_norm", x, weight, bias, activation, 2)
+    check_tensor("functional.batch_norm", "running_mean", running_mean, optional=True)
+    check_tensor("functional.batch_norm", "running_var", running_var, optional=True)
+    check_tensor("functional.batch_norm", "residual", residual, optional=True)
     running = {"running_mean": running_mean, "running_var": running_var}
-    check_same_device("batch_norm", "x", x, residual=residual, **running)
+    check_same_device("functional.batch_norm", "x", x, residual=residual, **running)
     for name, value in running.items():
-        check_shape("batch_norm", name, value, x.shape[1:2], "the channels of x")
-    check_same_dtype("batch_norm", "x", x, residual=residual)
-    check_shape("batch_norm", "residual", residual, x.shape, "the shape of x")
+        check_shape("functional.batch_norm", name, value, x.shape[1:2], "the channels of x")
+    check_same_dtype("functional.batch_norm", "x", x, residual=residual)
+    check_shape("functional.batch_norm", "residual", residual, x.shape, "the shape of x")
     if residual is not None and activation not in (None, "relu"):
-        raise ValueError(f"bigkernels.batch_norm: activation is {activation!r}; behind a residual are None and relu")
+        raise ValueError(
+            f"bigkernels.functional.batch_norm: activation is {activation!r}; behind a residual are None and relu"
+        )
     if not training and (running_mean is None or running_var is None):
-        raise ValueError("bigkernels.batch_norm: without training running_mean and running_var must be given")
+        raise ValueError(
+            "bigkernels.functional.batch_norm: without training running_mean and running_var must be given"
+        )
     if training and x.numel() == x.shape[1]:
-        raise ValueError(f"bigkernels.batch_norm: x has shape {tuple(x.shape)}; "
+        raise ValueError(f"bigkernels.functional.batch_norm: x has shape {tuple(x.shape)}; "
                          "in training expected more than one value a channel")  # fmt: skip
     if training and x.numel() == 0:
-        raise ValueError(f"bigkernels.batch_norm: x has shape {tuple(x.shape)}; in training expected some values")
+        raise ValueError(
+            f"bigkernels.functional.batch_norm: x has shape {tuple(x.shape)}; in training expected some values"
+        )
 
 
 def _reference(x, weight, bias, residual, mean, var, eps, activation):

@@ -64,11 +64,13 @@ def group_norm(
 
 
 def _check(x, groups, weight, bias, activation):
-    check_images("group_norm", x, weight, bias, activation, 2)
+    check_images("functional.group_norm", x, weight, bias, activation, 2)
     if isinstance(groups, bool) or not isinstance(groups, int):
-        raise TypeError(f"bigkernels.group_norm: groups must be an int, got {type(groups).__name__}")
+        raise TypeError(f"bigkernels.functional.group_norm: groups must be an int, got {type(groups).__name__}")
     if groups < 1 or x.shape[1] % groups:
-        raise ValueError(f"bigkernels.group_norm: {x.shape[1]} channels do not make {groups} groups of one size")
+        raise ValueError(
+            f"bigkernels.functional.group_norm: {x.shape[1]} channels do not make {groups} groups of one size"
+        )
 
 
 def _reference(x, weight, bias, groups, eps, activation):

@@ -109,29 +109,36 @@ def linear_of_activation(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 def _check(x, weight1, bias1, weight2, bias2, activation, lowered, half=False):
-    check_tensor("mlp", "x", x)
-    check_tensor("mlp", "weight1", weight1)
-    check_tensor("mlp", "bias1", bias1, optional=True)
-    check_tensor("mlp", "weight2", weight2, optional=half)
-    check_tensor("mlp", "bias2", bias2, optional=True)
+    check_tensor("functional.mlp", "x", x)
+    check_tensor("functional.mlp", "weight1", weight1)
+    check_tensor("functional.mlp", "bias1", bias1, optional=True)
+    check_tensor("functional.mlp", "weight2", weight2, optional=half)
+    check_tensor("functional.mlp", "bias2", bias2, optional=True)
     if activation not in ACTIVATIONS:
-        raise ValueError(f"bigkernels.mlp: activation is {activation!r}; accepted are {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"bigkernels.functional.mlp: activation is {activation!r}; accepted are {', '.join(ACTIVATIONS)}"
+        )
     width, names = (x.shape[-1] if x.dim() else None), ("x", "the rows of weight1")
     for number, (weight, bias) in enumerate(((weight1, bias1), (weight2, bias2)), 1):
         if weight is None:
             continue
         if weight.dim() != 2:
-            raise ValueError(f"bigkernels.mlp: weight{number} has shape {tuple(weight.shape)}, expected (N, K)")
+            raise ValueError(
+                f"bigkernels.functional.mlp: weight{number} has shape {tuple(weight.shape)}, expected (N, K)"
+            )
         rows, columns = weight.shape
         if width != columns:
-            raise ValueError(f"bigkernels.mlp: weight{number} has shape {tuple(weight.shape)}, expected (N, {width}), "
+            shape = tuple(weight.shape)
+            raise ValueError(f"bigkernels.functional.mlp: weight{number} has shape {shape}, expected (N, {width}), "
                              f"by {names[number - 1]}")  # fmt: skip
         if bias is not None and bias.shape != (rows,):
-            raise ValueError(f"bigkernels.mlp: bias{number} has shape {tuple(bias.shape)}, expected ({rows},)")
+            raise ValueError(
+                f"bigkernels.functional.mlp: bias{number} has shape {tuple(bias.shape)}, expected ({rows},)"
+            )
         width = rows
     if lowered is None:
-        check_same_dtype("mlp", "x", x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
-    check_same_device("mlp", "x", x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
+        check_same_dtype("functional.mlp", "x", x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
+    check_same_device("functional.mlp", "x", x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
 
 
 def _half(x, weight, bias, activation):
