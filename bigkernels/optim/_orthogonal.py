@@ -9,17 +9,25 @@ from .._load import cpu_library
 from ..ops import linear
 from ..ops._registry import compute_dtype
 
-_STRIP = 256  # rows of a symmetric product that are made at once
+_STRIP = 128  # rows of a symmetric product that are made at once
+_MULTIPLY_BF16 = ("avx512", "amx")  # ISA levels
 _LEAST = 256  # rows from which on half a product costs less than a whole one in a batch
 
 
 def compute_in(device: torch.device) -> torch.dtype:
-    """The dtype of the products: bfloat16 where there is hardware for it, as in torch.optim.Muon; float32 elsewhere."""
-    return torch.bfloat16 if device.type != "cpu" or _tiles() else torch.float32
+    """The dtype of the products: bfloat16 where there is hardware for it, as in torch.optim.Muon; float32 elsewhere.
+
+    Processors that only convert between the two (AVX2, AVX-512 without BF16) multiply float32 faster.
+    """
+    return torch.bfloat16 if device.type != "cpu" or _isa() in _MULTIPLY_BF16 else torch.float32
+
+
+def _isa() -> str | None:
+    return torch.ops.bigkernels.cpu_isa() if cpu_library().reason is None else None
 
 
 def _tiles() -> bool:
-    return cpu_library().reason is None and torch.ops.bigkernels.cpu_isa() == "amx"
+    return _isa() == "amx"
 
 
 def orthogonalize_(
@@ -29,8 +37,7 @@ def orthogonalize_(
 
     Each step is ``X <- a X + (b A + c A^2) X`` with ``A = X X^T`` (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon/), of the matrix divided by its Frobenius norm, or by `eps` where that is
-    larger. `a` goes to the diagonal of the polynomial, so that a step is three products; of the two symmetric ones half
-    is computed where the tile unit can be used.
+    larger. A step is three products; of the two symmetric ones half is computed where matrices are large.
 
     Args:
         x: (B, M, N) in the dtype to compute in.
@@ -49,41 +56,53 @@ def orthogonalize_(
     return x.copy_(work.transpose(1, 2) if tall else work)
 
 
-def _polynomial(hessian: Tensor, square: Tensor, coefficients: tuple[float, float, float], factor: float) -> Tensor:
-    """factor (a I + b A + c A^2), over `square`."""
+def _of_step(coefficients: tuple[float, float, float], factor: float) -> tuple[float, float, float]:
     a, b, c = (factor * value for value in coefficients)
-    square.mul_(c).add_(hessian, alpha=b)
-    square.diagonal(dim1=-2, dim2=-1).add_(a)
-    return square
+    return a, b, c
+
+
+# a X, b A and c A^2 meet before anything is rounded to 16 bits, as in torch.optim.Muon: rounded one by one, or as a
+# polynomial with `a` on its diagonal, updates are two to five times as far from those of float32.
 
 
 def _batched(x: Tensor, coefficients: tuple[float, float, float], steps: int, factor: float) -> Tensor:
     for step in range(steps):
-        hessian = x @ x.mT
-        x = _polynomial(hessian, hessian @ hessian, coefficients, factor if step == steps - 1 else 1.0) @ x
+        a, b, c = _of_step(coefficients, factor if step == steps - 1 else 1.0)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
 def _by_halves(x: Tensor, coefficients: tuple[float, float, float], steps: int, factor: float) -> Tensor:
     for step in range(steps):
-        hessian = _symmetric(x)
-        polynomial = _polynomial(hessian, _symmetric(hessian), coefficients, factor if step == steps - 1 else 1.0)
-        x = linear._bwd(polynomial, None, x, True)[0] if _on_tiles(x) else polynomial @ x
+        a, b, c = _of_step(coefficients, factor if step == steps - 1 else 1.0)
+        gram = _symmetric(x)
+        polynomial = _symmetric(gram, b, c)
+        if _on_tiles(x):
+            x = linear._bwd(polynomial, None, x, True)[0].add_(x, alpha=a)
+        else:
+            x = torch.addmm(x, polynomial, x, beta=a)
     return x
 
 
 def _on_tiles(x: Tensor) -> bool:
-    """PyTorch's own products of float32 are faster than ours without tiles."""
+    """PyTorch's own products are as fast as ours without tiles."""
     return x.dtype == torch.bfloat16 and _tiles() and linear.OPERATOR.uses_kernel(x)
 
 
-def _symmetric(x: Tensor) -> Tensor:
-    """x x^T: strips of rows up to the diagonal, and their mirror image."""
+def _symmetric(x: Tensor, b: float = 0.0, c: float = 1.0) -> Tensor:
+    """c x x^T, and b x beside it where b is not 0: strips of rows up to the diagonal, and their mirror image."""
     rows, tiles = x.shape[0], _on_tiles(x)
     out = x.new_empty(rows, rows)
     for begin in range(0, rows, _STRIP):
         end = min(begin + _STRIP, rows)
-        strip = linear._fwd(x[begin:end], x[:end], None, None) if tiles else x[begin:end] @ x[:end].T
+        some, others = x[begin:end], x[:end]
+        if tiles and not b:
+            strip = linear._fwd(some, others, None, None)
+        elif tiles:
+            strip = linear._fwd(some, others, None, None, True).mul_(c).add_(some[:, :end], alpha=b)
+        else:
+            strip = torch.addmm(some[:, :end] if b else out[begin:end, :end], some, others.T, beta=b, alpha=c)
         out[begin:end, :end] = strip
-        out[:begin, begin:end] = strip[:, :begin].T
+        out[:begin, begin:end] = out[begin:end, :begin].T
     return out

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import bigkernels
 from bigkernels import optim
+from bigkernels.optim._orthogonal import compute_in
 
 STEPS = 50
 SHAPES = ((3,), (64, 48), (100, 33), (), (0,), (257,), (32, 32), (1, 7), (2, 40, 24))
@@ -91,7 +92,7 @@ def test_the_kernel_is_as_good_as_float32_allows(name: str, options: dict) -> No
     plain = made(torch.float32, name)
     with bigkernels.use("reference"):  # the same operations by PyTorch's operators in float32
         reference = off(trained(getattr(optim, name)(plain, **options), plain), expected)
-    assert ours <= 2 * reference + 1e-6
+    assert ours <= 2 * reference + 1e-6 + (rounding(options) if name == "Muon" else 0.0)
 
 
 @pytest.mark.parametrize(
@@ -107,13 +108,19 @@ def test_torch_gives_the_same(name: str, options: dict) -> None:
     assert ours <= 2 * torchs + 1e-6
 
 
-def test_muon_in_torch_is_no_nearer() -> None:
-    shapes = ((64, 48), (32, 32), (48, 64))
+def rounding(options: dict) -> float:
+    """Of updates that are multiplied in bfloat16, where the machine has products of it, as torch.optim.Muon's are."""
+    part = 2**-4 if options.get("cautious") else 2**-6  # of which the sign decides whether elements are descended along
+    return part * options["lr"] * STEPS if compute_in(torch.device("cpu")) == torch.bfloat16 else 0.0
+
+
+@pytest.mark.parametrize("shapes", [((64, 48), (32, 32), (48, 64)), ((300, 260), (256, 520))])
+def test_muon_in_torch_is_no_nearer(shapes: tuple) -> None:
     ours, theirs = ([torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i)))
                      for i, s in enumerate(shapes)] for _ in range(2))  # fmt: skip
     expected = exact("Muon", ours, {"lr": 0.02}, 10)
     found = off(trained(optim.Muon(ours, lr=0.02), ours, 10), expected)
-    assert found <= 2 * off(trained(torch.optim.Muon(theirs, lr=0.02), theirs, 10), expected) + 1e-6
+    assert found <= 1.5 * off(trained(torch.optim.Muon(theirs, lr=0.02), theirs, 10), expected) + 1e-6
 
 
 # ---- 16-bit parameters and low-precision states ---------------------------------------------------------------------
