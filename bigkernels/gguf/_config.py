@@ -36,7 +36,7 @@ def config_of(file: File) -> Any:
 
 def _tokens(file: File) -> int | None:
     """How many tokens there are, where the vocabulary says it."""
-    said = f"{file.architecture}.vocab_size" in file.metadata
+    said = f"{file.architecture}.vocab_size" in file.metadata and file.architecture not in counting()
     return None if said or _TOKENS not in file.metadata else file.metadata[_TOKENS].count
 
 
@@ -44,7 +44,7 @@ def _short(file: File) -> bytes:
     """The header with the names of all tensors, each of one number, and without long arrays."""
     kept = {key: pair for key, pair in file.metadata.items() if pair.kind != ARRAY or pair.value is not None}
     if (tokens := _tokens(file)) is not None:
-        key = _TOKENS if file.architecture in _counting() else f"{file.architecture}.vocab_size"
+        key = _TOKENS if file.architecture in counting() else f"{file.architecture}.vocab_size"
         kept[key] = Pair(4, 1, struct.pack("<I", tokens), tokens)
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(file.tensors), len(kept))]
     for key, pair in kept.items():
@@ -56,7 +56,7 @@ def _short(file: File) -> bytes:
     return header + bytes(-len(header) % alignment + max(alignment, 4))
 
 
-def _counting() -> Container[str]:
+def counting() -> Container[str]:
     """The architectures whose reader takes the vocabulary for its length."""
     try:
         from transformers.integrations.gguf import GGUF_CONFIG_ARCHS

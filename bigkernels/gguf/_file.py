@@ -97,8 +97,9 @@ class File:
             raise self.fail(f"tensor {tensor.name} holds a {what} that is not finite")
 
     @classmethod
-    def read(cls, path: Path, sizes: dict[int, tuple[int, int]]) -> File:
-        """`sizes`: elements and bytes of a block of each type.
+    def read(cls, path: Path, sizes: dict[int, tuple[int, int]], whole: bool = True) -> File:
+        """`sizes`: elements and bytes of a block of each type. Without `whole`, sizes in the metadata are not compared
+        with those of the tensors.
 
         Raises:
             OSError: there is no such file.
@@ -135,7 +136,8 @@ class File:
             seen.add(name)
             tensors.append(Info(name, shape, kind, start + offset, nbytes))
         made = cls(path, metadata, tensors, held)
-        made._check_sizes()
+        if whole:
+            made._check_sizes()
         return made
 
     def _check_sizes(self) -> None:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..nn._quantized import Quantized
 from ..quantization import Format, quantize
-from ._config import config_of
+from ._config import config_of, counting
 from ._file import File
 from ._source import Contents
 
@@ -43,6 +43,10 @@ def load_gguf(path: str | os.PathLike, dtype: torch.dtype = torch.float32, *, mm
             a tensor is missing, of another shape, not finite, or has no place in the model (its name is given).
     """
     file = open_file(path)
+    if file.architecture in counting() and not known_processor(file.architecture):
+        raise ValueError(f"bigkernels.load_gguf: {file.path} is of the architecture {file.architecture}, whose tensors "
+                         "are converted in ways that are not known here; from_pretrained(folder, gguf_file=name) reads "
+                         "it")  # fmt: skip
     config = config_of(file)
     try:
         from transformers import AutoModelForCausalLM
@@ -76,6 +80,12 @@ def open_file(path: str | os.PathLike) -> File:
     if file.get(f"{architecture}.rope.scaling.type", "none") != "none" and architecture != "gpt-oss":
         raise ValueError(f"bigkernels.load_gguf: {path} scales its rotary embedding, which transformers does not read")
     return file
+
+
+def known_processor(architecture: str) -> bool:
+    from transformers import modeling_gguf_pytorch_utils as known
+
+    return architecture in known.TENSOR_PROCESSORS
 
 
 def stand(model: nn.Module, contents: Contents) -> None:

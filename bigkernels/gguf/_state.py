@@ -175,7 +175,7 @@ class _Reading:
                              f"{tuple(values.shape)}, expected {tuple(self.expected[target])}")  # fmt: skip
         moved = values.data_ptr() != before.data_ptr()
         if not moved and row is not None and row.dtype == self.dtype:
-            values = raw.view(row.dtype).view(tensor.shape)  # as it is in the file
+            values = raw.view(row.dtype).view(values.shape)  # as it is in the file
             values = values if self.mmap and raw.nbytes > SMALL else values.clone()
         self.made.state[target] = values.to(self.dtype)
         kept = raw.clone() if raw.nbytes <= SMALL else raw if self.mmap else None

@@ -36,6 +36,27 @@ def registered(monkeypatch):
     """transformers as `register` leaves it, and afterwards as it was."""
     monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "gguf", AUTO_QUANTIZER_MAPPING["gguf"])
     register()
+    yield
+    register(gguf=False)
+
+
+def test_files_that_end_too_early_are_named_by_their_tensor(registered, tmp_path):
+    whole = llama(tmp_path / "whole.gguf", "Q8_0").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for size, message in (
+        (len(whole) - 40, "ends before tensor blk.0.ffn_down.weight does"),
+        (len(whole) // 2, r"ends before tensor blk.0.\w+.weight does"),
+        (700, "ends in its header"),
+        (100, "ends in its header"),
+        (3, "is no GGUF file"),
+    ):
+        cut.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=message):
+            read(cut)
+    register(gguf=False)
+    cut.write_bytes(whole[:-40])
+    with pytest.raises(ValueError, match="reshape"):  # transformers' own words, as before
+        read(cut)
 
 
 @pytest.mark.parametrize("kind, head", [("Q4_1", False), ("Q6_K", True), ("F16", False)])

@@ -166,3 +166,52 @@ def test_refused(tmp_path):
     with pytest.raises(ValueError, match="has no place for model.layers.0.mlp.extra.weight"):
         bigkernels.save_gguf(model, path)
     assert not path.exists()
+
+
+def lfm2(path, architecture="lfm2"):
+    """An LFM2 of short convolutions and attention, written tensor by tensor."""
+    from bigkernels.gguf._state import _names
+
+    config = transformers.Lfm2Config(**SIZES | {"num_hidden_layers": 3}, block_auto_adjust_ff_dim=False,
+                                     layer_types=["conv", "full_attention", "conv"])  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Lfm2ForCausalLM(config).eval()
+    parameters, writer = dict(model.named_parameters()), gguf.GGUFWriter(path, architecture)
+    for key, value in {
+        "context_length": 128, "embedding_length": 64, "block_count": 3, "feed_forward_length": 96, "vocab_size": 99,
+        "attention.head_count": 4, "shortconv.l_cache": config.conv_L_cache,
+    }.items():  # fmt: skip
+        writer.add_uint32(f"{architecture}.{key}", value)
+    writer.add_array(f"{architecture}.attention.head_count_kv", [0, 2, 0])
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", config.norm_eps)
+    writer.add_float32(f"{architecture}.rope.freq_base", config.rope_parameters["rope_theta"])
+    writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(99)])
+    for name, target in _names("lfm2", 3, parameters).items():
+        values = parameters[target].detach().numpy()
+        values = values.squeeze(1) if "shortconv.conv" in name else values
+        kind = gguf.GGMLQuantizationType.Q8_0 if values.ndim == 2 and values.shape[1] % 32 == 0 else None
+        writer.add_tensor(name, values if kind is None else gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Lfm2Config"), reason="this version of transformers has no LFM2")
+def test_short_convolutions(tmp_path):
+    path = tmp_path / "model.gguf"
+    lfm2(path)
+    ours, theirs = loaded(path)
+    assert isinstance(ours.model.layers[0].conv.in_proj, bigkernels.nn.QuantizedLinear)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-5)
+    bigkernels.save_gguf(ours, tmp_path / "again.gguf")
+    tensors = [{t.name: bytes(t.data) for t in gguf.GGUFReader(p).tensors} for p in (path, tmp_path / "again.gguf")]
+    assert tensors[0] == tensors[1]
+
+
+def test_conversions_that_are_not_known_are_refused(tmp_path):
+    pytest.importorskip("transformers.integrations.gguf")
+    path = tmp_path / "model.gguf"
+    lfm2(path, "qwen35")
+    with pytest.raises(ValueError, match="the architecture qwen35, whose tensors are converted in ways"):
+        bigkernels.load_gguf(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ from ._held import describe
 from ._quantizer import Quantizer
 
 try:
+    from transformers.integrations import gguf as known
     from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
+
+    _theirs = known.read_gguf_metadata
 except ImportError:  # before version 5.24 files are dequantized, by no quantizer
     GgufHfQuantizer = None
 
@@ -87,3 +91,17 @@ def _tie(model: nn.Module) -> None:
 def register_gguf(ours: bool) -> None:
     if GgufHfQuantizer is not None:
         AUTO_QUANTIZER_MAPPING["gguf"] = GgufQuantizer if ours else GgufHfQuantizer
+        known.read_gguf_metadata = _checked if ours else _theirs
+
+
+def _checked(gguf_path: str, *args: Any, **kwargs: Any) -> Any:
+    """transformers' reader, which asks for a file's metadata first, of a file that holds what its header says.
+
+    Raises:
+        ValueError: it does not; the tensor is named.
+    """
+    import gguf
+
+    sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
+    File.read(Path(gguf_path), sizes, whole=False).bytes.close()
+    return _theirs(gguf_path, *args, **kwargs)
