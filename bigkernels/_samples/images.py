@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -32,7 +33,7 @@ def _inputs(names: str, shape: tuple[int, ...], arrange=lambda t: t, mean: float
 
 def _group(
     name: str, shape: tuple[int, ...], groups: int, activation: str | None = None, *, names: str = "x weight bias",
-    arrange: Callable[[Tensor], Tensor] = lambda t: t, **more: float,
+    arrange: Callable[[Tensor], Tensor] = lambda t: t, **more: Any,
 ) -> Sample:  # fmt: skip
     make = _inputs(names, shape, arrange, **more)
     # What is added up in float32 is as large as the group's terms.

@@ -129,7 +129,7 @@ def quantized(
                 if isinstance(before, nn.Parameter):
                     del parent._modules[name]
                     parent.register_parameter(name, before)
-                elif before is not None:
+                elif before is not None and child is not None:
                     parent._modules[name] = before.train(child.training)
         note(model)
 
