@@ -6,6 +6,10 @@ keeps alive what they point to. Nobody else should call these: there is no way t
 `program` is a uint8 tensor (`_records.pack`), `hidden` (B, S, width) floating, `positions` (B, S) int64, `starts` (B,)
 int64, `caches` int64 with a LayerCache a row, `angles` int64 with an AngleTable a row, `logits` (B, keep, V) floating.
 
+`program_encode` is a whole run of an encoder's program: `sequences` (n, 3) int64, each the number of a text in the batch
+of `hidden` (B, S, width), its first token there and its length; `scores` int64 with a ScoresTable a row, one an
+attention; `out` (B, S, width) gets the rows of the sequences, `most` rows are computed at once.
+
 `program_run` is a whole step; where no rows are kept, it fills the caches and makes no logits. Where the model's own
 code runs in between (call records), the same in pieces: `program_start` gives a run's number, `program_step` runs up to
 the next call record and returns its index, or -1 at the end; at either, values are read and written as (B, S, width)
@@ -38,6 +42,10 @@ START = (
     "program_start(Tensor program, Tensor hidden, Tensor positions, Tensor? starts, Tensor caches, Tensor angles, "
     "int keep, int past) -> int"
 )
+ENCODE = (
+    "program_encode(Tensor program, Tensor hidden, Tensor sequences, Tensor scores, Tensor angles, Tensor(a!) out, "
+    "int most) -> ()"
+)
 STEP = "program_step(int run) -> int"
 READ = "program_read(int run, int value, Tensor(a!) out) -> ()"
 WRITE = "program_write(int run, int value, Tensor x) -> ()"
@@ -51,11 +59,12 @@ SIZES = "program_sizes() -> int[]"  # of the records, for tests
 # how many chunks were taken over from other threads, and made again, since the last call.
 DELAYS = "program_delays(int every) -> (int, int)"
 
-for schema in (RUN, START, STEP, READ, WRITE, PANEL_BYTES, MAKE_PANELS, CHECKSUMS, FINISH, SETTLE, SIZES, DELAYS):
+for schema in (RUN, ENCODE, START, STEP, READ, WRITE, PANEL_BYTES, MAKE_PANELS, CHECKSUMS, FINISH, SETTLE, SIZES, DELAYS):
     name, brace, rest = schema.partition("(")
     torch.library.define("bigkernels::" + name, brace + rest)
 
 run = torch.ops.bigkernels.program_run.default
+encode = torch.ops.bigkernels.program_encode.default
 start = torch.ops.bigkernels.program_start.default
 step = torch.ops.bigkernels.program_step.default
 read = torch.ops.bigkernels.program_read.default

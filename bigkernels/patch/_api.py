@@ -14,7 +14,7 @@ from torch import nn
 
 from ..program._suspend import ABSENT as _ABSENT
 from ..program._suspend import RECORD as _RECORD
-from . import _decode
+from . import _decode, _encode
 from ._bound import Bound
 from ._device import device_of, probing_on
 from ._generated import rewritten
@@ -36,6 +36,7 @@ def patch(
     loss: bool = True,
     linear: bool | None = None,
     decode: bool | str = True,
+    encode: bool = True,
     verify: bool = True,
     strict: bool = False,
 ) -> PatchReport:
@@ -69,6 +70,10 @@ def patch(
             PyTorch counts are seen at the next call, and others (through `.data`, numpy) at the latest at the next
             call that begins a sequence. It goes when the model is moved, trained or no longer patched. "stored": no
             copy; False: no program.
+        encode: the step program of encoders (CPU): inference takes it for layers that map hidden states (B, S, width) to
+            such, where it gives what the modules give. Padding at the end of a text is not computed: hidden states
+            there are zeros, as of packed sequences. With padding elsewhere all tokens are computed. Hidden states
+            between layers are computed if somebody reads them; RuntimeError if that is after layers have changed.
         verify: also compare gradients, 16-bit types and large and small inputs. What decides which kernel fits, a
             comparison of outputs in float32, always runs.
         strict: raise where a candidate cannot be patched.
@@ -86,7 +91,7 @@ def patch(
     if decode not in (True, False, "stored"):
         raise ValueError(f'bigkernels.patch: decode is {decode!r}; accepted are True, False and "stored"')
     flags = {"attention": attention, "norm": norm, "rope": rope, "mlp": mlp, "loss": loss, "linear": linear,
-             "decode": decode}  # fmt: skip
+             "decode": decode, "encode": encode}  # fmt: skip
     with undisturbed(p.device for p in model.parameters()):
         writes, report = _plan(model, flags, verify)
     if strict and report.skipped:
@@ -108,6 +113,7 @@ def unpatch(model: nn.Module) -> None:
         raise TypeError(f"bigkernels.unpatch: model must be a torch.nn.Module, got {type(model).__name__}")
     for path, module in model.named_modules():
         _decode.release(module)
+        _encode.release(module)
         for key, (value, before) in module.__dict__.pop(_RECORD, {}).items():
             _restore(path, module, key, value, before)
 
@@ -224,6 +230,15 @@ def _plan(model: nn.Module, flags: dict[str, bool | str | None], verify: bool) -
                 continue
             report.programs[path] = _decode.steps_of(module, flags["decode"] == "stored")
             writes += _decode.writes_for(module, writes, report.programs[path])
+    if flags["encode"]:
+        for path, layers in _encode.candidates(model, _decode.decoders(model)):
+            foreign = any(_foreign(layer, "forward") for layer in layers)
+            reason = "forward was already replaced on a layer" if foreign else _encode.unsupported(layers)
+            if reason is not None:
+                report.skipped.append(Row(path, f"encoder program: {reason}", None))
+                continue
+            report.programs[path] = stack = _encode.stack_of(layers)
+            writes += _encode.writes_for(stack, writes)
     for rows in (report.patched, report.inference, report.skipped):
         rows.sort(key=lambda row: order[row.path])
     return writes, report

@@ -32,6 +32,15 @@ def _generates(module: nn.Module) -> bool:
     return "input_ids" in names and ("cache" in names or "past_key_values" in names)
 
 
+def decoders(model: nn.Module) -> set[nn.Module]:
+    """All modules of those that generate and have no encoder."""
+    found: set[nn.Module] = set()
+    for _, module in candidates(model):
+        if not getattr(module.config, "is_encoder_decoder", False):
+            found.update(module.modules())
+    return found
+
+
 def steps_of(module: nn.Module, stored: bool) -> Steps:
     """Those that an earlier patch gave it, or new ones."""
     held = module.__dict__.get(KEY)

@@ -234,6 +234,7 @@ class Lowered:
             logits=self.logits,
             layers=graph.layers,
             angles=len(graph.angles),
+            scores=len(getattr(graph, "scores", ())),
         )
 
 
@@ -272,8 +273,8 @@ def _renumber(record: records.Record, number) -> None:
         for values, count in ((made.x, made.reads), (made.out, made.writes)):
             listed = (ctypes.c_int32 * count).from_address(values)
             listed[:] = [*map(number, listed)]
-    elif name == "heads":
-        for of in (made.q, made.k, made.v):
+    elif name in ("heads", "mix", "turn"):
+        for of in (made.x,) if name == "turn" else (made.q, made.k, made.v):
             of.x = number(of.x)
         made.out = number(made.out)
     else:

@@ -12,7 +12,7 @@ from torch import Tensor
 MAX_TERMS, MAX_WEIGHTS, MAX_ANGLES = 4, 4, 4
 
 # Op, NormKind, Act, Type and Codes.
-NORM, COMBINE, ACTIVATE, PRODUCT, HEADS, ATTEND, EXPERTS, KEEP, CALL = range(9)
+NORM, COMBINE, ACTIVATE, PRODUCT, HEADS, ATTEND, EXPERTS, KEEP, CALL, TURN, MIX = range(11)
 NORMS = {"rms": 1, "layer": 2}
 ACTS = {
     name: number
@@ -162,6 +162,29 @@ KeepRecord = _struct("KeepRecord", x=_i, out=_i)
 CallRecord = _struct("CallRecord", reads=_i, writes=_i, x=_p, out=_p)
 
 
+TurnRecord = _struct(
+    "TurnRecord", x=HeadsOf, out=_i, d=_i, norm=NormOf, angles=_i, rotary=_i, interleaved=_i, pad=_i
+)
+
+MixRecord = _struct(
+    "MixRecord",
+    q=HeadsOf,
+    k=HeadsOf,
+    v=HeadsOf,
+    out=_i,
+    heads=_i,
+    groups=_i,
+    d=_i,
+    dv=_i,
+    scale=_f,
+    softcap=_f,
+    causal=_i,
+    scores=_i,
+    type=_i,
+    sinks=Vector,
+)
+
+
 class _Any(Union):
     _fields_ = [
         ("norm", NormRecord),
@@ -173,6 +196,8 @@ class _Any(Union):
         ("experts", ExpertsRecord),
         ("keep", KeepRecord),
         ("call", CallRecord),
+        ("turn", TurnRecord),
+        ("mix", MixRecord),
     ]
 
 
@@ -182,7 +207,8 @@ class Record(Structure):
 
 
 ProgramHeader = _struct(
-    "ProgramHeader", id=_l, records=_i, values=_i, layers=_i, angles=_i, hidden=_i, logits=_i, width=_p, record=_p
+    "ProgramHeader", id=_l, records=_i, values=_i, layers=_i, angles=_i, hidden=_i, logits=_i, scores=_i, pad=_i,
+    width=_p, record=_p,
 )
 
 AngleTable = _struct("AngleTable", cos=_p, sin=_p, type=_i, by_row=_i, stride=_l, rows=_l)
@@ -207,11 +233,30 @@ LayerCache = _struct(
     scale_head=_l,
 )
 
+ScoresTable = _struct(
+    "ScoresTable",
+    mask=_p,
+    mask_batch=_l,
+    mask_head=_l,
+    mask_query=_l,
+    mask_key=_l,
+    bias=_p,
+    bias_batch=_l,
+    bias_head=_l,
+    bias_query=_l,
+    bias_key=_l,
+    left=_l,
+    right=_l,
+    type=_i,
+    pad=_i,
+)
+
 _ids = itertools.count(1)
 
 
 def pack(
-    records: Sequence[Structure], widths: Sequence[int], *, hidden: int, logits: int, layers: int, angles: int
+    records: Sequence[Structure], widths: Sequence[int], *, hidden: int, logits: int, layers: int, angles: int,
+    scores: int = 0,
 ) -> Tensor:
     """A program as the runner reads it. What records point to has to outlive it."""
     header = ProgramHeader(
@@ -222,6 +267,7 @@ def pack(
         angles=angles,
         hidden=hidden,
         logits=logits,
+        scores=scores,
     )
     start, size = sizeof(ProgramHeader), sizeof(Record)
     end = start + len(records) * size

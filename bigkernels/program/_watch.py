@@ -27,7 +27,7 @@ from ._suspend import idle
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 # What says nothing about the numbers of a step: `training` counts for what draws random numbers, which is asked apart.
 _IGNORED = {"training", "generation_config", "_previous_max_cache_length", "_non_persistent_buffers_set",
-            "_bigkernels_patch", "_bigkernels_program"}  # fmt: skip
+            "_bigkernels_patch", "_bigkernels_program", "_bigkernels_encoder"}  # fmt: skip
 _OWN = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type, functools.partial)

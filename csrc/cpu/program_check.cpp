@@ -21,7 +21,8 @@ class Checker {
   }
 
   std::string run() {
-    if (h_.values < 1 || h_.records < 0 || h_.layers < 0 || h_.angles < 0 || h_.angles > kMaxAngles)
+    if (h_.values < 1 || h_.records < 0 || h_.layers < 0 || h_.angles < 0 || h_.angles > kMaxAngles ||
+        h_.scores < 0)
       return "its header holds no program";
     for (int i = 0; i < h_.values; ++i)
       if (h_.width[i] < 1) return "value " + std::to_string(i) + " has no columns";
@@ -75,6 +76,8 @@ class Checker {
       case Op::experts: return check(r.experts);
       case Op::keep: return check(r.keep);
       case Op::call: return check(r.call);
+      case Op::turn: return check(r.turn);
+      case Op::mix: return check(r.mix);
     }
     return no("no such operation");
   }
@@ -205,6 +208,34 @@ class Checker {
     return true;
   }
 
+  bool check(const TurnRecord& a) {
+    if (a.x.count < 1 || !has(a.x.x) || made_[a.x.x] != rows_ || a.d < 1 || a.d > kMostElements ||
+        !heads_ok(a.x, rows_, a.d))
+      return no("no such heads");
+    if (a.angles >= 0 &&
+        (a.angles >= h_.angles || a.rotary < 2 || a.rotary % 2 || a.rotary > a.d || a.rotary > kMostRotary))
+      return no("no such angles");
+    if (!norm_ok(a.norm)) return no("no such norm");
+    return make(a.out, rows_) && (width(a.out) == (int64_t)a.x.count * a.d || no("the output does not fit"));
+  }
+  bool at_equal_distances(const HeadsOf& a, int64_t count, int64_t d) {
+    if (a.count != count || !has(a.x) || made_[a.x] != rows_ || !heads_ok(a, rows_, d)) return false;
+    for (int h = 2; h < a.count; ++h)
+      if (a.column[h] - a.column[h - 1] != a.column[1] - a.column[0]) return false;
+    return true;
+  }
+  bool check(const MixRecord& a) {
+    if (a.heads < 1 || a.groups < 1 || a.heads % a.groups || a.d < 1 || a.dv < 1 || a.d > kMostElements ||
+        a.dv > kMostElements || !type_ok(a.type))
+      return no("no such attention");
+    if (!at_equal_distances(a.q, a.heads, a.d) || !at_equal_distances(a.k, a.groups, a.d) ||
+        !at_equal_distances(a.v, a.groups, a.dv))
+      return no("the heads do not fit");
+    if (a.scores < -1 || a.scores >= h_.scores) return no("no such scores");
+    if (!vector_ok(a.sinks) || (a.sinks.data && a.heads > kMostSinks)) return no("no such sinks");
+    return make(a.out, rows_) && (width(a.out) == (int64_t)a.heads * a.dv || no("the output does not fit"));
+  }
+
   const ProgramHeader& h_;
   int64_t rows_, kept_;
   std::vector<int64_t>& made_;  // rows of each value; -1: it is not there yet
@@ -232,6 +263,17 @@ std::string check_run(const ProgramHeader& h, const Run& run, const std::vector<
   }
   for (int64_t i = 0; run.starts && i < run.batch; ++i)
     if (run.starts[i] < 0) return "a sequence starts before its beginning";
+  for (int i = 0; i < h.records; ++i)
+    if (h.record[i].op == Op::mix && !run.sequences) return "its rows belong to no sequences";
+  if (run.sequences) {
+    if (run.batch != 1 || !run.offsets || !run.numbers || (h.scores && !run.scores) || run.offsets[0] != 0 ||
+        run.offsets[run.sequences] != run.rows())
+      return "its sequences are not its rows";
+    for (int64_t i = 0; i < run.sequences; ++i)
+      if (run.offsets[i + 1] < run.offsets[i] || run.numbers[i] < 0) return "its sequences are not its rows";
+    for (int i = 0; i < h.scores; ++i)
+      if (!type_ok(run.scores[i].type)) return "no such scores";
+  }
   for (int i = 0; i < h.layers; ++i) {
     const LayerCache& c = run.caches[i];
     if (!c.k || !c.v || !type_ok(c.type) || c.held < 0 || c.held > run.past || c.held + run.tokens > c.capacity ||

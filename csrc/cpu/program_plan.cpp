@@ -48,6 +48,8 @@ void for_reads(const Step& s, const F& f) {
       if (s.work == Work::expert_out) one(r.experts.hidden), one(r.experts.weights), one(r.experts.residual);
       break;
     case Op::keep: one(r.keep.x); break;
+    case Op::turn: one(r.turn.x.x); break;
+    case Op::mix: one(r.mix.q.x), one(r.mix.k.x), one(r.mix.v.x); break;
     case Op::call:
       for (int i = 0; i < r.call.reads; ++i) one(r.call.x[i]);
       break;
@@ -73,6 +75,8 @@ void for_writes(const Step& s, const F& f) {
         f(s.work == Work::expert_in ? r.experts.hidden : r.experts.out);
       break;
     case Op::keep: f(r.keep.out); break;
+    case Op::turn: f(r.turn.out); break;
+    case Op::mix: f(r.mix.out); break;
     case Op::call:
       for (int i = 0; i < r.call.writes; ++i) f(r.call.out[i]);
       break;
@@ -159,6 +163,16 @@ class Planner {
       case Op::experts: return add_experts(r, index);
       case Op::keep:
         return cut(step(r, Work::rows, index, p_.rows[r.keep.out]), p_.shape.batch, p_.shape.keep * width(r.keep.x), 1);
+      case Op::turn: {
+        const TurnRecord& a = r.turn;
+        const int64_t m = p_.rows[a.x.x];
+        if (a.angles >= 0) p_.rotary[a.angles] = std::max(p_.rotary[a.angles], a.rotary);
+        return cut(step(r, Work::rows, index, m), m, (int64_t)a.x.count * a.d, 1);
+      }
+      case Op::mix:
+        p_.mixes.push_back(&r.mix);
+        step(r, Work::mix, index, p_.rows[r.mix.q.x]);
+        return;
       case Op::call: step(r, Work::call, index, p_.rows[r.call.x[0]]); return;
     }
   }

@@ -26,6 +26,7 @@ enum class Work : int32_t {
   expert_in,  // their gates and ups
   expert_out,
   call,  // a stop
+  mix,   // attention inside of sequences, by sequences and groups
 };
 
 struct Step {
@@ -37,7 +38,7 @@ struct Step {
   int64_t m;                                      // rows
   int64_t count;                                  // rows, elements or pieces that there are
   int64_t size;                                   // of a chunk
-  int32_t chunks;                                 // 0 for attend, which every run cuts anew
+  int32_t chunks;                                 // 0 for attend and mix, which every run cuts anew
   int32_t barrier;                                // its number among the divided steps
   int32_t product;                                // the step of the product that comes next; -1: none
   int32_t cut[kMaxWeights], pieces[kMaxWeights];  // product: rows of a chunk, and chunks, of each weight
@@ -55,6 +56,7 @@ struct Plan {
       place;  // of values, in bytes: in the run's memory, or ~place in each thread's own; none: kNowhere
   std::vector<int64_t> rows;  // of values
   std::vector<const AttendRecord*> attends;
+  std::vector<const MixRecord*> mixes;
   int32_t barriers = 0;
   std::vector<int32_t> rotary;                               // columns of each angle table that are read
   int64_t shared = 0;                                        // bytes of the run's memory

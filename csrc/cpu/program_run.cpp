@@ -69,6 +69,7 @@ std::string ProgramRun::start(const RunInput& in) {
     workspace_ = std::max(workspace_, cut.workspace);
     attends_.push_back(cut);
   }
+  for (const MixRecord* m : plan_.mixes) workspace_ = std::max(workspace_, program_table().mix_workspace(*m, run_));
   if (!plan_.help) end += most;
   // Twice the sums, which grow with every token.
   if (end > block_.bytes()) block_.reserve(end + (end - plan_.shared));
@@ -105,6 +106,12 @@ void ProgramRun::copy_input(const RunInput& in) {
   }
   caches_.assign(in.run.caches, in.run.caches + header_->layers);
   run_.caches = caches_.data();
+  if (in.run.sequences) {
+    offsets_.assign(in.run.offsets, in.run.offsets + in.run.sequences + 1);
+    numbers_.assign(in.run.numbers, in.run.numbers + in.run.sequences);
+    scores_.assign(in.run.scores, in.run.scores + header_->scores);
+    run_.offsets = offsets_.data(), run_.numbers = numbers_.data(), run_.scores = scores_.data();
+  }
   for (int t = 0; t < header_->angles; ++t) {
     AngleTable& a = run_.angles[t];
     const int64_t columns = plan_.rotary[t], size = size_of(a.type);
@@ -211,7 +218,7 @@ void ProgramRun::make(const Step& s, int64_t chunk, Worker& w) const {
   float** v = w.values.data() + 1;
   const int32_t* width = width_.data();
   const int64_t size = chunk_size(s), begin = chunk * size;
-  const int64_t end = std::min(begin + size, s.work == Work::attend ? attends_[s.index].chunks : s.count);
+  const int64_t end = std::min(begin + size, s.work == Work::attend || s.work == Work::mix ? units(s) : s.count);
   switch (s.work) {
     case Work::rows:
       if (r.op == Op::norm) {
@@ -219,6 +226,8 @@ void ProgramRun::make(const Step& s, int64_t chunk, Worker& w) const {
       } else if (r.op == Op::heads) {
         const Progress progress{(const int64_t*)&at, &s - plan_.steps.data()};
         table.heads(r.heads, run_, v, width, begin, end, plan_.shape.threads > 1 ? &progress : nullptr);
+      } else if (r.op == Op::turn) {
+        table.turn(r.turn, run_, v, width, begin, end);
       } else {  // keep, by sequences
         const int64_t bytes = run_.keep * width[r.keep.x] * 4, all = run_.tokens * width[r.keep.x];
         for (int64_t b = begin; b < end; ++b)
@@ -242,6 +251,7 @@ void ProgramRun::make(const Step& s, int64_t chunk, Worker& w) const {
       v[r.attend.state] = (float*)(block_.data() + states_[s.index]);
       if (attends_[s.index].state > 0) table.attend_merge(r.attend, run_, attends_[s.index], v, width, begin, end);
       break;
+    case Work::mix: table.mix(r.mix, run_, v, width, begin, end, w.workspace); break;
     case Work::route: table.route(r.experts, v, begin, end); break;
     case Work::expert_in:
     case Work::expert_out:

@@ -44,9 +44,9 @@ class ProgramRun {
   float* value(int64_t value, bool write, int64_t* rows, int64_t* width);
 
   int64_t chunks(const Step& s) const {
-    if (s.work != Work::attend) return s.chunks;
+    if (s.work != Work::attend && s.work != Work::mix) return s.chunks;
     const int64_t size = chunk_size(s);
-    return (attends_[s.index].chunks + size - 1) / size;
+    return (units(s) + size - 1) / size;
   }
   // A thread's memory for this run; then a part of a step, and what comes before the parts of one.
   void enter(Worker&) const;
@@ -73,9 +73,13 @@ class ProgramRun {
   void release() { block_.release(); }
 
  private:
+  // Of a step that every run cuts anew.
+  int64_t units(const Step& s) const {
+    return s.work == Work::mix ? run_.sequences * s.record->mix.groups : attends_[s.index].chunks;
+  }
   int64_t chunk_size(const Step& s) const {
     const int64_t most = kMaxChunks * plan_.shape.threads;
-    return s.work == Work::attend ? (attends_[s.index].chunks + most - 1) / most : s.size;
+    return s.work == Work::attend || s.work == Work::mix ? (units(s) + most - 1) / most : s.size;
   }
   void copy_input(const RunInput&);
   void make_product(const Step&, int64_t piece, Worker&) const;
@@ -88,6 +92,8 @@ class ProgramRun {
   std::vector<float*> values_;
   std::vector<int64_t> positions_, starts_;
   std::vector<LayerCache> caches_;
+  std::vector<int64_t> offsets_, numbers_;
+  std::vector<ScoresTable> scores_;
   std::vector<char> angles_[2 * kMaxAngles];
   std::vector<AttendPlan> attends_;
   std::vector<int64_t> states_;  // where in the run's memory they leave their sums

@@ -123,5 +123,28 @@ void program_heads(const HeadsRecord& r, const Run& run, float* const* v, const 
   }
 }
 
+void program_turn(const TurnRecord& r, const Run& run, float* const* v, const int32_t* width, int64_t begin,
+                  int64_t end) {
+  TokenAngles turn;
+  alignas(64) float head[kMostElements];
+  Angles angles{};
+  const AngleTable* table = r.angles >= 0 && r.rotary > 0 ? run.angles + r.angles : nullptr;
+  if (table)
+    angles = {table->cos, table->sin, 0, table->stride, 0, table->stride, r.rotary, table->type, r.interleaved != 0};
+  for (int64_t row = begin; row < end; ++row) {
+    if (table) turn.read(angles, 0, table->by_row ? row : run.positions[row]);
+    const float* from = v[r.x.x] + row * width[r.x.x];
+    float* out = v[r.out] + row * width[r.out];
+    for (int64_t h = 0; h < r.x.count; ++h) {
+      if (r.norm.kind == NormKind::none)
+        put(from + r.x.column[h], r.d, head);
+      else
+        norm_head(r.norm, from + r.x.column[h], r.d, head);
+      if (table) rotate(angles, turn, head, head, false);
+      put(head, r.d, out + h * r.d);
+    }
+  }
+}
+
 }  // namespace BK_ISA
 }  // namespace bigkernels

@@ -41,6 +41,8 @@ enum class Op : int32_t {
   experts = 6,   // routed gated units
   keep = 7,      // the last `keep` rows of each sequence; what follows has batch * keep rows
   call = 8,      // a stop, at which the model's own code reads and writes values
+  turn = 9,      // norms and rotates heads: a value of an encoder's queries or keys
+  mix = 10,      // attention inside of the run's own sequences
 };
 
 enum class Act : int32_t {  // the first six as Activation
@@ -163,6 +165,30 @@ struct CallRecord {
   const Value *x, *out;
 };
 
+// out: the heads of x, (x.count * d), normed and rotated.
+struct TurnRecord {
+  HeadsOf x;
+  Value out;
+  int32_t d;
+  NormOf norm;      // of d elements
+  int32_t angles;   // as in HeadsRecord
+  int32_t rotary;
+  int32_t interleaved;
+  int32_t pad;
+};
+
+// Attention of each token over those of its own sequence: nothing is kept. Head h of keys and values is that of group h.
+struct MixRecord {
+  HeadsOf q, k, v;  // heads at equal distances
+  Value out;        // (heads * dv)
+  int32_t heads, groups, d, dv;
+  float scale, softcap;
+  int32_t causal;  // a token sees itself and those before it
+  int32_t scores;  // number in the run's list; -1: nothing is hidden by what the caller gives, and nothing added
+  Type type;       // to which keys and values are rounded
+  Vector sinks;    // (heads,)
+};
+
 struct Record {
   Op op;
   int32_t pad;
@@ -176,6 +202,8 @@ struct Record {
     ExpertsRecord experts;
     KeepRecord keep;
     CallRecord call;
+    TurnRecord turn;
+    MixRecord mix;
   };
 };
 
@@ -186,6 +214,8 @@ struct ProgramHeader {
   int64_t id;
   int32_t records, values, layers, angles;
   Value hidden, logits;  // what goes in, and comes out
+  int32_t scores;        // of a run's list
+  int32_t pad;
   const int32_t* width;  // of each value
   const Record* record;
 };
@@ -215,6 +245,18 @@ struct LayerCache {
   int64_t scale_batch, scale_head;  // strides; the next token is the next scale
 };
 
+// What a caller says of attention's scores: which keys a query sees, by numbers of the tokens in their sequence, and
+// what is added. (batch, head, query, key) with strides in elements, 0 where it is the same for all.
+struct ScoresTable {
+  const void* mask;  // bytes, 0 hides a key; null: none
+  int64_t mask_batch, mask_head, mask_query, mask_key;
+  const void* bias;  // of `type`; null: none
+  int64_t bias_batch, bias_head, bias_query, bias_key;
+  int64_t left, right;  // keys before and after a query that it sees; -1: all
+  Type type;
+  int32_t pad;
+};
+
 struct Run {
   int64_t batch, tokens, past;
   int64_t keep;              // rows a sequence after Op::keep
@@ -222,6 +264,11 @@ struct Run {
   const int64_t* starts;     // (batch,) the first token that is no padding, or null
   AngleTable angles[kMaxAngles];
   const LayerCache* caches;
+  // Programs of encoders: a batch of one, whose rows are those of `sequences` sequences one after the other. Sequence i
+  // is rows [offsets[i], offsets[i + 1]), and number numbers[i] of the batch that `scores` are of.
+  int64_t sequences;
+  const int64_t *offsets, *numbers;
+  const ScoresTable* scores;
   int64_t rows() const { return batch * tokens; }
 };
 
@@ -286,6 +333,11 @@ struct ProgramTable {
                  const int32_t* width, void* workspace);
   void (*attend_merge)(const AttendRecord&, const Run&, const AttendPlan&, float* const* v, const int32_t* width,
                        int64_t begin, int64_t end);
+  // Encoders: heads of tokens [begin, end); and attention of units [begin, end), which are sequences by groups.
+  void (*turn)(const TurnRecord&, const Run&, float* const* v, const int32_t* width, int64_t begin, int64_t end);
+  int64_t (*mix_workspace)(const MixRecord&, const Run&);
+  void (*mix)(const MixRecord&, const Run&, float* const* v, const int32_t* width, int64_t begin, int64_t end,
+              void* workspace);
 };
 
 #define BIGKERNELS_DECLARE(level)          \

@@ -1,0 +1,199 @@
+"""The step program of encoders: which layers get one, and how a model's own loop over them comes to be one call of it.
+
+Each layer but the last gives a tensor that has no memory yet. The last one, which is given such a tensor of the layer
+before it, runs all of them. Whoever reads one of these tensors before, has the layers so far computed by their modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn._quantized import Quantized
+from ..program import _layers
+from ..program._encoder_call import Given, collects, named
+from ..program._encoder_stack import KEY, Stack, unsupported
+from ..program._forward import _check_surroundings
+from ..program._padding import Refusal
+from ._bound import Bound, Stepping
+from ._lazy import Kind, Lazy, Values
+from ._rule import Write
+
+_LEAST = 3  # linear layers of an encoder's
+
+
+class Place:
+    """Where a layer is in its stack."""
+
+    def __init__(self, stack: Stack, at: int) -> None:
+        self.stack, self.at = stack, at
+
+
+class _Call:
+    """One pass through the layers, as far as it has come."""
+
+    def __init__(self, stack: Stack, hidden: Tensor) -> None:
+        self.stack, self.hidden, self.version = stack, hidden, _version(hidden)
+        self.given: list[Given] = []
+        self.below: list[Callable | None] = []
+        self.done = False
+
+    def by_modules(self, count: int) -> Tensor:
+        """The hidden states after `count` layers.
+
+        Raises:
+            RuntimeError: they can no longer be computed: layers or what went in have changed since.
+        """
+        if _version(self.hidden) != self.version or (self.done and not self.stack.same()):
+            raise RuntimeError("bigkernels.patch: hidden states between the layers of an encoder are read after its "
+                               "layers or their input have changed; read them before, or patch(model, encode=False)")  # fmt: skip
+        x = self.hidden
+        with torch.no_grad():
+            for layer, below, given in zip(self.stack.layers, self.below, self.given[:count], strict=False):
+                out = _own(layer, below)(layer, **Given(given.first, x, given.others).everything)
+                x = out if isinstance(out, Tensor) else out[0]
+        return x
+
+
+class _Between(Values):
+    """The hidden states after some layers of a call."""
+
+    def __init__(self, call: _Call, count: int) -> None:
+        super().__init__(lambda: call.by_modules(count))
+        self.call, self.count = call, count
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+def _own(layer: nn.Module, below: Callable | None) -> Callable:
+    return type(layer).forward if below is None else below
+
+
+def forward(layer: nn.Module, below: Callable | None, *args: Any, **kwargs: Any) -> Any:
+    """`below` is the function that would be called without it, None for the class's own."""
+    if not torch.compiler.is_compiling():
+        place = layer.__dict__.get(KEY)
+        if place is not None:
+            out = _by_program(layer, below, place, args, kwargs)
+            if out is not None:
+                return out
+        args = tuple(x.dense() if type(x) is Lazy and isinstance(x.values, _Between) else x for x in args)
+        kwargs = {k: x.dense() if type(x) is Lazy and isinstance(x.values, _Between) else x for k, x in kwargs.items()}
+    return _own(layer, below)(layer, *args, **kwargs)
+
+
+def _by_program(layer: nn.Module, below: Callable | None, place: Place, args: tuple, kwargs: dict) -> Any:
+    stack, at = place.stack, place.at
+    if layer.training or (at >= len(stack.layers) or stack.layers[at] is not layer):
+        return None
+    try:
+        given = named(layer, stack.names[at], args, kwargs)
+        call = _call_of(layer, place, given)
+        if call is None:
+            return None
+        with stack.lock:
+            if at == 0:
+                stack.ready()
+            given.hidden = call.hidden
+            graph = stack.graph(at, given)
+            call.given.append(given)
+            call.below.append(below)
+            if at + 1 < len(stack.layers):
+                made: Any = Lazy(_Between(call, at + 1), Kind.of(call.hidden))
+            else:
+                call.done = True
+                made = stack.run(call.given)
+            return made if graph.returns is None else (made,) + (None,) * (graph.returns - 1)
+    except Refusal as refusal:
+        stack.refused(refusal)
+        return None
+
+
+def _call_of(layer: nn.Module, place: Place, given: Given) -> _Call | None:
+    """The call that a layer goes on with, or begins; None: the modules'.
+
+    Raises:
+        Refusal: the first layer is called in a way that no program stands for.
+    """
+    x = given.hidden
+    if place.at:
+        values = x.values if type(x) is Lazy and not x.path else None
+        if not isinstance(values, _Between) or values.made is not None or values.count != place.at:
+            return None
+        call = values.call
+        return call if call.stack is place.stack and len(call.given) == place.at and not call.done else None
+    if type(x) not in (Tensor, nn.Parameter) or x.dim() != 3 or not x.is_cpu or not x.numel():
+        raise Refusal("no hidden states (B, S, width) on this processor")
+    if not x.is_floating_point() or x.dtype == torch.float64:
+        raise Refusal(f"hidden states are {x.dtype}")
+    _check_surroundings()
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
+        raise Refusal("gradients are recorded")
+    if collects():
+        raise Refusal("outputs of modules are collected")
+    return _Call(place.stack, x)
+
+
+def apply(layer: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """In the place of `_apply`, which moves and casts."""
+    place = layer.__dict__.get(KEY)
+    if place is not None:
+        place.stack.release()
+    return type(layer)._apply(layer, *args, **kwargs)
+
+
+# ---- which layers ----------------------------------------------------------------------------------------------------
+
+
+def candidates(model: nn.Module, decoders: set[nn.Module]) -> Iterator[tuple[str, list[nn.Module]]]:
+    """Lists of layers that may be an encoder's, and are in none of `decoders`."""
+    inside: set[nn.Module] = set()
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or module in decoders or module in inside or not len(module):
+            continue
+        layers = list(module)
+        if len(set(layers)) == len(layers) and all(map(_is_layer, layers)):
+            inside.update(m for layer in layers for m in layer.modules())
+            yield path, layers
+
+
+def _is_layer(module: nn.Module) -> bool:
+    linear = sum(_layers.is_linear(m) or isinstance(m, Quantized) for m in module.modules())
+    attention = any(isinstance(m, nn.MultiheadAttention) for m in module.modules())
+    return type(module).forward is not nn.Module.forward and (linear >= _LEAST or attention)
+
+
+def stack_of(layers: list[nn.Module]) -> Stack:
+    """The one that an earlier patch gave them, or a new one."""
+    held = layers[0].__dict__.get(KEY)
+    if isinstance(held, Place) and len(held.stack.layers) == len(layers):
+        if all(a is b for a, b in zip(held.stack.layers, layers, strict=True)):
+            return held.stack
+    return Stack(layers)
+
+
+def release(module: nn.Module) -> None:
+    held = module.__dict__.get(KEY)
+    if isinstance(held, Place):
+        held.stack.release()
+
+
+def writes_for(stack: Stack, others: list[Write]) -> list[Write]:
+    """What to write, among what is written for other reasons: the program goes around the forward that they give."""
+    made = []
+    for i, layer in enumerate(stack.layers):
+        at = next((j for j, w in enumerate(others) if w.module is layer and w.key == "forward"), None)
+        below = None if at is None else others[at].value.func
+        if at is not None:
+            del others[at]
+        made += [Write(layer, "forward", Stepping(forward, layer, below)), Write(layer, "_apply", Bound(apply, layer)),
+                 Write(layer, KEY, Place(stack, i))]  # fmt: skip
+    return made
+
+
+__all__ = ["candidates", "release", "stack_of", "unsupported", "writes_for"]
