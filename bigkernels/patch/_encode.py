@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from ..nn._quantized import Quantized
 from ..program import _layers
 from ..program._encoder_call import Given, collects, named
+from ..program._encoder_masks import Scores
 from ..program._encoder_stack import KEY, Stack, unsupported
 from ..program._forward import _check_surroundings
 from ..program._padding import Refusal
 from ._bound import Bound, Stepping
 from ._lazy import Kind, Lazy, Values
 from ._rule import Write
+from .rules.attention_mask import StructuredMask
 
 _LEAST = 3  # linear layers of an encoder's
 
@@ -40,6 +42,20 @@ class _Call:
         self.given: list[Given] = []
         self.below: list[Callable | None] = []
         self.done = False
+        self._said: dict[int, Scores | None] = {}
+
+    def said(self, others: dict[str, Any]) -> dict[str, Scores]:
+        """What the masks among arguments say that nobody has built yet."""
+        found = {}
+        for name, value in others.items():
+            if type(value) is StructuredMask:
+                if id(value) not in self._said:
+                    self._said[id(value)] = _scores(value, self.hidden.shape[1])
+                if self._said[id(value)] is not None:
+                    found[name] = self._said[id(value)]
+                else:
+                    others[name] = value.dense
+        return found
 
     def by_modules(self, count: int) -> Tensor:
         """The hidden states after `count` layers.
@@ -64,6 +80,13 @@ class _Between(Values):
     def __init__(self, call: _Call, count: int) -> None:
         super().__init__(lambda: call.by_modules(count))
         self.call, self.count = call, count
+
+
+def _scores(mask: StructuredMask, length: int) -> Scores | None:
+    s = mask.structure
+    if s is None or s.sequences is not None or not s.queries == s.keys == s.used == length:
+        return None
+    return Scores(s.padding, s.left, s.right)
 
 
 def _version(t: Tensor) -> int:
@@ -100,6 +123,7 @@ def _by_program(layer: nn.Module, below: Callable | None, place: Place, args: tu
             if at == 0:
                 stack.ready()
             given.hidden = call.hidden
+            given.said = call.said(given.others)
             graph = stack.graph(at, given)
             call.given.append(given)
             call.below.append(below)

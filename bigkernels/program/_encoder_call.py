@@ -30,11 +30,14 @@ class Form(NamedTuple):
 
 @dataclass
 class Given:
-    """A call's hidden states, and what else the layer is given, by name."""
+    """A call's hidden states, and what else the layer is given, by name; `said` is what is known of masks among it that
+    nobody has built yet.
+    """
 
     first: str
     hidden: Any
     others: dict[str, Any] = field(default_factory=dict)
+    said: dict[str, Any] = field(default_factory=dict)
 
     @property
     def everything(self) -> dict[str, Any]:
@@ -75,6 +78,9 @@ def form_of(given: Given) -> Form:
             if name in ("output_attentions", "output_hidden_states") and value:
                 raise Refusal(f"{name} is asked for")
             parts.append((name, "plain", value))
+        elif name in given.said:
+            bool_ = value.dtype == torch.bool
+            parts.append((name, "mask", 1) if bool_ else (name, "bias", (1, value.dtype)))
         elif isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu":
             parts.append((name, *_kind(name, value, batch, length)))
         elif isinstance(value, tuple) and len(value) == 2 and all(type(t) is Tensor for t in value):

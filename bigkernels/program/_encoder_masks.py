@@ -48,7 +48,7 @@ def scores_of(names: tuple[str, ...], given: Given) -> Scores:
     """
     found = Scores()
     for name in names:
-        found = _both(found, _look(given.others[name]))
+        found = _both(found, _checked(given.said[name]) if name in given.said else _look(given.others[name]))
     return found
 
 
@@ -98,6 +98,12 @@ def _look(t: Tensor) -> Scores:
         return Scores(seen, -1 if left >= length - 1 else left, -1 if right >= length - 1 else right)
     _check_rows(plane)
     return Scores(mask=t)
+
+
+def _checked(s: Scores) -> Scores:
+    if s.seen is not None:
+        _check_rows(s.seen)
+    return s
 
 
 def _check_rows(t: Tensor) -> None:
