@@ -148,9 +148,10 @@ def _library(library: Library) -> dict:
 
 
 def _programs() -> dict:
+    from .program import _encoder_stack as encoders
     from .program._state import living
 
-    return {"reason": cpu_library().reason, "workspaces": workspaces(), "models": living()}
+    return {"reason": cpu_library().reason, "workspaces": workspaces(), "models": [*living(), *encoders.living()]}
 
 
 def _routes() -> list[dict]:

@@ -6,9 +6,9 @@ keeps alive what they point to. Nobody else should call these: there is no way t
 `program` is a uint8 tensor (`_records.pack`), `hidden` (B, S, width) floating, `positions` (B, S) int64, `starts` (B,)
 int64, `caches` int64 with a LayerCache a row, `angles` int64 with an AngleTable a row, `logits` (B, keep, V) floating.
 
-`program_encode` is a whole run of an encoder's program: `sequences` (n, 3) int64, each the number of a text in the batch
-of `hidden` (B, S, width), its first token there and its length; `scores` int64 with a ScoresTable a row, one an
-attention; `out` (B, S, width) gets the rows of the sequences, `most` rows are computed at once.
+`program_encode` is a whole run of an encoder's program: `sequences` (n, 3) int64, each the number of a text in the
+batch of `hidden` (B, S, width), its first token there and its length; `scores` int64 with a ScoresTable a row; `out`
+(B, S, width) gets the rows of the sequences, of which some `most` are computed at once.
 
 `program_run` is a whole step; where no rows are kept, it fills the caches and makes no logits. Where the model's own
 code runs in between (call records), the same in pieces: `program_start` gives a run's number, `program_step` runs up to
@@ -59,7 +59,8 @@ SIZES = "program_sizes() -> int[]"  # of the records, for tests
 # how many chunks were taken over from other threads, and made again, since the last call.
 DELAYS = "program_delays(int every) -> (int, int)"
 
-for schema in (RUN, ENCODE, START, STEP, READ, WRITE, PANEL_BYTES, MAKE_PANELS, CHECKSUMS, FINISH, SETTLE, SIZES, DELAYS):
+_SCHEMAS = RUN, ENCODE, START, STEP, READ, WRITE, PANEL_BYTES, MAKE_PANELS, CHECKSUMS, FINISH, SETTLE, SIZES, DELAYS
+for schema in _SCHEMAS:
     name, brace, rest = schema.partition("(")
     torch.library.define("bigkernels::" + name, brace + rest)
 

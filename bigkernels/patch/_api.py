@@ -70,10 +70,10 @@ def patch(
             PyTorch counts are seen at the next call, and others (through `.data`, numpy) at the latest at the next
             call that begins a sequence. It goes when the model is moved, trained or no longer patched. "stored": no
             copy; False: no program.
-        encode: the step program of encoders (CPU): inference takes it for layers that map hidden states (B, S, width) to
-            such, where it gives what the modules give. Padding at the end of a text is not computed: hidden states
-            there are zeros, as of packed sequences. With padding elsewhere all tokens are computed. Hidden states
-            between layers are computed if somebody reads them; RuntimeError if that is after layers have changed.
+        encode: the step program of encoders (CPU): inference takes it for layers that map hidden states (B, S, width)
+            to such, where it gives what the modules give. Padding at the end of a text is not computed: hidden states
+            there are zeros. With padding elsewhere all tokens are computed. Hidden states between layers are computed
+            if somebody reads them; RuntimeError if that is after layers have changed.
         verify: also compare gradients, 16-bit types and large and small inputs. What decides which kernel fits, a
             comparison of outputs in float32, always runs.
         strict: raise where a candidate cannot be patched.

@@ -24,6 +24,10 @@ from ._lazy import Kind, Lazy, Values
 from ._rule import Write
 from .rules.attention_mask import StructuredMask
 
+_CHANGED = (
+    "bigkernels.patch: hidden states between the layers of an encoder are read after its layers or their input have "
+    "changed; read them before, or patch(model, encode=False)"
+)
 _LEAST = 3  # linear layers of an encoder's
 
 
@@ -41,7 +45,7 @@ class _Call:
         self.stack, self.hidden, self.version = stack, hidden, _version(hidden)
         self.given: list[Given] = []
         self.below: list[Callable | None] = []
-        self.done = False
+        self.done, self.state = False, None
         self._said: dict[int, Scores | None] = {}
 
     def said(self, others: dict[str, Any]) -> dict[str, Scores]:
@@ -57,15 +61,22 @@ class _Call:
                     others[name] = value.dense
         return found
 
+    def finish(self) -> Tensor:
+        """What the last layer gives."""
+        self.done, self.state = True, self._state()
+        return self.stack.run(self.given)
+
+    def _state(self) -> list[int] | None:
+        return self.stack.versions() if self.stack.same() else None
+
     def by_modules(self, count: int) -> Tensor:
         """The hidden states after `count` layers.
 
         Raises:
             RuntimeError: they can no longer be computed: layers or what went in have changed since.
         """
-        if _version(self.hidden) != self.version or (self.done and not self.stack.same()):
-            raise RuntimeError("bigkernels.patch: hidden states between the layers of an encoder are read after its "
-                               "layers or their input have changed; read them before, or patch(model, encode=False)")  # fmt: skip
+        if _version(self.hidden) != self.version or (self.done and self.state != self._state()):
+            raise RuntimeError(_CHANGED)
         x = self.hidden
         with torch.no_grad():
             for layer, below, given in zip(self.stack.layers, self.below, self.given[:count], strict=False):
@@ -130,8 +141,7 @@ def _by_program(layer: nn.Module, below: Callable | None, place: Place, args: tu
             if at + 1 < len(stack.layers):
                 made: Any = Lazy(_Between(call, at + 1), Kind.of(call.hidden))
             else:
-                call.done = True
-                made = stack.run(call.given)
+                made = call.finish()
             return made if graph.returns is None else (made,) + (None,) * (graph.returns - 1)
     except Refusal as refusal:
         stack.refused(refusal)

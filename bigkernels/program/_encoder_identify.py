@@ -300,7 +300,7 @@ class LayerBuilder(Builder):
         return None
 
     def _scores(self, none: Tensor, where: str, step: int) -> tuple[tuple[str, ...], bool, Tensor]:
-        """Which arguments say what is seen, whether only earlier tokens are, and what is added to scores: (B, H, S, S)."""
+        """Which arguments say what is seen, whether only earlier tokens are, and what is added to scores."""
         batch, length = self.trace.tokens.shape
         names = [name for name, kind, _ in self.form.parts if kind in ("mask", "bias")]
         zero = torch.zeros(batch, 1, length, length, dtype=torch.float64, device=none.device)
@@ -332,5 +332,3 @@ def _grouped(of: HeadsOf, heads: int) -> HeadsOf:
         if tuple(c for c in once for _ in range(each)) == of.columns:
             return replace(of, columns=once)
     return of
-
-

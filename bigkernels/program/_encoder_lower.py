@@ -103,4 +103,3 @@ def pack_tables(rows: Sequence[ctypes.Structure], kind: type[ctypes.Structure]) 
     if not rows:
         return torch.zeros(0, size, dtype=torch.int64, device="cpu")
     return torch.frombuffer(bytearray(b"".join(bytes(r) for r in rows)), dtype=torch.int64).view(len(rows), size)
-

@@ -106,9 +106,7 @@ class EncoderProgram:
             for cos, sin in flat
         ]
         self._hold()
-        out = (torch.zeros_like if found.padded else torch.empty_like)(
-            hidden, memory_format=torch.contiguous_format
-        )
+        out = (torch.zeros_like if found.padded else torch.empty_like)(hidden, memory_format=torch.contiguous_format)
         ops.encode(self.lowered.packed, hidden.contiguous(), found.sequences,
                    pack_tables(rows, records.ScoresTable), pack_tables(turns, records.AngleTable), out,
                    self._most)  # fmt: skip

@@ -1,4 +1,4 @@
-"""A layer with other vectors, for those who look at what it computes: a bias of zeros and a weight of ones leave no trace."""
+"""A layer with other vectors: a bias of zeros and a weight of ones leave no trace in what it computes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the layers of an encoder keep of their programs: found at first use, and again when they are no longer the same."""
+"""What the layers of an encoder keep of their programs: found at first use, and again when they have changed."""
 
 from __future__ import annotations
 
@@ -113,7 +113,12 @@ class Stack:
             if isinstance(program, EncoderProgram):
                 held |= {id(t): t for t in program.reads}
                 sources += program.lowered.reads.sources
+        self._parameters = [p for m in modules for p in m._parameters.values() if p is not None]
         self._watch = Watch(Snapshot(modules), list(held.values()), sources)
+
+    def versions(self) -> list[int]:
+        """How often the layers' parameters have been written to."""
+        return [0 if p.is_inference() else p._version for p in self._parameters]
 
     def ready(self) -> None:
         """
@@ -253,6 +258,7 @@ class Stack:
         return sum(p.nbytes for p in self._programs.values() if isinstance(p, EncoderProgram))
 
     _reason: str | None = None
+    _parameters: Sequence[Tensor] = ()
 
 
 def _patterns(calls: list[Given]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -292,7 +298,9 @@ _all: weakref.WeakSet[Stack] = weakref.WeakSet()
 
 
 def living() -> list[dict[str, Any]]:
-    return sorted((s.as_dict() for s in list(_all) if s.layers), key=lambda found: (found["model"] or "", found["state"]))
+    """The stacks of all models of the process."""
+    found = [stack.as_dict() for stack in list(_all) if stack.layers]
+    return sorted(found, key=lambda one: (one["model"] or "", one["state"]))
 
 
 def _in_child() -> None:

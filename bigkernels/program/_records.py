@@ -162,9 +162,7 @@ KeepRecord = _struct("KeepRecord", x=_i, out=_i)
 CallRecord = _struct("CallRecord", reads=_i, writes=_i, x=_p, out=_p)
 
 
-TurnRecord = _struct(
-    "TurnRecord", x=HeadsOf, out=_i, d=_i, norm=NormOf, angles=_i, rotary=_i, interleaved=_i, pad=_i
-)
+TurnRecord = _struct("TurnRecord", x=HeadsOf, out=_i, d=_i, norm=NormOf, angles=_i, rotary=_i, interleaved=_i, pad=_i)
 
 MixRecord = _struct(
     "MixRecord",
@@ -207,8 +205,18 @@ class Record(Structure):
 
 
 ProgramHeader = _struct(
-    "ProgramHeader", id=_l, records=_i, values=_i, layers=_i, angles=_i, hidden=_i, logits=_i, scores=_i, pad=_i,
-    width=_p, record=_p,
+    "ProgramHeader",
+    id=_l,
+    records=_i,
+    values=_i,
+    layers=_i,
+    angles=_i,
+    hidden=_i,
+    logits=_i,
+    scores=_i,
+    pad=_i,
+    width=_p,
+    record=_p,
 )
 
 AngleTable = _struct("AngleTable", cos=_p, sin=_p, type=_i, by_row=_i, stride=_l, rows=_l)
@@ -255,7 +263,13 @@ _ids = itertools.count(1)
 
 
 def pack(
-    records: Sequence[Structure], widths: Sequence[int], *, hidden: int, logits: int, layers: int, angles: int,
+    records: Sequence[Structure],
+    widths: Sequence[int],
+    *,
+    hidden: int,
+    logits: int,
+    layers: int,
+    angles: int,
     scores: int = 0,
 ) -> Tensor:
     """A program as the runner reads it. What records point to has to outlive it."""

@@ -21,8 +21,7 @@ class Checker {
   }
 
   std::string run() {
-    if (h_.values < 1 || h_.records < 0 || h_.layers < 0 || h_.angles < 0 || h_.angles > kMaxAngles ||
-        h_.scores < 0)
+    if (h_.values < 1 || h_.records < 0 || h_.layers < 0 || h_.angles < 0 || h_.angles > kMaxAngles || h_.scores < 0)
       return "its header holds no program";
     for (int i = 0; i < h_.values; ++i)
       if (h_.width[i] < 1) return "value " + std::to_string(i) + " has no columns";

@@ -32,9 +32,9 @@ int64_t panel_bytes(const Weight&, int32_t);
 void make_panels(const Weight&, int64_t, int64_t);
 
 extern const ProgramTable program_table = {
-    program_norm,    program_combine,    program_activate, program_finish,      product_form,   product_ready,
-    product_prepare, product_workspace,  product,          panel_bytes,         make_panels,    program_route,
-    program_units,   program_expert_sum, program_heads,    program_attend_plan, program_attend, program_attend_merge,
+    program_norm,    program_combine,       program_activate, program_finish,      product_form,   product_ready,
+    product_prepare, product_workspace,     product,          panel_bytes,         make_panels,    program_route,
+    program_units,   program_expert_sum,    program_heads,    program_attend_plan, program_attend, program_attend_merge,
     program_turn,    program_mix_workspace, program_mix,
 };
 

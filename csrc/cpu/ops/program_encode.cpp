@@ -45,8 +45,8 @@ class Rows {
 void check_scores(const ScoresTable* table, int64_t count, int64_t batch, int64_t length) {
   for (int64_t i = 0; i < count; ++i) {
     const ScoresTable& s = table[i];
-    for (int64_t step : {s.mask_batch, s.mask_head, s.mask_query, s.mask_key, s.bias_batch, s.bias_head, s.bias_query,
-                         s.bias_key})
+    for (int64_t step :
+         {s.mask_batch, s.mask_head, s.mask_query, s.mask_key, s.bias_batch, s.bias_head, s.bias_query, s.bias_key})
       BK_CHECK(step >= 0, "scores lie backwards");
     BK_CHECK(s.left >= -1 && s.right >= -1 && batch > 0 && length > 0, "no such window");
   }
@@ -75,9 +75,9 @@ void encode(Tensor program, Tensor hidden, Tensor sequences, Tensor scores, Tens
   check_scores(score, layers, hidden.size(0), hidden.size(1));
   for (int64_t i = 0; i < count; ++i) {
     const Sequence& s = sequence[i];
-    BK_CHECK(s.number >= 0 && s.number < hidden.size(0) && s.first >= 0 && s.rows >= 1 &&
-                 s.first + s.rows <= hidden.size(1),
-             "sequence ", i, " is not in the batch");
+    BK_CHECK(
+        s.number >= 0 && s.number < hidden.size(0) && s.first >= 0 && s.rows >= 1 && s.first + s.rows <= hidden.size(1),
+        "sequence ", i, " is not in the batch");
   }
   RunInput in{};
   in.program = h;

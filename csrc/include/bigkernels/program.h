@@ -170,14 +170,15 @@ struct TurnRecord {
   HeadsOf x;
   Value out;
   int32_t d;
-  NormOf norm;      // of d elements
-  int32_t angles;   // as in HeadsRecord
+  NormOf norm;     // of d elements
+  int32_t angles;  // as in HeadsRecord
   int32_t rotary;
   int32_t interleaved;
   int32_t pad;
 };
 
-// Attention of each token over those of its own sequence: nothing is kept. Head h of keys and values is that of group h.
+// Attention of each token over those of its own sequence: nothing is kept. Head h of keys and values is that of group
+// h.
 struct MixRecord {
   HeadsOf q, k, v;  // heads at equal distances
   Value out;        // (heads * dv)
