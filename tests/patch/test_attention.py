@@ -31,7 +31,7 @@ masking_utils = pytest.importorskip("transformers.masking_utils")
 
 pytestmark = pytest.mark.skipif(cpu_library().reason is not None, reason="without kernels attention is left to torch")
 
-ONLY = {"norm": False, "rope": False, "mlp": False, "loss": False}
+ONLY = {"norm": False, "rope": False, "mlp": False, "loss": False, "encode": False}
 TEXT = dict(vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=16, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
             eos_token_id=2)  # fmt: skip

@@ -8,6 +8,7 @@ import pickle
 import encoders
 import pytest
 import torch
+from program import fuzz_encoders
 from torch import Tensor, nn
 
 import bigkernels
@@ -294,3 +295,8 @@ def test_classes_that_wrap_an_encoder():
     off = copy.deepcopy(model)
     bigkernels.patch(off, encode=False)
     assert "_bigkernels_encoder" not in off.bert.encoder.layer[0].__dict__
+
+
+@pytest.mark.parametrize("seed", range(1000, 1006))
+def test_random_encoders(seed):
+    assert fuzz_encoders.run(seed) == "taken"

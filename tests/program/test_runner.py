@@ -18,7 +18,8 @@ pytestmark = pytest.mark.skipif(cpu_library().reason is not None, reason=str(cpu
 def test_records_have_the_sizes_of_c():
     names = (
         "Vector NormOf Weight NormRecord CombineRecord ActivateRecord ProductRecord HeadsOf HeadsRecord AttendRecord "
-        "ExpertsRecord KeepRecord CallRecord Record ProgramHeader AngleTable LayerCache TurnRecord MixRecord ScoresTable"
+        "ExpertsRecord KeepRecord CallRecord Record ProgramHeader AngleTable LayerCache TurnRecord MixRecord "
+        "ScoresTable"
     )
     assert [ctypes.sizeof(getattr(r, name)) for name in names.split()] == list(raw.sizes())
 

@@ -25,6 +25,7 @@ FAMILIES = {
     "checkpointing": "less kept for backward: eight Llama blocks",
     "small": "one token: the cost of a call",
     "generation": "a language model reads a prompt and generates",
+    "encoders": "texts, images and speech are encoded",
     "model": "a Llama model at the size of SmolLM2-135M",
 }
 
