@@ -232,6 +232,8 @@ def _plan(model: nn.Module, flags: dict[str, bool | str | None], verify: bool) -
             writes += _decode.writes_for(module, writes, report.programs[path])
     if flags["encode"]:
         for path, layers in _encode.candidates(model, _decode.decoders(model)):
+            if any(p.device.type != "cpu" for layer in layers for p in layer.parameters()):
+                continue
             foreign = any(_foreign(layer, "forward") for layer in layers)
             reason = "forward was already replaced on a layer" if foreign else _encode.unsupported(layers)
             if reason is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..nn._quantized import Quantized
 from ..program import _layers
-from ..program._encoder_call import Given, collects, named
+from ..program._encoder_call import Given, collects, form_of, named, same_others
 from ..program._encoder_masks import Scores
 from ..program._encoder_stack import KEY, Stack, unsupported
 from ..program._forward import _check_surroundings
@@ -47,6 +47,16 @@ class _Call:
         self.below: list[Callable | None] = []
         self.done, self.state = False, None
         self._said: dict[int, Scores | None] = {}
+
+    def add(self, given: Given) -> None:
+        """What the next layer is given."""
+        before = self.given[-1] if self.given else None
+        if before is not None and same_others(given, before):
+            given.others, given.said, given.form, given.like = before.others, before.said, before.form, before.like
+        else:
+            given.said, given.like = self.said(given.others), len(self.given)
+            given.form = form_of(given)
+        self.given.append(given)
 
     def said(self, others: dict[str, Any]) -> dict[str, Scores]:
         """What the masks among arguments say that nobody has built yet."""
@@ -134,9 +144,8 @@ def _by_program(layer: nn.Module, below: Callable | None, place: Place, args: tu
             if at == 0:
                 stack.ready()
             given.hidden = call.hidden
-            given.said = call.said(given.others)
+            call.add(given)
             graph = stack.graph(at, given)
-            call.given.append(given)
             call.below.append(below)
             if at + 1 < len(stack.layers):
                 made: Any = Lazy(_Between(call, at + 1), Kind.of(call.hidden))

@@ -30,14 +30,20 @@ class Form(NamedTuple):
 
 @dataclass
 class Given:
-    """A call's hidden states, and what else the layer is given, by name; `said` is what is known of masks among it that
-    nobody has built yet.
+    """A call's hidden states, and what else the layer is given, by name.
+
+    Attributes:
+        said: what is known of masks among the others that nobody has built yet.
+        form: of the call.
+        like: the first layer of the call that is given the very same.
     """
 
     first: str
     hidden: Any
     others: dict[str, Any] = field(default_factory=dict)
     said: dict[str, Any] = field(default_factory=dict)
+    form: Form | None = None
+    like: int = 0
 
     @property
     def everything(self) -> dict[str, Any]:
@@ -57,6 +63,17 @@ def named(layer: nn.Module, names: tuple[str, ...], args: tuple, kwargs: dict[st
         raise Refusal("no hidden states")
     hidden = given.pop(first)
     return Given(first, hidden, given)
+
+
+def same_others(a: Given, b: Given) -> bool:
+    """Whether two layers are given the very same."""
+    mine, others = a.others, b.others
+    if len(mine) != len(others):
+        return False
+    for name, value in mine.items():
+        if name not in others or others[name] is not value:
+            return False
+    return True
 
 
 def names_of(layer: nn.Module) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._load import cpu_library
 from ..ops._registry import log
-from ._encoder_call import Form, Given, drawn, form_of, names_of
+from ._encoder_call import Form, Given, drawn, names_of
 from ._encoder_identify import find_layer
 from ._encoder_ir import LayerGraph
 from ._encoder_program import EncoderProgram
@@ -140,12 +140,11 @@ class Stack:
         Raises:
             Refusal: nobody knows.
         """
-        form = form_of(given)
-        key = at, form
+        key = at, given.form
         if key not in self._graphs:
             if len(self._graphs) > _KEPT * len(self.layers):
                 self._graphs.clear()
-            self._graphs[key] = find_layer(self.layers[at], form, given)
+            self._graphs[key] = find_layer(self.layers[at], given.form, given)
         found = self._graphs[key]
         if isinstance(found, str):
             raise Refusal(found)
@@ -160,7 +159,7 @@ class Stack:
             Refusal: no program can.
         """
         hidden = calls[0].hidden
-        key = _Key(tuple(map(form_of, calls)), *_patterns(calls))
+        key = _Key(tuple([given.form for given in calls]), *_patterns(calls))
         program = self._programs.get(key)
         if program is None:
             if len(self._programs) >= _KEPT:
@@ -263,6 +262,9 @@ class Stack:
 
 def _patterns(calls: list[Given]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """For each layer the first that is given the same scores, and the same angles: the very same tensors."""
+    if all(given.like == 0 for given in calls):
+        same = (0,) * len(calls)
+        return same, same
     scores: dict[tuple, int] = {}
     angles: dict[tuple, int] = {}
     found: tuple[list[int], list[int]] = ([], [])
