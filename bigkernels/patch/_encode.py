@@ -43,6 +43,7 @@ class _Call:
 
     def __init__(self, stack: Stack, hidden: Tensor) -> None:
         self.stack, self.hidden, self.version = stack, hidden, _version(hidden)
+        self.sample = _sample(hidden)
         self.given: list[Given] = []
         self.below: list[Callable | None] = []
         self.done, self.state = False, None
@@ -73,8 +74,16 @@ class _Call:
 
     def finish(self) -> Tensor:
         """What the last layer gives."""
+        if not self._fresh():
+            raise RuntimeError(_CHANGED)
         self.done, self.state = True, self._state()
         return self.stack.run(self.given)
+
+    def _fresh(self) -> bool:
+        """Whether what went in is what it was."""
+        if _version(self.hidden) != self.version:
+            return False
+        return self.sample is None or torch.equal(self.sample, _sample(self.hidden))
 
     def _state(self) -> list[int] | None:
         return self.stack.versions() if self.stack.same() else None
@@ -85,7 +94,7 @@ class _Call:
         Raises:
             RuntimeError: they can no longer be computed: layers or what went in have changed since.
         """
-        if _version(self.hidden) != self.version or (self.done and self.state != self._state()):
+        if not self._fresh() or (self.done and self.state != self._state()):
             raise RuntimeError(_CHANGED)
         x = self.hidden
         with torch.no_grad():
@@ -112,6 +121,11 @@ def _scores(mask: StructuredMask, length: int) -> Scores | None:
 
 def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
+
+
+def _sample(t: Tensor) -> Tensor | None:
+    """Some elements of a tensor that counts no writes."""
+    return t.detach()[:, :: max(t.shape[1] // 4, 1), :: max(t.shape[2] // 16, 1)].clone() if t.is_inference() else None
 
 
 def _own(layer: nn.Module, below: Callable | None) -> Callable:
@@ -170,7 +184,9 @@ def _call_of(layer: nn.Module, place: Place, given: Given) -> _Call | None:
             return None
         call = values.call
         return call if call.stack is place.stack and len(call.given) == place.at and not call.done else None
-    if type(x) not in (Tensor, nn.Parameter) or x.dim() != 3 or not x.is_cpu or not x.numel():
+    if type(x) not in (Tensor, nn.Parameter) or x.is_nested or x.layout is not torch.strided:
+        raise Refusal("hidden states are no plain tensor")
+    if x.dim() != 3 or not x.is_cpu or not x.numel():
         raise Refusal("no hidden states (B, S, width) on this processor")
     if not x.is_floating_point() or x.dtype == torch.float64:
         raise Refusal(f"hidden states are {x.dtype}")
@@ -200,7 +216,7 @@ def candidates(model: nn.Module, decoders: set[nn.Module]) -> Iterator[tuple[str
         if not isinstance(module, nn.ModuleList) or module in decoders or module in inside or not len(module):
             continue
         layers = list(module)
-        if len(set(layers)) == len(layers) and all(map(_is_layer, layers)):
+        if inside.isdisjoint(layers) and len(set(layers)) == len(layers) and all(map(_is_layer, layers)):
             inside.update(m for layer in layers for m in layer.modules())
             yield path, layers
 

@@ -300,3 +300,30 @@ def test_classes_that_wrap_an_encoder():
 @pytest.mark.parametrize("seed", range(1000, 1006))
 def test_random_encoders(seed):
     assert fuzz_encoders.run(seed) == "taken"
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_transformer_encoder_of_torch(padded):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(48, 4, 80, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    ours = copy.deepcopy(model)
+    bigkernels.patch(ours, verify=False)
+    x = torch.randn(3, 9, 48)
+    mask = torch.arange(9) >= torch.tensor([[9], [4], [7]]) if padded else None
+    with torch.no_grad():
+        for _ in range(2):
+            made, theirs = (m(x, src_key_padding_mask=mask) for m in (ours, model))
+            seen = torch.ones(3, 9, dtype=torch.bool) if mask is None else ~mask
+            torch.testing.assert_close(made[seen], theirs[seen], rtol=1e-4, atol=1e-5)
+
+
+def test_hidden_states_that_change_under_the_layers():
+    _, ours = patched("bert")
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            x = torch.randn(2, 5, 48)
+            first = ours.encoder.layer[0](x)
+            x.mul_(2)
+            with pytest.raises(RuntimeError, match="have changed"):
+                ours.encoder.layer[1](first)
