@@ -29,7 +29,8 @@ from bigkernels.ops import _registry, use
 
 QUICK = Settings.quickly()
 ON_GPUS = {LIGER, FLASH, FLASH4, CUDNN, FLEX, TORCHAO, MARLIN, INT_MM, SCALED_MM, OURS_ALONE}
-OPERATOR_FAMILIES = [name for name in FAMILIES if name not in ("model", "generation")]  # these have tests of their own
+_APART = ("model", "generation", "encoders")  # these have tests of their own
+OPERATOR_FAMILIES = [name for name in FAMILIES if name not in _APART]
 
 
 @pytest.mark.parametrize("family", OPERATOR_FAMILIES)
@@ -80,6 +81,7 @@ def test_the_measured_cases_are_the_ones_of_the_design(family):
         "checkpointing": "8 Llama blocks of 1024, B 1, S 1024, bfloat16, forward + backward",
         "small": "cross_entropy 49152, bfloat16, forward",
         "generation": "decode B 1, context 512, 1 thread, bfloat16, forward",
+        "encoders": "MiniLM, 32 x mixed lengths, 1 thread, bfloat16, forward",
         "model": "training step, B 1, S 1024, bfloat16, forward + backward",
     }
     assert expected[family] in names

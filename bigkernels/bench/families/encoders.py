@@ -22,12 +22,12 @@ from ..._compare import Comparison
 from ..._info import cores
 from ..case import COMPILE, EAGER, OURS, Candidate, Case, Contest, Missing, Settings
 
-EAGER32, OURS32, INT8 = f"{EAGER} float32", f"{OURS} float32", f"{OURS} int8"
+EAGER32, OURS32, INT8, Q8_0 = f"{EAGER} float32", f"{OURS} float32", f"{OURS} int8", f"{OURS} q8_0"
 ONNX8, OPENVINO32, OPENVINO, OPENVINO8 = "onnxruntime int8", "openvino float32", "openvino", "openvino int8 ONNX"
-_TORCH = (EAGER32, EAGER, COMPILE, OURS32, OURS, INT8)
+_TORCH = (EAGER32, EAGER, COMPILE, OURS32, OURS, INT8, Q8_0)
 _PEERS = (ONNX8, OPENVINO32, OPENVINO, OPENVINO8)
 _LEAST = {EAGER32: 0.9999, OURS32: 0.99999, OPENVINO32: 0.9999, EAGER: 0.999, COMPILE: 0.999, OURS: 0.9995,
-          OPENVINO: 0.999, INT8: 0.998, ONNX8: 0.99, OPENVINO8: 0.9}  # fmt: skip
+          OPENVINO: 0.999, INT8: 0.997, Q8_0: 0.999, ONNX8: 0.99, OPENVINO8: 0.9}  # fmt: skip
 _REAL = 3389  # tokens of the batch that are no padding
 _SHORT, _BATCH, _LONGEST = 16, 32, 256  # tokens of one sentence; texts of a batch, and tokens of the longest
 
@@ -139,8 +139,8 @@ def _by_torch(work: _Work, name: str) -> Callable[[], Tensor]:
     dtype = torch.float32 if name in (EAGER32, OURS32) else torch.bfloat16
     model: Any = copy.deepcopy(work.model).to(dtype)
     given = work.cast(dtype)
-    if name == INT8:
-        quantize(model, "int8-dynamic")
+    if name in (INT8, Q8_0):
+        quantize(model, "int8-dynamic" if name == INT8 else "q8_0")
     if name.startswith(OURS):
         patch(model)
     if name == COMPILE:
