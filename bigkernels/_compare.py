@@ -83,9 +83,9 @@ def compare(
         # Where the bound is infinite, PyTorch overflows; whatever is 0 or more than its bound shows in the division.
         ratio = (error / bound).nan_to_num_(nan=0.0, posinf=float("inf"))
         at = ratio.argmax()
-        found = Comparison(error.flatten()[at].item(), bound.flatten()[at].item())
-        if found.ratio >= nearest.ratio:
-            nearest = found
+        comparison = Comparison(error.flatten()[at].item(), bound.flatten()[at].item())
+        if comparison.ratio >= nearest.ratio:
+            nearest = comparison
     return nearest
 
 

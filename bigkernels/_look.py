@@ -60,8 +60,8 @@ class Seen:
             return alike, alike and before == self.addresses
         native = _native()
         assert native is not None  # as `record` had it
-        found = native(tensors, *self._at, True)
-        return found >= 1, found == 3
+        looks = native(tensors, *self._at, True)
+        return looks >= 1, looks == 3
 
 
 def _described(t: Tensor) -> tuple:

@@ -26,8 +26,8 @@ def page_locked(nbytes: int) -> Tensor:
         pages = mmap.mmap(-1, whole)  # shared with forks, so that writing does not move them
     except (OSError, ValueError):
         return _of_torch(nbytes)
-    found = torch.frombuffer(pages, dtype=torch.uint8)
-    address, runtime = found.data_ptr(), torch.cuda.cudart()
+    locked = torch.frombuffer(pages, dtype=torch.uint8)
+    address, runtime = locked.data_ptr(), torch.cuda.cudart()
     try:
         refused = int(runtime.cudaHostRegister(address, whole, 0)) != 0
     except RuntimeError:
@@ -35,8 +35,8 @@ def page_locked(nbytes: int) -> Tensor:
     if refused:
         return _of_torch(nbytes)
     # Storages end with what tensors and views are made of them. At the end of the process the driver is gone first.
-    weakref.finalize(found.untyped_storage(), _release, pages, address).atexit = False
-    return found[:nbytes]
+    weakref.finalize(locked.untyped_storage(), _release, pages, address).atexit = False
+    return locked[:nbytes]
 
 
 def _release(pages: mmap.mmap, address: int) -> None:

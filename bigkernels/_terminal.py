@@ -32,12 +32,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
         print(plain_table(title, columns, cells, right=right), flush=True)
         return
     console = rich.console.Console(width=None if sys.stdout.isatty() else _FILE_WIDTH, highlight=False)
-    made = rich.table.Table(title=title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD)
+    grid = rich.table.Table(title=title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD)
     for name in columns:
-        made.add_column(name, justify="right" if name in right else "left", no_wrap=name in right, overflow="fold")
+        grid.add_column(name, justify="right" if name in right else "left", no_wrap=name in right, overflow="fold")
     for row in cells:
-        made.add_row(*map(rich.text.Text, row))
-    console.print(made)
+        grid.add_row(*map(rich.text.Text, row))
+    console.print(grid)
 
 
 def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> str:

@@ -87,10 +87,10 @@ def calls_go_through_instances() -> bool:
             return "class"
 
     probe = Probe()
-    found = [probe()]
+    values = [probe()]
     probe.__dict__[CALL] = lambda: "instance"
-    found.append(probe())
-    return found == ["class", "instance"] and getattr(Probe, CALL, None) is getattr(nn.Module, CALL, 0)
+    values.append(probe())
+    return values == ["class", "instance"] and getattr(Probe, CALL, None) is getattr(nn.Module, CALL, 0)
 
 
 def constant_to_the_compiler(function: Callable) -> Callable:

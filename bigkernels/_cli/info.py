@@ -14,21 +14,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    found = info()
+    facts = info()
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(facts, indent=2))
         return 0
-    table("Machine", ["what", "value"], _machine(found))
+    table("Machine", ["what", "value"], _machine(facts))
     libraries = [
         [name, "loaded" if entry["loaded"] else "not loaded", entry["reason"] or entry["path"] or ""]
-        for name, entry in found["libraries"].items()
+        for name, entry in facts["libraries"].items()
     ]
     table("Libraries", ["library", "state", "path or reason"], libraries)
     columns = ["operator", "device", "dtypes", "runs on", "others"]
-    table("Operators", columns, [row for op, devices in found["operators"].items() for row in _served(op, devices)])
-    table("Step programs", ["what", "value"], _programs(found["programs"]))
+    table(
+        "Operators",
+        columns,
+        [row for op, devices in facts["operators"].items() for row in _implementations(op, devices)],
+    )
+    table("Step programs", ["what", "value"], _programs(facts["programs"]))
     columns = ["operator", "calls", "capabilities", "computed by", "evidence"]
-    table("Routes on GPUs", columns, [_route(row) for row in found["routes"]])
+    table("Routes on GPUs", columns, [_route(row) for row in facts["routes"]])
     return 0
 
 
@@ -74,7 +78,7 @@ def _machine(found: dict) -> list[list[str]]:
     return rows if found["gpus"] else [*rows, ["GPU", "none"]]
 
 
-def _served(operator: str, devices: dict) -> list[list[str]]:
+def _implementations(operator: str, devices: dict) -> list[list[str]]:
     """One row for each group of dtypes that the same implementations support."""
     rows = []
     for device, dtypes in devices.items():

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         except ImportError as error:
             return _refuse(f"--plot needs matplotlib (pip install 'bigkernels[bench]'): {error}")
     try:
-        made = plan(
+        result = plan(
             args.model, batch=args.batch, seq=args.seq, dtype=args.dtype, autocast=args.autocast, mode=args.mode,
             new_tokens=args.new_tokens, optimizer=None if args.optimizer == "none" else args.optimizer,
             state_dtype=args.state_dtype, checkpointing=args.checkpointing, patch=args.patch,
@@ -56,15 +56,15 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         return _refuse(str(error).removeprefix("bigkernels.plan: "))
-    for title, columns, rows, right in tables(made):
+    for title, columns, rows, right in tables(result):
         table(title, columns, rows, right=right)
     if args.json:
-        made.to_json(args.json)
+        result.to_json(args.json)
         print(f"wrote {args.json}")
     if args.plot:
-        made.plot(args.plot)
+        result.plot(args.plot)
         print(f"wrote {args.plot}")
-    return 1 if made.reason else 0
+    return 1 if result.reason else 0
 
 
 def _refuse(message: str) -> int:

@@ -120,13 +120,13 @@ class Sample:
         with use(backend) if backend else nullcontext(), torch.set_grad_enabled(backward):
             outputs = self.call(leaves)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            found = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
+            results = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
             if backward and self.differentiable:
                 draw = Draw(torch.float32, outputs[0].device, seed)
                 upstream = [_coarse(draw.normal(*out.shape)).to(out.dtype) for out in outputs]
                 grads = torch.autograd.grad(outputs, [leaves[n] for n in self.differentiable], upstream)
-                found |= {f"grad {n}": g for n, g in zip(self.differentiable, grads, strict=True)}
-        return found
+                results |= {f"grad {n}": g for n, g in zip(self.differentiable, grads, strict=True)}
+        return results
 
 
 def _coarse(values: Tensor) -> Tensor:

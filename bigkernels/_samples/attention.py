@@ -35,23 +35,23 @@ def attention_sample(
     keys = queries if keys is None else keys
 
     def make(draw: Draw) -> dict[str, Tensor]:
-        made = {
+        inputs = {
             "q": _heads(draw, batch, heads, queries, size, tokens_first=tokens_first, scale=scale),
             "k": _heads(draw, batch, groups, keys, size, tokens_first=tokens_first),
             "v": _heads(draw, batch, groups, keys, value_size or size, tokens_first=tokens_first),
         }
-        made = {name: arrange(t) for name, t in made.items()}
+        inputs = {name: arrange(t) for name, t in inputs.items()}
         if bias is not None:
-            made["bias"] = draw.normal(*bias)
+            inputs["bias"] = draw.normal(*bias)
         if mask is not None:
-            made["mask"] = mask(draw, queries, keys)
+            inputs["mask"] = mask(draw, queries, keys)
         if alibi:
-            made["alibi_slopes"] = draw.slopes(heads)
+            inputs["alibi_slopes"] = draw.slopes(heads)
         if sinks:
-            made["sinks"] = draw.normal(heads)
+            inputs["sinks"] = draw.normal(heads)
         if prefix is not None:
-            made["prefix_lengths"] = torch.tensor(prefix, dtype=torch.int32, device=draw.device)
-        return made
+            inputs["prefix_lengths"] = torch.tensor(prefix, dtype=torch.int32, device=draw.device)
+        return inputs
 
     differentiable = ("q", "k", "v") + ("bias",) * (bias is not None) + ("sinks",) * sinks
     return Sample("attention", name, make, options, differentiable, **_CRITERION)
@@ -142,7 +142,7 @@ def varlen_sample(
         def ends(lengths: list[int]) -> Tensor:
             return torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0).to(draw.device, dtype)
 
-        made = {
+        inputs = {
             "q": arrange(draw.normal(sum(queries) + rest, heads, size)),
             "k": arrange(draw.normal(sum(keys) + rest, groups, size)),
             "v": arrange(draw.normal(sum(keys) + rest, groups, value_size or size)),
@@ -150,12 +150,12 @@ def varlen_sample(
             "cu_seqlens_k": ends(keys),
         }
         if alibi:
-            made["alibi_slopes"] = draw.slopes(heads)
+            inputs["alibi_slopes"] = draw.slopes(heads)
         if sinks:
-            made["sinks"] = draw.normal(heads)
+            inputs["sinks"] = draw.normal(heads)
         if prefix is not None:
-            made["prefix_lengths"] = torch.tensor(prefix, dtype=dtype, device=draw.device)
-        return made
+            inputs["prefix_lengths"] = torch.tensor(prefix, dtype=dtype, device=draw.device)
+        return inputs
 
     most = {"max_seqlen_q": max(queries, default=0), "max_seqlen_k": max(keys, default=0)}
     differentiable = ("q", "k", "v") + ("sinks",) * sinks

@@ -27,30 +27,30 @@ def decode_sample(
                 return draw.normal(batch, length, count, width).transpose(1, 2)
             return draw.normal(batch, count, length, width)
 
-        made = {"q": arrange(tokens(heads, new, size))}
+        inputs = {"q": arrange(tokens(heads, new, size))}
         shape: tuple[int, ...] = (batch, capacity)
         valid = torch.arange(capacity, dtype=torch.int64, device="cpu")
         valid = valid < torch.tensor(lengths, dtype=torch.int64, device="cpu")[:, None]
         if page is not None:
-            made["block_table"], valid = _pages(draw, lengths, capacity, page, indices)
+            inputs["block_table"], valid = _pages(draw, lengths, capacity, page, indices)
             shape = tuple(valid.shape)
         valid = valid.to(draw.device)
         for which, width in (("k", size), ("v", value_size)):
             if int8:
-                made[f"{which}_cache"] = (draw.integers(255, *shape, groups, width) - 127).to(torch.int8)
-                made[f"{which}_scale"] = _hidden(draw.positive(*shape, groups).float() / 127, valid)
+                inputs[f"{which}_cache"] = (draw.integers(255, *shape, groups, width) - 127).to(torch.int8)
+                inputs[f"{which}_scale"] = _hidden(draw.positive(*shape, groups).float() / 127, valid)
             else:
-                made[f"{which}_cache"] = arrange(_hidden(draw.normal(*shape, groups, width), valid))
+                inputs[f"{which}_cache"] = arrange(_hidden(draw.normal(*shape, groups, width), valid))
             if append:
-                made[which] = arrange(tokens(groups, new, width))
-        made["cache_seqlens"] = torch.tensor(lengths, dtype=indices, device=draw.device)
+                inputs[which] = arrange(tokens(groups, new, width))
+        inputs["cache_seqlens"] = torch.tensor(lengths, dtype=indices, device=draw.device)
         if rotary:
-            made["cos"], made["sin"] = draw.angles(angles, new, rotary, interleaved=interleaved)
+            inputs["cos"], inputs["sin"] = draw.angles(angles, new, rotary, interleaved=interleaved)
         if alibi:
-            made["alibi_slopes"] = draw.slopes(heads)
+            inputs["alibi_slopes"] = draw.slopes(heads)
         if sinks:
-            made["sinks"] = draw.normal(heads)
-        return made
+            inputs["sinks"] = draw.normal(heads)
+        return inputs
 
     written = ("k_cache", "v_cache", *(("k_scale", "v_scale") if int8 else ())) if append else ()
     # The weights are rounded before they are multiplied.

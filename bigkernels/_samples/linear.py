@@ -9,8 +9,8 @@ from ._sample import Draw, Sample, rows_strided, strided
 
 def _sample(name: str, shape: tuple[int, ...], n: int, *, bias: bool = True, arrange=lambda t: t) -> Sample:
     def make(draw: Draw) -> dict[str, Tensor]:
-        made = {"x": arrange(draw.normal(*shape)), "weight": arrange(draw.normal(n, shape[-1], scale=0.1))}
-        return made | ({"bias": draw.normal(n)} if bias else {})
+        inputs = {"x": arrange(draw.normal(*shape)), "weight": arrange(draw.normal(n, shape[-1], scale=0.1))}
+        return inputs | ({"bias": draw.normal(n)} if bias else {})
 
     return Sample("linear", name, make, {}, ("x", "weight", "bias") if bias else ("x", "weight"))
 

@@ -33,9 +33,9 @@ def weight_sample(
     arrange: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> Sample:  # fmt: skip
     def make(draw: Draw) -> dict[str, Tensor]:
-        made = {"x": arrange(draw.normal(*shape))}
-        made |= quantize_weight(draw.normal(n, shape[-1], scale=0.05), config).tensors
-        return made | ({"bias": draw.normal(n)} if bias else {})
+        inputs = {"x": arrange(draw.normal(*shape))}
+        inputs |= quantize_weight(draw.normal(n, shape[-1], scale=0.05), config).tensors
+        return inputs | ({"bias": draw.normal(n)} if bias else {})
 
     # For many tokens the dequantized weight is rounded before it is multiplied.
     return _WeightSample(

@@ -16,13 +16,13 @@ _NORM_SHAPES = {"one row": (1, 64), "odd": (5, 3, 129), "one element": (1, 1), "
 
 def norm_inputs(names: str, shape: tuple[int, ...], arrange=lambda t: t) -> Callable[[Draw], dict[str, Tensor]]:
     def make(draw: Draw) -> dict[str, Tensor]:
-        made = {}
+        inputs = {}
         for name in names.split():
             rows = name in ("x", "residual")
             mean = {"x": 0.5, "weight": 1.0}.get(name, 0.0)
             t = draw.normal(*(shape if rows else shape[-1:]), mean=mean, scale=1.0 if rows else 0.3)
-            made[name] = arrange(t) if rows else t
-        return made
+            inputs[name] = arrange(t) if rows else t
+        return inputs
 
     return make
 

@@ -75,12 +75,12 @@ def apply_checkpointing(
         raise ValueError(f"bigkernels.apply_checkpointing: every is {every}, expected a positive number")
     names = {module: name for name, module in model.named_modules()}
     # Wrappers that flatten parameters (FSDP of the first kind) leave blocks without any.
-    found = (_blocks(model) or _blocks(model, empty=True)) if modules is None else _given(modules, names)
-    if not found:
+    segments = (_blocks(model) or _blocks(model, empty=True)) if modules is None else _given(modules, names)
+    if not segments:
         raise ValueError("bigkernels.apply_checkpointing: no list of modules of one class and structure is in "
                          f"{type(model).__name__}; name the segments by modules=")  # fmt: skip
     remove_checkpointing(model)
-    chosen = found[::every]
+    chosen = segments[::every]
     plans: dict[tuple, Plan] = {}
     for module in chosen:
         plan = None
@@ -124,13 +124,13 @@ def _given(modules: Any, names: dict[nn.Module, str]) -> list[nn.Module]:
     if isinstance(modules, type):
         return [m for m in names if isinstance(m, modules)]
     by_name = {name: module for module, name in names.items()}
-    found = []
+    given = []
     for m in modules:
         module = by_name.get(m) if isinstance(m, str) else m
         if module not in names:
             raise ValueError(f"bigkernels.apply_checkpointing: {m!r} is not in the model")
-        found.append(module)
-    return found
+        given.append(module)
+    return given
 
 
 def _structure(module: nn.Module) -> tuple:

@@ -182,10 +182,10 @@ def resolve_policy(policy: str | Policy) -> Policy:
 
 @cache
 def _sum_of(names: str) -> Policy:
-    found = Policy()
+    policy = Policy()
     for name in names.split("+"):
         if name.strip() not in _NAMED:
             accepted = ", ".join(_NAMED)
             raise ValueError(f"bigkernels.checkpointing: policy {name.strip()!r}; accepted are {accepted}, and sums")
-        found = found + _NAMED[name.strip()]()
-    return found
+        policy = policy + _NAMED[name.strip()]()
+    return policy

@@ -238,11 +238,11 @@ class Saver:
             stride = torch.empty(t.shape, device="meta", dtype=torch.float32).stride()
         storage = t.untyped_storage()
         key = storage._cdata, flat.storage_offset(), flat.shape, flat.stride(), t.dtype
-        found = self.kept.get(key)
+        held = self.kept.get(key)
         # The weak reference keeps another storage from getting this one's address.
-        if found is None or found[1] != t._version:
-            found = self.kept[key] = StorageWeakRef(storage), t._version, self._kept(t, flat)
-        kept = found[2]
+        if held is None or held[1] != t._version:
+            held = self.kept[key] = StorageWeakRef(storage), t._version, self._kept(t, flat)
+        kept = held[2]
         if self.watch is None:
             kept.settle()
         elif not kept.exact or kept.flat is None:

@@ -135,10 +135,10 @@ class File:
                 raise ValueError(f"{what} has two tensors {name}")
             seen.add(name)
             tensors.append(Info(name, shape, kind, start + offset, nbytes))
-        made = cls(path, metadata, tensors, held)
+        file = cls(path, metadata, tensors, held)
         if whole:
-            made._check_sizes()
-        return made
+            file._check_sizes()
+        return file
 
     def _check_sizes(self) -> None:
         """Sizes that the metadata give are those of some tensor: nothing larger is made of them."""

@@ -115,13 +115,13 @@ def _is_in(names: set[str], name: str, module: nn.Module) -> bool:
 def fill(model: nn.Module, contents: Contents, file: File) -> None:
     stand(model, contents)
     state = contents.state
-    found = model.load_state_dict(state, strict=False, assign=True)
+    loaded = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     filled = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in state}
     empty = [name for name, t in (*model.named_parameters(), *model.named_buffers())
              if t.is_meta or (isinstance(t, nn.Parameter) and id(t) not in filled)]  # fmt: skip
-    if empty or found.unexpected_keys:
-        missing = ", ".join(empty or found.unexpected_keys)
+    if empty or loaded.unexpected_keys:
+        missing = ", ".join(empty or loaded.unexpected_keys)
         raise ValueError(f"bigkernels.load_gguf: {file.path} has no tensor for {missing}")
     model.__dict__["gguf_source"] = contents.source
 

@@ -68,8 +68,8 @@ class _Reading:
             if len(tensor.shape) > 2 and not three:
                 raise ValueError(f"bigkernels.load_gguf: tensor {tensor.name} of {self.file.path} has "
                                  f"{len(tensor.shape)} dimensions")  # fmt: skip
-            found = self._experts(tensor, target) if three else self._codes(tensor, target)
-            if not found:
+            codes = self._experts(tensor, target) if three else self._codes(tensor, target)
+            if not codes:
                 self._dense(tensor, target)
             self.file.forget(tensor)
         self._join()
@@ -78,12 +78,12 @@ class _Reading:
     def _processed(self, tensor: Info, values: np.ndarray) -> Tensor:
         """What transformers makes of values for a tensor's place."""
         try:
-            found = self._process(weights=values, name=tensor.name, tensor_key_mapping=self.names,
+            processed = self._process(weights=values, name=tensor.name, tensor_key_mapping=self.names,
                                   parsed_parameters={"tensors": {}}).weights  # fmt: skip
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise self.file.fail(f"tensor {tensor.name} of shape {tensor.shape} does not fit: {error}") from error
-        found = np.ascontiguousarray(found)
-        return torch.from_numpy(found if found.flags.writeable else found.copy())
+        processed = np.ascontiguousarray(processed)
+        return torch.from_numpy(processed if processed.flags.writeable else processed.copy())
 
     # ---- codes -----------------------------------------------------------------------------------------------------
 
@@ -126,13 +126,13 @@ class _Reading:
         e, n, k = self.expected[target]
         if tensor.shape != (e, n // count, k):
             raise self.file.fail(f"tensor {tensor.name} has shape {tensor.shape}, expected {(e, n // count, k)}")
-        found = self._planes(tensor, None)
-        if found is None:
-            found = self._values(tensor).to(self.dtype)
+        planes = self._planes(tensor, None)
+        if planes is None:
+            planes = self._values(tensor).to(self.dtype)
         place = Place(
-            tensor.name, tensor.shape, tensor.kind, target, not isinstance(found, Tensor), None, (part, count)
+            tensor.name, tensor.shape, tensor.kind, target, not isinstance(planes, Tensor), None, (part, count)
         )
-        self._halves.setdefault(target, {})[part] = found
+        self._halves.setdefault(target, {})[part] = planes
         self.made.source.places.append(place)
         return True
 
@@ -189,14 +189,14 @@ def _names(architecture: str, layers: int, parameters: Iterable[str]) -> dict[st
 
     kind = next((kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
     known = None if kind is None else gguf.get_tensor_name_map(kind, layers)
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for parameter in parameters if known else ():
         path, _, attribute = parameter.rpartition(".")
         parts = path.split(".")
         ends = (".".join(parts[i:]) for i in range(len(parts)))  # the file may be of a model inside of this one
         if name := next(filter(None, map(known.get_name, ends)), None):
-            found.setdefault(f"{name}.{attribute}", parameter)
-    return found
+            names.setdefault(f"{name}.{attribute}", parameter)
+    return names
 
 
 def _is_order(rows: Tensor) -> bool:

@@ -63,17 +63,17 @@ class LoraQuantizedLinear(Linear):
         except BaseException:
             self.base_layer = base
             raise
-        made = base
+        layer = base
         if not torch.equal(rows(dense), before):
-            made = base.requantized(rows(dense).detach()).requires_grad_(False)
-            asked, got = rows(dense).detach().float(), made.qweight.dequantize(torch.float32)
+            layer = base.requantized(rows(dense).detach()).requires_grad_(False)
+            asked, got = rows(dense).detach().float(), layer.qweight.dequantize(torch.float32)
             update = (asked - before.float()).square().sum()
             self.merge_error = ((got - asked).square().sum() / update).sqrt().item()
         if dense.bias is not None and not torch.equal(dense.bias, base.bias):
-            if made is base:
-                made = base.requantized(before)
-            made.bias = dense.bias
-        self.base_layer = made
+            if layer is base:
+                layer = base.requantized(before)
+            layer.bias = dense.bias
+        self.base_layer = layer
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -448,8 +448,10 @@ class _PerToken(torch.autograd.Function):
                 slope = head.slope(z)
                 taken = [v[tokens] for v in values], [g if g is None else g[tokens] for g in grads]
                 sums.add(tokens, call.objective.gradient(z, tokens, *taken), slope)
-        found = sums.hidden, sums.weight, sums.bias
+        gradients = sums.hidden, sums.weight, sums.bias
         inputs = hidden, weight, bias
         if unit is not None:
-            return *(g if g is None else _scaled(g, unit, t.dtype) for g, t in zip(found, inputs, strict=True)), None
-        return *(g if g is None else g.to(t.dtype) for g, t in zip(found, inputs, strict=True)), None
+            return *(
+                g if g is None else _scaled(g, unit, t.dtype) for g, t in zip(gradients, inputs, strict=True)
+            ), None
+        return *(g if g is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)), None

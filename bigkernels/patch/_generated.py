@@ -35,9 +35,9 @@ def rewritten(cls: type, sites: tuple[str, ...]) -> types.FunctionType:
 def __getattr__(name: str) -> types.FunctionType:
     try:
         module, qualname, sites = name.split(":")
-        found = sys.modules.get(module.replace("/", ".")) or importlib.import_module(module.replace("/", "."))
+        value = sys.modules.get(module.replace("/", ".")) or importlib.import_module(module.replace("/", "."))
         for part in qualname.split("/"):
-            found = getattr(found, part)
-        return rewritten(found, tuple(sites.split(",")))
+            value = getattr(value, part)
+        return rewritten(value, tuple(sites.split(",")))
     except (ValueError, ImportError, AttributeError, KeyError) as error:
         raise AttributeError(f"{__name__} cannot make {name!r}: {error}") from None

@@ -76,15 +76,15 @@ def copied(value: Any, known: dict[int, Any] | None = None) -> Any:
     try:
         # Tensors with a history cannot be copied as such; what is too large is shared.
         memo = {id(t): t.detach() if t.numel() > _LARGEST else t.detach().clone() for t in _tensors(value, set())}
-        found = copy.deepcopy(value, memo)
+        duplicate = copy.deepcopy(value, memo)
     except Exception:  # noqa: BLE001  locks and files: calls of their methods are looked for instead
         return value
-    if isinstance(found, nn.Module):
-        for module in found.modules():
+    if isinstance(duplicate, nn.Module):
+        for module in duplicate.modules():
             for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
                 hooks.clear()
-    known[id(value)] = found
-    return found
+    known[id(value)] = duplicate
+    return duplicate
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:

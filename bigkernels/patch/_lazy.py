@@ -110,8 +110,8 @@ class Lazy(Tensor):
     def _viewed(self, function: Any, rest: tuple, keywords: dict[str, Any]) -> Kind:
         """As a tensor without memory has it, which is no business of a mode that counts memory."""
         with _disable_current_modes():
-            made = function(_like(self), *rest, **keywords)
-        return Kind(made.shape, made.stride(), made.storage_offset(), made.dtype, self.device)
+            result = function(_like(self), *rest, **keywords)
+        return Kind(result.shape, result.stride(), result.storage_offset(), result.dtype, self.device)
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -65,16 +65,16 @@ class Note:
         """With `report`, the watcher is told of it."""
         report = report and self.watcher is not None
         scale = self.scale if self.cap is None else self.scale * self.cap
-        found = functional.linear_cross_entropy(hidden, weight, target.view(hidden.shape[:-1]), bias,
+        output = functional.linear_cross_entropy(hidden, weight, target.view(hidden.shape[:-1]), bias,
                                                 class_weight=class_weight, softcap=self.cap, logit_scale=scale,
                                                 return_z_loss=report, return_token_accuracy=report,
                                                 **options)  # fmt: skip
         if not report:
-            return found
+            return output
         if options.get("reduction", "mean") != "none":
             kept = target != options.get("ignore_index", -100)
-            self.watcher.add(found, kept, options.get("reduction", "mean") == "mean")
-        return found.loss
+            self.watcher.add(output, kept, options.get("reduction", "mean") == "mean")
+        return output.loss
 
 
 def _sample(weight: Any) -> Tensor | None:
@@ -117,17 +117,17 @@ class Logits(Lazy):
 
     @classmethod
     def _noted(cls, note: Note, kind: Kind) -> Logits:
-        made = cls(Values(replace(note, origin=None).compute), kind)
-        made.note = note
-        return made
+        logits = cls(Values(replace(note, origin=None).compute), kind)
+        logits.note = note
+        return logits
 
     def _derived(self, function, step, values, kind, path):
         note = self.note
         if note is None or not _keeps_rows(function, self, kind):
             return super()._derived(function, step, values, kind, path)
-        made = type(self)(values, kind, path)
-        made.note = note.then(step, origin=None if function is _aten.detach.default else note.origin)
-        return made
+        logits = type(self)(values, kind, path)
+        logits.note = note.then(step, origin=None if function is _aten.detach.default else note.origin)
+        return logits
 
     @property
     def untouched(self) -> Note | None:
@@ -150,9 +150,9 @@ class Logits(Lazy):
     def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         step = _STEPS.get(function)
         if step is not None and not kwargs:
-            found = step(*args)
-            if found is not None:
-                return found
+            values = step(*args)
+            if values is not None:
+                return values
         return super().__torch_function__(function, types, args, kwargs)
 
 
@@ -217,17 +217,17 @@ class Gradient(Lazy):
 
     @classmethod
     def of(cls, parts: tuple, more: Tensor | None, compute: Callable[[], Tensor], kind: Kind) -> Gradient:
-        made = cls(Values(compute), kind)
-        made.parts, made.more = parts, more
-        return made
+        gradient = cls(Values(compute), kind)
+        gradient.parts, gradient.more = parts, more
+        return gradient
 
     def _derived(self, function, step, values, kind, path):
         if function is _aten.clone.default or not _keeps_rows(function, self, kind):
             return super()._derived(function, step, values, kind, path)
-        made = type(self)(values, kind, path)
-        made.parts = self.parts
-        made.more = None if self.more is None else self.more.reshape(kind.shape).to(kind.dtype)
-        return made
+        gradient = type(self)(values, kind, path)
+        gradient.parts = self.parts
+        gradient.more = None if self.more is None else self.more.reshape(kind.shape).to(kind.dtype)
+        return gradient
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -266,11 +266,11 @@ class _Head(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, bias = ctx.saved_tensors
         parts, rest = _split(grad)
-        found = list(parts or (None, None, None))
+        grads = list(parts or (None, None, None))
         if rest is not None:
             for i, more in enumerate(_of_product(ctx, rest, hidden, weight, bias)):
-                found[i] = more if found[i] is None else found[i] if more is None else found[i] + more
-        return None, None, None, *found
+                grads[i] = more if grads[i] is None else grads[i] if more is None else grads[i] + more
+        return None, None, None, *grads
 
 
 def _of_product(ctx, grad, hidden, weight, bias):
@@ -344,8 +344,8 @@ class _Loss(torch.autograd.Function):
         target, class_weight, z, *origin = ctx.saved_tensors
 
         def elements():
-            made = ctx.note.replay(origin[0], _or(ctx.note.weight, origin[1]), origin[2]) if z is None else z
-            return _of_logits(made, target, class_weight, grad, **ctx.options)
+            replayed = ctx.note.replay(origin[0], _or(ctx.note.weight, origin[1]), origin[2]) if z is None else z
+            return _of_logits(replayed, target, class_weight, grad, **ctx.options)
 
         # Where it will be differentiated again, of the logits themselves, as of detached ones.
         if torch.is_grad_enabled() or z is not None:

@@ -103,12 +103,12 @@ def find_node(function: types.FunctionType) -> ast.FunctionDef | None:
 @functools.lru_cache(maxsize=512)
 def _definitions(path: str) -> dict[tuple[str, int], ast.FunctionDef]:
     """The functions of a file by their names and first lines, decorators included."""
-    found: dict[tuple[str, int], ast.FunctionDef] = {}
+    functions: dict[tuple[str, int], ast.FunctionDef] = {}
     for node in ast.walk(_parse(path)):
         if isinstance(node, ast.FunctionDef):
             line = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            found.setdefault((node.name, line), node)
-    return found
+            functions.setdefault((node.name, line), node)
+    return functions
 
 
 def methods(cls: type, name: str) -> Iterator[Source]:

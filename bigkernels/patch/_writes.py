@@ -19,15 +19,15 @@ from ._source import Source, called, methods, resolve
 
 def written_after(model: nn.Module) -> set[nn.Module]:
     """The modules, with all inside of them, that some function of the model gives a tensor to which it then writes."""
-    found: set[nn.Module] = set()
+    written: set[nn.Module] = set()
     for module in model.modules():
         for path in _calls(type(module), type(module).forward):
             target = None if path is None else resolve(module, list(path))
             if isinstance(target, types.MethodType) and not _hands_on(type(module), path[0]):
                 continue
             # A list of modules or a local variable may stand for any of them.
-            found.update((target if isinstance(target, nn.Module) else module).modules())
-    return found
+            written.update((target if isinstance(target, nn.Module) else module).modules())
+    return written
 
 
 @functools.lru_cache(maxsize=1024)
@@ -51,7 +51,7 @@ def _calls_in(source: Source) -> set[tuple[str, ...] | None]:
         return set()
     alias = _aliases(source, nodes)
     loops = [n for n in nodes if isinstance(n, (ast.For, ast.While))]
-    found = set()
+    names = set()
     for node in nodes:
         if not isinstance(node, ast.Call):
             continue
@@ -61,10 +61,10 @@ def _calls_in(source: Source) -> set[tuple[str, ...] | None]:
         if any(alias.get(n, n) in given and _follows(write, node, loops) for n, write in writes):
             path = source.attribute(node.func)
             if path is not None:
-                found.add(tuple(path))
+                names.add(tuple(path))
             elif _is_local(source, node.func):
-                found.add(None)
-    return found
+                names.add(None)
+    return names
 
 
 def _follows(write: ast.AST, call: ast.Call, loops: list[ast.AST]) -> bool:

@@ -29,22 +29,22 @@ def structure(model: Model, dtype: torch.dtype | None) -> nn.Module:
         ImportError: transformers is needed and not installed.
     """
     if isinstance(model, nn.Module):
-        made = _emptied(model)
+        structure = _emptied(model)
     elif isinstance(model, (str, os.PathLike)):
-        made = _from_config(_read_config(os.fspath(model)))
+        structure = _from_config(_read_config(os.fspath(model)))
     elif hasattr(model, "model_type") and hasattr(model, "to_dict"):
-        made = _from_config(model)
+        structure = _from_config(model)
     else:
         raise TypeError(f"bigkernels.plan: model is a {type(model).__name__}; accepted are torch.nn.Module, a "
                         "configuration of transformers, and the path of a folder with a config.json")  # fmt: skip
     if dtype is not None:
-        for slots in _slots(made):
+        for slots in _slots(structure):
             for t in slots.values():
                 if t is not None and t.is_floating_point():
                     t.data = t.data.to(dtype)
-    for parameter in made.parameters():
+    for parameter in structure.parameters():
         parameter.grad = None
-    return made
+    return structure
 
 
 def name_of(model: Model) -> str:
@@ -98,10 +98,10 @@ def _without_memory(t: Tensor) -> Tensor:
     if isinstance(t, UninitializedTensorMixin):
         raise ValueError("bigkernels.plan: the model has parameters whose shapes a first call would decide")
     if t.dim() < 2:
-        made = torch.ones(t.shape, dtype=t.dtype, device="cpu") if t.is_meta else t.detach().to("cpu", copy=True)
+        copied = torch.ones(t.shape, dtype=t.dtype, device="cpu") if t.is_meta else t.detach().to("cpu", copy=True)
     else:
-        made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-    return nn.Parameter(made, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else made
+        copied = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    return nn.Parameter(copied, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else copied
 
 
 def _transformers() -> Any:
@@ -129,16 +129,16 @@ def _from_config(config: Any) -> nn.Module:
     transformers = _transformers()
     config = copy.deepcopy(config)
     with torch.device("meta"):
-        made = _model_class(transformers, config)(config)
-    return _emptied(made)
+        built = _model_class(transformers, config)(config)
+    return _emptied(built)
 
 
 def _model_class(transformers: Any, config: Any) -> type[nn.Module]:
     """The class that the configuration names, else that of the kind's usual task."""
     for name in getattr(config, "architectures", None) or ():
-        found = getattr(transformers, name, None)
-        if found is not None:
-            return found
+        kind = getattr(transformers, name, None)
+        if kind is not None:
+            return kind
     auto = transformers.models.auto.modeling_auto
     masked, causal = auto.MODEL_FOR_MASKED_LM_MAPPING, auto.MODEL_FOR_CAUSAL_LM_MAPPING
     mappings = [causal, masked, auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, auto.MODEL_MAPPING]
@@ -148,6 +148,6 @@ def _model_class(transformers: Any, config: Any) -> type[nn.Module]:
         mappings.insert(0, masked)
     for mapping in mappings:
         if type(config) in mapping:
-            found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
+            kind = mapping[type(config)]
+            return kind[0] if isinstance(kind, tuple) else kind
     raise ValueError(f"bigkernels.plan: transformers has no model for a {type(config).__name__}")

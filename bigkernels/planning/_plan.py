@@ -95,20 +95,20 @@ def plan(
     given, cast = _dtype("dtype", dtype), _dtype("autocast", autocast)
     label, flags = _patch(patch)
     optimizer_name, factory = _optimizers.resolve(optimizer, state_dtype)
-    made = _models.structure(model, given)
+    structure = _models.structure(model, given)
     machine = _limits(limits, device)
     setting = Setting(mode, batch, seq, device, new_tokens, cast, checkpointing, every, flags, inputs,
                       loss or default_loss, machine)  # fmt: skip
-    (result,) = run(made, setting, [factory])
+    (result,) = run(structure, setting, [factory])
     choices: tuple[_search.Choice, ...] = ()
     reason: str | None = None
     if allowed is not None:
-        choices, reason = _search.search(made, setting, optimizer, state_dtype, allowed, machine, label, result,
+        choices, reason = _search.search(structure, setting, optimizer, state_dtype, allowed, machine, label, result,
                                          progress)  # fmt: skip
     phases = tuple(PhasePlan(p.name, result.peaks[p.name], p.flops, p.bytes, seconds_of(p, machine))
                    for p in result.phases)  # fmt: skip
     flops, seconds = _together(phases, new_tokens)
-    floating = [p.dtype for p in made.parameters() if p.is_floating_point()]
+    floating = [p.dtype for p in structure.parameters() if p.is_floating_point()]
     return MemoryPlan(
         model=_models.name_of(model),
         mode=mode,
@@ -152,14 +152,14 @@ def parse_bytes(limit: int | str | None) -> int | None:
         ValueError: it is no number of bytes.
     """
     if isinstance(limit, str):
-        found = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?i?)b?\s*", limit.lower())
-        if found and re.fullmatch(r"[0-9.\s]+", limit):  # gigabytes, most likely
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?i?)b?\s*", limit.lower())
+        if match and re.fullmatch(r"[0-9.\s]+", limit):  # gigabytes, most likely
             number = limit.strip()
             raise ValueError(f"bigkernels.plan: limit is {limit!r}, which has no unit; write {number}GB or {number}B")
         try:
-            if found is None:
+            if match is None:
                 raise ValueError
-            limit = int(float(found[1]) * _UNITS[found[2]])
+            limit = int(float(match[1]) * _UNITS[match[2]])
         except (KeyError, ValueError):
             raise ValueError(f"bigkernels.plan: limit is {limit!r}; accepted are bytes and strings such as '24GB' and "
                              "'16GiB'") from None  # fmt: skip
@@ -178,10 +178,10 @@ def _device(device: torch.device | str) -> torch.device:
 
 
 def _dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(resolved, torch.dtype) and resolved.is_floating_point):
         raise ValueError(f"bigkernels.plan: {name} is {dtype!r}; accepted are floating dtypes and their names")
-    return found
+    return resolved
 
 
 def _patch(patch: bool | str | Mapping[str, bool]) -> tuple[str, dict[str, Any] | None]:

@@ -197,21 +197,21 @@ def tables(plan: MemoryPlan) -> list[Table]:
     sizes = {name: (plan.held.get(name, 0), plan.at_peak.get(name, 0)) for name in (*plan.held, *plan.at_peak)}
     rows = [[name, *map(size, both)] for name, both in sizes.items() if any(both)]
     rows.append(["together", "", size(plan.peak)])
-    found: list[Table] = [(plan.title(), ["what", "size", "at the peak"], rows, ("size", "at the peak"))]
+    tables: list[Table] = [(plan.title(), ["what", "size", "at the peak"], rows, ("size", "at the peak"))]
     rows = [[p.name, size(p.peak), f"{p.flops / 1e12:.3g}", size(p.bytes), duration(p.seconds)] for p in plan.phases]
     columns = ["phase", "peak", "TFLOP", "moved", "at least"]
     rows.append(["together", size(plan.peak), f"{plan.flops / 1e12:.3g}", "", duration(plan.seconds)])
-    found.append((f"Phases; at most {plan.tokens_per_second:.3g} tokens/s", columns, rows, tuple(columns[1:])))
+    tables.append((f"Phases; at most {plan.tokens_per_second:.3g} tokens/s", columns, rows, tuple(columns[1:])))
     if plan.limit is not None:
         verdict, advice = "fits" if plan.fits else "does not fit", plan.reason or f"Fastest that fits: {plan.best}"
         rows = [[c.checkpointing or "none", c.state_dtype or "", c.patch, size(c.peak) if c.peak else "",
                  duration(c.seconds) if c.seconds else "", c.problem or ("yes" if c.fits else "no")]
                 for c in plan.choices]  # fmt: skip
         columns = ["checkpointing", "states", "patched", "peak", "at least", "fits"]
-        found.append(
+        tables.append(
             (f"Limit {size(plan.limit)}: the setting {verdict}. {advice}", columns, rows, ("peak", "at least"))
         )
-    return found
+    return tables
 
 
 def _size(count: int) -> str:

@@ -156,11 +156,11 @@ def _program(model: nn.Module, setting: Setting) -> int:
 
     if setting.patch is None or not setting.patch.get("decode", True) or setting.device.type != "cpu":
         return 0
-    found = next((module for _, module in candidates(model)), None)
-    if found is None:
+    norm = next((module for _, module in candidates(model)), None)
+    if norm is None:
         return 0
-    copied = 0 if setting.patch.get("decode") == "stored" else panels(found)
-    return copied + workspace(found, setting.batch, setting.seq, 1, setting.seq + setting.new_tokens)
+    copied = 0 if setting.patch.get("decode") == "stored" else panels(norm)
+    return copied + workspace(norm, setting.batch, setting.seq, 1, setting.seq + setting.new_tokens)
 
 
 def _learns(checkpointing: Any) -> bool:
@@ -226,17 +226,17 @@ def _autocast(setting: Setting) -> Any:
 @contextmanager
 def _logits(model: nn.Module, recorder: Recorder) -> Iterator[list[tuple[int, int]]]:
     """The size of the vocabulary and the least number of logits, once the model has given some; else nothing."""
-    found: list[tuple[int, int]] = []
+    sizes: list[tuple[int, int]] = []
 
     def see(module: nn.Module, args: Any, out: Any) -> None:
         logits = getattr(out, "logits", None)
         if isinstance(logits, torch.Tensor) and logits.dim():
             # Of each sequence one token may be left out: it has no next one.
-            found[:] = [(logits.shape[-1], logits.numel() // 2)]
+            sizes[:] = [(logits.shape[-1], logits.numel() // 2)]
 
     handle = model.register_forward_hook(see)
     try:
-        yield found
+        yield sizes
     finally:
         handle.remove()
 
@@ -277,5 +277,5 @@ def _only_cache(out: Any) -> Any:
 
 def _cache(out: Any) -> Any:
     """By either of the names that it has in transformers."""
-    found = getattr(out, "cache", None)
-    return getattr(out, "past_key_values", None) if found is None else found
+    cache = getattr(out, "cache", None)
+    return getattr(out, "past_key_values", None) if cache is None else cache

@@ -30,24 +30,24 @@ def make_inputs(model: nn.Module, given: Any, batch: int, seq: int, device: torc
         return fakes if isinstance(fakes, (dict, tuple)) else tuple(fakes) if isinstance(fakes, list) else (fakes,)
     names = inspect.signature(type(model).forward).parameters
     config: Any = getattr(model, "config", None)
-    made: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
     if "input_ids" in names:
-        made["input_ids"] = torch.zeros(batch, seq, dtype=torch.int64, device=device)
+        inputs["input_ids"] = torch.zeros(batch, seq, dtype=torch.int64, device=device)
     elif "pixel_values" in names and hasattr(config, "image_size"):
         sides = config.image_size if isinstance(config.image_size, (tuple, list)) else [config.image_size] * 2
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         shape = batch, getattr(config, "num_channels", 3), *sides
-        made["pixel_values"] = torch.zeros(shape, dtype=dtype, device=device)
+        inputs["pixel_values"] = torch.zeros(shape, dtype=dtype, device=device)
     else:
         raise ValueError(f"bigkernels.plan: {type(model).__name__}.forward takes neither input_ids nor pixel_values; "
                          "give `inputs`, a tensor, tuple or dict of the shapes of one batch")  # fmt: skip
     if labels and "labels" in names:
-        whole = "pixel_values" in made or type(model).__name__.endswith("ForSequenceClassification")
+        whole = "pixel_values" in inputs or type(model).__name__.endswith("ForSequenceClassification")
         shape = (batch,) if whole else (batch, seq)
-        made["labels"] = torch.zeros(shape, dtype=torch.int64, device=device)
+        inputs["labels"] = torch.zeros(shape, dtype=torch.int64, device=device)
     elif not labels and getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
-        made["decoder_input_ids"] = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-    return made
+        inputs["decoder_input_ids"] = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+    return inputs
 
 
 def call(model: nn.Module, inputs: Inputs, **options: Any) -> Any:

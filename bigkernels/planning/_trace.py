@@ -89,10 +89,10 @@ class Trace:
 
     def by_tag(self, end: int) -> Counter[str]:
         """Bytes held after so many events, by what they are; "temporary" where nobody told."""
-        found: Counter[str] = Counter()
+        held: Counter[str] = Counter()
         for number, size in self.alive(end).items():
-            found[self.tags.get(number, "temporary")] += size
-        return found
+            held[self.tags.get(number, "temporary")] += size
+        return held
 
 
 class Recorder(TorchDispatchMode):
@@ -163,8 +163,8 @@ class Recorder(TorchDispatchMode):
         if func is torch.ops.aten.add.Tensor and _from_engine():
             self._reuse(*args[:2])
         out = _grouped_mm(*args, **kwargs) if func is torch.ops.aten._grouped_mm.default else func(*args, **kwargs)
-        made = [t for t in tree_iter(out) if isinstance(t, Tensor)]
-        for t in made:
+        results = [t for t in tree_iter(out) if isinstance(t, Tensor)]
+        for t in results:
             self._follow(t)
         if self._phase is not None:
             work = work_of(func, args, kwargs, out)
@@ -238,8 +238,10 @@ def tensors_in(values: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 def _grouped_mm(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> Tensor:
     """CPUs take any dtype, and the operator's fake bfloat16 alone."""
-    made = torch.ops.aten._grouped_mm.default(a.bfloat16(), b.bfloat16(), *rest, **options)
-    return torch.empty_strided(made.shape, made.stride(), dtype=options.get("out_dtype") or a.dtype, device=a.device)
+    product = torch.ops.aten._grouped_mm.default(a.bfloat16(), b.bfloat16(), *rest, **options)
+    return torch.empty_strided(
+        product.shape, product.stride(), dtype=options.get("out_dtype") or a.dtype, device=a.device
+    )
 
 
 def _from_engine() -> bool:
@@ -252,9 +254,9 @@ def _from_engine() -> bool:
 
 def work_of(func: Any, args: tuple, kwargs: dict, out: Any) -> Work:
     """Of one call of an operator."""
-    made = [t for t in tree_iter(out) if isinstance(t, Tensor)]
-    moved, flops = moved_bytes(func, args, kwargs, made), flops_of(func, args, kwargs, out)
-    return Work(func.name(), _dtype(args, made), flops, moved)
+    results = [t for t in tree_iter(out) if isinstance(t, Tensor)]
+    moved, flops = moved_bytes(func, args, kwargs, results), flops_of(func, args, kwargs, out)
+    return Work(func.name(), _dtype(args, results), flops, moved)
 
 
 def _dtype(args: tuple, made: list[Tensor]) -> str:

@@ -74,20 +74,20 @@ def load_quantized(folder: str | os.PathLike, dtype: torch.dtype | None = None) 
 
 def _class(transformers: Any, names: Any) -> Any:
     for name in names if isinstance(names, list) else ():
-        found = getattr(transformers, str(name), None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
+        kind = getattr(transformers, str(name), None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            return kind
     return transformers.AutoModelForCausalLM
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{_WHAT}: {path} is no JSON") from error
-    if not isinstance(found, dict):
+    if not isinstance(config, dict):
         raise ValueError(f"{_WHAT}: {path} is no object of JSON")
-    return found
+    return config
 
 
 def check(folder: Any, missing: Iterable[Any], mismatched: Iterable[Any], unexpected: Iterable[Any]) -> None:
@@ -151,12 +151,12 @@ class Layer:
     def __getitem__(self, index: Any) -> Packed | Tensor:
         held = {part: self.state.read(name) for part, name in self.names.items()}
         try:
-            found = self.method.decode(self.path, held)
+            weight = self.method.decode(self.path, held)
         except ValueError as error:
             raise error if str(error).startswith("bigkernels") else ValueError(f"{_WHAT}: {error}") from error
         except (IndexError, RuntimeError, TypeError) as error:
             raise ValueError(f"{_WHAT}: the tensors of {self.path} do not fit together: {error}") from error
-        return found
+        return weight
 
 
 def weights(state: State, method: Method) -> dict[str, Any]:

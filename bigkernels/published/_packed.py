@@ -58,9 +58,9 @@ class Packed:
         kwargs = kwargs or {}
         if func in (torch.stack, torch.cat):
             dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-            made = _joined(list(args[0]), func is torch.stack, dim)
-            if made is not None:
-                return made
+            joined = _joined(list(args[0]), func is torch.stack, dim)
+            if joined is not None:
+                return joined
             return func([t.dequantize() if isinstance(t, cls) else t for t in args[0]], dim)
         raise TypeError(f"bigkernels: the model's weights are made by {getattr(func, '__name__', func)}, which weights "
                         "in codes do not support")  # fmt: skip

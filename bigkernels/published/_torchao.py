@@ -61,8 +61,8 @@ class TorchAO(Method):
             raise ValueError(f"{_WHAT}: {name} has codes of {codes.dtype}, expected torch.int8")
         zero = held.get("zero_point")
         zero = None if zero is None else self._numbers(name, zero, block, shape)
-        found = integers(codes, zero, self._numbers(name, scale, block, shape), dynamic=_rounds_tokens(kind, about))
-        return _shaped(found, shape)
+        weight = integers(codes, zero, self._numbers(name, scale, block, shape), dynamic=_rounds_tokens(kind, about))
+        return _shaped(weight, shape)
 
     def _described(self, name: str) -> tuple[str, Mapping[str, Any]]:
         try:

@@ -88,13 +88,13 @@ class Shell:
 
 def become(module: nn.Module, other: type, /, **attributes: object) -> nn.Module:
     """A module of another class with the attributes, parameters and hooks of a layer."""
-    made: nn.Module = object.__new__(other)
-    nn.Module.__init__(made)
-    made.__dict__.update(_unpatched(module))
-    made._parameters = dict(module._parameters)
+    replacement: nn.Module = object.__new__(other)
+    nn.Module.__init__(replacement)
+    replacement.__dict__.update(_unpatched(module))
+    replacement._parameters = dict(module._parameters)
     for name, value in attributes.items():
-        setattr(made, name, value)
-    return made
+        setattr(replacement, name, value)
+    return replacement
 
 
 def exact_weight(weight: Tensor) -> bool:

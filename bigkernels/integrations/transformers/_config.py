@@ -63,14 +63,14 @@ class Config(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         if "peft" in sys.modules:  # which asks for a model's configuration before it puts adapters on
             importlib.import_module("bigkernels.integrations.peft")
-        made: dict[str, Any] = {"quant_method": self.quant_method, "version": VERSION}
+        described: dict[str, Any] = {"quant_method": self.quant_method, "version": VERSION}
         if any(self.held.values()):
-            return made | {key: value for key, value in self.held.items() if value}
+            return described | {key: value for key, value in self.held.items() if value}
         if isinstance(self.format, dict):
-            made["config"] = {key: None if f is None else as_dict(f) for key, f in self.format.items()}
+            described["config"] = {key: None if f is None else as_dict(f) for key, f in self.format.items()}
         elif self.format is not None:
-            made["config"] = as_dict(self.format)
-        return made | {"skip": list(self.skip), "embeddings": self.embeddings}
+            described["config"] = as_dict(self.format)
+        return described | {"skip": list(self.skip), "embeddings": self.embeddings}
 
     def __iter__(self):
         yield from self.to_dict().items()
@@ -88,11 +88,11 @@ def from_dict(described: Mapping[str, Any]) -> Format:
         ValueError: it is none.
     """
     options = dict(described)
-    made = resolve_format(str(options.pop("format", None)))
+    format = resolve_format(str(options.pop("format", None)))
     try:
-        return dataclasses.replace(made, **options)
+        return dataclasses.replace(format, **options)
     except TypeError as error:
-        raise ValueError(f"bigkernels: {made.name} has no such options: {options}") from error
+        raise ValueError(f"bigkernels: {format.name} has no such options: {options}") from error
 
 
 def _formats(config: Any) -> Any:

@@ -28,21 +28,21 @@ def check(files: Iterable[str], expected: Mapping[str, Tensor], prefix: str) -> 
     files = list(files)
     if not files or not all(str(file).endswith(".safetensors") for file in files):
         return set()
-    found: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as held:
                 for name in held.keys():
                     view = held.get_slice(name)
-                    found[name] = tuple(view.get_shape()), _DTYPES.get(view.get_dtype())
+                    tensors[name] = tuple(view.get_shape()), _DTYPES.get(view.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"bigkernels: {file} is damaged: {error}") from error
     for name, t in expected.items():
         spelled = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-        held = next((found[key] for key in spelled if key in found), None)
+        held = next((tensors[key] for key in spelled if key in tensors), None)
         if held is None:
             raise ValueError(f"bigkernels: the checkpoint has no tensor {name}")
         if held != (tuple(t.shape), t.dtype):
             raise ValueError(f"bigkernels: {name} is {held[1]} of shape {held[0]} in the checkpoint, expected "
                              f"{t.dtype} of shape {tuple(t.shape)}")  # fmt: skip
-    return {name for name, (shape, _) in found.items() if shape == (0,) and name not in expected}
+    return {name for name, (shape, _) in tensors.items() if shape == (0,) and name not in expected}

@@ -21,8 +21,8 @@ from ._config import as_dict, from_dict
 
 def quantized(model: nn.Module) -> dict[str, Quantized]:
     """The modules with codes by their (first) path; of layers under an adapter, the path of the adapter."""
-    found = {path: module for path, module in model.named_modules() if isinstance(module, Quantized)}
-    return {_plain(model, path): module for path, module in found.items()}
+    quantized = {path: module for path, module in model.named_modules() if isinstance(module, Quantized)}
+    return {_plain(model, path): module for path, module in quantized.items()}
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
@@ -73,10 +73,10 @@ def build(model: nn.Module, held: Mapping[str, Any]) -> dict[str, str]:
             continue
         base = model.get_submodule(name)
         try:
-            made = LoRALinear(base, found["rank"], found["alpha"], found["dropout"], dtype=_dtype(found["dtype"]))
+            adapter = LoRALinear(base, found["rank"], found["alpha"], found["dropout"], dtype=_dtype(found["dtype"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"bigkernels: config.json describes the adapter {name} as {found}") from error
-        put(model, where[name], made.train(base.training))
+        put(model, where[name], adapter.train(base.training))
     sources = {path: _found(held["tied"], path, prefix) for path in names}
     return {path: next((n for n in _spellings(source, prefix) if n in sources), None)
             for path, source in sources.items() if source is not None}  # fmt: skip
@@ -95,16 +95,16 @@ def stand(
     module = parent._modules.get(key)
     if module is None:
         weight = _typed(parent._parameters[key], dtype)
-        made = QuantizedExperts.from_parameter(weight, config, transposed=getattr(parent, "is_transposed", False))
+        stand_in = QuantizedExperts.from_parameter(weight, config, transposed=getattr(parent, "is_transposed", False))
         delattr(parent, key)
-        setattr(parent, key, made.train(parent.training))
-        return made
+        setattr(parent, key, stand_in.train(parent.training))
+        return stand_in
     kind = plain_kind(module)
     layer = QuantizedEmbedding if kind is nn.Embedding else QuantizedLinear
     qweight = quantize_weight(_typed(rows(module, kind), dtype), config)
-    made = layer.standing_for(module, qweight, kind)
-    put(model, where[name], made)
-    return made
+    stand_in = layer.standing_for(module, qweight, kind)
+    put(model, where[name], stand_in)
+    return stand_in
 
 
 def _typed(weight: Tensor, dtype: str | None) -> Tensor:
@@ -137,13 +137,13 @@ def _collapsed(named: Mapping[str, Hashable], model: nn.Module) -> dict[Hashable
     kinds = defaultdict(set)
     for name in candidates(model):
         kinds[_general(name)].add(named.get(name))
-    made: dict[Hashable, list[str]] = defaultdict(list)
+    groups: dict[Hashable, list[str]] = defaultdict(list)
     for name, kind in named.items():
         general = _general(name)
         wanted = general if kinds[general] == {kind} else name
-        if wanted not in made[kind]:
-            made[kind].append(wanted)
-    return made
+        if wanted not in groups[kind]:
+            groups[kind].append(wanted)
+    return groups
 
 
 def _by_name(groups: Any) -> dict[str, dict]:
@@ -168,7 +168,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, str(name), None)
-    if not isinstance(found, torch.dtype):
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
         raise ValueError(f"bigkernels: config.json names the dtype {name!r}, which is none")
-    return found
+    return dtype

@@ -88,7 +88,7 @@ class Placing(ReadingBase):
         if len(packed.shape) == 3:
             transposed = getattr(module, "is_transposed", False)
             shape = (packed.shape[0], packed.shape[2], packed.shape[1]) if transposed else tuple(packed.shape)
-            made = QuantizedExperts(packed.qweight(before.dtype), packed.shape[0], transposed, before.requires_grad)
+            experts = QuantizedExperts(packed.qweight(before.dtype), packed.shape[0], transposed, before.requires_grad)
         else:
             from ...nn import QuantizedEmbedding, QuantizedLinear
 
@@ -99,6 +99,6 @@ class Placing(ReadingBase):
             raise ValueError(f"bigkernels.load_quantized: {name} has shape {shape}, expected {tuple(before.shape)}")
         if len(packed.shape) == 3:
             delattr(module, key)
-            setattr(module, key, made.train(module.training))
+            setattr(module, key, experts.train(module.training))
         else:
             put(model, self.where[owner], layer.standing_for(module, packed.qweight(before.dtype), kind))

@@ -34,8 +34,8 @@ class Published(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        made = cls(**config_dict)
-        return (made, kwargs) if return_unused_kwargs else made
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.said)

@@ -281,11 +281,11 @@ def _share_codes(model: PreTrainedModel) -> None:
         owner = weight._owner if isinstance(weight, LazyWeight) else None
         if not isinstance(owner, Quantized) or not is_linear(type(module)):
             continue
-        made = QuantizedLinear.standing_for(module, owner.qweight)
-        put(model, where[path], made)
-        made.share(owner)
+        layer = QuantizedLinear.standing_for(module, owner.qweight)
+        put(model, where[path], layer)
+        layer.share(owner)
         stored = tuple(owner.qweight.tensors)
-        made._tied_weights_keys = {key: f"{paths[owner]}.{key}" for key in stored}
+        layer._tied_weights_keys = {key: f"{paths[owner]}.{key}" for key in stored}
         name_codes(model, {name: stored for name in (*where[paths[owner]], *where[path])})
 
 

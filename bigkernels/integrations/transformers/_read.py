@@ -50,14 +50,14 @@ class Reading(ReadingBase):
                 continue
             model.get_submodule(owner)._parameters[key] = shared
         self.report = QuantizeReport()
-        found = select(model, config.format, config.skip, None, config.embeddings, self.report)
+        selection = select(model, config.format, config.skip, None, config.embeddings, self.report)
         self.chosen: dict[str, list[Chosen] | None] = {}
-        self._formats = found.experts
-        for members in (*([one] for one in found.alone), *found.shared):
+        self._formats = selection.experts
+        for members in (*([one] for one in selection.alone), *selection.shared):
             for member in members:
                 self.chosen |= {f"{path}.weight": members for path in member.paths}
-        self.chosen |= dict.fromkeys(found.experts)
-        self.grouped = [path for members in found.shared for member in members for path in member.paths]
+        self.chosen |= dict.fromkeys(selection.experts)
+        self.grouped = [path for members in selection.shared for member in members for path in member.paths]
 
     def bytes_an_element(self, name: str, param: Tensor) -> float:
         members = self.chosen[name]
@@ -87,11 +87,11 @@ class Reading(ReadingBase):
         before = parent._parameters[key]
         if weight.shape != before.shape:
             raise ValueError(f"bigkernels: it has shape {tuple(weight.shape)}, expected {tuple(before.shape)}")
-        made = QuantizedExperts.from_parameter(weight, self._formats[name],
+        experts = QuantizedExperts.from_parameter(weight, self._formats[name],
                                                transposed=getattr(parent, "is_transposed", False))  # fmt: skip
-        made._trained = before.requires_grad
+        experts._trained = before.requires_grad
         delattr(parent, key)
-        setattr(parent, key, made.train(parent.training))
+        setattr(parent, key, experts.train(parent.training))
         return [name]
 
     def _layers(self, model: nn.Module, name: str, weight: Tensor) -> list[str]:
@@ -115,13 +115,13 @@ class Reading(ReadingBase):
         for member in members:
             kind = plain_kind(member.module)
             layer = QuantizedEmbedding if kind is nn.Embedding else QuantizedLinear
-            made = layer.standing_for(member.module, qweight, kind)
-            put(model, member.paths, made)
+            stand_in = layer.standing_for(member.module, qweight, kind)
+            put(model, member.paths, stand_in)
             if source is None:
-                source = made
+                source = stand_in
             else:
-                made.share(source)
-                made._tied_weights_keys = {key: f"{first.path}.{key}" for key in qweight.tensors}
+                stand_in.share(source)
+                stand_in._tied_weights_keys = {key: f"{first.path}.{key}" for key in qweight.tensors}
         if source is not None and len(members) > 1:
             stored = tuple(qweight.tensors)
             name_codes(model, {path: stored for member in members for path in member.paths})

@@ -100,14 +100,14 @@ def attend(
     if mask is not None and mask.dtype != torch.bool:
         mask, bias = None, mask if bias is None else bias + mask
     left, right = (-1, -1) if window is None else window
-    found = _routes.by_torch(
+    route = _routes.by_torch(
         q, k, v, left=left, right=right, scale=scale, masked=mask is not None,
         others=bias is not None or any(option is not None for option in options.values()), dropout_p=dropout_p,
         mask=mask,
         deterministic=torch.are_deterministic_algorithms_enabled(),  # the model's own attention promises no more
     )  # fmt: skip
-    if found is not None:
-        return found
+    if route is not None:
+        return route
     return attention(q, k, v, mask=mask, bias=bias, window=window, dropout_p=dropout_p, scale=scale, **options)
 
 

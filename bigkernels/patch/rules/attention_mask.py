@@ -184,10 +184,10 @@ def _structure(
         q_offset = int(q_offset)
     if q_length == 1 or not (attention_mask is None or _is_padding(attention_mask, batch_size)):
         return None
-    found = _read(mask_function)
-    if found is None:
+    mask = _read(mask_function)
+    if mask is None:
         return None
-    left, right, sequences = found
+    left, right, sequences = mask
     if left >= kv_length and right == 0:
         left = -1
     last = q_offset - kv_offset + q_length  # one after the key at the last query's place
@@ -331,11 +331,11 @@ def _sites(source: Source) -> Iterator[Site]:
     builders = [getattr(masks, name, None) for name in BUILDERS]
     replacements, helpers = {}, {}
     for node in source.body():
-        found = source.constant(node) if isinstance(node, ast.Name) else None
-        if isinstance(found, types.FunctionType) and found in builders:
-            helper = f"_bigkernels_{found.__name__}"
+        constant = source.constant(node) if isinstance(node, ast.Name) else None
+        if isinstance(constant, types.FunctionType) and constant in builders:
+            helper = f"_bigkernels_{constant.__name__}"
             replacements[node] = ast.Name(helper, ast.Load())
-            helpers[helper] = _structured(found)
+            helpers[helper] = _structured(constant)
     if replacements:
         yield Site(_check, replacements, helpers)
 

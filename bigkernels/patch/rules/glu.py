@@ -81,9 +81,9 @@ def _sites(source: Source) -> Iterator[Site]:
                 continue
         earlier = None
         for product, sides in ((left, ("gate", "up")), (right, ("up", "gate"))):
-            found = _activation(source, product)
-            if found:
-                target, approximate, gate = found
+            activation = _activation(source, product)
+            if activation:
+                target, approximate, gate = activation
                 extra = {} if approximate is None else {"approximate": ast.Constant(approximate)}
                 # Keywords are evaluated in the order in which they are written: the order of the original.
                 new = call("_bigkernels_gated", **dict(zip(sides, (left, right), strict=True)))
@@ -108,10 +108,10 @@ def _kept_sites(source: Source, products: list[tuple[ast.BinOp, ast.Name, Callab
             between = next((i for i, s in enumerate(following) if any(n is node for n in ast.walk(s))), None)
             if side.id != name or between is None or not _once(source, name):
                 continue
-            found = _activation(source, value)
-            if not found or _mentioned(source, found[2], following[:between]):
+            activation = _activation(source, value)
+            if not activation or _mentioned(source, activation[2], following[:between]):
                 continue
-            target, approximate, gate = found
+            target, approximate, gate = activation
             extra = {} if approximate is None else {"approximate": ast.Constant(approximate)}
             sides = ("gate", "up") if side is node.left else ("up", "gate")
             new = call("_bigkernels_gated", **dict(zip(sides, (node.left, node.right), strict=True)))

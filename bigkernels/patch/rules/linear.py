@@ -75,8 +75,8 @@ def _plan(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
     key = "linear", bias is not None, weight.dtype
     if key not in plan.memory:
         plan.memory[key] = _error(bias is not None, weight.dtype, plan.verify)
-    made = functools.partial(forward if asked else in_inference, module)
-    return Write(module, "forward", made), Fit("linear", plan.memory[key], inference=not asked)
+    replacement = functools.partial(forward if asked else in_inference, module)
+    return Write(module, "forward", replacement), Fit("linear", plan.memory[key], inference=not asked)
 
 
 def _error(bias: bool, own: torch.dtype, verify: bool) -> float:

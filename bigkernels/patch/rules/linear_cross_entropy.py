@@ -126,9 +126,9 @@ def _find(source: Source) -> _Place | None:
             match node:
                 case ast.Assign([ast.Name(target)], ast.Call() as value) if target != "labels":
                     given = [*value.args[:1], *(k.value for k in value.keywords if k.arg in ("logits", "input"))]
-                    found = _find_head(source, last, _base(given[0])) if given else None
-                    if found and any(_mentions(a, "labels") for a in (value, *value.keywords)):
-                        return _Place(*found, last, target)
+                    head = _find_head(source, last, _base(given[0])) if given else None
+                    if head and any(_mentions(a, "labels") for a in (value, *value.keywords)):
+                        return _Place(*head, last, target)
     return None
 
 
@@ -187,10 +187,10 @@ def _loss_function(module: nn.Module, source: Source, plan: Plan) -> tuple[Calla
     if held is not None and not loss.is_token_loss(held):
         return None, False
     try:
-        found = loss.FUNCTION_RULE.plan(module, plan)
+        planned = loss.FUNCTION_RULE.plan(module, plan)
     except Skip:
-        found = None
-    return (None, False) if found is None else (found[0].value, found[0].value.args[1])
+        planned = None
+    return (None, False) if planned is None else (planned[0].value, planned[0].value.args[1])
 
 
 class _Strict(Logits):
@@ -198,9 +198,9 @@ class _Strict(Logits):
 
     @classmethod
     def _noted(cls, note, kind):
-        made = super()._noted(note, kind)
-        made.values.compute = _refuse
-        return made
+        logits = super()._noted(note, kind)
+        logits.values.compute = _refuse
+        return logits
 
 
 def _refuse() -> Tensor:
@@ -278,19 +278,19 @@ class _Tail:
                 )
                 given = leaves, leaves, doubled(leaves)
                 dtypes: list[torch.dtype] = []
-                found = [gradients(functools.partial(self._run, dtypes, labels, way, *run), t)
+                compared = [gradients(functools.partial(self._run, dtypes, labels, way, *run), t)
                          for run, t in zip(runs, given, strict=True)]  # fmt: skip
                 if dtypes[0] != dtypes[1]:
                     raise Skip(f"the loss is {dtypes[1]} where the kernel gives {dtypes[0]}")
-                worst = max(worst, compare(*found, "the head and the loss", self.vocabulary))
+                worst = max(worst, compare(*compared, "the head and the loss", self.vocabulary))
         return worst
 
     def _run(self, dtypes, labels, way, tail, eager, function, hidden, weight, bias):
         stand = Stand(self.module, **{self.place.head: _Head(weight, bias, eager)}, loss_function=function)
-        found = tail(stand, labels=labels, **{_HIDDEN: hidden}, **way)
-        dtypes.append(found.dtype)
+        loss = tail(stand, labels=labels, **{_HIDDEN: hidden}, **way)
+        dtypes.append(loss.dtype)
         # Logits in 16 bits are what the model computes: its loss is as exact as they are.
-        return found.to(hidden.dtype)
+        return loss.to(hidden.dtype)
 
     def _exact(self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, **kwargs):
         """What the loss rule found the model's loss to be, in the dtype of the logits."""

@@ -166,10 +166,10 @@ def _plan_function(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
         return None
     if names[:3] != ["logits", "labels", "vocab_size"] or not {"num_items_in_batch", "ignore_index"} <= set(names):
         raise Skip(f"the loss function {name} takes other arguments: {', '.join(names)}")
-    found = _identify(function, "shift_labels" in names)
-    if isinstance(found, Skip):
-        raise found
-    shift, error = found
+    kind = _identify(function, "shift_labels" in names)
+    if isinstance(kind, Skip):
+        raise kind
+    shift, error = kind
     kernel = "cross_entropy (next token)" if shift else "cross_entropy (same token)"
     return Write(module, "_loss_function", functools.partial(token_loss, function, shift)), Fit(kernel, error)
 

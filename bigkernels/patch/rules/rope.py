@@ -96,14 +96,14 @@ def _sites(source: Source) -> Iterator[Site]:
             continue
         number += 1
         name = f"_bigkernels_rope_{number}"
-        found = _identify(function)
-        arguments = _bind(node, names, found) if isinstance(found, Rope) else None
+        options = _identify(function)
+        arguments = _bind(node, names, options) if isinstance(options, Rope) else None
         if arguments is None:
-            reason = found if isinstance(found, Skip) else Skip(f"{function.__name__} is called in another way")
+            reason = options if isinstance(options, Skip) else Skip(f"{function.__name__} is called in another way")
             yield Site(_refuse(reason), {}, {})
         else:
             new = call(name, node.func, **arguments)
-            yield Site(_accept(found, function), {node: new}, {name: _helper(function, found)})
+            yield Site(_accept(options, function), {node: new}, {name: _helper(function, options)})
 
 
 def _accept(rope: Rope, function: Callable):
