@@ -129,9 +129,9 @@ def _operator_name(operator: object) -> str:
     if isinstance(operator, str):
         return operator.replace(".", "::", 1) if "::" not in operator else operator
     name = getattr(operator, "_qualified_op_name", None)
-    named = getattr(operator, "name", None)
-    if name is None and callable(named):
-        name = named().split(".")[0]
+    name_of = getattr(operator, "name", None)
+    if name is None and callable(name_of):
+        name = name_of().split(".")[0]
     if name is None:
         raise ValueError(f"bigkernels.checkpointing.selective: {operator!r} is no operator; accepted are names such as "
                          "'aten::mm' and members of torch.ops")  # fmt: skip

@@ -1,4 +1,4 @@
-// Chooses the instruction-set level once, from what the machine has and what BIGKERNELS_CPU_ISA allows.
+// Chooses the ISA level once, from what the machine has and what BIGKERNELS_CPU_ISA allows.
 #include <bigkernels/layers.h>
 
 #include <cstdlib>

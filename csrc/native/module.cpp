@@ -171,7 +171,7 @@ std::vector<std::string> matrix_dtypes() {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "White-box access to the CPU kernels and machine probes (development builds only).";
-  m.def("cpu_isa", [] { return std::string(isa_name()); }, "The chosen instruction-set level.");
+  m.def("cpu_isa", [] { return std::string(isa_name()); }, "The chosen ISA level.");
   m.def("vector_math", &vector_math, py::arg("function"), py::arg("x"),
         "exp, sigmoid, tanh, normal_cdf or normal_pdf of float32 values, by the kernels' vector code.");
   m.def("narrow", &narrow, py::arg("type"), py::arg("x"), "float32 to the bits of bfloat16 or float16.");

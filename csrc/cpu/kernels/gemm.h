@@ -1,4 +1,4 @@
-// The matrix tile loop: products of operands that were packed in blocks, at every level and for every storage type.
+// The GEMM micro-kernel: products of operands that were packed in blocks, at every ISA level, of every storage type.
 //
 // All sizes are in blocks of 32. A left operand is (M / 32, K / 32) blocks, a right operand (N / 32, K / 32) blocks,
 // each block contiguous; the result is a row-major float32 matrix. A format says what a block looks like:

@@ -1,4 +1,4 @@
-// Blocks of a weight, whatever it is stored as, as right operands of the tile loop.
+// Blocks of a weight, whatever it is stored as, as right operands of the GEMM micro-kernel.
 #pragma once
 #include "gemm.h"
 #include "linear_codes.h"

@@ -1,4 +1,4 @@
-// The CPU kernels as plain functions, and the table that holds one instruction-set level's copies of them.
+// The CPU kernels as plain functions, and the table that holds one ISA level's copies of them.
 //
 // Kernel files are compiled once per level and include neither torch nor the C++ library: an inline function or
 // template emitted with AVX-512 could otherwise be the copy that the linker keeps for an AVX2 machine.
