@@ -394,7 +394,7 @@ def _fused(ctx, origin, target, class_weight, report=False):
         return ctx.note.cross_entropy(hidden, weight, bias, target, class_weight, ctx.options, report), leaves
 
 
-def settled(logits: Any) -> Any:
+def materialized(logits: Any) -> Any:
     """An ordinary tensor of logits that have been computed, or that nothing is known of; what is given elsewhere."""
     if isinstance(logits, Lazy) and (not isinstance(logits, Logits) or logits.untouched is None):
         return logits.tensor()

@@ -83,7 +83,7 @@ def _top_bits(t: Tensor) -> Tensor:
     return (t[:, :, None] >> beside(t, tuple(range(8)), torch.uint8) & 1).flatten(1)
 
 
-def _book(values: tuple[int, ...], codes: Tensor) -> Tensor:
+def _decoded(values: tuple[int, ...], codes: Tensor) -> Tensor:
     return beside(codes, values)[codes.long()]
 
 
@@ -169,19 +169,19 @@ def _q6_k(b: Tensor) -> Tensor:
 
 
 def _iq4_nl(b: Tensor) -> Tensor:
-    return _half(b, 0) * _book(_IQ4, _nibbles(b[:, 2:]))
+    return _half(b, 0) * _decoded(_IQ4, _nibbles(b[:, 2:]))
 
 
 def _iq4_xs(b: Tensor) -> Tensor:
     low = (b[:, 4:8, None] >> beside(b, (0, 4), torch.uint8)).flatten(1) & 15
     high = (b[:, 2:4, None] >> beside(b, (0, 2, 4, 6), torch.uint8)).flatten(1) & 3
-    return _each(_half(b, 0) * ((low | high << 4).float() - 32), _book(_IQ4, _nibbles(b[:, 8:])))
+    return _each(_half(b, 0) * ((low | high << 4).float() - 32), _decoded(_IQ4, _nibbles(b[:, 8:])))
 
 
 def _mxfp4(b: Tensor) -> Tensor:
-    e = b[:, :1].to(torch.int32)  # of two halves: the book is twice the values
+    e = b[:, :1].to(torch.int32)  # of two halves: the codebook is twice the values
     bits = torch.where(e < 2, 0x00200000 << e.clamp(max=1), (e - 1).clamp(min=0) << 23)
-    return bits.to(torch.int32).view(torch.float32) * _book(_MXFP4, _nibbles(b[:, 1:]))
+    return bits.to(torch.int32).view(torch.float32) * _decoded(_MXFP4, _nibbles(b[:, 1:]))
 
 
 def _trits(t: Tensor, width: int, *powers: int) -> Tensor:

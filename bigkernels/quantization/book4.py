@@ -1,6 +1,6 @@
-"""4-bit codes into a book of 16 values, in blocks along a row that are scaled by their largest magnitude.
+"""4-bit codes into a codebook of 16 values, in blocks along a row that are scaled by their largest magnitude.
 
-NF4 and double quantization: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314. The books are those of
+NF4 and double quantization: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314. The codebooks are those of
 bitsandbytes, and so are codes and scales where a row is a whole number of blocks.
 """
 
@@ -30,9 +30,9 @@ _NF4 = (
 _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 
-def _dynamic_book() -> tuple[float, ...]:
-    """The signed 8-bit book of Dettmers et al. 2022 (https://arxiv.org/abs/2110.02861): seven decades, each one with
-    twice the values of the one below it.
+def _dynamic_codebook() -> tuple[float, ...]:
+    """The signed 8-bit codebook of Dettmers et al. 2022 (https://arxiv.org/abs/2110.02861): seven decades, each one
+    with twice the values of the one below it.
     """
     values = [0.0, 1.0]
     for i in range(7):
@@ -43,12 +43,12 @@ def _dynamic_book() -> tuple[float, ...]:
     return tuple(sorted(values))
 
 
-DYNAMIC_BOOK = _dynamic_book()
+DYNAMIC_CODEBOOK = _dynamic_codebook()
 
 
 @dataclass(frozen=True)
 class NF4(Format):
-    """``book[code] * scale``: 16 values that weights of a normal distribution use equally often.
+    """``codebook[code] * scale``: 16 values that weights of a normal distribution use equally often.
 
     Args:
         block_size: 32, 64 or 128 elements; the last block of a row may be shorter.
@@ -84,7 +84,7 @@ class NF4(Format):
         short = -flat.numel() % _SCALES_A_BLOCK
         parts = torch.cat((flat - offset, flat.new_zeros(short))).view(-1, _SCALES_A_BLOCK)
         scale_scale = parts.abs().amax(1) if parts.numel() else flat.new_zeros(0)
-        codes = _nearest(ratio(parts, scale_scale[:, None]), DYNAMIC_BOOK)
+        codes = _nearest(ratio(parts, scale_scale[:, None]), DYNAMIC_CODEBOOK)
         codes = codes.flatten()[: flat.numel()].view(scale.shape).to(torch.uint8)
         return tensors | {"scale_codes": codes, "scale_scale": scale_scale, "scale_offset": offset}
 
@@ -108,7 +108,7 @@ class NF4(Format):
         scale = tensors.get("scale")
         if scale is None:
             inner = tensors["scale_codes"]
-            values = beside(codes, DYNAMIC_BOOK)[inner.flatten().long()]
+            values = beside(codes, DYNAMIC_CODEBOOK)[inner.flatten().long()]
             outer = tensors["scale_scale"].repeat_interleave(_SCALES_A_BLOCK)[: inner.numel()]
             scale = (values * outer + tensors["scale_offset"]).view(inner.shape)
         return Operands.of(BOOK4, codes, scale, book=book, group=self.block_size)
@@ -116,7 +116,7 @@ class NF4(Format):
 
 @dataclass(frozen=True)
 class FP4(NF4):
-    """``book[code] * scale``: floats of 4 bits (e2m1). The options are those of `NF4`."""
+    """``codebook[code] * scale``: floats of 4 bits (e2m1). The options are those of `NF4`."""
 
     name: ClassVar[str] = "fp4"
     values: ClassVar[tuple[float, ...]] = tuple(v / 12 for v in _FP4) + tuple(-v / 12 for v in _FP4)

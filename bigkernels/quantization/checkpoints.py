@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ._format import pack4
 from ._weight import QuantizedWeight
-from .book4 import DYNAMIC_BOOK, FP4, NF4
+from .book4 import DYNAMIC_CODEBOOK, FP4, NF4
 from .int4 import Int4
 
 _HERE = "bigkernels.quantization.checkpoints"
-_BOOKS = {"nf4": NF4, "fp4": FP4}
+_CODEBOOKS = {"nf4": NF4, "fp4": FP4}
 # The column of eight that each nibble of AWQ's integers holds, from the lowest.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -28,10 +28,10 @@ def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> Quan
         name: of the weight.
 
     Raises:
-        ValueError: blocks cross rows (the columns are no multiple of the block size), or the books are not ours.
+        ValueError: blocks cross rows (the columns are no multiple of the block size), or the codebooks are not ours.
         KeyError: a tensor is missing.
     """
-    kind = next((k for k in _BOOKS if f"{name}.quant_state.bitsandbytes__{k}" in state), None)
+    kind = next((k for k in _CODEBOOKS if f"{name}.quant_state.bitsandbytes__{k}" in state), None)
     if kind is None:
         raise KeyError(f"{_HERE}.from_bitsandbytes: {name}.quant_state.bitsandbytes__nf4 or __fp4")
     described = state[f"{name}.quant_state.bitsandbytes__{kind}"]
@@ -42,20 +42,20 @@ def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> Quan
         raise ValueError(f"{_HERE}.from_bitsandbytes: {name} is described as {described}")
     if k % size:
         raise ValueError(f"{_HERE}.from_bitsandbytes: rows of {k} are no whole number of blocks of {size}")
-    config = _BOOKS[kind](size, double_quant=nested)
+    config = _CODEBOOKS[kind](size, double_quant=nested)
     book = torch.tensor(config.values, dtype=torch.float32, device="cpu")
     if not torch.allclose(state[f"{name}.quant_map"].cpu().float(), book, rtol=0, atol=1e-6):
-        raise ValueError(f"{_HERE}.from_bitsandbytes: the book of {name} is not that of {kind}")
+        raise ValueError(f"{_HERE}.from_bitsandbytes: the codebook of {name} is not that of {kind}")
     packed = state[name].view(torch.uint8).reshape(n, -1)
     tensors = {"codes": packed >> 4 | packed << 4}  # its first element is in the high half
     scale = state[f"{name}.absmax"].view(n, k // size)
     if nested:
         outer, book = state[f"{name}.nested_absmax"], state[f"{name}.nested_quant_map"].cpu()
-        ours = torch.tensor(DYNAMIC_BOOK, dtype=torch.float32, device="cpu")
+        ours = torch.tensor(DYNAMIC_CODEBOOK, dtype=torch.float32, device="cpu")
         same = torch.allclose(book.float(), ours, rtol=0, atol=1e-6)
         if described["nested_blocksize"] != 256 or not same:
             raise ValueError(f"{_HERE}.from_bitsandbytes: the nested scales of {name} are not in blocks of 256 of "
-                             "the signed dynamic book")  # fmt: skip
+                             "the signed dynamic codebook")  # fmt: skip
         offset = torch.tensor([described["nested_offset"]], dtype=torch.float32, device=scale.device)
         tensors |= {"scale_codes": scale, "scale_scale": outer.float(), "scale_offset": offset}
     else:

@@ -17,9 +17,9 @@ _BIAS, _LARGEST = 127, 252  # of a stored exponent; 6 times a larger power of tw
 
 @dataclass(frozen=True)
 class MXFP4(NF4):
-    """``book[code] * 2^(exponent - 127)`` (OCP Microscaling Formats 1.0): floats of 4 bits, of gpt-oss's experts among
-    others. A block takes 17 bytes; of its power of two, that of the largest magnitude over 4 or the next one, the one
-    with the smaller squared error is taken.
+    """``codebook[code] * 2^(exponent - 127)`` (OCP Microscaling Formats 1.0): floats of 4 bits, of gpt-oss's experts
+    among others. A block takes 17 bytes; of its power of two, that of the largest magnitude over 4 or the next one, the
+    one with the smaller squared error is taken.
     """
 
     name: ClassVar[str] = "mxfp4"

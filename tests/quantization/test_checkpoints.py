@@ -72,7 +72,7 @@ def test_bitsandbytes_that_is_not_supported():
     crossing = torch.tensor(list(json.dumps(described | {"shape": [8, 96]}).encode()), dtype=torch.uint8)
     for change, error, message in (
         ({key: crossing}, ValueError, "whole number of blocks"),
-        ({"w.quant_map": torch.linspace(-1, 1, 16)}, ValueError, "the book of w"),
+        ({"w.quant_map": torch.linspace(-1, 1, 16)}, ValueError, "the codebook of w"),
         ({"w.nested_quant_map": torch.linspace(-1, 1, 256)}, ValueError, "nested scales"),
     ):
         with pytest.raises(error, match=message):

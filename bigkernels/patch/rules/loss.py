@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ... import functional
 from .._device import once_a_device, probe_device
 from .._isolated import isolated
-from .._logits import Logits, settled
+from .._logits import Logits, materialized
 from .._rule import Fit, ModuleRule, Plan, Site, Skip, SourceRule, Write
 from .._source import Source, find_source
 from .._verify import Probes, compare, gradients, plain
@@ -35,7 +35,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """As `torch.nn.functional.cross_entropy`, by the kernel for rows of logits with one class each."""
-    input = settled(input)
+    input = materialized(input)
     if (
         size_average is None
         and reduce is None
@@ -103,7 +103,7 @@ def token_loss(
 
     With `shift` token t is compared with label t + 1; the labels move, and the logits stay where they are.
     """
-    targets, logits = labels, settled(logits)
+    targets, logits = labels, materialized(logits)
     if shift and shift_labels is not None:
         targets = shift_labels
     elif shift and isinstance(labels, Tensor):
