@@ -80,7 +80,7 @@ def _cpu() -> dict:
 
 
 def _lacking(flags: list[str]) -> dict[str, list[str]]:
-    """What the CPU lacks of each level, where it lacks something; empty where the system does not say."""
+    """What the CPU lacks of each ISA level, where it lacks something; empty where the system does not say."""
     lacks = {level: [f for f in needed if f not in flags] for level, needed in ISA_FEATURES.items()}
     return {level: missing for level, missing in lacks.items() if missing and flags}
 

@@ -23,7 +23,7 @@ _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 # From how many to how many tokens a call without gradients is no slower by the kernel than by
-# `torch.nn.functional.linear`, by the level of its instructions and the dtype (csrc/cpu/NOTES.md).
+# `torch.nn.functional.linear`, by ISA level and dtype (csrc/cpu/NOTES.md).
 _TOKENS: dict[str, dict[torch.dtype, tuple[int, int]]] = {
     "amx": {torch.bfloat16: (1, 64)},
     "avx512": {torch.bfloat16: (1, 8), torch.float16: (4, sys.maxsize), torch.float32: (1, 5)},
