@@ -70,7 +70,9 @@ def _machine(found: dict) -> list[list[str]]:
     rows += [["CPU features", " ".join(cpu["features"]) or "none that a kernel uses"]]
     lowered = f" (BIGKERNELS_CPU_ISA={cpu['BIGKERNELS_CPU_ISA']})" if cpu["BIGKERNELS_CPU_ISA"] else ""
     rows += [["ISA level", (cpu["isa"] or "none: no CPU library") + lowered]]
-    rows += [[f"for ISA level {level}", f"the CPU lacks {' '.join(lacks)}"] for level, lacks in cpu["isa_lacks"].items()]
+    rows += [
+        [f"for ISA level {level}", f"the CPU lacks {' '.join(lacks)}"] for level, lacks in cpu["isa_lacks"].items()
+    ]
     if memory:
         rows += [["memory", f"{gigabytes(memory['total'])}, {gigabytes(memory['available'])} available"]]
     for gpu in found["gpus"]:
