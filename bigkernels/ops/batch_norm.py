@@ -65,8 +65,8 @@ def batch_norm(
     """
     given = (x, running_mean, running_var, weight, bias, training, activation, residual)
     try:
-        served = OPERATOR.uses_kernel(x, weight, bias, residual, running_mean, running_var) and x.dim() > 1
-        if served and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)):
+        supported = OPERATOR.uses_kernel(x, weight, bias, residual, running_mean, running_var) and x.dim() > 1
+        if supported and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)):
             number = NUMBERS[activation]
             moments = (None, None) if training else (running_mean, running_var)
             if (training and x.numel() <= x.shape[1]) or (not training and None in (running_mean, running_var)):

@@ -1,6 +1,6 @@
-// Products of many tokens: 32x32 blocks of the weight, whatever it is stored as, are made into the operand of the tile
-// loop, a few hundred kilobytes at a time, forward and backward; the whole weight never exists in another form, unless
-// the caller keeps it packed.
+// Products of many tokens: 32x32 blocks of the weight, whatever it is stored as, are made into the operand of the GEMM
+// micro-kernel, some hundred kilobytes at a time, forward and backward; the whole weight never exists in another form,
+// unless the caller keeps it packed.
 #pragma once
 #include "linear_activated.h"
 #include "weight_blocks.h"
