@@ -185,8 +185,8 @@ class LayerBuilder(Builder):
             return None
         if step.name not in ("matmul", "__matmul__", "bmm"):
             return None
-        q, turned = step.args[:2]
-        before = steps[turned.step]
+        q, transposed = step.args[:2]
+        before = steps[transposed.step]
         if before.name not in ("transpose", "permute", "swapaxes") or len(before.inputs) != 1:
             return None
         weights = {here}

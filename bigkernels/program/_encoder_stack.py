@@ -270,9 +270,9 @@ def _patterns(calls: list[Given]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     found: tuple[list[int], list[int]] = ([], [])
     for i, given in enumerate(calls):
         mine = [(n, id(t)) for n, t in given.others.items() if isinstance(t, Tensor)]
-        turned = [(n, *map(id, t)) for n, t in given.others.items() if isinstance(t, tuple)]
+        rotations = [(n, *map(id, t)) for n, t in given.others.items() if isinstance(t, tuple)]
         found[0].append(scores.setdefault(tuple(mine), i))
-        found[1].append(angles.setdefault(tuple(turned), i))
+        found[1].append(angles.setdefault(tuple(rotations), i))
     return tuple(found[0]), tuple(found[1])
 
 
