@@ -15,7 +15,7 @@ WORDS = [
     (r"\bturned\b", ("bigkernels", "docs"), "transposed, which 'turned' does not say", ("nn/quantized_experts.py",)),
     (r"\bserv(e|es|ed|ing)\b", ("bigkernels", "docs", "*.md"), "supports, computes or runs: 'serves' leaves open which",
      ("bench/process.py", "bench/generation.py", "bench/processes/")),
-    (r"\bgrams?\b", ("bigkernels/quantization", "bigkernels/nn", "docs", "*.md"), "hessian, the name in GPTQ and its relatives",
+    (r"\bgrams?\b", ("bigkernels/quantization", "bigkernels/nn", "docs", "*.md"), "hessian, as in GPTQ",
      ("quantization/_weight.py",)),
     (r"\btile loops?\b", ("bigkernels", "csrc", "docs", "*.md"), "GEMM micro-kernel", ()),
     (r"\bregions?\b", ("bigkernels/checkpointing",), "segment; `checkpointing/__init__.py` says of what", ()),

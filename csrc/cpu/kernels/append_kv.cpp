@@ -19,10 +19,10 @@ void tokens(const AppendKv& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     int64_t batch = r / a.queries, token = r % a.queries;
     if (rotary) angles.read(a.angles, batch, token);
-    // A head of floats; `rotary` elements of it are rotated.
-    auto write = [&](const T* from, T* to, int64_t n, int64_t turned) __attribute__((always_inline)) {
-      if (turned) rotate(a.angles, angles, from, to, false);
-      __builtin_memcpy(to + turned, from + turned, (n - turned) * sizeof(T));
+    // A head of floats; the first `width` elements of it are rotated.
+    auto write = [&](const T* from, T* to, int64_t n, int64_t width) __attribute__((always_inline)) {
+      if (width) rotate(a.angles, angles, from, to, false);
+      __builtin_memcpy(to + width, from + width, (n - width) * sizeof(T));
     };
     const T* q = at<T>(a.q, batch, token);
     T* out = (T*)at<T>(a.out, batch, token);
@@ -35,17 +35,17 @@ void tokens(const AppendKv& a, int64_t begin, int64_t end) {
       position %= a.page;
     }
     auto append = [&](const Attention::Heads& from, const Attention::Heads& cache, const Attention::Heads& scales,
-                      int64_t n, int64_t turned) {
+                      int64_t n, int64_t width) {
       const T* x = at<T>(from, batch, token);
       T* values = (T*)at<T>(cache, place, position);
       int8_t* bytes = (int8_t*)at<int8_t>(cache, place, position);
       float* scale = a.int8 ? (float*)at<float>(scales, place, position) : nullptr;
       for (int64_t h = 0; h < a.groups; ++h, x += from.head) {
         if (!a.int8) {
-          write(x, values + h * cache.head, n, turned);
+          write(x, values + h * cache.head, n, width);
         } else {
-          if (turned) rotate(a.angles, angles, x, rotated, false);
-          quantize_head(rotated, turned, x + turned, n - turned, bytes + h * cache.head, scale + h * scales.head);
+          if (width) rotate(a.angles, angles, x, rotated, false);
+          quantize_head(rotated, width, x + width, n - width, bytes + h * cache.head, scale + h * scales.head);
         }
       }
     };

@@ -13,7 +13,7 @@ constexpr int64_t kRows = 128;  // that pass at once: the depth of the products 
 constexpr int64_t kKeyBlocks = kKeys / kSide, kRowBlocks = kRows / kSide;
 
 // What is made once of the rows of a unit. Names: q and g (the gradient of the output) as left operands whose depth is
-// the head, and turned ones whose depth is the rows.
+// the head, and transposed ones whose depth is the rows.
 template <class F>
 struct Rows {
   typedef typename F::Element E;
@@ -42,7 +42,7 @@ template <class F>
 struct Buffers {
   typedef typename F::Element E;
   E *k_turned, *k, *v_turned, *p, *ds_left, *ds;
-  float *s, *dp, *grad_k, *grad_v, *slope, *keep, *turned;
+  float *s, *dp, *grad_k, *grad_v, *slope, *keep, *transposed;
   Buffers(const Attention& a, void* memory) {
     int64_t depth = blocks(a.d), values = blocks(a.dv), wider = depth > values ? depth : values;
     Workspace w{(char*)memory};
@@ -58,7 +58,7 @@ struct Buffers {
     keep = w.take<float>(2 * kKeys);
     grad_k = w.take<float>(depth * kSide * kKeys);
     grad_v = w.take<float>(values * kSide * kKeys);
-    turned = w.take<float>(kSide * wider * kSide);
+    transposed = w.take<float>(kSide * wider * kSide);
     end = w.next;
   }
   char* end;
@@ -160,16 +160,17 @@ struct Differentiate {
 
 // Writes the gradient of 32 keys, held as columns, as rows of a tensor.
 template <class T>
-void put_keys(const StridedRows<T>& to, int64_t key, const float* columns, float* turned, int64_t size, float scale) {
+void put_keys(const StridedRows<T>& to, int64_t key, const float* columns, float* transposed, int64_t size,
+              float scale) {
   int64_t width = padded(size);
   for (int64_t i = 0; i < width; i += 16)
     for (int64_t j = 0; j < kSide; j += 16)
-      transpose16(columns + i * kKeys + j, kKeys * 4, turned + j * width + i, width * 4);
+      transpose16(columns + i * kKeys + j, kKeys * 4, transposed + j * width + i, width * 4);
   for (int64_t r = 0; r < kSide && key + r < to.count; ++r) {
     T* out = const_cast<T*>(to.first) + (key + r) * to.stride;
     int64_t i = 0;
-    for (; i + W <= size; i += W) store(out + i, load(turned + r * width + i) * scale);
-    if (i < size) store(out + i, load(turned + r * width + i) * scale, size - i);
+    for (; i + W <= size; i += W) store(out + i, load(transposed + r * width + i) * scale);
+    if (i < size) store(out + i, load(transposed + r * width + i) * scale, size - i);
   }
 }
 
@@ -255,8 +256,8 @@ void keys_of(const Attention& a, const AttentionTask& task, int64_t split, int64
       }
     }
     for (int64_t j = 0; j < count; ++j) {
-      put_keys(grad_k, key + j * kSide, w.grad_k + j * kSide, w.turned, a.d, a.scale);
-      put_keys(grad_v, key + j * kSide, w.grad_v + j * kSide, w.turned, a.dv, keep_scale);
+      put_keys(grad_k, key + j * kSide, w.grad_k + j * kSide, w.transposed, a.d, a.scale);
+      put_keys(grad_v, key + j * kSide, w.grad_v + j * kSide, w.transposed, a.dv, keep_scale);
     }
   }
   F::end();
