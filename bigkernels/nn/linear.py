@@ -14,6 +14,7 @@ from .._load import cpu_library
 from ..ops._arguments import autocast_dtype
 from ..ops._registry import has_values, needs_grad
 from ..ops.linear import linear, pack_weight, packed_linear
+from ._conv import packs
 
 _FEW = 16  # tokens up to which the kernel reads the weight as it is
 
@@ -39,11 +40,12 @@ class Linear(nn.Linear):
 
 
 def pack(model: nn.Module) -> list[str]:
-    """Declare that the weights of a model's linear layers will not be written, so that calls with more than 16 tokens
-    and no gradient read a packed copy, made on first use, which takes memory once more (for float16 and float32 up to
-    twice that on CPUs with tile units). It is worth it where packing takes long beside the product: a few dozen tokens
+    """Declare that the weights of a model's linear layers and convolutions will not be written, so that calls with more
+    than 16 tokens and no gradient read a packed copy, made on first use, which takes memory once more (for float16 and
+    float32 up to twice that on CPUs with tile units). It is worth it where packing takes long beside the product: a few dozen tokens
     on tile units. Layers are those of class `bigkernels.nn.Linear`, and `torch.nn.Linear` patched by
-    `bigkernels.patch`.
+    `bigkernels.patch`. `torch.nn.Conv2d` patched by it (float32 and bfloat16, CPU, channels-last) reads a copy in
+    oneDNN's order, which a convolution otherwise makes anew in every call.
 
     A weight that is written all the same, moved or trained loses its copy, as far as PyTorch counts writes. After one
     through ``weight.data``, a numpy array or another process, call `bigkernels.refresh`, which forgets all copies: call
@@ -57,7 +59,15 @@ def pack(model: nn.Module) -> list[str]:
         if type(module) in (Linear, nn.Linear) and module.weight.is_cpu and not module.weight.is_inference():
             _packed[module.weight] = {}
             names.append(name)
+        elif packs(module) and module.weight.is_cpu and not module.weight.is_inference():
+            _packed[module.weight] = {}
+            names.append(name)
     return names
+
+
+def packed_copies(weight: Tensor) -> dict | None:
+    """Where the packed copies of a weight are kept that `pack` declared as not written; None if it did not."""
+    return _packed.get(weight) if len(_packed) else None
 
 
 @functools.cache

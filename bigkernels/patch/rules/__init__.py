@@ -6,6 +6,7 @@ from . import (
     attention_mask,
     attention_multihead,
     attention_sdpa,
+    conv,
     glu,
     image_norm,
     linear,
@@ -18,8 +19,8 @@ from . import (
 
 # A module rule replaces a module's whole forward; it goes first, because source rules ask what it decided.
 MODULE_RULES = (
-    norm.RULE, image_norm.MODULE_RULE, image_norm.SEQUENCE_RULE, linear.RULE, attention_multihead.RULE,
-    loss.MODULE_RULE, loss.FUNCTION_RULE,
+    norm.RULE, image_norm.MODULE_RULE, image_norm.SEQUENCE_RULE, linear.RULE, conv.RULE,
+    attention_multihead.RULE, loss.MODULE_RULE, loss.FUNCTION_RULE,
 )  # fmt: skip
 SOURCE_RULES = (
     add_norm.RULE, glu.RULE, mlp.RULE, image_norm.RULE, rope.RULE, attention_interface.RULE, attention_mask.RULE,

@@ -1,0 +1,36 @@
+"""Convolutions in inference, once `bigkernels.pack` has declared that their weights are not written."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...nn._conv import packed_conv2d, packs
+from ...nn.linear import forget_packed, packed_copies
+from ...ops._registry import needs_grad
+from .._rule import Fit, ModuleRule, Plan, Write
+from .._verify import plain
+
+
+def in_inference(module: nn.Conv2d, *args: Any, **kwargs: Any) -> Any:
+    """Takes the place of a convolution's forward: oneDNN with packed weights where they were declared."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        copies = packed_copies(module.weight)
+        if copies is not None and needs_grad(args[0], module.weight, module.bias):
+            forget_packed(module.weight)
+        elif copies is not None and plain(args[0], module.weight) and packs(module):
+            y = packed_conv2d(module, args[0], copies)
+            if y is not None:
+                return y
+    return type(module).forward(module, *args, **kwargs)
+
+
+def _plan(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
+    if not packs(module) or not plain(module.weight) or not module.weight.is_cpu:
+        return None
+    return Write(module, "forward", functools.partial(in_inference, module)), Fit("conv2d (packed)", inference=True)
+
+
+RULE = ModuleRule("linear", _plan)
