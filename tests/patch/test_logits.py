@@ -434,6 +434,26 @@ def test_wrappers(models, group, name):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_patched_after_fully_shard(models, group):
+    """Norms are found although their parameters are spread over ranks until they are called."""
+    plain, losses = models[0], []
+    for sharded in (False, True):
+        model = copy.deepcopy(plain)
+        if sharded:
+            model = _fully_shard(model)
+            report = bigkernels.patch(model)
+            assert {"rms_norm", "add + rms_norm", "rope", "attention"} <= {row.what for row in report.patched}
+        optimizer = torch.optim.SGD(model.parameters(), 0.5)
+        for _ in range(3):
+            loss = run(model).loss
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[3:] == pytest.approx(losses[:3], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_accelerate(models, group):
     operations = pytest.importorskip("accelerate.utils.operations")
     expected = run(models[0]).logits

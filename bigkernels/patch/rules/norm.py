@@ -140,7 +140,7 @@ def _fingerprint(module: nn.Module) -> tuple:
 def _identify(module: nn.Module, verify: bool) -> tuple[Norm, float]:
     own = Own(type(module))
     module = sandbox(module)
-    parameters = {name: p for name, p in module._parameters.items() if p is not None}
+    parameters = {name: _whole(p) for name, p in module._parameters.items() if p is not None}
     for p in parameters.values():
         if isinstance(p, nn.parameter.UninitializedTensorMixin) or p.is_meta:
             raise Skip("its parameters are not materialised yet")
@@ -160,6 +160,12 @@ def _identify(module: nn.Module, verify: bool) -> tuple[Norm, float]:
     if verify and fixed is None and not parameters:
         error = max(error, _check(module, parameters, norm, device, torch.float32, size + 32, gradients))
     return norm._replace(autocast=_keeps_dtype(module, parameters, device, size), own=own), error
+
+
+def _whole(p: Tensor) -> Tensor:
+    """An empty vector in the place of a parameter that is spread over ranks, which `fully_shard` puts together for each
+    call: probes bring values of their own. Where a call sees the parts, `Norm.fits` does not hold."""
+    return torch.empty(p.shape, dtype=p.dtype, device=p.device) if hasattr(p, "to_local") else p
 
 
 def _size(module: nn.Module, parameters: dict[str, Tensor]) -> tuple[int, int | None]:
