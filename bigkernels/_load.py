@@ -51,7 +51,7 @@ def cuda_unavailable() -> str | None:
     """Why CUDA kernels cannot run in this process; None if they can. Asks the driver."""
     if reason := cuda_library().reason:
         return reason
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or not torch.cuda.device_count():
         return "no CUDA device"
     oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
     if oldest < _OLDEST_GPU:

@@ -33,7 +33,7 @@ class Product:
 
 
 def products(kernel: Any) -> list[Product]:
-    """Of a compiled kernel for sm_80 to sm_90; later matrix units leave no layout of warps."""
+    """Of a compiled kernel for sm_80 to sm_90; for later ones `tensor_memory_products`."""
     text = kernel.asm["ttgir"]
     layouts = {name: (int(version), int(down), int(across), [int(n) for n in shape.split(",")])
                for name, version, down, across, shape in _LAYOUT.findall(text)}  # fmt: skip
@@ -43,6 +43,14 @@ def products(kernel: Any) -> list[Product]:
         twice = down * height > int(m) or across * width > int(n)
         found.append(Product((int(m), int(n)), version == 3, width, twice))
     return found
+
+
+def tensor_memory_products(kernel: Any) -> tuple[int, int]:
+    """Of a compiled kernel for sm_100, the products of the units that keep results in a memory of their own, of which
+    no warp computes a part twice; and those of warps, which are slower.
+    """
+    text = kernel.asm["ttgir"]
+    return len(re.findall(r"ttng\.tc_gen5_mma ", text)), len(re.findall(r"tt\.dot ", text))
 
 
 def resources(cubin: bytes, folder: Path) -> tuple[int, int]:

@@ -22,7 +22,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if triton.knobs.runtime.interpret:
     pytest.skip("under TRITON_INTERPRET kernels cannot be compiled", allow_module_level=True)
 
-from machine_code import products, resources  # noqa: E402
+from machine_code import products, resources, tensor_memory_products  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
@@ -121,17 +121,23 @@ def test_what_the_compiler_makes_of_every_launch(operator, dtype, capability, tm
             vectors = re.findall(r"ld\.global\S*\.b32", kernel.asm["ptx"]) if row % 16 == 0 else vectors
         assert bool(vectors) == (row % 16 == 0), f"{describe(launch)}: {len(vectors)} loads of 16 bytes"
         if operator in ("attention", "varlen_attention"):
-            _check_products(launch, products(kernel), capability)
+            _check_products(launch, kernel, capability)
 
 
-def _check_products(launch, found, capability):
+def _check_products(launch, kernel, capability):
     """The layout of attention's products, where tiles were chosen for it."""
-    if capability not in (80, 86, 90) or "BLOCK_D" not in launch.args or launch.args["PRECISION"] is not None:
+    if "BLOCK_D" not in launch.args or launch.args["PRECISION"] is not None:
         return
+    name, widest = launch.kernel.__name__, max(launch.args["D"], launch.args["DV"])
+    if capability == 100:
+        by_units, by_warps = tensor_memory_products(kernel)
+        added_up = launch.args.get("Q_SUM") is not None  # the gradient of queries is transposed: by warps
+        assert widest > 256 or (by_units and (added_up or not by_warps)), f"{describe(launch)}: {by_units}, {by_warps}"
+        return
+    found = products(kernel)
     assert found, describe(launch)
     assert not any(p.twice for p in found), f"{describe(launch)}: {[p for p in found if p.twice]}"
-    if capability == 90 and max(launch.args["D"], launch.args["DV"]) <= 256:
-        name = launch.kernel.__name__
+    if capability == 90 and widest <= 256:
         if name in ("attend", "backward_queries", "backward_bias") or launch.args["D"] <= 128:
             scores = [p for p in found if p.hopper and p.shape[1] in (launch.args["BLOCK_M"], launch.args["BLOCK_N"])]
             assert scores and min(p.width for p in scores) >= 16, f"{describe(launch)}: {found}"

@@ -27,7 +27,8 @@ part() { # name, seconds, command
 tests() { # arguments of pytest
   if [ -n "$rehearse" ]; then # no GPU: that the tests are found and chosen, which importing them takes
     "$PYTHON" -c 'import sys, torch, pytest
-torch.cuda.is_available = lambda: True
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+torch.cuda.get_device_capability = lambda *device: (9, 0)
 sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:xdist", *[a for a in sys.argv[1:] if a not in ("-n", "12")]]))' "$@"
   else
     "$PYTHON" -m pytest -q "$@"

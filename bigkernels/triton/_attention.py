@@ -42,6 +42,33 @@ def _block_of(length, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _sequence(CU_Q, CU_K, queries, keys, owner, HEADS: tl.constexpr):
+    """Whose head and sequence a program has, as numbers for addresses (64 bits) too; where the queries and the keys of
+    the sequence begin, and how many there are.
+    """
+    head, sequence = owner % HEADS, owner // HEADS
+    q_first, queries = _span(CU_Q, queries, sequence)
+    k_first, keys = _span(CU_K, keys, sequence)
+    return head, sequence, head.to(tl.int64), sequence.to(tl.int64), q_first, queries, k_first, keys
+
+
+@triton.jit
+def _of_head(X, batch, head, by_batch, by_head, rows=0):
+    at = None  # as X is
+    if X is not None:
+        at = X + (batch * by_batch + head * by_head + rows)
+    return at
+
+
+@triton.jit
+def _prefix(PREFIXES, sequence):
+    prefix = 0
+    if PREFIXES is not None:
+        prefix = tl.load(PREFIXES + sequence)
+    return prefix
+
+
+@triton.jit
 def _rows(X, at, exists, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, END: tl.constexpr):
     """Elements FIRST to FIRST + WIDTH of rows; zeros from END on, and for rows that do not exist."""
     col = FIRST + tl.arange(0, WIDTH)[None, :]
@@ -186,26 +213,19 @@ def attend(
     """
     PREFIX: tl.constexpr = PREFIXES is not None
     block, blocks, owner = _block_of(queries, BLOCK_M)
-    head = owner % HEADS
-    sequence = owner // HEADS
-    wide_head, wide_batch = head.to(tl.int64), sequence.to(tl.int64)
-    q_first, queries = _span(CU_Q, queries, sequence)
-    k_first, keys = _span(CU_K, keys, sequence)
+    head, sequence, wide_head, wide_batch, q_first, queries, k_first, keys = _sequence(CU_Q, CU_K, queries, keys, owner,
+                                                                                               HEADS)  # fmt: skip
     # The last rows first: with causal attention they have the most keys, and the short ones fill what is left.
     first = (blocks - 1 - block) * BLOCK_M
     if first >= queries:
         return
-    Q += wide_batch * q_batch + wide_head * q_head + q_first * q_token
-    K += wide_batch * k_batch + (wide_head // GROUP) * k_head + k_first * k_token
-    V += wide_batch * v_batch + (wide_head // GROUP) * v_head + k_first * v_token
-    if BIAS is not None:
-        BIAS += wide_batch * bias_batch + wide_head * bias_head
-    if MASK is not None:
-        MASK += wide_batch * mask_batch + wide_head * mask_head
+    Q = _of_head(Q, wide_batch, wide_head, q_batch, q_head, q_first * q_token)
+    K = _of_head(K, wide_batch, wide_head // GROUP, k_batch, k_head, k_first * k_token)
+    V = _of_head(V, wide_batch, wide_head // GROUP, v_batch, v_head, k_first * v_token)
+    BIAS = _of_head(BIAS, wide_batch, wide_head, bias_batch, bias_head)
+    MASK = _of_head(MASK, wide_batch, wide_head, mask_batch, mask_head)
     slope = _slope(SLOPES, head)
-    prefix = 0
-    if PREFIX:
-        prefix = tl.load(PREFIXES + sequence)
+    prefix = _prefix(PREFIXES, sequence)
 
     at = first + tl.arange(0, BLOCK_M)
     exists = at < queries
@@ -346,30 +366,22 @@ def backward_queries(
     """The gradient of BLOCK_M queries of a head."""
     PREFIX: tl.constexpr = PREFIXES is not None
     block, blocks, owner = _block_of(queries, BLOCK_M)
-    head = owner % HEADS
-    sequence = owner // HEADS
-    wide_head, wide_batch = head.to(tl.int64), sequence.to(tl.int64)
-    q_first, queries = _span(CU_Q, queries, sequence)
-    k_first, keys = _span(CU_K, keys, sequence)
+    head, sequence, wide_head, wide_batch, q_first, queries, k_first, keys = _sequence(CU_Q, CU_K, queries, keys, owner,
+                                                                                               HEADS)  # fmt: skip
     first = (blocks - 1 - block) * BLOCK_M
     if first >= queries:
         return
-    Q += wide_batch * q_batch + wide_head * q_head + q_first * q_token
-    K += wide_batch * k_batch + (wide_head // GROUP) * k_head + k_first * k_token
-    V += wide_batch * v_batch + (wide_head // GROUP) * v_head + k_first * v_token
-    GRAD += wide_batch * grad_batch + wide_head * grad_head + q_first * grad_token
-    LSE += wide_batch * lse_batch + wide_head * lse_head + q_first
-    DELTA += wide_batch * lse_batch + wide_head * lse_head + q_first
-    if REST is not None:
-        REST += wide_batch * lse_batch + wide_head * lse_head + q_first
-    if BIAS is not None:
-        BIAS += wide_batch * bias_batch + wide_head * bias_head
-    if MASK is not None:
-        MASK += wide_batch * mask_batch + wide_head * mask_head
+    Q = _of_head(Q, wide_batch, wide_head, q_batch, q_head, q_first * q_token)
+    K = _of_head(K, wide_batch, wide_head // GROUP, k_batch, k_head, k_first * k_token)
+    V = _of_head(V, wide_batch, wide_head // GROUP, v_batch, v_head, k_first * v_token)
+    GRAD = _of_head(GRAD, wide_batch, wide_head, grad_batch, grad_head, q_first * grad_token)
+    LSE = _of_head(LSE, wide_batch, wide_head, lse_batch, lse_head, q_first)
+    DELTA = _of_head(DELTA, wide_batch, wide_head, lse_batch, lse_head, q_first)
+    REST = _of_head(REST, wide_batch, wide_head, lse_batch, lse_head, q_first)
+    BIAS = _of_head(BIAS, wide_batch, wide_head, bias_batch, bias_head)
+    MASK = _of_head(MASK, wide_batch, wide_head, mask_batch, mask_head)
     slope = _slope(SLOPES, head)
-    prefix = 0
-    if PREFIX:
-        prefix = tl.load(PREFIXES + sequence)
+    prefix = _prefix(PREFIXES, sequence)
 
     at = first + tl.arange(0, BLOCK_M)
     exists = at < queries
@@ -478,19 +490,15 @@ def backward_keys(
     """
     PREFIX: tl.constexpr = PREFIXES is not None
     block, _, owner = _block_of(keys, BLOCK_N)
-    key_head = owner % (HEADS // GROUP)
-    sequence = owner // (HEADS // GROUP)
-    wide_head, wide_batch = key_head.to(tl.int64), sequence.to(tl.int64)
-    q_first, queries = _span(CU_Q, queries, sequence)
-    k_first, keys = _span(CU_K, keys, sequence)
+    key_head, sequence, wide_head, wide_batch, q_first, queries, k_first, keys = _sequence(
+        CU_Q, CU_K, queries, keys, owner, HEADS // GROUP
+    )
     first = block * BLOCK_N
     if first >= keys:
         return
-    K += wide_batch * k_batch + wide_head * k_head + k_first * k_token
-    V += wide_batch * v_batch + wide_head * v_head + k_first * v_token
-    prefix = 0
-    if PREFIX:
-        prefix = tl.load(PREFIXES + sequence)
+    K = _of_head(K, wide_batch, wide_head, k_batch, k_head, k_first * k_token)
+    V = _of_head(V, wide_batch, wide_head, v_batch, v_head, k_first * v_token)
+    prefix = _prefix(PREFIXES, sequence)
 
     key_at = first + tl.arange(0, BLOCK_N)
     inside = key_at < keys
@@ -528,18 +536,14 @@ def backward_keys(
             exists = at < queries
             row = at[None, :]
             wide = head.to(tl.int64)
-            Q_HEAD = Q + wide_batch * q_batch + wide * q_head + q_first * q_token
-            GRAD_HEAD = GRAD + wide_batch * grad_batch + wide * grad_head + q_first * grad_token
+            Q_HEAD = _of_head(Q, wide_batch, wide, q_batch, q_head, q_first * q_token)
+            GRAD_HEAD = _of_head(GRAD, wide_batch, wide, grad_batch, grad_head, q_first * grad_token)
             rows_at = wide_batch * lse_batch + wide * lse_head + q_first
             REST_HEAD = None
             if REST is not None:
                 REST_HEAD = REST + rows_at
-            BIAS_HEAD = None
-            if BIAS is not None:
-                BIAS_HEAD = BIAS + wide_batch * bias_batch + wide * bias_head
-            MASK_HEAD = None
-            if MASK is not None:
-                MASK_HEAD = MASK + wide_batch * mask_batch + wide * mask_head
+            BIAS_HEAD = _of_head(BIAS, wide_batch, wide, bias_batch, bias_head)
+            MASK_HEAD = _of_head(MASK, wide_batch, wide, mask_batch, mask_head)
             slope = _slope(SLOPES, head)
             q = _rows(Q_HEAD, at, exists, q_token, 0, BLOCK_D, D)
             grad = _rows(GRAD_HEAD, at, exists, grad_token, 0, BLOCK_DV, DV)
@@ -624,19 +628,15 @@ def backward_bias(
         n_begin, n_end = key_block * BLOCK_N, tl.minimum((key_block + 1) * BLOCK_N, keys)
     found = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for batch in range(b_begin, b_end):
-        prefix = 0
-        if PREFIX:
-            prefix = tl.load(PREFIXES + batch)
+        prefix = _prefix(PREFIXES, batch)
         for head in range(h_begin, h_end):
             wide_batch, wide_head = tl.cast(batch, tl.int64), tl.cast(head, tl.int64)
-            Q_HEAD = Q + wide_batch * q_batch + wide_head * q_head
-            K_HEAD = K + wide_batch * k_batch + (wide_head // GROUP) * k_head
-            V_HEAD = V + wide_batch * v_batch + (wide_head // GROUP) * v_head
-            GRAD_HEAD = GRAD + wide_batch * grad_batch + wide_head * grad_head
-            BIAS_HEAD = BIAS + wide_batch * bias_batch + wide_head * bias_head
-            MASK_HEAD = None
-            if MASK is not None:
-                MASK_HEAD = MASK + wide_batch * mask_batch + wide_head * mask_head
+            Q_HEAD = _of_head(Q, wide_batch, wide_head, q_batch, q_head)
+            K_HEAD = _of_head(K, wide_batch, wide_head // GROUP, k_batch, k_head)
+            V_HEAD = _of_head(V, wide_batch, wide_head // GROUP, v_batch, v_head)
+            GRAD_HEAD = _of_head(GRAD, wide_batch, wide_head, grad_batch, grad_head)
+            BIAS_HEAD = _of_head(BIAS, wide_batch, wide_head, bias_batch, bias_head)
+            MASK_HEAD = _of_head(MASK, wide_batch, wide_head, mask_batch, mask_head)
             slope = _slope(SLOPES, head)
             rows_at = wide_batch * lse_batch + wide_head * lse_head
             REST_HEAD = None

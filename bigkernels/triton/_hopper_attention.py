@@ -28,6 +28,8 @@ _LOG2E = gl.constexpr(1.4426950408889634)
 _LN2 = gl.constexpr(0.6931471805599453)
 
 _span = gluon.jit(_attention._span.fn)
+_sequence = gluon.jit(_attention._sequence.fn)
+_of_head = gluon.jit(_attention._of_head.fn)
 _limits = gluon.jit(_attention._limits.fn)
 _tanh = gluon.jit(cross_entropy._tanh.fn)
 _row_limits = gluon.jit(_attention._row_limits.fn)
@@ -205,23 +207,21 @@ def attend(
     blocks = gl.cdiv(queries, BLOCK_M)
     block, owner = gl.program_id(0) % blocks, gl.program_id(0) // blocks
     first = (blocks - 1 - block) * BLOCK_M  # the last rows first: with causal attention they have the most keys
-    wide_head, wide_batch = (owner % HEADS).to(gl.int64), (owner // HEADS).to(gl.int64)
-    q_first, queries = _span(CU_Q, queries, owner // HEADS)
-    k_first, keys = _span(CU_K, keys, owner // HEADS)
-    LSE += wide_batch * lse_batch + wide_head * lse_head + q_first
+    head, _, wide_head, wide_batch, q_first, queries, k_first, keys = _sequence(CU_Q, CU_K, queries, keys, owner, HEADS)
+    LSE = _of_head(LSE, wide_batch, wide_head, lse_batch, lse_head, q_first)
     sink = scale  # not read
     if SINKS is not None:
-        sink = gl.load(SINKS + owner % HEADS).to(gl.float32) * _LOG2E
+        sink = gl.load(SINKS + head).to(gl.float32) * _LOG2E
     end = gl.minimum(first + BLOCK_M, queries)
     low, _, _, high = _limits(first, end, queries, keys, left, right, 0, BLOCK_N, LEFT, RIGHT, False, 3)
     count = gl.where(first < queries, gl.cdiv(gl.maximum(high - low, 0), BLOCK_N), 0)
 
-    q_desc = _tile(Q + wide_batch * q_batch + wide_head * q_head + q_first * q_token, queries, q_token, 64, D)
-    k_base = K + wide_batch * k_batch + wide_head // GROUP * k_head + k_first * k_token
+    q_desc = _tile(_of_head(Q, wide_batch, wide_head, q_batch, q_head, q_first * q_token), queries, q_token, 64, D)
+    k_base = _of_head(K, wide_batch, wide_head // GROUP, k_batch, k_head, k_first * k_token)
     k_desc = _tile(k_base, keys, k_token, BLOCK_N, D)
-    v_base = V + wide_batch * v_batch + wide_head // GROUP * v_head + k_first * v_token
+    v_base = _of_head(V, wide_batch, wide_head // GROUP, v_batch, v_head, k_first * v_token)
     v_desc = _tile(v_base, keys, v_token, BLOCK_N, D)
-    out_base = OUT + wide_batch * out_batch + wide_head * out_head + q_first * out_token
+    out_base = _of_head(OUT, wide_batch, wide_head, out_batch, out_head, q_first * out_token)
     out_desc = _tile(out_base, queries, out_token, 64, D)
     q_tiles = _ring(Q.dtype.element_ty, GROUPS, 64, D)
     k_tiles = _ring(Q.dtype.element_ty, STAGES, BLOCK_N, D)

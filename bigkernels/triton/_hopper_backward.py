@@ -18,7 +18,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )  # fmt: skip
 
-from ._hopper_attention import _barriers, _limits, _ring, _row_limits, _scores_layout, _span, _tanh, _tile
+from ._hopper_attention import (
+    _barriers,
+    _limits,
+    _of_head,
+    _ring,
+    _row_limits,
+    _scores_layout,
+    _sequence,
+    _tanh,
+    _tile,
+)
 
 
 @gluon.jit
@@ -152,24 +162,24 @@ def backward_queries(
     blocks = gl.cdiv(queries, BLOCK_M)
     block, owner = gl.program_id(0) % blocks, gl.program_id(0) // blocks
     first = (blocks - 1 - block) * BLOCK_M
-    wide_head, wide_batch = (owner % HEADS).to(gl.int64), (owner // HEADS).to(gl.int64)
-    q_first, queries = _span(CU_Q, queries, owner // HEADS)
-    k_first, keys = _span(CU_K, keys, owner // HEADS)
-    LSE += wide_batch * lse_batch + wide_head * lse_head + q_first
-    DELTA += wide_batch * lse_batch + wide_head * lse_head + q_first
+    _, _, wide_head, wide_batch, q_first, queries, k_first, keys = _sequence(CU_Q, CU_K, queries, keys, owner, HEADS)
+    LSE = _of_head(LSE, wide_batch, wide_head, lse_batch, lse_head, q_first)
+    DELTA = _of_head(DELTA, wide_batch, wide_head, lse_batch, lse_head, q_first)
     end = gl.minimum(first + BLOCK_M, queries)
     low, _, _, high = _limits(first, end, queries, keys, left, right, 0, BLOCK_N, LEFT, RIGHT, False, 3)
     count = gl.where(first < queries, gl.cdiv(gl.maximum(high - low, 0), BLOCK_N), 0)
 
-    q_desc = _tile(Q + wide_batch * q_batch + wide_head * q_head + q_first * q_token, queries, q_token, 64, D)
+    q_desc = _tile(_of_head(Q, wide_batch, wide_head, q_batch, q_head, q_first * q_token), queries, q_token, 64, D)
     grad_desc = _tile(
-        GRAD + wide_batch * grad_batch + wide_head * grad_head + q_first * grad_token, queries, grad_token, 64, D
+        _of_head(GRAD, wide_batch, wide_head, grad_batch, grad_head, q_first * grad_token), queries, grad_token, 64, D
     )
-    k_base = K + wide_batch * k_batch + wide_head // GROUP * k_head + k_first * k_token
+    k_base = _of_head(K, wide_batch, wide_head // GROUP, k_batch, k_head, k_first * k_token)
     k_desc = _tile(k_base, keys, k_token, BLOCK_N, D)
-    v_base = V + wide_batch * v_batch + wide_head // GROUP * v_head + k_first * v_token
+    v_base = _of_head(V, wide_batch, wide_head // GROUP, v_batch, v_head, k_first * v_token)
     v_desc = _tile(v_base, keys, v_token, BLOCK_N, D)
-    dq_desc = _tile(Q_GRAD + wide_batch * dq_batch + wide_head * dq_head + q_first * dq_token, queries, dq_token, 64, D)
+    dq_desc = _tile(
+        _of_head(Q_GRAD, wide_batch, wide_head, dq_batch, dq_head, q_first * dq_token), queries, dq_token, 64, D
+    )
     q_tiles = _ring(Q.dtype.element_ty, GROUPS, 64, D)
     grad_tiles = _ring(Q.dtype.element_ty, GROUPS, 64, D)
     k_tiles = _ring(Q.dtype.element_ty, STAGES, BLOCK_N, D)
@@ -318,27 +328,31 @@ def backward_keys(
     KEY_HEADS: gl.constexpr = HEADS // GROUP
     blocks = gl.cdiv(keys, BLOCK_N)
     first, owner = gl.program_id(0) % blocks * BLOCK_N, gl.program_id(0) // blocks
-    wide_head, wide_batch = (owner % KEY_HEADS).to(gl.int64), (owner // KEY_HEADS).to(gl.int64)
-    q_first, queries = _span(CU_Q, queries, owner // KEY_HEADS)
-    k_first, keys = _span(CU_K, keys, owner // KEY_HEADS)
-    LSE += wide_batch * lse_batch + wide_head * GROUP * lse_head + q_first
-    DELTA += wide_batch * lse_batch + wide_head * GROUP * lse_head + q_first
+    _, _, wide_head, wide_batch, q_first, queries, k_first, keys = _sequence(
+        CU_Q, CU_K, queries, keys, owner, KEY_HEADS
+    )
+    LSE = _of_head(LSE, wide_batch, wide_head * GROUP, lse_batch, lse_head, q_first)
+    DELTA = _of_head(DELTA, wide_batch, wide_head * GROUP, lse_batch, lse_head, q_first)
     end = gl.minimum(first + BLOCK_N, keys)
     low, _, _, high = _row_limits(first, end, queries, keys, left, right, 0, BLOCK_M, LEFT, RIGHT, False, 3)
     count = gl.where(first < keys, gl.cdiv(gl.maximum(high - low, 0), BLOCK_M), 0)
 
-    k_desc = _tile(K + wide_batch * k_batch + wide_head * k_head + k_first * k_token, keys, k_token, 64, D)
-    v_desc = _tile(V + wide_batch * v_batch + wide_head * v_head + k_first * v_token, keys, v_token, 64, D)
+    k_desc = _tile(_of_head(K, wide_batch, wide_head, k_batch, k_head, k_first * k_token), keys, k_token, 64, D)
+    v_desc = _tile(_of_head(V, wide_batch, wide_head, v_batch, v_head, k_first * v_token), keys, v_token, 64, D)
     q_desc = _tile_of_heads(
-        Q + wide_batch * q_batch + wide_head * GROUP * q_head + q_first * q_token, GROUP, queries, q_head, q_token,
+        _of_head(Q, wide_batch, wide_head * GROUP, q_batch, q_head, q_first * q_token), GROUP, queries, q_head, q_token,
         BLOCK_M, D,
     )  # fmt: skip
     grad_desc = _tile_of_heads(
-        GRAD + wide_batch * grad_batch + wide_head * GROUP * grad_head + q_first * grad_token, GROUP, queries,
+        _of_head(GRAD, wide_batch, wide_head * GROUP, grad_batch, grad_head, q_first * grad_token), GROUP, queries,
         grad_head, grad_token, BLOCK_M, D,
     )  # fmt: skip
-    dk_desc = _tile(K_GRAD + wide_batch * dk_batch + wide_head * dk_head + k_first * dk_token, keys, dk_token, 64, D)
-    dv_desc = _tile(V_GRAD + wide_batch * dv_batch + wide_head * dv_head + k_first * dv_token, keys, dv_token, 64, D)
+    dk_desc = _tile(
+        _of_head(K_GRAD, wide_batch, wide_head, dk_batch, dk_head, k_first * dk_token), keys, dk_token, 64, D
+    )
+    dv_desc = _tile(
+        _of_head(V_GRAD, wide_batch, wide_head, dv_batch, dv_head, k_first * dv_token), keys, dv_token, 64, D
+    )
     k_tiles = _ring(Q.dtype.element_ty, GROUPS, 64, D)
     v_tiles = _ring(Q.dtype.element_ty, GROUPS, 64, D)
     q_tiles = _ring(Q.dtype.element_ty, STAGES, BLOCK_M, D)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, power_of_2, processors
+from ._launch import launch, power_of_2, processors, since
 
 # The longest rows that fit the registers of one program: 32 float32 values of each operand a thread in the forward
 # pass; the backward pass holds two more operands and the sums.
@@ -256,8 +256,11 @@ def run_backward(
     partial = [torch.empty((groups, size), dtype=torch.float32, device=x.device) if wanted else None
                for wanted in (dweight, dbias)]  # fmt: skip
     if not long:
+        # Triton 3.8 leaves 80 registers to several rows of float32 on the newest GPUs, and spills.
+        registers = 96 if at_once > 1 and x.dtype == torch.float32 and since(3, 8) else None
         launch(backward_rows, (groups,), grad, x, weight, mean, rstd, grad_total, dx, *partial, count, grad.stride(0),
-               x.stride(0), stride_total, offset, D=size, ROWS=at_once, BLOCK=block, num_warps=warps)  # fmt: skip
+               x.stride(0), stride_total, offset, D=size, ROWS=at_once, BLOCK=block, num_warps=warps,
+               maxnreg=registers)  # fmt: skip
     else:
         launch(backward_long, (count,), grad, x, weight, mean, rstd, grad_total, dx, grad.stride(0), x.stride(0),
                stride_total, offset, D=size, BLOCK=4096, num_warps=8)  # fmt: skip

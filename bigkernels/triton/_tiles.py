@@ -61,12 +61,12 @@ _AMPERE = {
 # float32: the same tiles in all kernels, so that backward finds the scores that forward had, to the last bit.
 _WIDE = (
     (64, Tiles(32, 16, 4, 1, 208), Tiles(32, 16, 4, 1, 208)),
-    (128, Tiles(32, 16, 8, 1, 208), Tiles(16, 16, 4, 1, 208)),
+    (128, Tiles(32, 16, 8, 1, 240), Tiles(16, 16, 4, 1, 208)),
     (256, Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1, 168)),
     (LARGEST, Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
 )
-# 227 KB, and matrix units that take operands from there: Hopper and the large Blackwells. With more than 192 elements
-# the gradients of 64 keys fill the registers of a group of warps, and the older instructions have to do.
+# 227 KB, and matrix units that take operands from there: Hopper. With more than 192 elements the gradients of 64 keys
+# fill the registers of a group of warps, and the older instructions have to do.
 _HOPPER = {
     "attend": ((64, Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3)),
                (96, Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2)),
@@ -87,10 +87,28 @@ _HOPPER = {
              (256, Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1)),
              (LARGEST, Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
 }  # fmt: skip
-if since(3, 8):  # which spills 40 bytes of a tile of 64 keys with heads of 128
+if since(3, 8):  # which keeps more in registers: spills, of these tiles with 64 keys, 32 to 272 bytes
     _NARROW, _WIDER = Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1)
     _HOPPER["bias"] = ((64, _NARROW, _NARROW), (128, _WIDER, _WIDER), *_HOPPER["bias"][1:])
-_TABLES = {80: _AMPERE, 90: _HOPPER, 120: _AMPERE}  # from this compute capability on
+    _AMPERE["queries"] = tuple((most, Tiles(128, 32, 8, 2), heavy) if most == 96 else (most, plain, heavy)
+                               for most, plain, heavy in _AMPERE["queries"])  # fmt: skip
+    _AMPERE["keys"] = ((64, Tiles(64, 128, 8, 2), Tiles(32, 32, 4, 2)), *_AMPERE["keys"][1:])
+    _WIDE = ((64, Tiles(32, 16, 4, 1), Tiles(32, 16, 4, 1)), *_WIDE[1:])
+# The same memory, and units that keep their results in a memory of their own: nothing is computed twice whatever the
+# warps are, and threads hold what they read from there, of wide tiles too much.
+_BLACKWELL = _HOPPER | {
+    "attend": ((64, Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3)),
+               (96, Tiles(128, 64, 8, 2, None if since(3, 8) else 168), Tiles(128, 32, 8, 2)),
+               (128, Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 2)),
+               *_HOPPER["attend"][3:]),
+    "keys": ((64, Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2)),
+             (128, Tiles(32, 128, 8, 2, 168), Tiles(16, 128, 8, 2, 168)),
+             (256, Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 1)),
+             _HOPPER["keys"][3]),
+    "bias": tuple((most, Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)) if most == 256 else (most, plain, heavy)
+                  for most, plain, heavy in _HOPPER["bias"]),
+}  # fmt: skip
+_TABLES = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 120: _AMPERE}  # from this compute capability on
 
 
 @functools.cache

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import cross_entropy as op
-from ._launch import falls_back, launch, power_of_2, processors, require, rows
+from ._launch import capability, falls_back, launch, power_of_2, processors, require, rows
 
 _DEBUG = os.environ.get("BIGKERNELS_DEBUG", "0") not in ("", "0")
 _REDUCTIONS = {number: name for name, number in op._REDUCTIONS.items()}
@@ -273,11 +273,14 @@ def _forward(
     warps = 4 if tokens >= 8 * processors(logits.device) or vocabulary < 16384 else 16
     lanes = min(128 * warps, power_of_2(triton.cdiv(vocabulary, vector)))
     at_once = 128 * warps // lanes
+    # The assembler takes 64 on the newest GPUs, and spills.
+    registers = 72 if logits.dtype == torch.float32 and warps == 4 and capability(logits) >= 100 else None
     launch(
         forward_rows, (triton.cdiv(tokens, at_once),), logits, target, weight, weight_sum, token_weight, loss, divisor,
         lse, predicted, tokens, logits.stride(0), ignore_index, label_smoothing, z_loss, softcap, focal_gamma,
         V=vocabulary, **flags, ROWS=at_once, LANES=lanes, VECTOR=vector,
         ALIGNED=logits.stride(0) % 16 == 0 and vocabulary % 16 == 0, num_warps=warps, debug=_DEBUG,
+        maxnreg=registers,
     )  # fmt: skip
     divisor = divisor.sum()
     if reduction:

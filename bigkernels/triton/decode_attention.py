@@ -23,7 +23,7 @@ from ..ops._registry import KERNEL_DTYPES
 from ..ops.rope import _empty
 from ._append import append as append_kernel
 from ._decode import merge, split
-from ._launch import falls_back, launch, power_of_2, processors, since
+from ._launch import capability, falls_back, launch, power_of_2, processors, since
 from .rope import _inner_contiguous
 
 _IN_FLIGHT = 65536  # bytes of shared memory a program for blocks that are read or on their way
@@ -62,17 +62,22 @@ def _tiles(size: int, value_size: int, element: int, pack: int, rows: int, wide:
     dv = max(16, power_of_2(value_size))
     key = (d + rest + dv) * element
     widest = pack * max(size, value_size)
-    most = 16 if wide or widest > 256 else 32 if widest > 128 or pack == 2 else 64
+    newer = since(3, 8)  # keeps more of a block in registers: more blocks, of fewer keys and rows, or more warps
+    most = 16 if wide or widest > 256 else 32 if widest > (64 if newer else 128) or pack == 2 else 64
     rows = min(most, max(16, power_of_2(rows)))
     # Larger tiles leave registers for fewer keys, and so do products without matrix units, above all with both halves
     # of int16 elements in float32: those forgo bytes in flight.
     both = wide and pack == 2
     share = 16 if both else 4 if wide or rows == 64 or rows == 32 and pack == 2 else 2
-    if since(3, 8) and not both:  # which keeps more of a block in registers: twice the blocks, of half the size
-        share *= 2
+    if newer and not both:
+        share *= 2 * pack
     keys = min(128, max(16, power_of_2(_IN_FLIGHT // share // key + 1) // 2))
-    stages = 3 if both else 1 + min(4, max(2, _IN_FLIGHT // (keys * key)))
-    warps = 4 if rows == 16 and widest <= (128 if both else 0 if wide else 256) else 8
+    stages = (1 if newer else 3) if both else 1 + min(4, max(2, _IN_FLIGHT // (keys * key)))
+    if newer:
+        few = pack == 2 or widest <= 64 and not wide
+    else:
+        few = widest <= (128 if both else 0 if wide else 256)
+    warps = 4 if rows == 16 and few else 8
     return _Tiles(d, rest, dv, keys, stages, rows, warps, 2 if warps == 4 else 1)
 
 
@@ -126,6 +131,9 @@ def _run(
 
     wide = q.dtype == torch.float32
     tiles = _tiles(size, value_size, k.element_size(), pack, group * queries, wide)
+    stages = 1 if wide and pack == 2 and capability(q) >= 100 else tiles.stages
+    # The assembler would spill some to fit more programs.
+    registers = 240 if wide and tiles.warps == 8 else 255 if wide and pack == 2 and since(3, 8) else None
     row_blocks = -(-group * queries // tiles.rows)
     blocks = -(-capacity // tiles.keys)
     if left >= 0:
@@ -144,10 +152,10 @@ def _run(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *scales[0], *scales[1],
         0 if table is None else table.stride(0), *out.stride()[:3],
         HEADS=key_heads, GROUP=group, D=size, DV=value_size, BLOCK_D=tiles.d, BLOCK_REST=tiles.rest, BLOCK_DV=tiles.dv,
-        PAGE=0 if table is None else k.shape[1], ROWS=tiles.rows, ROW_BLOCKS=row_blocks, STAGES=tiles.stages,
+        PAGE=0 if table is None else k.shape[1], ROWS=tiles.rows, ROW_BLOCKS=row_blocks, STAGES=stages,
         CAUSAL=right >= 0 and queries > 1, TWINS=twins, PACK=pack,
         PRECISION="ieee" if wide else None, num_warps=tiles.warps,
-        maxnreg=240 if wide and tiles.warps == 8 else None, **common,
+        maxnreg=registers, **common,
     )  # fmt: skip
     if programs == 1 and lengths is None and capacity:
         return out, lse  # no sequence lies in several parts, and none is empty

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..ops import _codes
 from ..ops import grouped_linear as op
-from ._launch import falls_back, launch, power_of_2, rows
-from .quantized_linear import _FP8, _INT8, _decode, _tile, round_tokens
+from ._launch import falls_back, launch, power_of_2, rows, since
+from .quantized_linear import _FP8, _INT8, _decode, _tile, _warps_back, round_tokens
 
 _NUMBERS = tl.constexpr(_codes.NUMBERS)
 
@@ -180,6 +180,8 @@ def forward(x, ends, codes, scale, zero, row_scale, book, group, kind, dynamic) 
         return out
     tokens, codes, ends, token_scale = rows(x), rows(codes), ends.contiguous(), None
     tile, warps = _tile(-(-m // experts), x.dtype)
+    if x.dtype == torch.float32 and tile["BM"] > 16 and since(3, 8):  # which spills 16 to 32 bytes of wider ones
+        tile["BN"] = 32
     if dynamic:
         rounded, token_scale = x.new_empty(m, k, dtype=torch.int8), x.new_empty(m, dtype=torch.float32)
         launch(round_tokens, (m,), tokens, rounded, token_scale, k, tokens.stride(0), BLOCK=min(2048, power_of_2(k)),
@@ -211,7 +213,7 @@ def backward(grad, ends, codes, scale, zero, row_scale, book, group, kind, k) ->
     grid = (blocks * triton.cdiv(k, tile["BK"]),)
     launch(multiply_groups_back, grid, grad, ends, codes, scale, zero, row_scale, book, out, m, n, k,
            scale.shape[1] if group else 0, blocks, grad.stride(0), codes.stride(0),
-           num_warps=8 if tile["BM"] == 128 else 4, **_constants(ends, group, kind),
+           num_warps=_warps_back(tile["BM"], wide), **_constants(ends, group, kind),
            **tile)  # fmt: skip
     return out
 

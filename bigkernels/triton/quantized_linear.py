@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..ops import _codes, _routes
 from ..ops import quantized_linear as op
-from ._launch import falls_back, launch, power_of_2, processors, require, rows
+from ._launch import capability, falls_back, launch, power_of_2, processors, require, rows, since
 
 _INT8, _FP8 = tl.constexpr(_codes.INT8.number), tl.constexpr(_codes.FP8.number)
 _AFFINE4, _AFFINE4M = tl.constexpr(_codes.AFFINE4.number), tl.constexpr(_codes.AFFINE4M.number)
@@ -241,9 +241,12 @@ def forward(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynami
     splits = triton.cdiv(k, depth)
     parts = x.new_empty(splits, m, n, dtype=torch.float32) if splits > 1 else None
     groups = scale.shape[1] if group else 0
+    # Triton 3.8 spills 8 bytes of lookups on the newest GPUs, where the assembler may choose.
+    lookups = m <= _FEW and kind == _codes.BOOK4.number and x.dtype != torch.float32
+    registers = 192 if lookups and since(3, 8) and capability(x) >= 100 else None
     launch(multiply, (programs, splits), tokens, codes, scale, zero, row_scale, book, bias, out, parts, m, n, k, groups,
            tokens.stride(0), codes.stride(0), depth, KIND=kind, GROUP=group or 32, SPLIT=splits > 1, num_warps=warps,
-           **tile)  # fmt: skip
+           maxnreg=registers, **tile)  # fmt: skip
     if splits > 1:
         block = min(1024, power_of_2(n))
         launch(add_parts, (m, triton.cdiv(n, block)), parts, scale, bias, out, m, n, splits, KIND=kind, BLOCK=block,
@@ -268,6 +271,11 @@ def _forward_rounded(
     return out
 
 
+def _warps_back(rows: int, wide: bool) -> int:
+    """Of a tile that multiplies gradients."""
+    return 8 if rows == 128 or wide and since(3, 8) else 4  # which spills 8 to 16 bytes of four warps' in float32
+
+
 @falls_back(op._backward)
 def backward(grad, codes, scale, zero, row_scale, book, group, kind, k) -> Tensor:
     out = grad.new_empty(*grad.shape[:-1], k)
@@ -288,7 +296,7 @@ def backward(grad, codes, scale, zero, row_scale, book, group, kind, k) -> Tenso
     grid = (triton.cdiv(m, tile["BM"]) * triton.cdiv(k, tile["BK"]),)
     launch(multiply_back, grid, rows_of_grad, codes, scale, zero, row_scale, book, out, m, n, k,
            scale.shape[1] if group else 0, rows_of_grad.stride(0), codes.stride(0),
-           KIND=kind, GROUP=group or 32, num_warps=8 if tile["BM"] == 128 else 4,
+           KIND=kind, GROUP=group or 32, num_warps=_warps_back(tile["BM"], wide),
            **tile)  # fmt: skip
     return out
 
