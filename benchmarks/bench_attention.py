@@ -1,5 +1,0 @@
-FAMILY = "attention"
-
-
-def test_attention(benchmark, step):
-    benchmark(step)

@@ -1,5 +1,0 @@
-FAMILY = "checkpointing"
-
-
-def test_checkpointing(benchmark, step):
-    benchmark(step)

@@ -1,5 +1,0 @@
-FAMILY = "decode"
-
-
-def test_decode_attention(benchmark, step):
-    benchmark(step)

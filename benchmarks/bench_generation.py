@@ -1,5 +1,0 @@
-FAMILY = "generation"
-
-
-def test_generation(benchmark, step):
-    benchmark(step)

@@ -1,5 +1,0 @@
-FAMILY = "glu"
-
-
-def test_glu(benchmark, step):
-    benchmark(step)

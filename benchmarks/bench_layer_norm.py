@@ -1,5 +1,0 @@
-FAMILY = "layer_norm"
-
-
-def test_layer_norm(benchmark, step):
-    benchmark(step)

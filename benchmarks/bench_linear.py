@@ -1,5 +1,0 @@
-FAMILY = "linear"
-
-
-def test_linear(benchmark, step):
-    benchmark(step)

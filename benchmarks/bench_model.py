@@ -1,5 +1,0 @@
-FAMILY = "model"
-
-
-def test_model(benchmark, step):
-    benchmark(step)

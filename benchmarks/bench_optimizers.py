@@ -1,5 +1,0 @@
-FAMILY = "optimizers"
-
-
-def test_optimizers(benchmark, step):
-    benchmark(step)

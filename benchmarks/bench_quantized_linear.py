@@ -1,5 +1,0 @@
-FAMILY = "quantized"
-
-
-def test_quantized_linear(benchmark, step):
-    benchmark(step)

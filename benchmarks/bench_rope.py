@@ -1,5 +1,0 @@
-FAMILY = "rope"
-
-
-def test_rope(benchmark, step):
-    benchmark(step)

@@ -1,5 +1,0 @@
-FAMILY = "small"
-
-
-def test_small(benchmark, step):
-    benchmark(step)
