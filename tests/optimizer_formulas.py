@@ -122,3 +122,26 @@ class Muon(Formula):
 FORMULAS = {"Adam": Adam, "AdamW": Adam, "SGD": SGD, "RMSprop": RMSprop, "Adagrad": Adagrad, "Lion": Lion, "LAMB": LAMB,
             "Muon": Muon}  # fmt: skip
 DECOUPLED = ("AdamW", "Lion", "Muon")  # by default
+# What each is tested with: options of the constructor.
+CASES = {
+    "AdamW": [
+        {},
+        {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1},
+        {"amsgrad": True, "maximize": True},
+        {"weight_decay": 0.3, "cautious": True},
+        {"weight_decay": 0.0, "eps": 1e-4},
+    ],
+    "Adam": [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "amsgrad": True},
+             {"weight_decay": 0.2, "decoupled_weight_decay": True}],
+    "SGD": [{}, {"lr": 0.1, "momentum": 0.9}, {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+            {"momentum": 0.8, "nesterov": True, "maximize": True},
+            {"momentum": 0.9, "weight_decay": 0.5, "decoupled_weight_decay": True, "cautious": True}],
+    "RMSprop": [{}, {"alpha": 0.9, "momentum": 0.9}, {"centered": True}, {"centered": True, "momentum": 0.5},
+                {"weight_decay": 0.1, "maximize": True}],
+    "Adagrad": [{}, {"lr_decay": 0.1}, {"initial_accumulator_value": 0.5, "eps": 1e-6}, {"weight_decay": 0.1}],
+    "Lion": [{}, {"weight_decay": 0.5, "cautious": True}, {"betas": (0.95, 0.98), "maximize": True},
+             {"weight_decay": 0.1, "decoupled_weight_decay": False}],
+    "LAMB": [{}, {"weight_decay": 0.0, "maximize": True}, {"weight_decay": 0.3, "cautious": True}],
+    "Muon": [{"lr": 0.02}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw", "lr": 0.02},
+             {"momentum": 0.8, "maximize": True, "cautious": True, "weight_decay": 0.5, "lr": 0.02}],
+}  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +11,6 @@ from ._optimizer import Optimizer
 from ._reference import RULES
 
 Betas = tuple[float | Tensor, float | Tensor]
-
-
-def _options(given: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
-    """The defaults of the groups from a constructor's local variables, and the norm to clip to."""
-    options = {k: v for k, v in given.items() if k not in ("self", "params", "max_grad_norm", "__class__")}
-    return options, given["max_grad_norm"]
 
 
 class Adam(Optimizer):
@@ -41,15 +34,44 @@ class Adam(Optimizer):
     _torch_options = ("decoupled_weight_decay",)
 
     def __init__(
-        self, params: Iterable, lr: float | Tensor = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0, amsgrad: bool = False, *, foreach: bool | None = None, maximize: bool = False,
-        capturable: bool = False, differentiable: bool = False, fused: bool | None = None,
-        decoupled_weight_decay: bool = False, cautious: bool = False, state_dtype: torch.dtype | str = torch.float32,
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        cautious: bool = False,
+        state_dtype: torch.dtype | str = torch.float32,
         rounding: str = "nearest",
-        max_grad_norm: float | None = None, ema_decay: float | None = None,
-    ):  # fmt: skip
-        options, norm = _options(locals())
-        super().__init__(params, options, max_grad_norm=norm)
+        max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+    ):
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "cautious": cautious,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
+            "ema_decay": ema_decay,
+        }
+        super().__init__(params, options, max_grad_norm=max_grad_norm)
 
 
 class AdamW(Adam):
@@ -57,14 +79,44 @@ class AdamW(Adam):
     weight decay. The arguments: see `Adam` and `Optimizer`."""
 
     def __init__(
-        self, params: Iterable, lr: float | Tensor = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 1e-2, amsgrad: bool = False, *, maximize: bool = False, foreach: bool | None = None,
-        capturable: bool = False, differentiable: bool = False, fused: bool | None = None, cautious: bool = False,
-        state_dtype: torch.dtype | str = torch.float32, rounding: str = "nearest", max_grad_norm: float | None = None,
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        cautious: bool = False,
+        state_dtype: torch.dtype | str = torch.float32,
+        rounding: str = "nearest",
+        max_grad_norm: float | None = None,
         ema_decay: float | None = None,
-    ):  # fmt: skip
-        options, _ = _options(locals())
-        super().__init__(params, **options, max_grad_norm=max_grad_norm, decoupled_weight_decay=True)
+    ):
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            cautious=cautious,
+            state_dtype=state_dtype,
+            rounding=rounding,
+            ema_decay=ema_decay,
+            max_grad_norm=max_grad_norm,
+            decoupled_weight_decay=True,
+        )
 
 
 class SGD(Optimizer):
@@ -87,15 +139,42 @@ class SGD(Optimizer):
     _takes_sparse = True
 
     def __init__(
-        self, params: Iterable, lr: float | Tensor = 1e-3, momentum: float = 0, dampening: float = 0,
-        weight_decay: float | Tensor = 0, nesterov: bool = False, *, maximize: bool = False,
-        foreach: bool | None = None, differentiable: bool = False, fused: bool | None = None,
-        decoupled_weight_decay: bool = False, cautious: bool = False,
-        state_dtype: torch.dtype | str = torch.float32, rounding: str = "nearest",
-        max_grad_norm: float | None = None, ema_decay: float | None = None,
-    ):  # fmt: skip
-        options, norm = _options(locals())
-        super().__init__(params, options, max_grad_norm=norm)
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        cautious: bool = False,
+        state_dtype: torch.dtype | str = torch.float32,
+        rounding: str = "nearest",
+        max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+    ):
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "cautious": cautious,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
+            "ema_decay": ema_decay,
+        }
+        super().__init__(params, options, max_grad_norm=max_grad_norm)
 
 
 class RMSprop(Optimizer):
@@ -118,15 +197,44 @@ class RMSprop(Optimizer):
     _rule = RULES["rmsprop"]
 
     def __init__(
-        self, params: Iterable, lr: float | Tensor = 1e-2, alpha: float = 0.99, eps: float = 1e-8,
-        weight_decay: float = 0, momentum: float = 0, centered: bool = False, capturable: bool = False,
-        foreach: bool | None = None, maximize: bool = False, differentiable: bool = False, *,
-        decoupled_weight_decay: bool = False, cautious: bool = False, state_dtype: torch.dtype | str = torch.float32,
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        decoupled_weight_decay: bool = False,
+        cautious: bool = False,
+        state_dtype: torch.dtype | str = torch.float32,
         rounding: str = "nearest",
-        max_grad_norm: float | None = None, ema_decay: float | None = None,
-    ):  # fmt: skip
-        options, norm = _options(locals())
-        super().__init__(params, options, max_grad_norm=norm)
+        max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+    ):
+        options = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "centered": centered,
+            "capturable": capturable,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "cautious": cautious,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
+            "ema_decay": ema_decay,
+        }
+        super().__init__(params, options, max_grad_norm=max_grad_norm)
 
 
 class Adagrad(Optimizer):
@@ -149,15 +257,42 @@ class Adagrad(Optimizer):
     _takes_sparse = True
 
     def __init__(
-        self, params: Iterable, lr: float | Tensor = 1e-2, lr_decay: float = 0, weight_decay: float = 0,
-        initial_accumulator_value: float = 0, eps: float = 1e-10, foreach: bool | None = None, *,
-        maximize: bool = False, differentiable: bool = False, fused: bool | None = None,
-        decoupled_weight_decay: bool = False, cautious: bool = False,
-        state_dtype: torch.dtype | str = torch.float32, rounding: str = "nearest",
-        max_grad_norm: float | None = None, ema_decay: float | None = None,
-    ):  # fmt: skip
-        options, norm = _options(locals())
-        super().__init__(params, options, max_grad_norm=norm)
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        cautious: bool = False,
+        state_dtype: torch.dtype | str = torch.float32,
+        rounding: str = "nearest",
+        max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+    ):
+        options = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "eps": eps,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "cautious": cautious,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
+            "ema_decay": ema_decay,
+        }
+        super().__init__(params, options, max_grad_norm=max_grad_norm)
 
 
 class Lion(Optimizer):
@@ -176,13 +311,32 @@ class Lion(Optimizer):
     _rule = RULES["lion"]
 
     def __init__(
-        self, params: Iterable, lr: float | Tensor = 1e-4, betas: Betas = (0.9, 0.99), weight_decay: float = 0.0, *,
-        maximize: bool = False, decoupled_weight_decay: bool = True, cautious: bool = False,
-        state_dtype: torch.dtype | str = torch.float32, rounding: str = "nearest", max_grad_norm: float | None = None,
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-4,
+        betas: Betas = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        decoupled_weight_decay: bool = True,
+        cautious: bool = False,
+        state_dtype: torch.dtype | str = torch.float32,
+        rounding: str = "nearest",
+        max_grad_norm: float | None = None,
         ema_decay: float | None = None,
-    ):  # fmt: skip
-        options, norm = _options(locals())
-        super().__init__(params, options, max_grad_norm=norm)
+    ):
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "cautious": cautious,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
+            "ema_decay": ema_decay,
+        }
+        super().__init__(params, options, max_grad_norm=max_grad_norm)
 
 
 class LAMB(Optimizer):
@@ -205,11 +359,30 @@ class LAMB(Optimizer):
     _rule = RULES["lamb"]
 
     def __init__(
-        self, params: Iterable, lr: float | Tensor = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-6,
-        weight_decay: float = 0.01, *, maximize: bool = False, cautious: bool = False,
-        state_dtype: torch.dtype | str = torch.float32, rounding: str = "nearest", max_grad_norm: float | None = None,
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        maximize: bool = False,
+        cautious: bool = False,
+        state_dtype: torch.dtype | str = torch.float32,
+        rounding: str = "nearest",
+        max_grad_norm: float | None = None,
         ema_decay: float | None = None,
-    ):  # fmt: skip
-        options, norm = _options(locals())
-        options["decoupled_weight_decay"] = True
-        super().__init__(params, options, max_grad_norm=norm)
+    ):
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "cautious": cautious,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
+            "ema_decay": ema_decay,
+            "decoupled_weight_decay": True,
+        }
+        super().__init__(params, options, max_grad_norm=max_grad_norm)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import optimizer as ops
-from ._algorithms import Betas, _options
+from ._algorithms import Betas
 from ._optimizer import Optimizer
 from ._orthogonal import compute_in, orthogonalize_
 from ._plan import Entry, Plan, cut, gathered, local
@@ -52,21 +52,55 @@ class Muon(Optimizer):
     _rule = RULES["muon"]
 
     def __init__(
-        self, params: Iterable, lr: float | Tensor = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95,
-        nesterov: bool = True, ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
-        eps: float = 1e-7, ns_steps: int = 5, adjust_lr_fn: str | None = None, *, maximize: bool = False,
-        use_muon: bool | None = None, adamw_lr: float | Tensor | None = None, adamw_betas: Betas = (0.9, 0.95),
-        adamw_eps: float = 1e-8, adamw_weight_decay: float | None = None, cautious: bool = False,
-        state_dtype: torch.dtype | str = torch.float32, rounding: str = "nearest", max_grad_norm: float | None = None,
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        *,
+        maximize: bool = False,
+        use_muon: bool | None = None,
+        adamw_lr: float | Tensor | None = None,
+        adamw_betas: Betas = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float | None = None,
+        cautious: bool = False,
+        state_dtype: torch.dtype | str = torch.float32,
+        rounding: str = "nearest",
+        max_grad_norm: float | None = None,
         ema_decay: float | None = None,
-    ):  # fmt: skip
-        options, norm = _options(locals())
-        options["decoupled_weight_decay"] = True
-        super().__init__(params, options, max_grad_norm=norm)
+    ):
+        options = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "maximize": maximize,
+            "use_muon": use_muon,
+            "adamw_lr": adamw_lr,
+            "adamw_betas": adamw_betas,
+            "adamw_eps": adamw_eps,
+            "adamw_weight_decay": adamw_weight_decay,
+            "cautious": cautious,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
+            "ema_decay": ema_decay,
+            "decoupled_weight_decay": True,
+        }
+        super().__init__(params, options, max_grad_norm=max_grad_norm)
 
     def _check(self, o: dict) -> None:
         super()._check(o)
-        super()._check({**self._options(RULES["adam"], o), "params": []})
+        self._check_options(RULES["adam"], self._options(RULES["adam"], o))
         name = "bigkernels.optim.Muon"
         if len(o["ns_coefficients"]) != 3:
             raise ValueError(f"{name}: ns_coefficients are {o['ns_coefficients']!r}; accepted are three numbers")

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from .._exit import Running
+from .._torch_private import disable_dynamo
 from ..ops import optimizer as ops
 from ..ops._registry import compute_dtype
 from . import _formats, _norm, _plan
 from ._plan import Entry, Plan, cut, dense, gathered, local, placed, shaped
-from ._reference import RULES, Rule, trust_ratio
+from ._reference import NOT_NEGATIVE, Rule, trust_ratio
 from ._schedule import Schedule
 from ._states import States
 
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
     from ._backward import StepInBackward
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
-# What decides which states a group has, by value and by being set.
-_FORMATS = ("state_dtype", "rounding")
-_STATEFUL = ("amsgrad", "momentum", "centered")
+_COMMON = {"lr": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE}
 # What torch.optim's classes take and these have no use for.
 _OF_TORCH = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
 
@@ -90,24 +89,25 @@ class Optimizer(States):
             self._refuse("max_grad_norm", norm, "positive numbers and None")
 
     def _check(self, o: dict) -> None:
-        """Of a parameter group; the range of each option, whoever has it."""
+        """Of a parameter group, with its members in "params"."""
+        self._check_options(self._rule, o)
+        self._check_members(o)
+
+    def _check_options(self, rule: Rule, o: dict) -> None:
         name = self._name
         if o["differentiable"]:
             raise ValueError(f"{name}: differentiable=True is not supported; torch.optim.{type(self).__name__} has it")
         if isinstance(o["lr"], Tensor) and o["lr"].numel() != 1:
             raise ValueError(f"{name}: Tensor lr must be 1-element")
-        for key in ("lr", "eps", "weight_decay", "momentum", "lr_decay", "initial_accumulator_value"):
-            if key in o and not (key == "lr" and isinstance(o[key], Tensor) and o[key].device.type != "cpu"):
-                if not 0.0 <= float(o[key]) < math.inf:
-                    self._refuse(key, o[key], "finite numbers from 0 on")
-        for key, values in (("betas", o.get("betas", ())), ("alpha", (o.get("alpha", 0.0),))):
-            for value in values:
-                if isinstance(value, Tensor) and (value.numel() != 1 or value.device.type != "cpu"):
+        for key, accepted in (*_COMMON.items(), *rule.options.items()):
+            for value in o[key] if isinstance(o[key], (tuple, list)) else (o[key],):
+                on_device = isinstance(value, Tensor) and value.device.type != "cpu"
+                if key == "lr" and on_device:
+                    continue  # to look at it would be to wait for it
+                if (on_device and key not in _COMMON) or (isinstance(value, Tensor) and value.numel() != 1):
                     self._refuse(key, value, "numbers and tensors of one element on the CPU")
-                if not 0.0 <= float(value) < 1.0:
-                    self._refuse(key, o[key], "numbers in [0, 1)")
-        if not math.isfinite(o.get("dampening", 0.0)):
-            self._refuse("dampening", o["dampening"], "finite numbers")
+                if not accepted.has(float(value)):
+                    self._refuse(key, o[key], accepted.words)
         if o.get("nesterov") and "dampening" in o and (o["momentum"] <= 0 or o["dampening"] != 0):
             raise ValueError(f"{name}: Nesterov momentum requires a momentum and zero dampening")
         if o["state_dtype"] not in _formats.STATE_DTYPES:
@@ -118,13 +118,16 @@ class Optimizer(States):
             self._refuse("ema_decay", o["ema_decay"], "numbers in [0, 1) and None")
         if o["cautious"] and not o["decoupled_weight_decay"]:
             raise ValueError(f"{name}: cautious weight decay has to be decoupled (decoupled_weight_decay=True)")
+
+    def _check_members(self, o: dict) -> None:
+        name = self._name
         for p in o["params"]:
             if p.dtype not in _FLOATS:
                 raise ValueError(f"{name}: a parameter of {p.dtype} cannot be optimized")
             if o["rounding"] == "kahan" and p.dtype == torch.float16:
                 raise ValueError(f"{name}: rounding='kahan' is for bfloat16 parameters, and one is float16")
 
-    @torch._disable_dynamo
+    @disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
@@ -146,7 +149,7 @@ class Optimizer(States):
         """The 2-norm of the last step's gradients before clipping, float32 (); None without `max_grad_norm`."""
         return self._grad_norm
 
-    @torch._disable_dynamo
+    @disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, divisor: float | Tensor | None = None) -> Any:
         """Update all parameters that have a gradient.
@@ -191,7 +194,7 @@ class Optimizer(States):
 
     def _decides(self, o: dict) -> tuple:
         """What of a group decides which states there are, and which parameters are stepped together."""
-        return (*(o[k] for k in _FORMATS), *(bool(o.get(k)) for k in _STATEFUL), o["ema_decay"] is not None)
+        return o["state_dtype"], o["rounding"], o["ema_decay"] is not None, self._rule.needs(o)
 
     def _take(self, schedule: Schedule, divisor: float | Tensor | None, norm: Tensor | None = None) -> None:
         """One step of the parameters of a schedule that have a gradient. `norm`: to clip by, instead of their own."""
@@ -246,7 +249,7 @@ class Optimizer(States):
         plan.before()
         common = self._arguments(plan, grads, scale, found_inf, divisor, norm)
         trust = None
-        if plan.rule is RULES["lamb"]:
+        if plan.rule.measured:
             sums = torch.zeros(len(plan.params), 2, dtype=torch.float64, device=plan.device)
             ops.measure(*common, sums)
             trust = trust_ratio(*_norm.over_shards(plan.params, sums).unbind(1)).float()
@@ -280,8 +283,7 @@ class Optimizer(States):
         keys = [k for k in rule.states if k in entry.keys]
         states = {k: local(self._read(k, state)).to(wide) for k in keys}
         master = _formats.join(here, local(state["remainder"])) if "remainder" in entry.keys else here.to(wide)
-        # Norms and products are of whole tensors: no rank can make its part alone.
-        whole = hasattr(p, "to_local") and rule in (RULES["lamb"], RULES["muon"])
+        whole = rule.whole and hasattr(p, "to_local")
 
         def stored(states: dict[str, Tensor]) -> dict[str, Tensor]:
             for k in keys:
@@ -292,7 +294,7 @@ class Optimizer(States):
         if whole:
             master, g, states = gathered(p, master), gathered(p, g), {k: gathered(p, s) for k, s in states.items()}
         new = rule.update(master, g, states, {**numbers, "stored": stored}, step)
-        if rule is not RULES["lamb"]:
+        if not rule.measured:
             stored(states)
         if whole:
             new = cut(p, new)

@@ -7,8 +7,10 @@ parameter; the states are changed in place. `o` are the options of the group, `s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,16 +21,71 @@ States = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Range:
+    """The numbers that an option may be: from `least` on, up to `limit` and without it."""
+
+    words: str
+    least: float
+    limit: float = math.inf
+
+    def has(self, value: float) -> bool:
+        return self.least <= value < self.limit
+
+
+NOT_NEGATIVE = Range("finite numbers from 0 on", 0.0)
+FRACTION = Range("numbers in [0, 1)", 0.0, 1.0)
+FINITE = Range("finite numbers", -sys.float_info.max)
+
+
+@dataclass(frozen=True)
+class State:
+    """A tensor of the parameter's shape that an algorithm keeps.
+
+    Attributes:
+        signed: whether its 8-bit codes have a sign.
+        when: whether the options of a group ask for it.
+        start: the option whose value it is filled with before the first step; None: zero.
+    """
+
+    name: str
+    signed: bool = True
+    when: Callable[[dict], bool] = lambda o: True
+    start: str | None = None
+
+
+@dataclass(frozen=True)
 class Rule:
-    """An algorithm: the number that the kernels know it by (csrc/include/bigkernels/optimizer.h), its states in their
-    order there, which of them have no sign, which a group needs, and its update."""
+    """An algorithm, and all that the rest of this package has to know of it.
+
+    Attributes:
+        number: what the kernels know it by (csrc/include/bigkernels/optimizer.h).
+        update: what it does, in plain PyTorch.
+        kept: its states, in the kernels' order.
+        options: numbers of its own in a group, beside lr and weight_decay.
+        counts: whether torch's class of this name saves how many steps it took; if not, a state means one.
+        starts_with_state: whether the count begins again with the first state.
+        whole: whether it needs all of a distributed parameter (a norm, a product), and no rank can make its part alone.
+        measured: whether a first pass leaves the states and measures the direction, and `update` reads the states as
+            they are stored by then.
+    """
 
     name: str
     number: int
-    states: tuple[str, ...]
-    unsigned: frozenset[str]
-    needs: Callable[[dict], tuple[bool, ...]]
     update: Callable[[Tensor, Tensor, States, dict, int], Tensor]
+    kept: tuple[State, ...] = ()
+    options: Mapping[str, Range] = field(default_factory=dict)
+    counts: bool = True
+    starts_with_state: bool = False
+    whole: bool = False
+    measured: bool = False
+
+    @cached_property
+    def states(self) -> tuple[str, ...]:
+        return tuple(state.name for state in self.kept)
+
+    def needs(self, o: dict) -> tuple[State, ...]:
+        """The states that a group of these options has."""
+        return tuple(state for state in self.kept if state.when(o))
 
 
 def decayed(p: Tensor, u: Tensor, o: dict) -> Tensor:
@@ -152,21 +209,70 @@ def muon(p: Tensor, g: Tensor, s: States, o: dict, step: int) -> Tensor:
     return decayed(p, u, o) - u
 
 
-def _always(*which: bool) -> Callable[[dict], tuple[bool, ...]]:
-    return lambda o: which
+def _has_momentum(o: dict) -> bool:
+    return o["momentum"] != 0
 
 
+_BETAS = {"betas": FRACTION, "eps": NOT_NEGATIVE}
 _LIST = (
-    Rule("adam", 0, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), frozenset({"exp_avg_sq", "max_exp_avg_sq"}),
-         lambda o: (True, True, bool(o.get("amsgrad"))), adam),
-    Rule("sgd", 1, ("momentum_buffer",), frozenset(), lambda o: (o["momentum"] != 0,), sgd),
-    Rule("rmsprop", 2, ("square_avg", "momentum_buffer", "grad_avg"), frozenset({"square_avg"}),
-         lambda o: (True, o["momentum"] > 0, bool(o["centered"])), rmsprop),
-    Rule("adagrad", 3, ("sum",), frozenset({"sum"}), _always(True), adagrad),
-    Rule("lion", 4, ("exp_avg",), frozenset(), _always(True), lion),
-    Rule("lamb", 5, ("exp_avg", "exp_avg_sq"), frozenset({"exp_avg_sq"}), _always(True, True), lamb),
-    Rule("muon", 6, ("momentum_buffer",), frozenset(), _always(True), muon),
+    Rule(
+        "adam",
+        0,
+        adam,
+        kept=(
+            State("exp_avg"),
+            State("exp_avg_sq", signed=False),
+            State("max_exp_avg_sq", signed=False, when=lambda o: bool(o.get("amsgrad"))),
+        ),
+        options=_BETAS,
+    ),
+    Rule(
+        "sgd",
+        1,
+        sgd,
+        kept=(State("momentum_buffer", when=_has_momentum),),
+        options={"momentum": NOT_NEGATIVE, "dampening": FINITE},
+        counts=False,
+        starts_with_state=True,  # the first momentum is the gradient itself
+    ),
+    Rule(
+        "rmsprop",
+        2,
+        rmsprop,
+        kept=(
+            State("square_avg", signed=False),
+            State("momentum_buffer", when=_has_momentum),
+            State("grad_avg", when=lambda o: bool(o["centered"])),
+        ),
+        options={"eps": NOT_NEGATIVE, "momentum": NOT_NEGATIVE, "alpha": FRACTION},
+    ),
+    Rule(
+        "adagrad",
+        3,
+        adagrad,
+        kept=(State("sum", signed=False, start="initial_accumulator_value"),),
+        options={"eps": NOT_NEGATIVE, "lr_decay": NOT_NEGATIVE, "initial_accumulator_value": NOT_NEGATIVE},
+    ),
+    Rule("lion", 4, lion, kept=(State("exp_avg"),), options={"betas": FRACTION}),
+    Rule(
+        "lamb",
+        5,
+        lamb,
+        kept=(State("exp_avg"), State("exp_avg_sq", signed=False)),
+        options=_BETAS,
+        whole=True,
+        measured=True,
+    ),
+    Rule(
+        "muon",
+        6,
+        muon,
+        kept=(State("momentum_buffer"),),
+        options={"eps": NOT_NEGATIVE, "momentum": NOT_NEGATIVE},
+        counts=False,
+        whole=True,
+    ),
     # What is left of SGD without momentum: a step along what it is given.
-    Rule("descent", 1, (), frozenset(), _always(), sgd),
-)  # fmt: skip
+    Rule("descent", 1, sgd),
+)
 RULES = {rule.name: rule for rule in _LIST}

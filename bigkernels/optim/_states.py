@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch_private import disable_dynamo
 from ..ops._registry import compute_dtype
 from . import _formats
 from ._plan import Entry, backed, dense, laid_out, local, placed, strides
@@ -46,8 +47,7 @@ class States(torch.optim.Optimizer):
     def _expected(self, p: Tensor, o: dict) -> dict[str, torch.dtype]:
         """The tensors of the shape of `p` in its state, with their dtypes."""
         rule = self._rule_of(p, o)
-        needed = zip(rule.states, rule.needs(self._options(rule, o)), strict=True)
-        dtypes = {k: _state_dtype(p, k in rule.unsigned, o) for k, there in needed if there}
+        dtypes = {s.name: _state_dtype(p, s.signed, o) for s in rule.needs(self._options(rule, o))}
         if o["rounding"] == "kahan" and p.dtype == torch.bfloat16:
             dtypes["remainder"] = torch.int16
         if o["ema_decay"] is not None:
@@ -92,7 +92,8 @@ class States(torch.optim.Optimizer):
             self._write(p, key, p.detach(), state, dtype)
             return
         state[key] = self._empty(p, dtype).zero_()
-        fill = float(o.get("initial_accumulator_value", 0.0)) if key == "sum" else 0.0
+        start = next((s.start for s in self._rule_of(p, o).kept if s.name == key), None)  # none of a remainder
+        fill = float(o[start]) if start else 0.0
         if dtype in _CODES:
             here = local(state[key])
             blocks = _formats.blocks(here.numel())
@@ -105,11 +106,10 @@ class States(torch.optim.Optimizer):
     def _count(self, p: Tensor, state: dict, rule: Rule, expected: dict) -> Tensor:
         """How many steps a parameter has taken, as kernels count them: float64 (), on the device, so that no step waits
         for another, and as float32 stops counting at 2^24. Another counter stays what it is, and is counted on."""
-        momentum = rule.name in ("sgd", "muon") and "momentum_buffer" in expected
-        if momentum and rule.name == "sgd" and "momentum_buffer" not in state:
-            state["step"] = 0  # the first momentum is the gradient itself
-        # torch's SGD and Muon count no steps: a momentum is there after the first one.
-        given = state.setdefault("step", 1 if momentum and "momentum_buffer" in state else 0)
+        there = any(k in expected and k in state for k in rule.states)
+        if rule.starts_with_state and not there and any(k in expected for k in rule.states):
+            state["step"] = 0
+        given = state.setdefault("step", 0 if rule.counts or not there else 1)
         home = self._home(p)
         if isinstance(given, Tensor):
             plain = given.dtype == torch.float64 and given.shape == () and type(given) is Tensor
@@ -206,7 +206,7 @@ class States(torch.optim.Optimizer):
         _formats.flat(local(wide)).copy_(decoded)
         return wide
 
-    @torch._disable_dynamo
+    @disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """As torch's: what `load_state_dict` of this optimizer, and with float32 states that of torch, goes on from.
 
@@ -256,7 +256,7 @@ class States(torch.optim.Optimizer):
             saved["step"] = torch.full((), float(state["step"]), dtype=torch.float32, device=_device_of(state["step"]))
         return saved
 
-    @torch._disable_dynamo
+    @disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state_dict of this class, in whatever formats, or of the torch class of this name.
 
@@ -349,9 +349,9 @@ def _converted(optimizer: States, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": states, "param_groups": new_groups}
 
 
-def _state_dtype(p: Tensor, unsigned: bool, o: dict) -> torch.dtype:
+def _state_dtype(p: Tensor, signed: bool, o: dict) -> torch.dtype:
     if p.dtype in (torch.float64, torch.complex64, torch.complex128):
         return p.dtype
     if o["state_dtype"] == "int8":
-        return torch.float32 if p.numel() < _formats.LEAST_8BIT else torch.uint8 if unsigned else torch.int8
+        return torch.float32 if p.numel() < _formats.LEAST_8BIT else torch.int8 if signed else torch.uint8
     return o["state_dtype"]

@@ -42,18 +42,9 @@ extern "C" void host_step(int algorithm, const OptimizerLists* lists, const Opti
   std::vector<OptimizerScalars> scalars(lists->tensor_count);
   for (int64_t i = 0; i < lists->tensor_count; ++i)
     prepare((Algorithm)algorithm, *lists, *factors, trust, !trust, i, scalars.data());
-  switch ((Algorithm)algorithm) {
-#define BK_STEP(name) \
-  case Algorithm::name: return step<Algorithm::name, false>(*lists, *factors, scalars, parts, warps, nullptr)
-    BK_STEP(adam);
-    BK_STEP(sgd);
-    BK_STEP(rmsprop);
-    BK_STEP(adagrad);
-    BK_STEP(lion);
-    BK_STEP(lamb);
-    BK_STEP(muon);
-#undef BK_STEP
-  }
+  by_algorithm((Algorithm)algorithm, [&](auto rule) {
+    step<decltype(rule)::kAlgorithm, false>(*lists, *factors, scalars, parts, warps, nullptr);
+  });
 }
 
 extern "C" void host_measure(const OptimizerLists* lists, const OptimizerFactors* factors, double* sums, int parts,

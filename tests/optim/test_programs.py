@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from optimizer_formulas import FORMULAS
 
 import bigkernels
 from bigkernels import optim
@@ -329,7 +330,7 @@ class AgainstTorch(Programs):
 class KernelsAndReference(Programs):
     shapes = LARGE
 
-    @initialize(name=st.sampled_from(["AdamW", "SGD", "Lion", "RMSprop", "Adagrad", "LAMB"]), count=st.integers(2, 4),
+    @initialize(name=st.sampled_from(sorted(set(FORMULAS) - {"Adam", "Muon"})), count=st.integers(2, 4),
                 seed=st.integers(0, 2**20), dtype=st.sampled_from([torch.bfloat16, torch.float32]))  # fmt: skip
     def start(self, name: str, count: int, seed: int, dtype: torch.dtype) -> None:
         self.begin(name, count, seed)

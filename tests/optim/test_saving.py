@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from optimizer_formulas import FORMULAS
 
 from bigkernels import optim
 
-ALGORITHMS = ("AdamW", "SGD", "RMSprop", "Adagrad", "Lion", "LAMB", "Muon")
+ALGORITHMS = tuple(FORMULAS)
 FORMATS = [
     {},
     {"state_dtype": torch.bfloat16},

@@ -6,13 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optimizer_formulas import FORMULAS
 from sizes import every_size
 from torch import Tensor
 
 from bigkernels import optim
 from bigkernels.optim import _formats
 
-ALGORITHMS = ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "Lion", "LAMB", "Muon")
+ALGORITHMS = tuple(FORMULAS)
 
 
 def make(name: str, params, **options):

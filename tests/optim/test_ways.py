@@ -7,12 +7,13 @@ import weakref
 
 import pytest
 import torch
+from optimizer_formulas import FORMULAS
 from torch import nn
 
 from bigkernels import optim
 from bigkernels.optim import _muon, _offload
 
-ALGORITHMS = ("AdamW", "SGD", "RMSprop", "Adagrad", "Lion", "LAMB", "Muon")
+ALGORITHMS = tuple(FORMULAS)
 X = torch.randn(16, 70, generator=torch.Generator().manual_seed(0))
 
 

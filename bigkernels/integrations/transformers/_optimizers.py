@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,11 @@ from ... import optim
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-_ADAM = ("betas", "eps")
-# Each class, and which of the arguments that `TrainingArguments` has for Adam it takes.
-_CLASSES: dict[str, tuple[type[optim.Optimizer], tuple[str, ...]]] = {
-    "adamw": (optim.AdamW, _ADAM), "adam": (optim.Adam, _ADAM), "lamb": (optim.LAMB, _ADAM),
-    "lion": (optim.Lion, ("betas",)), "sgd": (optim.SGD, ()), "rmsprop": (optim.RMSprop, ()),
-    "adagrad": (optim.Adagrad, ()), "muon": (optim.Muon, ()),
-}  # fmt: skip
+_CLASSES: dict[str, type[optim.Optimizer]] = {
+    kind.__name__.lower(): kind
+    for kind in (getattr(optim, name) for name in optim.__all__)
+    if isinstance(kind, type) and issubclass(kind, optim.Optimizer) and kind is not optim.Optimizer
+}
 _STATES: dict[str, Any] = {"": None, "_8bit": "int8", "_16bit": torch.bfloat16}
 NAMES = {f"bigkernels_{name}{end}": (name, states) for name in _CLASSES for end, states in _STATES.items()}
 
@@ -32,8 +31,8 @@ def optimizer_cls_and_kwargs(
     """What `Trainer(optimizer_cls_and_kwargs=...)` takes, for an optimizer by its name.
 
     Args:
-        name: "bigkernels_" and adamw, adam, lamb, lion, sgd, rmsprop, adagrad or muon; with "_8bit" or "_16bit" after
-            it, its states are stored in 8 bits or in bfloat16.
+        name: "bigkernels_" and a class of `bigkernels.optim` in lower case, as "bigkernels_adamw";
+            with "_8bit" or "_16bit" after it, its states are stored in 8 bits or in bfloat16.
         args: where learning rate, betas and eps are taken from (Muon's are its own defaults, and AdamW's beside it).
         optim_args: further arguments of the class, as ``{"rounding": "kahan"}``; `args.optim_args` by default. Values
             may be texts, as they are there.
@@ -47,11 +46,14 @@ def optimizer_cls_and_kwargs(
     if name not in NAMES:
         raise ValueError(f"bigkernels: optim is {name!r}; accepted are {', '.join(NAMES)}")
     short, states = NAMES[name]
-    kind, taken = _CLASSES[short]
+    kind = _CLASSES[short]
     if optim_args is None:
         optim_args = _parsed(args.optim_args)
     known = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    options = {"lr": args.learning_rate} | {key: known[key] for key in taken}
+    accepted = inspect.signature(kind).parameters
+    options = {"lr": args.learning_rate}
+    if "betas" in accepted:  # the arguments are those of Adam; another rule's eps has another default
+        options |= {key: value for key, value in known.items() if key in accepted}
     if states is not None:
         options["state_dtype"] = states
     options |= {key: _value(value) for key, value in optim_args.items()}

@@ -60,12 +60,6 @@ struct RoughMath : VectorMath {
   }
 };
 
-// Only second moments and sums of squares have no sign.
-constexpr bool has_sign(Algorithm a, int state) {
-  return !((a == Algorithm::adam && state > 0) || (a == Algorithm::lamb && state == 1) ||
-           (a == Algorithm::rmsprop && state == 0) || a == Algorithm::adagrad);
-}
-
 // Elements of a block are worked on in groups of so many: the random words of stochastic rounding come in such, and 8
 // bits are stored four vectors at once.
 constexpr int64_t kGroup = 4 * W > 32 ? 4 * W : 32;
@@ -236,9 +230,9 @@ void step_chunk(const OptimizerTensor& t, const OptimizerGrad& grad, const Optim
   alignas(64) float param[kBlock], gradient[kBlock], copies[kStates][kBlock], buffers[kStates][kBlock];
   for (int64_t at = chunk.begin; at < chunk.end; at += kBlock) {
     const Block b(chunk, at);
-    typename StateOf<(kThere & 1) != 0, S, has_sign(A, 0)>::type x(t, 0, b, copies[0], buffers[0]);
-    typename StateOf<(kThere & 2) != 0, S, has_sign(A, 1)>::type y(t, 1, b, copies[1], buffers[1]);
-    typename StateOf<(kThere & 4) != 0, S, has_sign(A, 2)>::type z(t, 2, b, copies[2], buffers[2]);
+    typename StateOf<(kThere & 1) != 0, S, has_sign<A>(0)>::type x(t, 0, b, copies[0], buffers[0]);
+    typename StateOf<(kThere & 2) != 0, S, has_sign<A>(1)>::type y(t, 1, b, copies[1], buffers[1]);
+    typename StateOf<(kThere & 4) != 0, S, has_sign<A>(2)>::type z(t, 2, b, copies[2], buffers[2]);
     if (direct) {
       const Part<P> p((P*)t.param, b, param), g((P*)grad.data, b, gradient);
       step_block<A, kThere, kPlain, typename MathOf<S>::type>(s, p.data, g.data, p.data, b.padded, x, y, z);
@@ -279,6 +273,16 @@ void step_by_state(const OptimizerTensor& t, const OptimizerGrad& grad, const Op
   }
 }
 
+// The step with the states that there are: one of the sets between those needed and those known, from `kThere` down.
+template <Algorithm A, int kThere>
+void step_by_states(int there, const OptimizerTensor& t, const OptimizerGrad& grad, const OptimizerScalars& s,
+                    const OptimizerChunk& chunk) {
+  constexpr int needed = Update<A>::kNeeded, optional = Update<A>::kKnown & ~needed;
+  if (there == kThere || kThere == needed) return step_by_state<A, kThere>(t, grad, s, chunk);
+  if constexpr (kThere != needed)
+    step_by_states<A, needed | (((kThere & optional) - 1) & optional)>(there, t, grad, s, chunk);
+}
+
 BK_INLINE double squares(const float* x, int64_t n) {
   vf acc[4] = {};
   for (int64_t i = 0; i < n; i += 4 * W)
@@ -293,19 +297,11 @@ BK_INLINE double squares(const float* x, int64_t n) {
 
 void optimizer_step(Algorithm algorithm, const OptimizerTensor& t, const OptimizerGrad& grad, const OptimizerScalars& s,
                     const OptimizerChunk& chunk) {
-#define BK_STEP(name, there) step_by_state<Algorithm::name, there>(t, grad, s, chunk)
-  switch (algorithm) {
-    case Algorithm::adam: return t.state[2] ? BK_STEP(adam, 7) : BK_STEP(adam, 3);
-    case Algorithm::sgd: return t.state[0] ? BK_STEP(sgd, 1) : BK_STEP(sgd, 0);
-    case Algorithm::rmsprop:
-      if (t.state[1]) return t.state[2] ? BK_STEP(rmsprop, 7) : BK_STEP(rmsprop, 3);
-      return t.state[2] ? BK_STEP(rmsprop, 5) : BK_STEP(rmsprop, 1);
-    case Algorithm::adagrad: return BK_STEP(adagrad, 1);
-    case Algorithm::lion: return BK_STEP(lion, 1);
-    case Algorithm::lamb: return BK_STEP(lamb, 3);
-    case Algorithm::muon: return BK_STEP(muon, 1);
-  }
-#undef BK_STEP
+  by_algorithm(algorithm, [&](auto rule) {
+    int there = 0;
+    for (int k = 0; k < kStates; ++k) there |= t.state[k] ? 1 << k : 0;
+    step_by_states<rule.kAlgorithm, rule.kKnown>(there & rule.kKnown, t, grad, s, chunk);
+  });
 }
 
 // LAMB's first pass: the states, and the sums of squares of the parameter and of the direction.
@@ -317,8 +313,8 @@ static void measure_chunk(const OptimizerTensor& t, const OptimizerGrad& grad, c
   sums[0] = sums[1] = 0.0;
   for (int64_t at = chunk.begin; at < chunk.end; at += kBlock) {
     const Block b(chunk, at);
-    State<S, has_sign(A, 0)> x(t, 0, b, copies[0], buffers[0]);
-    State<S, has_sign(A, 1)> y(t, 1, b, copies[1], buffers[1]);
+    State<S, has_sign<A>(0)> x(t, 0, b, copies[0], buffers[0]);
+    State<S, has_sign<A>(1)> y(t, 1, b, copies[1], buffers[1]);
     open_param(t, b, param);
     const float* g = open_grad(grad, b, gradient);
     for (int64_t i = 0; i < b.padded; i += 2 * W) {

@@ -22,20 +22,6 @@ const T* records(const char* name, const Tensor& t, int64_t* count) {
 bool is_type(int64_t type, int64_t last) { return type >= 0 && type <= last; }
 constexpr int64_t kLastType = (int64_t)Type::f16, kLastState = (int64_t)StateType::int8;
 
-// Which states an algorithm cannot do without, as bits, and which it may have.
-struct States {
-  int needed, known;
-};
-States states_of(Algorithm a) {
-  switch (a) {
-    case Algorithm::adam: return {3, 7};
-    case Algorithm::sgd: return {0, 1};
-    case Algorithm::rmsprop: return {1, 7};
-    case Algorithm::lamb: return {3, 3};
-    default: return {1, 1};
-  }
-}
-
 struct Lists {
   const OptimizerTensor* tensors;
   const OptimizerGrad* grads;
@@ -64,7 +50,8 @@ struct Lists {
     for (int64_t i = 0; i < group_count; ++i)
       STD_TORCH_CHECK(is_type(groups[i].rounding, (int64_t)Rounding::kahan),
                       "bigkernels::optimizer_step: no such rounding");
-    const States states = states_of(algorithm);
+    int needed = 0, known = 0;
+    by_algorithm(algorithm, [&](auto rule) { needed = rule.kNeeded, known = rule.kKnown; });
     for (int64_t i = 0; i < tensor_count; ++i) {
       const OptimizerTensor& t = tensors[i];
       if (!grads[i].data) continue;
@@ -76,8 +63,8 @@ struct Lists {
                       "bigkernels::optimizer_step: a step is ", *t.step, "; it has to be a whole number from 0 on");
       for (int k = 0; k < kStates && t.n; ++k) {
         const bool there = t.state[k] != nullptr;
-        STD_TORCH_CHECK(there || !(states.needed >> k & 1), "bigkernels::optimizer_step: a state is missing");
-        STD_TORCH_CHECK(!there || (states.known >> k & 1), "bigkernels::optimizer_step: no such state");
+        STD_TORCH_CHECK(there || !(needed >> k & 1), "bigkernels::optimizer_step: a state is missing");
+        STD_TORCH_CHECK(!there || (known >> k & 1), "bigkernels::optimizer_step: no such state");
         STD_TORCH_CHECK(!there || t.scale[k] || t.state_type != (int64_t)StateType::int8,
                         "bigkernels::optimizer_step: a state of 8 bits lacks its scales");
       }
@@ -150,7 +137,7 @@ std::vector<OptimizerScalars> scalars_for(Algorithm algorithm, const Lists& list
 
 void step(int64_t algorithm, Tensor tensors, Tensor grads, Tensor chunks, Tensor groups, MaybeTensor grad_scale,
           MaybeTensor found_inf, MaybeTensor divisor, MaybeTensor norm, double max_norm, MaybeTensor trust) {
-  STD_TORCH_CHECK(algorithm >= 0 && algorithm <= (int64_t)Algorithm::muon, "bigkernels::optimizer_step: no algorithm ",
+  STD_TORCH_CHECK(algorithm >= 0 && algorithm <= (int64_t)kLastAlgorithm, "bigkernels::optimizer_step: no algorithm ",
                   algorithm);
   if (found_inf && value_of(*found_inf) != 0.0) return;
   Lists lists(tensors, grads, chunks);

@@ -47,7 +47,7 @@ __global__ void prepare_kernel(Algorithm algorithm, OptimizerLists lists, Optimi
 }
 
 template <Algorithm A, bool kMeasure>
-__global__ void __launch_bounds__(kThreads, states_of(A) == 1 ? 6 : 4)
+__global__ void __launch_bounds__(kThreads, states_of<A>() == 1 ? 6 : 4)
     step_kernel(OptimizerLists lists, OptimizerFactors factors, const OptimizerScalars* scalars, int parts,
                 double* sums) {
   if (found_inf(factors)) return;
@@ -127,20 +127,10 @@ const char* optimizer_step(Algorithm algorithm, const OptimizerLists& lists, con
     prepare_kernel<<<grid(lists.tensor_count, 128), 128, 0, s>>>(algorithm, lists, factors, trust, !trust, scalars);
   if (lists.chunk_count) {
     const unsigned blocks = grid(lists.chunk_count * parts, 1);
-    switch (algorithm) {
-#define BK_STEP(name)                                                                                         \
-  case Algorithm::name:                                                                                       \
-    step_kernel<Algorithm::name, false><<<blocks, kThreads, 0, s>>>(lists, factors, scalars, parts, nullptr); \
-    break
-      BK_STEP(adam);
-      BK_STEP(sgd);
-      BK_STEP(rmsprop);
-      BK_STEP(adagrad);
-      BK_STEP(lion);
-      BK_STEP(lamb);
-      BK_STEP(muon);
-#undef BK_STEP
-    }
+    by_algorithm(algorithm, [&](auto rule) {
+      step_kernel<decltype(rule)::kAlgorithm, false>
+          <<<blocks, kThreads, 0, s>>>(lists, factors, scalars, parts, nullptr);
+    });
   }
   return message(cudaGetLastError());
 }

@@ -120,20 +120,16 @@ struct SingleMath {
   BK_BOTH float where_nonnegative(float condition, float value) { return condition >= 0.0f ? value : 0.0f; }
 };
 
-constexpr int states_of(Algorithm a) {
-  return a == Algorithm::adam || a == Algorithm::rmsprop ? 3 : a == Algorithm::lamb ? 2 : 1;
+// How many places of states there are, whether or not this tensor has them.
+template <Algorithm A>
+constexpr int states_of() {
+  return Update<A>::kKnown > 3 ? 3 : Update<A>::kKnown > 1 ? 2 : 1;
 }
-// As csrc/cpu/kernels/optimizer.cpp has it.
-constexpr bool has_sign(Algorithm a, int state) {
-  return !((a == Algorithm::adam && state > 0) || (a == Algorithm::lamb && state == 1) ||
-           (a == Algorithm::rmsprop && state == 0) || a == Algorithm::adagrad);
-}
-
 // The flags that say which states there are, from which there are: options may have changed since they were made.
 template <Algorithm A>
 BK_DEVICE int32_t true_flags(int32_t flags, const OptimizerTensor& t) {
   int there = 0;
-  for (int k = 0; k < states_of(A); ++k) there |= t.state[k] ? 1 << k : 0;
+  for (int k = 0; k < states_of<A>(); ++k) there |= t.state[k] ? 1 << k : 0;
   return (flags & ~(kAmsgrad | kMomentum | kCentered)) | Update<A>::flags(there);
 }
 
@@ -214,7 +210,7 @@ BK_DEVICE void close_codes(const OptimizerTensor& t, int j, bool sign, const Blo
 template <Algorithm A, bool kMeasure>
 BK_DEVICE void step_block(const OptimizerTensor& t, const OptimizerGrad& grad, const OptimizerScalars& s,
                           const Block& b, PerLane<double>* sums) {
-  constexpr int kCount = states_of(A);
+  constexpr int kCount = states_of<A>();
   // LAMB's second pass has the gradient in the states already, and leaves them.
   constexpr bool kSecond = A == Algorithm::lamb && !kMeasure;
   constexpr bool kReadsParam = A != Algorithm::muon;  // which makes something else in its place
@@ -255,7 +251,7 @@ BK_DEVICE void step_block(const OptimizerTensor& t, const OptimizerGrad& grad, c
       for (int j = 0; j < kCount; ++j) {
         if (!t.state[j]) continue;
         if ((StateType)t.state_type == StateType::int8)
-          codes_to_floats(state[j][r][lane], has_sign(A, j), scale[j]);
+          codes_to_floats(state[j][r][lane], has_sign<A>(j), scale[j]);
         else if ((StateType)t.state_type == StateType::bf16)
           to_floats(state[j][r][lane], Type::bf16);
       }
@@ -296,7 +292,7 @@ BK_DEVICE void step_block(const OptimizerTensor& t, const OptimizerGrad& grad, c
     if ((StateType)t.state_type != StateType::int8) return;
     BK_UNROLL
     for (int j = 0; j < kCount; ++j)
-      if (t.state[j]) close_codes(t, j, has_sign(A, j), b, state[j], largest[j]);
+      if (t.state[j]) close_codes(t, j, has_sign<A>(j), b, state[j], largest[j]);
   }
 }
 

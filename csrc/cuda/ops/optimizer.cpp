@@ -84,7 +84,7 @@ class Call {
 void step(int64_t algorithm, Tensor tensors, Tensor grads, Tensor chunks, Tensor groups, MaybeTensor grad_scale,
           MaybeTensor found_inf, MaybeTensor divisor, MaybeTensor norm, double max_norm, MaybeTensor trust) {
   Call call("optimizer_step", tensors, grads, chunks);
-  STD_TORCH_CHECK(algorithm >= 0 && algorithm <= (int64_t)Algorithm::muon, "bigkernels::optimizer_step: no algorithm ",
+  STD_TORCH_CHECK(algorithm >= 0 && algorithm <= (int64_t)kLastAlgorithm, "bigkernels::optimizer_step: no algorithm ",
                   algorithm);
   call.groups(groups);
   call.factors(grad_scale, found_inf, divisor, norm, max_norm);
