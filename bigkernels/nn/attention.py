@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._deprecated import renamed_members
-from ..ops import _attention as shared
-from ..ops.attention import attention
+from ..ops.attention import attention, raw_options
 from ..ops.rope import rope as rotate
 from ..ops.varlen_attention import varlen_attention
 from ._constants import KeepsConstants
@@ -64,7 +63,7 @@ class Attention(KeepsConstants):
                 raise ValueError(f"bigkernels.nn.Attention: hidden_size is {hidden_size}, not a multiple of num_heads "
                                  f"{num_heads}; give head_dim")  # fmt: skip
             head_dim = hidden_size // num_heads
-        shared.options("nn.Attention", head_dim, causal, scale, window, softcap, dropout)  # raises on wrong values
+        raw_options("nn.Attention", head_dim, causal, scale, window, softcap, dropout)  # raises on wrong values
         if rope is not None and not isinstance(rope, nn.Module):
             rope = RotaryEmbedding(head_dim, rope, device=device)
         if rope is not None and rope.rotary_dim > head_dim:

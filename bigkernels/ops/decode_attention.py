@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._deprecated import warn
-from . import _attention as shared
+from . import attention as shared
 from . import rope
 from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor, type_name
 from ._flops import attention_flops, values
@@ -84,7 +84,7 @@ def decode_attention(
     left = -1
     try:
         q, k, v = _as_cache(k_cache, q, k, v)
-        left, _, *options = shared.options(_DECODE, q.shape[-1], True, scale, window, softcap, 0.0)[:4]
+        left, _, *options = shared.raw_options(_DECODE, q.shape[-1], True, scale, window, softcap, 0.0)[:4]
         grad = needs_grad(q, k_cache, v_cache, k, v, cos, sin, *tensors)
         if OPERATOR.uses_kernel(q, k_cache, v_cache, cache_seqlens, k, v, cos, sin, *tensors) and not grad:
             cache_seqlens, block_table = _int32(cache_seqlens), _int32(block_table)

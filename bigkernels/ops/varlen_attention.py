@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import _attention as shared
+from . import attention as shared
 from ._arguments import check_tensor
 from ._derivatives import gradients, is_observed, vjp
+from ._dropout import draw_seed, keep_mask
 from ._flops import attention_flops, values
 from ._registry import (
     REFUSED,
@@ -68,14 +69,16 @@ def varlen_attention(
     tensors = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, prefix_lengths)
     try:
         q, k, v = shared.lowered(q, k, v)
-        options = shared.options("functional.varlen_attention", q.shape[-1], causal, scale, window, softcap, dropout_p)
+        options = shared.raw_options(
+            "functional.varlen_attention", q.shape[-1], causal, scale, window, softcap, dropout_p
+        )
         if OPERATOR.uses_kernel(q, k, v, *tensors) and not needs_grad(alibi_slopes):
             grad = needs_grad(q, k, v, sinks)
             cu_q, prefix = shared.integers(cu_seqlens_q, grad), shared.integers(prefix_lengths, grad)
             # The compiler does not take one tensor for two arguments of an autograd function.
             once = cu_seqlens_k is cu_seqlens_q and not is_compiling()
             cu_k = cu_q if once else shared.integers(cu_seqlens_k, grad)
-            args = (q, k, v, cu_q, cu_k, alibi_slopes, sinks, prefix, shared.draw_seed(q, dropout_p), max_seqlen_q,
+            args = (q, k, v, cu_q, cu_k, alibi_slopes, sinks, prefix, draw_seed(q, dropout_p), max_seqlen_q,
                     max_seqlen_k, *options)  # fmt: skip
             if grad:
                 results = _VarlenAttention.apply(*args)
@@ -88,7 +91,7 @@ def varlen_attention(
         _check(q, k, v, *tensors, max_seqlen_q, max_seqlen_k)
         raise
     _check(q, k, v, *tensors, max_seqlen_q, max_seqlen_k)
-    out, lse = _packed(q, k, v, *tensors, shared.draw_seed(q, dropout_p), max_seqlen_q, max_seqlen_k, *options)
+    out, lse = _packed(q, k, v, *tensors, draw_seed(q, dropout_p), max_seqlen_q, max_seqlen_k, *options)
     out = out.to(q.dtype)
     return (out, lse) if return_lse else out
 
@@ -143,7 +146,7 @@ def _packed(
         keep = None
         if dropout_p:
             batch = torch.tensor([n], device=q.device, dtype=torch.int64)
-            keep = shared.keep_mask(seed, batch, q.shape[1], one_q.shape[2], one_k.shape[2], dropout_p)
+            keep = keep_mask(seed, batch, q.shape[1], one_q.shape[2], one_k.shape[2], dropout_p)
         prefix = None if prefix_lengths is None else prefix_lengths[n : n + 1]
         out, lse = shared.attend(
             one_q, one_k, one_v, None, None, alibi_slopes, sinks, prefix, keep, left, right, scale, softcap, dropout_p

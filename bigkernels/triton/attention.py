@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops import _attention as shared
 from ..ops import attention as op
+from ..ops._dropout import dropout_threshold
 from ..ops._registry import KERNEL_DTYPES, is_forced, nondeterministic
 from . import _hopper
 from ._attention import attend, backward_bias, backward_keys, backward_queries
@@ -91,7 +91,7 @@ def prepare(
     common = {
         "queries": queries, "keys": keys, "left": left, "right": right,
         "scale": scale / softcap if softcap else scale * _LOG2E, "softcap": softcap * _LOG2E if softcap else None,
-        "threshold": shared.dropout_threshold(dropout_p), "kept_scale": 1.0 / (1.0 - dropout_p),
+        "threshold": dropout_threshold(dropout_p), "kept_scale": 1.0 / (1.0 - dropout_p),
         **strides("q", q, packed=packed), **strides("k", k, packed=packed), **strides("v", v, packed=packed),
         **score_strides,
         "HEADS": heads, "GROUP": heads // key_heads, "D": size, "DV": value_size, "BLOCK_D": block_d,
@@ -224,7 +224,7 @@ def forward(
         found = serve_attention(q, k, v, alibi_slopes, sinks, left, right, scale, softcap)
         if found is not None:
             return found
-    out = shared.like(q, v.shape[-1])
+    out = op.like(q, v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     q, k, v = _rows(q, k, v)
     sinks = None if sinks is None else sinks.contiguous()
@@ -252,7 +252,7 @@ def backward_by(
     if not _serves(q, k, v):
         return op._bwd_fallback(grad, grad_lse, q, k, v, out, lse, bias, mask, alibi_slopes, sinks, prefix_lengths,
                                 seed, *options, bias_grad)  # fmt: skip
-    dq, dk, dv = (shared.like(t, t.shape[-1]) for t in (q, k, v))
+    dq, dk, dv = (op.like(t, t.shape[-1]) for t in (q, k, v))
     dbias = bias.new_empty(bias.shape) if bias_grad else None
     grad, q, k, v, out = _rows(grad, q, k, v, out)
     grad_lse, lse = (t if t is None else t.contiguous() for t in (grad_lse, lse))
@@ -284,7 +284,7 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
     ):
         q, k, v = (torch.empty(2, 2048, h, n, dtype=dtype, device="meta").transpose(1, 2)
                    for h, n in ((heads, size), (key_heads, size), (key_heads, value_size)))  # fmt: skip
-        out = shared.like(q, value_size)
+        out = op.like(q, value_size)
         lse = torch.empty(2, heads, 2048, device="meta", dtype=torch.float32)
         vector = torch.empty(heads, device="meta", dtype=torch.float32) if everything else None
         bias = torch.empty(2, heads, 2048, 2048, dtype=dtype, device="meta") if everything else None

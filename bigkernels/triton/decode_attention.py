@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops import _attention as shared
+from ..ops import attention as shared
 from ..ops import decode_attention as op
 from ..ops._registry import KERNEL_DTYPES
 from ..ops.rope import _empty

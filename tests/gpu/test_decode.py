@@ -8,7 +8,7 @@ from decode_calls import check_decoded, decode_arguments
 from torch import Tensor
 
 from bigkernels._compare import compare
-from bigkernels.ops import _attention as shared
+from bigkernels.ops import attention as shared
 from bigkernels.ops._registry import KERNEL_DTYPES
 
 pytestmark = pytest.mark.gpu

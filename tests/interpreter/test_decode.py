@@ -8,7 +8,7 @@ from decode_calls import append_twice, check_decoded, decode_arguments, same
 from torch import Tensor
 
 from bigkernels._compare import compare
-from bigkernels.ops import _attention as shared
+from bigkernels.ops import attention as shared
 from bigkernels.ops import decode_attention as op
 from bigkernels.triton import decode_attention as launchers
 

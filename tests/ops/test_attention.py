@@ -14,7 +14,7 @@ from torch import Tensor
 import bigkernels
 import bigkernels.functional as B
 from bigkernels._compare import compare
-from bigkernels.ops import _attention as shared
+from bigkernels.ops._dropout import keep_mask
 
 EPS = torch.finfo(torch.float32).eps
 pytestmark = pytest.mark.usefixtures("library")
@@ -197,7 +197,7 @@ def test_dropout_keeps_the_mean(p: float):
     out = B.attention(**given, dropout_p=p)
     deviation = (p / (1 - p)) ** 0.5 * 4 / (64 * 8 * 100) ** 0.5  # four sigma; about 100 keys share a row's weight
     assert abs(out[..., 0].mean().item() - 1) < deviation
-    kept = shared.keep_mask(torch.tensor([11]), torch.arange(1), 8, 64, 512, p).double().mean().item()
+    kept = keep_mask(torch.tensor([11]), torch.arange(1), 8, 64, 512, p).double().mean().item()
     assert abs(kept - (1 - p)) < 4 * (p * (1 - p) / (8 * 64 * 512)) ** 0.5
 
 
