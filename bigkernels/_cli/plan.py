@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--state-dtype", choices=("float32", "bfloat16", "int8"), help="of the optimizer's states")
     parser.add_argument("--checkpointing", metavar="POLICY", help="recompute, selective, int8, selective+int8, ...")
-    parser.add_argument("--patch", choices=("no", "loss", "yes"), default="no", help="by bigkernels.patch (default no)")
+    parser.add_argument(
+        "--patch", choices=("no", "loss", "yes"), default="yes", help="by bigkernels.patch (default yes; no: as it is)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help=DEVICE_HELP)
     parser.add_argument("--limit", metavar="SIZE", help="such as 24GB: look for policies that fit")
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="plan for this and --tflops, not this machine")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -57,8 +59,9 @@ def _figure(family: str, rows: list[dict], document: dict) -> Figure:
     figure.suptitle(title[0].upper() + title[1:], x=0.01, y=1 - 0.08 / height, ha="left", va="top", weight="bold")
     about = f"{where}{threads}, torch {machine['versions']['torch']}, {document['date'][:10]}"
     figure.text(0.01, 1 - 0.36 / height, about, fontsize=8, va="top", color="#555555")
+    scales = {row["metric"]: _scale([r for r in rows if r["metric"] == row["metric"]]) for row in rows}
     for axes, part in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _panel(axes, part)
+        _panel(axes, part, scales[part[0]["metric"]])
     handles = {}
     for axes in figure.axes:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
@@ -67,19 +70,36 @@ def _figure(family: str, rows: list[dict], document: dict) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, rows: Sequence[dict]) -> None:
-    """Horizontal bars, grouped by case; a dashed mark at the limit of each case."""
+class _Scale(NamedTuple):
+    """The axis of all panels that show one metric, so that bars of forward and backward can be compared."""
+
+    logarithmic: bool
+    begin: float
+    end: float
+    most: float  # limits above it are not drawn
+
+
+def _scale(rows: Sequence[dict]) -> _Scale:
     values = [value(row) for row in rows]
-    marks: list[float] = []
     logarithmic = max(values) / min(values) > _LOG_RANGE
-    axes.set_xscale("log" if logarithmic else "linear")
+    most = math.inf if logarithmic else _FAR * max(values)
+    marks = [limit for limit in map(_limit, rows) if limit and limit < most]
+    begin = min(values) / 3 if logarithmic else 0.0
+    return _Scale(logarithmic, begin, max(values + marks) * (4 if logarithmic else 1.25), most)
+
+
+def _panel(axes: Axes, rows: Sequence[dict], scale: _Scale) -> None:
+    """Horizontal bars, grouped by case; a dashed mark at the limit of each case."""
+    axes.set_xscale("log" if scale.logarithmic else "linear")
     position, ticks, labels = 0.0, [], []
     for _, group in groupby(rows, key=_case):
         group = list(group)
         top = position
         for row in group:
             colour = _COLOURS.get(row["candidate"], _PEER_COLOUR)
-            bar = axes.barh(position, value(row), height=0.85, color=colour, label=row["candidate"])
+            bar = axes.barh(
+                position, value(row), height=0.85, color=colour, label=f"{row['candidate']}, {row['metric']}"
+            )
             # Above the mark of the limit, with a background that interrupts it.
             text = {"fontsize": 8, "zorder": 5, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.6}}
             axes.bar_label(bar, [_label(row)], padding=4, **text)
@@ -87,18 +107,17 @@ def _panel(axes: Axes, rows: Sequence[dict]) -> None:
         ticks.append((top + position - 1) / 2)
         labels.append(f"{group[0]['case']}\n{group[0]['dtype']}")
         limit = _limit(group[0])
-        if limit and (logarithmic or limit < _FAR * max(values)):
-            marks.append(limit)
-            axes.plot([limit] * 2, [top - 0.5, position - 0.5], color="#b3261e", linestyle="--", linewidth=1.2,
-                      label="limit measured on this machine")  # fmt: skip
+        if limit and limit < scale.most:
+            unit = group[0]["metric"]
+            line = {"color": "#b3261e", "linestyle": "--", "linewidth": 1.2}
+            axes.plot([limit] * 2, [top - 0.5, position - 0.5], label=f"measured limit, {unit}", **line)
         position += 1
     axes.set_yticks(ticks, labels, fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(position - 1, -1)
-    largest = max(values + marks)
-    axes.set_xlim(min(values) / 3 if logarithmic else 0, largest * (4 if logarithmic else 1.25))
+    axes.set_xlim(scale.begin, scale.end)
     percent = " (per cent of the limit)" if any(map(_limit, rows)) else ""
-    axes.set_xlabel(_UNITS[rows[0]["metric"]] + percent + (", logarithmic" if logarithmic else ""), fontsize=9)
+    axes.set_xlabel(_UNITS[rows[0]["metric"]] + percent + (", logarithmic" if scale.logarithmic else ""), fontsize=9)
     axes.set_title(direction(rows[0]["backward"]), fontsize=10, loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)

@@ -6,12 +6,37 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+
+
+class Error(float):
+    """The largest error of a kernel in a numerical check, relative to the largest value compared.
+
+    Attributes:
+        dtype: in which it was seen.
+        eager: the error of the model's own code there, against the same float64.
+    """
+
+    dtype: torch.dtype
+    eager: float
+
+    def __new__(cls, value: float, dtype: torch.dtype, eager: float) -> Error:
+        error = super().__new__(cls, value)
+        error.dtype, error.eager = dtype, eager
+        return error
+
+    def __reduce__(self):
+        return Error, (float(self), self.dtype, self.eager)
+
+    def __str__(self) -> str:
+        return f"{float(self):.1e} ({str(self.dtype).removeprefix('torch.')}; eager {self.eager:.1e})"
+
 
 class Row(NamedTuple):
     """One place in the model.
 
     `what` is the kernel that computes it or the reason why it was left alone. `error` is the largest error of the
-    numerical check, relative to the largest value compared; None where nothing was compared.
+    numerical check, an `Error` with its dtype and that of the model's own code; None where nothing was compared.
     """
 
     path: str
@@ -53,7 +78,9 @@ def _table(title: str, rows: list[Row]) -> list[str]:
     for (path, what), members in groups.items():
         errors = [row.error for row in members if row.error is not None]
         path = members[0].path or "(model)" if len(members) == 1 else path
-        cells.append((str(len(members)), path, what, f"{max(errors):.1e}" if errors else "-"))
+        worst = max(errors, default=None)
+        shown = "-" if worst is None else str(worst) if isinstance(worst, Error) else f"{worst:.1e}"
+        cells.append((str(len(members)), path, what, shown))
     widths = [max(len(line[i]) for line in cells) for i in range(4)]
     table = [f"{n:>{widths[0]}}  {path:<{widths[1]}}  {what:<{widths[2]}}  {error}" for n, path, what, error in cells]
     return [f"{title}: {len(rows)}", *("  " + line.rstrip() for line in table)]

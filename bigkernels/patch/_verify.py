@@ -7,9 +7,10 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from .._torch_private import FakeTensor
 from ._device import probe_device
+from ._report import Error
 from ._rule import Skip
 
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)  # the last stands for the others where a model runs without memory
@@ -74,13 +75,13 @@ def outputs_only(function: Callable, tensors: Sequence[Tensor | None]) -> list[T
 
 def compare(
     ours: Sequence[Tensor], theirs: Sequence[Tensor], exact: Sequence[Tensor], what: str, terms: int = 0
-) -> float:
-    """The largest error of `ours` relative to the scale of `exact`.
+) -> Error:
+    """The largest error of `ours` relative to the scale of `exact`, beside that of `theirs`.
 
     Raises Skip where the model's own numbers are not `exact` up to their dtype's rounding (it computes something
     else), or where ours are more than twice as far from it. `terms`: how many numbers the model adds up one by one.
     """
-    worst = 0.0
+    worst = Error(0.0, theirs[0].dtype if theirs else torch.float32, 0.0)
     for a, b, e in zip(ours, theirs, exact, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             raise Skip(f"{what}: gives {tuple(b.shape)} {b.dtype} where the kernel gives {tuple(a.shape)} {a.dtype}")
@@ -91,7 +92,8 @@ def compare(
             raise Skip(f"{what}: computes something else ({base / scale if scale else base:.1e} apart)")
         if not own <= 2 * base + 4 * eps * scale:
             raise Skip(f"{what}: the kernel's error is {own:.1e}, the model's own {base:.1e}")
-        worst = max(worst, own / scale if scale else own)
+        by = 1 / scale if scale else 1.0
+        worst = max(worst, Error(own * by, b.dtype, base * by), key=lambda e: (float(e), e.eager))
     return worst
 
 

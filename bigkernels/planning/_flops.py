@@ -124,9 +124,22 @@ def _grouped_mm(a, b, *rest, **options) -> int:
     return 2 * a.numel() * b.shape[-1] if a.dim() == 2 or b.dim() == 3 else 2 * a[0].numel() * b.shape[-1]
 
 
-def _linear_loss_bwd(grad, hidden, weight, *rest, **options) -> int:
-    # The logits again, and from them the gradients of hidden states and of the weight.
-    return 6 * hidden.numel() * weight.shape[0]
+def _linear_loss_fwd(hidden, weight, *rest) -> int:
+    *_, backward, of_hidden, of_weight, report = rest
+    # On CPUs the gradient of the hidden states is a product of the same pass.
+    products = 1 + (hidden.device.type == "cpu" and backward and of_hidden)
+    return 2 * products * hidden.numel() * weight.shape[0]
+
+
+def _linear_loss_bwd(grad, hidden, weight, *rest) -> int:
+    *_, of_hidden, of_weight, of_bias = rest
+    product = 2 * hidden.numel() * weight.shape[0]
+    if hidden.device.type != "cpu":  # the logits again, and from them both gradients
+        return product * (1 + of_hidden + of_weight)
+    # The weight's, from the exponentials that forward left in its memory: of as many tokens as there are features.
+    tokens, features = hidden.shape
+    again = max(0, tokens - features) / max(tokens, 1)
+    return int(product * (1 + again)) if of_weight or of_bias else 0
 
 
 # What a kernel does, where that is not what the registered formula counts: attention leaves out what its window hides,
@@ -138,6 +151,7 @@ _OWN: dict[str, Callable[..., int]] = {
     "bigkernels::varlen_attention": _varlen_fwd,
     "bigkernels::varlen_attention_fwd": _varlen_fwd,
     "bigkernels::varlen_attention_bwd": _varlen_bwd,
+    "bigkernels::linear_cross_entropy_fwd": _linear_loss_fwd,
     "bigkernels::linear_cross_entropy_bwd": _linear_loss_bwd,
     "aten::_grouped_mm": _grouped_mm,
     "aten::_scaled_dot_product_flash_attention_for_cpu": _sdpa_cpu,

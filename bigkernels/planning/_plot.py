@@ -31,7 +31,9 @@ def write(plan: MemoryPlan, path: Path) -> None:
         bar = axes.barh(position, phase.peak / 1e9, height=0.8, color="#d8dcdf")
         axes.bar_label(bar, [f"{phase.peak / 1e9:.3g} GB"], padding=4, fontsize=8)
     if plan.limit is not None:
-        axes.axvline(plan.limit / 1e9, color="#b3261e", linestyle="--", linewidth=1.2, label="limit")
+        axes.axvline(
+            plan.limit / 1e9, color="#b3261e", linestyle="--", linewidth=1.2, label=f"limit ({plan.limit / 1e9:.3g} GB)"
+        )
     axes.set_yticks(range(1 + len(plan.phases)), ["at the peak", *(p.name for p in plan.phases)], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * max(plan.peak, plan.limit or 0) / 1e9 or 1)
