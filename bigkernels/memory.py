@@ -14,6 +14,7 @@ import torch
 
 from ._load import cpu_library
 from ._memory import reuse_memory
+from ._torch_private import is_profiled
 
 __all__ = ["Peak", "Pool", "PoolStats", "limit_workspaces", "peak", "pool", "release_workspaces", "reuse_memory",
            "workspaces"]  # fmt: skip
@@ -263,7 +264,7 @@ class _Cpu:
     def __init__(self, device: torch.device):
         from torch.profiler import ProfilerActivity, profile
 
-        if torch.autograd._profiler_enabled():
+        if is_profiled():
             raise RuntimeError("bigkernels.memory.peak: another profiler is running, and there can be only one")
         # Not with profile_all_threads: torch 2.13 then records no memory at all (pytorch issue 166121).
         self.record = profile(activities=[ProfilerActivity.CPU], profile_memory=True)

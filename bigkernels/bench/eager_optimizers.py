@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._torch_private import foreach_lerp_
+
 _NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 
 
@@ -104,4 +106,4 @@ class ClippedAndAveraged:
         if self.max_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.params, self.max_norm)
         self.optimizer.step()
-        torch._foreach_lerp_(self.averages, self.params, 1 - self.decay)
+        foreach_lerp_(self.averages, self.params, 1 - self.decay)

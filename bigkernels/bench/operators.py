@@ -117,7 +117,7 @@ def operator_case(
 
     def prepare() -> Contest:
         if compiled:
-            torch._dynamo.reset()  # else the second shape of a function is compiled for any shape
+            torch.compiler.reset()  # else the second shape of a function is compiled for any shape
         made = inputs(Draw(dtype, settings.device))
 
         def reference(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._compare import Comparison, compare_all
+from .._torch_private import foreach_mul_
 from .case import BUILTIN, EAGER, OURS, Candidate, Case, Contest, Missing, Settings
 
 # What the gradients are multiplied with in the steps that are checked: with the same ones in each, Adam's steps would
@@ -66,7 +67,7 @@ class Problem:
     def scale(self, factor: float) -> None:
         """Have the gradients be what they were drawn as, times `factor`."""
         if factor != self.factor:
-            torch._foreach_mul_(self.grads, factor / self.factor)
+            foreach_mul_(self.grads, factor / self.factor)
             self.factor = factor
 
     def norm(self) -> float:

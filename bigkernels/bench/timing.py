@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .._torch_private import gpu_sleep
+
 _SAMPLE_SECONDS = 1e-3  # a shorter step is repeated within a sample: the clock and the loop cost about 0.1 us
 _SLEEP_SECONDS = 2e-4  # of the device, while the host queues a sample; longer where that takes longer
 _LONGEST_SLEEP = 0.1
@@ -74,7 +76,7 @@ class CudaTimer:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             if self.flush is not None:
                 self.flush.zero_()
-            torch.cuda._sleep(int(sleep * _CYCLES_PER_SECOND))
+            gpu_sleep(int(sleep * _CYCLES_PER_SECOND))
             start.record()
             begin = time.perf_counter()
             for _ in range(repeats):

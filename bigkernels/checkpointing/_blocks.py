@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._torch_private import CALL, calls_go_through_instances
+from .._torch_private import CALL, CHECKPOINTING, calls_go_through_instances, require
 from ._checkpoint import run
 from ._policy import Policy, Selection, resolve_policy
 from ._select import Plan
@@ -67,6 +67,7 @@ def apply_checkpointing(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"bigkernels.apply_checkpointing: model must be a torch.nn.Module, got {type(model).__name__}")
+    require(CHECKPOINTING, "apply_checkpointing")
     if not calls_go_through_instances():
         raise RuntimeError(f"bigkernels.apply_checkpointing: torch {torch.__version__} calls modules in another way "
                            f"than by {CALL}; use bigkernels.checkpoint")  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
-from .._torch_private import disable_dynamo, transforms, tree_flatten
+from .._torch_private import CHECKPOINTING, disable_dynamo, require, transforms, tree_flatten
 from ._policy import Policy, Selection, resolve_policy
 from ._recompute import Segment, within_segment
 from ._saver import Saver, is_parameter
@@ -49,6 +49,7 @@ def checkpoint(fn: Callable, *args: Any, policy: str | Policy = "recompute", **k
         TypeError, ValueError: there is no such policy, or its parts contradict.
         CheckpointError: in backward, `fn` does something else when it runs again.
     """
+    require(CHECKPOINTING, "checkpoint")
     return run(fn, args, kwargs, resolve_policy(policy), None)
 
 
@@ -60,6 +61,7 @@ def saved_activations(policy: str | Policy = "int8") -> Iterator[None]:
     Raises:
         TypeError, ValueError: there is no such policy, or it recomputes, which needs a function to run again.
     """
+    require(CHECKPOINTING, "saved_activations")
     policy = resolve_policy(policy)
     if policy.keep not in (None, "all"):
         raise ValueError("bigkernels.saved_activations: a policy that recomputes needs a function to run again; use "

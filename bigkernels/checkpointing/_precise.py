@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch_private import TorchDispatchMode, dispatch_modes, without_dispatch_modes
+from .._torch_private import Overload, TorchDispatchMode, dispatch_modes, without_dispatch_modes
 
 _HELD = 6  # operators: as far back as a quotient is looked for the functions that it is made of
 _STATISTICS = 16  # a divisor this many times smaller than the dividend is a statistic of rows
@@ -63,7 +63,7 @@ _PASSES = _names("""
 
 
 @cache
-def kind_of(operator: torch._ops.OpOverload) -> Kind:
+def kind_of(operator: Overload) -> Kind:
     namespace, _, name = operator._schema.name.partition("::")
     name = name.removeprefix("_foreach_").removesuffix("_")
     if namespace != "aten":
@@ -73,7 +73,7 @@ def kind_of(operator: torch._ops.OpOverload) -> Kind:
     return Kind.COMPARES if name in _COMPARES else Kind.PLAIN
 
 
-def _kind_of_call(operator: torch._ops.OpOverload, args: tuple) -> Kind:
+def _kind_of_call(operator: Overload, args: tuple) -> Kind:
     """Of powers and quotients the numbers decide."""
     kind = kind_of(operator)
     if kind is not Kind.DIVIDES or len(args) < 2:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .._torch_private import TorchDispatchMode, counting_writes
+from .._torch_private import Overload, TorchDispatchMode, counting_writes
 from ._policy import Selection
 from ._recompute import Misplaced, gpus, random_state
 from ._saver import Exact, Packed, Saver, is_parameter
@@ -126,7 +126,7 @@ class Plan:
 
 # An operator on arguments of such shapes, and which of these calls: hooks that run in one run and not in the other, as
 # those that gather the shards of parameters, may call anything in between.
-Place = tuple[torch._ops.OpOverload, tuple, int]
+Place = tuple[Overload, tuple, int]
 
 
 @dataclass
@@ -166,7 +166,7 @@ def _tensors(out: Any) -> list[Tensor]:
 
 
 @cache
-def _always_recomputed(func: torch._ops.OpOverload) -> bool:
+def _always_recomputed(func: Overload) -> bool:
     """Views and operators that write their arguments are done again: they cost nothing, or have to happen. They are
     not numbered either. No more are conversions, which autocast remembers and leaves out of one run or the other, and
     what processes do together.
@@ -284,7 +284,7 @@ class _HandOut(_Mode):
         self.plan.learn(self.numbers)
 
 
-def _kind(func: torch._ops.OpOverload, args: tuple) -> tuple:
+def _kind(func: Overload, args: tuple) -> tuple:
     return func, tuple([(a.shape, a.dtype) for a in args if isinstance(a, Tensor)])
 
 

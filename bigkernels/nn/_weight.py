@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten, tree_map
+
+from .._torch_private import is_alias_of, tree_flatten, tree_map, without_subclass_functions
 
 _T = Tensor
 # Answered without values.
@@ -73,7 +74,7 @@ class LazyWeight(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _DESCRIBED:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_subclass_functions():
                 return func(*args, **kwargs)
         if func == _REQUIRES_GRAD:
             return args[0]._trained
@@ -131,7 +132,7 @@ def _run(func: Callable, args: tuple, kwargs: dict) -> Any:
         _refuse(func)
 
     def guarded(value: Any) -> Any:
-        if isinstance(value, Tensor) and any(value is t or torch._C._is_alias_of(value, t) for t in read):
+        if isinstance(value, Tensor) and any(value is t or is_alias_of(value, t) for t in read):
             return LazyWeight._of(value)
         return value
 

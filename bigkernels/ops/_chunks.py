@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
+from .._torch_private import disable_dynamo
 from . import linear as _linear
 from . import quantized_linear as _quantized
 from ._derivatives import gradients, is_observed, no_autocast
@@ -312,7 +312,7 @@ class Call:
         return has_values(kept) and not is_capturing(kept)
 
 
-@_disable_dynamo
+@disable_dynamo
 def total(
     hidden: Tensor, weight: Tensor | None, bias: Tensor | None, divisor: Tensor | None, call: Call
 ) -> Tensor | tuple[Tensor, ...]:
@@ -332,7 +332,7 @@ def total(
     return _Total.apply(hidden, weight, bias, divisor, call)
 
 
-@_disable_dynamo
+@disable_dynamo
 def per_token(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> tuple[Tensor, ...]:
     """The outputs of an objective, (T,) each in float32 (float64 for float64); 0 for tokens that do not count. Then its
     reports.

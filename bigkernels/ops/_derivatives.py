@@ -15,9 +15,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ._registry import _forward_ad, _is_dynamo_compiling, _transforms
+from .._torch_private import forward_ad as _forward_ad
+from .._torch_private import is_batched as _is_batched
+from .._torch_private import transforms as _transforms
 
-_is_batched = torch._C._functorch.is_legacy_batchedtensor  # what `is_grads_batched` makes
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
 def is_observed(*grads: Tensor | None) -> bool:

@@ -16,7 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import _torch_private
 from .._load import cpu_library, triton_missing, triton_unavailable
+from .._torch_private import KERNELS, dispatch_modes, dispatch_modes_above_autograd, lacks
+from .._torch_private import dispatch_flag as _modes
+from .._torch_private import forward_ad as _forward_ad
+from .._torch_private import is_jit_tracing as _is_jit_tracing
+from .._torch_private import transforms as _transforms
 from ._flops import count_as
 
 log = logging.getLogger("bigkernels")
@@ -41,10 +47,6 @@ _nondeterministic = False
 
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_transforms = torch._C._functorch.peek_interpreter_stack
-_forward_ad = torch.autograd.forward_ad
-_is_jit_tracing = torch._C._is_tracing
-_modes = torch.utils._python_dispatch
 
 
 def _no_reason() -> str | None:
@@ -166,6 +168,9 @@ class Operator:
 
     def refusals(self, device: str, dtype: torch.dtype) -> dict[str, str | None]:
         """For each implementation, why it cannot run; None where it can."""
+        missing = lacks(KERNELS)
+        if missing:  # nobody could tell what looks at a call: plain PyTorch is right whoever does
+            return {i.name: missing for i in self.implementations} | {"reference": None}
         reasons: dict[str, str | None] = {}
         for i in self.implementations:
             if reasons.get(i.name, "") is not None:  # one of a name may be for another device
@@ -175,7 +180,7 @@ class Operator:
     def prepare(self, backend: str | None) -> None:
         """Choose for a forced backend, or for none, ahead of time: the compiler can read them, not make them."""
         if backend is None:
-            if self.in_graphs:
+            if self.in_graphs and not lacks(KERNELS):
                 self._in_graphs = tuple(
                     (i.device, dtype)
                     for i in self.implementations
@@ -243,9 +248,7 @@ def nondeterministic() -> bool:
     return _nondeterministic and not torch.are_deterministic_algorithms_enabled()
 
 
-def define(
-    schema: str, fake: Callable, fallback: Callable, flops: Callable[..., int] | None = None
-) -> torch._ops.OpOverload:
+def define(schema: str, fake: Callable, fallback: Callable, flops: Callable[..., int] | None = None) -> Callable:
     """Define `bigkernels::<schema>` with its fake kernel and its fallback in plain PyTorch; returns the overload.
 
     The fallback runs wherever no compiled kernel is registered for a tensor's device, so that a graph that holds
@@ -287,15 +290,12 @@ def is_watched() -> bool:
 
 def _has_modes() -> bool:
     # The flag is one of the process: where two threads leave their modes in the order of entering, it stays set.
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+    return dispatch_modes() > 0 or dispatch_modes_above_autograd() > 0
 
 
 def writes_graph() -> bool:
     """Whether `make_fx` or what is made of it, as `torch.export`, notes the operations."""
-    if not _modes._is_in_torch_dispatch_mode:
-        return False
-    key = torch._C._TorchDispatchModeKey.PROXY  # `torch.export` notes what is above autograd
-    return torch._C._get_dispatch_mode(key) is not None or torch._ops._get_dispatch_mode_pre_dispatch(key) is not None
+    return _modes._is_in_torch_dispatch_mode and _torch_private.writes_graph()
 
 
 def _in_graph_without_gradients(*tensors: Tensor | None) -> bool:

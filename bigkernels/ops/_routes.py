@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._torch_private import constant_to_the_compiler
+from .._torch_private import MATRIX_UNITS, constant_to_the_compiler, lacks
 from . import _registry
 from ._registry import log, needs_grad
 
@@ -240,7 +240,7 @@ def takes_scaled_mm(x: Tensor, codes: Tensor) -> bool:
     alone, in rows of 16 bytes.
     """
     n, k = codes.shape
-    if x.dtype != torch.bfloat16 or k % 16 or n % 16 or not k or not n or not x.numel():
+    if lacks(MATRIX_UNITS) or x.dtype != torch.bfloat16 or k % 16 or n % 16 or not k or not n or not x.numel():
         return False
     capability = None if _registry.is_forced("triton") else capability_of(x)
     return capability is not None and find("quantized_linear", "fp8-dynamic", capability).by == "_scaled_mm"

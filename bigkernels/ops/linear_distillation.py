@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
+from .._torch_private import disable_dynamo
 from ._arguments import autocast_dtype, check_same_device, check_shape, check_tensor, own, type_name
 from ._chunks import Call, per_token, total
 from ._distillation import DIVERGENCES, Distillation, Teacher, count_tokens, reference
@@ -130,7 +130,7 @@ def _rows(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.reshape(-1, t.shape[-1])
 
 
-@_disable_dynamo
+@disable_dynamo
 def _run(hidden, weight, bias, target, kept, teacher, options, head, reduction):
     teacher = teacher.detached()
     kept, teacher = own(kept), teacher._replace(log_p=own(teacher.log_p), classes=own(teacher.classes))

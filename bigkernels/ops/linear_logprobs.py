@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from .._deprecated import renamed_arguments
+from .._torch_private import disable_dynamo
 from ._arguments import autocast_dtype
 from ._chunks import Call, Objective, Tokens, per_token
 from ._heads import as_reference, check_head, check_positive, check_target, logits_of, targets_inside
@@ -95,7 +95,7 @@ def linear_logprobs(
     return tuple(results) if len(results) > 1 else results[0]
 
 
-@_disable_dynamo
+@disable_dynamo
 def _run(hidden, weight, bias, target, ignore_index, entropy, reports, options):
     target, kept = _split(target, ignore_index, weight.shape[0])
 

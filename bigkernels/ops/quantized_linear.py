@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .._torch_private import scaled_mm
 from . import _few_tokens, _routes
 from ._arguments import autocast_dtype, check_same_device, check_tensor
 from ._codes import FIRST_WITHOUT_KERNELS, FP8, INT8, Operands
@@ -194,7 +195,7 @@ def _backward_fp8(grad, codes, scale):
     rows = tokens.reshape(-1, tokens.shape[-1]).to(torch.float8_e4m3fn)
     ones = factor.new_ones(1, codes.shape[1])
     columns = codes.view(torch.uint8).t().contiguous().view(torch.float8_e4m3fn).t()  # which is how cuBLAS reads them
-    product = torch._scaled_mm(rows, columns, factor.reshape(-1, 1), ones, out_dtype=grad.dtype)
+    product = scaled_mm(rows, columns, factor.reshape(-1, 1), ones, out_dtype=grad.dtype)
     return product.view(*grad.shape[:-1], -1)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch_private import foreach_mul_
 from ..ops import _registry
 from ..ops import optimizer as ops
 from . import _plan
@@ -191,7 +192,7 @@ def clip_grad_norm_(
             here = g.to_local() if hasattr(g, "to_local") else g
             by_kind.setdefault((here.device, here.dtype), []).append(here.detach())
         for (device, _), kind in by_kind.items():
-            torch._foreach_mul_(kind, coefficient.to(device))
+            foreach_mul_(kind, coefficient.to(device))
     return norm
 
 

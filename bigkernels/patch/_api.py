@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._torch_private import LAZY, require
 from ..program._suspend import ABSENT as _ABSENT
 from ..program._suspend import RECORD as _RECORD
 from . import _decode, _encode
@@ -86,6 +87,7 @@ def patch(
         ValueError: `decode` is neither a bool nor "stored".
         RuntimeError: with `strict`, some candidate cannot be patched; nothing is changed then.
     """
+    require(LAZY, "patch")
     if not isinstance(model, nn.Module):
         raise TypeError(f"bigkernels.patch: model must be a torch.nn.Module, got {type(model).__name__}")
     if decode not in (True, False, "stored"):

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+
+from .._torch_private import FakeTensor
 
 CPU = torch.device("cpu")
 _current: ContextVar[torch.device] = ContextVar("device", default=CPU)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map_only
+
+from .._torch_private import in_fake_mode, tree_map_only, without_modes, without_subclass_functions
 
 _aten = torch.ops.aten
 # What reads memory without an operator that could be seen.
@@ -109,7 +109,7 @@ class Lazy(Tensor):
 
     def _viewed(self, function: Any, rest: tuple, keywords: dict[str, Any]) -> Kind:
         """As a tensor without memory has it, which is no business of a mode that counts memory."""
-        with _disable_current_modes():
+        with without_modes():
             result = function(_like(self), *rest, **keywords)
         return Kind(result.shape, result.stride(), result.storage_offset(), result.dtype, self.device)
 
@@ -137,7 +137,7 @@ class Lazy(Tensor):
 
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_subclass_functions():
             if function in _IN_MEMORY or (function is Tensor.untyped_storage and not _is_fake()):
                 args, kwargs = tree_map_only(Lazy, Lazy.tensor, (args, kwargs or {}))
             return function(*args, **kwargs or {})
@@ -166,7 +166,7 @@ class Lazy(Tensor):
 
 def _is_fake() -> bool:
     """Whether a compiler looks at tensors, which takes them apart by `__tensor_flatten__`."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    return in_fake_mode()
 
 
 def _follow(elements: Tensor, path: tuple[Callable[[Tensor], Tensor], ...]) -> Tensor:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from .. import functional
+from .._torch_private import FakeTensor
 from ..ops._arguments import autocast_dtype
 from ._lazy import Kind, Lazy, Values
 from ._metrics import LossMetrics

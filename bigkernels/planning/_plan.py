@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .._torch_private import PLANNING, require
 from . import _models, _optimizers, _search
 from ._report import MemoryPlan, PhasePlan
 from ._run import PATCHES, Setting, run, seconds_of
@@ -82,6 +83,7 @@ def plan(
         TypeError, ValueError: an argument is not what is accepted.
         RuntimeError: the model's code depends on values, which fake tensors have not.
     """
+    require(PLANNING, "plan")
     device = _device(device)
     if mode not in _MODES:
         raise ValueError(f"bigkernels.plan: mode is {mode!r}; accepted are 'train' and 'inference'")

@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .._load import cpu_library
+from .._torch_private import without_modes
 
 Words = list[tuple[int, int]]
 """Addresses and what is there."""
@@ -168,7 +168,7 @@ def _once(tries: Callable[[], bool]) -> Callable[[], bool]:
     @functools.cache
     @functools.wraps(tries)
     def answer() -> bool:
-        with _disable_current_modes(), torch.inference_mode(False):
+        with without_modes(), torch.inference_mode(False):
             return tries()
 
     return answer

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .._load import cpu_library
+from .._torch_private import KERNELS, LAZY, PROGRAMS, lacks
 from ._cache import Description
 from ._find import find
 from ._ir import Graph
@@ -222,6 +223,9 @@ def unsupported(module: nn.Module) -> str | None:
     """Why a model cannot have a program, as far as that is seen without running it."""
     if cpu_library().reason is not None:
         return f"there are no kernels: {cpu_library().reason}"
+    missing = lacks(PROGRAMS) or lacks(LAZY) or lacks(KERNELS)
+    if missing:
+        return missing
     for t in module.parameters():
         if t.device.type != "cpu":
             return f"a parameter is on {t.device.type}"

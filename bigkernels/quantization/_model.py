@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import nn
 
 from .._deprecated import renamed_arguments
+from .._torch_private import LAZY, require
 from ._format import Format
 from ._owners import note
 from ._plan import Plan, set_parameter
@@ -56,6 +57,7 @@ def quantize(
     """
     from ..nn._quantized import Quantized
 
+    require(LAZY, "quantize")
     report = Plan.of(model, format, skip, filter, embeddings).write(calibration)
     trained = any(p.requires_grad for p in model.parameters())
     for module in model.modules():

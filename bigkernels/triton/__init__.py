@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .._torch_private import Overload
 from ..ops import _few_tokens
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -89,7 +90,7 @@ def play_directly(found: dict[str, _Launcher], on_cpu: bool = False) -> list[tup
     for operator in OPERATORS:
         module = importlib.import_module(f"..ops.{operator}", __name__)
         for name, overload in list(vars(module).items()):
-            if isinstance(overload, torch._ops.OpOverload):
+            if isinstance(overload, Overload):
                 launcher = found.get(overload.name().removeprefix("bigkernels::"))
                 if launcher is not None:
                     before.append((module, name, overload))

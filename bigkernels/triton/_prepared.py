@@ -24,7 +24,18 @@ import triton
 from torch import Tensor
 from torch.nn import Parameter
 
-from .._torch_private import TorchDispatchMode, dispatch_modes, function_modes, is_profiled
+from .._torch_private import (
+    ALLOCATION,
+    KERNELS,
+    PREPARED,
+    TRACES,
+    TorchDispatchMode,
+    dispatch_flag,
+    dispatch_modes,
+    function_modes,
+    is_profiled,
+    lacks,
+)
 from ..ops import _registry
 from ._tape import Call, Launched, New, Source, Tape, Value, reads, renumbered
 
@@ -214,7 +225,7 @@ def _told_apart(args: tuple) -> tuple:
 
 @functools.cache
 def _can_prepare() -> bool:
-    if triton.knobs.runtime.interpret:
+    if triton.knobs.runtime.interpret or any(map(lacks, (ALLOCATION, KERNELS, PREPARED, TRACES))):
         return False
     return _RUN in " ".join(inspect.getsource(triton.runtime.jit.JITFunction.run).split())
 
@@ -239,7 +250,7 @@ def _reader(kinds: tuple[type, ...], tapes: dict, missed: Callable, direct: bool
             key.append(f"a{i}")
     watched = [f"{named(dispatch_modes)}()", f"{runtime}.launch_enter_hook.calls", f"{runtime}.launch_exit_hook.calls"]
     if direct:
-        modes = named(torch.utils._python_dispatch)
+        modes = named(dispatch_flag)
         watched += [f"{modes}._is_in_torch_dispatch_mode", f"{named(function_modes)}()", f"{named(is_profiled)}()",
                     *(f"a{i}.is_neg()" for i in tensors)]  # fmt: skip
     source.lines += [

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._torch_private import MATRIX_UNITS, int_mm, lacks, scaled_mm
 from ..ops import _routes
 from ..ops._codes import Operands
 from ..ops._registry import is_forced
@@ -124,14 +125,14 @@ def takes_cublas_back(grad: Tensor, codes: Tensor, k: int) -> bool:
 
 def takes_int_mm(tokens: Tensor, codes: Tensor) -> bool:
     (m, k), n = tokens.shape, codes.shape[0]
-    if m <= _routes.INTEGER_TOKENS or k % 8 or n % 8 or codes.stride(0) != k:
+    if lacks(MATRIX_UNITS) or m <= _routes.INTEGER_TOKENS or k % 8 or n % 8 or codes.stride(0) != k:
         return False
     return _goes("int8-dynamic, many tokens", tokens, "_int_mm")
 
 
 def forward_by_int_mm(tokens: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     rounded, token_scale = rounded_tokens(tokens, torch.int8)
-    scaled(torch._int_mm(rounded, codes.t()), token_scale, scale, bias, out)
+    scaled(int_mm(rounded, codes.t()), token_scale, scale, bias, out)
     return out
 
 
@@ -143,7 +144,7 @@ def scaled(acc: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor | None,
 
 def forward_by_scaled_mm(tokens: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     rounded, token_scale = rounded_tokens(tokens, torch.uint8)
-    y = torch._scaled_mm(
+    y = scaled_mm(
         rounded.view(torch.float8_e4m3fn), codes.view(torch.float8_e4m3fn).t(), token_scale[:, None], scale[None, :],
         bias=None if bias is None else bias.to(tokens.dtype), out_dtype=tokens.dtype,
     )  # fmt: skip

@@ -52,7 +52,7 @@ def _variants(model: nn.Module, compile: bool) -> tuple[dict[str, nn.Module], di
     """The model plain and patched, each also compiled, with weights of its own; and what is missing."""
     variants, missing = {EAGER: model}, {}
     if compile:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         variants[COMPILE] = torch.compile(copy.deepcopy(model), dynamic=False)
     try:
         variants[NO_ATTENTION] = _patched(model, attention=False)

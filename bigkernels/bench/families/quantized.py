@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ... import functional
 from ..._samples import Draw
+from ..._torch_private import int_mm, scaled_mm
 from ...ops.quantized_linear import round_tokens
 from ...quantization import FP8, NF4, Int4, Int8, QuantizedWeight, quantize_weight
 from ...quantization._format import Format
@@ -121,7 +122,7 @@ def _int_mm(held: QuantizedWeight) -> Callable[..., Tensor]:
 
     def call(x: Tensor, **rest: Tensor) -> Tensor:
         whole, factor = round_tokens(x.float())
-        return (torch._int_mm(whole.to(torch.int8), codes.t()) * (factor * scale)).to(x.dtype)
+        return (int_mm(whole.to(torch.int8), codes.t()) * (factor * scale)).to(x.dtype)
 
     return call
 
@@ -133,7 +134,7 @@ def _scaled_mm(held: QuantizedWeight) -> Callable[..., Tensor]:
     def call(x: Tensor, **rest: Tensor) -> Tensor:
         factor = x.abs().amax(1, keepdim=True).float() / 448
         rounded = (x / factor).clamp(-448, 448).to(torch.float8_e4m3fn)
-        return torch._scaled_mm(rounded, codes.t(), factor, scale, out_dtype=x.dtype)
+        return scaled_mm(rounded, codes.t(), factor, scale, out_dtype=x.dtype)
 
     return call
 

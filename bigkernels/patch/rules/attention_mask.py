@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._torch_private import no_function, tree_map
 from ...ops._registry import has_values, is_capturing, is_readable
 from .._rule import Fit, Plan, Site, Skip, SourceRule
 from .._source import Source, find_source
@@ -86,7 +87,7 @@ class Structure:
 class StructuredMask(Tensor):
     """A mask (B, 1, Sq, Sk) that is built when an operator reads it. `structure` says what is in it."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = no_function
 
     @staticmethod
     def __new__(
@@ -118,7 +119,7 @@ class StructuredMask(Tensor):
                 value.structure = None
             return value.dense
 
-        args, kwargs = torch.utils._pytree.tree_map(densified, (args, kwargs or {}))
+        args, kwargs = tree_map(densified, (args, kwargs or {}))
         return function(*args, **kwargs)
 
     def tolist(self) -> list:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._torch_private import scaled_dot_product_attention
 from .._device import once_a_device, probe_device
 from .._rule import Fit, Plan, Site, SourceRule
 from .._source import Source, call
@@ -16,7 +17,7 @@ from .._verify import Probes, compare, doubled, gradients, outputs_only
 from .attention import attend, log_fallback, refusal
 from .attention_mask import dense
 
-_ORIGINAL = torch._C._nn.scaled_dot_product_attention
+_ORIGINAL = scaled_dot_product_attention
 
 
 def scaled_dot_product_attention(

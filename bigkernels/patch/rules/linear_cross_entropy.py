@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..._torch_private import in_proxy_mode
 from ...nn.linear import Linear
 from ...nn.quantized_linear import QuantizedLinear
 from ...ops._arguments import autocast_dtype
@@ -56,12 +57,7 @@ def logits(module: nn.Module, labels: Any, head: Any, hidden: Any) -> Any:
 
 
 def _traced() -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or _transforms() is not None
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-    )
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or _transforms() is not None or in_proxy_mode()
 
 
 def _weight(head: Any) -> Any:
