@@ -9,7 +9,7 @@ python = $(VENV)/bin/python
 pip = $(python) -m pip install --disable-pip-version-check --constraint $(VENV)/constraints.txt
 TRITON = 3.6.0
 
-.PHONY: demo test test-torches test-triton guard fuzz-generation fuzz-encoders build lint types docs wheel clean
+.PHONY: demo test test-torches test-triton guard sanitize fuzz-generation fuzz-encoders build lint types docs wheel clean
 
 demo: build $(VENV)/.demo
 	$(VENV)/bin/bigkernels demo
@@ -21,6 +21,10 @@ test: build $(VENV)/.test
 # Random and hostile calls of every operator under an allocator that closes the pages around each tensor.
 guard: build $(VENV)/.test
 	$(python) tests/guard/run.py --calls 50000 $(GUARD_ARGS)
+
+# The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer: its tests, and 10,000 random and hostile calls.
+sanitize: build $(VENV)/.test
+	$(python) tools/sanitize.py $(SANITIZE_ARGS)
 
 # Random small language models: what patched ones give against their modules.
 fuzz-generation: build $(VENV)/.test
