@@ -56,6 +56,19 @@ class Operands(NamedTuple):
         return KINDS[self.kind].decode(self, k, dtype)
 
 
+class CodedWeight:
+    """What operators know a weight in codes by; `bigkernels.quantization.QuantizedWeight` is one.
+
+    Attributes:
+        shape: (N, K).
+    """
+
+    shape: tuple[int, int]
+
+    def operands(self) -> Operands:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Kind:
     """One row.

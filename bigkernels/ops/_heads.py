@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor, type_name
+from ._codes import CodedWeight
 from ._registry import compute_dtype, is_forced, is_readable, sees_plain_alone
 from .linear import wide_product
 
@@ -20,11 +21,9 @@ def check_head(
     op: str, hidden: Tensor, weight: object, bias: object, lowered: torch.dtype | None, of: str = ""
 ) -> None:
     """Hidden states (..., H), a weight (V, H) or a `QuantizedWeight`, a bias (V,); `of` is before their names."""
-    from ..quantization import QuantizedWeight
-
     check_tensor(op, f"{of}hidden", hidden)
     plain = weight
-    if isinstance(weight, QuantizedWeight):
+    if isinstance(weight, CodedWeight):
         plain = weight.operands().codes
     else:
         if not isinstance(weight, Tensor):

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._torch_private import scaled_mm
 from . import _few_tokens, _routes
 from ._arguments import autocast_dtype, check_same_device, check_tensor
-from ._codes import FIRST_WITHOUT_KERNELS, FP8, INT8, Operands
+from ._codes import FIRST_WITHOUT_KERNELS, FP8, INT8, CodedWeight, Operands
 from ._derivatives import is_observed, no_autocast
 from ._registry import (
     REFUSED,
@@ -109,10 +109,8 @@ def _fwd_fp8(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynam
 
 
 def _check(x, qweight, bias):
-    from ..quantization import QuantizedWeight
-
     check_tensor("functional.quantized_linear", "x", x)
-    if not isinstance(qweight, QuantizedWeight):
+    if not isinstance(qweight, CodedWeight):
         raise TypeError(
             f"bigkernels.functional.quantized_linear: qweight is {type(qweight).__name__}; accepted is QuantizedWeight"
         )

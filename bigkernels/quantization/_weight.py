@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._deprecated import renamed_arguments, renamed_members
+from ..ops._codes import CodedWeight
 from ..ops._registry import is_watched
 from ._format import Format, Operands, resolve_format
 
@@ -18,7 +19,7 @@ _AT_ONCE = 2**22  # elements: float32 copies and what the formats make of them s
 
 @renamed_members("bigkernels.quantization.QuantizedWeight", config="format")
 @dataclass(eq=False)
-class QuantizedWeight:
+class QuantizedWeight(CodedWeight):
     """A weight (N, K) in codes.
 
     Attributes:
