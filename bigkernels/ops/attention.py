@@ -84,16 +84,25 @@ def attention(
         q, k, v = lowered(q, k, v)
         options = raw_options("functional.attention", q.shape[-1], causal, scale, window, softcap, dropout_p)
         if bias is not None and bias.dim() != 4:
-            bias = four(bias)
+            bias = _four(bias)
         if mask is not None and mask.dim() != 4:
-            mask = four(mask)
+            mask = _four(mask)
         tensors = (bias, mask, alibi_slopes, sinks, prefix_lengths)
         if OPERATOR.uses_kernel(q, k, v, *tensors) and not needs_grad(alibi_slopes):
             if not return_lse:
                 result = _by_torch(q, k, v, *tensors, *options)
                 if result is not None:
                     return result
-            return by_kernel(q, k, v, tensors, options, return_lse)
+            grad = needs_grad(q, k, v, bias, sinks)
+            prefix_lengths = integers(prefix_lengths, grad)
+            args = (q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths, draw_seed(q, dropout_p), *options)
+            if grad:
+                results = _Attention.apply(*args)
+            elif return_lse:
+                results = _fwd(*args)
+            else:
+                return _infer(*args)
+            return results if return_lse else results[0]
     except REFUSED:
         _check(q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths)
         raise
@@ -101,34 +110,6 @@ def attention(
     out, lse = _dense(q, k, v, *tensors, draw_seed(q, dropout_p), *options)
     out = out.to(q.dtype)
     return (out, lse) if return_lse else out
-
-
-def by_kernel(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tensors: tuple[Tensor | None, ...],
-    options: tuple[int, int, float, float, float],
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """A call that a kernel takes, by whoever has asked `OPERATOR.uses_kernel`.
-
-    Args:
-        q, k, v: of one dtype (`lowered`).
-        tensors: bias, mask (both of four dimensions, see `four`), alibi_slopes, sinks and prefix_lengths, or None.
-        options: `raw_options`.
-    """
-    bias, mask, alibi_slopes, sinks, prefix_lengths = tensors
-    grad = needs_grad(q, k, v, bias, sinks)
-    prefix_lengths = integers(prefix_lengths, grad)
-    args = (q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths, draw_seed(q, options[-1]), *options)
-    if grad:
-        results = _Attention.apply(*args)
-    elif return_lse:
-        results = _fwd(*args)
-    else:
-        return _infer(*args)
-    return results if return_lse else results[0]
 
 
 def _by_torch(q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths, left, right, scale, softcap, dropout_p):
@@ -142,7 +123,7 @@ def _by_torch(q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths, left, ri
                             deterministic=not nondeterministic())  # fmt: skip
 
 
-def four(t):
+def _four(t):
     """(..., Sq, Sk) as four dimensions, the missing ones of size 1; more are left to the check."""
     return t.reshape((1,) * (4 - t.dim()) + tuple(t.shape)) if t.dim() < 4 else t
 

@@ -62,7 +62,7 @@ def unserved(dropout_p: Any, q: Tensor, *others: Tensor) -> str | None:
     if not 0 <= dropout_p < 1:
         return f"dropout is {dropout_p}"
     # Whoever chooses torch's kernels by `torch.nn.attention.sdpa_kernel` wants theirs, for second derivatives say.
-    if not torch._C._get_flash_sdp_enabled():
+    if not torch.backends.cuda.flash_sdp_enabled():
         return "fused attention is switched off in torch"
     if not OPERATOR.uses_kernel(q, *others):
         return f"no kernel supports {q.dtype} on {q.device.type} here"
