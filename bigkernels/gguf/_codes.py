@@ -44,8 +44,8 @@ def blocks_of(name: str, stored: dict[str, Tensor]) -> Tensor | None:
     codes = codes.view(torch.uint8).unflatten(1, (count, -1))
     if name != "Q8_0":
         codes = _halves(codes)
-    parts = [number.contiguous().view(torch.uint8).view(n, count, 2) for number in numbers]
-    return torch.cat((*parts, codes), -1).view(n, count * row.nbytes)
+    words = [number.contiguous().view(torch.uint8).view(n, count, 2) for number in numbers]
+    return torch.cat((*words, codes), -1).view(n, count * row.nbytes)
 
 
 def _neighbours(codes: Tensor, k: int) -> Tensor:

@@ -44,7 +44,7 @@ _UNSAID = {
 }
 
 
-def described(model: nn.Module, type: str | None) -> Source:
+def described(model: Any, type: str | None) -> Source:
     """The metadata and the places of a model's tensors, whose matrices of numbers are written as a type.
 
     Raises:
@@ -111,7 +111,7 @@ def _pair(value: Any) -> Pair:
 # ---- tensors --------------------------------------------------------------------------------------------------------
 
 
-def _places(model: nn.Module, architecture: str, type: str | None) -> Iterator[Place]:
+def _places(model: Any, architecture: str, type: str | None) -> Iterator[Place]:
     coded = {path: m for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, Quantized)}
     dense = dict(model.named_parameters(remove_duplicate=False))
     expected = [*dense, *(f"{path}.weight" for path in coded)]
@@ -160,7 +160,7 @@ def _of_codes(model: nn.Module, name: str, path: str, module: Any, type: str | N
     yield Place(name, shape, BLOCK_TYPES[kind].number, f"{path}.weight", False)
 
 
-def _order(model: nn.Module, name: str, rows: int) -> torch.Tensor | None:
+def _order(model: Any, name: str, rows: int) -> torch.Tensor | None:
     """The row of the file that becomes each row of the weight, as transformers reads it."""
     from ._write import processor
 

@@ -112,7 +112,7 @@ def _is_in(names: set[str], name: str, module: nn.Module) -> bool:
     return name in names
 
 
-def fill(model: nn.Module, contents: Contents, file: File) -> None:
+def fill(model: Any, contents: Contents, file: File) -> None:
     stand(model, contents)
     state = contents.state
     loaded = model.load_state_dict(state, strict=False, assign=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -61,7 +62,8 @@ def save_gguf(
         source = described(model, type)
         if tokenizer is not None:
             sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
-            words = vocabulary(tokenizer, model.config.get_text_config().vocab_size, sizes)
+            config: Any = model.config
+            words = vocabulary(tokenizer, config.get_text_config().vocab_size, sizes)
             source = replace(source, metadata=source.metadata | words)
     elif type is not None or tokenizer is not None:
         raise ValueError(f"{_WHAT}: the model came from a GGUF file, whose types and vocabulary it keeps")

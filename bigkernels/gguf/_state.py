@@ -109,12 +109,14 @@ class _Reading:
         if kind not in (nn.Linear, nn.Embedding) and not transposed or tuple(self.expected[target]) != shape:
             return False
         n = tensor.shape[0]
-        order = self._processed(tensor, np.arange(n, dtype=np.int64)[:, None])
-        order = order.T if transposed else order
-        if order.shape != (n, 1) or not _is_order(order := order[:, 0]):
+        rows = self._processed(tensor, np.arange(n, dtype=np.int64)[:, None])
+        rows = rows.T if transposed else rows
+        if rows.shape != (n, 1) or not _is_order(rows := rows[:, 0]):
             return False
-        order = None if torch.equal(order, torch.arange(n, dtype=torch.int64, device="cpu")) else order
-        config, stored = self._planes(tensor, order)
+        order = None if torch.equal(rows, torch.arange(n, dtype=torch.int64, device="cpu")) else rows
+        planes = self._planes(tensor, order)
+        assert planes is not None  # of a matrix in codes
+        config, stored = planes
         self.made.formats[layer] = config
         self.made.state |= {f"{layer}.{name}": t for name, t in stored.items()}
         self.made.source.places.append(Place(tensor.name, tensor.shape, tensor.kind, layer, True, order))
@@ -126,7 +128,7 @@ class _Reading:
         e, n, k = self.expected[target]
         if tensor.shape != (e, n // count, k):
             raise self.file.fail(f"tensor {tensor.name} has shape {tensor.shape}, expected {(e, n // count, k)}")
-        planes = self._planes(tensor, None)
+        planes: Any = self._planes(tensor, None)
         if planes is None:
             planes = self._values(tensor).to(self.dtype)
         place = Place(
@@ -141,7 +143,8 @@ class _Reading:
             count = 1 if target.endswith("down_proj") else 2
             if len(halves) < count:
                 raise ValueError(f"bigkernels.load_gguf: {self.file.path} has no tensor for {target}")
-            held, e = [halves[i] for i in range(count)], self.expected[target][0]
+            held: list[Any] = [halves[i] for i in range(count)]
+            e = self.expected[target][0]
             coded = [half for half in held if not isinstance(half, Tensor)]
             if len(coded) == len(held) and len({config for config, _ in coded}) == 1:
                 self.made.formats[target] = coded[0][0]
@@ -188,7 +191,7 @@ def _names(architecture: str, layers: int, parameters: Iterable[str]) -> dict[st
     import gguf
 
     kind = next((kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
-    known = None if kind is None else gguf.get_tensor_name_map(kind, layers)
+    known: Any = None if kind is None else gguf.get_tensor_name_map(kind, layers)
     names: dict[str, str] = {}
     for parameter in parameters if known else ():
         path, _, attribute = parameter.rpartition(".")

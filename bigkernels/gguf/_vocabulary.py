@@ -52,11 +52,11 @@ def _of_folder(folder: Path, size: int) -> tuple[dict[str, Pair], int]:
     ):  # fmt: skip
         raise ValueError(f"{_WHAT}: llama.cpp's name for the tokenizer in {folder} is not known here; give a GGUF file "
                          "with the same vocabulary instead")  # fmt: skip
-    tokens = {i: text for text, i in known["vocab"].items()} | {t["id"]: t["content"] for t in added}
-    kinds = dict.fromkeys(tokens, _NORMAL)
+    by_number = {i: text for text, i in known["vocab"].items()} | {t["id"]: t["content"] for t in added}
+    kinds = dict.fromkeys(by_number, _NORMAL)
     kinds |= {t["id"]: _CONTROL if t["special"] else _USER_DEFINED for t in added}
-    count = max(size, max(tokens, default=-1) + 1)
-    tokens = [tokens.get(i, f"[PAD{i}]") for i in range(count)]
+    count = max(size, max(by_number, default=-1) + 1)
+    tokens = [by_number.get(i, f"[PAD{i}]") for i in range(count)]
     merges = [m if isinstance(m, str) else " ".join(m) for m in known["merges"]]
     found = {
         "tokenizer.ggml.model": _text("gpt2"), "tokenizer.ggml.pre": _text(cut),
@@ -96,8 +96,8 @@ def _special(folder: Path, numbers: dict[str, int]) -> dict[str, Pair]:
             found[f"tokenizer.ggml.{key}_token_id"] = Pair(_UINT32, 1, b"", numbers[token])
     for name in ("bos", "eos"):
         found[f"tokenizer.ggml.add_{name}_token"] = Pair(_BOOL, 1, b"", bool(said.get(f"add_{name}_token", False)))
-    template = folder / "chat_template.jinja"
-    template = template.read_text(encoding="utf-8") if template.exists() else said.get("chat_template")
+    file = folder / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8") if file.exists() else said.get("chat_template")
     return found | ({"tokenizer.chat_template": _text(template)} if isinstance(template, str) else {})
 
 

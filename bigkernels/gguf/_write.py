@@ -84,6 +84,7 @@ class Writing:
             raise ValueError(f"{_WHAT}: {place.target} is {config.name}, which {place.name} ({row.name}) cannot hold")
         elif made is None:  # a Q4_1 in the place of a Q4_0
             kind, made = BLOCK_TYPES["Q4_1"].number, blocks_of("Q4_1", stored)
+        assert made is not None  # Q4_1 holds all that Q4_0 does
         part, count = place.part
         if count > 1:
             made = made.unflatten(0, (place.shape[0], count, -1))[:, part].flatten(0, 1)
@@ -107,9 +108,9 @@ class Writing:
         if held.dim() == 2 and tuple(held.shape) == place.shape and (rows := self._rows(place)) is not None:
             return self._typed(place, torch.empty_like(held).index_copy_(0, rows, held))
         size = int(np.prod(place.shape))
-        index = np.arange(size, dtype=np.float64).reshape(place.shape)
-        moved, offset = self._processed(place.name, index), self._processed(place.name, np.zeros_like(index)).flatten()
-        offset = offset[0].item() if offset.numel() and bool((offset == offset[0]).all()) else float("nan")
+        index: Any = np.arange(size, dtype=np.float64).reshape(place.shape)
+        moved, zeros = self._processed(place.name, index), self._processed(place.name, np.zeros_like(index)).flatten()
+        offset = zeros[0].item() if zeros.numel() and bool((zeros == zeros[0]).all()) else float("nan")
         where = (moved - offset).flatten()
         if where.numel() != held.numel() or not torch.equal(where.sort().values, torch.from_numpy(index).flatten()):
             raise ValueError(f"{_WHAT}: {place.name} was changed, and what transformers makes of such a tensor cannot "
@@ -140,7 +141,7 @@ class Writing:
         return self._process(name, values)
 
 
-def processor(model: nn.Module, architecture: str) -> Callable[[str, Any], Tensor]:
+def processor(model: Any, architecture: str) -> Callable[[str, Any], Tensor]:
     """What transformers makes of the values of a tensor of a file, by its name."""
     from transformers import modeling_gguf_pytorch_utils as known
 

@@ -65,12 +65,13 @@ def _taken(kind: type, options: dict[str, Any]):
 class _Completions:
     """Completions, from hidden states; options of the head are taken from those of a loss."""
 
-    def __init__(self, op: str, hidden, weight, labels, bias, options: dict[str, Any], reports=(), pairs=True):
+    def __init__(self, op: str, hidden, weight, labels, bias, options: dict[str, Any], reports: tuple = (), pairs=True):
         check_range(op, "temperature", "given", "nothing", "temperature" not in options)
         self.op, self.weight, self.labels, self.bias = op, weight, labels, bias
         self.cu_seqlens, self.head = options.pop("cu_seqlens", None), _taken(_Head, options)
         self.mask = labels != self.head.ignore_index
         results = self.head(hidden, weight, labels, bias, reports=reports)
+        self.reports: list[Tensor]
         self.logprobs, *self.reports = results if reports else (results,)
         self.tokens = sums(self.mask.to(self.logprobs.dtype), self.cu_seqlens)
         count = self.tokens.shape[0]
@@ -87,8 +88,8 @@ class _Completions:
         """None where the options say that there is no reference."""
         reference, given = _taken(_Reference, options), options.pop("ref_logprobs", None)
         free = options.pop("reference_free", False)
-        named = (("ref_hidden", reference.ref_hidden), ("ref_logprobs", given), ("reference_free", free or None))
-        named = [name for name, t in named if t is not None]
+        all_ways = (("ref_hidden", reference.ref_hidden), ("ref_logprobs", given), ("reference_free", free or None))
+        named = [name for name, t in all_ways if t is not None]
         check_range(self.op, "the reference", " and ".join(named) or None, "one of ref_hidden and ref_logprobs",
                     len(named) == 1)  # fmt: skip
         reference.check(self.op)
@@ -148,13 +149,12 @@ def linear_dpo_loss(
     logprobs, reference = completions.sums(ld_alpha=ld_alpha), completions.ref_logprobs(options, ld_alpha)
     if use_weighting:
         check_range(completions.op, "weights", "given", "None, as use_weighting is", "weights" not in options)
-        weights = wpo_weights(
-            completions.logprobs, *completions.reports, completions.mask, cu_seqlens=completions.cu_seqlens
-        )
+        (squares,) = completions.reports
+        weights = wpo_weights(completions.logprobs, squares, completions.mask, cu_seqlens=completions.cu_seqlens)
         options["weights"] = torch.mul(*weights.chunk(2))
-    reference = (None, None) if reference is None else reference.chunk(2)
+    references = (None, None) if reference is None else reference.chunk(2)
     chosen, rejected = completions.tokens.chunk(2)
-    return dpo_loss(*logprobs.chunk(2), *reference, chosen_tokens=chosen, rejected_tokens=rejected, **options)
+    return dpo_loss(*logprobs.chunk(2), *references, chosen_tokens=chosen, rejected_tokens=rejected, **options)
 
 
 def linear_orpo_loss(
@@ -236,7 +236,7 @@ def linear_bco_loss(
     return bco_loss(completions.sums(), _of_a_reference(completions, options), desirable, **options)
 
 
-def _of_a_reference(found: _Completions, options: dict[str, Any]) -> Tensor:
+def _of_a_reference(found: _Completions, options: dict[str, Any]) -> Any:
     check_range(found.op, "reference_free", "given", "nothing", "reference_free" not in options)
     return found.ref_logprobs(options)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -221,11 +221,12 @@ def dpo_loss(
     ref_chosen, ref_rejected = (torch.zeros_like(chosen) if t is None else wide(t) for t in (ref_chosen, ref_rejected))
     of_chosen, of_rejected = chosen - ref_chosen, rejected - ref_rejected
     diverge = DIVERGENCES[f_divergence_type]
-    scores = tuple(diverge(r, f_alpha_divergence_coef) for r in (of_chosen, of_rejected))
-    tokens = tuple(None if n is None else n.to(chosen.dtype) for n in (chosen_tokens, rejected_tokens))
-    pairs = _Pairs(chosen, rejected, ref_chosen, ref_rejected, of_chosen, of_rejected, scores, tokens, beta,
+    scores = diverge(of_chosen, f_alpha_divergence_coef), diverge(of_rejected, f_alpha_divergence_coef)
+    # Rows that need no numbers of tokens do not look at them.
+    numbers: Any = tuple(None if n is None else n.to(chosen.dtype) for n in (chosen_tokens, rejected_tokens))
+    pairs = _Pairs(chosen, rejected, ref_chosen, ref_rejected, of_chosen, of_rejected, scores, numbers, beta,
                    label_smoothing, discopop_tau, _constant(bco_shift))  # fmt: skip
-    losses = None
+    losses: Any = None
     for name, factor in zip(names, factors, strict=True):
         values = LOSSES[name].losses(pairs)
         values = values if factor == 1 else factor * values

@@ -4,7 +4,7 @@ tokens are added up."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ class _Row(NamedTuple):
 LOSSES = {
     "grpo": _Row(_clip, _means_of_sequences),
     "bnpo": _Row(_clip, lambda s: s.losses.sum() / s.lengths.sum().clamp_min(1)),
-    "dr_grpo": _Row(_clip, lambda s: s.losses.sum() / (s.lengths.shape[0] * s.max_length)),
+    "dr_grpo": _Row(_clip, lambda s: s.losses.sum() / (s.lengths.shape[0] * (s.max_length or 0))),
     "dapo": _Row(_clip, _of_step),
     "luspo": _Row(_clip, lambda s: s.of_sequences.mean(), importance=("sequence",)),
     "cispo": _Row(_cispo, _of_step),
@@ -210,9 +210,10 @@ def grpo_loss(
         if t is not None and t.shape not in (logprobs.shape, (sequences,)):
             raise ValueError(f"bigkernels.losses.{op}: {name} has shape {tuple(t.shape)}, expected "
                              f"({sequences},) or {tuple(logprobs.shape)}")  # fmt: skip
-    options = {"cispo_max": cispo_max, "sapo_temperature_pos": sapo_temperature_pos,
-               "sapo_temperature_neg": sapo_temperature_neg, "vespo_k_pos": vespo_k_pos, "vespo_k_neg": vespo_k_neg,
-               "vespo_lambda_pos": vespo_lambda_pos, "vespo_lambda_neg": vespo_lambda_neg}  # fmt: skip
+    options: dict[str, Any] = {"cispo_max": cispo_max}
+    options |= {"sapo_temperature_pos": sapo_temperature_pos, "sapo_temperature_neg": sapo_temperature_neg,
+                "vespo_k_pos": vespo_k_pos, "vespo_k_neg": vespo_k_neg, "vespo_lambda_pos": vespo_lambda_pos,
+                "vespo_lambda_neg": vespo_lambda_neg}  # fmt: skip
     _check_options(op, loss_type, importance, beta, clip_low, clip_high, delta, max_length, num_tokens, options)
     check_range(op, "ref_logprobs", None, "given, as beta is not 0", beta == 0 or ref_logprobs is not None)
     check_range(op, "bias_correction_kl", True, "False, as beta is 0", beta > 0 or not bias_correction_kl)
@@ -222,7 +223,8 @@ def grpo_loss(
     logprobs = wide(logprobs)
     kept = kept_of(mask, logprobs)
     lengths = sums(kept.to(logprobs.dtype), cu_seqlens)
-    advantages, sampler_ratio = (t if t is None else t.detach().to(logprobs.dtype) for t in (advantages, sampler_ratio))
+    advantages = advantages.detach().to(logprobs.dtype)
+    sampler_ratio = None if sampler_ratio is None else sampler_ratio.detach().to(logprobs.dtype)
     if advantages.shape != logprobs.shape:
         advantages = spread(advantages, logprobs, cu_seqlens)
     advantages = torch.where(kept, advantages, 0)  # 0 times what is not a number would be none

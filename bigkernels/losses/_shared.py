@@ -100,7 +100,7 @@ def check_layout(op: str, name: str, t: Tensor, mask: Tensor | None, cu_seqlens:
     check_shapes(op, name, t, mask=mask)
 
 
-def check_range(op: str, name: str, value: object, accepted: str, fits: bool) -> None:
+def check_range(op: str, name: str, value: object, accepted: object, fits: bool) -> None:
     if not fits:
         raise ValueError(f"bigkernels.losses.{op}: {name} is {value}, expected {accepted}")
 

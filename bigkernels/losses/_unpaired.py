@@ -147,6 +147,9 @@ class RewardShift(nn.Module):
         counts: (2,) in float32, how many there were.
     """
 
+    means: Tensor
+    counts: Tensor
+
     def __init__(self, decay: float | None = None) -> None:
         super().__init__()
         check_range("RewardShift", "decay", decay, "in [0, 1) or None", decay is None or 0 <= decay < 1)

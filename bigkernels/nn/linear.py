@@ -42,8 +42,8 @@ class Linear(nn.Linear):
 def pack(model: nn.Module) -> list[str]:
     """Declare that the weights of a model's linear layers and convolutions will not be written, so that calls with more
     than 16 tokens and no gradient read a packed copy, made on first use, which takes memory once more (for float16 and
-    float32 up to twice that on CPUs with tile units). It is worth it where packing takes long beside the product: a few dozen tokens
-    on tile units. Layers are those of class `bigkernels.nn.Linear`, and `torch.nn.Linear` patched by
+    float32 up to twice that on CPUs with tile units). It is worth it where packing takes long beside the product: a few
+    dozen tokens on tile units. Layers are those of class `bigkernels.nn.Linear`, and `torch.nn.Linear` patched by
     `bigkernels.patch`. `torch.nn.Conv2d` patched by it (float32 and bfloat16, CPU, channels-last) reads a copy in
     oneDNN's order, which a convolution otherwise makes anew in every call.
 
