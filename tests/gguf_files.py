@@ -13,6 +13,7 @@ CODED = [name for name, row in BLOCK_TYPES.items() if not row.is_numbers]
 SIZE, HIDDEN = 256, 512  # blocks of the K-quants are of 256
 SHAPES = {"attn_q": (SIZE, SIZE), "attn_k": (128, SIZE), "attn_v": (128, SIZE), "attn_output": (SIZE, SIZE),
           "ffn_gate": (HIDDEN, SIZE), "ffn_up": (HIDDEN, SIZE), "ffn_down": (SIZE, HIDDEN)}  # fmt: skip
+_LARGE = {"Q3_K": 2, "Q6_K": 16, "IQ4_XS": 16}  # what their integer scales make of a weight
 
 
 def blocks(kind: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -24,7 +25,7 @@ def blocks(kind: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     count = int(np.prod(shape)) // row.block
     made = draw.integers(0, 256, (count, row.nbytes), dtype=np.uint8)
     for at in row.scales:
-        scale = (draw.normal(size=count) * 0.002).astype(np.float16)
+        scale = (draw.normal(size=count) * 0.002 / _LARGE.get(kind, 1)).astype(np.float16)
         made[:, at : at + 2] = scale[:, None].view(np.uint8)
     if kind == "MXFP4":
         made[:, 0] = draw.integers(119, 124, count)

@@ -23,10 +23,9 @@ def load_gguf(path: str | os.PathLike, dtype: torch.dtype = torch.float32, *, mm
 
     Linear layers, embeddings and experts become `bigkernels.nn.QuantizedLinear`, `QuantizedEmbedding` and
     `QuantizedExperts` with the codes of the file: types Q4_0 and Q4_1 as `bigkernels.quantization.Q4_1`, Q8_0 as
-    `Q8_0`, MXFP4 as `MXFP4`, which have kernels; Q5_0, Q5_1, Q2_K to Q6_K, IQ4_NL, IQ4_XS, TQ1_0 and TQ2_0 as
-    `GGUFBlocks`, which have none and are decoded some rows at a time. A head that is tied to the embedding shares its
-    codes. Everything else, other types included, becomes dense, in `dtype`. The values are those that the `gguf`
-    package dequantizes.
+    `Q8_0`, MXFP4 as `MXFP4`; Q5_0, Q5_1, Q2_K to Q6_K, IQ4_NL, IQ4_XS, TQ1_0 and TQ2_0 as `GGUFBlocks`, which kernels
+    read on CPUs. A head that is tied to the embedding shares its codes. Everything else, other types included, becomes
+    dense, in `dtype`. The values are those that the `gguf` package dequantizes.
 
     Args:
         path: of the file. What transformers reads of its metadata decides the model; the tokenizer is read by

@@ -70,9 +70,7 @@ class QuantizedEmbedding(Quantized):
         # Unlike indexing, `index_select` refuses ids below 0.
         picked = self.qweight.operands().rows(lambda t: t.index_select(0, flat))
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        rows = picked.decoded(self.embedding_dim, wide)
-        if self.qweight.channel is not None:
-            rows = rows * self.qweight.channel.to(wide)
+        rows = self.qweight.leaving(picked.decoded(self.embedding_dim, wide))
         return rows.to(self.dtype).view(*ids.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:

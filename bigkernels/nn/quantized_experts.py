@@ -76,9 +76,7 @@ class QuantizedExperts(Quantized):
         k, dtype = self.in_features, self.qweight.dtype
         index = torch.where(index < 0, index + self.num_experts, index)
         picked = self.qweight.operands().rows(lambda t: t.unflatten(0, (self.num_experts, -1))[index].flatten(0, 1))
-        values = picked.decoded(k, dtype if dtype == torch.float64 else torch.float32)
-        if self.qweight.channel is not None:
-            values = values * self.qweight.channel.to(values.dtype)
+        values = self.qweight.leaving(picked.decoded(k, dtype if dtype == torch.float64 else torch.float32))
         values = values.to(dtype).unflatten(0, (len(index), -1))
         return values.transpose(1, 2) if self.transposed else values
 

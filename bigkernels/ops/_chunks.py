@@ -178,7 +178,7 @@ class _Gradients:
         operands, k = head.quantized.operands(), head.quantized.shape[1]
         run = _quantized._bwd if _quantized.uses_kernel(dz, operands) else _quantized._backward
         dx = run(dz, *operands, k)
-        return dx if head.quantized.channel is None else dx * head.quantized.channel.to(dx.dtype)
+        return head.quantized.leaving(dx)
 
     def _add_to_weight(self, dz: Tensor, x: Tensor) -> None:
         total = self.weight

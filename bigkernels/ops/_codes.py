@@ -85,7 +85,7 @@ class Kind:
         row_scale: whether rows have a scale (float32) beside those of blocks.
         book: values of the codebook (float32), 0: codes are numbers.
         block: elements whose codes and scales lie together, where the codes hold all; `block_bytes` of them.
-        number: of `Codes` in csrc/include/bigkernels/table.h. Kinds that no kernel reads get one from `register`.
+        number: of `Codes` in csrc/include/bigkernels/codes.h. Kinds that no kernel reads get one from `register`.
     """
 
     name: str
@@ -105,6 +105,11 @@ class Kind:
     def has_kernels(self) -> bool:
         """Whether kernels read it; others run in plain PyTorch, a few rows at a time."""
         return 0 <= self.number < FIRST_WITHOUT_KERNELS
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of a scale that lies apart from the codes; 0 where none does."""
+        return 0 if self.scale is None else self.scale.itemsize
 
 
 def _spread(t: Tensor, group: int, k: int) -> Tensor:
@@ -150,12 +155,18 @@ BOOK4 = Kind("book4", 4, _book4, blocked=True, book=16, number=6)
 AFFINE4M = Kind("affine4m", 4, _affine4m, scale=HALF, blocked=True, zero="minimum", number=7)
 INT8G = Kind("int8g", 8, _int8g, torch.int8, scale=HALF, blocked=True, number=8)
 
+FIRST_ON_CPU_ALONE = 9  # numbers from here on are of kinds that no GPU kernel reads
 FIRST_WITHOUT_KERNELS = 64  # numbers from here on are given out by `register`, and differ between processes
 KINDS: dict[int, Kind] = {kind.number: kind for kind in (INT8, FP8, AFFINE4, BOOK4, AFFINE4M, INT8G)}
 
 
+def kernels_read(kind: int, codes: Tensor) -> bool:
+    """Whether the kernels of the codes' device read a kind, by its number."""
+    return kind < FIRST_ON_CPU_ALONE or (kind < FIRST_WITHOUT_KERNELS and codes.device.type == "cpu")
+
+
 def register(kind: Kind) -> Kind:
-    """Add a kind that no kernel reads.
+    """Add a kind. One that has no number is read by no kernel.
 
     Returns:
         The kind with its number, by which `Operands.of` names it.
@@ -168,6 +179,8 @@ def register(kind: Kind) -> Kind:
     before = next((number for number, other in KINDS.items() if other.name == kind.name), None)
     if before is not None and KINDS[before].has_kernels:
         raise ValueError(f"bigkernels: {kind.name!r} is a kind of codes that kernels read")
-    number = max(FIRST_WITHOUT_KERNELS, max(KINDS) + 1) if before is None else before
+    number = kind.number
+    if number < 0:
+        number = max(FIRST_WITHOUT_KERNELS, max(KINDS) + 1) if before is None else before
     KINDS[number] = replace(kind, number=number)
     return KINDS[number]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import quantized_linear as _quantized
 from ._arguments import autocast_dtype, check_same_device, check_tensor
-from ._codes import FIRST_WITHOUT_KERNELS, FP8, NUMBERS, Operands
+from ._codes import FP8, NUMBERS, Operands, kernels_read
 from ._derivatives import is_observed, no_autocast
 from ._registry import Operator, compute_dtype, define, needs_grad, triton_kernel
 
@@ -45,11 +45,10 @@ def grouped_linear(x: Tensor, weight: Tensor | QuantizedWeight, ends: Tensor) ->
         dynamic, operands = False, Operands.plain(weight.reshape(experts * rows, -1))
     else:
         dynamic, operands = weight.format.dynamic, weight.operands()
-        if weight.channel is not None:
-            x = x * weight.channel.to(x.dtype)
+        x = weight.entering(x)
     *tensors, group, kind = operands
     # The kernels round tokens to integers, and to no floats of 8 bits.
-    unread = kind >= FIRST_WITHOUT_KERNELS or (dynamic and kind == FP8.number)
+    unread = not kernels_read(kind, tensors[0]) or (dynamic and kind == FP8.number)
     if unread or not OPERATOR.uses_kernel(x, ends, *tensors) or (dynamic and x.shape[1] > _quantized._MOST_EXACT):
         return _one_by_one(x, weight, ends, rows)
     if needs_grad(x, tensors[0]):

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import cross_entropy as _logits
 from ._arguments import autocast_dtype, check_shape, check_tensor, own
 from ._chunks import Call, Objective, Tokens, per_token, total
-from ._codes import FIRST_WITHOUT_KERNELS, NUMBERS, Operands
+from ._codes import NUMBERS, Operands, kernels_read
 from ._derivatives import gradients, is_observed, vjp
 from ._heads import as_reference, check_head, check_target, logits_of, targets_inside
 from ._registry import REFUSED, Implementation, Operator, cpu_kernel, define, needs_grad, triton_kernel
@@ -158,7 +158,7 @@ def _kernel_serves(hidden, weight, bias, options) -> bool:
     codes, *_, kind = Operands.plain(weight) if plain else weight.operands()
     return (
         hidden.device.type == "cpu"
-        and kind < FIRST_WITHOUT_KERNELS
+        and kernels_read(kind, codes)
         and OPERATOR.uses_kernel(hidden, codes, bias)
         and not (label_smoothing and (softcap or not plain))
         and (plain or not weight.format.dynamic)
@@ -262,8 +262,7 @@ def _kernel(hidden, weight, bias, target, class_weight, token_weight, logit_scal
             weight = weight.to(hidden.dtype)
         head = Operands.plain(weight)
     else:
-        if weight.channel is not None:
-            hidden = hidden * weight.channel.to(hidden.dtype)
+        hidden = weight.entering(hidden)
         head = weight.operands()
     grad = needs_grad(hidden, head[0], bias)
     if grad:

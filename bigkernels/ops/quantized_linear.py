@@ -10,7 +10,7 @@ from torch import Tensor
 from .._torch_private import scaled_mm
 from . import _few_tokens, _routes
 from ._arguments import autocast_dtype, check_same_device, check_tensor
-from ._codes import FIRST_WITHOUT_KERNELS, FP8, INT8, CodedWeight, Operands
+from ._codes import FP8, INT8, CodedWeight, Operands, kernels_read
 from ._derivatives import is_observed, no_autocast
 from ._registry import (
     REFUSED,
@@ -60,8 +60,7 @@ def quantized_linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = 
         lowered = autocast_dtype(x.device)
         if lowered is not None:
             x = x.to(lowered)
-        if qweight.channel is not None:
-            x = x * qweight.channel.to(x.dtype)
+        x = qweight.entering(x)
         if uses_kernel(x, operands, bias) and not (dynamic and k > _MOST_EXACT):
             if needs_grad(x, bias):
                 return _QuantizedLinear.apply(True, x, bias, *operands, k, dynamic, qweight.format.rounds_gradients)
@@ -80,8 +79,7 @@ def wide_product(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None) -> Te
     operands = qweight.operands()
     *tensors, group, kind = operands
     k, dynamic = qweight.shape[1], qweight.format.dynamic
-    if qweight.channel is not None:
-        x = x * qweight.channel.to(x.dtype)
+    x = qweight.entering(x)
     kernel = uses_kernel(x, operands, bias) and not (dynamic and k > _MOST_EXACT)
     return _run(kernel, kind, dynamic)(x, *tensors, bias, group, kind, k, dynamic, True)
 
@@ -89,7 +87,7 @@ def wide_product(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None) -> Te
 def uses_kernel(x: Tensor, operands: Operands, bias: Tensor | None = None) -> bool:
     """Whether the raw operators take a call."""
     codes, scale, zero, row_scale, book, _, kind = operands
-    return kind < FIRST_WITHOUT_KERNELS and OPERATOR.uses_kernel(x, codes, scale, zero, row_scale, book, bias)
+    return kernels_read(kind, codes) and OPERATOR.uses_kernel(x, codes, scale, zero, row_scale, book, bias)
 
 
 def _run(kernel, kind, dynamic):
@@ -213,7 +211,7 @@ def _fwd_fake(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dyna
 OPERATOR = Operator(
     "quantized_linear", implementations=(cpu_kernel(), triton_kernel(), _few_tokens.kernel()), in_graphs=True
 )
-_WEIGHT = "Tensor codes, Tensor scale, Tensor? zero, Tensor? row_scale, Tensor? book"
+_WEIGHT = "Tensor codes, Tensor? scale, Tensor? zero, Tensor? row_scale, Tensor? book"
 _fwd = define(
     # `wide` leaves the result as it was accumulated.
     f"quantized_linear_fwd(Tensor x, {_WEIGHT}, Tensor? bias, int group, int kind, SymInt k, bool dynamic,"

@@ -70,6 +70,8 @@ def fuse(operations: list[Operation], widths: list[int], kept: int) -> list[Oper
     for o in operations:
         if isinstance(o, Product):
             x = o.x
+            if isinstance(o.module, QuantizedLinear) and o.module.qweight.order is not None:
+                raise Refused("a layer whose codes meet its inputs in another order")
             if isinstance(o.module, QuantizedLinear) and o.module.qweight.channel is not None:
                 if o.x_column or widths[x] != o.module.in_features:
                     raise Refused("a layer with scaled inputs that reads a part of a value")

@@ -148,7 +148,12 @@ class _Source:
     @classmethod
     def _coded(cls, table: nn.Module, program: Program, width: int) -> _Source | None:
         """Of a quantized embedding whose scales lie in its buffers."""
-        if type(table) is not QuantizedEmbedding or table.dtype != program.dtype or table.qweight.channel is not None:
+        if (
+            type(table) is not QuantizedEmbedding
+            or table.dtype != program.dtype
+            or table.qweight.channel is not None
+            or table.qweight.order is not None
+        ):
             return None
         qweight = table.qweight
         operands = qweight.operands()

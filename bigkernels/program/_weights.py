@@ -149,7 +149,8 @@ def rows_of(weight: records.Weight, begin: int, end: int) -> records.Weight:
         part.codes = weight.codes + begin * (item if weight.transposed else weight.code_row)
         return part
     part.codes = weight.codes + begin * weight.code_row
-    part.scale = weight.scale + begin * ((weight.groups or 1) * KINDS[weight.kind].scale.itemsize)
+    if weight.scale:
+        part.scale = weight.scale + begin * ((weight.groups or 1) * KINDS[weight.kind].scale_bytes)
     if weight.zero:
         part.zero = weight.zero + begin * weight.groups * 2
     if weight.row_scale:

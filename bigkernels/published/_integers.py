@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,23 @@ def integers(codes: Tensor, zero: Tensor | None, scale: Tensor, *, dynamic: bool
             return Packed(Q8_0(), (n, k), tensors)
     values = (codes.float() - _spread(zero, size, 1, k)) * _spread(scale.float(), size, 1, k)
     return values.to(scale.dtype)
+
+
+def in_order(codes: Tensor, zero: Tensor, scale: Tensor, group: Tensor, size: int) -> Packed | Tensor:
+    """The same for elements of which each says its group (act-order): `group` (K,).
+
+    Returns:
+        As `integers`; codes in groups as they lie, with the order of the elements, where all but the last are of
+        `size`.
+    """
+    counts = torch.bincount(group, minlength=scale.shape[1])
+    if bool((counts[:-1] == size).all()):
+        order = group.argsort(stable=True)
+        found = integers(codes[:, order], zero, scale)
+        if isinstance(found, Packed) and isinstance(found.format, Int4):
+            ordered = replace(found.format, act_order=True)
+            return Packed(ordered, found.shape, found.tensors | {"order": order.to(torch.int32)})
+    return ((codes.float() - zero.float()[:, group]) * scale.float()[:, group]).to(scale.dtype)
 
 
 def _fits4(codes: Tensor, zero: Tensor) -> bool:

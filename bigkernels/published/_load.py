@@ -24,7 +24,7 @@ def load_quantized(folder: str | os.PathLike, dtype: torch.dtype | None = None) 
     Its linear layers become `bigkernels.nn.QuantizedLinear` with the codes of the folder, experts that transformers
     joins become `QuantizedExperts`. The values are, bit for bit, those that the library itself dequantizes (of
     LLM.int8 up to a rounding in float32, of HQQ up to those in float16). Layers for
-    which no format stands (GPTQ with act-order, 8 bits with zero points in groups) become plain ones with these values;
+    which no format stands (8 bits with zero points in groups) become plain ones with these values;
     ``model.dense_layers`` names them. `save_pretrained` keeps the model in this package's files.
 
     Args:

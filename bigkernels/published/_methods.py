@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import quantization
 from ..quantization.checkpoints import _AWQ_ORDER, _nibbles, from_bitsandbytes
-from ._integers import integers, unpack
+from ._integers import in_order, integers, unpack
 from ._method import Method, floats
 from ._packed import Packed
 from ._torchao import TorchAO
@@ -44,7 +44,7 @@ class GPTQ(Method):
             if group.numel() and int(group.max()) >= groups:
                 raise ValueError(f"{name}.g_idx names group {int(group.max())} of {groups}")
             if not torch.equal(group, torch.arange(k, dtype=torch.int64, device=group.device) // size):
-                return _gathered(codes, zero.T, scales.T, group)
+                return in_order(codes, zero.T, scales.T.contiguous(), group, size)
         return integers(codes, zero.T, scales.T.contiguous())
 
     def _zeros(self, name: str, qzeros: Tensor, bits: int) -> Tensor:
@@ -175,7 +175,7 @@ class CompressedTensors(Method):
                 raise ValueError(f"{name}.weight_g_idx names group {int(order.max())} of {scale.shape[1]}")
             if not torch.equal(order.long(), torch.arange(k, dtype=torch.int64, device=order.device) // size):
                 zero = torch.zeros_like(scale) if zero is None else zero
-                return _gathered(codes, zero, scale, order.long())
+                return in_order(codes, zero, scale.contiguous(), order.long(), size)
         return integers(codes, zero, scale.contiguous(), dynamic=dynamic)
 
     def _scheme(self, name: str) -> Mapping[str, Any]:
@@ -256,12 +256,6 @@ def _number(name: str, held: Mapping[str, Tensor], part: str, default: int) -> i
     if t.numel() != 1 or t.is_floating_point():
         raise ValueError(f"{name}.{part} is no number")
     return int(t)
-
-
-def _gathered(codes: Tensor, zero: Tensor, scale: Tensor, group: Tensor) -> Tensor:
-    """The values of elements that lie in any order (act-order): no format of ours has such groups."""
-    values = (codes.float() - zero.float()[:, group]) * scale.float()[:, group]
-    return values.to(scale.dtype)
 
 
 def _take(name: str, held: dict[str, Tensor], **kinds: torch.dtype | None) -> list[Tensor]:

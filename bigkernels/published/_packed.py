@@ -74,21 +74,25 @@ def _joined(parts: Sequence[Any], stack: bool, dim: int) -> Packed | None:
     first = parts[0]
     if any(part.format != first.format or part.shape[-1] != first.shape[-1] for part in parts):
         return None
+    shared = {"order": first.tensors["order"]} if "order" in first.tensors else {}  # of all rows
+    if any(not torch.equal(part.tensors[name], t) for part in parts for name, t in shared.items()):
+        return None
+    each = [name for name in first.tensors if name not in shared]
     if stack:
         if dim != 0 or any(part.shape != first.shape for part in parts) or len(first.shape) != 2:
             return None
-        joined = {name: torch.cat([part.tensors[name] for part in parts]) for name in first.tensors}
-        return Packed(first.format, (len(parts), *first.shape), joined)
+        joined = {name: torch.cat([part.tensors[name] for part in parts]) for name in each}
+        return Packed(first.format, (len(parts), *first.shape), joined | shared)
     rows = len(first.shape) - 2
     if dim % len(first.shape) != rows or any(part.shape[:-2] != first.shape[:-2] for part in parts):
         return None
     count = first.shape[:-2].numel()
     joined = {
         name: torch.cat([part.tensors[name].unflatten(0, (count, -1)) for part in parts], 1).flatten(0, 1)
-        for name in first.tensors
+        for name in each
     }
     n = sum(part.shape[-2] for part in parts)
-    return Packed(first.format, (*first.shape[:-2], n, first.shape[-1]), joined)
+    return Packed(first.format, (*first.shape[:-2], n, first.shape[-1]), joined | shared)
 
 
 def _by_rows(part: Packed) -> Packed:

@@ -97,6 +97,8 @@ def _compressed_layer(path: str, qweight: QuantizedWeight) -> Stored:
         scheme = {"format": "float-quantized", "weights": {"num_bits": 8, "type": "float", **plain}}
         return {"weight": t["codes"].view(torch.float8_e4m3fn), "weight_scale": t["scale"][:, None]}, scheme
     codes, zero, scale = _int4(path, qweight, "compressed-tensors")
+    if qweight.order is not None:
+        raise ValueError(f"{_WHAT}: the groups of {path} are not of neighbours (act-order); save it as gptq")
     config = cast(Int4, config)
     half = scale.to(qweight.dtype)
     grouped = {"num_bits": 4, "type": "int", "symmetric": False, "dynamic": False, "strategy": "group"}
@@ -130,11 +132,16 @@ def _gptq(model: nn.Module, layers: dict[str, QuantizedLinear], state: dict[str,
     for path, (codes, zero, scale) in found.items():
         k = codes.shape[1]
         size = cast(Int4, layers[path].weight_format).group_size
-        order = torch.arange(k, dtype=torch.int32, device=codes.device) // size
+        group = torch.arange(k, dtype=torch.int32, device=codes.device) // size
+        order = layers[path].qweight.order
+        if order is not None:  # back to the elements' own
+            back = order.argsort()
+            codes, group = codes[:, back], group[back]
         stored = zero if newer else zero - 1
         state |= {f"{path}.qweight": pack(codes.T), f"{path}.qzeros": pack(stored).T.contiguous(),
-                  f"{path}.scales": scale.half().T.contiguous(), f"{path}.g_idx": order}  # fmt: skip
-    return {"quant_method": "gptq", "bits": 4, "group_size": sizes.pop(), "sym": False, "desc_act": False,
+                  f"{path}.scales": scale.half().T.contiguous(), f"{path}.g_idx": group}  # fmt: skip
+    return {"quant_method": "gptq", "bits": 4, "group_size": sizes.pop(), "sym": False,
+            "desc_act": any(module.qweight.order is not None for module in layers.values()),
             "checkpoint_format": "gptq_v2" if newer else "gptq"}  # fmt: skip
 
 

@@ -30,8 +30,10 @@ class BlockType:
         block: elements of a block; `nbytes` of it.
         decode: blocks (B, nbytes) to values (B, block), in float32.
         scales: where the float16 numbers of a block are; none may be infinite or NaN.
-        ours: the format whose codes these are, in another order ("" if none): what has kernels.
+        ours: the format whose codes these are, in another order ("" if none).
         dtype: of what is floats, one by one, and no codes.
+        bits: of a code; of kinds that kernels read as they are.
+        kernels: the number by which kernels know the kind, -1 if none does.
     """
 
     name: str
@@ -42,6 +44,8 @@ class BlockType:
     scales: tuple[int, ...] = ()
     ours: str = ""
     dtype: torch.dtype | None = None
+    bits: int = 0
+    kernels: int = -1
 
     @property
     def is_numbers(self) -> bool:
@@ -209,19 +213,19 @@ BLOCK_TYPES = {
         BlockType("BF16", 30, 1, 2, _bf16, dtype=torch.bfloat16),
         BlockType("Q4_0", 2, 32, 18, _q4_0, (0,), "q4_1"),
         BlockType("Q4_1", 3, 32, 20, _q4_1, (0, 2), "q4_1"),
-        BlockType("Q5_0", 6, 32, 22, _q5_0, (0,)),
-        BlockType("Q5_1", 7, 32, 24, _q5_1, (0, 2)),
+        BlockType("Q5_0", 6, 32, 22, _q5_0, (0,), bits=5, kernels=9),
+        BlockType("Q5_1", 7, 32, 24, _q5_1, (0, 2), bits=5, kernels=10),
         BlockType("Q8_0", 8, 32, 34, _q8_0, (0,), "q8_0"),
-        BlockType("Q2_K", 10, K, 84, _q2_k, (80, 82)),
-        BlockType("Q3_K", 11, K, 110, _q3_k, (108,)),
-        BlockType("Q4_K", 12, K, 144, _q4_k, (0, 2)),
-        BlockType("Q5_K", 13, K, 176, _q5_k, (0, 2)),
-        BlockType("Q6_K", 14, K, 210, _q6_k, (208,)),
-        BlockType("IQ4_NL", 20, 32, 18, _iq4_nl, (0,)),
-        BlockType("IQ4_XS", 23, K, 136, _iq4_xs, (0,)),
+        BlockType("Q2_K", 10, K, 84, _q2_k, (80, 82), bits=2, kernels=11),
+        BlockType("Q3_K", 11, K, 110, _q3_k, (108,), bits=3, kernels=12),
+        BlockType("Q4_K", 12, K, 144, _q4_k, (0, 2), bits=4, kernels=13),
+        BlockType("Q5_K", 13, K, 176, _q5_k, (0, 2), bits=5, kernels=14),
+        BlockType("Q6_K", 14, K, 210, _q6_k, (208,), bits=6, kernels=15),
+        BlockType("IQ4_NL", 20, 32, 18, _iq4_nl, (0,), bits=4, kernels=16),
+        BlockType("IQ4_XS", 23, K, 136, _iq4_xs, (0,), bits=4, kernels=17),
         BlockType("MXFP4", 39, 32, 17, _mxfp4, ours="mxfp4"),
-        BlockType("TQ1_0", 34, K, 54, _tq1_0, (52,)),
-        BlockType("TQ2_0", 35, K, 66, _tq2_0, (64,)),
+        BlockType("TQ1_0", 34, K, 54, _tq1_0, (52,), bits=2, kernels=18),
+        BlockType("TQ2_0", 35, K, 66, _tq2_0, (64,), bits=2, kernels=19),
     )
 }
 
@@ -238,11 +242,12 @@ _KINDS = {
     name: register(
         Kind(
             f"gguf {name}",
-            8 * row.nbytes / row.block,
+            row.bits or 8 * row.nbytes / row.block,
             _decoder(row),
             scale=None,
             block=row.block,
             block_bytes=row.nbytes,
+            number=row.kernels,
         )
     )  # fmt: skip
     for name, row in BLOCK_TYPES.items()

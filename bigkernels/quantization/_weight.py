@@ -71,13 +71,31 @@ class QuantizedWeight(CodedWeight):
         """The weight (N, K) that the codes stand for, computed in float32 and rounded once."""
         dtype = self.dtype if dtype is None else dtype
         wide = dtype if dtype == torch.float64 else torch.float32
-        values = self.operands().decoded(self.shape[1], wide)
-        return (values if self.channel is None else values * self.channel.to(wide)).to(dtype)
+        return self.leaving(self.operands().decoded(self.shape[1], wide)).to(dtype)
 
     @property
     def channel(self) -> Tensor | None:
         """(K,) powers of two by which inputs are multiplied before the codes are, or None."""
         return self.tensors.get("channel")
+
+    @property
+    def order(self) -> Tensor | None:
+        """(K,) the element of an input that each element of a row of codes meets; None: the one in its place."""
+        return self.tensors.get("order")
+
+    def entering(self, x: Tensor) -> Tensor:
+        """Inputs (..., K) as the codes meet them."""
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
+        return x if self.channel is None else x * self.channel.to(x.dtype)
+
+    def leaving(self, rows: Tensor) -> Tensor:
+        """What codes stand for, or gradients of what meets them, (..., K), as inputs have it: `entering` transposed."""
+        if self.channel is not None:
+            rows = rows * self.channel.to(rows.dtype)
+        if self.order is None:
+            return rows
+        return torch.zeros_like(rows).index_copy(-1, self.order.long(), rows)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_read": None}

@@ -17,9 +17,9 @@ from ._ggml import BLOCK_TYPES, BlockType
 class GGUFBlocks(Format):
     """Rows of blocks of a type of ggml; values are those that the `gguf` package dequantizes, bit for bit.
 
-    No kernel reads them: blocks are decoded some rows at a time, in plain PyTorch, for each product and each gradient.
-    That takes little memory and the time of decoding the weight, whatever the number of tokens. Types Q4_0, Q4_1 and
-    Q8_0 have formats with kernels (`Q4_1`, `Q8_0`).
+    Kernels read them on CPUs, but types Q4_0, Q4_1, Q8_0 and MXFP4, which have formats of their own (`Q4_1`, `Q8_0`,
+    `MXFP4`). Those, and all types on other devices, are decoded some rows at a time, in plain PyTorch, for each product
+    and each gradient: that takes little memory, and the time of decoding the weight whatever the number of tokens.
 
     Args:
         type: "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K" to "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0" or "TQ2_0".

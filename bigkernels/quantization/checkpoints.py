@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -73,14 +74,15 @@ def from_gptq(
         qweight: (K / 8, N) int32, eight neighbours along K in an integer.
         qzeros: (G, N / 8) int32, eight neighbours along N.
         scales: (G, N), float16.
-        g_idx: (K,) the group of each element; only groups of neighbours are supported.
+        g_idx: (K,) the group of each element; where groups are not of neighbours (act-order), the weight is
+            ``Int4(act_order=True)``.
         v2: zero points are stored as they are; else one less (the older format).
         zeros: how the older format's writer took one away, which matters where a zero point is 0: "nibbles", from each
             alone, so that 0 becomes 15; or "words", from all eight of an integer at once, where 0 borrows from its
             neighbour (GPTQModel). Need not be said where both mean the same, as in all symmetric checkpoints.
 
     Raises:
-        ValueError: the shapes do not fit, groups are not of 32, 64 or 128, elements are reordered, or zero points
+        ValueError: the shapes do not fit, groups are not of 32, 64 or 128, or zero points
             depend on `zeros`, which was not given.
     """
     codes = _nibbles(qweight, range(8)).permute(1, 0, 2).flatten(1)  # (N, K)
@@ -89,7 +91,17 @@ def from_gptq(
     if g_idx is not None:
         natural = torch.arange(codes.shape[1], dtype=torch.int64, device=g_idx.device) // config.group_size
         if not torch.equal(g_idx.long(), natural):
-            raise ValueError(f"{_HERE}.from_gptq: g_idx reorders elements (act-order), which is not supported")
+            counts = torch.bincount(g_idx.long(), minlength=scales.shape[0])
+            if (
+                g_idx.shape != natural.shape
+                or len(counts) != scales.shape[0]
+                or (counts[:-1] != config.group_size).any()
+            ):
+                raise ValueError(f"{_HERE}.from_gptq: g_idx has groups that are not of {config.group_size} elements")
+            order = g_idx.long().argsort(stable=True)
+            made = _integers(replace(config, act_order=True), codes[:, order], zero, scales)
+            made.tensors["order"] = order.to(torch.int32)
+            return made
     return _integers(config, codes, zero, scales)
 
 
@@ -123,6 +135,8 @@ def to_compressed_tensors(qweight: QuantizedWeight) -> dict[str, Tensor]:
         raise ValueError(f"{_HERE}.to_compressed_tensors: the weight is {qweight.format.name}; accepted is int4")
     if qweight.channel is not None:
         raise ValueError(f"{_HERE}.to_compressed_tensors: the layout has no place for what divides inputs (awq)")
+    if qweight.order is not None:
+        raise ValueError(f"{_HERE}.to_compressed_tensors: groups that are not of neighbours (act-order)")
     codes, scale, zero, row_scale, *_ = qweight.operands()
     assert scale is not None and zero is not None and row_scale is not None  # as int4 has them
     if not torch.equal(zero, zero.round()):

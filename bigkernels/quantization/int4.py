@@ -33,6 +33,9 @@ class Int4(Format):
             to those that follow (Frantar et al. 2022, https://arxiv.org/abs/2210.17323). "awq" scales the elements that
             meet large inputs up (Lin et al. 2023, https://arxiv.org/abs/2306.00978), by powers of two, which are stored
             and divide the inputs, and then moves zero points as "hqq" does.
+        act_order: whether groups are of elements from anywhere in a row, as GPTQ makes them with ``desc_act``: codes
+            stand group after group, and `order` says which input each of them meets. Such weights are read from folders
+            and not made.
 
     Raises:
         ValueError: another size or algorithm.
@@ -41,6 +44,7 @@ class Int4(Format):
     name: ClassVar[str] = "int4"
     group_size: int = 128
     algorithm: str = "hqq"
+    act_order: bool = False
 
     def __post_init__(self) -> None:
         if self.group_size not in _SIZES:
@@ -50,13 +54,15 @@ class Int4(Format):
         if self.algorithm not in _ALGORITHMS:
             raise ValueError(f"bigkernels.quantization.Int4: algorithm is {self.algorithm!r}; accepted are "
                              f"{', '.join(_ALGORITHMS)}")  # fmt: skip
+        if self.act_order and self.algorithm == "awq":
+            raise ValueError("bigkernels.quantization.Int4: act_order does not go with algorithm 'awq'")
 
     @property
     def calibrated(self) -> bool:
         return self.algorithm in ("gptq", "awq")
 
     def blind(self) -> Int4:
-        return Int4(self.group_size) if self.calibrated else self
+        return Int4(self.group_size) if self.calibrated or self.act_order else self
 
     def prepare(self, weight: Tensor, hessian: Tensor) -> Any:
         if self.algorithm == "gptq":
@@ -77,6 +83,8 @@ class Int4(Format):
         return torch.nn.functional.pad(each, (0, -k % self.group_size)).view(1, -1, self.group_size)
 
     def encode(self, rows: Tensor, data: Any = None) -> dict[str, Tensor]:
+        if self.act_order:
+            raise ValueError("bigkernels: Int4(act_order=True) is read from published folders and not made of weights")
         k = rows.shape[1]
         if self.algorithm == "awq":
             rows = rows * data.up
@@ -104,7 +112,9 @@ class Int4(Format):
         groups = (n, -(-k // self.group_size))
         stored = {"codes": ((n, (k + 1) // 2), torch.uint8), "scale": (groups, torch.float16),
                   "zero": (groups, torch.float16), "row_scale": ((n,), torch.float32)}  # fmt: skip
-        return stored | {"channel": ((k,), torch.float32)} if self.algorithm == "awq" else stored
+        if self.algorithm == "awq":
+            stored |= {"channel": ((k,), torch.float32)}
+        return stored | {"order": ((k,), torch.int32)} if self.act_order else stored
 
     def operands(self, tensors: dict[str, Tensor]) -> Operands:
         return Operands.of(AFFINE4, tensors["codes"], tensors["scale"], zero=tensors["zero"],

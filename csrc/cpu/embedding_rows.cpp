@@ -16,6 +16,7 @@ float fp8(uint8_t code) {  // e4m3fn
 }  // namespace
 
 void embedding_row(const Weight& w, int64_t n, float* out, std::vector<float>& scales) {
+  if (is_blocks(w.kind)) return table().decode_row(w, n, out);
   const uint8_t* codes = w.codes + n * w.code_row;
   if (!w.group) {
     const float scale = ((const float*)w.scale)[n];

@@ -59,7 +59,9 @@ class Checker {
     if (w.n < 1 || w.k < 1 || kind < 0 || kind >= kKinds || !w.codes) return false;
     const CodesRow& row = traits(w.kind);
     if (is_plain(w.kind)) return true;
-    if (w.transposed || !w.scale || !w.zero == row.zero || !w.row_scale == row.row_scale || !w.book == (row.book > 0))
+    if (row.block && w.k % row.block) return false;
+    if (w.transposed || !w.scale == (row.scale_bytes > 0) || !w.zero == row.zero || !w.row_scale == row.row_scale ||
+        !w.book == (row.book > 0))
       return false;
     return row.blocked ? w.group > 0 && w.groups == (w.k + w.group - 1) / w.group : w.group == 0;
   }

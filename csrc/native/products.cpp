@@ -81,8 +81,8 @@ void bind_products(py::module_& m) {
       [] {
         py::list rows;
         for (const CodesRow& r : kCodes)
-          rows.append(
-              py::make_tuple(r.name, r.bits, r.is_signed, r.scale_bytes, r.blocked, r.zero, r.row_scale, r.book));
+          rows.append(py::make_tuple(r.name, r.bits, r.is_signed, r.scale_bytes, r.blocked, r.zero, r.row_scale, r.book,
+                                     r.block, r.block_bytes));
         return rows;
       },
       "The traits of each kind of codes, by number.");

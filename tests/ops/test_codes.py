@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import bigkernels.quantization  # noqa: F401 - registers kinds
 from bigkernels.ops._codes import FIRST_WITHOUT_KERNELS, KINDS
 
 native = pytest.importorskip("bigkernels._native")
@@ -16,6 +17,6 @@ def test_rows_are_those_of_the_kernels():
     ours = {number: row for number, row in KINDS.items() if number < FIRST_WITHOUT_KERNELS}
     assert sorted(ours) == list(range(3, len(rows)))
     for number, row in ours.items():
-        said = (row.name, row.bits, row.codes == torch.int8, row.scale.itemsize, row.blocked, bool(row.zero),
-                row.row_scale, row.book)  # fmt: skip
+        said = (row.name, row.bits, row.codes == torch.int8, row.scale_bytes, row.blocked, bool(row.zero),
+                row.row_scale, row.book, row.block, row.block_bytes)  # fmt: skip
         assert rows[number] == said

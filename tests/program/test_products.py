@@ -18,13 +18,16 @@ import torch
 from conftest import Isa
 from torch import Tensor
 
+from bigkernels.quantization._ggml import BLOCK_TYPES
+
 _native = pytest.importorskip("bigkernels._native", reason="development builds only")
 
-KINDS = ("f32", "bf16", "f16", "int8", "fp8", "affine4", "book4", "affine4m", "int8g")
+BLOCKS = {row.kind.name: row for row in BLOCK_TYPES.values() if row.kernels >= 0}  # of GGUF files
+KINDS = ("f32", "bf16", "f16", "int8", "fp8", "affine4", "book4", "affine4m", "int8g", *BLOCKS)
 PLAIN = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 PACKED = ("affine4", "book4", "affine4m")
 GROUPED = (*PACKED, "int8g")
-INTEGERS = ("int8", "int8g", "affine4", "affine4m")  # what is multiplied as integers
+INTEGERS = ("int8", "int8g", "affine4", "affine4m", *BLOCKS)  # what is multiplied as integers
 EXACT, ROUNDED_8, ROUNDED_16 = 0, 1, 2
 
 
@@ -37,6 +40,7 @@ class Stored:
     memory: list[Tensor]
     values: Tensor
     terms: Tensor
+    panels: bool = False
 
 
 def stored(kind: str, n: int, k: int, group: int = 0, transposed: bool = False, seed: int = 0) -> Stored:
@@ -51,6 +55,8 @@ def stored(kind: str, n: int, k: int, group: int = 0, transposed: bool = False, 
         )
         values = (w.T if transposed else w).double()
         return Stored(make, make(), [w], values, values.abs())
+    if kind in BLOCKS:
+        return blocks(kind, n, k, made)
     groups = -(-k // group) if group else 0
     row_scale = torch.tensor([0.25, 1, 4])[torch.arange(n) % 3].contiguous()
     book = torch.linspace(-1, 1, 16, dtype=torch.float32) ** 3
@@ -92,6 +98,25 @@ def stored(kind: str, n: int, k: int, group: int = 0, transposed: bool = False, 
     return Stored(make, make(), tensors, values, terms)
 
 
+def blocks(kind: str, n: int, k: int, made: torch.Generator) -> Stored:
+    """Blocks at random with sensible scales; k is rounded up to whole ones."""
+    row = BLOCKS[kind]
+    count = -(-k // row.block)
+    raw = torch.randint(0, 256, (n * count, row.nbytes), generator=made, dtype=torch.uint8)
+    for at in row.scales:
+        scale = (torch.rand(n * count, generator=made, dtype=torch.float32) * 0.02 - 0.005).half()
+        raw[:, at : at + 2] = scale[:, None].view(torch.uint8)
+    values = row.decode(raw).double()
+    without = raw.clone()
+    if len(row.scales) > 1:
+        without[:, row.scales[1] : row.scales[1] + 2] = 0
+    scaled = row.decode(without).double()
+    terms = (scaled.abs() + (values - scaled).abs()).view(n, -1)
+    memory = torch.cat([raw.view(n, -1), torch.full((n, 3), 255, dtype=torch.uint8)], 1)  # rows lie apart
+    make = partial(_native.Weight, row.kernels, n, count * row.block, memory.data_ptr(), memory.stride(0))
+    return Stored(make, make(), [memory], values.view(n, -1), terms)
+
+
 def product(w: Stored, x: Tensor, integers: int, ends: list[int] | None = None) -> Tensor:
     x = x.contiguous()
     out = torch.full((x.shape[0], w.values.shape[0]), torch.nan, dtype=torch.float32)
@@ -107,7 +132,7 @@ def in_panels(w: Stored, integers: int) -> Stored | None:
     memory = torch.full((size + 128,), 255, dtype=torch.uint8)
     begin = -memory.data_ptr() % 64
     other = copy.copy(w)
-    other.weight, other.memory = w.make(), [*w.memory, memory]
+    other.weight, other.memory, other.panels = w.make(), [*w.memory, memory], True
     _native.panels(other.weight, integers, memory.data_ptr() + begin)
     assert (memory[:begin] == 255).all() and (memory[begin + size :] == 255).all()
     return other
@@ -115,6 +140,8 @@ def in_panels(w: Stored, integers: int) -> Stored | None:
 
 def rounded(x: Tensor, kind: str, integers: int) -> Tensor:
     """The tokens that a product multiplies, in float64."""
+    if kind in BLOCKS and integers != ROUNDED_8:
+        return x.double()
     if kind == "bf16" or (integers and kind not in PLAIN and (integers == 2 or kind not in INTEGERS)):
         return x.bfloat16().double()
     if integers == 0 or kind in PLAIN:
@@ -134,12 +161,12 @@ def expected(w: Stored, x: Tensor) -> tuple[Tensor, Tensor]:
 def check(kind: str, n: int, k: int, m: int, group: int, transposed: bool, integers: int, seed: int) -> None:
     w = stored(kind, n, k, group, transposed, seed)
     made = torch.Generator().manual_seed(seed)
-    x = torch.randn(m, k, generator=made, dtype=torch.float32)
+    x = torch.randn(m, w.values.shape[1], generator=made, dtype=torch.float32)
     y = product(w, x, integers)
-    right, terms = expected(w, rounded(x, kind, integers))
+    right, terms = expected(w, rounded(x, kind, EXACT if kind in BLOCKS else integers))
     wrong = (y.double() - right).abs() > 2e-6 * terms + 1e-30
     what = f"{kind} n {n} k {k} m {m} group {group} transposed {transposed} integers {integers}"
-    check_panels(w, x, integers, right, terms, what, seed)
+    check_panels(w, x, integers, *expected(w, rounded(x, kind, integers)), what, seed)
     assert not wrong.any(), f"{what}: {wrong.sum()} of {wrong.numel()}, {(y - right).abs().max()} off at {terms.max()}"
     if n > 1:
         cut = random.Random(seed).randint(1, n - 1)
@@ -172,7 +199,7 @@ def cases(seed: int, count: int):
     draw = random.Random(seed)
     tokens = (1, 2, 3, 4, 5, 7, 8, 11, 13, 16, 17, 33, 100)
     for kind in KINDS:
-        for i in range(count):
+        for i in range(count // 3 if kind in BLOCKS else count):
             m = tokens[i % len(tokens)]
             n = draw.choice((1, 5, 15, 16, 17, 31, 48, 130, 144))
             k = draw.choice((1, 2, 31, 32, 33, 64, 95, 127, 128, 160, 257, 512, 513, 576, 700, 1056, 2047))
@@ -213,7 +240,7 @@ def test_values_that_are_not_finite_are_not_lost() -> None:
         for integers in (0, 1, 2):
             for w, m in itertools.product(each_way(kind, integers), (1, 5)):
                 for bad in (torch.inf, -torch.inf, torch.nan):
-                    x = torch.ones(m, 96, dtype=torch.float32)
+                    x = torch.ones(m, w.values.shape[1], dtype=torch.float32)
                     x[0, 40] = bad
                     y = product(w, x, integers)
                     zero = (w.values[:, 40] == 0) if bad != bad else torch.zeros(20, dtype=torch.bool)
@@ -225,7 +252,7 @@ def test_codes_with_integers_have_panels() -> None:
     for kind in KINDS:
         w = stored(kind, 20, 96, 32 if kind in GROUPED else 0)
         assert (_native.panels(w.weight, ROUNDED_8) > 0) == (kind in INTEGERS or (kind == "book4" and pairs())), kind
-        assert not _native.panels(w.weight, EXACT), kind
+        assert bool(_native.panels(w.weight, EXACT)) == (kind in BLOCKS), kind
 
 
 def pairs() -> bool:
@@ -235,16 +262,18 @@ def pairs() -> bool:
 def test_small_and_zero_tokens() -> None:
     for kind in INTEGERS:
         for w, m in itertools.product(each_way(kind, 1), (1, 5)):
-            assert torch.equal(product(w, torch.zeros(m, 96), 1), torch.zeros(m, 20))
-            small = torch.randn(m, 96, dtype=torch.float32) * 1e-25
-            right, terms = expected(w, rounded(small, kind, 1))
+            k = w.values.shape[1]
+            assert torch.equal(product(w, torch.zeros(m, k), 1), torch.zeros(m, 20))
+            small = torch.randn(m, k, dtype=torch.float32) * 1e-25
+            right, terms = expected(w, rounded(small, kind, 1 if w.panels or kind not in BLOCKS else EXACT))
             assert ((product(w, small, 1).double() - right).abs() <= 2e-6 * terms).all(), kind
 
 
 def test_no_tokens_and_no_elements() -> None:
     for kind in KINDS:
         group = 32 if kind in GROUPED else 0
-        assert product(stored(kind, 20, 64, group), torch.zeros(0, 64, dtype=torch.float32), 1).shape == (0, 20)
+        w = stored(kind, 20, 64, group)
+        assert product(w, torch.zeros(0, w.values.shape[1], dtype=torch.float32), 1).shape == (0, 20)
         nothing = product(stored(kind, 20, 0, group), torch.zeros(5, 0, dtype=torch.float32), 1)
         assert torch.equal(nothing, torch.zeros(5, 20)), kind
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bigkernels.functional import quantize_weight
 from bigkernels.quantization import FP4, NF4, Int4, checkpoints
-from bigkernels.quantization.book4 import DYNAMIC_BOOK
+from bigkernels.quantization.book4 import DYNAMIC_CODEBOOK
 
 
 def nibble(codes: Tensor, n: int, k: int) -> int:
@@ -35,7 +35,7 @@ def bitsandbytes_state(config: NF4, shape: tuple[int, int], tensors: dict[str, T
         described |= {"nested_blocksize": 256, "nested_dtype": "float32",
                       "nested_offset": tensors["scale_offset"].item()}  # fmt: skip
         state |= {"w.absmax": tensors["scale_codes"].flatten(), "w.nested_absmax": tensors["scale_scale"],
-                  "w.nested_quant_map": torch.tensor(DYNAMIC_BOOK)}  # fmt: skip
+                  "w.nested_quant_map": torch.tensor(DYNAMIC_CODEBOOK)}  # fmt: skip
     else:
         state["w.absmax"] = tensors["scale"].flatten()
     text = torch.tensor(list(json.dumps(described).encode()), dtype=torch.uint8)
@@ -103,8 +103,13 @@ def test_gptq(group: int, v2: bool):
     found = checkpoints.from_gptq(qweight.int(), qzeros.int(), scales, g_idx, v2=v2)
     assert found.format == Int4(group, "rtn") and found.shape == (16, 128)
     torch.testing.assert_close(found.dequantize(torch.float32), weight, rtol=1e-6, atol=0)
-    with pytest.raises(ValueError, match="reorders"):
-        checkpoints.from_gptq(qweight.int(), qzeros.int(), scales, g_idx.flip(0), v2=v2)
+    order = torch.randperm(128)  # act-order: elements of a group lie anywhere
+    found = checkpoints.from_gptq(qweight.int(), qzeros.int(), scales, g_idx[order], v2=v2)
+    assert found.format == Int4(group, "rtn", act_order=True)
+    wide = (codes - zero.T[:, g_idx[order]]) * scales.float().T[:, g_idx[order]]
+    torch.testing.assert_close(found.dequantize(torch.float32), wide, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match=f"not of {group} elements"):
+        checkpoints.from_gptq(qweight.int(), qzeros.int(), scales, g_idx.clamp_min(1), v2=v2)
 
 
 def test_awq():

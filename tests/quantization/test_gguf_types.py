@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import bigkernels
 from bigkernels.functional import quantize_weight, quantized_linear
 from bigkernels.nn import LoRALinear, QuantizedEmbedding, QuantizedLinear
+from bigkernels.program._state import KEY
 from bigkernels.quantization import GGUFBlocks, QuantizedWeight
 from bigkernels.quantization._ggml import BLOCK_TYPES
 
@@ -81,6 +82,28 @@ def test_a_model_of_each_type(kind: str, tmp_path):
     other = pickle.loads(pickle.dumps(model))
     with torch.no_grad():
         assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [name for name in CODED if BLOCK_TYPES[name].kernels >= 0])
+def test_the_step_program_takes_each_type(kind: str, dtype: torch.dtype, tmp_path):
+    """From panels, an embedding in blocks read by the native call of a step; the file's bytes changed in between."""
+    model = bigkernels.load_gguf(llama(tmp_path / "model.gguf", kind, table=kind), dtype)
+    plain = copy.deepcopy(model)
+    bigkernels.patch(model)
+    for _ in range(2):
+        with torch.no_grad():
+            expected, cache, found = plain(IDS).logits, None, []
+            for ids in (IDS[:, :3], IDS[:, 3:4], IDS[:, 4:5], IDS[:, 5:]):
+                out = model(ids, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                found.append(out.logits)
+        steps = model.__dict__[KEY]
+        assert steps.taken >= 4, steps.reason
+        error = (torch.cat(found, 1) - expected).abs().max() / expected.abs().max()
+        assert error < (1e-5 if dtype == torch.float32 else 0.06), (kind, error)
+        for each in (model, plain):
+            each.model.layers[0].mlp.down_proj.qweight.tensors["blocks"][5].zero_()
 
 
 def test_weights_stay_in_the_file(tmp_path):

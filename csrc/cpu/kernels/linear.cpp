@@ -4,6 +4,8 @@
 namespace bigkernels {
 namespace BK_ISA {
 
+void decode_blocks_row(const Weight& w, int64_t n, float* out) { decode_blocks(w, n, 0, w.k, out); }
+
 void linear_pack_left(const Linear& a, bool backward, int64_t begin, int64_t end, void* left) {
   by_type(a.type, [&](auto many) { many.pack_left(a, backward, begin, end, (typename decltype(many)::E*)left); });
 }

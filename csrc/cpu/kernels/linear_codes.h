@@ -1,12 +1,12 @@
 // From what a weight holds to numbers.
 #pragma once
-#include <bigkernels/vec.h>
+#include "blocks.h"
 
 namespace bigkernels {
 namespace BK_ISA {
 namespace {
 
-constexpr bool is_packed(Codes kind) { return traits(kind).bits == 4; }
+constexpr bool is_packed(Codes kind) { return traits(kind).bits == 4 && !is_blocks(kind); }
 BK_INLINE bool packed(const Weight& a) { return is_packed(a.kind); }
 
 BK_INLINE bool plain(const Weight& a) { return is_plain(a.kind); }
@@ -126,6 +126,7 @@ struct Values {
 // Elements [k, k + span) of row n as T, zero from the row's end on; k and span are multiples of 32, and so are groups.
 template <class T>
 void decode_row(const Weight& a, int64_t n, int64_t k, int64_t span, T* to) {
+  if (is_blocks(a.kind)) return decode_blocks(a, n, k, span, to);
   const uint8_t* row = a.codes + n * a.code_row;
   for (int64_t end = k + span; k < end;) {
     int64_t last = a.group ? (k / a.group + 1) * a.group : end;

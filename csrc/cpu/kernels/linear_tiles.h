@@ -18,9 +18,13 @@ constexpr int64_t kMost = 64;          // tokens
 constexpr int64_t pieces(int64_t k) { return (k + kPiece - 1) / kPiece; }
 BK_INLINE int64_t token_groups(const Linear& a) { return (a.m + 15) / 16; }
 
+// Numbers of bfloat16, and codes whose scales are float32, of a row or of a group, or affine ones of 4 bits.
+constexpr bool has_decoder(Codes kind) {
+  const CodesRow& row = traits(kind);
+  return kind == Codes::bf16 || row.scale_bytes == 4 || row.row_scale;
+}
 BK_INLINE bool serves(const Linear& a) {
-  return a.type == Type::bf16 && (a.kind == Codes::bf16 || (a.kind >= Codes::int8 && a.kind <= Codes::book4)) &&
-         a.m > 1 && a.m <= kMost;
+  return a.type == Type::bf16 && has_decoder(a.kind) && a.m > 1 && a.m <= kMost;
 }
 BK_INLINE int64_t ready_bytes(const Linear& a) {
   return token_groups(a) * pieces(a.k) * kBlocks * kTile * (int64_t)sizeof(uint16_t);

@@ -14,6 +14,17 @@
 
 namespace bigkernels {
 namespace BK_ISA {
+
+// Of blocks of GGUF files: program_blocks.cpp, program_blocks_exact.cpp.
+int64_t block_panel_bytes(const Weight& w);
+void make_block_panel(const Weight& w, int64_t n, uint8_t* panel);
+void integers_from_block_panels(const Weight&, int32_t integers, const void* ready, int64_t m, int64_t begin,
+                                int64_t end, float* out, int64_t stride);
+void floats_from_block_panels(const Weight&, int32_t integers, const void* ready, int64_t m, int64_t begin, int64_t end,
+                              float* out, int64_t stride);
+void few_blocks(const Weight&, int32_t integers, const void* ready, int64_t m, int64_t begin, int64_t end, float* out,
+                int64_t stride);
+
 namespace {
 
 // Bytes ahead that are asked for where there is enough to do between two lines: past a panel's end, into whatever comes
@@ -276,54 +287,6 @@ void stored_product(const Weight& w, const Tokens& a, const void* ready, int64_t
 }
 #undef BK_PANELS
 
-void from_panels(const Weight& w, const Tokens& a, const void* ready, int64_t begin, int64_t end, float* out,
-                 int64_t stride) {
-  auto of = [&](auto count) __attribute__((always_inline)) {
-    stored_product<decltype(count)::value>(w, a, ready, begin, end, out, stride);
-  };
-  switch (a.count) {
-    case 1: return of(Count<1>());
-    case 2: return of(Count<2>());
-#if defined(__AVX2__)
-    case 3: return of(Count<3>());
-    case 4: return of(Count<4>());
-    case 5: return of(Count<5>());
-    case 6: return of(Count<6>());
-#endif
-#if defined(__AVX512F__)
-    case 7: return of(Count<7>());
-    case 8: return of(Count<8>());
-#endif
-    default: return;
-  }
-}
-
 }  // namespace
-
-int64_t panel_bytes(const Weight& w, int32_t integers) {
-  const Form form = form_of(w, integers, 1);
-  if (!w.n || !w.k || (form != Form::quads && form != Form::bytes && form != Form::nibbles)) return 0;
-  switch (w.kind) {
-    case Codes::affine4: return Stored<Codes::affine4>::bytes(w);
-    case Codes::affine4m: return Stored<Codes::affine4m>::bytes(w);
-    case Codes::book4: return Stored<Codes::book4>::bytes(w);
-    case Codes::int8g: return Stored<Codes::int8g>::bytes(w);
-    default: return Stored<Codes::int8>::bytes(w);
-  }
-}
-
-void make_panels(const Weight& w, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    uint8_t* to = (uint8_t*)w.panels + i * w.panel_step;
-    switch (w.kind) {
-      case Codes::affine4: make_stored<Codes::affine4>(w, i * kRows, to); break;
-      case Codes::affine4m: make_stored<Codes::affine4m>(w, i * kRows, to); break;
-      case Codes::book4: make_stored<Codes::book4>(w, i * kRows, to); break;
-      case Codes::int8g: make_stored<Codes::int8g>(w, i * kRows, to); break;
-      default: make_stored<Codes::int8>(w, i * kRows, to);
-    }
-  }
-}
-
 }  // namespace BK_ISA
 }  // namespace bigkernels

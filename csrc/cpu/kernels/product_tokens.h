@@ -48,6 +48,7 @@ BK_INLINE int64_t most_few(Form form, bool transposed) {
 }
 
 BK_INLINE Form form_of(const Weight& w, int32_t integers, int64_t m) {
+  if (is_blocks(w.kind)) return w.panels && integers == 1 ? Form::bytes : Form::floats;
   const Form rounded = kHasPairs ? Form::pairs : Form::rounded;
   switch (w.kind) {
     case Codes::f32:
@@ -68,6 +69,7 @@ BK_INLINE Form form_of(const Weight& w, int32_t integers, int64_t m) {
 struct Tokens {
   Form form;
   bool few, by_panels, by_columns;
+  bool whole;                          // whether sums are of integers as they are, without the tokens' scales
   int64_t m, k, group, count, blocks;  // count: tokens of a block
   int64_t pick, width;                 // value i of run j of a stretch of codes is value i * pick + j; 1: as they come
   int64_t deep, sums, scale_at, sums_at, bytes;  // of a block
@@ -75,12 +77,18 @@ struct Tokens {
   Tokens(const Weight& w, int32_t integers, int64_t tokens) : m(tokens), k(w.k), group(w.group) {
     by_panels = w.panels;
     form = form_of(w, integers, m);
+    int64_t groups = w.groups;
+    whole = false;
+    if (is_blocks(w.kind) && integer()) {
+      const BlockShape shape = shape_of(w.kind);
+      group = shape.group, groups = k / group, whole = !shape.minimum;
+    }
     by_columns = w.transposed;
     few = !by_panels && m <= most_few(form, by_columns);
     const int64_t most = by_panels ? kMostByPanels : kMost;
     blocks = few ? m : (m + most - 1) / most;
     count = few || m <= 1 ? 1 : (m + blocks - 1) / blocks;
-    if (!few && !by_panels) count = (count + 1) / 2 * 2;
+    if (!few && count > 1 && (!by_panels || is_blocks(w.kind))) count = (count + 1) / 2 * 2;
     pick = 1, width = 1;
     if (form == Form::quads) {
       pick = 2, width = few ? 4 * W : 4;
@@ -93,7 +101,7 @@ struct Tokens {
     }
     const int64_t pad = few ? kPad : kSpan;
     deep = (k + pad - 1) / pad * pad;
-    sums = group ? (w.groups + 15) / 16 * 16 : 16;
+    sums = group ? (groups + 15) / 16 * 16 : 16;
     scale_at = count * deep * size();
     sums_at = scale_at + (integer() ? count * deep / 32 * 4 : 0);
     bytes = sums_at + (integer() || form == Form::nibbles ? count * sums * 4 : 0);
@@ -111,7 +119,7 @@ struct Tokens {
   // What a token is made into, as a number: equal for weights that may share it, whatever `few` is for them.
   int32_t number() const {
     return (int32_t)form | (int32_t)pick << 4 | (int32_t)by_panels << 7 |
-           (int32_t)(sums_at < bytes ? group / 32 : 0) << 8 | (int32_t)by_columns << 12;
+           (int32_t)(sums_at < bytes ? group / 16 : 0) << 8 | (int32_t)by_columns << 12 | (int32_t)whole << 13;
   }
 
   const char* block(const void* ready, int64_t b) const { return (const char*)ready + b * bytes; }
@@ -199,11 +207,11 @@ struct GroupSums {
   int64_t step, group = 0;
   float sum = 0;
 
-  // 32 values from k on.
-  BK_INLINE void add(GroupSums& s, const Tokens& a, int64_t k, float part) {
+  // `count` values from k on, 32 or 16.
+  BK_INLINE void add(GroupSums& s, const Tokens& a, int64_t k, float part, int64_t count = 32) {
     if (k >= a.k) return;
     s.sum += part;
-    if (k + 32 < a.k && (!a.group || (k + 32) % a.group)) return;
+    if (k + count < a.k && (!a.group || (k + count) % a.group)) return;
     s.to[s.group++ * s.step] = s.sum, s.sum = 0;
   }
   BK_INLINE void finish(GroupSums& s, const Tokens& a) {
@@ -228,10 +236,16 @@ BK_INLINE void prepare_span(const Tokens& a, const float* x, int64_t k, uint32_t
     float scale[kSpan / 32];
     round_to_bytes(from, to, scale);
     for (int64_t i = 0; i < kSpan; i += 32) {
-      int total = 0;
-      for (int j = 0; j < 32; ++j) total += to[i + j];
+      int total[2] = {};  // of 16 each
+      for (int j = 0; j < 16; ++j) total[0] += to[i + j];
+      for (int j = 0; j < 16; ++j) total[1] += to[i + 16 + j];
+      const float by = a.whole ? 1.0f : scale[i / 32];
       scales[(k + i) / 32 * a.count] = scale[i / 32];
-      GroupSums::add(sums, a, k + i, (float)total * scale[i / 32]);
+      if (a.group == 16) {
+        for (int j = 0; j < 2; ++j) GroupSums::add(sums, a, k + i + 16 * j, (float)total[j] * by, 16);
+      } else {
+        GroupSums::add(sums, a, k + i, (float)(total[0] + total[1]) * by);
+      }
     }
     if (a.pick > 1) sort_span(a, bytes, (int8_t*)words);
   } else if (a.form == Form::pairs || a.form == Form::nibbles) {

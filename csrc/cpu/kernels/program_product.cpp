@@ -23,6 +23,7 @@ void few_floats(const Weight& w, const Tokens& a, const void* ready, int64_t beg
     BK_ROWS(book4);
     BK_ROWS(affine4m);
     BK_ROWS(int8g);
+    default: return;
   }
 #undef BK_ROWS
 }
@@ -81,7 +82,59 @@ void few(const Weight& w, const Tokens& a, const void* ready, int64_t begin, int
 #undef BK_ROWS
 }
 
+void from_panels(const Weight& w, const Tokens& a, const void* ready, int64_t begin, int64_t end, float* out,
+                 int64_t stride) {
+  auto of = [&](auto count) __attribute__((always_inline)) {
+    stored_product<decltype(count)::value>(w, a, ready, begin, end, out, stride);
+  };
+  switch (a.count) {
+    case 1: return of(Count<1>());
+    case 2: return of(Count<2>());
+#if defined(__AVX2__)
+    case 3: return of(Count<3>());
+    case 4: return of(Count<4>());
+    case 5: return of(Count<5>());
+    case 6: return of(Count<6>());
+#endif
+#if defined(__AVX512F__)
+    case 7: return of(Count<7>());
+    case 8: return of(Count<8>());
+#endif
+    default: return;
+  }
+}
+
 }  // namespace
+
+int64_t panel_bytes(const Weight& w, int32_t integers) {
+  const Form form = form_of(w, integers, 1);
+  if (is_blocks(w.kind)) return w.n && w.k ? block_panel_bytes(w) : 0;
+  if (!w.n || !w.k || (form != Form::quads && form != Form::bytes && form != Form::nibbles)) return 0;
+  switch (w.kind) {
+    case Codes::affine4: return Stored<Codes::affine4>::bytes(w);
+    case Codes::affine4m: return Stored<Codes::affine4m>::bytes(w);
+    case Codes::book4: return Stored<Codes::book4>::bytes(w);
+    case Codes::int8g: return Stored<Codes::int8g>::bytes(w);
+    default: return Stored<Codes::int8>::bytes(w);
+  }
+}
+
+void make_panels(const Weight& w, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    uint8_t* to = (uint8_t*)w.panels + i * w.panel_step;
+    if (is_blocks(w.kind)) {
+      make_block_panel(w, i * kRows, to);
+      continue;
+    }
+    switch (w.kind) {
+      case Codes::affine4: make_stored<Codes::affine4>(w, i * kRows, to); break;
+      case Codes::affine4m: make_stored<Codes::affine4m>(w, i * kRows, to); break;
+      case Codes::book4: make_stored<Codes::book4>(w, i * kRows, to); break;
+      case Codes::int8g: make_stored<Codes::int8g>(w, i * kRows, to); break;
+      default: make_stored<Codes::int8>(w, i * kRows, to);
+    }
+  }
+}
 
 int32_t product_form(const Weight& w, int32_t integers) {
   return Tokens(w, integers, 1).number() | Tokens(w, integers, kTiled + 1).number() << 16;
@@ -115,6 +168,11 @@ void product(const Weight& w, int32_t integers, const void* ready, int64_t m, in
   auto by_panels = [&](auto count) __attribute__((always_inline)) {
     panels_of<decltype(count)::value>(w, a, ready, begin, end, out, stride, panels);
   };
+  if (is_blocks(w.kind) && (a.by_panels || a.few)) {
+    if (a.few) return few_blocks(w, integers, ready, m, begin, end, out, stride);
+    return a.integer() ? integers_from_block_panels(w, integers, ready, m, begin, end, out, stride)
+                       : floats_from_block_panels(w, integers, ready, m, begin, end, out, stride);
+  }
   if (a.by_panels) return from_panels(w, a, ready, begin, end, out, stride);
   if (a.few) {
     if (!w.transposed && (a.form == Form::floats || a.form == Form::rounded))

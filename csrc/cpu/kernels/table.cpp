@@ -26,6 +26,7 @@ DecodeSizes decode_sizes(const DecodeAttention&, int64_t groups, int64_t queries
 void decode_attention(const DecodeAttention&, const DecodePart*, int64_t count, void* workspace);
 void decode_merge(const DecodeAttention&, const DecodePart*, int64_t count, int64_t begin, int64_t end);
 void append_kv(const AppendKv&, int64_t, int64_t);
+void decode_blocks_row(const Weight&, int64_t, float*);
 void linear_few_prepare(const Linear&, void*);
 void linear_few(const Linear&, const void*, int64_t, int64_t);
 int64_t linear_few_size(const Linear&);
@@ -198,6 +199,7 @@ extern const CpuTable table = {
     sum_of,
     update,
     matrix_loop,
+    decode_blocks_row,
 };
 
 }  // namespace BK_ISA

@@ -79,8 +79,7 @@ class Call {
     STD_TORCH_CHECK(head.weight.dim() == 2, "bigkernels::", kOp, ": weight must be a matrix");
     int64_t k = hidden.size(1);
     if (head.coded()) {
-      STD_TORCH_CHECK(head.scale, "bigkernels::", kOp, ": scale does not fit the codes");
-      codes_.emplace(kOp, head.weight, *head.scale, head.zero, head.row_scale, head.book, head.group, head.kind, k);
+      codes_.emplace(kOp, head.weight, head.scale, head.zero, head.row_scale, head.book, head.group, head.kind, k);
       a.head = codes_->a;
       return;
     }
@@ -265,7 +264,7 @@ Tensor backward(Tensor grad, Tensor hidden, Tensor weight, MaybeTensor scale, Ma
   if (of_hidden) check_like(kOp, "dx", dx, hidden);
   if (of_weight) check_like(kOp, "dw", dw, weight);
   STD_TORCH_CHECK(state.is_contiguous() && (!of_hidden || dx.is_contiguous()) && (!of_weight || dw.is_contiguous()) &&
-                      !(of_weight && scale),
+                      !(of_weight && kind != 0),
                   "bigkernels::", kOp, ": state, dx and dw must be as forward returned them");
   State before{floats(state)};
   before.hand_to(a);

@@ -24,7 +24,7 @@ void run_dynamic(const Linear& a) {
       });
 }
 
-Tensor forward(Tensor x, Tensor codes, Tensor scale, MaybeTensor zero, MaybeTensor row_scale, MaybeTensor book,
+Tensor forward(Tensor x, Tensor codes, MaybeTensor scale, MaybeTensor zero, MaybeTensor row_scale, MaybeTensor book,
                MaybeTensor bias, int64_t group, int64_t kind, int64_t k, bool dynamic, bool wide) {
   check_cpu(kOp, "x", x);
   QuantizedWeight w(kOp, codes, scale, zero, row_scale, book, group, kind, k);
@@ -51,7 +51,7 @@ Tensor forward(Tensor x, Tensor codes, Tensor scale, MaybeTensor zero, MaybeTens
   return out;
 }
 
-Tensor backward(Tensor grad, Tensor codes, Tensor scale, MaybeTensor zero, MaybeTensor row_scale, MaybeTensor book,
+Tensor backward(Tensor grad, Tensor codes, MaybeTensor scale, MaybeTensor zero, MaybeTensor row_scale, MaybeTensor book,
                 int64_t group, int64_t kind, int64_t k) {
   check_cpu(kOp, "grad", grad);
   QuantizedWeight w(kOp, codes, scale, zero, row_scale, book, group, kind, k);

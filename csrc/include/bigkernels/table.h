@@ -345,6 +345,8 @@ struct CpuTable {
   float (*sum_of)(const void* in, int64_t bytes, int streams);
   void (*update)(void* param, void* first, void* second, const void* grad, int64_t bytes, bool ahead);  // bytes of each
   int64_t (*matrix_loop)(int type, int64_t rounds);  // operations done; 0 where the level has no such unit
+  // Row n of a weight in blocks: (k,).
+  void (*decode_row)(const Weight&, int64_t n, float* out);
 };
 
 constexpr int64_t kLossVocabulary = 256;  // in a block of linear_loss_*
