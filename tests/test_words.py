@@ -22,7 +22,8 @@ WORDS = [
     (r"\b(ref_|old_)?logps\b", ("bigkernels/losses", "docs", "*.md"), "logprobs",
      ("losses/_linear.py", "losses/_unpaired.py")),
     (r"\binstruction-set levels?\b", ("bigkernels", "csrc", "docs", "*.md"), "ISA level", ()),
-    (r"(?<![.\w])named\(", ("bigkernels/quantization", "bigkernels/checkpointing"), "resolve_...", ()),
+    (r"(?<![.\w])named\(", ("bigkernels/quantization", "bigkernels/checkpointing", "bigkernels/program"),
+     "resolve_...", ()),
 ]  # fmt: skip
 HISTORY = ("CHANGELOG.md", "NOTES.md", "benchmarks/results/")  # what was
 

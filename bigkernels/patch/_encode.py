@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..nn._quantized import Quantized
 from ..program import _layers
-from ..program._encoder_call import Given, collects, form_of, named, same_others
+from ..program._encoder_call import Given, collects, form_of, resolve_arguments, same_others
 from ..program._encoder_masks import Scores
 from ..program._encoder_stack import KEY, Stack, unsupported
 from ..program._forward import _check_surroundings
@@ -150,7 +150,7 @@ def _by_program(layer: nn.Module, below: Callable | None, place: Place, args: tu
     if layer.training or (at >= len(stack.layers) or stack.layers[at] is not layer):
         return None
     try:
-        given = named(layer, stack.names[at], args, kwargs)
+        given = resolve_arguments(layer, stack.names[at], args, kwargs)
         call = _call_of(layer, place, given)
         if call is None:
             return None

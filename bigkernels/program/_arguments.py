@@ -9,7 +9,7 @@ import torch
 from ._attention import window_of
 from ._context import PAST, SHAPE, AnglesOf, CacheOf, FromContext, MadeOf, MaskOf, PositionsOf, SlotsOf
 from ._replay import is_in_place, refs_of
-from ._rotary import named
+from ._rotary import resolve_value
 from ._trace import Ref, Refused
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _angles(b: Builder, leaf: Ref) -> AnglesOf | None:
     def name(value: Any) -> Any:
         if isinstance(value, tuple) and not isinstance(value, Ref) and value == tuple(b.trace.tokens.shape):
             return SHAPE
-        return PAST if type(value) is int and value == b.trace.past else named(b, value)
+        return PAST if type(value) is int and value == b.trace.past else resolve_value(b, value)
 
     args, kwargs = tuple(map(name, call.args)), tuple((k, name(v)) for k, v in call.kwargs.items())
     return AnglesOf(call.module, args, kwargs, call.outs.index(leaf), b.trace.dtype)

@@ -50,7 +50,7 @@ class Given:
         return {self.first: self.hidden, **self.others}
 
 
-def named(layer: nn.Module, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Given:
+def resolve_arguments(layer: nn.Module, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Given:
     """
     Raises:
         Refusal: they are none of an encoder's layer.

@@ -53,7 +53,7 @@ def apply(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
 def _by_program(module: nn.Module, steps: Steps, args: tuple, kwargs: dict) -> Any:
     try:
         if args:
-            kwargs = steps.named(module, args, kwargs)
+            kwargs = steps.resolve_arguments(module, args, kwargs)
         call = _Call(module, kwargs)
         with steps.lock:
             program = steps.ready(module)

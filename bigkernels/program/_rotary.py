@@ -64,8 +64,8 @@ class Rotary:
         call = _call_of(b, roots)
         refs = [out for out in call.outs]
         outs = tuple(refs.index(root) for root in roots)
-        args = tuple(named(b, a) for a in call.args)
-        kwargs = tuple((k, named(b, v)) for k, v in call.kwargs.items())
+        args = tuple(resolve_value(b, a) for a in call.args)
+        kwargs = tuple((k, resolve_value(b, v)) for k, v in call.kwargs.items())
         made = cls(call.module, args, kwargs, outs, layout, sign, interleaved)
         dtype = b.trace.dtype
         plain = (layout == ("pairs" if interleaved else "halves") and sign == 1 and outs == (0, 1)
@@ -82,7 +82,7 @@ def _call_of(b: Builder, roots: tuple[Ref, ...]) -> ModuleCall:
     raise Refused(f"{b.path(roots[0])}: its angles come from no module")
 
 
-def named(b: Builder, value: Any) -> Any:
+def resolve_value(b: Builder, value: Any) -> Any:
     if isinstance(value, Ref):
         if b.recorder.steps[value.step].depends:
             return HIDDEN

@@ -85,7 +85,7 @@ class Steps:
     def __reduce__(self) -> tuple:
         return Steps, (self.integers, self.stored)
 
-    def named(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def resolve_arguments(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name."""
         if not self._names:
             self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
