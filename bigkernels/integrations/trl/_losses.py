@@ -158,7 +158,7 @@ def kto(trainer: Any, kind: type) -> dict[str, Callable]:
         ratios = None
         if trainer.calculate_KL:
             ratios = trainer.accelerator.gather_for_metrics((ours[0] - reference[0]).mean().detach()).view(-1)
-        desirable = torch.as_tensor(inputs["label"], device=ours[-1].device)
+        desirable = torch.as_tensor(inputs["label"], dtype=torch.bool, device=ours[-1].device)
         loss = losses.kto_loss(ours[-1], reference[-1].detach(), desirable, ratios, **options).loss
         if trainer.aux_loss_enabled:
             loss = loss + trainer.router_aux_loss_coef * seen[len(masks) - 1].aux_loss
