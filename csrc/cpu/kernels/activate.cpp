@@ -67,19 +67,14 @@ void dispatch(const Activate& a, int64_t begin, int64_t end) {
   }
 }
 
-template <bool kBackward>
-void dispatch_type(const Activate& a, int64_t begin, int64_t end) {
-  switch (a.type) {
-    case Type::f32: return dispatch<float, kBackward>(a, begin, end);
-    case Type::bf16: return dispatch<bf16, kBackward>(a, begin, end);
-    case Type::f16: return dispatch<f16, kBackward>(a, begin, end);
-  }
-}
-
 }  // namespace
 
-void activate_fwd(const Activate& a, int64_t begin, int64_t end) { dispatch_type<false>(a, begin, end); }
-void activate_bwd(const Activate& a, int64_t begin, int64_t end) { dispatch_type<true>(a, begin, end); }
+void activate_fwd(const Activate& a, int64_t begin, int64_t end) {
+  by_type(a.type, [&](auto t) { dispatch<decltype(t), false>(a, begin, end); });
+}
+void activate_bwd(const Activate& a, int64_t begin, int64_t end) {
+  by_type(a.type, [&](auto t) { dispatch<decltype(t), true>(a, begin, end); });
+}
 
 }  // namespace BK_ISA
 }  // namespace bigkernels

@@ -15,15 +15,38 @@ BK_INLINE vf gelu_tanh_sigmoid(vf x, vf* bounded, vf* complement) {
   return vsigmoid(b * (b * b * 0.044715f + 1.0f) * kTwoRootTwoOverPi, complement);
 }
 
+BK_INLINE vf positive_part(vf x) { return select_less(x, vf{}, vf{}, x); }  // NaN stays
+
 template <Activation kind>
 BK_INLINE vf activate(vf x) {
-  vf unused;
-  if (kind == Activation::silu) return x * vsigmoid(x);
-  if (kind == Activation::gelu) return x * vnormal(x, &unused);
-  if (kind == Activation::gelu_tanh) return x * gelu_tanh_sigmoid(x, &unused, &unused);
-  if (kind == Activation::sigmoid) return vsigmoid(x);
-  vf positive = select_less(x, vf{}, vf{}, x);  // NaN stays
-  return kind == Activation::relu ? positive : positive * positive;
+  vf unused, positive = positive_part(x);
+  switch (kind) {
+    case Activation::silu: return x * vsigmoid(x);
+    case Activation::gelu: return x * vnormal(x, &unused);
+    case Activation::gelu_tanh: return x * gelu_tanh_sigmoid(x, &unused, &unused);
+    case Activation::relu: return positive;
+    case Activation::relu2: return positive * positive;
+    case Activation::sigmoid: return vsigmoid(x);
+  }
+  __builtin_unreachable();
+}
+
+// run(a type whose `kind` is the activation): what is to be compiled once for each of them.
+template <Activation K>
+struct Kind {
+  static constexpr Activation kind = K;
+};
+template <class Run>
+BK_INLINE auto by_activation(Activation kind, Run run) {
+  switch (kind) {
+    case Activation::silu: return run(Kind<Activation::silu>());
+    case Activation::gelu: return run(Kind<Activation::gelu>());
+    case Activation::gelu_tanh: return run(Kind<Activation::gelu_tanh>());
+    case Activation::relu: return run(Kind<Activation::relu>());
+    case Activation::relu2: return run(Kind<Activation::relu2>());
+    case Activation::sigmoid: return run(Kind<Activation::sigmoid>());
+  }
+  __builtin_unreachable();
 }
 
 }  // namespace

@@ -189,14 +189,10 @@ void adjust(const Strip<T>& s, int r, float* x, float* slope) {
     } else {
       v *= a.scale;
     }
-    if (bias) {
-      if (a.bias_type == Type::f32)
-        v += scores_at((const float*)bias, b.key, j, n);
-      else if (a.bias_type == Type::bf16)
-        v += scores_at((const bf16*)bias, b.key, j, n);
-      else
-        v += scores_at((const f16*)bias, b.key, j, n);
-    }
+    if (bias)
+      v += by_type(a.bias_type, [&](auto t) __attribute__((always_inline)) {
+        return scores_at((const decltype(t)*)bias, b.key, j, n);
+      });
     if (a.alibi) v += vabs(lane + (float)(j - at)) * distance;
     if (mask)
       for (int i = 0; i < W && i < n; ++i)

@@ -114,30 +114,19 @@ void run(const Attention& a, const AttentionTask& task, void* workspace) {
     }
   }
   F::end();
-  if (a.bias_type == Type::f32)
-    put<float>(a, task, w.sum);
-  else if (a.bias_type == Type::bf16)
-    put<bf16>(a, task, w.sum);
-  else
-    put<f16>(a, task, w.sum);
+  by_type(a.bias_type, [&](auto t) { put<decltype(t)>(a, task, w.sum); });
 }
 
 }  // namespace
 
 void attention_bias_bwd(const Attention& a, const AttentionTask& task, void* workspace) {
-  switch (a.type) {
-    case Type::f32: return run<float>(a, task, workspace);
-    case Type::bf16: return run<bf16>(a, task, workspace);
-    case Type::f16: return run<f16>(a, task, workspace);
-  }
+  by_type(a.type, [&](auto t) { run<decltype(t)>(a, task, workspace); });
 }
 
 int64_t attention_bias_bwd_workspace(const Attention& a, int64_t queries) {
-  switch (a.type) {
-    case Type::f32: return Buffers<typename FormatOf<float>::type>(a, queries, nullptr).end - (char*)nullptr;
-    case Type::bf16: return Buffers<typename FormatOf<bf16>::type>(a, queries, nullptr).end - (char*)nullptr;
-    default: return Buffers<typename FormatOf<f16>::type>(a, queries, nullptr).end - (char*)nullptr;
-  }
+  return by_type(a.type, [&](auto t) {
+    return Buffers<typename FormatOf<decltype(t)>::type>(a, queries, nullptr).end - (char*)nullptr;
+  });
 }
 
 }  // namespace BK_ISA

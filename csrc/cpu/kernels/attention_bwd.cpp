@@ -307,36 +307,21 @@ int64_t buffers_bytes(const Attention& a) {
 
 }  // namespace
 
-#define BK_BY_TYPE(call)                \
-  switch (a.type) {                     \
-    case Type::f32: return call(float); \
-    case Type::bf16: return call(bf16); \
-    default: return call(f16);          \
-  }
-
 void attention_bwd_rows(const Attention& a, const AttentionTask& task, int64_t splits, void* memory) {
-#define BK_CALL(T) prepare<T>(a, task, splits, memory)
-  BK_BY_TYPE(BK_CALL)
-#undef BK_CALL
+  by_type(a.type, [&](auto t) { prepare<decltype(t)>(a, task, splits, memory); });
 }
 void attention_bwd_keys(const Attention& a, const AttentionTask& task, int64_t split, int64_t splits, void* memory,
                         void* workspace) {
-#define BK_CALL(T) keys_of<T>(a, task, split, splits, memory, workspace)
-  BK_BY_TYPE(BK_CALL)
-#undef BK_CALL
+  by_type(a.type, [&](auto t) { keys_of<decltype(t)>(a, task, split, splits, memory, workspace); });
 }
-void attention_bwd_finish(const Attention& a, const AttentionTask& task, int64_t splits, void* memory){
-#define BK_CALL(T) finish<T>(a, task, splits, memory)
-    BK_BY_TYPE(BK_CALL)
-#undef BK_CALL
-} int64_t attention_bwd_memory(const Attention& a, int64_t rows, int64_t splits){
-#define BK_CALL(T) rows_bytes<T>(a, rows, splits)
-    BK_BY_TYPE(BK_CALL)
-#undef BK_CALL
-} int64_t attention_bwd_workspace(const Attention& a) {
-#define BK_CALL(T) buffers_bytes<T>(a)
-  BK_BY_TYPE(BK_CALL)
-#undef BK_CALL
+void attention_bwd_finish(const Attention& a, const AttentionTask& task, int64_t splits, void* memory) {
+  by_type(a.type, [&](auto t) { finish<decltype(t)>(a, task, splits, memory); });
+}
+int64_t attention_bwd_memory(const Attention& a, int64_t rows, int64_t splits) {
+  return by_type(a.type, [&](auto t) { return rows_bytes<decltype(t)>(a, rows, splits); });
+}
+int64_t attention_bwd_workspace(const Attention& a) {
+  return by_type(a.type, [&](auto t) { return buffers_bytes<decltype(t)>(a); });
 }
 
 }  // namespace BK_ISA

@@ -267,11 +267,7 @@ void run(const Attention& a, const AttentionTask& task, void* workspace) {
 }  // namespace
 
 void attention_fwd(const Attention& a, const AttentionTask& task, void* workspace) {
-  switch (a.type) {
-    case Type::f32: return run<float>(a, task, workspace);
-    case Type::bf16: return run<bf16>(a, task, workspace);
-    case Type::f16: return run<f16>(a, task, workspace);
-  }
+  by_type(a.type, [&](auto t) { run<decltype(t)>(a, task, workspace); });
 }
 
 template <class T>
@@ -281,11 +277,7 @@ static int64_t workspace_of(const Attention& a, int64_t rows) {
 }
 
 int64_t attention_fwd_workspace(const Attention& a, int64_t rows) {
-  switch (a.type) {
-    case Type::f32: return workspace_of<float>(a, rows);
-    case Type::bf16: return workspace_of<bf16>(a, rows);
-    default: return workspace_of<f16>(a, rows);
-  }
+  return by_type(a.type, [&](auto t) { return workspace_of<decltype(t)>(a, rows); });
 }
 
 }  // namespace BK_ISA

@@ -179,14 +179,6 @@ void results(const ChannelNorm& a, int64_t begin, int64_t end) {
   if (a.stream) fence();
 }
 
-template <class F>
-BK_INLINE void by_type(Type type, F f) {
-  switch (type) {
-    case Type::f32: return f((float*)nullptr);
-    case Type::bf16: return f((bf16*)nullptr);
-    case Type::f16: return f((f16*)nullptr);
-  }
-}
 template <Act kind>
 struct Number {
   static constexpr Act value = kind;
@@ -194,7 +186,7 @@ struct Number {
 // f(type, activation)
 template <class F>
 BK_INLINE void by_both(const ChannelNorm& a, F f) {
-  by_type(a.type, [&](auto* t) {
+  by_type(a.type, [&](auto t) {
     switch (a.act) {
       case Act::silu: return f(t, Number<Act::silu>());
       case Act::gelu: return f(t, Number<Act::gelu>());
@@ -204,39 +196,31 @@ BK_INLINE void by_both(const ChannelNorm& a, F f) {
     }
   });
 }
-template <class P>
-struct Pointee;
-template <class T>
-struct Pointee<T*> {
-  typedef T type;
-};
-#define BK_T typename Pointee<decltype(t)>::type
-
 }  // namespace
 
 void norm_run_moments(const ChannelNorm& a, int64_t begin, int64_t end, double* sums) {
-  by_type(a.type, [&](auto* t) { run_moments<BK_T>(a, begin, end, sums); });
+  by_type(a.type, [&](auto t) { run_moments<decltype(t)>(a, begin, end, sums); });
 }
 void norm_rows_moments(const ChannelNorm& a, int64_t begin, int64_t end, float* recent, double* total) {
-  by_type(a.type, [&](auto* t) { rows_moments<BK_T>(a, begin, end, recent, total); });
+  by_type(a.type, [&](auto t) { rows_moments<decltype(t)>(a, begin, end, recent, total); });
 }
 void norm_run_bwd_sums(const ChannelNorm& a, int64_t begin, int64_t end, double* sums) {
-  by_both(a, [&](auto* t, auto act) { run_bwd_sums<BK_T, decltype(act)::value>(a, begin, end, sums); });
+  by_both(a, [&](auto t, auto act) { run_bwd_sums<decltype(t), decltype(act)::value>(a, begin, end, sums); });
 }
 void norm_rows_bwd_sums(const ChannelNorm& a, int64_t begin, int64_t end, float* recent, double* total) {
-  by_both(a, [&](auto* t, auto act) { rows_bwd_sums<BK_T, decltype(act)::value>(a, begin, end, recent, total); });
+  by_both(a, [&](auto t, auto act) { rows_bwd_sums<decltype(t), decltype(act)::value>(a, begin, end, recent, total); });
 }
 void norm_run(const ChannelNorm& a, int64_t begin, int64_t end) {
-  by_both(a, [&](auto* t, auto act) { results<BK_T, decltype(act)::value, false, false>(a, begin, end); });
+  by_both(a, [&](auto t, auto act) { results<decltype(t), decltype(act)::value, false, false>(a, begin, end); });
 }
 void norm_rows(const ChannelNorm& a, int64_t begin, int64_t end) {
-  by_both(a, [&](auto* t, auto act) { results<BK_T, decltype(act)::value, true, false>(a, begin, end); });
+  by_both(a, [&](auto t, auto act) { results<decltype(t), decltype(act)::value, true, false>(a, begin, end); });
 }
 void norm_run_bwd(const ChannelNorm& a, int64_t begin, int64_t end) {
-  by_both(a, [&](auto* t, auto act) { results<BK_T, decltype(act)::value, false, true>(a, begin, end); });
+  by_both(a, [&](auto t, auto act) { results<decltype(t), decltype(act)::value, false, true>(a, begin, end); });
 }
 void norm_rows_bwd(const ChannelNorm& a, int64_t begin, int64_t end) {
-  by_both(a, [&](auto* t, auto act) { results<BK_T, decltype(act)::value, true, true>(a, begin, end); });
+  by_both(a, [&](auto t, auto act) { results<decltype(t), decltype(act)::value, true, true>(a, begin, end); });
 }
 
 }  // namespace BK_ISA

@@ -213,19 +213,11 @@ void decode(const Compress& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void compress(const Compress& a, int64_t begin, int64_t end) {
-  switch (a.type) {
-    case Type::f32: return encode<float>(a, begin, end);
-    case Type::bf16: return encode<bf16>(a, begin, end);
-    case Type::f16: return encode<f16>(a, begin, end);
-  }
+  by_type(a.type, [&](auto t) { encode<decltype(t)>(a, begin, end); });
 }
 
 void decompress(const Compress& a, int64_t begin, int64_t end) {
-  switch (a.type) {
-    case Type::f32: return decode<float>(a, begin, end);
-    case Type::bf16: return decode<bf16>(a, begin, end);
-    case Type::f16: return decode<f16>(a, begin, end);
-  }
+  by_type(a.type, [&](auto t) { decode<decltype(t)>(a, begin, end); });
 }
 
 }  // namespace BK_ISA

@@ -205,19 +205,11 @@ void backward(const CrossEntropy& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void cross_entropy_fwd(const CrossEntropy& a, int64_t begin, int64_t end) {
-  switch (a.type) {
-    case Type::f32: return forward<float>(a, begin, end);
-    case Type::bf16: return forward<bf16>(a, begin, end);
-    case Type::f16: return forward<f16>(a, begin, end);
-  }
+  by_type(a.type, [&](auto t) { forward<decltype(t)>(a, begin, end); });
 }
 
 void cross_entropy_bwd(const CrossEntropy& a, int64_t begin, int64_t end) {
-  switch (a.type) {
-    case Type::f32: return backward<float>(a, begin, end);
-    case Type::bf16: return backward<bf16>(a, begin, end);
-    case Type::f16: return backward<f16>(a, begin, end);
-  }
+  by_type(a.type, [&](auto t) { backward<decltype(t)>(a, begin, end); });
 }
 
 }  // namespace BK_ISA

@@ -61,11 +61,7 @@ void finish_scores(const DecodeAttention& a, const DecodePart& p, const Block& b
   }
   if (const Attention::Scores& m = a.bias; m.data) {
     int64_t at = p.batch * m.batch + head * m.head + query * m.query + b.key * m.key;
-    switch (a.bias_type) {
-      case Type::f32: add_bias(s, (const float*)m.data + at, m.key, b.count); break;
-      case Type::bf16: add_bias(s, (const bf16*)m.data + at, m.key, b.count); break;
-      case Type::f16: add_bias(s, (const f16*)m.data + at, m.key, b.count); break;
-    }
+    by_type(a.bias_type, [&](auto t) { add_bias(s, (const decltype(t)*)m.data + at, m.key, b.count); });
   }
   if (const Attention::Scores& m = a.mask; m.data) {
     const uint8_t* shown = (const uint8_t*)m.data + p.batch * m.batch + head * m.head + query * m.query + b.key * m.key;
@@ -316,38 +312,34 @@ void attend(const DecodeAttention& a, DecodePart p, char* workspace) {
   __builtin_memcpy(parted, p.state, p.groups * n.state() * sizeof(float));
 }
 
-// f(the products that serve the call)
-template <class F>
-BK_INLINE auto by_type(const DecodeAttention& a, F f) {
+// run(the class of products that fits the call)
+template <class Run>
+BK_INLINE auto with_products(const DecodeAttention& a, Run run) {
 #if defined(__AMX_BF16__)
-  if (a.type == Type::bf16) return a.int8 ? f(Tiles<int8_t>()) : f(Tiles<bf16>());
+  if (a.type == Type::bf16) return a.int8 ? run(Tiles<int8_t>()) : run(Tiles<bf16>());
 #endif
-  if (a.int8) return f(Vectors<int8_t>());
-  switch (a.type) {
-    case Type::bf16: return f(Vectors<bf16>());
-    case Type::f16: return f(Vectors<f16>());
-    default: return f(Vectors<float>());
-  }
+  if (a.int8) return run(Vectors<int8_t>());
+  return by_type(a.type, [&](auto t) { return run(Vectors<decltype(t)>()); });
 }
 
 }  // namespace
 
 DecodeSizes decode_sizes(const DecodeAttention& a, int64_t groups, int64_t queries) {
-  return by_type(a, [&](auto e) {
+  return with_products(a, [&](auto e) {
     Layout n = decltype(e)::layout(a, queries);
     return DecodeSizes{workspace_of<decltype(e)>(n, groups), groups * n.state()};
   });
 }
 
 void decode_attention(const DecodeAttention& a, const DecodePart* parts, int64_t count, void* workspace) {
-  by_type(a, [&](auto e) {
+  with_products(a, [&](auto e) {
     for (int64_t i = 0; i < count; ++i) attend<decltype(e)>(a, parts[i], (char*)workspace);
   });
 }
 
 void decode_merge(const DecodeAttention& a, const DecodePart* parts, int64_t count, int64_t begin, int64_t end) {
-  by_type(a,
-          [&](auto e) { write_out<decltype(e)>(a, parts, count, decltype(e)::layout(a, parts->queries), begin, end); });
+  with_products(
+      a, [&](auto e) { write_out<decltype(e)>(a, parts, count, decltype(e)::layout(a, parts->queries), begin, end); });
 }
 
 }  // namespace BK_ISA

@@ -61,35 +61,20 @@ void backward(const Glu& a, int64_t begin, int64_t end) {
   if (a.stream) fence();
 }
 
-template <class T, bool kBackward>
-void dispatch(const Glu& a, int64_t begin, int64_t end) {
-  switch (a.activation) {
-#define BK_CASE(kind)    \
-  case Activation::kind: \
-    return kBackward ? backward<T, Activation::kind>(a, begin, end) : forward<T, Activation::kind>(a, begin, end);
-    BK_CASE(silu)
-    BK_CASE(gelu)
-    BK_CASE(gelu_tanh)
-    BK_CASE(relu)
-    BK_CASE(relu2)
-    BK_CASE(sigmoid)
-#undef BK_CASE
-  }
-}
-
-template <bool kBackward>
-void dispatch_type(const Glu& a, int64_t begin, int64_t end) {
-  switch (a.type) {
-    case Type::f32: return dispatch<float, kBackward>(a, begin, end);
-    case Type::bf16: return dispatch<bf16, kBackward>(a, begin, end);
-    case Type::f16: return dispatch<f16, kBackward>(a, begin, end);
-  }
+// run(the storage type, the activation)
+template <class Run>
+BK_INLINE void dispatch(const Glu& a, Run run) {
+  by_type(a.type, [&](auto t) { by_activation(a.activation, [&](auto activation) { run(t, activation); }); });
 }
 
 }  // namespace
 
-void glu_fwd(const Glu& a, int64_t begin, int64_t end) { dispatch_type<false>(a, begin, end); }
-void glu_bwd(const Glu& a, int64_t begin, int64_t end) { dispatch_type<true>(a, begin, end); }
+void glu_fwd(const Glu& a, int64_t begin, int64_t end) {
+  dispatch(a, [&](auto t, auto activation) { forward<decltype(t), activation.kind>(a, begin, end); });
+}
+void glu_bwd(const Glu& a, int64_t begin, int64_t end) {
+  dispatch(a, [&](auto t, auto activation) { backward<decltype(t), activation.kind>(a, begin, end); });
+}
 
 }  // namespace BK_ISA
 }  // namespace bigkernels

@@ -182,19 +182,11 @@ void backward(const LayerNorm& a, int64_t begin, int64_t end, int64_t block) {
 }  // namespace
 
 void layer_norm_fwd(const LayerNorm& a, int64_t begin, int64_t end) {
-  switch (a.type) {
-    case Type::f32: return forward<float>(a, begin, end);
-    case Type::bf16: return forward<bf16>(a, begin, end);
-    case Type::f16: return forward<f16>(a, begin, end);
-  }
+  by_type(a.type, [&](auto t) { forward<decltype(t)>(a, begin, end); });
 }
 
 void layer_norm_bwd(const LayerNorm& a, int64_t begin, int64_t end, int64_t block) {
-  switch (a.type) {
-    case Type::f32: return backward<float>(a, begin, end, block);
-    case Type::bf16: return backward<bf16>(a, begin, end, block);
-    case Type::f16: return backward<f16>(a, begin, end, block);
-  }
+  by_type(a.type, [&](auto t) { backward<decltype(t)>(a, begin, end, block); });
 }
 
 }  // namespace BK_ISA

@@ -7,23 +7,23 @@ namespace BK_ISA {
 void decode_blocks_row(const Weight& w, int64_t n, float* out) { decode_blocks(w, n, 0, w.k, out); }
 
 void linear_pack_left(const Linear& a, bool backward, int64_t begin, int64_t end, void* left) {
-  by_type(a.type, [&](auto many) { many.pack_left(a, backward, begin, end, (typename decltype(many)::E*)left); });
+  with_many(a, [&](auto many) { many.pack_left(a, backward, begin, end, (typename decltype(many)::E*)left); });
 }
 void linear_many(const Linear& a, bool backward, const void* left, int64_t begin, int64_t end, void* memory) {
-  by_type(a.type,
-          [&](auto many) { many.columns(a, backward, (const typename decltype(many)::E*)left, begin, end, memory); });
+  with_many(a,
+            [&](auto many) { many.columns(a, backward, (const typename decltype(many)::E*)left, begin, end, memory); });
 }
 int64_t linear_strip(const Linear& a, bool backward) {
-  return by_type(a.type, [&](auto many) { return many.strip(a, backward); });
+  return with_many(a, [&](auto many) { return many.strip(a, backward); });
 }
 int64_t linear_workspace(const Linear& a, int64_t columns) {
-  return by_type(a.type, [&](auto many) { return many.workspace(a, columns); });
+  return with_many(a, [&](auto many) { return many.workspace(a, columns); });
 }
 void linear_pack_right(const Linear& a, int64_t begin, int64_t end, void* packed) {
-  by_type(a.type, [&](auto many) { many.pack_right(a, begin, end, (typename decltype(many)::E*)packed); });
+  with_many(a, [&](auto many) { many.pack_right(a, begin, end, (typename decltype(many)::E*)packed); });
 }
 int64_t linear_packed_strip(const Linear& a) {
-  return by_type(a.type, [&](auto many) { return many.strip(a, false); });
+  return with_many(a, [&](auto many) { return many.strip(a, false); });
 }
 
 }  // namespace BK_ISA

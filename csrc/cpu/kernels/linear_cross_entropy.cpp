@@ -59,71 +59,75 @@ struct Loss {
   typedef typename F::Element E;
   typedef typename Scaled<F>::type S;
 
-  const LinearCrossEntropy& a;
-  const Linear& w;
-  int64_t depth;  // blocks of the features
+  // Everything is in blocks of 32 by 32, operands in the format F of the GEMM micro-kernel, sums in float32. A piece is
+  // args.piece tokens, in strips of 32; the vocabulary comes in blocks of kLossVocabulary = 32 kWide classes. Indices:
+  // s of a strip of tokens, j of 32 classes in a block of the vocabulary, i of 32 features, r of a row in a strip.
+  const LinearCrossEntropy& args;
+  const Linear& head;  // the weight (V, K) as it is stored, x (T, K), the bias (V,)
+  int64_t depth;       // blocks of the features: K / 32, rounded up
 
-  explicit Loss(const LinearCrossEntropy& args) : a(args), w(args.head), depth(blocks(args.head.k)) {}
+  explicit Loss(const LinearCrossEntropy& given) : args(given), head(given.head), depth(blocks(given.head.k)) {}
 
-  IndexedRows<T> tokens() const { return {(const T*)w.in.data, w.in.stride, a.tokens, a.row}; }
-  int64_t most_strips() const { return blocks(least(a.piece, a.tokens)); }
+  IndexedRows<T> tokens() const { return {(const T*)head.in.data, head.in.stride, args.tokens, args.row}; }
+  int64_t most_strips() const { return blocks(least(args.piece, args.tokens)); }
 
-  // A block of the vocabulary.
+  // A block of the vocabulary: its first class, how many there are, and how many blocks of 32 these take.
   struct Block {
     int64_t column, count, wide;
   };
   Block block_at(int64_t column) const {
-    int64_t count = least(kLossVocabulary, a.vocabulary - column);
+    int64_t count = least(kLossVocabulary, args.vocabulary - column);
     return {column, count, blocks(count)};
   }
   // e of strip s and block j of the vocabulary, where the gradient of the weight will be; the next strip's follows.
   E* saved(const Block& b, int64_t j, int64_t s) const {
-    char* rows = (char*)a.dw + b.column * w.k * size_of(a.dw_type);
-    return (E*)rows + (j * a.saved + s) * F::kBlock;
+    char* rows = (char*)args.dw + b.column * head.k * size_of(args.dw_type);
+    return (E*)rows + (j * args.saved + s) * F::kBlock;
   }
   bool has_room(const Block& b, int64_t piece) const {
-    int64_t end = least((piece + 1) * a.piece, a.tokens);
-    return a.dw && b.count == kLossVocabulary && blocks(end) <= a.saved;
+    int64_t end = least((piece + 1) * args.piece, args.tokens);
+    return args.dw && b.count == kLossVocabulary && blocks(end) <= args.saved;
   }
 
   // The products of a piece of the tokens with a block of the weight, as blocks (j, s), and the block itself as a right
-  // operand whose depth is the vocabulary, as blocks (i, j), unless `straight` is null.
+  // operand whose depth is the vocabulary, as blocks (i, j), unless `untransposed` is null.
   struct Piece {
-    int64_t first, end, strips;  // tokens
-    E* left;
-    float* z;
-    E* right;
-    T* decoded;
+    int64_t first, end, strips;  // tokens [first, end)
+    E* left;                     // the tokens as left operands: (strips, depth) blocks, placed by `left_at`
+    float* logits;               // (kWide, strips) blocks of 32 tokens by 32 classes; later e's argument, z - shift
+    E* right;                    // 32 classes of the weight as right operands: kDeep blocks
+    T* decoded;                  // the same before that: (32, kDepth)
 
-    Piece(const Loss& l, Workspace& memory) {
-      int64_t most = l.most_strips();
-      left = memory.take<E>(most * l.depth * F::kBlock);
-      z = memory.take<float>(most * kWide * kArea);
+    Piece(const Loss& loss, Workspace& memory) {
+      int64_t most = loss.most_strips();
+      left = memory.take<E>(most * loss.depth * F::kBlock);
+      logits = memory.take<float>(most * kWide * kArea);
       right = memory.take<E>(kDeep * F::kBlock);
       decoded = memory.take<T>(kSide * kDepth);
     }
-    float* row(int64_t j, int64_t s, int64_t r) const { return z + (j * strips + s) * kArea + r * kSide; }
+    float* row(int64_t j, int64_t s, int64_t r) const { return logits + (j * strips + s) * kArea + r * kSide; }
   };
 
   void stage(Piece& p, int64_t piece) const {
-    p.first = piece * a.piece, p.end = least(p.first + a.piece, a.tokens), p.strips = blocks(p.end - p.first);
+    p.first = piece * args.piece, p.end = least(p.first + args.piece, args.tokens), p.strips = blocks(p.end - p.first);
     IndexedRows<T> rows = tokens();
     rows.count = p.end;
     for (int64_t s = 0; s < p.strips; ++s)
       for (int64_t i = 0; i < depth; ++i)
-        F::template stage<T>(p.left + left_at<F>(s, i, p.strips, depth), rows, p.first + s * kSide, i * kSide, w.k);
+        F::template stage<T>(p.left + left_at<F>(s, i, p.strips, depth), rows, p.first + s * kSide, i * kSide, head.k);
   }
 
-  void products(const Piece& p, const Block& b, E* straight) const {
+  void products(const Piece& p, const Block& b, E* untransposed) const {
     WeightPart<T> part;
     for (int64_t d = 0; d < depth; d += kDeep) {
-      int64_t deep = least(depth - d, kDeep), elements = least(w.k - d * kSide, kDepth);
+      int64_t deep = least(depth - d, kDeep), elements = least(head.k - d * kSide, kDepth);
       for (int64_t j = 0; j < b.wide; ++j) {
         int64_t row = b.column + j * kSide;
-        part.decode(w, row, kSide, d * kSide, deep * kSide, p.decoded);
+        part.decode(head, row, kSide, d * kSide, deep * kSide, p.decoded);
         for (int64_t i = 0; i < deep; ++i) {
-          part.put(w, false, row, (d + i) * kSide, p.right + i * F::kBlock);
-          if (straight) part.put(w, true, row, (d + i) * kSide, straight + ((d + i) * kWide + j) * F::kBlock);
+          part.put(head, false, row, (d + i) * kSide, p.right + i * F::kBlock);
+          if (untransposed)
+            part.put(head, true, row, (d + i) * kSide, untransposed + ((d + i) * kWide + j) * F::kBlock);
         }
         for (int64_t s = 0; s < p.strips; ++s) {
           ask_for(b, j + 1 < b.wide ? d : d + kDeep, j + 1 < b.wide ? j + 1 : 0, s, p.strips);
@@ -137,16 +141,18 @@ struct Loss {
   // Part s of what is needed next of the weight: its rows are pages apart, where no prefetcher of the machine's looks.
   void ask_for(const Block& b, int64_t d, int64_t j, int64_t s, int64_t parts) const {
     if (d >= depth) d = 0, j += b.wide;  // the next block of the vocabulary
-    int64_t row = b.column + j * kSide, rows = least(w.n - row, kSide);
-    int64_t bytes = code_bytes(w.kind, least(depth - d, kDeep) * kSide);
-    const uint8_t* first = w.codes + code_bytes(w.kind, d * kSide);
+    int64_t row = b.column + j * kSide, rows = least(head.n - row, kSide);
+    int64_t bytes = code_bytes(head.kind, least(depth - d, kDeep) * kSide);
+    const uint8_t* first = head.codes + code_bytes(head.kind, d * kSide);
     for (int64_t r = rows * s / parts; r < rows * (s + 1) / parts; ++r)
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + (row + r) * w.code_row + i, 0, 2);
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + (row + r) * head.code_row + i, 0, 2);
   }
 
   // A row of logits from its products, in place.
   struct Row {
-    float largest, target, weighted;
+    float largest;   // logit but for the target's
+    float target;    // logit; set where the target is in this block
+    float weighted;  // sum of the logits by class weight, for label smoothing
   };
   template <bool kCap>
   Row finish_row(const Piece& p, const Block& b, int64_t s, int64_t r, bool smooth) const {
@@ -156,13 +162,14 @@ struct Loss {
       for (int64_t i = 0; i < kSide; i += W) {
         int64_t at = j * kSide + i, count = b.count - at;
         vf x = count > 0 ? load(z + i) : vf{};
-        if (w.bias && count > 0) x += count >= W ? load(w.bias + b.column + at) : load(w.bias + b.column + at, count);
-        x *= a.logit_scale;
-        if (kCap) x = capped(x, a.softcap);
+        if (head.bias && count > 0)
+          x += count >= W ? load(head.bias + b.column + at) : load(head.bias + b.column + at, count);
+        x *= args.logit_scale;
+        if (kCap) x = capped(x, args.softcap);
         if (smooth && count > 0) {
           vf c = splat(1.0f);
-          if (a.weight)
-            c = count >= W ? load(a.weight + b.column + at) : load(a.weight + b.column + at, count);
+          if (args.weight)
+            c = count >= W ? load(args.weight + b.column + at) : load(args.weight + b.column + at, count);
           else if (count < W)
             for (int l = 0; l < W; ++l) c[l] = l < count ? 1.0f : 0.0f;
           weighted += count >= W ? c * x : select(c != 0.0f, c * x, vf{});
@@ -178,9 +185,9 @@ struct Loss {
   // The target's logit is returned, and left out of what is made of the row.
   Row finish_row(const Piece& p, const Block& b, int64_t s, int64_t r, int64_t target, bool smooth) const {
     Row row;
-    if (a.softcap > 0) {
+    if (args.softcap > 0) {
       row = finish_row<true>(p, b, s, r, smooth);
-    } else if (w.bias || a.logit_scale != 1.0f || smooth || b.count < kLossVocabulary) {
+    } else if (head.bias || args.logit_scale != 1.0f || smooth || b.count < kLossVocabulary) {
       row = finish_row<false>(p, b, s, r, smooth);
     } else {  // the products are the logits
       vf largest[kVectors];
@@ -218,7 +225,7 @@ struct Loss {
           vf y = vexp_softmax(x - shift[16 * half]);
           total[half] += y;
           // The target's z is minus infinity, and its e zero: no slope may make that NaN.
-          if (kCap) y *= 1.0f - vmin(splat(1.0f), (x * (1.0f / a.softcap)) * (x * (1.0f / a.softcap)));
+          if (kCap) y *= 1.0f - vmin(splat(1.0f), (x * (1.0f / args.softcap)) * (x * (1.0f / args.softcap)));
           e[half][v] = y;
         }
       }
@@ -235,7 +242,7 @@ struct Loss {
   void exponentials(const Piece& p, const Block& b, int64_t s, const float* shift, double* sums, E* left,
                     E* const* right) const {
     for (int r = 0; r < 16; ++r)
-      if (a.softcap > 0)
+      if (args.softcap > 0)
         exponentials<true>(p, b, s, r, shift + s * kSide + r, sums ? sums + s * kSide + r : nullptr, left, right);
       else
         exponentials<false>(p, b, s, r, shift + s * kSide + r, sums ? sums + s * kSide + r : nullptr, left, right);
@@ -245,43 +252,48 @@ struct Loss {
 
   struct Forward {
     Workspace memory;
-    Piece p;
-    E *straight, *e;
-    float *out, *targets, *shift;
-    double *sums, *weighted;  // thousands of blocks are added up, most of them far below the largest
-    float* best;              // the largest logit so far, where it is asked for; NaN once one was met
-    T* row;
-    Forward(const Loss& l, void* workspace) : memory{(char*)workspace}, p(l, memory) {
-      int64_t strips = l.most_strips();
-      bool dx = l.a.dx;
-      straight = dx ? memory.take<E>(l.depth * kWide * F::kBlock) : nullptr;
-      e = dx ? memory.take<E>(strips * kWide * F::kBlock) : nullptr;
-      out = dx ? memory.take<float>(l.depth * strips * kArea) : nullptr;
+    Piece piece;
+    E* untransposed;  // the block of the weight with the vocabulary as depth: (depth, kWide) blocks; null without dx
+    E* exps;          // e as left operands, (strips, kWide) blocks; null without dx
+    float* out;       // sums of e times the weight, (depth, strips) blocks of 32 by 32 floats; null without dx
+    // One value a token of the piece, (strips * 32,):
+    float* targets;    // the target's logit
+    float* shift;      // what is subtracted before the exponential
+    double* sums;      // of e: thousands of blocks are added up, most of them far below the largest
+    double* weighted;  // of the logits by class weight
+    float* best;       // the largest logit so far, where it is asked for; NaN once one was met
+    T* row;            // the target's row of the weight, decoded: (depth * 32,)
+    Forward(const Loss& loss, void* workspace) : memory{(char*)workspace}, piece(loss, memory) {
+      int64_t strips = loss.most_strips();
+      bool dx = loss.args.dx;
+      untransposed = dx ? memory.take<E>(loss.depth * kWide * F::kBlock) : nullptr;
+      exps = dx ? memory.take<E>(strips * kWide * F::kBlock) : nullptr;
+      out = dx ? memory.take<float>(loss.depth * strips * kArea) : nullptr;
       sums = memory.take<double>(strips * kSide);
       weighted = memory.take<double>(strips * kSide);
       targets = memory.take<float>(strips * kSide);
       shift = memory.take<float>(strips * kSide);
-      best = l.a.predicted ? memory.take<float>(strips * kSide) : nullptr;
-      row = memory.take<T>(l.depth * kSide);
+      best = loss.args.predicted ? memory.take<float>(strips * kSide) : nullptr;
+      row = memory.take<T>(loss.depth * kSide);
     }
   };
 
   void forward(int64_t piece, void* workspace) const {
     Forward m(*this, workspace);
-    Piece& p = m.p;
+    Piece& p = m.piece;
     F::begin();
     stage(p, piece);
     int64_t count = p.end - p.first;
-    bool keep = true, smooth = a.label_smoothing > 0;
+    bool keep = true, smooth = args.label_smoothing > 0;
     for (int64_t i = 0; i < p.strips * kSide; ++i) m.sums[i] = m.weighted[i] = m.targets[i] = m.shift[i] = 0;
-    for (int64_t i = 0; i < count && m.best; ++i) m.best[i] = -__builtin_inff(), a.predicted[p.first + i] = 0;
-    for (int64_t column = 0; column < a.vocabulary; column += kLossVocabulary) {
+    for (int64_t i = 0; i < count && m.best; ++i) m.best[i] = -__builtin_inff(), args.predicted[p.first + i] = 0;
+    for (int64_t column = 0; column < args.vocabulary; column += kLossVocabulary) {
       Block b = block_at(column);
-      products(p, b, m.straight);
+      products(p, b, m.untransposed);
       bool room = has_room(b, piece);
       for (int64_t s = 0; s < p.strips; ++s) {
         for (int64_t r = 0; r < kSide && s * kSide + r < count; ++r) {
-          int64_t i = s * kSide + r, y = a.target[p.first + i];
+          int64_t i = s * kSide + r, y = args.target[p.first + i];
           Row row = finish_row(p, b, s, r, y, smooth);
           m.weighted[i] += row.weighted;
           if (y >= b.column && y < b.column + b.count) m.targets[i] = row.target;
@@ -295,18 +307,19 @@ struct Loss {
         }
         E* right[kWide];
         for (int64_t j = 0; j < b.wide && room; ++j) right[j] = saved(b, j, p.first / kSide + s);
-        exponentials(p, b, s, m.shift, m.sums, a.dx ? m.e + s * kWide * F::kBlock : nullptr, room ? right : nullptr);
+        exponentials(p, b, s, m.shift, m.sums, args.dx ? m.exps + s * kWide * F::kBlock : nullptr,
+                     room ? right : nullptr);
         if (m.best && has_odd(m, s))
           for (int64_t r = 0; r < kSide && s * kSide + r < count; ++r) find_nan(m, b, s, r);
       }
-      for (int64_t i = 0; i < depth && a.dx; ++i)
+      for (int64_t i = 0; i < depth && args.dx; ++i)
         for (int64_t s = 0; s < p.strips; ++s)
-          F::multiply(m.out + (i * p.strips + s) * kArea, kSide, m.e + s * kWide * F::kBlock,
-                      m.straight + i * kWide * F::kBlock, b.wide * kSide, count - s * kSide, w.k - i * kSide,
+          F::multiply(m.out + (i * p.strips + s) * kArea, kSide, m.exps + s * kWide * F::kBlock,
+                      m.untransposed + i * kWide * F::kBlock, b.wide * kSide, count - s * kSide, head.k - i * kSide,
                       column > 0);
     }
     F::end();
-    if (a.kept) a.kept[piece] = keep;
+    if (args.kept) args.kept[piece] = keep;
     for (int64_t i = 0; i < count; ++i) finish_token(m, i);
   }
 
@@ -315,7 +328,7 @@ struct Loss {
     int64_t i = s * kSide + r;
     m.best[i] = row.largest;
     for (int64_t j = 0; j < b.wide; ++j) {
-      const float* z = m.p.row(j, s, r);
+      const float* z = m.piece.row(j, s, r);
       int64_t at = y - b.column - j * kSide;
       bool has_target = at >= 0 && at < kSide && row.target == row.largest;
       vf most = load(z);
@@ -323,7 +336,7 @@ struct Loss {
       if (!has_target && max(most) < row.largest) continue;
       for (int64_t l = 0; l < kSide; ++l)
         if (z[l] == row.largest || (has_target && l == at)) {
-          a.predicted[m.p.first + i] = b.column + j * kSide + l;
+          args.predicted[m.piece.first + i] = b.column + j * kSide + l;
           return;
         }
     }
@@ -336,13 +349,13 @@ struct Loss {
   }
   // The first logit of a row that is not a number, which its sum has told of, or its target's.
   void find_nan(Forward& m, const Block& b, int64_t s, int64_t r) const {
-    int64_t i = s * kSide + r, y = a.target[m.p.first + i] - b.column;
+    int64_t i = s * kSide + r, y = args.target[m.piece.first + i] - b.column;
     bool has_target = y >= 0 && y < b.count && m.targets[i] != m.targets[i];
     if (m.best[i] != m.best[i] || (m.sums[i] == m.sums[i] && !has_target)) return;
     for (int64_t c = 0; c < b.count; ++c) {
-      float z = m.p.row(c / kSide, s, r)[c % kSide];
+      float z = m.piece.row(c / kSide, s, r)[c % kSide];
       if (z == z && !(has_target && c == y)) continue;
-      m.best[i] = __builtin_nanf(""), a.predicted[m.p.first + i] = b.column + c;
+      m.best[i] = __builtin_nanf(""), args.predicted[m.piece.first + i] = b.column + c;
       return;
     }
   }
@@ -353,34 +366,36 @@ struct Loss {
     float factor = vexp(splat(m.shift[i] - shift))[0];
     m.shift[i] = shift;
     m.sums[i] *= factor;
-    for (int64_t k = 0; k < depth && a.dx; ++k) {
-      float* out = m.out + (k * m.p.strips + s) * kArea + r * kSide;
+    for (int64_t k = 0; k < depth && args.dx; ++k) {
+      float* out = m.out + (k * m.piece.strips + s) * kArea + r * kSide;
       for (int64_t v = 0; v < kSide; v += W) store(out + v, load(out + v) * factor);
     }
   }
 
   void finish_token(const Forward& m, int64_t i) const {
-    const Piece& p = m.p;
-    int64_t t = p.first + i, y = a.target[t];
+    const Piece& p = m.piece;
+    int64_t t = p.first + i, y = args.target[t];
     float shift = m.shift[i], z = m.targets[i];
     float others = (float)m.sums[i], own = vexp(splat(z - shift))[0], all = others + own;
     float nll = own > others ? __builtin_log1pf(others / own) : __builtin_logf(all) - (z - shift);
     float lse = shift + __builtin_logf(all);
-    TokenTerms terms = token_terms(a, nll, others / all, lse, a.weight ? a.weight[y] : 1.0f, (float)m.weighted[i]);
-    float slope = a.softcap > 0 ? 1.0f - (z / a.softcap) * (z / a.softcap) : 1.0f;
-    a.loss[t] = terms.loss, a.lse[t] = lse;
-    if (!a.shift) return;
-    a.shift[t] = shift, a.coefficient[t] = terms.alpha / all, a.pull[t] = terms.pulled * slope, a.beta[t] = terms.beta;
-    if (!a.dx) return;
-    decode_row(w, y, 0, depth * kSide, m.row);
-    T* to = (T*)a.dx + a.row[t] * w.k;
+    TokenTerms terms =
+        token_terms(args, nll, others / all, lse, args.weight ? args.weight[y] : 1.0f, (float)m.weighted[i]);
+    float slope = args.softcap > 0 ? 1.0f - (z / args.softcap) * (z / args.softcap) : 1.0f;
+    args.loss[t] = terms.loss, args.lse[t] = lse;
+    if (!args.shift) return;
+    args.shift[t] = shift, args.coefficient[t] = terms.alpha / all, args.pull[t] = terms.pulled * slope,
+    args.beta[t] = terms.beta;
+    if (!args.dx) return;
+    decode_row(head, y, 0, depth * kSide, m.row);
+    T* to = (T*)args.dx + args.row[t] * head.k;
     int64_t s = i / kSide, r = i % kSide;
     auto gradient = [&](int64_t k) __attribute__((always_inline)) {
       const float* out = m.out + (k / kSide * p.strips + s) * kArea + r * kSide + k % kSide;
-      int64_t count = w.k - k;
-      vf g = load(out) * a.coefficient[t] + load(m.row + k) * a.pull[t];
-      if (a.smoothed) g -= (count >= W ? load(a.smoothed + k) : load(a.smoothed + k, count)) * a.beta[t];
-      g *= a.logit_scale;
+      int64_t count = head.k - k;
+      vf g = load(out) * args.coefficient[t] + load(m.row + k) * args.pull[t];
+      if (args.smoothed) g -= (count >= W ? load(args.smoothed + k) : load(args.smoothed + k, count)) * args.beta[t];
+      g *= args.logit_scale;
       for (int l = 0; l < W && count < W; ++l) g[l] = l < count ? g[l] : 0.0f;
       return g;
     };
@@ -388,26 +403,26 @@ struct Loss {
     float unit = 1.0f;
     if (Half<T>::value) {
       vf largest = {};
-      for (int64_t k = 0; k < w.k; k += W) largest = vmax(vabs(gradient(k)), largest);
+      for (int64_t k = 0; k < head.k; k += W) largest = vmax(vabs(gradient(k)), largest);
       float most = max(largest);
       uint32_t bits = read<uint32_t>(&most) & 0x7f800000u;
       // To [1, 2), by a number that is none of the ends of the range.
       if (bits > 0x04000000u && bits < 0x7a000000u) bits = 0x7f000000u - bits, unit = read<float>(&bits);
     }
-    a.unit[t] = unit;
-    for (int64_t k = 0; k < w.k; k += W) {
+    args.unit[t] = unit;
+    for (int64_t k = 0; k < head.k; k += W) {
       vf g = gradient(k) * unit;
-      w.k - k >= W ? store(to + k, g) : store(to + k, g, w.k - k);
+      head.k - k >= W ? store(to + k, g) : store(to + k, g, head.k - k);
     }
   }
 
   // ---- backward -----------------------------------------------------------------------------------------------------
 
   // The features whose gradient is wanted, and one more for the bias: its column of "tokens" holds their factors.
-  int64_t features() const { return (a.dw ? w.k : 0) + (a.dbias ? 1 : 0); }
+  int64_t features() const { return (args.dw ? head.k : 0) + (args.dbias ? 1 : 0); }
 
-  void turn(int64_t begin, int64_t end, E* turned) const {
-    int64_t n = features(), wide = blocks(n), strips = blocks(a.tokens);
+  void transpose_tokens(int64_t begin, int64_t end, E* transposed) const {
+    int64_t n = features(), wide = blocks(n), strips = blocks(args.tokens);
     IndexedRows<T> rows = tokens();
     alignas(64) S scaled[kSide * kSide];
     alignas(64) E staged[F::kBlock];
@@ -416,31 +431,32 @@ struct Loss {
         for (int64_t r = 0; r < kSide; ++r) {
           int64_t t = s * kSide + r;
           const T* from = rows.get(rows, t);
-          float factor = from ? a.factor[t] * a.coefficient[t] / a.top : 0.0f;
+          float factor = from ? args.factor[t] * args.coefficient[t] / args.top : 0.0f;
           for (int64_t v = 0; v < kSide; v += W) {
-            int64_t k = i * kSide + v, count = (a.dw ? w.k : 0) - k;
+            int64_t k = i * kSide + v, count = (args.dw ? head.k : 0) - k;
             vf x = {};
             if (from && count >= W)
               x = load(from + k) * factor;
             else if (from && count > 0)
               x = load(from + k, count) * factor;
-            if (a.dbias && count >= 0 && count < W) x[count] = factor;
+            if (args.dbias && count >= 0 && count < W) x[count] = factor;
             store(scaled + r * kSide + v, x);
           }
         }
         F::template stage<S>(staged, StridedRows<S>{scaled, kSide, kSide}, 0, 0, kSide);
-        F::left_turned(turned + (i * strips + s) * F::kBlock, staged);
+        F::left_turned(transposed + (i * strips + s) * F::kBlock, staged);
       }
   }
 
   struct Backward {
     Workspace memory;
-    Piece p;
-    E* e;
-    float *sums, *rows;
-    Backward(const Loss& l, void* workspace) : memory{(char*)workspace}, p(l, memory) {
-      int64_t wide = blocks(l.features());
-      e = memory.take<E>(l.most_strips() * kWide * F::kBlock);
+    Piece piece;
+    E* exps;      // e of a piece as right operands, made again: (kWide, strips) blocks
+    float* sums;  // the gradient of the block of the weight, transposed: (features, kWide) blocks of 32 by 32 floats
+    float* rows;  // 32 rows of it: (32, features rounded up to blocks)
+    Backward(const Loss& loss, void* workspace) : memory{(char*)workspace}, piece(loss, memory) {
+      int64_t wide = blocks(loss.features());
+      exps = memory.take<E>(loss.most_strips() * kWide * F::kBlock);
       sums = memory.take<float>(wide * kWide * kArea);
       rows = memory.take<float>(kSide * wide * kSide);
     }
@@ -449,21 +465,21 @@ struct Loss {
   void weight(int64_t block, void* workspace) const {
     Backward m(*this, workspace);
     Block b = block_at(block * kLossVocabulary);
-    int64_t n = features(), wide = blocks(n), all = blocks(a.tokens);
-    const E* turned = (const E*)a.turned;
+    int64_t n = features(), wide = blocks(n), all = blocks(args.tokens);
+    const E* transposed = (const E*)args.turned;
     F::begin();
-    for (int64_t piece = 0; piece * a.piece < a.tokens; ++piece) {
-      int64_t first = piece * a.piece / kSide, strips = blocks(least(a.tokens, (piece + 1) * a.piece)) - first;
+    for (int64_t piece = 0; piece * args.piece < args.tokens; ++piece) {
+      int64_t first = piece * args.piece / kSide, strips = blocks(least(args.tokens, (piece + 1) * args.piece)) - first;
       const E* e[kWide];
-      if (has_room(b, piece) && a.kept[piece]) {
+      if (has_room(b, piece) && args.kept[piece]) {
         for (int64_t j = 0; j < b.wide; ++j) e[j] = saved(b, j, first);
       } else {
-        again(m, b, piece);
-        for (int64_t j = 0; j < b.wide; ++j) e[j] = m.e + j * strips * F::kBlock;
+        recompute(m, b, piece);
+        for (int64_t j = 0; j < b.wide; ++j) e[j] = m.exps + j * strips * F::kBlock;
       }
       for (int64_t j = 0; j < b.wide; ++j)
         for (int64_t i = 0; i < wide; ++i)
-          F::multiply(m.sums + (i * kWide + j) * kArea, kSide, turned + (i * all + first) * F::kBlock, e[j],
+          F::multiply(m.sums + (i * kWide + j) * kArea, kSide, transposed + (i * all + first) * F::kBlock, e[j],
                       strips * kSide, n - i * kSide, kSide, piece > 0);
     }
     F::end();
@@ -471,16 +487,16 @@ struct Loss {
   }
 
   // e of a piece, once more.
-  void again(Backward& m, const Block& b, int64_t piece) const {
-    Piece& p = m.p;
+  void recompute(Backward& m, const Block& b, int64_t piece) const {
+    Piece& p = m.piece;
     stage(p, piece);
     products(p, b, nullptr);
     for (int64_t s = 0; s < p.strips; ++s) {
       for (int64_t r = 0; r < kSide && p.first + s * kSide + r < p.end; ++r)
-        finish_row(p, b, s, r, a.target[p.first + s * kSide + r], false);
+        finish_row(p, b, s, r, args.target[p.first + s * kSide + r], false);
       E* right[kWide];
-      for (int64_t j = 0; j < b.wide; ++j) right[j] = m.e + (j * p.strips + s) * F::kBlock;
-      exponentials(p, b, s, a.shift + p.first, nullptr, nullptr, right);
+      for (int64_t j = 0; j < b.wide; ++j) right[j] = m.exps + (j * p.strips + s) * F::kBlock;
+      exponentials(p, b, s, args.shift + p.first, nullptr, nullptr, right);
     }
   }
 
@@ -491,57 +507,57 @@ struct Loss {
       for (int64_t c = 0; c < kSide; c += 16)
         transpose16(m.sums + (i / kSide * kWide + j) * kArea + i % kSide * kSide + c, kSide * 4, m.rows + c * width + i,
                     width * 4);
-    int64_t at = a.first[block];
-    while (at < a.first[block + 1] && a.target[a.sorted[at]] < b.column + j * kSide) ++at;
+    int64_t at = args.first[block];
+    while (at < args.first[block + 1] && args.target[args.sorted[at]] < b.column + j * kSide) ++at;
     for (int64_t r = 0; r < kSide && j * kSide + r < b.count; ++r) {
       int64_t v = b.column + j * kSide + r;
       float* row = m.rows + r * width;
       float pulled = 0;
-      for (int64_t k = 0; k < width; k += W) store(row + k, load(row + k) * a.top);
-      for (; at < a.first[block + 1] && a.target[a.sorted[at]] == v; ++at) {
-        int64_t t = a.sorted[at];
-        pulled += add_token(row, a.factor[t] * a.pull[t], (const T*)w.in.data + a.row[t] * w.in.stride);
+      for (int64_t k = 0; k < width; k += W) store(row + k, load(row + k) * args.top);
+      for (; at < args.first[block + 1] && args.target[args.sorted[at]] == v; ++at) {
+        int64_t t = args.sorted[at];
+        pulled += add_token(row, args.factor[t] * args.pull[t], (const T*)head.in.data + args.row[t] * head.in.stride);
       }
-      float smooth = a.beta_x ? (a.weight ? a.weight[v] : 1.0f) : 0.0f;
-      if (a.dbias) a.dbias[v] = row[a.dw ? w.k : 0] + pulled - smooth * a.beta_sum;
-      if (!a.dw) continue;
-      if (a.dw_type == Type::f32) {
-        put_row(row, smooth, (float*)a.dw + v * w.k);
+      float smooth = args.beta_x ? (args.weight ? args.weight[v] : 1.0f) : 0.0f;
+      if (args.dbias) args.dbias[v] = row[args.dw ? head.k : 0] + pulled - smooth * args.beta_sum;
+      if (!args.dw) continue;
+      if (args.dw_type == Type::f32) {
+        put_row(row, smooth, (float*)args.dw + v * head.k);
       } else {
-        put_row(row, smooth, (T*)a.dw + v * w.k);
+        put_row(row, smooth, (T*)args.dw + v * head.k);
       }
     }
   }
   float add_token(float* row, float factor, const T* x) const {
-    for (int64_t k = 0; k < w.k && a.dw; k += W) {
-      vf from = w.k - k >= W ? load(x + k) : load(x + k, w.k - k);
+    for (int64_t k = 0; k < head.k && args.dw; k += W) {
+      vf from = head.k - k >= W ? load(x + k) : load(x + k, head.k - k);
       // The column of the bias is behind the features, within the last vector.
-      if (w.k - k >= W)
+      if (head.k - k >= W)
         store(row + k, load(row + k) + from * factor);
       else
-        store(row + k, load(row + k) + from * factor, w.k - k);
+        store(row + k, load(row + k) + from * factor, head.k - k);
     }
     return factor;
   }
   template <class To>
   void put_row(const float* row, float smooth, To* to) const {
-    for (int64_t k = 0; k < w.k; k += W) {
-      int64_t count = w.k - k;
+    for (int64_t k = 0; k < head.k; k += W) {
+      int64_t count = head.k - k;
       vf g = load(row + k);
-      if (a.beta_x) g -= (count >= W ? load(a.beta_x + k) : load(a.beta_x + k, count)) * smooth;
+      if (args.beta_x) g -= (count >= W ? load(args.beta_x + k) : load(args.beta_x + k, count)) * smooth;
       count >= W ? store(to + k, g) : store(to + k, g, count);
     }
   }
 
   void scale(int64_t begin, int64_t end) const {
     for (int64_t t = begin; t < end; ++t) {
-      T* row = (T*)a.dx + a.row[t] * w.k;
-      for (int64_t k = 0; k < w.k; k += W) {
-        int64_t count = w.k - k;
+      T* row = (T*)args.dx + args.row[t] * head.k;
+      for (int64_t k = 0; k < head.k; k += W) {
+        int64_t count = head.k - k;
         if (count >= W)
-          store(row + k, load(row + k) * (a.factor[t] / a.unit[t]));
+          store(row + k, load(row + k) * (args.factor[t] / args.unit[t]));
         else
-          store(row + k, load(row + k, count) * (a.factor[t] / a.unit[t]), count);
+          store(row + k, load(row + k, count) * (args.factor[t] / args.unit[t]), count);
       }
     }
   }
@@ -549,43 +565,39 @@ struct Loss {
   int64_t forward_size() const { return (char*)Forward(*this, nullptr).memory.next - (char*)nullptr; }
   int64_t backward_size() const { return (char*)Backward(*this, nullptr).memory.next - (char*)nullptr; }
   static int64_t block_size() { return F::kBlock * sizeof(E); }
-  int64_t turned_strip() const { return blocks(features()) * F::kBlock * (int64_t)sizeof(E); }
+  int64_t transposed_strip() const { return blocks(features()) * F::kBlock * (int64_t)sizeof(E); }
 };
 
 template <class Run>
-BK_INLINE auto by_type(const LinearCrossEntropy& a, Run run) {
-  switch (a.head.type) {
-    case Type::bf16: return run(Loss<bf16>(a));
-    case Type::f16: return run(Loss<f16>(a));
-    default: return run(Loss<float>(a));
-  }
+BK_INLINE auto with_loss(const LinearCrossEntropy& a, Run run) {
+  return by_type(a.head.type, [&](auto t) { return run(Loss<decltype(t)>(a)); });
 }
 
 }  // namespace
 
 void linear_loss_tokens(const LinearCrossEntropy& a, int64_t piece, void* workspace) {
-  by_type(a, [&](const auto& loss) { loss.forward(piece, workspace); });
+  with_loss(a, [&](const auto& loss) { loss.forward(piece, workspace); });
 }
 void linear_loss_turn(const LinearCrossEntropy& a, int64_t begin, int64_t end, void* turned) {
-  by_type(a, [&](const auto& loss) { loss.turn(begin, end, (decltype(loss.saved({}, 0, 0)))turned); });
+  with_loss(a, [&](const auto& loss) { loss.transpose_tokens(begin, end, (decltype(loss.saved({}, 0, 0)))turned); });
 }
 void linear_loss_weight(const LinearCrossEntropy& a, int64_t block, void* workspace) {
-  by_type(a, [&](const auto& loss) { loss.weight(block, workspace); });
+  with_loss(a, [&](const auto& loss) { loss.weight(block, workspace); });
 }
 void linear_loss_scale(const LinearCrossEntropy& a, int64_t begin, int64_t end) {
-  by_type(a, [&](const auto& loss) { loss.scale(begin, end); });
+  with_loss(a, [&](const auto& loss) { loss.scale(begin, end); });
 }
 int64_t linear_loss_tokens_size(const LinearCrossEntropy& a) {
-  return by_type(a, [](const auto& loss) { return loss.forward_size(); });
+  return with_loss(a, [](const auto& loss) { return loss.forward_size(); });
 }
 int64_t linear_loss_turned_strip(const LinearCrossEntropy& a) {
-  return by_type(a, [](const auto& loss) { return loss.turned_strip(); });
+  return with_loss(a, [](const auto& loss) { return loss.transposed_strip(); });
 }
 int64_t linear_loss_weight_size(const LinearCrossEntropy& a) {
-  return by_type(a, [](const auto& loss) { return loss.backward_size(); });
+  return with_loss(a, [](const auto& loss) { return loss.backward_size(); });
 }
 int64_t linear_loss_block(const LinearCrossEntropy& a) {
-  return by_type(a, [](const auto& loss) { return loss.block_size(); });
+  return with_loss(a, [](const auto& loss) { return loss.block_size(); });
 }
 
 }  // namespace BK_ISA

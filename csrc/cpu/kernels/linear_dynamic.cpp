@@ -266,11 +266,7 @@ int64_t linear_dynamic_workspace(const Linear& a, int64_t columns) {
 }
 
 void linear_dynamic_pack(const Linear& a, int64_t begin, int64_t end, void* left, float* scales, void* token) {
-  switch (a.type) {
-    case Type::f32: return pack<float>(a, begin, end, (E*)left, scales, (int8_t*)token);
-    case Type::bf16: return pack<bf16>(a, begin, end, (E*)left, scales, (int8_t*)token);
-    case Type::f16: return pack<f16>(a, begin, end, (E*)left, scales, (int8_t*)token);
-  }
+  by_type(a.type, [&](auto t) { pack<decltype(t)>(a, begin, end, (E*)left, scales, (int8_t*)token); });
 }
 
 void linear_dynamic(const Linear& a, const void* left, const float* scales, int64_t begin, int64_t end, void* memory) {
@@ -298,11 +294,8 @@ void linear_dynamic(const Linear& a, const void* left, const float* scales, int6
         Integers::multiply(block, kSide, (const E*)left + left_at(s, d, strips, all), right, deep, a.m - s * kSide,
                            d > 0);
         if (d + kPiece < all) continue;
-        switch (a.out_type) {
-          case Type::f32: write_out<float>(a, block, sums + j * kSide, scales, s * kSide, column); break;
-          case Type::bf16: write_out<bf16>(a, block, sums + j * kSide, scales, s * kSide, column); break;
-          case Type::f16: write_out<f16>(a, block, sums + j * kSide, scales, s * kSide, column); break;
-        }
+        by_type(a.out_type,
+                [&](auto t) { write_out<decltype(t)>(a, block, sums + j * kSide, scales, s * kSide, column); });
       }
     }
   }

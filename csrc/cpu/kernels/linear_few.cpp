@@ -65,11 +65,7 @@ void linear_few_prepare(const Linear& a, void* ready) {
 #if defined(__AMX_BF16__)
   if (tiles::serves(a)) return tiles::prepare(a, (uint16_t*)ready);
 #endif
-  switch (a.type) {
-    case Type::f32: return product_tokens<float>(a, ready);
-    case Type::bf16: return product_tokens<bf16>(a, ready);
-    case Type::f16: return product_tokens<f16>(a, ready);
-  }
+  by_type(a.type, [&](auto t) { product_tokens<decltype(t)>(a, ready); });
 }
 
 void linear_few(const Linear& a, const void* ready, int64_t begin, int64_t end) {
@@ -81,11 +77,7 @@ void linear_few(const Linear& a, const void* ready, int64_t begin, int64_t end) 
   for (int64_t n = begin; n < end; n += kColumns) {
     int64_t count = end - n < kColumns ? end - n : kColumns;
     product(a, integers_of(a), ready, a.m, n, n + count, y[0], kColumns, workspace);
-    switch (a.out_type) {
-      case Type::f32: write_columns<float>(a, y[0], n, count); break;
-      case Type::bf16: write_columns<bf16>(a, y[0], n, count); break;
-      case Type::f16: write_columns<f16>(a, y[0], n, count); break;
-    }
+    by_type(a.out_type, [&](auto t) { write_columns<decltype(t)>(a, y[0], n, count); });
   }
 }
 

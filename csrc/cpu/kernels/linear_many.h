@@ -194,14 +194,10 @@ struct Many {
   }
 };
 
-// f of the class that serves the type
+// run(Many<T>()) for the type T of the operands.
 template <class Run>
-BK_INLINE auto by_type(Type type, Run run) {
-  switch (type) {
-    case Type::bf16: return run(Many<bf16>());
-    case Type::f16: return run(Many<f16>());
-    default: return run(Many<float>());
-  }
+BK_INLINE auto with_many(const Linear& a, Run run) {
+  return by_type(a.type, [&](auto t) { return run(Many<decltype(t)>()); });
 }
 
 }  // namespace

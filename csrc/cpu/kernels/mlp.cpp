@@ -6,8 +6,8 @@ namespace BK_ISA {
 
 void activated_linear(const ActivatedLinear& a, bool backward, const void* left, int64_t begin, int64_t end,
                       void* memory) {
-  by_type(a.type,
-          [&](auto many) { many.columns(a, backward, (const typename decltype(many)::E*)left, begin, end, memory); });
+  with_many(a,
+            [&](auto many) { many.columns(a, backward, (const typename decltype(many)::E*)left, begin, end, memory); });
 }
 
 }  // namespace BK_ISA

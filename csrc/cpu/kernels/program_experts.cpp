@@ -16,13 +16,9 @@ BK_INLINE vf alternate(const float* p, int64_t n) {
 
 BK_INLINE vf alternate(const Vector& v, int64_t i, int64_t n) {
   vf out{};
-  for (int j = 0; j < W && j < n; ++j) {
-    switch (v.type) {
-      case Type::f32: out[j] = ((const float*)v.data)[i + 2 * j]; break;
-      case Type::bf16: out[j] = load_one((const bf16*)v.data + i + 2 * j); break;
-      default: out[j] = load_one((const f16*)v.data + i + 2 * j); break;
-    }
-  }
+  by_type(v.type, [&](auto t) {
+    for (int j = 0; j < W && j < n; ++j) out[j] = load_one((const decltype(t)*)v.data + i + 2 * j);
+  });
   return out;
 }
 

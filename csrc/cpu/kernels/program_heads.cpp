@@ -12,12 +12,10 @@ namespace {
 constexpr int64_t kMostElements = 2048;  // of a head
 
 BK_INLINE vf elements(const Vector& x, int64_t i, int64_t n) {
-  auto get = [&](auto* p) __attribute__((always_inline)) { return n >= W ? load(p + i) : load(p + i, n); };
-  switch (x.type) {
-    case Type::bf16: return get((const bf16*)x.data);
-    case Type::f16: return get((const f16*)x.data);
-    default: return get((const float*)x.data);
-  }
+  return by_type(x.type, [&](auto t) __attribute__((always_inline)) {
+    auto from = (const decltype(t)*)x.data + i;
+    return n >= W ? load(from) : load(from, n);
+  });
 }
 
 // f(i, n) for vectors of a head: elements [i, i + n), n <= W.
@@ -62,11 +60,7 @@ BK_INLINE void put(const float* head, int64_t d, T* to) {
 BK_INLINE void put(const LayerCache& c, void* cache, float* scale, const float* head, int64_t d, int64_t at,
                    int64_t scale_at) {
   if (c.bits == 8) return quantize_head<float>(head, d, nullptr, 0, (int8_t*)cache + at, scale + scale_at);
-  switch (c.type) {
-    case Type::f32: return put(head, d, (float*)cache + at);
-    case Type::bf16: return put(head, d, (bf16*)cache + at);
-    case Type::f16: return put(head, d, (f16*)cache + at);
-  }
+  by_type(c.type, [&](auto t) { put(head, d, (decltype(t)*)cache + at); });
 }
 
 // Asked after a head was made and before it is stored: if the step was not past then, all that the head was made of was

@@ -9,16 +9,15 @@ namespace bigkernels {
 namespace BK_ISA {
 namespace {
 
-BK_INLINE vf part(const float* p, int64_t n) { return n >= W ? load(p) : load(p, n); }
+template <class T>
+BK_INLINE vf part(const T* p, int64_t n) {
+  return n >= W ? load(p) : load(p, n);
+}
 BK_INLINE void put(float* p, vf v, int64_t n) { n >= W ? store(p, v) : store(p, v, n); }
 
 // Up to W elements of a vector from i on.
 BK_INLINE vf part(const Vector& v, int64_t i, int64_t n) {
-  switch (v.type) {
-    case Type::f32: return part((const float*)v.data + i, n);
-    case Type::bf16: return n >= W ? load((const bf16*)v.data + i) : load((const bf16*)v.data + i, n);
-    default: return n >= W ? load((const f16*)v.data + i) : load((const f16*)v.data + i, n);
-  }
+  return by_type(v.type, [&](auto t) __attribute__((always_inline)) { return part((decltype(t)*)v.data + i, n); });
 }
 
 BK_INLINE vf activation(Act act, vf x, float alpha) {
@@ -28,11 +27,12 @@ BK_INLINE vf activation(Act act, vf x, float alpha) {
     case Act::gelu_tanh: return activate<Activation::gelu_tanh>(x);
     case Act::relu: return activate<Activation::relu>(x);
     case Act::relu2: return activate<Activation::relu2>(x);
-    case Act::sigmoid: return vsigmoid(x);
+    case Act::sigmoid: return activate<Activation::sigmoid>(x);
+    case Act::identity: return x;
     case Act::tanh: return vtanh(x);
     case Act::quick_gelu: return x * vsigmoid(x * alpha);
-    default: return x;
   }
+  __builtin_unreachable();
 }
 
 // The lanes from n on, which no sum may see, are 0.

@@ -150,19 +150,11 @@ void backward_of(const RmsNorm& a, int64_t begin, int64_t end, int64_t block) {
 }  // namespace
 
 void rms_norm_fwd(const RmsNorm& a, int64_t begin, int64_t end) {
-  switch (a.type) {
-    case Type::f32: return forward_of<float>(a, begin, end);
-    case Type::bf16: return forward_of<bf16>(a, begin, end);
-    case Type::f16: return forward_of<f16>(a, begin, end);
-  }
+  by_type(a.type, [&](auto t) { forward_of<decltype(t)>(a, begin, end); });
 }
 
 void rms_norm_bwd(const RmsNorm& a, int64_t begin, int64_t end, int64_t block) {
-  switch (a.type) {
-    case Type::f32: return backward_of<float>(a, begin, end, block);
-    case Type::bf16: return backward_of<bf16>(a, begin, end, block);
-    case Type::f16: return backward_of<f16>(a, begin, end, block);
-  }
+  by_type(a.type, [&](auto t) { backward_of<decltype(t)>(a, begin, end, block); });
 }
 
 }  // namespace BK_ISA

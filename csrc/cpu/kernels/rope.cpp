@@ -30,11 +30,7 @@ void tokens(const Rope& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void rope(const Rope& a, int64_t begin, int64_t end) {
-  switch (a.type) {
-    case Type::f32: return tokens<float>(a, begin, end);
-    case Type::bf16: return tokens<bf16>(a, begin, end);
-    case Type::f16: return tokens<f16>(a, begin, end);
-  }
+  by_type(a.type, [&](auto t) { tokens<decltype(t)>(a, begin, end); });
 }
 
 }  // namespace BK_ISA

@@ -17,11 +17,7 @@ BK_INLINE void angles(const void* from, int64_t at, int64_t rotary, float* to) {
 }
 
 BK_INLINE void angles(Type type, const void* from, int64_t at, int64_t rotary, float* to) {
-  switch (type) {
-    case Type::f32: return angles<float>(from, at, rotary, to);
-    case Type::bf16: return angles<bf16>(from, at, rotary, to);
-    case Type::f16: return angles<f16>(from, at, rotary, to);
-  }
+  by_type(type, [&](auto t) __attribute__((always_inline)) { angles<decltype(t)>(from, at, rotary, to); });
 }
 
 // One token's cos and sin, in float32.

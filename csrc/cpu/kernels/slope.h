@@ -11,33 +11,32 @@ namespace {
 // The activation at x, and its derivative.
 template <Activation kind>
 BK_INLINE vf activate(vf x, vf* slope) {
-  if (kind == Activation::silu) {
-    vf complement, s = vsigmoid(x, &complement);
-    *slope = s * (x * complement + 1.0f);
-    return x * s;
+  vf b, complement, positive = positive_part(x);
+  switch (kind) {
+    case Activation::silu: {
+      vf s = vsigmoid(x, &complement);
+      *slope = s * (x * complement + 1.0f);
+      return x * s;
+    }
+    case Activation::gelu: {
+      vf density, p = vnormal(x, &density);
+      *slope = x * density + p;
+      return x * p;
+    }
+    case Activation::gelu_tanh: {
+      vf s = gelu_tanh_sigmoid(x, &b, &complement);
+      *slope = s * (b * complement * (b * b * 0.134145f + 1.0f) * kTwoRootTwoOverPi + 1.0f);
+      return x * s;
+    }
+    case Activation::relu: *slope = select(x <= vf{}, vf{}, splat(1.0f)); return positive;  // 1 at NaN, as in PyTorch
+    case Activation::relu2: *slope = positive + positive; return positive * positive;
+    case Activation::sigmoid: {
+      vf s = vsigmoid(x, &complement);
+      *slope = s * complement;
+      return s;
+    }
   }
-  if (kind == Activation::gelu) {
-    vf density, p = vnormal(x, &density);
-    *slope = x * density + p;
-    return x * p;
-  }
-  if (kind == Activation::gelu_tanh) {
-    vf b, complement, s = gelu_tanh_sigmoid(x, &b, &complement);
-    *slope = s * (b * complement * (b * b * 0.134145f + 1.0f) * kTwoRootTwoOverPi + 1.0f);
-    return x * s;
-  }
-  if (kind == Activation::sigmoid) {
-    vf complement, s = vsigmoid(x, &complement);
-    *slope = s * complement;
-    return s;
-  }
-  vf positive = select_less(x, vf{}, vf{}, x);
-  if (kind == Activation::relu) {
-    *slope = select(x <= vf{}, vf{}, splat(1.0f));  // 1 at NaN, as in PyTorch
-    return positive;
-  }
-  *slope = positive + positive;
-  return positive * positive;
+  __builtin_unreachable();
 }
 
 // The same of all activations that step programs know.

@@ -83,6 +83,7 @@ struct Rope {
 };
 
 enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, relu2 = 4, sigmoid = 5 };
+constexpr Activation kLastActivation = Activation::sigmoid;
 
 struct Glu {
   Rows gate, up, grad;

@@ -37,6 +37,18 @@ struct f16 {
   uint16_t bits;
 };
 
+// run(float()), run(bf16()) or run(f16()): what is to be done with values of `type`, whose C++ type is decltype of the
+// argument.
+template <class Run>
+BK_INLINE auto by_type(Type type, Run run) {
+  switch (type) {
+    case Type::f32: return run(float());
+    case Type::bf16: return run(bf16());
+    case Type::f16: return run(f16());
+  }
+  __builtin_unreachable();
+}
+
 template <class V>
 BK_INLINE V read(const void* p) {
   V v;
