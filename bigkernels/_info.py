@@ -120,10 +120,14 @@ def _gpus() -> list[dict]:
         return []
     properties = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
     return [
-        {"name": p.name, "memory": p.total_memory, "capability": f"{p.major}.{p.minor}",
-         "multiprocessors": p.multi_processor_count}
+        {
+            "name": p.name,
+            "memory": p.total_memory,
+            "capability": f"{p.major}.{p.minor}",
+            "multiprocessors": p.multi_processor_count,
+        }
         for p in properties
-    ]  # fmt: skip
+    ]
 
 
 def _libraries() -> dict[str, dict]:

@@ -87,9 +87,11 @@ def progress(total: int) -> Iterator[Steps]:
         yield Steps(total)
         return
     columns = (
-        rich.progress.MofNCompleteColumn(), rich.progress.BarColumn(bar_width=20), rich.progress.TimeElapsedColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.BarColumn(bar_width=20),
+        rich.progress.TimeElapsedColumn(),
         rich.progress.TextColumn("{task.description}", markup=False),
-    )  # fmt: skip
+    )
     console = rich.console.Console(stderr=True)
     # What is printed meanwhile goes above the bar, unless it goes to a file.
     redirect = sys.stdout.isatty()

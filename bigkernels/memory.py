@@ -16,8 +16,17 @@ from ._load import cpu_library
 from ._memory import reuse_memory
 from ._torch_private import is_profiled
 
-__all__ = ["Peak", "Pool", "PoolStats", "limit_workspaces", "peak", "pool", "release_workspaces", "reuse_memory",
-           "workspaces"]  # fmt: skip
+__all__ = [
+    "Peak",
+    "Pool",
+    "PoolStats",
+    "limit_workspaces",
+    "peak",
+    "pool",
+    "release_workspaces",
+    "reuse_memory",
+    "workspaces",
+]
 
 torch.library.define("bigkernels::pool_on", "(int limit, bool huge_pages) -> str")
 torch.library.define("bigkernels::pool_off", "() -> ()")

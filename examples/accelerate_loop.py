@@ -20,8 +20,14 @@ TEXT = b"Tyger Tyger, burning bright, In the forests of the night; "
 
 torch.manual_seed(0)
 accelerator = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=2)
-config = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                     num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+config = LlamaConfig(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 model = LlamaForCausalLM(config)
 bigkernels.patch(model)  # before `prepare`, which wraps it
 optimizer = optim.AdamW(model.parameters(), lr=5e-3, state_dtype="int8")

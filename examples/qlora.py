@@ -19,8 +19,14 @@ Could frame thy fearful symmetry?
 """
 
 torch.manual_seed(0)
-config = LlamaConfig(vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-                     num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+config = LlamaConfig(
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 model = LlamaForCausalLM(config)
 ids = torch.tensor([list(TEXT.encode())])
 

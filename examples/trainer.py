@@ -20,8 +20,14 @@ TEXT = b"Tyger Tyger, burning bright, In the forests of the night; "
 
 def make_model():
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -30,9 +36,16 @@ data = [{"input_ids": ids, "labels": ids} for ids in rows]
 
 with tempfile.TemporaryDirectory() as folder:
     arguments = {
-        "output_dir": folder, "max_steps": 20, "learning_rate": 1e-2, "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2, "logging_steps": 5, "save_steps": 10, "report_to": [], "disable_tqdm": True,
-    }  # fmt: skip
+        "output_dir": folder,
+        "max_steps": 20,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 5,
+        "save_steps": 10,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
     # States in 8 bits: 2 bytes a parameter, where AdamW has 8. "bigkernels_adamw" keeps float32.
     callback = TrainerCallback(optim="bigkernels_adamw_8bit")
     trainer = Trainer(make_model(), TrainingArguments(**arguments), train_dataset=data, callbacks=[callback])

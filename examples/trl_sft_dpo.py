@@ -28,32 +28,50 @@ words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", eos_token="[EOS]")
 
 torch.manual_seed(0)
-config = LlamaConfig(vocab_size=len(WORDS), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                     num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+config = LlamaConfig(
+    vocab_size=len(WORDS),
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 model = LlamaForCausalLM(config)
 torch.nn.init.normal_(model.lm_head.weight, std=0.5)  # the head is not trained, and a random one says little
 
 ANSWERS = {"the sky": "blue", "grass": "green", "snow": "white", "a rose": "red"}
 texts = Dataset.from_dict({"text": [f"what is the colour of {thing} ? {is_}" for thing, is_ in ANSWERS.items()] * 4})
 pairs = [(thing, is_, wrong) for thing, is_ in ANSWERS.items() for wrong in ANSWERS.values() if wrong != is_]
-preferences = Dataset.from_dict({
-    "prompt": [f"what is the colour of {thing} ?" for thing, _, _ in pairs],
-    "chosen": [f" {is_}" for _, is_, _ in pairs], "rejected": [f" {wrong}" for _, _, wrong in pairs],
-})  # fmt: skip
+preferences = Dataset.from_dict(
+    {
+        "prompt": [f"what is the colour of {thing} ?" for thing, _, _ in pairs],
+        "chosen": [f" {is_}" for _, is_, _ in pairs],
+        "rejected": [f" {wrong}" for _, _, wrong in pairs],
+    }
+)
 
 with tempfile.TemporaryDirectory() as folder:
     arguments = {
-        "output_dir": folder, "per_device_train_batch_size": 4, "logging_steps": 10, "save_strategy": "no",
-        "report_to": [], "disable_tqdm": True, "bf16": False, "max_length": 32,
-    }  # fmt: skip
+        "output_dir": folder,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "bf16": False,
+        "max_length": 32,
+    }
 
     # QLoRA: the weights in 4 bits, low-rank adapters in the model's dtype. PEFT takes quantized layers as they are.
     bigkernels.quantize(model, "nf4")
     sft = trl.SFTTrainer(
-        model, trl.SFTConfig(max_steps=40, learning_rate=2e-2, **arguments), train_dataset=texts,
-        processing_class=tokenizer, peft_config=peft.LoraConfig(r=8, target_modules="all-linear"),
+        model,
+        trl.SFTConfig(max_steps=40, learning_rate=2e-2, **arguments),
+        train_dataset=texts,
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(r=8, target_modules="all-linear"),
         callbacks=[TrainerCallback(optim="bigkernels_adamw")],
-    )  # fmt: skip
+    )
     sft.train()
     losses = [entry["loss"] for entry in sft.state.log_history if "loss" in entry]
     print(f"SFT: loss {losses[0]:.2f} -> {losses[-1]:.2f}")
@@ -61,9 +79,12 @@ with tempfile.TemporaryDirectory() as folder:
 
     # DPO goes on with the adapters; without them the model is its own reference.
     dpo = trl.DPOTrainer(
-        sft.model, args=trl.DPOConfig(max_steps=20, learning_rate=5e-3, **arguments), train_dataset=preferences,
-        processing_class=tokenizer, callbacks=[TrainerCallback(optim="bigkernels_adamw_8bit")],
-    )  # fmt: skip
+        sft.model,
+        args=trl.DPOConfig(max_steps=20, learning_rate=5e-3, **arguments),
+        train_dataset=preferences,
+        processing_class=tokenizer,
+        callbacks=[TrainerCallback(optim="bigkernels_adamw_8bit")],
+    )
     fuse(dpo)  # the loss by `bigkernels.losses`, and the reference's head too
     dpo.train()
     margins = [entry["rewards/margins"] for entry in dpo.state.log_history if "rewards/margins" in entry]

@@ -18,16 +18,18 @@ SIZES = {
     64: "hidden_size n_embd d_model embedding_size dim attention_hidden_size",
     96: "intermediate_size ffn_dim n_inner ffn_hidden_size d_ff decoder_ffn_dim encoder_ffn_dim hidden_dim",
     4: "num_hidden_layers n_layer n_layers num_layers num_attention_heads n_head n_heads num_heads"
-       " decoder_attention_heads encoder_attention_heads num_experts n_routed_experts num_local_experts conv_kernel",
+    " decoder_attention_heads encoder_attention_heads num_experts n_routed_experts num_local_experts conv_kernel",
     2: "num_key_value_heads multi_query_group_num num_experts_per_tok decoder_layers encoder_layers type_vocab_size"
-       " eos_token_id",
+    " eos_token_id",
     128: "max_position_embeddings n_positions max_seq_len max_sequence_length n_ctx",
     16: "head_dim kv_lora_rank qk_nope_head_dim v_head_dim mamba_d_head",
     32: "moe_intermediate_size shared_expert_intermediate_size expert_dim",
     8: "qk_rope_head_dim mamba_d_state mamba_n_heads state_size",
-    24: "q_lora_rank", 5: "sliding_window", 0: "pad_token_id",
+    24: "q_lora_rank",
+    5: "sliding_window",
+    0: "pad_token_id",
     1: "bos_token_id n_group topk_group first_k_dense_replace",
-}  # fmt: skip
+}
 TINY = {name: size for size, names in SIZES.items() for name in names.split()}
 MODELS = {
     model.__name__: (model, config)

@@ -37,8 +37,14 @@ GPU = torch.cuda.is_available()
 collect_ignore = [] if GPU else ["gpu"]
 
 # Files whose tests share what takes long to make: one worker runs them all.
-TOGETHER = ("test_distributed.py", "test_packaging.py", "test_cuda_source.py", "test_demo.py", "test_plan.py",
-            "test_training.py")  # fmt: skip
+TOGETHER = (
+    "test_distributed.py",
+    "test_packaging.py",
+    "test_cuda_source.py",
+    "test_demo.py",
+    "test_plan.py",
+    "test_training.py",
+)
 # What takes longest begins first, so that no worker is left with it at the end.
 LONG = ("test_interpreter.py", "test_distributed.py", "test_packaging.py", "test_training.py", "test_triton_aot.py")
 

@@ -35,11 +35,23 @@ def paged(caches: list[Tensor | None], lengths: list[int], page: int) -> tuple[l
 
 
 def decode_arguments(
-    lengths: list[int], queries: int = 1, heads: int = 4, groups: int = 2, size: int = 32,
-    value_size: int | None = None, *, page: int = 0, int8: bool = False, left: int = -1, softcap: float = 0.0,
-    alibi: bool = False, sinks: bool = False, dtype: torch.dtype = torch.float32, capacity: int | None = None,
+    lengths: list[int],
+    queries: int = 1,
+    heads: int = 4,
+    groups: int = 2,
+    size: int = 32,
+    value_size: int | None = None,
+    *,
+    page: int = 0,
+    int8: bool = False,
+    left: int = -1,
+    softcap: float = 0.0,
+    alibi: bool = False,
+    sinks: bool = False,
+    dtype: torch.dtype = torch.float32,
+    capacity: int | None = None,
     device: torch.device | str = "cpu",
-) -> tuple:  # fmt: skip
+) -> tuple:
     batch, capacity = len(lengths), max(lengths) if capacity is None else capacity
     q = torch.randn(batch, queries, heads, size).transpose(1, 2).to(device, dtype)
     caches, scales = [], []
@@ -70,10 +82,19 @@ def check_decoded(found: tuple[Tensor, Tensor], args: tuple) -> None:
 
 
 def append_twice(
-    write: Callable[..., Tensor], lengths: list[int], new: int, *, page: int = 0, int8: bool = False, rotary: int = 0,
-    interleaved: bool = False, size: int = 24, value_size: int = 20, dtype: torch.dtype = torch.float32,
+    write: Callable[..., Tensor],
+    lengths: list[int],
+    new: int,
+    *,
+    page: int = 0,
+    int8: bool = False,
+    rotary: int = 0,
+    interleaved: bool = False,
+    size: int = 24,
+    value_size: int = 20,
+    dtype: torch.dtype = torch.float32,
     change: Callable[[Tensor, Tensor], None] = lambda k, v: None,
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What `write`, a raw `append_kv_`, and the reference make of the same cache and new tokens, `change`d before."""
     batch, capacity, heads = len(lengths), max(*lengths, 1) + 3, 3
     q = torch.randn(batch, new, 2 * heads, size).to(dtype).transpose(1, 2)
@@ -95,8 +116,9 @@ def append_twice(
     results = []
     for append in (write, op._append_fallback):
         written = [t if t is None else t.clone() for t in (*caches, *scales)]
-        rotated = append(q, k, v, *written[:2], torch.tensor(lengths, dtype=torch.int32), table, cos, sin, *written[2:],
-                         interleaved)  # fmt: skip
+        rotated = append(
+            q, k, v, *written[:2], torch.tensor(lengths, dtype=torch.int32), table, cos, sin, *written[2:], interleaved
+        )
         assert rotated.stride() == op._append_fake(q).stride()
         results.append((rotated, *(t for t in written if t is not None)))
     return tuple(results)

@@ -19,25 +19,57 @@ import bigkernels
 transformers = pytest.importorskip("transformers")
 
 VOCABULARY = 199
-SIZES = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=16, max_position_embeddings=256, pad_token_id=0, bos_token_id=1,
-             eos_token_id=None)  # fmt: skip
+SIZES = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=None,
+)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 WINDOW = 8
 # What patched models run in one native call; `experts` and others may be the model's own code in the middle of it.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", SIZES),
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig",
-               SIZES | dict(num_hidden_layers=3, sliding_window=WINDOW, query_pre_attn_scalar=16,
-                            layer_types=["sliding_attention", "sliding_attention", "full_attention"])),
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config",
-             dict(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=256, pad_token_id=0,
-                  bos_token_id=1, eos_token_id=None, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
-                  tie_word_embeddings=False)),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        SIZES
+        | dict(
+            num_hidden_layers=3,
+            sliding_window=WINDOW,
+            query_pre_attn_scalar=16,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        ),
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        dict(
+            vocab_size=VOCABULARY,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            n_positions=256,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=None,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            tie_word_embeddings=False,
+        ),
+    ),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", SIZES),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", SIZES | EXPERTS | dict(norm_topk_prob=True)),
     "mistral": ("MistralForCausalLM", "MistralConfig", SIZES | dict(sliding_window=WINDOW)),
-}  # fmt: skip
+}
 # What calls of this version of transformers name the cache.
 CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
 

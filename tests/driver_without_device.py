@@ -26,8 +26,14 @@ from bigkernels.triton._launch import as_if
 # Bytes of shared memory that a program may have at most, by compute capability (CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability").
 SHARED_MEMORY = {
-    75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024,
-}  # fmt: skip
+    75: 64 * 1024,
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 _PROCESSORS = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
@@ -50,9 +56,11 @@ class Driver:
 
     def __post_init__(self) -> None:
         properties = {
-            "max_shared_mem": SHARED_MEMORY[self.capability], "multiprocessor_count": _PROCESSORS[self.capability],
-            "warpSize": 32, "max_num_regs": 65536,
-        }  # fmt: skip
+            "max_shared_mem": SHARED_MEMORY[self.capability],
+            "multiprocessor_count": _PROCESSORS[self.capability],
+            "warpSize": 32,
+            "max_num_regs": 65536,
+        }
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: properties,
             load_binary=lambda name, kernel, shared, device: (1, 1, 32, 0, 1024),  # registers, spills, threads at most
@@ -87,8 +95,16 @@ class Driver:
 
 def kernels() -> list[JITFunction]:
     """Every kernel of the package."""
-    names = (*KERNELS, "_append", "_attention", "_decode", "_hopper_attention", "_hopper_backward", "_norm",
-             "_quantized_many")  # fmt: skip
+    names = (
+        *KERNELS,
+        "_append",
+        "_attention",
+        "_decode",
+        "_hopper_attention",
+        "_hopper_backward",
+        "_norm",
+        "_quantized_many",
+    )
     modules = [importlib.import_module(f"bigkernels.triton.{name}") for name in names]
     return list({fn for module in modules for fn in vars(module).values() if isinstance(fn, JITFunction)})
 

@@ -15,16 +15,37 @@ _IMAGE = _SIZES | dict(image_size=32, patch_size=8)
 
 
 def _whisper() -> nn.Module:
-    return t.WhisperModel(t.WhisperConfig(
-        d_model=48, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=96, decoder_layers=1,
-        decoder_attention_heads=4, decoder_ffn_dim=96, max_source_positions=20, vocab_size=99, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)).encoder  # fmt: skip
+    return t.WhisperModel(
+        t.WhisperConfig(
+            d_model=48,
+            encoder_layers=2,
+            encoder_attention_heads=4,
+            encoder_ffn_dim=96,
+            decoder_layers=1,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=96,
+            max_source_positions=20,
+            vocab_size=99,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+        )
+    ).encoder
 
 
 def _wav2vec2() -> nn.Module:
-    return t.Wav2Vec2Model(t.Wav2Vec2Config(
-        **_SIZES, conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2,
-        num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4))  # fmt: skip
+    return t.Wav2Vec2Model(
+        t.Wav2Vec2Config(
+            **_SIZES,
+            conv_dim=(16, 16),
+            conv_stride=(5, 2),
+            conv_kernel=(10, 3),
+            num_feat_extract_layers=2,
+            num_conv_pos_embeddings=8,
+            num_conv_pos_embedding_groups=4,
+        )
+    )
 
 
 TEXTS: dict[str, Callable[[], nn.Module]] = {
@@ -33,15 +54,19 @@ TEXTS: dict[str, Callable[[], nn.Module]] = {
     "roberta": lambda: t.RobertaModel(t.RobertaConfig(**_TEXT)),
     "xlm-roberta": lambda: t.XLMRobertaModel(t.XLMRobertaConfig(**_TEXT)),
     "mpnet": lambda: t.MPNetModel(t.MPNetConfig(**_TEXT)),
-    "distilbert": lambda: t.DistilBertModel(t.DistilBertConfig(dim=48, hidden_dim=80, n_layers=2, n_heads=4,
-                                                                vocab_size=99)),  # fmt: skip
+    "distilbert": lambda: t.DistilBertModel(
+        t.DistilBertConfig(dim=48, hidden_dim=80, n_layers=2, n_heads=4, vocab_size=99)
+    ),
     "electra": lambda: t.ElectraModel(t.ElectraConfig(**_TEXT, embedding_size=24)),
     "albert": lambda: t.AlbertModel(t.AlbertConfig(**_TEXT, embedding_size=24)),
-    "modernbert": lambda: t.ModernBertModel(t.ModernBertConfig(
-        **_TEXT, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, local_attention=6)),
+    "modernbert": lambda: t.ModernBertModel(
+        t.ModernBertConfig(
+            **_TEXT, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, local_attention=6
+        )
+    ),
     "nomic": lambda: t.NomicBertModel(t.NomicBertConfig(**_TEXT)),
     "clip-text": lambda: t.CLIPTextModel(t.CLIPTextConfig(**_TEXT, bos_token_id=1, eos_token_id=2)),
-}  # fmt: skip
+}
 OTHERS: dict[str, Callable[[], nn.Module]] = {
     "clip-vision": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**_IMAGE)),
     "siglip": lambda: t.SiglipVisionModel(t.SiglipVisionConfig(**_IMAGE)),
@@ -49,7 +74,7 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
     "deit": lambda: t.DeiTModel(t.DeiTConfig(**_IMAGE)),
     "dinov2": lambda: t.Dinov2Model(
         t.Dinov2Config(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
-    ),  # fmt: skip
+    ),
     "whisper": _whisper,
     "wav2vec2": _wav2vec2,
 }

@@ -54,15 +54,33 @@ class Host:
         self._few.argtypes = [POINTER(Product), POINTER(_Options)]
 
     def __call__(
-        self, x: Tensor, f: Fragments, book: Tensor | None = None, bias: Tensor | None = None, *, wide: bool = False,
+        self,
+        x: Tensor,
+        f: Fragments,
+        book: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        wide: bool = False,
         how: Run | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         how = how or Run()
         out = torch.full((x.shape[0], f.n), float("nan"), dtype=torch.float32 if wide else x.dtype)
         bias_type = 0 if bias is None else _TYPES[bias.dtype]
         operands = map(address, (f.units, f.factor, book, bias, out))
-        product = Product(CODES.index(f.code), OFFSETS.index(f.offset), f.group, _TYPES[x.dtype], wide, bias_type,
-                          address(x), x.stride(0), *operands, x.shape[0], f.n, f.k)  # fmt: skip
+        product = Product(
+            CODES.index(f.code),
+            OFFSETS.index(f.offset),
+            f.group,
+            _TYPES[x.dtype],
+            wide,
+            bias_type,
+            address(x),
+            x.stride(0),
+            *operands,
+            x.shape[0],
+            f.n,
+            f.k,
+        )
         options = _Options(how.blocks, how.stages, how.order, how.reversed, how.early)
         blocks = self._few(byref(product), byref(options))
         assert blocks > 0, "no kernel" if blocks == 0 else "a counter is not zero afterwards"

@@ -11,8 +11,15 @@ from bigkernels.quantization._ggml import BLOCK_TYPES
 
 CODED = [name for name, row in BLOCK_TYPES.items() if not row.is_numbers]
 SIZE, HIDDEN = 256, 512  # blocks of the K-quants are of 256
-SHAPES = {"attn_q": (SIZE, SIZE), "attn_k": (128, SIZE), "attn_v": (128, SIZE), "attn_output": (SIZE, SIZE),
-          "ffn_gate": (HIDDEN, SIZE), "ffn_up": (HIDDEN, SIZE), "ffn_down": (SIZE, HIDDEN)}  # fmt: skip
+SHAPES = {
+    "attn_q": (SIZE, SIZE),
+    "attn_k": (128, SIZE),
+    "attn_v": (128, SIZE),
+    "attn_output": (SIZE, SIZE),
+    "ffn_gate": (HIDDEN, SIZE),
+    "ffn_up": (HIDDEN, SIZE),
+    "ffn_down": (SIZE, HIDDEN),
+}
 _LARGE = {"Q3_K": 2, "Q6_K": 16, "IQ4_XS": 16}  # what their integer scales make of a weight
 
 
@@ -34,8 +41,10 @@ def blocks(kind: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 def llama(path: Path, kind: str, table: str = "Q8_0", head: bool = False, layers: int = 1) -> Path:
     """A Llama of 64 tokens with all matrices of a type, and its embedding of another."""
-    made = {"token_embd.weight": (blocks(table, (64, SIZE)), table),
-            "output_norm.weight": (np.ones(SIZE, np.float32).view(np.uint8), "F32")}  # fmt: skip
+    made = {
+        "token_embd.weight": (blocks(table, (64, SIZE)), table),
+        "output_norm.weight": (np.ones(SIZE, np.float32).view(np.uint8), "F32"),
+    }
     if head:
         made["output.weight"] = blocks(kind, (64, SIZE), 99), kind
     for i in range(layers):
@@ -45,9 +54,15 @@ def llama(path: Path, kind: str, table: str = "Q8_0", head: bool = False, layers
             made[f"blk.{i}.{name}.weight"] = blocks(kind, shape, 10 * i + j), kind
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in {
-        "embedding_length": SIZE, "block_count": layers, "feed_forward_length": HIDDEN, "context_length": 128,
-        "attention.head_count": 4, "attention.head_count_kv": 2, "vocab_size": 64, "rope.dimension_count": 64,
-    }.items():  # fmt: skip
+        "embedding_length": SIZE,
+        "block_count": layers,
+        "feed_forward_length": HIDDEN,
+        "context_length": 128,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "vocab_size": 64,
+        "rope.dimension_count": 64,
+    }.items():
         writer.add_uint32(f"llama.{key}", value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(64)])

@@ -395,32 +395,54 @@ def _language() -> types.SimpleNamespace:
     )
     return types.SimpleNamespace(
         **{name: lambda *args, **kwargs: "layout" for name in layouts},
-        constexpr=lambda value: value, static_range=range, cdiv=lambda a, b: (a + b - 1) // b,
-        program_id=lambda axis: torch.tensor(_program.id), load=_load, store=_store, allocate_shared_memory=_allocate,
+        constexpr=lambda value: value,
+        static_range=range,
+        cdiv=lambda a, b: (a + b - 1) // b,
+        program_id=lambda axis: torch.tensor(_program.id),
+        load=_load,
+        store=_store,
+        allocate_shared_memory=_allocate,
         warp_specialize=lambda functions, warps, registers: _program.specialize(functions),
-        int64=torch.int64, int32=torch.int32, float32=torch.float32,
-        arange=lambda a, b, layout=None: torch.arange(a, b), convert_layout=lambda x, layout: x,
+        int64=torch.int64,
+        int32=torch.int32,
+        float32=torch.float32,
+        arange=lambda a, b, layout=None: torch.arange(a, b),
+        convert_layout=lambda x, layout: x,
         full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype, device="cpu"),
         zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype, device="cpu"),
-        maximum=_pairs(torch.maximum), minimum=_pairs(torch.minimum), where=torch.where, abs=torch.abs,
-        exp2=torch.exp2, log2=torch.log2, max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
+        maximum=_pairs(torch.maximum),
+        minimum=_pairs(torch.minimum),
+        where=torch.where,
+        abs=torch.abs,
+        exp2=torch.exp2,
+        log2=torch.log2,
+        max=lambda x, axis: x.amax(axis),
+        sum=lambda x, axis: x.sum(axis),
         expand_dims=torch.unsqueeze,
-    )  # fmt: skip
+    )
 
 
 _NAMES = {
-    "gl": _language(), "tl": _language(), "fence_async_shared": _fence, "warpgroup_mma": _multiply,
+    "gl": _language(),
+    "tl": _language(),
+    "fence_async_shared": _fence,
+    "warpgroup_mma": _multiply,
     "warpgroup_mma_wait": _multiply_wait,
     "async_copy": types.SimpleNamespace(async_copy_global_to_shared=_lanes_copy, mbarrier_arrive=_lanes_arrive),
     "mbarrier": types.SimpleNamespace(
-        init=lambda barrier, count: barrier.init(count), wait=_wait, arrive=_arrive,
-        expect=lambda barrier, bytes: barrier.arrive(1, bytes), MBarrierLayout=lambda: "barriers",
+        init=lambda barrier, count: barrier.init(count),
+        wait=_wait,
+        arrive=_arrive,
+        expect=lambda barrier, bytes: barrier.arrive(1, bytes),
+        MBarrierLayout=lambda: "barriers",
     ),
     "tma": types.SimpleNamespace(
-        make_tensor_descriptor=_Descriptor, async_copy_global_to_shared=_load_copy,
-        async_copy_shared_to_global=_store_copy, store_wait=_store_wait,
+        make_tensor_descriptor=_Descriptor,
+        async_copy_global_to_shared=_load_copy,
+        async_copy_shared_to_global=_store_copy,
+        store_wait=_store_wait,
     ),
-}  # fmt: skip
+}
 _spaces: dict[int, tuple[dict, dict]] = {}  # by the id of a module's globals: these, and what they are here
 
 
@@ -467,8 +489,9 @@ def hopper_on_cpu(seed: int = 0) -> Iterator[list[str]]:
 
     launched: list[str] = []
 
-    def instead(kernel: JITFunction, grid: tuple[int], *args: Any, num_warps: int, maxnreg: Any = None,
-                **named: Any) -> None:  # fmt: skip
+    def instead(
+        kernel: JITFunction, grid: tuple[int], *args: Any, num_warps: int, maxnreg: Any = None, **named: Any
+    ) -> None:
         launched.append(kernel.__name__)
         launch(kernel, grid, *args, seed=seed, **named)
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import triton
 
-_LAYOUT = re.compile(r"(#mma\d*) = #ttg.nvidia_mma<\{versionMajor = (\d).*?warpsPerCTA = \[(\d+), (\d+)\], "
-                     r"instrShape = \[([\d, ]+)\]")  # fmt: skip
+_LAYOUT = re.compile(
+    r"(#mma\d*) = #ttg.nvidia_mma<\{versionMajor = (\d).*?warpsPerCTA = \[(\d+), (\d+)\], "
+    r"instrShape = \[([\d, ]+)\]"
+)
 _PRODUCT = re.compile(r"(?:tt\.dot|ttng\.warp_group_dot) .*-> tensor<(\d+)x(\d+)x\w+, (#mma\d*)>")
 
 
@@ -35,8 +37,10 @@ class Product:
 def products(kernel: Any) -> list[Product]:
     """Of a compiled kernel for sm_80 to sm_90; for later ones `tensor_memory_products`."""
     text = kernel.asm["ttgir"]
-    layouts = {name: (int(version), int(down), int(across), [int(n) for n in shape.split(",")])
-               for name, version, down, across, shape in _LAYOUT.findall(text)}  # fmt: skip
+    layouts = {
+        name: (int(version), int(down), int(across), [int(n) for n in shape.split(",")])
+        for name, version, down, across, shape in _LAYOUT.findall(text)
+    }
     found = []
     for m, n, name in _PRODUCT.findall(text):
         version, down, across, (height, width, *_) = layouts[name]

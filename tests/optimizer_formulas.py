@@ -119,8 +119,16 @@ class Muon(Formula):
         return x
 
 
-FORMULAS = {"Adam": Adam, "AdamW": Adam, "SGD": SGD, "RMSprop": RMSprop, "Adagrad": Adagrad, "Lion": Lion, "LAMB": LAMB,
-            "Muon": Muon}  # fmt: skip
+FORMULAS = {
+    "Adam": Adam,
+    "AdamW": Adam,
+    "SGD": SGD,
+    "RMSprop": RMSprop,
+    "Adagrad": Adagrad,
+    "Lion": Lion,
+    "LAMB": LAMB,
+    "Muon": Muon,
+}
 DECOUPLED = ("AdamW", "Lion", "Muon")  # by default
 # What each is tested with: options of the constructor.
 CASES = {

@@ -22,9 +22,20 @@ from bigkernels.ops import _routes
 CUDA = torch.device("cuda", 0)
 _MARK = "_pretended_device"
 _FACTORIES = {
-    torch.tensor, torch.as_tensor, torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.linspace,
-    torch.rand, torch.randn, torch.randint, torch.eye, torch.empty_strided,
-}  # fmt: skip
+    torch.tensor,
+    torch.as_tensor,
+    torch.zeros,
+    torch.ones,
+    torch.full,
+    torch.empty,
+    torch.arange,
+    torch.linspace,
+    torch.rand,
+    torch.randn,
+    torch.randint,
+    torch.eye,
+    torch.empty_strided,
+}
 _READS = {
     Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.numpy,
     Tensor.cpu, Tensor.nonzero, torch.nonzero, torch.equal, Tensor.equal, Tensor.masked_select, torch.masked_select,

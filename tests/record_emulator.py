@@ -13,9 +13,15 @@ from bigkernels.program import _records as records
 
 _TYPES = [torch.float32, torch.bfloat16, torch.float16]
 _ACTS = {
-    0: F.silu, 1: F.gelu, 2: lambda x: F.gelu(x, approximate="tanh"), 3: F.relu, 4: lambda x: F.relu(x).square(),
-    5: torch.sigmoid, 6: lambda x: x, 7: torch.tanh,
-}  # fmt: skip
+    0: F.silu,
+    1: F.gelu,
+    2: lambda x: F.gelu(x, approximate="tanh"),
+    3: F.relu,
+    4: lambda x: F.relu(x).square(),
+    5: torch.sigmoid,
+    6: lambda x: x,
+    7: torch.tanh,
+}
 
 
 def memory(address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> Tensor:
@@ -123,8 +129,10 @@ class Emulator:
         else:
             at = memory(run.positions, torch.int64, tokens)
         rows = int(at.max()) + 1
-        cos, sin = (memory(a, _TYPES[table.type], (rows, r.rotary), (table.stride, 1)).float()[at].unsqueeze(1)
-                    for a in (table.cos, table.sin))  # fmt: skip
+        cos, sin = (
+            memory(a, _TYPES[table.type], (rows, r.rotary), (table.stride, 1)).float()[at].unsqueeze(1)
+            for a in (table.cos, table.sin)
+        )
         head, rest = x[..., : r.rotary], x[..., r.rotary :]
         if r.interleaved:
             turned = torch.stack((-head[..., 1::2], head[..., ::2]), -1).flatten(-2)
@@ -151,8 +159,10 @@ class Emulator:
     def _attend(self, r):
         q = self.v[r.q].unflatten(-1, (r.heads, r.d)).transpose(1, 2)
         c, new, run = self.caches[r.layer], q.shape[2], self.run_
-        k, v = (t.float().repeat_interleave(r.heads // r.groups, 1)
-                for t in self._cached(c, q.shape[0], r.groups, new, r.d, r.dv))  # fmt: skip
+        k, v = (
+            t.float().repeat_interleave(r.heads // r.groups, 1)
+            for t in self._cached(c, q.shape[0], r.groups, new, r.d, r.dv)
+        )
         scores = q @ k.mT * r.scale
         if r.softcap:
             scores = r.softcap * torch.tanh(scores / r.softcap)

@@ -84,8 +84,9 @@ class Maker:
         self.add(r.PRODUCT, product=record)
         return [record.out[i] for i in range(1 if gated else len(weights))]
 
-    def heads(self, q: int, k: int, v: int, heads: int, groups: int, d: int, layer: int, norm: Tensor | None = None
-              ) -> int:  # fmt: skip
+    def heads(
+        self, q: int, k: int, v: int, heads: int, groups: int, d: int, layer: int, norm: Tensor | None = None
+    ) -> int:
         """Of values that hold heads of d columns side by side; all of a head is rotated, by table 0. `norm`: (d,), the
         weight of a norm of each query and key.
         """

@@ -69,8 +69,10 @@ def test_a_torch_without_streams_is_an_error(tmp_path: Path) -> None:
                f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_dir / 'lib'}"]  # fmt: skip
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-2000:]
-    script = ("import ctypes, sys, torch; text = ctypes.create_string_buffer(400); "
-              "print(ctypes.CDLL(sys.argv[1]).probe(text, ctypes.c_size_t(400)), text.value.decode())")  # fmt: skip
+    script = (
+        "import ctypes, sys, torch; text = ctypes.create_string_buffer(400); "
+        "print(ctypes.CDLL(sys.argv[1]).probe(text, ctypes.c_size_t(400)), text.value.decode())"
+    )
     run = subprocess.run([sys.executable, "-c", script, made], capture_output=True, text=True)
     assert run.returncode == 0, "it jumped to where the function is not"
     assert run.stdout.startswith("1 ") and "no CUDA streams" in run.stdout
@@ -108,9 +110,16 @@ def test_kernels_know_where_their_pointers_point(cuda_library: Path) -> None:
 # 2.70. An H200 has time for 4.9 of 4 bits and 9.8 of 8 where it reads at 70 % of its bandwidth.
 _CODES = ("int4", "book4", "int8", "fp8")
 _MOST_A_WEIGHT = {
-    ("int4", 128): 2.0, ("int4", 64): 2.3, ("int4", 32): 2.8, ("book4", 128): 2.5, ("book4", 64): 2.55,
-    ("book4", 32): 2.6, ("int8", 0): 2.6, ("int8", 32): 2.9, ("fp8", 0): 2.6,
-}  # fmt: skip
+    ("int4", 128): 2.0,
+    ("int4", 64): 2.3,
+    ("int4", 32): 2.8,
+    ("book4", 128): 2.5,
+    ("book4", 64): 2.55,
+    ("book4", 32): 2.6,
+    ("int8", 0): 2.6,
+    ("int8", 32): 2.9,
+    ("fp8", 0): 2.6,
+}
 _FEW_KERNEL = re.compile(r"few_kernel\w*?FewCodeE(\d)\w*?FewOffsetE(\d)ELi(\d+)E\w*?TypeE(\d)ELi(\d)E")
 
 

@@ -28,9 +28,15 @@ def tiny() -> demo.Input:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+    )
     model = transformers.LlamaForCausalLM(config).eval()
     ids = torch.randint(0, 128, (2000,), generator=torch.Generator().manual_seed(1))
     return demo.Input(model, ids, ids[:300], ids[None, :5], lambda tokens: " ".join(map(str, tokens)))
@@ -157,8 +163,12 @@ def test_random_batches_are_windows_of_the_text_and_repeat():
 def test_exit_code_2_names_the_package_that_cannot_be_fetched(tmp_path):
     for name in assets.REQUIRED:
         pytest.importorskip(name)
-    environment = os.environ | {"BIGKERNELS_CACHE": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull,
-                                "PYTHONPATH": str(ROOT)}  # fmt: skip
+    environment = os.environ | {
+        "BIGKERNELS_CACHE": str(tmp_path),
+        "PIP_NO_INDEX": "1",
+        "PIP_CONFIG_FILE": os.devnull,
+        "PYTHONPATH": str(ROOT),
+    }
     command = [sys.executable, "-m", "bigkernels", "demo", "--output", str(tmp_path / "out")]
     done = subprocess.run(command, check=False, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr

@@ -41,7 +41,8 @@ def test_example(path, tmp_path):
         pytest.importorskip(module)
     found = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": found, "OMP_NUM_THREADS": "1"}  # tiny tensors
-    done = subprocess.run([sys.executable, str(path)], check=False, env=environment, cwd=tmp_path, capture_output=True,
-                          text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(path)], check=False, env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert PRINTS[path.stem] in done.stdout, done.stdout

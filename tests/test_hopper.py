@@ -34,11 +34,21 @@ from bigkernels.triton import _hopper, _hopper_attention, _hopper_backward, atte
 from bigkernels.triton._launch import as_if, recording  # noqa: E402
 
 
-def _inputs(heads: int, key_heads: int, queries: int, keys: int, size: int, batch: int = 1, seed: int = 0,
-            dtype: torch.dtype = torch.bfloat16):  # fmt: skip
+def _inputs(
+    heads: int,
+    key_heads: int,
+    queries: int,
+    keys: int,
+    size: int,
+    batch: int = 1,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+):
     draw = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(batch, n, h, size, generator=draw).to(dtype).transpose(1, 2)
-                 for n, h in ((queries, heads), (keys, key_heads), (keys, key_heads), (queries, heads)))  # fmt: skip
+    return tuple(
+        torch.randn(batch, n, h, size, generator=draw).to(dtype).transpose(1, 2)
+        for n, h in ((queries, heads), (keys, key_heads), (keys, key_heads), (queries, heads))
+    )
 
 
 def _run(q, k, v, grad, sinks, options, seed=0, grad_lse=None):
@@ -82,8 +92,11 @@ def test_right_in_any_order(name: str):
     options = (*options, 0.0)
     ours, launched = _run(q, k, v, grad, sinks, options, seed=len(name))
     assert launched == ["attend", "delta", "backward_queries", "backward_keys"]
-    _agree(ours, _expected(q, k, v, grad, sinks, options), _expected(*(t.double() for t in (q, k, v, grad)), sinks,
-                                                                      options))  # fmt: skip
+    _agree(
+        ours,
+        _expected(q, k, v, grad, sinks, options),
+        _expected(*(t.double() for t in (q, k, v, grad)), sinks, options),
+    )
 
 
 def test_the_order_changes_nothing():
@@ -108,8 +121,9 @@ def test_packed_sequences_see_nothing_of_each_other(size: int):
     lengths, key_lengths = [150, 0, 70, 3, 20], [150, 5, 200, 0, 20]
     cu_q, cu_k = (torch.tensor([0, *n], dtype=torch.int32).cumsum(0, dtype=torch.int32) for n in (lengths, key_lengths))
     draw = torch.Generator().manual_seed(1)
-    q, k, v, grad = (torch.randn(n, h, size, generator=draw).bfloat16()
-                     for n, h in ((243, 2), (375, 1), (375, 1), (243, 2)))  # fmt: skip
+    q, k, v, grad = (
+        torch.randn(n, h, size, generator=draw).bfloat16() for n, h in ((243, 2), (375, 1), (375, 1), (243, 2))
+    )
     for t, at in ((k, slice(355, 375)), (v, slice(355, 375)), (q, slice(223, 243)), (grad, slice(223, 243))):
         t[at] = float("nan")  # the last sequence
     options = (200, 200, 60, 0, 0.125, 0.0, 0.0)
@@ -125,8 +139,10 @@ def test_packed_sequences_see_nothing_of_each_other(size: int):
         return [*result, *varlen_op._bwd_fallback(x[3], None, *x[:3], *result, *given)[:3]]
 
     parts = [slice(0, 223), slice(0, 223), slice(0, 223), slice(0, 355), slice(0, 355)]
-    found = [[t[:, at] if i == 1 else t[at] for i, (t, at) in enumerate(zip(ts, parts, strict=True))]
-             for ts in (ours, expected(torch.bfloat16), expected(torch.float64))]  # fmt: skip
+    found = [
+        [t[:, at] if i == 1 else t[at] for i, (t, at) in enumerate(zip(ts, parts, strict=True))]
+        for ts in (ours, expected(torch.bfloat16), expected(torch.float64))
+    ]
     assert torch.equal(found[0][1].isinf(), found[2][1].isinf())
     for ts in found:
         ts[1] = ts[1].nan_to_num(neginf=0.0)
@@ -186,8 +202,21 @@ def test_descriptors_that_are_not_aligned_are_noticed():
         call = attention._call(q, k, v, None, None, None, None, None, -1, -1, 0.1, 0.0, 0.0)
         shifted = torch.zeros(20 * 64 + 1, dtype=q.dtype)[1:].view(1, 1, 20, 64)
         strides = {n: 0 for n in ("lse_batch", "lse_head", "out_batch", "out_head")} | {"out_token": 64}
-        run_on_cpu(_hopper_attention.attend, (1,), shifted, k, v, torch.empty_like(q), torch.empty(1, 1, 20),
-                   SINKS=None, GROUPS=2, BLOCK_N=128, STAGES=2, **_hopper._options(call), **strides)  # fmt: skip
+        run_on_cpu(
+            _hopper_attention.attend,
+            (1,),
+            shifted,
+            k,
+            v,
+            torch.empty_like(q),
+            torch.empty(1, 1, 20),
+            SINKS=None,
+            GROUPS=2,
+            BLOCK_N=128,
+            STAGES=2,
+            **_hopper._options(call),
+            **strides,
+        )
 
 
 # ---- whom they take --------------------------------------------------------------------------------------------------
@@ -199,11 +228,18 @@ def _call(queries=64, size=64, dtype=torch.bfloat16, capability=90, bias=None, s
         return attention._call(q, q, q, bias, None, None, None, None, -1, -1, scale, 0.0, dropout_p), q
 
 
-@pytest.mark.parametrize("given, reason", [
-    ({"dtype": torch.float32}, "float32"), ({"size": 80}, "heads of 80"), ({"capability": 80}, "not 8.0"),
-    ({"capability": 100}, "not 10.0"), ({"bias": torch.empty(1, 1, 64, 64, device="meta")}, "no bias"),
-    ({"scale": -1.0}, "positive scales"), ({"dropout_p": 0.1}, "dropout"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, reason",
+    [
+        ({"dtype": torch.float32}, "float32"),
+        ({"size": 80}, "heads of 80"),
+        ({"capability": 80}, "not 8.0"),
+        ({"capability": 100}, "not 10.0"),
+        ({"bias": torch.empty(1, 1, 64, 64, device="meta")}, "no bias"),
+        ({"scale": -1.0}, "positive scales"),
+        ({"dropout_p": 0.1}, "dropout"),
+    ],
+)
 def test_other_calls_are_refused(given: dict, reason: str):
     call, q = _call(**given)
     assert reason in _hopper.refusal(call, q)
@@ -259,9 +295,12 @@ def _launches(size: int, everything: bool) -> dict:
 
 
 _TYPICAL = [("attend", 128, False), ("backward_keys", 128, False)]
-_BUILDS = [pytest.param(n, d, e, marks=() if (n, d, e) in _TYPICAL else pytest.mark.slow)
-           for n in ("attend", "backward_queries", "backward_keys")
-           for d in (64, 128) for e in (False, True)]  # fmt: skip
+_BUILDS = [
+    pytest.param(n, d, e, marks=() if (n, d, e) in _TYPICAL else pytest.mark.slow)
+    for n in ("attend", "backward_queries", "backward_keys")
+    for d in (64, 128)
+    for e in (False, True)
+]
 
 
 @pytest.mark.parametrize("name, size, everything", _BUILDS)

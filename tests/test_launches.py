@@ -29,10 +29,16 @@ SAMPLED = [name for name in KERNELS if name in SAMPLES]
 # By default one sample of each operator, with much in it and in the dtype that no interpreter runs: compiling every
 # variant takes minutes.
 TYPICAL = {
-    "rms_norm": "residual", "layer_norm": "residual", "rope": "interleaved, partial", "glu": "silu",
-    "cross_entropy": "everything", "attention": "everything", "varlen_attention": "everything",
-    "decode_attention": "everything", "quantized_linear": "int4, many tokens",
-}  # fmt: skip
+    "rms_norm": "residual",
+    "layer_norm": "residual",
+    "rope": "interleaved, partial",
+    "glu": "silu",
+    "cross_entropy": "everything",
+    "attention": "everything",
+    "varlen_attention": "everything",
+    "decode_attention": "everything",
+    "quantized_linear": "int4, many tokens",
+}
 
 
 def _cases() -> list:

@@ -65,10 +65,16 @@ def test_rows(average, kind):
 def test_packed(average, lengths, dtype):
     x = logps(sum(lengths)).requires_grad_()
     mask = torch.rand(sum(lengths)) > 0.3
-    formula = torch.stack([
-        part[m].sum() / (max(m.sum(), 1) if average else 1)
-        for part, m in zip(x.split(lengths), mask.split(lengths), strict=True)
-    ]) if lengths else x.new_zeros(0)  # fmt: skip
+    formula = (
+        torch.stack(
+            [
+                part[m].sum() / (max(m.sum(), 1) if average else 1)
+                for part, m in zip(x.split(lengths), mask.split(lengths), strict=True)
+            ]
+        )
+        if lengths
+        else x.new_zeros(0)
+    )
     found = losses.sequence_logprobs(x, mask, cu_seqlens=begins(lengths).to(dtype), average=average)
     if x.numel():
         same(found, formula, [x])
@@ -186,8 +192,9 @@ def test_grpo(loss_type, importance, beta, packed, each):
     of_tokens = advantages if each else advantages.repeat_interleave(torch.tensor(lengths))
     options = {"max_length": 9 if loss_type == "dr_grpo" else None, "num_tokens": 31 if loss_type == "dapo" else None}
     parts = [t.split(lengths) for t in (lp, old, of_tokens, mask, ref)]
-    formula = grpo_by_tokens(*parts[:4], parts[4] if beta else None, beta, 0.2, 0.28, importance, loss_type,
-                             *options.values())  # fmt: skip
+    formula = grpo_by_tokens(
+        *parts[:4], parts[4] if beta else None, beta, 0.2, 0.28, importance, loss_type, *options.values()
+    )
     options |= {"beta": beta, "clip_high": 0.28, "importance": importance, "loss_type": loss_type}
     if packed:
         found = losses.grpo_loss(
@@ -198,8 +205,14 @@ def test_grpo(loss_type, importance, beta, packed, each):
         def rows(t):
             return torch.nn.utils.rnn.pad_sequence(t.split(lengths), batch_first=True)
 
-        found = losses.grpo_loss(rows(lp), rows(old), rows(advantages) if each else advantages, rows(mask),
-                                 ref_logprobs=rows(ref) if beta else None, **options)  # fmt: skip
+        found = losses.grpo_loss(
+            rows(lp),
+            rows(old),
+            rows(advantages) if each else advantages,
+            rows(mask),
+            ref_logprobs=rows(ref) if beta else None,
+            **options,
+        )
     same(found.loss, formula, [lp])
     assert (found.kl is None) == (beta == 0)
     if beta:
@@ -235,8 +248,9 @@ def test_grpo_ignores_what_is_masked():
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()
     inputs = [torch.where(mask, t, torch.nan).requires_grad_() for t in (lp, lp - 0.1, lp + 0.1)]
     for importance in ("token", "sequence"):
-        found = losses.grpo_loss(inputs[0], inputs[1], torch.ones(2), mask, ref_logprobs=inputs[2], beta=0.1,
-                                 importance=importance)  # fmt: skip
+        found = losses.grpo_loss(
+            inputs[0], inputs[1], torch.ones(2), mask, ref_logprobs=inputs[2], beta=0.1, importance=importance
+        )
         (grad,) = torch.autograd.grad(found.loss, inputs[0])
         assert found.loss.isfinite() and found.kl.isfinite() and grad.isfinite().all() and not grad[~mask].any()
 
@@ -256,10 +270,13 @@ def test_extremes_are_finite(x):
     c, r = (torch.tensor([v], requires_grad=True) for v in (x, -1.0))
     ref = torch.tensor([-1.0])
     for found in (
-        losses.dpo_loss(c, r, ref, ref), losses.ipo_loss(c, r, ref, ref), losses.orpo_loss(c, r),
-        losses.orpo_loss(r, c), losses.simpo_loss(c, r),
+        losses.dpo_loss(c, r, ref, ref),
+        losses.ipo_loss(c, r, ref, ref),
+        losses.orpo_loss(c, r),
+        losses.orpo_loss(r, c),
+        losses.simpo_loss(c, r),
         losses.kto_loss(torch.cat((c, r)), torch.cat((ref, ref)), torch.tensor([True, False]), None),
-    ):  # fmt: skip
+    ):
         grads = torch.autograd.grad(found.loss, (c, r))
         assert found.loss.isfinite() and all(g.isfinite().all() for g in grads)
 
@@ -302,8 +319,9 @@ def test_compiles():
     compiled = torch.compile(lambda *t: losses.dpo_loss(*t).loss, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*x), losses.dpo_loss(*x).loss)
     lp, mask = logps(3, 5), torch.ones(3, 5)
-    grpo = torch.compile(lambda t: losses.grpo_loss(t, t - 0.1, torch.ones(3), mask).loss, backend="aot_eager",
-                         fullgraph=True)  # fmt: skip
+    grpo = torch.compile(
+        lambda t: losses.grpo_loss(t, t - 0.1, torch.ones(3), mask).loss, backend="aot_eager", fullgraph=True
+    )
     torch.testing.assert_close(grpo(lp), losses.grpo_loss(lp, lp - 0.1, torch.ones(3), mask).loss)
 
 

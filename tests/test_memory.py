@@ -256,7 +256,9 @@ class TestPoolOfAProcess:
         assert on < min(off, off_again) / 10, counts
 
     def test_resident_memory_falls(self, pool):
-        grown, trimmed, limited, off = map(int, process("""
+        grown, trimmed, limited, off = map(
+            int,
+            process("""
             pool = bigkernels.memory.pool()
             block(200 * MB)
             start = resident()
@@ -269,7 +271,8 @@ class TestPoolOfAProcess:
             print(resident() - before)
             pool.off()
             print(resident() - before)
-        """))  # fmt: skip
+        """),
+        )
         assert grown > 200 * MB
         assert -210 * MB < trimmed < -190 * MB
         assert 40 * MB < limited < 60 * MB
@@ -277,14 +280,17 @@ class TestPoolOfAProcess:
 
     def test_fragmentation_is_bounded(self, pool):
         """Blocks that keep growing fit no freed one; what is held stays near what is used at most."""
-        peak, held = map(int, process("""
+        peak, held = map(
+            int,
+            process("""
             pool = bigkernels.memory.pool()
             old, keep = None, []
             for i in range(150):
                 keep.append(block(300 * 1024))  # a live neighbour: freed blocks cannot be joined
                 old = block((4 + i // 5) * MB)
             print(pool.stats().peak, pool.stats().held)
-        """))  # fmt: skip
+        """),
+        )
         assert held <= peak * 9 // 8 + 80 * MB
 
     def test_forked_processes_use_it_too(self, pool):
@@ -313,7 +319,7 @@ class TestPoolOfAProcess:
             stop.set()
             for t in threads: t.join()
             print(good, bool(live.eq(7).all()))
-        """) == ["20", "True"]  # fmt: skip
+        """) == ["20", "True"]
 
     @pytest.mark.parametrize("end", ["", "sys.exit(0)", "pool.off()", "del x; pool.trim()"])
     def test_exit_with_live_tensors(self, pool, end):
@@ -323,7 +329,7 @@ class TestPoolOfAProcess:
             torch.kept = [block(4 * MB), torch.nn.Linear(1000, 1000)]
             print(1)
             {end}
-        """) == ["1"]  # fmt: skip
+        """) == ["1"]
 
     def test_where_addresses_are_limited(self, pool):
         assert process("""
@@ -331,7 +337,7 @@ class TestPoolOfAProcess:
             resource.setrlimit(resource.RLIMIT_AS, (in_use + 700 * MB,) * 2)
             pool = bigkernels.memory.pool()
             print(pool.active, "ulimit" in pool.reason, int(block(4 * MB).sum()) // MB)
-        """) == ["False", "True", "4"]  # fmt: skip
+        """) == ["False", "True", "4"]
 
     def test_training_steps_are_bitwise_the_same(self, pool):
         first, second = process("""

@@ -287,11 +287,17 @@ def test_who_looks_sees_the_operator(direct, mode):
     assert torch.equal(direct(a), 2 * a) and len(direct.asked) == 1
 
 
-@pytest.mark.parametrize("tensor", [
-    torch.view_as_complex(torch.ones(4, 2)).conj().imag,  # negative where it is read, not in memory
-    torch.ones(4).as_subclass(_Subclass), torch.ones(4).to_sparse(), torch._efficientzerotensor(4),
-    torch.nested.nested_tensor([torch.ones(4)]),
-], ids=["negative", "subclass", "sparse", "zero", "nested"])  # fmt: skip
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.view_as_complex(torch.ones(4, 2)).conj().imag,  # negative where it is read, not in memory
+        torch.ones(4).as_subclass(_Subclass),
+        torch.ones(4).to_sparse(),
+        torch._efficientzerotensor(4),
+        torch.nested.nested_tensor([torch.ones(4)]),
+    ],
+    ids=["negative", "subclass", "sparse", "zero", "nested"],
+)
 def test_tensors_that_are_not_their_memory_go_to_the_dispatcher(tensor):
     wrapped, asked = prepared(doubled), []
     alike = torch.ones(4, 2)[:, 1] if tensor.is_neg() else torch.ones(4)
@@ -385,8 +391,10 @@ def _described(noted: list[tuple], known: dict[int, str]) -> list[tuple]:
         pointer = value.data_ptr() if isinstance(value, Tensor) else value
         return known.get(pointer, "other") if isinstance(value, Tensor) or pointer > 2**32 else value
 
-    return [(name, grid, function, tuple(describe(a) if isinstance(a, (Tensor, int)) else a for a in args))
-            for name, grid, function, args in noted]  # fmt: skip
+    return [
+        (name, grid, function, tuple(describe(a) if isinstance(a, (Tensor, int)) else a for a in args))
+        for name, grid, function, args in noted
+    ]
 
 
 PICKED = [(op, SAMPLES[op][i]) for op in ("rms_norm", "layer_norm", "rope", "glu", "cross_entropy", "quantized_linear",

@@ -29,11 +29,16 @@ ARGUMENTS = {
     "epsilon": "eps", "in_dim": "in_features", "out_dim": "out_features",
 }  # fmt: skip
 # Classes of other libraries give these their names.
-THEIRS = {("bigkernels.integrations.transformers.Quantizer.update_attn_implementation", "config"),
-          ("bigkernels.nn.QuantizedExperts.size", "dim")}  # fmt: skip
+THEIRS = {
+    ("bigkernels.integrations.transformers.Quantizer.update_attn_implementation", "config"),
+    ("bigkernels.nn.QuantizedExperts.size", "dim"),
+}
 # What changes a model, how it is undone, and the context that does both.
-UNDONE = [("patch", "unpatch", "patched"), ("quantize", "dequantize", "quantized"),
-          ("apply_checkpointing", "remove_checkpointing", "checkpointed")]  # fmt: skip
+UNDONE = [
+    ("patch", "unpatch", "patched"),
+    ("quantize", "dequantize", "quantized"),
+    ("apply_checkpointing", "remove_checkpointing", "checkpointed"),
+]
 CACHES = ("k_cache", "v_cache", "cache_seqlens")
 
 
@@ -71,8 +76,12 @@ def callables() -> Iterator[tuple[str, inspect.Signature]]:
 def test_one_word_a_thing():
     paths = dict(callables())
     assert len(paths) > 100 and "bigkernels.nn.Attention" in paths
-    wrong = [f"{path}({name}): {ARGUMENTS[name]}" for path, signature in paths.items() for name in signature.parameters
-             if name in ARGUMENTS and (path, name) not in THEIRS]  # fmt: skip
+    wrong = [
+        f"{path}({name}): {ARGUMENTS[name]}"
+        for path, signature in paths.items()
+        for name in signature.parameters
+        if name in ARGUMENTS and (path, name) not in THEIRS
+    ]
     assert not wrong, "\n".join(wrong)
     for path, signature in paths.items():
         names = tuple(signature.parameters)
@@ -162,13 +171,19 @@ def test_class_weights_of_saved_losses():
     assert torch.equal(before.class_weight, loss.class_weight)
 
 
-@pytest.mark.parametrize("kind, given, before", [
-    (nn.Attention, {"hidden_size": 8, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
-     {"dim": 8, "heads": 4, "key_heads": 2, "head_size": 6}),
-    (nn.RMSNorm, {"hidden_size": 8}, {"size": 8}),
-    (nn.LayerNorm, {"hidden_size": 8}, {"size": 8}),
-    (nn.RotaryEmbedding, {"rotary_dim": 8}, {"size": 8}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, given, before",
+    [
+        (
+            nn.Attention,
+            {"hidden_size": 8, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
+            {"dim": 8, "heads": 4, "key_heads": 2, "head_size": 6},
+        ),
+        (nn.RMSNorm, {"hidden_size": 8}, {"size": 8}),
+        (nn.LayerNorm, {"hidden_size": 8}, {"size": 8}),
+        (nn.RotaryEmbedding, {"rotary_dim": 8}, {"size": 8}),
+    ],
+)
 def test_sizes_of_modules(kind, given, before):
     module = kind(**given)
     with pytest.warns(DeprecationWarning) as warned:

@@ -36,9 +36,16 @@ def snippets() -> list:
 def llama() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, attn_implementation="sdpa", pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attn_implementation="sdpa",
+        pad_token_id=0,
+    )
     return transformers.LlamaForCausalLM(config)
 
 
@@ -62,20 +69,46 @@ def names_of_the_reader() -> dict:
         model(ids, labels=ids).loss.backward()
 
     return SimpleNamespace(
-        model=model, ids=ids, step=step, train=step, batches=[ids], block=Block(),
-        x=torch.randn(tokens, size, requires_grad=True), residual=torch.randn(tokens, size),
-        weight=torch.rand(size), bias=torch.randn(size), gate=torch.randn(tokens, size), up=torch.randn(tokens, size),
-        w=torch.randn(97, size), t=torch.randn(tokens, size), mask=None, head=nn.Linear(size, 97),
-        hidden=torch.randn(tokens, size), pairs=torch.randn(4, 5, size), ref_pairs=torch.randn(4, 5, size),
+        model=model,
+        ids=ids,
+        step=step,
+        train=step,
+        batches=[ids],
+        block=Block(),
+        x=torch.randn(tokens, size, requires_grad=True),
+        residual=torch.randn(tokens, size),
+        weight=torch.rand(size),
+        bias=torch.randn(size),
+        gate=torch.randn(tokens, size),
+        up=torch.randn(tokens, size),
+        w=torch.randn(97, size),
+        t=torch.randn(tokens, size),
+        mask=None,
+        head=nn.Linear(size, 97),
+        hidden=torch.randn(tokens, size),
+        pairs=torch.randn(4, 5, size),
+        ref_pairs=torch.randn(4, 5, size),
         labels=torch.randint(97, (4, 5)),
         **{name: torch.randn(4) for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")},
-        target=torch.randint(97, (tokens,)), tokens=torch.randint(97, (tokens,)), logits=torch.randn(tokens, 97),
-        q=torch.randn(2, heads, length, 16), k=torch.randn(2, 2, length, 16), v=torch.randn(2, 2, length, 16),
-        cos=both.cos(), sin=both.sin(), sinks=torch.randn(heads), pair_bias=torch.randn(heads, length, length),
-        keep=torch.rand(length, length) > 0.1, packed=[torch.randn(9, n, 16) for n in (heads, 2, 2)],
-        starts=torch.tensor([0, 4, 9], dtype=torch.int32), longest=5, lengths=torch.tensor([40, 20], dtype=torch.int32),
-        k_cache=torch.randn(2, 48, 2, 16), v_cache=torch.randn(2, 48, 2, 16), pages=torch.tensor([[1], [0]]).int(),
-    ).__dict__  # fmt: skip
+        target=torch.randint(97, (tokens,)),
+        tokens=torch.randint(97, (tokens,)),
+        logits=torch.randn(tokens, 97),
+        q=torch.randn(2, heads, length, 16),
+        k=torch.randn(2, 2, length, 16),
+        v=torch.randn(2, 2, length, 16),
+        cos=both.cos(),
+        sin=both.sin(),
+        sinks=torch.randn(heads),
+        pair_bias=torch.randn(heads, length, length),
+        keep=torch.rand(length, length) > 0.1,
+        packed=[torch.randn(9, n, 16) for n in (heads, 2, 2)],
+        starts=torch.tensor([0, 4, 9], dtype=torch.int32),
+        longest=5,
+        lengths=torch.tensor([40, 20], dtype=torch.int32),
+        k_cache=torch.randn(2, 48, 2, 16),
+        v_cache=torch.randn(2, 48, 2, 16),
+        pages=torch.tensor([[1], [0]]).int(),
+    ).__dict__
 
 
 @pytest.mark.parametrize("document, line, code", snippets())

@@ -92,9 +92,13 @@ SHARED = {80: 99 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TARGETS = [
     ("float32", 80),
     ("bfloat16", 90),
-    *(pytest.param(dtype, capability, marks=pytest.mark.slow) for capability in SHARED for dtype in DTYPES
-      if (dtype, capability) not in (("float32", 80), ("bfloat16", 90))),
-]  # fmt: skip
+    *(
+        pytest.param(dtype, capability, marks=pytest.mark.slow)
+        for capability in SHARED
+        for dtype in DTYPES
+        if (dtype, capability) not in (("float32", 80), ("bfloat16", 90))
+    ),
+]
 
 
 @pytest.mark.parametrize("dtype, capability", TARGETS, ids=lambda v: f"sm_{v}" if isinstance(v, int) else v)

@@ -155,8 +155,10 @@ def checks(where: str, dtypes: list[str], rehearsed: bool) -> Iterator[tuple[str
         for tokens in (1, 12, 30, 64):
             for dtype in dtypes:
                 if dtype != "float32":
-                    yield (f"quantized_linear in fragments, {config}, {tokens} tokens, {dtype}",
-                           of_few(config, tokens, DTYPES[dtype], where, rehearsed))  # fmt: skip
+                    yield (
+                        f"quantized_linear in fragments, {config}, {tokens} tokens, {dtype}",
+                        of_few(config, tokens, DTYPES[dtype], where, rehearsed),
+                    )
     for name in ("AdamW", "Lion", "Muon"):
         yield f"{name}, three steps", of_optimizer(name, where, rehearsed)
 

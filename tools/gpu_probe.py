@@ -56,8 +56,11 @@ class Probe:
 
     def note(self, found: dict) -> None:
         self.rows.append(found)
-        figures = [f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()
-                   if k not in ("part", "case", "candidate")]  # fmt: skip
+        figures = [
+            f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in found.items()
+            if k not in ("part", "case", "candidate")
+        ]
         print(f"  {found['case']:38s} {found['candidate']:28s} {'  '.join(figures)}", flush=True)
 
     def save(self) -> None:
@@ -82,8 +85,12 @@ def limits(p: Probe) -> None:
     p.row(f"{m} cubed, int8", "torch._int_mm", lambda: torch._int_mm(i, j.t()), flops=2 * m**3)
     fa, fb = (t.to(torch.float8_e4m3fn) for t in (a, b))
     sa, sb = (torch.ones(s, dtype=torch.float32, device=p.where) for s in ((m, 1), (1, m)))
-    p.row(f"{m} cubed, fp8 by rows", "torch._scaled_mm",
-          lambda: torch._scaled_mm(fa, fb.t(), sa, sb, out_dtype=BF16), flops=2 * m**3)  # fmt: skip
+    p.row(
+        f"{m} cubed, fp8 by rows",
+        "torch._scaled_mm",
+        lambda: torch._scaled_mm(fa, fb.t(), sa, sb, out_dtype=BF16),
+        flops=2 * m**3,
+    )
 
 
 def _backends(p: Probe) -> dict[str, Callable]:
@@ -184,15 +191,23 @@ def rows(p: Probe) -> None:
         wide = x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * w
 
-    for name, norm in (("ours", functional.rms_norm), ("torch", lambda x, w: F.rms_norm(x, w.shape, w, 1e-6)),
-                       ("as models write it", eager_norm)):  # fmt: skip
+    for name, norm in (
+        ("ours", functional.rms_norm),
+        ("torch", lambda x, w: F.rms_norm(x, w.shape, w, 1e-6)),
+        ("as models write it", eager_norm),
+    ):
         with torch.no_grad():
             p.row("rms_norm", name, lambda norm=norm: norm(x.detach(), w.detach()), bytes=2 * one)
-        p.row("rms_norm, with backward", name,
-              lambda norm=norm: torch.autograd.grad(norm(x, w), (x, w), g), bytes=5 * one)  # fmt: skip
+        p.row(
+            "rms_norm, with backward", name, lambda norm=norm: torch.autograd.grad(norm(x, w), (x, w), g), bytes=5 * one
+        )
     for name, glu in (("ours", functional.glu), ("torch", lambda gate, up: F.silu(gate) * up)):
-        p.row("glu, with backward", name, lambda glu=glu: torch.autograd.grad(glu(gate, up), (gate, up), gg),
-              bytes=8 * 2 * tokens * hidden)  # fmt: skip
+        p.row(
+            "glu, with backward",
+            name,
+            lambda glu=glu: torch.autograd.grad(glu(gate, up), (gate, up), gg),
+            bytes=8 * 2 * tokens * hidden,
+        )
     q, k = (p.randn(1, p.size(8192, 32), h, 128).transpose(1, 2) for h in (32, 8))
     cos = p.randn(1, q.shape[2], 128)
     p.row("rope", "ours", lambda: functional.rope(q, k, cos, cos), bytes=4 * (q.numel() + k.numel()))
@@ -200,15 +215,24 @@ def rows(p: Probe) -> None:
     logits = p.randn(p.size(8192, 16), vocabulary, grad=True)
     target = torch.randint(vocabulary, logits.shape[:1], device=p.where)
     for name, loss in (("ours", functional.cross_entropy), ("torch", lambda x, t: F.cross_entropy(x.float(), t))):
-        p.row("cross_entropy, with backward", name, lambda loss=loss, x=logits: torch.autograd.grad(loss(x, target), x),
-              bytes=3 * 2 * logits.numel())  # fmt: skip
+        p.row(
+            "cross_entropy, with backward",
+            name,
+            lambda loss=loss, x=logits: torch.autograd.grad(loss(x, target), x),
+            bytes=3 * 2 * logits.numel(),
+        )
     del logits
     head, states = p.randn(vocabulary, width, grad=True), p.randn(p.size(8192, 16), width, grad=True)
-    for name, loss in (("ours", functional.linear_cross_entropy),
-                       ("torch", lambda x, w, t: F.cross_entropy((x @ w.T).float(), t))):  # fmt: skip
-        p.row("linear_cross_entropy, with backward", name,
-              lambda loss=loss: torch.autograd.grad(loss(states, head, target), (states, head)),
-              flops=6 * states.numel() * vocabulary)  # fmt: skip
+    for name, loss in (
+        ("ours", functional.linear_cross_entropy),
+        ("torch", lambda x, w, t: F.cross_entropy((x @ w.T).float(), t)),
+    ):
+        p.row(
+            "linear_cross_entropy, with backward",
+            name,
+            lambda loss=loss: torch.autograd.grad(loss(states, head, target), (states, head)),
+            flops=6 * states.numel() * vocabulary,
+        )
 
 
 def quantized(p: Probe) -> None:
@@ -243,9 +267,11 @@ def _forced(call: Callable, backend: str = "triton") -> object:
 def optimizers(p: Probe) -> None:
     count = p.size(2**28, 2**12)
     for name, dtype, options in (
-        ("float32", torch.float32, {}), ("bfloat16, float32 states", BF16, {}),
-        ("bfloat16, 8-bit states", BF16, {"state_dtype": "int8"}), ("float32, torch fused", torch.float32, None),
-    ):  # fmt: skip
+        ("float32", torch.float32, {}),
+        ("bfloat16, float32 states", BF16, {}),
+        ("bfloat16, 8-bit states", BF16, {"state_dtype": "int8"}),
+        ("float32, torch fused", torch.float32, None),
+    ):
         parameter = torch.nn.Parameter(p.randn(count, dtype=dtype))
         parameter.grad = p.randn(count, dtype=dtype)
         try:
@@ -273,12 +299,13 @@ def host(p: Probe) -> None:
             for name, step in {
                 "rms_norm": lambda: functional.rms_norm(x, w),
                 "rms_norm with residual": lambda: functional.rms_norm(x, w, residual=x),
-                "layer_norm": lambda: functional.layer_norm(x, w, w), "glu": lambda: functional.glu(g, g),
+                "layer_norm": lambda: functional.layer_norm(x, w, w),
+                "glu": lambda: functional.glu(g, g),
                 "rope": lambda: functional.rope(q, k, cos, cos),
                 "decode attention": lambda: functional.attention(q, cache, cache),
                 "masked decode attention": lambda: functional.attention(q, cache, cache, mask=mask),
                 **{f"quantized, {c}": lambda qw=qw: functional.quantized_linear(x, qw) for c, qw in weights.items()},
-            }.items():  # fmt: skip
+            }.items():
                 p.row("a token", name, step)
         p.row("a token", "SDPA, GQA", lambda: F.scaled_dot_product_attention(q, cache, cache, enable_gqa=True))
         p.row("a token", "silu * up", lambda: F.silu(g) * g)
@@ -290,11 +317,24 @@ def model(p: Probe) -> None:
 
     import transformers
 
-    sizes = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-                 num_key_value_heads=8, vocab_size=128256, max_position_embeddings=4096)  # fmt: skip
+    sizes = dict(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=4096,
+    )
     if p.rehearsed:
-        sizes |= dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                      num_key_value_heads=2, vocab_size=200)  # fmt: skip
+        sizes |= dict(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=200,
+        )
     config = transformers.LlamaConfig(**sizes, tie_word_embeddings=True)
     tokens = p.size(64, 4)
 
@@ -331,15 +371,21 @@ def model(p: Probe) -> None:
     verify = {} if not p.rehearsed else {"verify": False}
     with torch.no_grad():
         for name, change in {
-            "eager": lambda m: m, "patched": lambda m: (bigkernels.patch(m, **verify), m)[1],
+            "eager": lambda m: m,
+            "patched": lambda m: (bigkernels.patch(m, **verify), m)[1],
             **{f"{c}": (lambda m, c=c: (bigkernels.quantize(m, c), m)[1]) for c in ("int8", "int4", "fp8")},
             "int4, patched": lambda m: (bigkernels.quantize(m, "int4"), bigkernels.patch(m, **verify), m)[2],
-        }.items():  # fmt: skip
+        }.items():
             made = change(fresh())
             noted("decode, dynamic cache", name, decode(made), tokens, "tokens/s")
             if not p.rehearsed:  # transformers compiles the forward pass, in CUDA graphs
-                noted("decode, static cache, compiled", name, decode(made, cache_implementation="static"), tokens,
-                      "tokens/s")  # fmt: skip
+                noted(
+                    "decode, static cache, compiled",
+                    name,
+                    decode(made, cache_implementation="static"),
+                    tokens,
+                    "tokens/s",
+                )
                 torch._dynamo.reset()
             del made
     length = p.size(2048, 16)

@@ -61,8 +61,10 @@ def _loop(cubin: bytes) -> int:
 
 def rows(capability: int) -> Iterator[str]:
     name, processors, clock, rate = _GPUS[capability]
-    yield (f"| kernel | heads | call | queries x keys | warps | stages | registers | shared | matrix instructions | "
-           f"units' limit | issue limit | both in turn |\n|{'---|' * 12}")  # fmt: skip
+    yield (
+        f"| kernel | heads | call | queries x keys | warps | stages | registers | shared | matrix instructions | "
+        f"units' limit | issue limit | both in turn |\n|{'---|' * 12}"
+    )
     for launch in launches("attention", torch.bfloat16, capability):
         args = launch.args
         if "BLOCK_D" not in args:
@@ -84,19 +86,23 @@ def rows(capability: int) -> Iterator[str]:
         kind = sorted({f"{'wgmma m64n' if p.hopper else 'mma n'}{p.width}" for p in found})
         spills = f", {stack} B spilled" if stack else ""
         title = launch.kernel.__name__ + (" (sum)" if args.get("Q_SUM") is not None else "")
-        yield (f"| {title} | {d}{'' if d == dv else f'/{dv}'} | {call} | {m} x {n} | {launch.num_warps} | "
-               f"{args.get('STAGES') or 1} | {registers}{spills} | {kernel.metadata.shared / 1024:.0f} KB | "
-               f"{', '.join(kind)}{' TWICE' if any(p.twice for p in found) else ''} | {units:.0f} | {issue:.0f} | "
-               f"{1 / (1 / units + 1 / issue):.0f} |")  # fmt: skip
+        yield (
+            f"| {title} | {d}{'' if d == dv else f'/{dv}'} | {call} | {m} x {n} | {launch.num_warps} | "
+            f"{args.get('STAGES') or 1} | {registers}{spills} | {kernel.metadata.shared / 1024:.0f} KB | "
+            f"{', '.join(kind)}{' TWICE' if any(p.twice for p in found) else ''} | {units:.0f} | {issue:.0f} | "
+            f"{1 / (1 / units + 1 / issue):.0f} |"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, nargs="+", default=[90], choices=sorted(_GPUS))
     options = parser.parse_args()
-    print(f"# What the compiler makes of attention's tiles\n\nMade by `python tools/gpu_tiles.py --capability "
-          f"{' '.join(map(str, options.capability))}` with Triton {triton.__version__}; bfloat16. The limits are "
-          "predictions in TFLOP/s from the machine code; nothing here was measured on a GPU.\n")  # fmt: skip
+    print(
+        f"# What the compiler makes of attention's tiles\n\nMade by `python tools/gpu_tiles.py --capability "
+        f"{' '.join(map(str, options.capability))}` with Triton {triton.__version__}; bfloat16. The limits are "
+        "predictions in TFLOP/s from the machine code; nothing here was measured on a GPU.\n"
+    )
     for capability in options.capability:
         name, processors, clock, rate = _GPUS[capability]
         print(f"## sm_{capability}: {name}, {2 * rate * processors * clock / 1e3:.0f} TFLOP/s at {clock} GHz\n")

@@ -64,8 +64,11 @@ def generation(content: dict) -> Iterator[str]:
     yield f"(level {cpu['isa']}), {cpu['cores']} cores. Tokens a second (in brackets per cent of the byte limit):"
     yield ""
     rows = {(row["case"], row["candidate"]): row for row in content["rows"] if row["status"] == "ok"}
-    cases = [case for case in dict.fromkeys(case for case, _ in rows) if case.startswith(("prefill B", "decode B"))
-             and "without" not in case]  # fmt: skip
+    cases = [
+        case
+        for case in dict.fromkeys(case for case, _ in rows)
+        if case.startswith(("prefill B", "decode B")) and "without" not in case
+    ]
     names = dict.fromkeys(name for case, name in rows if case in cases)
     figures = {name: {} for name in names}
     for case in cases:

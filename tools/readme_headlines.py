@@ -83,8 +83,10 @@ def table() -> Iterator[str]:
         seconds, against = ours["seconds"]["median"], other["seconds"]["median"]
         cpu = content(h.file)["machine"]["cpu"]
         model = re.sub(r"\(R\)| Processor", "", cpu["model"])
-        yield (f"| {h.what} | {time(against)}, {NAMES.get(h.against, h.against)} | {time(seconds)} | "
-               f"**{against / seconds:.2f}x** | {model}, {cpu['isa']} |")  # fmt: skip
+        yield (
+            f"| {h.what} | {time(against)}, {NAMES.get(h.against, h.against)} | {time(seconds)} | "
+            f"**{against / seconds:.2f}x** | {model}, {cpu['isa']} |"
+        )
 
 
 def picture(path: Path) -> None:
@@ -98,20 +100,36 @@ def picture(path: Path) -> None:
         rows = {label: find(file, family, case, name, backward, "bfloat16") for label, name in names.items()}
         return {label: value(row) for label, row in rows.items()}
 
-    generation = {"PyTorch eager, bf16": "eager", "bigkernels, bf16": "bigkernels", "llama.cpp, Q4_1": "llama.cpp Q4_1",
-                  "bigkernels, same file": "bigkernels gguf",
-                  "llama.cpp, Q4_0 + 4-bit head": "llama.cpp Q4_0, 4-bit head",
-                  "bigkernels, int4 + head": "bigkernels int4"}  # fmt: skip
-    tuning = {"PyTorch eager": "eager", "bigkernels": "bigkernels",
-              "bigkernels, 8-bit activations\nand AdamW": "bigkernels int8, 8-bit AdamW"}  # fmt: skip
+    generation = {
+        "PyTorch eager, bf16": "eager",
+        "bigkernels, bf16": "bigkernels",
+        "llama.cpp, Q4_1": "llama.cpp Q4_1",
+        "bigkernels, same file": "bigkernels gguf",
+        "llama.cpp, Q4_0 + 4-bit head": "llama.cpp Q4_0, 4-bit head",
+        "bigkernels, int4 + head": "bigkernels int4",
+    }
+    tuning = {
+        "PyTorch eager": "eager",
+        "bigkernels": "bigkernels",
+        "bigkernels, 8-bit activations\nand AdamW": "bigkernels int8, 8-bit AdamW",
+    }
     panels = (
-        ("Generation, tokens a second (longer is better)", "{:.0f}",
-         of(GENERATION, "generation", TOKEN, False, generation, lambda r: r["tokens_per_second"])),
-        ("Training step, seconds (shorter is better)", "{:.1f}",
-         of(MEMORY, "checkpointing", TUNING, True, tuning, lambda r: r["seconds"]["median"])),
-        ("Training step, peak GB (shorter is better)", "{:.2f}",
-         of(MEMORY, "checkpointing", TUNING, True, tuning, lambda r: r["extra_bytes"] / 1e9)),
-    )  # fmt: skip
+        (
+            "Generation, tokens a second (longer is better)",
+            "{:.0f}",
+            of(GENERATION, "generation", TOKEN, False, generation, lambda r: r["tokens_per_second"]),
+        ),
+        (
+            "Training step, seconds (shorter is better)",
+            "{:.1f}",
+            of(MEMORY, "checkpointing", TUNING, True, tuning, lambda r: r["seconds"]["median"]),
+        ),
+        (
+            "Training step, peak GB (shorter is better)",
+            "{:.2f}",
+            of(MEMORY, "checkpointing", TUNING, True, tuning, lambda r: r["extra_bytes"] / 1e9),
+        ),
+    )
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 2.9), width_ratios=(1.2, 1, 1), layout="constrained")
     for axis, (title, form, bars) in zip(axes, panels, strict=True):
         colours = ["#3f51b5" if label.startswith("bigkernels") else "#b0b4c0" for label in bars]

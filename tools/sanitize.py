@@ -27,8 +27,12 @@ WORK = ROOT / "build" / "sanitize"
 TREE = WORK / "tree"
 LEVELS = ("base", "avx2", "avx512", "amx")
 # Each calls the kernels of its operators in all forms, at the level that is asked for.
-TESTS = ("tests/ops/test_recipe.py", "tests/ops/test_attention.py", "tests/quantization/test_formats.py",
-         "tests/optim/test_tensors.py")  # fmt: skip
+TESTS = (
+    "tests/ops/test_recipe.py",
+    "tests/ops/test_attention.py",
+    "tests/quantization/test_formats.py",
+    "tests/optim/test_tensors.py",
+)
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0:allocator_may_return_null=1",
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
@@ -40,9 +44,18 @@ def build(levels: tuple[str, ...], jobs: str) -> None:
     import torch
 
     configure = [
-        "cmake", "-S", ROOT, "-B", WORK / "cmake", "-G", "Ninja", "-DBK_CUDA=OFF", "-DBK_SANITIZE=address,undefined",
-        f"-DBK_TORCH_DIR={Path(torch.__file__).parent}", f"-DBK_ISA_LEVELS={';'.join(levels)}",
-    ]  # fmt: skip
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        WORK / "cmake",
+        "-G",
+        "Ninja",
+        "-DBK_CUDA=OFF",
+        "-DBK_SANITIZE=address,undefined",
+        f"-DBK_TORCH_DIR={Path(torch.__file__).parent}",
+        f"-DBK_ISA_LEVELS={';'.join(levels)}",
+    ]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", WORK / "cmake", "--target", "bigkernels_cpu", "--parallel", jobs], check=True)
     package = TREE / "bigkernels"

@@ -39,8 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="cases whose name has all of these words in it")
     parser.add_argument("--candidates", nargs="+", metavar="NAME", help="of the generation family; default: all")
     parser.add_argument("--model", default="", metavar="DIR", help="of the generation family (default: the demo's)")
-    parser.add_argument("--baseline", default="", metavar="DIR",
-                        help="another checkout, built: the generation family measures its patch, too")  # fmt: skip
+    parser.add_argument(
+        "--baseline",
+        default="",
+        metavar="DIR",
+        help="another checkout, built: the generation family measures its patch, too",
+    )
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
 
 
@@ -111,8 +115,13 @@ def _settings(args: argparse.Namespace) -> Settings:
     settings = Settings.quickly(args.device) if args.quick else Settings(args.device)
     names = ("rounds", "seconds", "batch", "length", "model", "baseline")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return replace(settings, compile=settings.compile and not args.no_compile,
-                   fresh_memory=args.fresh_memory, candidates=tuple(args.candidates or ()), **given)  # fmt: skip
+    return replace(
+        settings,
+        compile=settings.compile and not args.no_compile,
+        fresh_memory=args.fresh_memory,
+        candidates=tuple(args.candidates or ()),
+        **given,
+    )
 
 
 def _refuse(message: str) -> int:

@@ -92,10 +92,17 @@ def _check_sample(sample: Sample, dtype: torch.dtype, implementation: str, devic
 
 def _report(device: str, tallies: list[Tally], unserved: dict[tuple[str, str], list[torch.dtype]]) -> None:
     rows = [
-        [t.operator, _short(t.dtype), t.implementation, t.cases, f"{t.ratio:.2f}", t.where,
-         f"{len(t.failures)} WRONG" if t.failures else "ok"]
+        [
+            t.operator,
+            _short(t.dtype),
+            t.implementation,
+            t.cases,
+            f"{t.ratio:.2f}",
+            t.where,
+            f"{len(t.failures)} WRONG" if t.failures else "ok",
+        ]
         for t in tallies
-    ]  # fmt: skip
+    ]
     columns = ["operator", "dtype", "implementation", "cases", "error / allowed", "worst case", "result"]
     if rows:
         table(f"Check on {device}, forward and backward", columns, rows, right=("cases", "error / allowed"))

@@ -50,12 +50,22 @@ def run(args: argparse.Namespace) -> int:
             return _refuse(f"--plot needs matplotlib (pip install 'bigkernels[bench]'): {error}")
     try:
         result = plan(
-            args.model, batch=args.batch, seq=args.seq, dtype=args.dtype, autocast=args.autocast, mode=args.mode,
-            new_tokens=args.new_tokens, optimizer=None if args.optimizer == "none" else args.optimizer,
-            state_dtype=args.state_dtype, checkpointing=args.checkpointing, patch=args.patch,
-            device=args.device or default_device(), limit=args.limit, limits=limits,
+            args.model,
+            batch=args.batch,
+            seq=args.seq,
+            dtype=args.dtype,
+            autocast=args.autocast,
+            mode=args.mode,
+            new_tokens=args.new_tokens,
+            optimizer=None if args.optimizer == "none" else args.optimizer,
+            state_dtype=args.state_dtype,
+            checkpointing=args.checkpointing,
+            patch=args.patch,
+            device=args.device or default_device(),
+            limit=args.limit,
+            limits=limits,
             progress=lambda line: print(line, file=sys.stderr, flush=True),
-        )  # fmt: skip
+        )
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         return _refuse(str(error).removeprefix("bigkernels.plan: "))
     for title, columns, rows, right in tables(result):

@@ -26,12 +26,25 @@ def _heads(
 
 
 def attention_sample(
-    name: str, batch: int = 2, heads: int = 4, groups: int = 2, queries: int = 37, keys: int | None = None,
-    size: int = 32, value_size: int | None = None, *, bias: tuple[int, ...] | None = None,
-    mask: Callable[[Draw, int, int], Tensor] | None = None, alibi: bool = False, sinks: bool = False,
-    prefix: list[int] | None = None, tokens_first: bool = True, arrange: Callable[[Tensor], Tensor] = lambda t: t,
-    scale: float = 1.0, **options: object,
-) -> Sample:  # fmt: skip
+    name: str,
+    batch: int = 2,
+    heads: int = 4,
+    groups: int = 2,
+    queries: int = 37,
+    keys: int | None = None,
+    size: int = 32,
+    value_size: int | None = None,
+    *,
+    bias: tuple[int, ...] | None = None,
+    mask: Callable[[Draw, int, int], Tensor] | None = None,
+    alibi: bool = False,
+    sinks: bool = False,
+    prefix: list[int] | None = None,
+    tokens_first: bool = True,
+    arrange: Callable[[Tensor], Tensor] = lambda t: t,
+    scale: float = 1.0,
+    **options: object,
+) -> Sample:
     keys = queries if keys is None else keys
 
     def make(draw: Draw) -> dict[str, Tensor]:
@@ -131,11 +144,22 @@ ATTENTION = [
 
 
 def varlen_sample(
-    name: str, queries: list[int], keys: list[int] | None = None, heads: int = 4, groups: int = 2, size: int = 32,
-    value_size: int | None = None, *, alibi: bool = False, sinks: bool = False, prefix: list[int] | None = None,
-    dtype: torch.dtype = torch.int32, rest: int = 0, arrange: Callable[[Tensor], Tensor] = lambda t: t,
+    name: str,
+    queries: list[int],
+    keys: list[int] | None = None,
+    heads: int = 4,
+    groups: int = 2,
+    size: int = 32,
+    value_size: int | None = None,
+    *,
+    alibi: bool = False,
+    sinks: bool = False,
+    prefix: list[int] | None = None,
+    dtype: torch.dtype = torch.int32,
+    rest: int = 0,
+    arrange: Callable[[Tensor], Tensor] = lambda t: t,
     **options: object,
-) -> Sample:  # fmt: skip
+) -> Sample:
     keys = queries if keys is None else keys
 
     def make(draw: Draw) -> dict[str, Tensor]:
@@ -174,6 +198,18 @@ VARLEN_ATTENTION = [
     varlen_sample("int64", [12, 20], dtype=torch.int64, prefix=[4, 0], causal=True),
     varlen_sample("no tokens", [0, 0]),
     varlen_sample("strided elements", [9, 14], arrange=strided),
-    varlen_sample("everything", [40, 70, 3], [60, 70, 9], alibi=True, sinks=True, prefix=[6, 0, 2], causal=True,
-                  window=(25, -1), softcap=3.0, dropout_p=0.1, return_lse=True, size=48),
-]  # fmt: skip
+    varlen_sample(
+        "everything",
+        [40, 70, 3],
+        [60, 70, 9],
+        alibi=True,
+        sinks=True,
+        prefix=[6, 0, 2],
+        causal=True,
+        window=(25, -1),
+        softcap=3.0,
+        dropout_p=0.1,
+        return_lse=True,
+        size=48,
+    ),
+]

@@ -11,11 +11,27 @@ from ._sample import Draw, Sample, strided
 
 
 def decode_sample(
-    name: str, lengths: list[int], capacity: int | None = None, *, new: int = 1, heads: int = 4, groups: int = 2,
-    size: int = 32, value_size: int | None = None, page: int | None = None, int8: bool = False, append: bool = False,
-    rotary: int = 0, angles: int = 1, alibi: bool = False, sinks: bool = False, tokens_first: bool = True,
-    indices: torch.dtype = torch.int32, arrange: Callable[[Tensor], Tensor] = lambda t: t, **options: object,
-) -> Sample:  # fmt: skip
+    name: str,
+    lengths: list[int],
+    capacity: int | None = None,
+    *,
+    new: int = 1,
+    heads: int = 4,
+    groups: int = 2,
+    size: int = 32,
+    value_size: int | None = None,
+    page: int | None = None,
+    int8: bool = False,
+    append: bool = False,
+    rotary: int = 0,
+    angles: int = 1,
+    alibi: bool = False,
+    sinks: bool = False,
+    tokens_first: bool = True,
+    indices: torch.dtype = torch.int32,
+    arrange: Callable[[Tensor], Tensor] = lambda t: t,
+    **options: object,
+) -> Sample:
     """Sequences of `lengths` in a cache for `capacity` tokens each, in pages of `page`; what is not valid is large."""
     batch, value_size = len(lengths), value_size or size
     capacity = max(lengths, default=0) if capacity is None else capacity

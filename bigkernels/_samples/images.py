@@ -20,8 +20,11 @@ def _inputs(names: str, shape: tuple[int, ...], arrange=lambda t: t, mean: float
         made = {}
         for name in names.split():
             image = name in ("x", "residual")
-            t = draw.normal(*(shape if image else shape[1:2]), mean={"x": mean, "weight": 1.0}.get(name, 0.0),
-                            scale=1.0 if image else 0.3)  # fmt: skip
+            t = draw.normal(
+                *(shape if image else shape[1:2]),
+                mean={"x": mean, "weight": 1.0}.get(name, 0.0),
+                scale=1.0 if image else 0.3,
+            )
             made[name] = arrange(t) if image else t
         if running:
             made["running_mean"] = draw.normal(shape[1], mean=0.5, scale=0.2)
@@ -32,13 +35,25 @@ def _inputs(names: str, shape: tuple[int, ...], arrange=lambda t: t, mean: float
 
 
 def _group(
-    name: str, shape: tuple[int, ...], groups: int, activation: str | None = None, *, names: str = "x weight bias",
-    arrange: Callable[[Tensor], Tensor] = lambda t: t, **more: Any,
-) -> Sample:  # fmt: skip
+    name: str,
+    shape: tuple[int, ...],
+    groups: int,
+    activation: str | None = None,
+    *,
+    names: str = "x weight bias",
+    arrange: Callable[[Tensor], Tensor] = lambda t: t,
+    **more: Any,
+) -> Sample:
     make = _inputs(names, shape, arrange, **more)
     # What is added up in float32 is as large as the group's terms.
-    return Sample("group_norm", name, make, {"groups": groups, "activation": activation}, tuple(names.split()),
-                  gradient_scale="row")  # fmt: skip
+    return Sample(
+        "group_norm",
+        name,
+        make,
+        {"groups": groups, "activation": activation},
+        tuple(names.split()),
+        gradient_scale="row",
+    )
 
 
 GROUP_NORM = [
@@ -62,11 +77,25 @@ GROUP_NORM = [
 ]
 
 
-def _batch(name: str, shape: tuple[int, ...], activation: str | None = None, *, names: str = "x weight bias",
-           arrange=lambda t: t, training: bool = True, mean: float = 0.5) -> Sample:  # fmt: skip
+def _batch(
+    name: str,
+    shape: tuple[int, ...],
+    activation: str | None = None,
+    *,
+    names: str = "x weight bias",
+    arrange=lambda t: t,
+    training: bool = True,
+    mean: float = 0.5,
+) -> Sample:
     make = _inputs(names, shape, arrange, mean, running=not training)
-    return Sample("batch_norm", name, make, {"training": training, "activation": activation}, tuple(names.split()),
-                  gradient_scale="row")  # fmt: skip
+    return Sample(
+        "batch_norm",
+        name,
+        make,
+        {"training": training, "activation": activation},
+        tuple(names.split()),
+        gradient_scale="row",
+    )
 
 
 _RESIDUAL = "x weight bias residual"
@@ -92,8 +121,9 @@ BATCH_NORM = [
     _batch("far from zero, channels-last", (3, 4, 12, 12), mean=100.0, arrange=_channels_last),
     _batch("evaluation", (4, 6, 5, 7), training=False),
     _batch("evaluation, relu", (4, 6, 5, 7), "relu", training=False),
-    _batch("evaluation, residual and relu", (2, 24, 5, 5), "relu", names=_RESIDUAL, training=False,
-           arrange=_channels_last),
+    _batch(
+        "evaluation, residual and relu", (2, 24, 5, 5), "relu", names=_RESIDUAL, training=False, arrange=_channels_last
+    ),
     _batch("evaluation, bias alone", (2, 6, 5), "gelu", names="x bias", training=False),
     _batch("evaluation, empty", (0, 6, 5, 5), training=False),
-]  # fmt: skip
+]

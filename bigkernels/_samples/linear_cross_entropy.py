@@ -11,10 +11,19 @@ from ._sample import Draw, Sample, rows_strided, strided
 
 
 def _loss(
-    name: str, tokens: int = 13, vocabulary: int = 101, size: int = 40, *, bias: bool = False,
-    ignore: int | None = None, extra: str = "", target_dtype: torch.dtype = torch.int64, scale: float = 1.0,
-    arrange: Callable[[Tensor], Tensor] = lambda t: t, **options: object,
-) -> Sample:  # fmt: skip
+    name: str,
+    tokens: int = 13,
+    vocabulary: int = 101,
+    size: int = 40,
+    *,
+    bias: bool = False,
+    ignore: int | None = None,
+    extra: str = "",
+    target_dtype: torch.dtype = torch.int64,
+    scale: float = 1.0,
+    arrange: Callable[[Tensor], Tensor] = lambda t: t,
+    **options: object,
+) -> Sample:
     def make(draw: Draw) -> dict[str, Tensor]:
         inputs = {
             "hidden": arrange(draw.normal(tokens, size, scale=scale)),

@@ -9,9 +9,15 @@ from ._sample import Draw, Sample, rows_strided, strided
 
 
 def _sample(
-    name: str, shape: tuple[int, ...], inner: int, out: int, activation: str = "gelu", *, bias: bool = True,
+    name: str,
+    shape: tuple[int, ...],
+    inner: int,
+    out: int,
+    activation: str = "gelu",
+    *,
+    bias: bool = True,
     arrange=lambda t: t,
-) -> Sample:  # fmt: skip
+) -> Sample:
     def make(draw: Draw) -> dict[str, Tensor]:
         made = {
             "x": arrange(draw.normal(*shape)),
@@ -25,8 +31,7 @@ def _sample(
     names = ("x", "weight1", "bias1", "weight2", "bias2") if bias else ("x", "weight1", "weight2")
     # Products are sums, and the first of them is rounded before the second.
     options: dict[str, object] = {"activation": activation} | ({} if bias else {"bias1": None, "bias2": None})
-    return Sample("mlp", name, make, options, names, scale="row", gradient_scale="row",
-                  gradient_roundings=2.0)  # fmt: skip
+    return Sample("mlp", name, make, options, names, scale="row", gradient_scale="row", gradient_roundings=2.0)
 
 
 MLP = [

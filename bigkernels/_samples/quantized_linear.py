@@ -29,9 +29,14 @@ class _WeightSample(Sample):
 
 
 def weight_sample(
-    name: str, config: str | Format, shape: tuple[int, ...], n: int, *, bias: bool = True,
+    name: str,
+    config: str | Format,
+    shape: tuple[int, ...],
+    n: int,
+    *,
+    bias: bool = True,
     arrange: Callable[[Tensor], Tensor] = lambda t: t,
-) -> Sample:  # fmt: skip
+) -> Sample:
     def make(draw: Draw) -> dict[str, Tensor]:
         inputs = {"x": arrange(draw.normal(*shape))}
         inputs |= quantize_weight(draw.normal(n, shape[-1], scale=0.05), config).tensors
@@ -39,9 +44,14 @@ def weight_sample(
 
     # For many tokens the dequantized weight is rounded before it is multiplied.
     return _WeightSample(
-        "quantized_linear", name, make, {"config": config, "n": n}, ("x", "bias") if bias else ("x",),
-        scale="row", gradient_scale="row",
-    )  # fmt: skip
+        "quantized_linear",
+        name,
+        make,
+        {"config": config, "n": n},
+        ("x", "bias") if bias else ("x",),
+        scale="row",
+        gradient_scale="row",
+    )
 
 
 _FORMATS = ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "q4_1", "q8_0")

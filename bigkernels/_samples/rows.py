@@ -10,8 +10,15 @@ from torch import Tensor
 from ..ops.glu import ACTIVATIONS
 from ._sample import Draw, Sample, rows_strided, strided
 
-_NORM_SHAPES = {"one row": (1, 64), "odd": (5, 3, 129), "one element": (1, 1), "one dimension": (33,), "empty": (0, 16),
-                "long": (3, 5000), "many rows": (131, 48)}  # fmt: skip
+_NORM_SHAPES = {
+    "one row": (1, 64),
+    "odd": (5, 3, 129),
+    "one element": (1, 1),
+    "one dimension": (33,),
+    "empty": (0, 16),
+    "long": (3, 5000),
+    "many rows": (131, 48),
+}
 
 
 def norm_inputs(names: str, shape: tuple[int, ...], arrange=lambda t: t) -> Callable[[Draw], dict[str, Tensor]]:
@@ -52,10 +59,15 @@ RMS_NORM = [
     *_norm("rms_norm", "weight"),
     Sample("rms_norm", "offset", norm_inputs("x weight", (5, 64)), {"offset": 1.0}, ("x", "weight")),
     Sample("rms_norm", "offset, no weight", norm_inputs("x", (5, 64)), {"offset": 1.0}, ("x",)),
-    Sample("rms_norm", "offset and residual", norm_inputs("x weight residual", (5, 65)), {"offset": 1.0},
-           ("x", "weight", "residual")),
+    Sample(
+        "rms_norm",
+        "offset and residual",
+        norm_inputs("x weight residual", (5, 65)),
+        {"offset": 1.0},
+        ("x", "weight", "residual"),
+    ),
     Sample("rms_norm", "float32 weight", _mixed_weight, {}, ("x", "weight")),
-]  # fmt: skip
+]
 
 LAYER_NORM = [
     *_norm("layer_norm", "weight bias"),
@@ -67,9 +79,19 @@ LAYER_NORM = [
 
 
 def _rope(
-    name: str, batch: int, q_heads: int, k_heads: int, length: int, size: int, *, rotary: int | None = None,
-    interleaved: bool = False, cos_batch: int = 1, heads_last: bool = False, arrange=lambda t: t,
-) -> Sample:  # fmt: skip
+    name: str,
+    batch: int,
+    q_heads: int,
+    k_heads: int,
+    length: int,
+    size: int,
+    *,
+    rotary: int | None = None,
+    interleaved: bool = False,
+    cos_batch: int = 1,
+    heads_last: bool = False,
+    arrange=lambda t: t,
+) -> Sample:
     def make(draw: Draw) -> dict[str, Tensor]:
         def heads(count: int) -> Tensor:
             if heads_last:  # (B, S, H, D) in memory, as a projection leaves it
@@ -128,9 +150,17 @@ GLU = [
 
 
 def _ce(
-    name: str, tokens: int = 13, vocabulary: int = 101, *, scale: float = 2.0, ignore: int | None = None,
-    extra: str = "", target_dtype: torch.dtype = torch.int64, arrange=lambda t: t, **options: object,
-) -> Sample:  # fmt: skip
+    name: str,
+    tokens: int = 13,
+    vocabulary: int = 101,
+    *,
+    scale: float = 2.0,
+    ignore: int | None = None,
+    extra: str = "",
+    target_dtype: torch.dtype = torch.int64,
+    arrange=lambda t: t,
+    **options: object,
+) -> Sample:
     def make(draw: Draw) -> dict[str, Tensor]:
         inputs = {
             "logits": arrange(draw.normal(tokens, vocabulary, scale=scale)),
@@ -161,8 +191,18 @@ CROSS_ENTROPY = [
     _ce("softcap", softcap=5.0, scale=6.0),
     _ce("focal", focal_gamma=2.0),
     _ce("focal, gamma below one", focal_gamma=0.5, reduction="none"),
-    _ce("everything", 11, 77, ignore=-1, ignore_index=-1, extra="weight token_weight", label_smoothing=0.1, z_loss=1e-2,
-        softcap=8.0, focal_gamma=1.5),
+    _ce(
+        "everything",
+        11,
+        77,
+        ignore=-1,
+        ignore_index=-1,
+        extra="weight token_weight",
+        label_smoothing=0.1,
+        z_loss=1e-2,
+        softcap=8.0,
+        focal_gamma=1.5,
+    ),
     _ce("int32 target", target_dtype=torch.int32),
     _ce("one token", 1, 64),
     _ce("one class", 3, 1),
@@ -171,4 +211,4 @@ CROSS_ENTROPY = [
     _ce("no tokens", 0, 50, reduction="sum"),
     _ce("strided rows", arrange=rows_strided),
     _ce("strided elements", arrange=strided),
-]  # fmt: skip
+]

@@ -176,8 +176,21 @@ def failed(rows: list[Row]) -> list[Row]:
 
 
 def _row(case: Case, candidate: str, *, ours: bool = False, status: str = "ok", reason: str | None = None) -> Row:
-    return Row(case.family, case.name, case.device, case.dtype, case.backward, candidate, ours, case.metric,
-               case.bytes, case.flops, status, reason, threads=case.threads)  # fmt: skip
+    return Row(
+        case.family,
+        case.name,
+        case.device,
+        case.dtype,
+        case.backward,
+        candidate,
+        ours,
+        case.metric,
+        case.bytes,
+        case.flops,
+        status,
+        reason,
+        threads=case.threads,
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -189,8 +202,13 @@ def _judge(case: Case, limits: Limits, rows: dict[str, Row]) -> None:
     others = [row.seconds.median for row in timed if not row.ours]
     eager = rows[EAGER].seconds if EAGER in rows else None
     for row in timed:
-        least = limits.least_seconds(bytes=row.bytes, flops=case.flops, dtype=case.products or case.dtype,
-                                     only_read=case.only_read, in_place=case.in_place)  # fmt: skip
+        least = limits.least_seconds(
+            bytes=row.bytes,
+            flops=case.flops,
+            dtype=case.products or case.dtype,
+            only_read=case.only_read,
+            in_place=case.in_place,
+        )
         median = row.seconds.median
         row.gbps = row.bytes / median / 1e9 if row.bytes else None
         row.tflops = case.flops / median / 1e12 if case.flops else None

@@ -31,10 +31,15 @@ BIG = f"{OURS} int4, 1 B"
 BEFORE = {OURS: "before", OURS32: "before, float32", INT4: "before, int4", INT8: "before, int8"}
 _FORMATS = {INT4: "int4/64", INT8: "int8", NF4: "nf4", FP8: "fp8"}  # embedding and head too
 _BILLION = {
-    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
-}  # fmt: skip
+}
 _WINDOWS, _LENGTH = 4, 512  # of text, for perplexity
 SCORED, KNOWN = 64, 40  # tokens of the first window that are compared, those behind the known ones step by step
 

@@ -49,8 +49,14 @@ class _Rows:
     def row(self, start: str, name: str, threads: int | None = None) -> Row | None:
         """Of a candidate in the case whose name starts so."""
         threads = threads or self.threads[-1]
-        return next((row for (case, candidate), row in self.timed.items()
-                     if case.startswith(start) and candidate == name and row.threads == threads), None)  # fmt: skip
+        return next(
+            (
+                row
+                for (case, candidate), row in self.timed.items()
+                if case.startswith(start) and candidate == name and row.threads == threads
+            ),
+            None,
+        )
 
     def decode(self, name: str, context: int, threads: int | None = None, batch: int = 1) -> Row | None:
         plural = "s" if (threads or self.threads[-1]) > 1 else ""
@@ -69,11 +75,19 @@ def bars(rows: Sequence[Row], quick: bool = False) -> list[Bar]:
     for count in found.threads:
         with_threads = f"{count} thread{'s' * (count > 1)}"
         made += [
-            Bar(f"the GGUF's codes against llama.cpp, {with_threads}",
-                _ratio(found.decode(GGUF, middle, count), found.decode(Q4_1, middle, count)), 1.8, 2.0),
-            Bar(f"int4 and head against llama.cpp's Q4_0 and 4-bit head, {with_threads}",
-                _ratio(found.decode(INT4, middle, count), found.decode(Q4_0_HEAD, middle, count)), 1.3, 1.5),
-        ]  # fmt: skip
+            Bar(
+                f"the GGUF's codes against llama.cpp, {with_threads}",
+                _ratio(found.decode(GGUF, middle, count), found.decode(Q4_1, middle, count)),
+                1.8,
+                2.0,
+            ),
+            Bar(
+                f"int4 and head against llama.cpp's Q4_0 and 4-bit head, {with_threads}",
+                _ratio(found.decode(INT4, middle, count), found.decode(Q4_0_HEAD, middle, count)),
+                1.3,
+                1.5,
+            ),
+        ]
     narrow, wide = found.decode(OURS, middle), found.decode(OURS32, middle)
     made += [
         Bar("bfloat16 decoding against eager", _ratio(narrow, found.decode(EAGER, middle)), 2.6, None),
@@ -83,18 +97,23 @@ def bars(rows: Sequence[Row], quick: bool = False) -> list[Bar]:
     ]
     for name, bar in ((OURS, 1.2), (INT4, 1.4), (INT8, 1.4), (OURS32, 1.5)):
         before = found.row(prompt, BEFORE[name])
-        made.append(Bar(f"prefill, {_format(name)}, against the baseline", _ratio(found.row(prompt, name), before),
-                        bar, None))  # fmt: skip
+        made.append(
+            Bar(f"prefill, {_format(name)}, against the baseline", _ratio(found.row(prompt, name), before), bar, None)
+        )
     quantized, one = found.row(prompt, INT4), found.decode(INT4, short)
     batched = _ratio(found.decode(INT4, short, batch=8), one)
     made += [
-        Bar("prefill, the GGUF's codes, against llama.cpp", _ratio(found.row(prompt, GGUF), found.row(prompt, Q4_1)), 7,
-            None),
+        Bar(
+            "prefill, the GGUF's codes, against llama.cpp",
+            _ratio(found.row(prompt, GGUF), found.row(prompt, Q4_1)),
+            7,
+            None,
+        ),
         Bar("prefill, int4", quantized.tokens_per_second if quantized else None, None, 5000, " tokens/s"),
         Bar("tokens a second of batch 8 against 1, int4", None if batched is None else 8 * batched, 4, 6),
         Bar("context 3900 against 64, bfloat16", _more(found, OURS, short, long), 3.5, 2.8, " ms", most=True),
         Bar("context 3900 against 64, int8 cache", _more(found, INT8_CACHE, short, long), None, 1.4, " ms", most=True),
-    ]  # fmt: skip
+    ]
     for name in (OURS, GGUF):
         copying = (found.row("copying", name + suffix) for suffix in (LOOKUP, ""))
         taken = (found.row("decode, one core taken", name + suffix) for suffix in ("", ALONE))
@@ -106,15 +125,29 @@ def bars(rows: Sequence[Row], quick: bool = False) -> list[Bar]:
     made += [
         Bar("a Llama of 1 B, int4, of the byte limit", _limit(found.row("Llama 1 B, decode", BIG)), 75, 90, " %"),
         Bar("int4 linear, 1 token, of reading", _limit(found.row(few["int4, 1 x"], OURS)), 85, None, " %"),
-        Bar("int4 linear, 16 tokens, against the baseline",
-            _ratio(found.row(few["int4, 16 x"], OURS), found.row(few["int4, 16 x"], BEFORE[OURS])), 2.5, None),
-        Bar("bfloat16 linear, 16 tokens, against F.linear",
-            _ratio(found.row(few["16 x"], OURS), found.row(few["16 x"], EAGER)), 1.8, None),
+        Bar(
+            "int4 linear, 16 tokens, against the baseline",
+            _ratio(found.row(few["int4, 16 x"], OURS), found.row(few["int4, 16 x"], BEFORE[OURS])),
+            2.5,
+            None,
+        ),
+        Bar(
+            "bfloat16 linear, 16 tokens, against F.linear",
+            _ratio(found.row(few["16 x"], OURS), found.row(few["16 x"], EAGER)),
+            1.8,
+            None,
+        ),
         Bar("int8 linear, 1 token, of reading", _limit(found.row(few["int8, 1 x"], OURS)), 80, None, " %"),
         Bar("perplexity added by the arithmetic, int4", _added(quantized), 0.5, 0.3, " %", most=True),
-        Bar("perplexity added by the arithmetic, the GGUF's codes", _added(found.row(prompt, GGUF)), 0.5, 0.3, " %",
-            most=True),
-    ]  # fmt: skip
+        Bar(
+            "perplexity added by the arithmetic, the GGUF's codes",
+            _added(found.row(prompt, GGUF)),
+            0.5,
+            0.3,
+            " %",
+            most=True,
+        ),
+    ]
     return made
 
 

@@ -141,6 +141,17 @@ def operator_case(
             missing=missing,
         )
 
-    return Case(family, name, settings.device, str(dtype).removeprefix("torch."), bool(differentiable),
-                tuple(functions), prepare, metric=metric, bytes=bytes, flops=flops, cold=cold,
-                only_read=only_read)  # fmt: skip
+    return Case(
+        family,
+        name,
+        settings.device,
+        str(dtype).removeprefix("torch."),
+        bool(differentiable),
+        tuple(functions),
+        prepare,
+        metric=metric,
+        bytes=bytes,
+        flops=flops,
+        cold=cold,
+        only_read=only_read,
+    )

@@ -114,8 +114,9 @@ class Training:
             self.optimizer.step()
         self._gradients(1.0)
         start = self.problem.start
-        checked = [(start[i], self.params[i].detach(), self.optimizer.state[self.params[i]])
-                   for i in self.problem.checked]  # fmt: skip
+        checked = [
+            (start[i], self.params[i].detach(), self.optimizer.state[self.params[i]]) for i in self.problem.checked
+        ]
         if self.changes:
             found = {"change": torch.cat([(p.double() - s.double()).flatten() for s, p, _ in checked])}
         else:
@@ -226,8 +227,14 @@ def optimizer_case(
             return Training(reference, problem.part(dtype), states=states, changes=norms).results(clipped)
 
         def candidate(name: str, build: Build) -> Candidate:
-            training = Training(build, problem, states=states, changes=norms, reduced=name in slow,
-                                clips=max_norm is not None and name != OURS)  # fmt: skip
+            training = Training(
+                build,
+                problem,
+                states=states,
+                changes=norms,
+                reduced=name in slow,
+                clips=max_norm is not None and name != OURS,
+            )
             return Candidate(
                 name,
                 results=partial(training.results, factors),
@@ -255,5 +262,18 @@ def optimizer_case(
         )
 
     # Whatever is done on the host, for many tensors most of the time, is part of a step: no cold caches.
-    return Case("optimizers", name, settings.device, str(dtype).removeprefix("torch."), None, tuple(builds), prepare,
-                metric=metric, bytes=bytes, flops=flops, cold=False, in_place=True, products=products)  # fmt: skip
+    return Case(
+        "optimizers",
+        name,
+        settings.device,
+        str(dtype).removeprefix("torch."),
+        None,
+        tuple(builds),
+        prepare,
+        metric=metric,
+        bytes=bytes,
+        flops=flops,
+        cold=False,
+        in_place=True,
+        products=products,
+    )

@@ -16,8 +16,12 @@ from .families import FAMILIES
 
 _COLOURS = {EAGER: "#9aa0a6", BUILTIN: "#7fb2e5", COMPILE: "#f2a65a", OURS: "#2e8b57", OURS_COMPILED: "#14532d"}
 _PEER_COLOUR = "#a678c8"
-_UNITS = {"GB/s": "GB/s of the bytes that have to move", "us": "microseconds a call (less is better)",
-          "tokens/s": "tokens a second", "TFLOP/s": "TFLOP/s"}  # fmt: skip
+_UNITS = {
+    "GB/s": "GB/s of the bytes that have to move",
+    "us": "microseconds a call (less is better)",
+    "tokens/s": "tokens a second",
+    "TFLOP/s": "TFLOP/s",
+}
 _FIELDS = {"GB/s": "gbps", "tokens/s": "tokens_per_second", "TFLOP/s": "tflops"}
 _LOG_RANGE = 30.0  # largest by smallest value from which on a linear axis hides the small ones
 _FAR = 3.0  # a limit so many times the longest bar is not drawn: it would leave no room for the bars
@@ -45,8 +49,10 @@ def value(row: dict) -> float:
 
 def _figure(family: str, rows: list[dict], document: dict) -> Figure:
     kinds = dict.fromkeys((row["backward"], row["metric"]) for row in rows)
-    panels = [[row for row in rows if (row["backward"], row["metric"]) == kind]
-              for kind in sorted(kinds, key=lambda kind: (False, True, None).index(kind[0]))]  # fmt: skip
+    panels = [
+        [row for row in rows if (row["backward"], row["metric"]) == kind]
+        for kind in sorted(kinds, key=lambda kind: (False, True, None).index(kind[0]))
+    ]
     lines = max(len(part) + len(list(groupby(part, key=_case))) for part in panels)
     height = 1.9 + _BAR * lines
     figure = Figure(figsize=(7.5 * len(panels), height), layout="constrained")
@@ -65,8 +71,15 @@ def _figure(family: str, rows: list[dict], document: dict) -> Figure:
     handles = {}
     for axes in figure.axes:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(0.005, 1 - 0.52 / height),
-                  ncols=len(handles), frameon=False, fontsize=8)  # fmt: skip
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="upper left",
+        bbox_to_anchor=(0.005, 1 - 0.52 / height),
+        ncols=len(handles),
+        frameon=False,
+        fontsize=8,
+    )
     return figure
 
 

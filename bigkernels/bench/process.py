@@ -27,8 +27,12 @@ class Process:
         environment = dict(os.environ) if path is None else os.environ | {"PYTHONPATH": path}
         self.running = subprocess.Popen(
             [sys.executable, str(_SCRIPTS / f"{script}.py")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
         self.memory = 0  # bytes, the most that it had so far
 
     def ask(self, do: str, **what: Any) -> dict:

@@ -82,10 +82,10 @@ def print_rows(title: str, rows: Sequence[Row]) -> None:
     shown = [row for row in rows if row.status != "missing"]
     # Latencies of small calls are not bounded by bandwidth.
     columns = {
-        name: text for name, text in _COLUMNS.items() if any(text(r) for r in shown) and not (
-            name in ("GB/s", "limit") and all(r.metric == "us" for r in shown)
-        )
-    }  # fmt: skip
+        name: text
+        for name, text in _COLUMNS.items()
+        if any(text(r) for r in shown) and not (name in ("GB/s", "limit") and all(r.metric == "us" for r in shown))
+    }
     cells: list[list[str]] = []
     for _, group in groupby(shown, key=lambda row: row.key):
         same_case = list(group)

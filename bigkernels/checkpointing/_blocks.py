@@ -69,8 +69,10 @@ def apply_checkpointing(
         raise TypeError(f"bigkernels.apply_checkpointing: model must be a torch.nn.Module, got {type(model).__name__}")
     require(CHECKPOINTING, "apply_checkpointing")
     if not calls_go_through_instances():
-        raise RuntimeError(f"bigkernels.apply_checkpointing: torch {torch.__version__} calls modules in another way "
-                           f"than by {CALL}; use bigkernels.checkpoint")  # fmt: skip
+        raise RuntimeError(
+            f"bigkernels.apply_checkpointing: torch {torch.__version__} calls modules in another way "
+            f"than by {CALL}; use bigkernels.checkpoint"
+        )
     policy = resolve_policy(policy)
     if every < 1:
         raise ValueError(f"bigkernels.apply_checkpointing: every is {every}, expected a positive number")
@@ -78,8 +80,10 @@ def apply_checkpointing(
     # Wrappers that flatten parameters (FSDP of the first kind) leave blocks without any.
     segments = (_blocks(model) or _blocks(model, empty=True)) if modules is None else _given(modules, names)
     if not segments:
-        raise ValueError("bigkernels.apply_checkpointing: no list of modules of one class and structure is in "
-                         f"{type(model).__name__}; name the segments by modules=")  # fmt: skip
+        raise ValueError(
+            "bigkernels.apply_checkpointing: no list of modules of one class and structure is in "
+            f"{type(model).__name__}; name the segments by modules="
+        )
     remove_checkpointing(model)
     chosen = segments[::every]
     plans: dict[tuple, Plan] = {}

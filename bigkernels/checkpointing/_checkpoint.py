@@ -64,8 +64,10 @@ def saved_activations(policy: str | Policy = "int8") -> Iterator[None]:
     require(CHECKPOINTING, "saved_activations")
     policy = resolve_policy(policy)
     if policy.keep not in (None, "all"):
-        raise ValueError("bigkernels.saved_activations: a policy that recomputes needs a function to run again; use "
-                         "bigkernels.checkpoint")  # fmt: skip
+        raise ValueError(
+            "bigkernels.saved_activations: a policy that recomputes needs a function to run again; use "
+            "bigkernels.checkpoint"
+        )
     with _saving(policy, ()):
         yield
 

@@ -73,20 +73,26 @@ class Policy:
 
     def __post_init__(self):
         if not (self.keep in (None, "all", "nothing") or isinstance(self.keep, Selection)):
-            raise ValueError(f"bigkernels.checkpointing.Policy: keep is {self.keep!r}; accepted are 'all', 'nothing', "
-                             "None and Selection")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.checkpointing.Policy: keep is {self.keep!r}; accepted are 'all', 'nothing', "
+                "None and Selection"
+            )
         for name, kind in (("code", Code), ("place", Host)):
             if not isinstance(getattr(self, name), (kind, type(None))):
-                raise TypeError(f"bigkernels.checkpointing.Policy: {name} is {getattr(self, name)!r}; accepted are "
-                                f"None and {kind.__name__}")  # fmt: skip
+                raise TypeError(
+                    f"bigkernels.checkpointing.Policy: {name} is {getattr(self, name)!r}; accepted are "
+                    f"None and {kind.__name__}"
+                )
 
     def __add__(self, other: Policy) -> Policy:
         if not isinstance(other, Policy):
             return NotImplemented
         for f in fields(self):
             if getattr(self, f.name) is not None and getattr(other, f.name) is not None:
-                raise ValueError(f"bigkernels.checkpointing: both policies say {f.name}: {getattr(self, f.name)} and "
-                                 f"{getattr(other, f.name)}")  # fmt: skip
+                raise ValueError(
+                    f"bigkernels.checkpointing: both policies say {f.name}: {getattr(self, f.name)} and "
+                    f"{getattr(other, f.name)}"
+                )
         return replace(self, **{f.name: value for f in fields(other) if (value := getattr(other, f.name)) is not None})
 
 
@@ -119,8 +125,10 @@ def selective(
     if budget is _HALF_OR_ALL:
         budget = 0.5 if operators is None else None
     if budget is not None and (budget <= 0 or (isinstance(budget, float) and budget > 1)):
-        raise ValueError(f"bigkernels.checkpointing.selective: budget is {budget}, expected a fraction in (0, 1] or a "
-                         "positive number of bytes")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.checkpointing.selective: budget is {budget}, expected a fraction in (0, 1] or a "
+            "positive number of bytes"
+        )
     names = None if operators is None else frozenset(_operator_name(o) for o in operators)
     return Policy(keep=Selection(names, budget))
 
@@ -133,8 +141,10 @@ def _operator_name(operator: object) -> str:
     if name is None and callable(name_of):
         name = name_of().split(".")[0]
     if name is None:
-        raise ValueError(f"bigkernels.checkpointing.selective: {operator!r} is no operator; accepted are names such as "
-                         "'aten::mm' and members of torch.ops")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.checkpointing.selective: {operator!r} is no operator; accepted are names such as "
+            "'aten::mm' and members of torch.ops"
+        )
     return name
 
 

@@ -46,8 +46,10 @@ class Exact:
 
     def get(self) -> Tensor:
         if not self.intact():
-            raise RuntimeError(f"bigkernels.checkpoint: a tensor of shape {tuple(self.tensor.shape)} that backward "
-                               "needs has been modified by an inplace operation")  # fmt: skip
+            raise RuntimeError(
+                f"bigkernels.checkpoint: a tensor of shape {tuple(self.tensor.shape)} that backward "
+                "needs has been modified by an inplace operation"
+            )
         return self.tensor
 
 
@@ -96,8 +98,10 @@ class Inputs:
             for i, version in zip(self.at, self.versions, strict=True):
                 if values[i]._version != version:
                     shape = tuple(values[i].shape)
-                    raise RuntimeError(f"bigkernels.checkpoint: an input of the segment, of shape {shape}, was "
-                                       "modified in place after the segment began")  # fmt: skip
+                    raise RuntimeError(
+                        f"bigkernels.checkpoint: an input of the segment, of shape {shape}, was "
+                        "modified in place after the segment began"
+                    )
         return _unflatten(values, self.structure)
 
 
@@ -250,9 +254,10 @@ class Segment:
                 stack.enter_context(hooks)
                 if self._stopped(args, kwargs):
                     return collector.collected
-        raise CheckpointError(f"bigkernels.checkpoint: the segment saved {len(self.seen)} tensors, and "
-                              f"{len(collector.collected)} when it runs again; it must do the same every time"
-                              )  # fmt: skip
+        raise CheckpointError(
+            f"bigkernels.checkpoint: the segment saved {len(self.seen)} tensors, and "
+            f"{len(collector.collected)} when it runs again; it must do the same every time"
+        )
 
     def _stopped(self, args: tuple, kwargs: dict) -> bool:
         """Run; whether the last saved tensor has been made."""

@@ -28,16 +28,35 @@ from ._saver import Exact, Packed, Saver, is_parameter
 # Attention, whose work grows with the square of the sequence, and products, whose work for each byte grows with the
 # width of the model.
 ATTENTION = frozenset(
-    ("bigkernels::attention_fwd", "bigkernels::varlen_attention_fwd", "aten::_scaled_dot_product_flash_attention",
-     "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_efficient_attention",
-     "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_fused_attention_overrideable",
-     "aten::_flash_attention_forward", "aten::_efficient_attention_forward")
-)  # fmt: skip
+    (
+        "bigkernels::attention_fwd",
+        "bigkernels::varlen_attention_fwd",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_fused_attention_overrideable",
+        "aten::_flash_attention_forward",
+        "aten::_efficient_attention_forward",
+    )
+)
 PRODUCTS = frozenset(
-    ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm", "aten::_grouped_mm", "aten::linear",
-     "aten::convolution", "aten::mkldnn_linear", "aten::_addmm_activation", "mkldnn::_linear_pointwise",
-     "bigkernels::linear_fwd", "bigkernels::quantized_linear_fwd")
-)  # fmt: skip
+    (
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::_scaled_mm",
+        "aten::_grouped_mm",
+        "aten::linear",
+        "aten::convolution",
+        "aten::mkldnn_linear",
+        "aten::_addmm_activation",
+        "mkldnn::_linear_pointwise",
+        "bigkernels::linear_fwd",
+        "bigkernels::quantized_linear_fwd",
+    )
+)
 
 
 # (operator, args, kwargs, result) -> seconds, for tensors on which nothing is computed.
@@ -113,9 +132,11 @@ class Plan:
         budget, reached = self.selection.budget or 0, self.reached or {}
         left = int(budget * self.saved_bytes) - self.input_bytes if isinstance(budget, float) else budget
         allowed = self.selection.operators
-        worth = [(c.seconds / c.nbytes, key) for key, c in self.calls.items()
-                 if c.nbytes and key[1] < reached.get(key[0], 0)
-                 and (allowed is None or key[0] in allowed)]  # fmt: skip
+        worth = [
+            (c.seconds / c.nbytes, key)
+            for key, c in self.calls.items()
+            if c.nbytes and key[1] < reached.get(key[0], 0) and (allowed is None or key[0] in allowed)
+        ]
         found = set()
         for _, key in sorted(worth, reverse=True):
             if self.calls[key].nbytes <= left:
@@ -275,8 +296,11 @@ class _HandOut(_Mode):
         super().__exit__(error, *rest)
         if error is not None:
             return
-        unlike = {func._schema.name for func, shapes in self.kinds
-                  if self.like[func, shapes] != self.results.calls[func, shapes]}  # fmt: skip
+        unlike = {
+            func._schema.name
+            for func, shapes in self.kinds
+            if self.like[func, shapes] != self.results.calls[func, shapes]
+        }
         if unlike:
             self.plan.unlike |= unlike
             self.results.kept = {}

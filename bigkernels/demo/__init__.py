@@ -62,12 +62,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_at_least(1), default=2, help="sequences in a step (default %(default)s)")
     parser.add_argument("--seq", type=_at_least(2), default=256, help="tokens in a sequence (default %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, otherwise cpu")
-    parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="both",
-                        help="dtype of the weights in fine-tuning (default %(default)s)")  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=240.0,
-                        help="fewer steps are taken if the demo would last longer (default %(default)s)")  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR",
-                        help="folder for demo.png and demo.json (default ./%(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        choices=(*DTYPES, "both"),
+        default="both",
+        help="dtype of the weights in fine-tuning (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=240.0,
+        help="fewer steps are taken if the demo would last longer (default %(default)s)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo-output"),
+        metavar="DIR",
+        help="folder for demo.png and demo.json (default ./%(default)s)",
+    )
     parser.add_argument("--quick", action="store_true", help="a few short steps only: shows that everything runs")
 
 
@@ -110,15 +123,21 @@ def _real_input() -> Input:
     # The text is longer than the model's context; it is cut into windows, so the tokenizer's warning does not apply.
     encode = tokenizer.backend_tokenizer.encode
     training = "\n\n".join(list(texts.values())[:8])
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True,
-                                           tokenize=False)  # fmt: skip
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, tokenize=False
+    )
     ids = (
         torch.tensor(encode(text, add_special_tokens=False).ids, dtype=torch.int64, device="cpu")
         for text in (training, held_out, prompt)
     )
     training_ids, held_out_ids, prompt_ids = ids
-    return Input(model, training_ids, held_out_ids, prompt_ids[None],
-                 lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True))  # fmt: skip
+    return Input(
+        model,
+        training_ids,
+        held_out_ids,
+        prompt_ids[None],
+        lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
+    )
 
 
 def demonstrate(given: Input, args: argparse.Namespace, started: float | None = None) -> int:
@@ -143,8 +162,10 @@ def demonstrate(given: Input, args: argparse.Namespace, started: float | None = 
     del models
     checks = [_check_patched(report), _check_perplexity(found), _check_text(generation)]
     print(f"What was patched\n{report}\n")
-    print(f"Perplexity on {batches.numel()} tokens of held-out text, float32: eager {found['eager']:.5f}, "
-          f"patched {found['patched']:.5f}\n")  # fmt: skip
+    print(
+        f"Perplexity on {batches.numel()} tokens of held-out text, float32: eager {found['eager']:.5f}, "
+        f"patched {found['patched']:.5f}\n"
+    )
     for name in VARIANTS[:1] if checks[-1].passed else VARIANTS:
         who = "by both" if checks[-1].passed else f"by {name}"
         print(f"Greedy text, {new_tokens} tokens, {who}:\n{given.decode(generation.tokens[name])}\n")
@@ -171,8 +192,10 @@ def demonstrate(given: Input, args: argparse.Namespace, started: float | None = 
     figure(args.output / "demo.png", trainings, generation)
     (args.output / "demo.json").write_text(json.dumps(_figures(found, generation, trainings, checks), indent=2) + "\n")
     table("Checks", ("what", "seen", "result"), [(c.name, c.seen, "ok" if c.passed else "FAILED") for c in checks])
-    print(f"Written: {args.output / 'demo.png'}, {args.output / 'demo.json'}; "
-          f"{time.perf_counter() - started:.0f} s on {_machine(device)}")  # fmt: skip
+    print(
+        f"Written: {args.output / 'demo.png'}, {args.output / 'demo.json'}; "
+        f"{time.perf_counter() - started:.0f} s on {_machine(device)}"
+    )
     passed = all(check.passed for check in checks)
     print(gain(generation, trainings, passed))
     return 0 if passed else 1

@@ -84,8 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=32, help="decoded after a short prompt (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of timing, in turn (default %(default)s)")
     parser.add_argument("--only", nargs="+", choices=FORMATS, metavar="ROW", help=f"some of: {'; '.join(FORMATS)}")
-    parser.add_argument("--integers", action="store_true",
-                        help="another table: perplexity by floats, and by the step program's integers")  # fmt: skip
+    parser.add_argument(
+        "--integers",
+        action="store_true",
+        help="another table: perplexity by floats, and by the step program's integers",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
 
@@ -173,8 +176,13 @@ def _decode(model: Any, ids: Tensor, tokens: int) -> list[float]:
 
     model.generation_config.eos_token_id = None  # nothing ends the text early
     with torch.inference_mode():
-        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens,
-                       stopping_criteria=StoppingCriteriaList([note]))  # fmt: skip
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=tokens,
+            stopping_criteria=StoppingCriteriaList([note]),
+        )
     return times
 
 

@@ -28,12 +28,17 @@ _ARCHITECTURES: dict[str, tuple[str, _More]] = {
     "mistral": ("llama", lambda c, head: {"rope.dimension_count": head}),
     "qwen2": ("qwen2", lambda c, head: {}),
     "qwen3": ("qwen3", lambda c, head: {"attention.key_length": head, "attention.value_length": head}),
-    "gemma2": ("gemma2", lambda c, head: {
-        "attention.key_length": head, "attention.value_length": head, "attention.sliding_window": c.sliding_window,
-        "attn_logit_softcapping": float(c.attn_logit_softcapping),
-        "final_logit_softcapping": float(c.final_logit_softcapping),
-    }),
-}  # fmt: skip
+    "gemma2": (
+        "gemma2",
+        lambda c, head: {
+            "attention.key_length": head,
+            "attention.value_length": head,
+            "attention.sliding_window": c.sliding_window,
+            "attn_logit_softcapping": float(c.attn_logit_softcapping),
+            "final_logit_softcapping": float(c.final_logit_softcapping),
+        },
+    ),
+}
 # What a file cannot say, by attributes of the configuration, and what they are where it need not.
 _UNSAID = {
     "attention_bias": False,
@@ -53,9 +58,11 @@ def described(model: Any, type: str | None) -> Source:
     config = model.config.get_text_config() if hasattr(model, "config") else None
     kind = getattr(config, "model_type", None)
     if kind not in _ARCHITECTURES or not hasattr(model, "lm_head"):
-        raise ValueError(f"{_WHAT}: {model.__class__.__name__} came from no GGUF file, and is none of the causal "
-                         f"language models that are written anew ({', '.join(_ARCHITECTURES)}); llama.cpp's "
-                         "convert_hf_to_gguf.py writes others, of a folder that `save_pretrained` made")  # fmt: skip
+        raise ValueError(
+            f"{_WHAT}: {model.__class__.__name__} came from no GGUF file, and is none of the causal "
+            f"language models that are written anew ({', '.join(_ARCHITECTURES)}); llama.cpp's "
+            "convert_hf_to_gguf.py writes others, of a folder that `save_pretrained` made"
+        )
     architecture, more = _ARCHITECTURES[kind]
     metadata = _metadata(model, config, architecture, more)
     return Source(architecture, metadata, list(_places(model, architecture, type)), anew=True)
@@ -66,27 +73,37 @@ def _metadata(model: nn.Module, config: Any, architecture: str, more: _More) -> 
     rope = config.rope_parameters
     _check(config, rope, head)
     values = {
-        "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers, "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads, "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps), "rope.freq_base": float(rope["rope_theta"]),
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.freq_base": float(rope["rope_theta"]),
         "vocab_size": config.vocab_size,
-    } | more(config, head)  # fmt: skip
-    found = {"general.architecture": _pair(architecture), "general.name": _pair(architecture),
-             "general.quantization_version": _pair(2)}  # fmt: skip
+    } | more(config, head)
+    found = {
+        "general.architecture": _pair(architecture),
+        "general.name": _pair(architecture),
+        "general.quantization_version": _pair(2),
+    }
     return found | {f"{architecture}.{key}": _pair(value) for key, value in values.items()}
 
 
 def _check(config: Any, rope: Any, head: int) -> None:
     for name, value in _UNSAID.items():
         if getattr(config, name, value) not in (value, None):
-            raise ValueError(f"{_WHAT}: {name} is {getattr(config, name)!r}, which no GGUF file of a "
-                             f"{config.model_type} says")  # fmt: skip
+            raise ValueError(
+                f"{_WHAT}: {name} is {getattr(config, name)!r}, which no GGUF file of a {config.model_type} says"
+            )
     if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{_WHAT}: the rotary embedding is {rope}; only the usual one is written")
     if config.model_type in ("llama", "mistral", "qwen2") and head * config.num_attention_heads != config.hidden_size:
-        raise ValueError(f"{_WHAT}: head_dim is {head}, and hidden_size {config.hidden_size} of "
-                         f"{config.num_attention_heads} heads; readers take their quotient")  # fmt: skip
+        raise ValueError(
+            f"{_WHAT}: head_dim is {head}, and hidden_size {config.hidden_size} of "
+            f"{config.num_attention_heads} heads; readers take their quotient"
+        )
     if config.model_type == "mistral" and config.sliding_window is not None:
         raise ValueError(f"{_WHAT}: sliding_window is {config.sliding_window}, which no GGUF file of a mistral says")
     usual = {"gemma2": "gelu_pytorch_tanh"}.get(config.model_type, "silu")
@@ -166,5 +183,5 @@ def _order(model: Any, name: str, rows: int) -> torch.Tensor | None:
 
     found = processor(model, _ARCHITECTURES[model.config.get_text_config().model_type][0])(
         name, np.arange(rows, dtype=np.int64)[:, None]
-    )[:, 0]  # fmt: skip
+    )[:, 0]
     return None if torch.equal(found, torch.arange(rows, dtype=torch.int64, device="cpu")) else found

@@ -43,9 +43,11 @@ def load_gguf(path: str | os.PathLike, dtype: torch.dtype = torch.float32, *, mm
     """
     file = open_file(path)
     if file.architecture in counting() and not known_processor(file.architecture):
-        raise ValueError(f"bigkernels.load_gguf: {file.path} is of the architecture {file.architecture}, whose tensors "
-                         "are converted in ways that are not known here; from_pretrained(folder, gguf_file=name) reads "
-                         "it")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.load_gguf: {file.path} is of the architecture {file.architecture}, whose tensors "
+            "are converted in ways that are not known here; from_pretrained(folder, gguf_file=name) reads "
+            "it"
+        )
     config = config_of(file)
     try:
         from transformers import AutoModelForCausalLM
@@ -71,8 +73,9 @@ def open_file(path: str | os.PathLike) -> File:
         import gguf
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"bigkernels.load_gguf needs transformers and gguf ({error}); pip install 'bigkernels[gguf]' "
-                          "installs them") from error  # fmt: skip
+        raise ImportError(
+            f"bigkernels.load_gguf needs transformers and gguf ({error}); pip install 'bigkernels[gguf]' installs them"
+        ) from error
     path = Path(path)
     file = File.read(path, {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()})
     architecture = file.architecture
@@ -117,8 +120,11 @@ def fill(model: Any, contents: Contents, file: File) -> None:
     loaded = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     filled = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in state}
-    empty = [name for name, t in (*model.named_parameters(), *model.named_buffers())
-             if t.is_meta or (isinstance(t, nn.Parameter) and id(t) not in filled)]  # fmt: skip
+    empty = [
+        name
+        for name, t in (*model.named_parameters(), *model.named_buffers())
+        if t.is_meta or (isinstance(t, nn.Parameter) and id(t) not in filled)
+    ]
     if empty or loaded.unexpected_keys:
         missing = ", ".join(empty or loaded.unexpected_keys)
         raise ValueError(f"bigkernels.load_gguf: {file.path} has no tensor for {missing}")

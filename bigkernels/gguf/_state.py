@@ -61,13 +61,16 @@ class _Reading:
         for tensor in self.file.tensors:
             target = self.names.get(tensor.name)
             if target not in self.expected:
-                raise ValueError(f"bigkernels.load_gguf: tensor {tensor.name} of {self.file.path} has no place in "
-                                 f"{type(self.model).__name__}")  # fmt: skip
+                raise ValueError(
+                    f"bigkernels.load_gguf: tensor {tensor.name} of {self.file.path} has no place in "
+                    f"{type(self.model).__name__}"
+                )
             self.file.check_finite(tensor)
             three = _EXPERTS.fullmatch(target) is not None
             if len(tensor.shape) > 2 and not three:
-                raise ValueError(f"bigkernels.load_gguf: tensor {tensor.name} of {self.file.path} has "
-                                 f"{len(tensor.shape)} dimensions")  # fmt: skip
+                raise ValueError(
+                    f"bigkernels.load_gguf: tensor {tensor.name} of {self.file.path} has {len(tensor.shape)} dimensions"
+                )
             codes = self._experts(tensor, target) if three else self._codes(tensor, target)
             if not codes:
                 self._dense(tensor, target)
@@ -78,8 +81,9 @@ class _Reading:
     def _processed(self, tensor: Info, values: np.ndarray) -> Tensor:
         """What transformers makes of values for a tensor's place."""
         try:
-            processed = self._process(weights=values, name=tensor.name, tensor_key_mapping=self.names,
-                                  parsed_parameters={"tensors": {}}).weights  # fmt: skip
+            processed = self._process(
+                weights=values, name=tensor.name, tensor_key_mapping=self.names, parsed_parameters={"tensors": {}}
+            ).weights
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise self.file.fail(f"tensor {tensor.name} of shape {tensor.shape} does not fit: {error}") from error
         processed = np.ascontiguousarray(processed)
@@ -174,8 +178,10 @@ class _Reading:
         before = self._values(tensor)
         values = self._processed(tensor, before.numpy())
         if values.shape != self.expected[target]:
-            raise ValueError(f"bigkernels.load_gguf: tensor {tensor.name} of {self.file.path} has shape "
-                             f"{tuple(values.shape)}, expected {tuple(self.expected[target])}")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.load_gguf: tensor {tensor.name} of {self.file.path} has shape "
+                f"{tuple(values.shape)}, expected {tuple(self.expected[target])}"
+            )
         moved = values.data_ptr() != before.data_ptr()
         if not moved and row is not None and row.dtype == self.dtype:
             values = raw.view(row.dtype).view(values.shape)  # as it is in the file

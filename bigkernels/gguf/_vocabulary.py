@@ -16,8 +16,10 @@ _INT32, _UINT32, _BOOL = 5, 4, 7
 _PREFIX = "tokenizer."
 
 # How text is cut before its bytes are merged, by the names that llama.cpp gives to it.
-_LLAMA_3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-            r"\s+(?!\S)|\s+")  # fmt: skip
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
 _CUTS = {_LLAMA_3: "llama-bpe", _LLAMA_3.replace("{1,3}", ""): "qwen2"}
 
 
@@ -43,15 +45,22 @@ def _of_folder(folder: Path, size: int) -> tuple[dict[str, Pair], int]:
     try:
         read = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{_WHAT}: {folder} has no tokenizer.json that can be read ({error}); give a GGUF file with "
-                         "the same vocabulary instead") from error  # fmt: skip
+        raise ValueError(
+            f"{_WHAT}: {folder} has no tokenizer.json that can be read ({error}); give a GGUF file with "
+            "the same vocabulary instead"
+        ) from error
     known, added = read["model"], read.get("added_tokens", [])
     cut = _cut(read.get("pre_tokenizer"))
-    if known.get("type") != "BPE" or known.get("byte_fallback") or cut is None or read.get("normalizer") not in (
-        None, {"type": "NFC"}
-    ):  # fmt: skip
-        raise ValueError(f"{_WHAT}: llama.cpp's name for the tokenizer in {folder} is not known here; give a GGUF file "
-                         "with the same vocabulary instead")  # fmt: skip
+    if (
+        known.get("type") != "BPE"
+        or known.get("byte_fallback")
+        or cut is None
+        or read.get("normalizer") not in (None, {"type": "NFC"})
+    ):
+        raise ValueError(
+            f"{_WHAT}: llama.cpp's name for the tokenizer in {folder} is not known here; give a GGUF file "
+            "with the same vocabulary instead"
+        )
     by_number = {i: text for text, i in known["vocab"].items()} | {t["id"]: t["content"] for t in added}
     kinds = dict.fromkeys(by_number, _NORMAL)
     kinds |= {t["id"]: _CONTROL if t["special"] else _USER_DEFINED for t in added}
@@ -59,10 +68,12 @@ def _of_folder(folder: Path, size: int) -> tuple[dict[str, Pair], int]:
     tokens = [by_number.get(i, f"[PAD{i}]") for i in range(count)]
     merges = [m if isinstance(m, str) else " ".join(m) for m in known["merges"]]
     found = {
-        "tokenizer.ggml.model": _text("gpt2"), "tokenizer.ggml.pre": _text(cut),
-        "tokenizer.ggml.tokens": _texts(tokens), "tokenizer.ggml.merges": _texts(merges),
+        "tokenizer.ggml.model": _text("gpt2"),
+        "tokenizer.ggml.pre": _text(cut),
+        "tokenizer.ggml.tokens": _texts(tokens),
+        "tokenizer.ggml.merges": _texts(merges),
         "tokenizer.ggml.token_type": _integers([kinds.get(i, _UNUSED) for i in range(count)]),
-    }  # fmt: skip
+    }
     return found | _special(folder, {t: i for i, t in enumerate(tokens)}), count
 
 

@@ -67,8 +67,10 @@ class Writing:
         if self.source.anew:
             return held.dequantize() if hasattr(held, "dequantize") and not _is_plain(held) else held
         if isinstance(held, Quantized) or isinstance(self.model.get_submodule(owner), Quantized):
-            raise ValueError(f"{_WHAT}: {place.target} was quantized after it was loaded; {place.name} of a GGUF file "
-                             "cannot hold that")  # fmt: skip
+            raise ValueError(
+                f"{_WHAT}: {place.target} was quantized after it was loaded; {place.name} of a GGUF file "
+                "cannot hold that"
+            )
         return held
 
     def _coded(self, place: Place) -> tuple[int, Tensor]:
@@ -113,8 +115,9 @@ class Writing:
         offset = zeros[0].item() if zeros.numel() and bool((zeros == zeros[0]).all()) else float("nan")
         where = (moved - offset).flatten()
         if where.numel() != held.numel() or not torch.equal(where.sort().values, torch.from_numpy(index).flatten()):
-            raise ValueError(f"{_WHAT}: {place.name} was changed, and what transformers makes of such a tensor cannot "
-                             "be undone")  # fmt: skip
+            raise ValueError(
+                f"{_WHAT}: {place.name} was changed, and what transformers makes of such a tensor cannot be undone"
+            )
         values = torch.empty_like(held).flatten()
         values[where.long()] = held.flatten() - offset if offset else held.flatten()
         return self._typed(place, values)

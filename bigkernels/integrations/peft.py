@@ -97,7 +97,9 @@ class LoraQuantizedLinear(Linear):
         warnings.warn(
             f"bigkernels: adapters are merged into {original.weight_format.name}, which rounds the sum of weight and "
             "updates; `merge_error` of a layer is what it lost, relative to the update. `unmerge` restores it bit by "
-            "bit, and bigkernels.dequantize(model) before merging loses nothing", stacklevel=2)  # fmt: skip
+            "bit, and bigkernels.dequantize(model) before merging loses nothing",
+            stacklevel=2,
+        )
         return None
 
     def unmerge(self) -> None:
@@ -147,8 +149,9 @@ def register() -> None:
             if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraQuantizedLinear):
                 base = module.get_base_layer()
                 if isinstance(base, QuantizedLinear) and _is_transposed(base):
-                    raise ValueError(f"bigkernels: {path} is a quantized Conv1D, which of PEFT's adapters LoRA alone "
-                                     "supports")  # fmt: skip
+                    raise ValueError(
+                        f"bigkernels: {path} is a quantized Conv1D, which of PEFT's adapters LoRA alone supports"
+                    )
         return out
 
     create_new_module._bigkernels = True

@@ -127,8 +127,13 @@ def cpo_loss(
     check_name(op, "loss_type", loss_type, CPO)
     check_range(op, "beta", beta, "positive", beta > 0)
     check_smoothing(op, label_smoothing)
-    check_range(op, "label_smoothing", label_smoothing, f"0, as loss_type is {loss_type!r}",
-                not label_smoothing or loss_type not in ("hinge", "ipo"))  # fmt: skip
+    check_range(
+        op,
+        "label_smoothing",
+        label_smoothing,
+        f"0, as loss_type is {loss_type!r}",
+        not label_smoothing or loss_type not in ("hinge", "ipo"),
+    )
     check_range(op, "cpo_alpha", cpo_alpha, "not negative", cpo_alpha >= 0)
     check_range(op, "nll", "given", "None, as loss_type is 'alphapo'", nll is None or loss_type != "alphapo")
     check_range(op, "alpha", alpha, "a finite number", -math.inf < alpha < math.inf)

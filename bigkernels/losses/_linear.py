@@ -90,15 +90,21 @@ class _Completions:
         free = options.pop("reference_free", False)
         all_ways = (("ref_hidden", reference.ref_hidden), ("ref_logprobs", given), ("reference_free", free or None))
         named = [name for name, t in all_ways if t is not None]
-        check_range(self.op, "the reference", " and ".join(named) or None, "one of ref_hidden and ref_logprobs",
-                    len(named) == 1)  # fmt: skip
+        check_range(
+            self.op, "the reference", " and ".join(named) or None, "one of ref_hidden and ref_logprobs", len(named) == 1
+        )
         reference.check(self.op)
         if free:
             return None
         if given is None:
             given = self.sums(reference.logprobs(self.head, self.weight, self.labels, self.bias), ld_alpha)
-        check_range(self.op, "ref_logprobs", f"of shape {tuple(given.shape)}", tuple(self.tokens.shape),
-                    given.shape == self.tokens.shape)  # fmt: skip
+        check_range(
+            self.op,
+            "ref_logprobs",
+            f"of shape {tuple(given.shape)}",
+            tuple(self.tokens.shape),
+            given.shape == self.tokens.shape,
+        )
         return given.detach()
 
 

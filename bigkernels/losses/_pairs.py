@@ -207,10 +207,24 @@ def dpo_loss(
     """
     op = "dpo_loss"
     names, factors = check_options(op, loss_type, loss_weights, beta, label_smoothing, discopop_tau, f_divergence_type)
-    check_shapes(op, "chosen", chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected,
-                 chosen_tokens=chosen_tokens, rejected_tokens=rejected_tokens, weights=weights)  # fmt: skip
-    check_range(op, "ref_rejected", "None" if ref_rejected is None else "given", "as ref_chosen is",
-                (ref_chosen is None) == (ref_rejected is None))  # fmt: skip
+    check_shapes(
+        op,
+        "chosen",
+        chosen,
+        rejected=rejected,
+        ref_chosen=ref_chosen,
+        ref_rejected=ref_rejected,
+        chosen_tokens=chosen_tokens,
+        rejected_tokens=rejected_tokens,
+        weights=weights,
+    )
+    check_range(
+        op,
+        "ref_rejected",
+        "None" if ref_rejected is None else "given",
+        "as ref_chosen is",
+        (ref_chosen is None) == (ref_rejected is None),
+    )
     unshifted = isinstance(bco_shift, (int, float)) and bco_shift == 0
     check_range(op, "bco_shift", bco_shift, f"0, as loss_type is {loss_type!r}", unshifted or "bco_pair" in names)
     for name in names:
@@ -224,8 +238,20 @@ def dpo_loss(
     scores = diverge(of_chosen, f_alpha_divergence_coef), diverge(of_rejected, f_alpha_divergence_coef)
     # Rows that need no numbers of tokens do not look at them.
     numbers: Any = tuple(None if n is None else n.to(chosen.dtype) for n in (chosen_tokens, rejected_tokens))
-    pairs = _Pairs(chosen, rejected, ref_chosen, ref_rejected, of_chosen, of_rejected, scores, numbers, beta,
-                   label_smoothing, discopop_tau, _constant(bco_shift))  # fmt: skip
+    pairs = _Pairs(
+        chosen,
+        rejected,
+        ref_chosen,
+        ref_rejected,
+        of_chosen,
+        of_rejected,
+        scores,
+        numbers,
+        beta,
+        label_smoothing,
+        discopop_tau,
+        _constant(bco_shift),
+    )
     losses: Any = None
     for name, factor in zip(names, factors, strict=True):
         values = LOSSES[name].losses(pairs)
@@ -247,19 +273,35 @@ def check_options(op, loss_type, loss_weights, beta, label_smoothing, discopop_t
     for name in names:
         check_name(op, "loss_type", name, LOSSES)
     weights = (1.0,) * len(names) if loss_weights is None else tuple(loss_weights)
-    check_range(op, "loss_weights", repr(loss_weights), f"{len(names)} numbers, one a loss_type",
-                len(weights) == len(names))  # fmt: skip
+    check_range(
+        op, "loss_weights", repr(loss_weights), f"{len(names)} numbers, one a loss_type", len(weights) == len(names)
+    )
     check_smoothing(op, label_smoothing)
-    check_range(op, "label_smoothing", label_smoothing, f"0, as loss_type is {loss_type!r}",
-                not label_smoothing or any(LOSSES[name].smooths for name in names))  # fmt: skip
-    check_range(op, "label_smoothing", label_smoothing, "positive for exo_pair (the paper recommends 1e-3)",
-                label_smoothing > 0 or "exo_pair" not in names)  # fmt: skip
+    check_range(
+        op,
+        "label_smoothing",
+        label_smoothing,
+        f"0, as loss_type is {loss_type!r}",
+        not label_smoothing or any(LOSSES[name].smooths for name in names),
+    )
+    check_range(
+        op,
+        "label_smoothing",
+        label_smoothing,
+        "positive for exo_pair (the paper recommends 1e-3)",
+        label_smoothing > 0 or "exo_pair" not in names,
+    )
     check_range(op, "beta", beta, "positive", beta > 0)
     check_range(op, "discopop_tau", discopop_tau, "positive", discopop_tau > 0)
     check_name(op, "f_divergence_type", f_divergence_type, DIVERGENCES)
     others = [name for name in names if not LOSSES[name].diverges]
-    check_range(op, "f_divergence_type", repr(f_divergence_type), f"'reverse_kl', as loss_type is {others}",
-                f_divergence_type == "reverse_kl" or not others)  # fmt: skip
+    check_range(
+        op,
+        "f_divergence_type",
+        repr(f_divergence_type),
+        f"'reverse_kl', as loss_type is {others}",
+        f_divergence_type == "reverse_kl" or not others,
+    )
     return names, weights
 
 

@@ -208,12 +208,19 @@ def grpo_loss(
     check_shapes(op, "logprobs", logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
     for name, t in (("advantages", advantages), ("sampler_ratio", sampler_ratio)):
         if t is not None and t.shape not in (logprobs.shape, (sequences,)):
-            raise ValueError(f"bigkernels.losses.{op}: {name} has shape {tuple(t.shape)}, expected "
-                             f"({sequences},) or {tuple(logprobs.shape)}")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.losses.{op}: {name} has shape {tuple(t.shape)}, expected "
+                f"({sequences},) or {tuple(logprobs.shape)}"
+            )
     options: dict[str, Any] = {"cispo_max": cispo_max}
-    options |= {"sapo_temperature_pos": sapo_temperature_pos, "sapo_temperature_neg": sapo_temperature_neg,
-                "vespo_k_pos": vespo_k_pos, "vespo_k_neg": vespo_k_neg, "vespo_lambda_pos": vespo_lambda_pos,
-                "vespo_lambda_neg": vespo_lambda_neg}  # fmt: skip
+    options |= {
+        "sapo_temperature_pos": sapo_temperature_pos,
+        "sapo_temperature_neg": sapo_temperature_neg,
+        "vespo_k_pos": vespo_k_pos,
+        "vespo_k_neg": vespo_k_neg,
+        "vespo_lambda_pos": vespo_lambda_pos,
+        "vespo_lambda_neg": vespo_lambda_neg,
+    }
     _check_options(op, loss_type, importance, beta, clip_low, clip_high, delta, max_length, num_tokens, options)
     check_range(op, "ref_logprobs", None, "given, as beta is not 0", beta == 0 or ref_logprobs is not None)
     check_range(op, "bias_correction_kl", True, "False, as beta is 0", beta > 0 or not bias_correction_kl)

@@ -105,8 +105,9 @@ def off_policy_mask(
     check_shapes(op, "logprobs", logprobs, sampler_logprobs=sampler_logprobs)
     check_range(op, "threshold", threshold, "positive", threshold > 0)
     sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    check_range(op, "advantages", f"of shape {tuple(advantages.shape)}", f"({sequences},)",
-                advantages.shape == (sequences,))  # fmt: skip
+    check_range(
+        op, "advantages", f"of shape {tuple(advantages.shape)}", f"({sequences},)", advantages.shape == (sequences,)
+    )
     difference = _difference(logprobs, sampler_logprobs, mask)
     lengths = sums(kept_of(mask, difference).to(difference.dtype), cu_seqlens)
     distance = -sums(difference, cu_seqlens) / lengths.clamp_min(1)

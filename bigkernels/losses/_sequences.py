@@ -38,8 +38,9 @@ def sequence_logprobs(
     check_layout(op, "logprobs", logprobs, mask, cu_seqlens)
     for name, given in (("average", average), ("ld_alpha", ld_alpha is not None)):
         check_range(op, "mask", mask, f"given, as {name} is", mask is not None or not given)
-    check_range(op, "ld_alpha", ld_alpha, "in [0, 1], without average",
-                ld_alpha is None or (0 <= ld_alpha <= 1 and not average))  # fmt: skip
+    check_range(
+        op, "ld_alpha", ld_alpha, "in [0, 1], without average", ld_alpha is None or (0 <= ld_alpha <= 1 and not average)
+    )
     logprobs = wide(logprobs)
     if mask is None:
         return sums(logprobs, cu_seqlens)

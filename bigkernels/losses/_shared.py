@@ -87,8 +87,10 @@ def kept_of(mask: Tensor | None, like: Tensor) -> Tensor:
 def check_shapes(op: str, first: str, reference: Tensor, **others: Tensor | None) -> None:
     for name, t in others.items():
         if t is not None and t.shape != reference.shape:
-            raise ValueError(f"bigkernels.losses.{op}: {name} has shape {tuple(t.shape)} and {first} "
-                             f"{tuple(reference.shape)}; they must have one shape")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.losses.{op}: {name} has shape {tuple(t.shape)} and {first} "
+                f"{tuple(reference.shape)}; they must have one shape"
+            )
 
 
 def check_layout(op: str, name: str, t: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:

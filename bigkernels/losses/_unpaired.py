@@ -66,8 +66,13 @@ def kto_loss(
     op = "kto_loss"
     check_shapes(op, "logprobs", logprobs, ref_logprobs=ref_logprobs, desirable=desirable)
     check_name(op, "loss_type", loss_type, ("kto", "apo_zero_unpaired"))
-    check_range(op, "kl_logratios", "given", "None, as loss_type is 'apo_zero_unpaired'",
-                kl_logratios is None or loss_type == "kto")  # fmt: skip
+    check_range(
+        op,
+        "kl_logratios",
+        "given",
+        "None, as loss_type is 'apo_zero_unpaired'",
+        kl_logratios is None or loss_type == "kto",
+    )
     check_range(op, "beta", beta, "positive", beta > 0)
     for name, value in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
         check_range(op, name, value, "not negative", value >= 0)

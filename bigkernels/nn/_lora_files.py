@@ -21,10 +21,21 @@ if TYPE_CHECKING:
 
 _CONFIG, _WEIGHTS, _PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # Of PEFT's options, those that change what an adapter computes, and their values that say it does not.
-_PLAIN = {"use_dora": (False,), "lora_bias": (False,), "bias": ("none",), "modules_to_save": (None, []),
-          "alora_invocation_tokens": (None,), "trainable_token_indices": (None,), "use_bdlora": (None, False),
-          "arrow_config": (None,), "layer_replication": (None,), "target_parameters": (None, []),
-          "velora_config": (None,), "monteclora_config": (None,), "kasa_config": (None,)}  # fmt: skip
+_PLAIN = {
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "bias": ("none",),
+    "modules_to_save": (None, []),
+    "alora_invocation_tokens": (None,),
+    "trainable_token_indices": (None,),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "layer_replication": (None,),
+    "target_parameters": (None, []),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "kasa_config": (None,),
+}
 
 
 def save(model: nn.Module, folder: str | Path, kind: type[LoRALinear]) -> None:
@@ -35,13 +46,20 @@ def save(model: nn.Module, folder: str | Path, kind: type[LoRALinear]) -> None:
         raise ValueError("bigkernels.nn.LoRALinear.save: the model has no adapters")
     first = next(iter(adapters.values()))
     config = {
-        "peft_type": "LORA", "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout,
-        "target_modules": list(adapters), "bias": "none", "inference_mode": True, "use_rslora": False,
-        "use_dora": False, "fan_in_fan_out": all(is_transposed(_kind(module)) for module in adapters.values()),
+        "peft_type": "LORA",
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout,
+        "target_modules": list(adapters),
+        "bias": "none",
+        "inference_mode": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": all(is_transposed(_kind(module)) for module in adapters.values()),
         "rank_pattern": {_exactly(path): m.rank for path, m in adapters.items() if m.rank != first.rank},
         "alpha_pattern": {_exactly(path): m.alpha for path, m in adapters.items() if m.alpha != first.alpha},
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-    }  # fmt: skip
+    }
     state = {}
     for path, module in adapters.items():
         for name, p in (("lora_A", module.lora_a), ("lora_B", module.lora_b)):
@@ -53,9 +71,12 @@ def save(model: nn.Module, folder: str | Path, kind: type[LoRALinear]) -> None:
 
 
 def load(
-    model: nn.Module, folder: str | Path, kind: type[LoRALinear], fits: Callable[[Any], bool],
+    model: nn.Module,
+    folder: str | Path,
+    kind: type[LoRALinear],
+    fits: Callable[[Any], bool],
     size: Callable[[nn.Module], tuple[int, int]],
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """`fits` says whether a module can be a base, and `size` its (N, K)."""
     folder = Path(folder)
     what = f"bigkernels.nn.LoRALinear.load: {folder}"
@@ -69,16 +90,22 @@ def load(
             raise ValueError(f"{what} has an adapter of {path}, and the model no such linear layer")
         n, k = size(module.base if isinstance(module, kind) else module)
         if a.shape[1] != k or b.shape != (n, a.shape[0]) or not len(a):
-            raise ValueError(f"{what}: {_PREFIX}{path}.lora_A.weight and lora_B.weight have shapes {tuple(a.shape)} "
-                             f"and {tuple(b.shape)}; expected (rank, {k}) and ({n}, rank)")  # fmt: skip
+            raise ValueError(
+                f"{what}: {_PREFIX}{path}.lora_A.weight and lora_B.weight have shapes {tuple(a.shape)} "
+                f"and {tuple(b.shape)}; expected (rank, {k}) and ({n}, rank)"
+            )
     for module in model.modules():
         module.requires_grad_(False)
     for path, (a, b) in pairs.items():
         module, paths = at[path]
         rank, alpha = a.shape[0], _of(config.get("alpha_pattern"), path, config["lora_alpha"])
-        adapter = kind(module.base if isinstance(module, kind) else module, rank,
-                       alpha * math.sqrt(rank) if config.get("use_rslora") else alpha,
-                       float(config.get("lora_dropout") or 0.0), dtype=a.dtype)  # fmt: skip
+        adapter = kind(
+            module.base if isinstance(module, kind) else module,
+            rank,
+            alpha * math.sqrt(rank) if config.get("use_rslora") else alpha,
+            float(config.get("lora_dropout") or 0.0),
+            dtype=a.dtype,
+        )
         with torch.no_grad():
             adapter.lora_a.copy_(a)
             adapter.lora_b.copy_(b)

@@ -28,8 +28,9 @@ class Quantized(nn.Module):
 
     _is_hf_initialized = True  # transformers leaves it alone where it fills weights that no file had
 
-    def __init__(self, qweight: QuantizedWeight, shell: Shell | None = None, trained: bool = True,
-                 **described: int) -> None:  # fmt: skip
+    def __init__(
+        self, qweight: QuantizedWeight, shell: Shell | None = None, trained: bool = True, **described: int
+    ) -> None:
         nn.Module.__init__(self)
         self.weight_format = qweight.format
         self.dtype = qweight.dtype  # of the values: what was quantized, or what the module was cast to since
@@ -63,8 +64,9 @@ class Quantized(nn.Module):
             ValueError: it has another format or size.
         """
         if other._described != self._described:
-            raise ValueError(f"bigkernels.nn.{type(self).__name__}: {other._described} cannot stand for "
-                             f"{self._described}")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.nn.{type(self).__name__}: {other._described} cannot stand for {self._described}"
+            )
         if other is not self:
             other._tie = self._tie = other._tie or _Tie()
             self._tie.members.update((self, other))
@@ -90,8 +92,10 @@ class Quantized(nn.Module):
             return super().__setattr__(name, value)
         owner = value._owner if isinstance(value, LazyWeight) else None
         if not isinstance(owner, Quantized):
-            raise TypeError(f"bigkernels.nn.{type(self).__name__}: its weight is held in codes and cannot be set; call "
-                            "bigkernels.dequantize(model) first, or put another module in its place")  # fmt: skip
+            raise TypeError(
+                f"bigkernels.nn.{type(self).__name__}: its weight is held in codes and cannot be set; call "
+                "bigkernels.dequantize(model) first, or put another module in its place"
+            )
         self.share(owner)
 
     def requires_grad_(self, requires_grad: bool = True) -> Quantized:
@@ -137,8 +141,9 @@ class Quantized(nn.Module):
         if (mark := state_dict.get(prefix + "weight")) is not None and mark.shape == (0,):
             del state_dict[prefix + "weight"]  # by which files of transformers refuse a model without codes
         if prefix + "weight" in state_dict and all(t is None for t in given.values()):
-            errors.append(f"{kind}: {path} is quantized and the state has a plain weight for it; load it before "
-                          "`quantize`")  # fmt: skip
+            errors.append(
+                f"{kind}: {path} is quantized and the state has a plain weight for it; load it before `quantize`"
+            )
             return
         if given[_DESCRIPTION] is not None and not given[_DESCRIPTION].is_meta:
             text = _text(given[_DESCRIPTION])
@@ -193,8 +198,7 @@ class _Tie:
 
 def _description(qweight: QuantizedWeight, more: dict[str, int]) -> str:
     """Format, options and size."""
-    held = {"format": qweight.format.name, "shape": list(qweight.shape), **dataclasses.asdict(qweight.format),
-            **more}  # fmt: skip
+    held = {"format": qweight.format.name, "shape": list(qweight.shape), **dataclasses.asdict(qweight.format), **more}
     return json.dumps(held)
 
 
@@ -220,8 +224,9 @@ def weight_of(module: Quantized, transposed: bool = False) -> Tensor:
     exact = qweight.with_exact_tokens()
     linear = None if transposed else (lambda x, bias: quantized_linear(x, exact, bias))
     n, k = qweight.shape
-    lazy = LazyWeight((k, n) if transposed else (n, k), module.dtype, qweight.device, values, owner=module,
-                      linear=linear)  # fmt: skip
+    lazy = LazyWeight(
+        (k, n) if transposed else (n, k), module.dtype, qweight.device, values, owner=module, linear=linear
+    )
     if transposed:
         lazy._is_param = False  # PEFT's DoRA transposes it, and a parameter would have to stay one
     module._weight = qweight, lazy

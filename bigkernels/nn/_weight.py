@@ -27,11 +27,23 @@ _FREEZING = {_T.requires_grad_, _T.requires_grad.__set__}
 _SAME = {_T.data.__get__, _T.detach, torch.detach}
 # Whoever has the memory could write to it.
 _MEMORY = {
-    "data_ptr", "untyped_storage", "storage", "_typed_storage", "__dlpack__", "__dlpack_device__",
-    "__cuda_array_interface__", "is_set_to", "is_shared", "is_pinned",
-}  # fmt: skip
-_WRITING = {"__setitem__", "__set__", "__delete__", *(f"__i{name}__" for name in (
-    "add sub mul div truediv floordiv mod pow and or xor lshift rshift matmul".split()))}  # fmt: skip
+    "data_ptr",
+    "untyped_storage",
+    "storage",
+    "_typed_storage",
+    "__dlpack__",
+    "__dlpack_device__",
+    "__cuda_array_interface__",
+    "is_set_to",
+    "is_shared",
+    "is_pinned",
+}
+_WRITING = {
+    "__setitem__",
+    "__set__",
+    "__delete__",
+    *(f"__i{name}__" for name in ("add sub mul div truediv floordiv mod pow and or xor lshift rshift matmul".split())),
+}
 
 
 class LazyWeight(Tensor):
@@ -53,20 +65,36 @@ class LazyWeight(Tensor):
 
     @staticmethod
     def __new__(
-        cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, make: Callable[[], Tensor], *,
-        stride: tuple[int, ...] | None = None, offset: int | None = None, owner: nn.Module | None = None,
-        linear: Callable[[Tensor, Tensor | None], Tensor] | None = None, trained: bool = False,
-    ) -> LazyWeight:  # fmt: skip
-        lazy = Tensor._make_wrapper_subclass(cls, shape, strides=stride, storage_offset=offset, dtype=dtype,
-                                             device=device)  # fmt: skip
+        cls,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        make: Callable[[], Tensor],
+        *,
+        stride: tuple[int, ...] | None = None,
+        offset: int | None = None,
+        owner: nn.Module | None = None,
+        linear: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+        trained: bool = False,
+    ) -> LazyWeight:
+        lazy = Tensor._make_wrapper_subclass(
+            cls, shape, strides=stride, storage_offset=offset, dtype=dtype, device=device
+        )
         lazy._make, lazy._owner, lazy._linear, lazy._trained = make, owner, linear, trained
         return lazy
 
     @classmethod
     def _of(cls, values: Tensor) -> LazyWeight:
         """A view of a weight: it may be read and not written."""
-        lazy = cls(values.shape, values.dtype, values.device, lambda: values, stride=values.stride(),
-                   offset=values.storage_offset(), trained=values.requires_grad)  # fmt: skip
+        lazy = cls(
+            values.shape,
+            values.dtype,
+            values.device,
+            lambda: values,
+            stride=values.stride(),
+            offset=values.storage_offset(),
+            trained=values.requires_grad,
+        )
         lazy._is_param = False
         return lazy
 
@@ -96,15 +124,24 @@ class LazyWeight(Tensor):
             _refuse(func)
         flat, _ = tree_flatten((args, kwargs))
         if torch.is_grad_enabled() and any(isinstance(t, cls) and t._trained for t in flat):
-            raise RuntimeError(f"bigkernels: {func} reads a weight that is computed from trained parameters where "
-                               "gradients cannot follow")  # fmt: skip
+            raise RuntimeError(
+                f"bigkernels: {func} reads a weight that is computed from trained parameters where "
+                "gradients cannot follow"
+            )
         return _run(func, args, kwargs)
 
     def _detached(self) -> LazyWeight:
         make = (lambda: self._make().detach()) if self._trained else self._make
-        lazy = LazyWeight(self.shape, self.dtype, self.device, make, stride=self.stride(),
-                          offset=self.storage_offset(), owner=self._owner,
-                          linear=None if self._trained else self._linear)  # fmt: skip
+        lazy = LazyWeight(
+            self.shape,
+            self.dtype,
+            self.device,
+            make,
+            stride=self.stride(),
+            offset=self.storage_offset(),
+            owner=self._owner,
+            linear=None if self._trained else self._linear,
+        )
         lazy._is_param = self._is_param
         return lazy
 
@@ -115,8 +152,10 @@ def _run(func: Callable, args: tuple, kwargs: dict) -> Any:
     if written and args and isinstance(args[0], LazyWeight):
         _refuse(func)
     if name in _MEMORY:
-        raise RuntimeError(f"bigkernels: {name} of a weight that has no memory of its own: it is computed when it is "
-                           "read; copy it first (weight.clone())")  # fmt: skip
+        raise RuntimeError(
+            f"bigkernels: {name} of a weight that has no memory of its own: it is computed when it is "
+            "read; copy it first (weight.clone())"
+        )
     read: list[Tensor] = []
 
     def plain(value: Any) -> Any:

@@ -17,8 +17,9 @@ from .rms_norm import RMSNorm
 from .rope import RotaryEmbedding
 
 
-@renamed_members("bigkernels.nn.Attention", dim="hidden_size", heads="num_heads", key_heads="num_kv_heads",
-                 head_size="head_dim")  # fmt: skip
+@renamed_members(
+    "bigkernels.nn.Attention", dim="hidden_size", heads="num_heads", key_heads="num_kv_heads", head_size="head_dim"
+)
 class Attention(KeepsConstants):
     """``o_proj(attention(q_proj(x), k_proj(x), v_proj(x)))`` with grouped heads, RoPE and a cache.
 
@@ -46,12 +47,26 @@ class Attention(KeepsConstants):
     alibi_slopes: Tensor | None
 
     def __init__(
-        self, hidden_size: int, num_heads: int, num_kv_heads: int | None = None, *, head_dim: int | None = None,
-        bias: bool = False, out_bias: bool | None = None, rope: RotaryEmbedding | float | None = None,
-        causal: bool = True, window: tuple[int, int] | None = None, softcap: float | None = None, sinks: bool = False,
-        qk_norm: bool = False, alibi: bool = False, dropout: float = 0.0, scale: float | None = None,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        *,
+        head_dim: int | None = None,
+        bias: bool = False,
+        out_bias: bool | None = None,
+        rope: RotaryEmbedding | float | None = None,
+        causal: bool = True,
+        window: tuple[int, int] | None = None,
+        softcap: float | None = None,
+        sinks: bool = False,
+        qk_norm: bool = False,
+        alibi: bool = False,
+        dropout: float = 0.0,
+        scale: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
@@ -60,8 +75,10 @@ class Attention(KeepsConstants):
             )
         if head_dim is None:
             if hidden_size % num_heads:
-                raise ValueError(f"bigkernels.nn.Attention: hidden_size is {hidden_size}, not a multiple of num_heads "
-                                 f"{num_heads}; give head_dim")  # fmt: skip
+                raise ValueError(
+                    f"bigkernels.nn.Attention: hidden_size is {hidden_size}, not a multiple of num_heads "
+                    f"{num_heads}; give head_dim"
+                )
             head_dim = hidden_size // num_heads
         raw_options("nn.Attention", head_dim, causal, scale, window, softcap, dropout)  # raises on wrong values
         if rope is not None and not isinstance(rope, nn.Module):
@@ -132,12 +149,18 @@ class Attention(KeepsConstants):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None and angles is None:
             angles = self.rope.angles(self._positions(x, cache, cu_seqlens) if positions is None else positions)
-        options = {"scale": self.scale, "window": self.window, "softcap": self.softcap,
-                   "alibi_slopes": self.alibi_slopes, "sinks": self.sinks}  # fmt: skip
+        options = {
+            "scale": self.scale,
+            "window": self.window,
+            "softcap": self.softcap,
+            "alibi_slopes": self.alibi_slopes,
+            "sinks": self.sinks,
+        }
         if cache is not None:
             cos, sin = angles or (None, None)
-            out = cache.attend(q, k, v, cos=cos, sin=sin, interleaved=self._interleaved, mask=mask, bias=bias,
-                               **options)  # fmt: skip
+            out = cache.attend(
+                q, k, v, cos=cos, sin=sin, interleaved=self._interleaved, mask=mask, bias=bias, **options
+            )
             return self.o_proj(out.transpose(1, 2).flatten(2))
         options |= {"causal": self.causal, "dropout_p": self.dropout if self.training else 0.0}
         if angles is not None:
@@ -175,8 +198,10 @@ class Attention(KeepsConstants):
     def _check(self, x, mask, bias, cache, packed, max_seqlen):
         accepted = "(T, hidden_size)" if packed else "(B, S, hidden_size)"
         if x.dim() != (2 if packed else 3) or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"bigkernels.nn.Attention: x has shape {tuple(x.shape)}, expected {accepted} with "
-                             f"hidden_size {self.hidden_size}")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.nn.Attention: x has shape {tuple(x.shape)}, expected {accepted} with "
+                f"hidden_size {self.hidden_size}"
+            )
         if packed and not (mask is bias is cache is None):
             raise ValueError("bigkernels.nn.Attention: packed sequences (cu_seqlens) take no mask, bias or cache")
         if max_seqlen is not None and not packed:
@@ -187,9 +212,15 @@ class Attention(KeepsConstants):
             raise ValueError("bigkernels.nn.Attention: dropout does not go with a cache; call eval() first")
 
     def extra_repr(self) -> str:
-        options = {"causal": self.causal, "window": self.window, "softcap": self.softcap, "scale": self.scale,
-                   "dropout": self.dropout or None, "alibi": self.alibi_slopes is not None or None,
-                   "sinks": self.sinks is not None or None}  # fmt: skip
+        options = {
+            "causal": self.causal,
+            "window": self.window,
+            "softcap": self.softcap,
+            "scale": self.scale,
+            "dropout": self.dropout or None,
+            "alibi": self.alibi_slopes is not None or None,
+            "sinks": self.sinks is not None or None,
+        }
         given = "".join(f", {name}={value}" for name, value in options.items() if value is not None)
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}{given}"
 

@@ -26,9 +26,18 @@ class BatchNorm(nn.Module):
     running_mean: Tensor | None
     running_var: Tensor | None
 
-    def __init__(self, channels: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
-                 track_running_stats: bool = True, *, activation: str | None = None,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        channels: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        activation: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.channels, self.eps, self.momentum, self.activation = channels, eps, momentum, activation
         for name in ("weight", "bias"):
@@ -66,5 +75,15 @@ def normalise(module: nn.Module, x: Tensor, activation: str | None = None, resid
             share = 1.0 / float(module.num_batches_tracked)
     batch = module.training or (module.running_mean is None and module.running_var is None)
     mean, var = (module.running_mean, module.running_var) if tracked or not module.training else (None, None)
-    return batch_norm(x, mean, var, module.weight, module.bias, training=batch, momentum=share, eps=module.eps,
-                      activation=activation, residual=residual)  # fmt: skip
+    return batch_norm(
+        x,
+        mean,
+        var,
+        module.weight,
+        module.bias,
+        training=batch,
+        momentum=share,
+        eps=module.eps,
+        activation=activation,
+        residual=residual,
+    )

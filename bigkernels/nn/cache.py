@@ -54,15 +54,37 @@ class KVCache:
         ValueError: sizes or the block table do not fit.
     """
 
-    @renamed_arguments("bigkernels.nn.KVCache", key_heads="num_kv_heads", head_size="head_dim",
-                       value_size="value_head_dim", pages="num_pages")  # fmt: skip
+    @renamed_arguments(
+        "bigkernels.nn.KVCache",
+        key_heads="num_kv_heads",
+        head_size="head_dim",
+        value_size="value_head_dim",
+        pages="num_pages",
+    )
     def __init__(
-        self, batch: int, length: int, num_kv_heads: int, head_dim: int, *, value_head_dim: int | None = None,
-        page_size: int | None = None, num_pages: int | None = None, block_table: Tensor | None = None,
-        int8: bool = False, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
-        sizes = {"batch": batch, "length": length, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
-                 "value_head_dim": value_head_dim, "page_size": page_size, "num_pages": num_pages}  # fmt: skip
+        self,
+        batch: int,
+        length: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        value_head_dim: int | None = None,
+        page_size: int | None = None,
+        num_pages: int | None = None,
+        block_table: Tensor | None = None,
+        int8: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        sizes = {
+            "batch": batch,
+            "length": length,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "value_head_dim": value_head_dim,
+            "page_size": page_size,
+            "num_pages": num_pages,
+        }
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"bigkernels.nn.KVCache: {name} is {value}, expected at least 1")
@@ -117,9 +139,15 @@ class KVCache:
         self.longest, self.ragged = max(given), min(given) < max(given)
 
     def append(
-        self, k: Tensor, v: Tensor, *, q: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
+        self,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q: Tensor | None = None,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
         interleaved: bool = False,
-    ) -> Tensor | None:  # fmt: skip
+    ) -> Tensor | None:
         """Add n tokens to each sequence: k (B, Hk, n, D), v (B, Hk, n, Dv), with cos and sin (B or 1, n, R) rotated.
 
         Returns:
@@ -132,9 +160,19 @@ class KVCache:
         self._check(k, q, v)
         lengths = self.lengths + k.shape[2]
         rotated = append_kv_(
-            k if q is None else q, self.keys, self.values, lengths, k, v, block_table=self.block_table, cos=cos,
-            sin=sin, interleaved=interleaved, k_scale=self.key_scales, v_scale=self.value_scales,
-        )  # fmt: skip
+            k if q is None else q,
+            self.keys,
+            self.values,
+            lengths,
+            k,
+            v,
+            block_table=self.block_table,
+            cos=cos,
+            sin=sin,
+            interleaved=interleaved,
+            k_scale=self.key_scales,
+            v_scale=self.value_scales,
+        )
         self._advance(k.shape[2])
         return None if q is None else rotated
 
@@ -149,11 +187,22 @@ class KVCache:
         return keys, values
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, cos: Tensor | None = None, sin: Tensor | None = None,
-        interleaved: bool = False, mask: Tensor | None = None, bias: Tensor | None = None, scale: float | None = None,
-        window: tuple[int, int] | None = None, softcap: float | None = None, alibi_slopes: Tensor | None = None,
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        interleaved: bool = False,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        scale: float | None = None,
+        window: tuple[int, int] | None = None,
+        softcap: float | None = None,
+        alibi_slopes: Tensor | None = None,
         sinks: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Append n tokens as `append` does, and return the causal attention (B, H, n, Dv) of their queries over all.
 
         The options are those of `bigkernels.functional.attention`; `mask` and `bias` are broadcastable to
@@ -170,9 +219,20 @@ class KVCache:
             self._check(k, q, v)
             lengths = self.lengths + k.shape[2]
             out = decode_attention(
-                q, self.keys, self.values, lengths, block_table=self.block_table, k=k, v=v, cos=cos, sin=sin,
-                interleaved=interleaved, k_scale=self.key_scales, v_scale=self.value_scales, **options,
-            )  # fmt: skip
+                q,
+                self.keys,
+                self.values,
+                lengths,
+                block_table=self.block_table,
+                k=k,
+                v=v,
+                cos=cos,
+                sin=sin,
+                interleaved=interleaved,
+                k_scale=self.key_scales,
+                v_scale=self.value_scales,
+                **options,
+            )
             self._advance(k.shape[2])
             return out
         if self.ragged:
@@ -186,8 +246,9 @@ class KVCache:
         if k.shape[0] != self.batch:
             raise ValueError(f"bigkernels.nn.KVCache: k has a batch of {k.shape[0]} and the cache of {self.batch}")
         if self.longest + k.shape[2] > self.capacity:
-            raise ValueError(f"bigkernels.nn.KVCache: {self.longest} tokens and {k.shape[2]} more do not fit into "
-                             f"{self.capacity}")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.nn.KVCache: {self.longest} tokens and {k.shape[2]} more do not fit into {self.capacity}"
+            )
 
     def _advance(self, tokens):
         self.lengths.add_(tokens)
@@ -208,17 +269,23 @@ class KVCache:
         _, _, heads, size = self.keys.shape
         kind = "" if self.block_table is None else f", page_size={self.keys.shape[1]}"
         kind += ", int8" if self.key_scales is not None else ""
-        return (f"KVCache({self.batch} x {self.capacity} tokens, {heads} heads of {size}{kind}, {self.dtype}, "
-                f"{self.nbytes:,} bytes, {self.longest} tokens in use)")  # fmt: skip
+        return (
+            f"KVCache({self.batch} x {self.capacity} tokens, {heads} heads of {size}{kind}, {self.dtype}, "
+            f"{self.nbytes:,} bytes, {self.longest} tokens in use)"
+        )
 
 
 def _table(batch, each, pages, given, device):
     if given is None:
         if pages < batch * each:
-            raise ValueError(f"bigkernels.nn.KVCache: {pages} pages are fewer than {batch} sequences of {each}; give "
-                             "block_table to say who has which")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.nn.KVCache: {pages} pages are fewer than {batch} sequences of {each}; give "
+                "block_table to say who has which"
+            )
         return torch.arange(batch * each, dtype=torch.int32, device=device).view(batch, each)
     if given.dtype != torch.int32 or tuple(given.shape) != (batch, each):
-        raise ValueError(f"bigkernels.nn.KVCache: block_table is {given.dtype} {tuple(given.shape)}, expected "
-                         f"torch.int32 {(batch, each)}")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.nn.KVCache: block_table is {given.dtype} {tuple(given.shape)}, expected "
+            f"torch.int32 {(batch, each)}"
+        )
     return given

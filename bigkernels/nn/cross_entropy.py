@@ -14,13 +14,27 @@ class CrossEntropyLoss(nn.Module):
 
     class_weight: Tensor | None
 
-    def __init__(self, class_weight: Tensor | None = None, *, ignore_index: int = -100, reduction: str = "mean",
-                 label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None,
-                 focal_gamma: float = 0.0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        class_weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        focal_gamma: float = 0.0,
+    ) -> None:
         super().__init__()
         self.register_buffer("class_weight", class_weight)
-        self.options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing,
-                        "z_loss": z_loss, "softcap": softcap, "focal_gamma": focal_gamma}  # fmt: skip
+        self.options = {
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "softcap": softcap,
+            "focal_gamma": focal_gamma,
+        }
 
     def forward(self, logits: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Tensor:
         return cross_entropy(logits, target, self.class_weight, token_weight=token_weight, **self.options)

@@ -20,8 +20,16 @@ class GatedMLP(nn.Module):
     """
 
     @renamed_arguments("bigkernels.nn.GatedMLP", size="hidden_size")
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: str = "silu", *, bias: bool = False,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str = "silu",
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(

@@ -19,9 +19,17 @@ class GroupNorm(nn.Module):
         activation: "silu", "gelu", "gelu_tanh", "relu" or None.
     """
 
-    def __init__(self, groups: int, channels: int, eps: float = 1e-5, affine: bool = True, *,
-                 activation: str | None = None, device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        groups: int,
+        channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        activation: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if groups < 1 or channels % groups:
             raise ValueError(f"bigkernels.nn.GroupNorm: {channels} channels do not make {groups} groups of one size")

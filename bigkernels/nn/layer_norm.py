@@ -19,8 +19,16 @@ class LayerNorm(nn.Module):
         elementwise_affine: whether there are a weight and, with `bias`, a bias.
     """
 
-    def __init__(self, hidden_size: int, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True, *,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.hidden_size, self.eps = hidden_size, eps
         for name, present in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):

@@ -29,21 +29,44 @@ class LinearCrossEntropyLoss(nn.Module):
 
     class_weight: Tensor | None
 
-    def __init__(self, in_features: int, num_classes: int, bias: bool = False, *, class_weight: Tensor | None = None,
-                 ignore_index: int | None = None, reduction: str = "mean", label_smoothing: float = 0.0,
-                 z_loss: float = 0.0, softcap: float | None = None, focal_gamma: float = 0.0, logit_scale: float = 1.0,
-                 return_z_loss: bool = False, return_token_accuracy: bool = False,
-                 return_predicted_tokens: bool = False,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        bias: bool = False,
+        *,
+        class_weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        focal_gamma: float = 0.0,
+        logit_scale: float = 1.0,
+        return_z_loss: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
         self.register_buffer("class_weight", class_weight)
-        self.options = {"ignore_index": -100 if ignore_index is None else ignore_index, "reduction": reduction,
-                        "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap,
-                        "focal_gamma": focal_gamma, "logit_scale": logit_scale}  # fmt: skip
-        reports = {"return_z_loss": return_z_loss, "return_token_accuracy": return_token_accuracy,
-                   "return_predicted_tokens": return_predicted_tokens}  # fmt: skip
+        self.options = {
+            "ignore_index": -100 if ignore_index is None else ignore_index,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "softcap": softcap,
+            "focal_gamma": focal_gamma,
+            "logit_scale": logit_scale,
+        }
+        reports = {
+            "return_z_loss": return_z_loss,
+            "return_token_accuracy": return_token_accuracy,
+            "return_predicted_tokens": return_predicted_tokens,
+        }
         self.options |= {name: True for name, asked in reports.items() if asked}
         self.reset_parameters()
 
@@ -57,8 +80,15 @@ class LinearCrossEntropyLoss(nn.Module):
         self, hidden: Tensor, target: Tensor, token_weight: Tensor | None = None
     ) -> Tensor | CrossEntropyOutput:
         """hidden (..., H), target (...), token_weight (...) or None: a loss, or one a token, in float32."""
-        return linear_cross_entropy(hidden, self.weight, target, self.bias, class_weight=self.class_weight,
-                                    token_weight=token_weight, **self.options)  # fmt: skip
+        return linear_cross_entropy(
+            hidden,
+            self.weight,
+            target,
+            self.bias,
+            class_weight=self.class_weight,
+            token_weight=token_weight,
+            **self.options,
+        )
 
     def extra_repr(self) -> str:
         vocabulary, size = self.weight.shape

@@ -37,16 +37,24 @@ class LoRALinear(nn.Module):
     """
 
     def __init__(
-        self, base: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, *,
+        self,
+        base: nn.Module,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        *,
         dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         if not _fits(base):
-            raise TypeError(f"bigkernels.nn.LoRALinear: base is a {type(base).__name__}; accepted are Linear and "
-                            "QuantizedLinear")  # fmt: skip
+            raise TypeError(
+                f"bigkernels.nn.LoRALinear: base is a {type(base).__name__}; accepted are Linear and QuantizedLinear"
+            )
         if rank < 1 or not 0 <= dropout < 1:
-            raise ValueError(f"bigkernels.nn.LoRALinear: rank is {rank} and dropout {dropout}; expected a rank of at "
-                             "least 1 and a dropout in [0, 1)")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.nn.LoRALinear: rank is {rank} and dropout {dropout}; expected a rank of at "
+                "least 1 and a dropout in [0, 1)"
+            )
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.out_features, self.in_features = _size(base)
@@ -62,9 +70,13 @@ class LoRALinear(nn.Module):
 
     @classmethod
     def add_to(
-        cls, model: nn.Module, targets: str | tuple[str, ...] = ("*_proj",), rank: int = 8, alpha: float = 16.0,
+        cls,
+        model: nn.Module,
+        targets: str | tuple[str, ...] = ("*_proj",),
+        rank: int = 8,
+        alpha: float = 16.0,
         dropout: float = 0.0,
-    ) -> list[str]:  # fmt: skip
+    ) -> list[str]:
         """Put adapters on the linear layers of a model whose names match a pattern (as in `fnmatch`), in place, and
         freeze all else. A layer under several names gets one adapter. The output projection of a
         `torch.nn.MultiheadAttention`, which is never called, is left alone with a warning.
@@ -77,14 +89,17 @@ class LoRALinear(nn.Module):
         """
         targets = as_names(targets)
         layers = {
-            module: paths for module, paths in places(model).items()
+            module: paths
+            for module, paths in places(model).items()
             if paths[0] and _fits(module) and any(fnmatch.fnmatchcase(path, t) for t in targets for path in paths)
-        }  # fmt: skip
+        }
         reasons = [f"{paths[0]}: {reason}" for paths in layers.values() if (reason := never_called(model, paths[0]))]
         layers = {module: paths for module, paths in layers.items() if not never_called(model, paths[0])}
         if not layers:
-            raise ValueError(f"bigkernels.nn.LoRALinear.add_to: no linear layer is named like {', '.join(targets)}"
-                             + "".join(f"; {reason}" for reason in reasons))  # fmt: skip
+            raise ValueError(
+                f"bigkernels.nn.LoRALinear.add_to: no linear layer is named like {', '.join(targets)}"
+                + "".join(f"; {reason}" for reason in reasons)
+            )
         if reasons:
             warnings.warn(f"bigkernels.nn.LoRALinear.add_to leaves alone {'; '.join(reasons)}", stacklevel=2)
         for module in model.modules():

@@ -20,8 +20,16 @@ class MLP(nn.Module):
         bias: whether the layers have biases.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: str = "gelu", *, bias: bool = True,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str = "gelu",
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"bigkernels.nn.MLP: activation is {activation!r}; accepted are {', '.join(ACTIVATIONS)}")

@@ -34,8 +34,9 @@ class QuantizedExperts(Quantized):
         transposed: the parameter held (E, K, N), what tokens are multiplied with from the left.
     """
 
-    def __init__(self, qweight: QuantizedWeight, num_experts: int, transposed: bool = False,
-                 trained: bool = True) -> None:  # fmt: skip
+    def __init__(
+        self, qweight: QuantizedWeight, num_experts: int, transposed: bool = False, trained: bool = True
+    ) -> None:
         # `experts` and `turned` are names in saved files.
         super().__init__(qweight, None, trained, experts=num_experts, turned=int(transposed))
         self.num_experts, self.transposed = num_experts, transposed
@@ -66,8 +67,9 @@ class QuantizedExperts(Quantized):
         if isinstance(index, Tensor) and index.dim() == 1 and not index.dtype.is_floating_point:
             if index.is_cuda and index.dtype != torch.bool:
                 return self._gathered(index)
-            picked, where = torch.unique(index.nonzero()[:, 0] if index.dtype == torch.bool else index,
-                                         return_inverse=True)  # fmt: skip
+            picked, where = torch.unique(
+                index.nonzero()[:, 0] if index.dtype == torch.bool else index, return_inverse=True
+            )
             return torch.stack([self.expert(i).dequantize() for i in picked.tolist()])[where]
         return self.dequantize()[index]
 

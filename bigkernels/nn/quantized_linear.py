@@ -25,8 +25,9 @@ class QuantizedLinear(Quantized, nn.Linear):
         trained: whether the weight of that requires a gradient.
     """
 
-    def __init__(self, qweight: QuantizedWeight, bias: Tensor | None = None, shell: Shell | None = None,
-                 trained: bool = True) -> None:  # fmt: skip
+    def __init__(
+        self, qweight: QuantizedWeight, bias: Tensor | None = None, shell: Shell | None = None, trained: bool = True
+    ) -> None:
         super().__init__(qweight, shell, trained)
         self.bias = None if bias is None else bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
 
@@ -71,5 +72,7 @@ class QuantizedLinear(Quantized, nn.Linear):
         return quantized_linear(x, self.qweight, self.bias)
 
     def extra_repr(self) -> str:
-        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-                f"{self.weight_format}")  # fmt: skip
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.weight_format}"
+        )

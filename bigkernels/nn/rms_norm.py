@@ -20,8 +20,16 @@ class RMSNorm(nn.Module):
         elementwise_affine: whether there is a weight.
     """
 
-    def __init__(self, hidden_size: int, eps: float = 1e-6, *, offset: float = 0.0, elementwise_affine: bool = True,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        *,
+        offset: float = 0.0,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.hidden_size, self.eps, self.offset = hidden_size, eps, offset
         weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype)) if elementwise_affine else None

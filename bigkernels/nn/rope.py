@@ -22,8 +22,14 @@ class RotaryEmbedding(KeepsConstants):
 
     inverse_frequencies: Tensor
 
-    def __init__(self, rotary_dim: int, theta: float = 10_000.0, *, interleaved: bool = False,
-                 device: torch.device | str | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        rotary_dim: int,
+        theta: float = 10_000.0,
+        *,
+        interleaved: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         if rotary_dim % 2:
             raise ValueError(f"bigkernels.nn.RotaryEmbedding: rotary_dim is {rotary_dim}, expected an even number")

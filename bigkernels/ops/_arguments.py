@@ -28,8 +28,10 @@ def check_tensor(op: str, name: str, value: object, *, optional: bool = False) -
 def check_same_device(op: str, first: str, reference: Tensor, **others: Tensor | None) -> None:
     for name, value in others.items():
         if value is not None and value.device != reference.device:
-            raise ValueError(f"bigkernels.{op}: {name} is on {value.device} and {first} on {reference.device}; "
-                             "all tensors must be on one device")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.{op}: {name} is on {value.device} and {first} on {reference.device}; "
+                "all tensors must be on one device"
+            )
 
 
 def check_shape(op: str, name: str, value: Tensor | None, expected: Sequence[int], why: str) -> None:
@@ -40,8 +42,10 @@ def check_shape(op: str, name: str, value: Tensor | None, expected: Sequence[int
 def check_same_dtype(op: str, first: str, reference: Tensor, **others: Tensor | None) -> None:
     for name, value in others.items():
         if value is not None and value.dtype != reference.dtype:
-            raise TypeError(f"bigkernels.{op}: {name} is {type_name(value)} and {first} is {type_name(reference)}; "
-                            "they must have one dtype")  # fmt: skip
+            raise TypeError(
+                f"bigkernels.{op}: {name} is {type_name(value)} and {first} is {type_name(reference)}; "
+                "they must have one dtype"
+            )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

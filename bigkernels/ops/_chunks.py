@@ -399,8 +399,10 @@ class _Total(torch.autograd.Function):
         *inputs, of_hidden, of_weight, of_bias, divisor = ctx.saved_tensors
         if is_observed(grad):
             if ctx.versions != ctx.call.versions():
-                raise RuntimeError("bigkernels: a tensor that derivatives of a loss's gradients need, as its target, "
-                                   "has been modified by an inplace operation")  # fmt: skip
+                raise RuntimeError(
+                    "bigkernels: a tensor that derivatives of a loss's gradients need, as its target, "
+                    "has been modified by an inplace operation"
+                )
             return *ctx.call.derivatives(*inputs, (grad,)), None, None
         if divisor is not None:
             grad = torch.where(divisor == 0, 0, grad / divisor)

@@ -38,8 +38,17 @@ class Operands(NamedTuple):
     kind: int
 
     @classmethod
-    def of(cls, kind: Kind, codes: Tensor, scale: Tensor | None = None, *, zero: Tensor | None = None,
-           row_scale: Tensor | None = None, book: Tensor | None = None, group: int = 0) -> Operands:  # fmt: skip
+    def of(
+        cls,
+        kind: Kind,
+        codes: Tensor,
+        scale: Tensor | None = None,
+        *,
+        zero: Tensor | None = None,
+        row_scale: Tensor | None = None,
+        book: Tensor | None = None,
+        group: int = 0,
+    ) -> Operands:
         return cls(codes, scale, zero, row_scale, book, group, kind.number)
 
     @classmethod

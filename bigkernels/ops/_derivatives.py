@@ -82,6 +82,9 @@ def _pull(fn, leaves, grads, create_graph=False):
         if not pairs:  # outputs without elements may not depend on the inputs
             return tuple(torch.zeros_like(t) if w else None for t, w in zip(leaves, wanted, strict=True))
         outputs, upstream = [o for o, _ in pairs], [g.to(o.dtype) for o, g in pairs]
-        derivatives = iter(torch.autograd.grad(outputs, inputs, upstream, create_graph=create_graph, allow_unused=True,
-                                         materialize_grads=True))  # fmt: skip
+        derivatives = iter(
+            torch.autograd.grad(
+                outputs, inputs, upstream, create_graph=create_graph, allow_unused=True, materialize_grads=True
+            )
+        )
     return tuple(next(derivatives) if w else None for w in wanted)

@@ -77,8 +77,9 @@ def forget(codes: Tensor) -> None:
     _copies.pop(codes, None)
 
 
-def _fragments(codes: Tensor, others: tuple[Tensor | None, ...], group: int, kind: int, k: int,
-               at_once: bool) -> Fragments | str:  # fmt: skip
+def _fragments(
+    codes: Tensor, others: tuple[Tensor | None, ...], group: int, kind: int, k: int, at_once: bool
+) -> Fragments | str:
     """The copy, or why there is none. `at_once`: make it whenever there is none."""
     base = codes._base
     if base is not None and base.nbytes > codes.nbytes:
@@ -97,9 +98,13 @@ def _fragments(codes: Tensor, others: tuple[Tensor | None, ...], group: int, kin
         return "the weight has just changed"
     with torch.no_grad():
         fragments = in_fragments(codes, *others, group, kind, k)
-    log.info("quantized_linear: a weight (%d, %d) copied in the order of matrix fragments: %.1f MB beside its %.1f MB",
-             fragments.n, fragments.k, fragments.nbytes / 1e6,
-             sum(t.nbytes for t in (codes, *others) if t is not None) / 1e6)  # fmt: skip
+    log.info(
+        "quantized_linear: a weight (%d, %d) copied in the order of matrix fragments: %.1f MB beside its %.1f MB",
+        fragments.n,
+        fragments.k,
+        fragments.nbytes / 1e6,
+        sum(t.nbytes for t in (codes, *others) if t is not None) / 1e6,
+    )
     _copies[codes] = _Copy(version, seen, fragments)
     return fragments
 
@@ -139,9 +144,19 @@ def refusal(x: Tensor, bias: Tensor | None, group: int, kind: int, k: int, dynam
 
 
 def product(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, row_scale: Tensor | None, book: Tensor | None,
-    bias: Tensor | None, group: int, kind: int, k: int, wide: bool, at_once: bool = False,
-) -> Tensor | str:  # fmt: skip
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    row_scale: Tensor | None,
+    book: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+    kind: int,
+    k: int,
+    wide: bool,
+    at_once: bool = False,
+) -> Tensor | str:
     """The result, of what `refusal` does not refuse, or why there is no copy of the weight."""
     fragments = _fragments(codes, (scale, zero, row_scale, book), group, kind, k, at_once)
     if isinstance(fragments, str):
@@ -150,9 +165,17 @@ def product(
     if tokens.stride(1) != 1 or tokens.stride(0) % 8 or tokens.data_ptr() % 16:
         tokens = tokens.clone(memory_format=torch.contiguous_format)
     out = x.new_empty(*x.shape[:-1], fragments.n, dtype=torch.float32 if wide else None)
-    _run(tokens, fragments.units, fragments.factor, book, bias if bias is None else bias.contiguous(),
-         CODES.index(fragments.code), OFFSETS.index(fragments.offset), fragments.group,
-         out.view(-1, fragments.n))  # fmt: skip
+    _run(
+        tokens,
+        fragments.units,
+        fragments.factor,
+        book,
+        bias if bias is None else bias.contiguous(),
+        CODES.index(fragments.code),
+        OFFSETS.index(fragments.offset),
+        fragments.group,
+        out.view(-1, fragments.n),
+    )
     return out
 
 

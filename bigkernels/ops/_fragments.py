@@ -63,9 +63,15 @@ def kind_of(kind: int, group: int) -> tuple[str, str] | None:
 
 
 def in_fragments(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, row_scale: Tensor | None, book: Tensor | None, group: int,
-    kind: int, k: int,
-) -> Fragments:  # fmt: skip
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    row_scale: Tensor | None,
+    book: Tensor | None,
+    group: int,
+    kind: int,
+    k: int,
+) -> Fragments:
     """The copy, on the device of the codes. Waits for nothing there."""
     layout = kind_of(kind, group)
     if layout is None:
@@ -86,8 +92,9 @@ def in_fragments(
         to[..., :bytes_of_codes] = _ORDERS[code](_padded(some, runs * RUN))
         if group:
             words = scale[rows].float() if offset == "none" else torch.stack((scale[rows], zero[rows]), -1).half()
-            to[..., bytes_of_codes:] = _scales(_padded(words.view(torch.uint8).view(*scale[rows].shape, 4),
-                                                       runs * RUN // group), runs)  # fmt: skip
+            to[..., bytes_of_codes:] = _scales(
+                _padded(words.view(torch.uint8).view(*scale[rows].shape, 4), runs * RUN // group), runs
+            )
     factor = row_scale if group else scale
     if code == "fp8" and n:
         # A row that holds a NaN gives NaN whatever the tokens are; its code here would be a number.

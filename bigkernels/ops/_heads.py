@@ -27,8 +27,9 @@ def check_head(
         plain = weight.operands().codes
     else:
         if not isinstance(weight, Tensor):
-            raise TypeError(f"bigkernels.{op}: {of}weight is {type_name(weight)}; accepted are floating tensors and "
-                            "QuantizedWeight")  # fmt: skip
+            raise TypeError(
+                f"bigkernels.{op}: {of}weight is {type_name(weight)}; accepted are floating tensors and QuantizedWeight"
+            )
         check_tensor(op, f"{of}weight", weight)
     check_tensor(op, f"{of}bias", bias, optional=True)
     if len(weight.shape) != 2 or 0 in weight.shape:
@@ -55,8 +56,10 @@ def targets_inside(op: str, target: Tensor, vocabulary: int, ignore_index: int) 
         return
     outside = target[(target != ignore_index) & ((target < 0) | (target >= vocabulary))]
     if outside.numel():
-        raise ValueError(f"bigkernels.{op}: target holds {outside[0].item()}, outside the vocabulary "
-                         f"[0, {vocabulary}) and not ignore_index ({ignore_index})")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.{op}: target holds {outside[0].item()}, outside the vocabulary "
+            f"[0, {vocabulary}) and not ignore_index ({ignore_index})"
+        )
 
 
 def check_positive(op: str, **options: float | None) -> None:

@@ -256,8 +256,9 @@ def define(schema: str, fake: Callable, fallback: Callable, flops: Callable[...,
     (`_flops`); operators without matrix products have none, as PyTorch counts.
     """
     name = "bigkernels::" + schema.split("(")[0]
-    torch.library.define("bigkernels::" + schema[: schema.index("(")], schema[schema.index("(") :],
-                         tags=(torch.Tag.pt2_compliant_tag,))  # fmt: skip
+    torch.library.define(
+        "bigkernels::" + schema[: schema.index("(")], schema[schema.index("(") :], tags=(torch.Tag.pt2_compliant_tag,)
+    )
     torch.library.impl(name, "CompositeExplicitAutograd")(fallback)
     torch.library.register_fake(name)(fake)
     packet = getattr(torch.ops.bigkernels, name.split("::")[1])

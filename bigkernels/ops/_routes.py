@@ -139,9 +139,17 @@ def routes(capability: Capability) -> list[Route]:
 
 
 def attention_call(
-    q: Tensor, k: Tensor, v: Tensor, *, left: int, right: int, masked: bool, others: bool, deterministic: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    left: int,
+    right: int,
+    masked: bool,
+    others: bool,
+    deterministic: bool,
     of_model: bool = False,
-) -> str:  # fmt: skip
+) -> str:
     """The kind of a call, as the table names them. `others` are options beside mask, window and scale; `deterministic`
     is whether equal inputs have to give equal gradients; `of_model`, whether PyTorch's attention was there before.
     """
@@ -164,9 +172,19 @@ def attention_call(
 
 
 def by_torch(
-    q: Tensor, k: Tensor, v: Tensor, *, left: int, right: int, scale: float | None, masked: bool, others: bool,
-    deterministic: bool, dropout_p: float = 0.0, mask: Tensor | None = None,
-) -> Tensor | None:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    left: int,
+    right: int,
+    scale: float | None,
+    masked: bool,
+    others: bool,
+    deterministic: bool,
+    dropout_p: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor | None:
     """Attention by PyTorch's kernels, with the gradients that these have, where the table says so; else None.
 
     `mask` is given where it was PyTorch's that the call took the place of: rows that see nothing are then as they were.
@@ -178,8 +196,17 @@ def by_torch(
     capability = capability_of(q)
     if capability is None or (forced is not None and forced != "torch") or not _fits(q, k, v):
         return None
-    call = attention_call(q, k, v, left=left, right=right, masked=masked, others=others, deterministic=deterministic,
-                          of_model=mask is not None)  # fmt: skip
+    call = attention_call(
+        q,
+        k,
+        v,
+        left=left,
+        right=right,
+        masked=masked,
+        others=others,
+        deterministic=deterministic,
+        of_model=mask is not None,
+    )
     row = find("attention", call, capability)
     if forced == "torch":
         if call in ("with options", "masked"):  # a mask of ours is not one of theirs

@@ -119,8 +119,17 @@ def _by_torch(q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths, left, ri
     tensors = (bias, alibi_slopes, sinks, prefix_lengths)
     # Our mask of dropout is a function of a seed and a place, theirs is not.
     others = softcap > 0 or dropout_p > 0 or any(t is not None for t in tensors)
-    return _routes.by_torch(q, k, v, left=left, right=right, scale=scale, masked=mask is not None, others=others,
-                            deterministic=not nondeterministic())  # fmt: skip
+    return _routes.by_torch(
+        q,
+        k,
+        v,
+        left=left,
+        right=right,
+        scale=scale,
+        masked=mask is not None,
+        others=others,
+        deterministic=not nondeterministic(),
+    )
 
 
 def _four(t):
@@ -136,9 +145,14 @@ OPTIONS = "int left, int right, float scale, float softcap, float dropout_p"
 
 
 def raw_options(
-    op: str, size: int, causal: bool, scale: float | None, window: tuple[int, int] | None, softcap: float | None,
+    op: str,
+    size: int,
+    causal: bool,
+    scale: float | None,
+    window: tuple[int, int] | None,
+    softcap: float | None,
     dropout_p: float,
-) -> tuple[int, int, float, float, float]:  # fmt: skip
+) -> tuple[int, int, float, float, float]:
     """The raw operators' options (left, right, scale, softcap, dropout_p) for queries of `size` elements a head."""
     left, right = (-1, -1) if window is None else _window(op, window)
     if causal:
@@ -195,8 +209,10 @@ def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, heads: int, **others: 
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"bigkernels.{op}: k has heads of {k.shape[-1]} elements and q of {q.shape[-1]}")
     if k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f"bigkernels.{op}: v has shape {tuple(v.shape)}, expected that of k, {tuple(k.shape)}, "
-                         "but for the last dimension")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.{op}: v has shape {tuple(v.shape)}, expected that of k, {tuple(k.shape)}, "
+            "but for the last dimension"
+        )
     if q.shape[-1] == 0 or v.shape[-1] == 0:
         raise ValueError(f"bigkernels.{op}: the heads of q, k and v must have at least one element")
     if k.shape[heads] == 0 or q.shape[heads] % k.shape[heads]:
@@ -208,8 +224,9 @@ def check_vectors(op: str, heads: int, **vectors: Tensor | None) -> None:
     for name, value in vectors.items():
         check_tensor(op, name, value, optional=True)
         if value is not None and tuple(value.shape) != (heads,):
-            raise ValueError(f"bigkernels.{op}: {name} has shape {tuple(value.shape)}, expected ({heads},), one value "
-                             "a query head")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.{op}: {name} has shape {tuple(value.shape)}, expected ({heads},), one value a query head"
+            )
 
 
 def check_integers(op: str, name: str, value: object, shape: tuple[int, ...], *, optional: bool = False) -> None:
@@ -231,15 +248,18 @@ def _check(q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths):
     if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
         given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"bigkernels.{op}: mask is {given}; accepted is torch.bool (additive masks go to bias)")
-    check_heads(op, q, k, v, 1, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks,
-                       prefix_lengths=prefix_lengths)  # fmt: skip
+    check_heads(
+        op, q, k, v, 1, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks, prefix_lengths=prefix_lengths
+    )
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"bigkernels.{op}: k has a batch of {k.shape[0]} and q of {q.shape[0]}")
     scores = (*q.shape[:3], k.shape[2])
     for name, value in (("bias", bias), ("mask", mask)):
         if value is not None and not _broadcasts(value.shape, scores):
-            raise ValueError(f"bigkernels.{op}: {name} has shape {tuple(value.shape)}, which does not broadcast to "
-                             f"(B, H, Sq, Sk) = {scores}")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.{op}: {name} has shape {tuple(value.shape)}, which does not broadcast to "
+                f"(B, H, Sq, Sk) = {scores}"
+            )
     check_vectors(op, q.shape[1], alibi_slopes=alibi_slopes, sinks=sinks)
     check_integers(op, "prefix_lengths", prefix_lengths, (q.shape[0],), optional=True)
 
@@ -274,10 +294,21 @@ def visible(queries: int, keys: int, left: int, right: int, prefix: Tensor | Non
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, alibi_slopes: Tensor | None,
-    sinks: Tensor | None, prefix: Tensor | None, keep: Tensor | None, left: int, right: int, scale: float,
-    softcap: float, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    prefix: Tensor | None,
+    keep: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
     """The reference, which holds all scores. q (B, H, Sq, D), k and v (B, Hk, Sk, D); (out, lse) in the wide dtype."""
     args = (q, k, v, bias, mask, alibi_slopes, sinks, prefix, keep, left, right, scale, softcap, dropout_p)
     if autocast_dtype(q.device) is None:
@@ -376,8 +407,10 @@ _infer = define(
 _bwd = define(
     f"attention_bwd(Tensor grad, Tensor? grad_lse, {_ARGS.format('Tensor out, Tensor lse, ')}, bool bias_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _bwd_fake, _bwd_fallback, lambda grad, grad_lse, *rest: _flops(*rest, backward=True),
-)  # fmt: skip
+    _bwd_fake,
+    _bwd_fallback,
+    lambda grad, grad_lse, *rest: _flops(*rest, backward=True),
+)
 
 
 class _Attention(torch.autograd.Function):
@@ -404,5 +437,13 @@ class _Attention(torch.autograd.Function):
             grad = torch.zeros_like(out)
         bias_grad = bias is not None and ctx.needs_input_grad[3]
         dq, dk, dv, dbias, dsinks = _bwd(grad, grad_lse, q, k, v, out, lse, bias, *rest, *ctx.options, bias_grad)
-        return (dq, dk, dv, dbias if bias_grad else None, None, None, dsinks if rest[2] is not None else None,
-                *[None] * 7)  # fmt: skip
+        return (
+            dq,
+            dk,
+            dv,
+            dbias if bias_grad else None,
+            None,
+            None,
+            dsinks if rest[2] is not None else None,
+            *[None] * 7,
+        )

@@ -124,8 +124,10 @@ def _check(x, running_mean, running_var, weight, bias, training, activation, res
             "bigkernels.functional.batch_norm: without training running_mean and running_var must be given"
         )
     if training and x.numel() == x.shape[1]:
-        raise ValueError(f"bigkernels.functional.batch_norm: x has shape {tuple(x.shape)}; "
-                         "in training expected more than one value a channel")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.functional.batch_norm: x has shape {tuple(x.shape)}; "
+            "in training expected more than one value a channel"
+        )
     if training and x.numel() == 0:
         raise ValueError(
             f"bigkernels.functional.batch_norm: x has shape {tuple(x.shape)}; in training expected some values"
@@ -186,14 +188,16 @@ _fwd = define(
     # moments are used, and then none are returned.
     "batch_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? var, float eps,"
     " int activation, bool rows) -> (Tensor, Tensor, Tensor)",
-    _fwd_fake, _fwd_fallback,
-)  # fmt: skip
+    _fwd_fake,
+    _fwd_fallback,
+)
 _bwd = define(
     # `result`: of ReLU, which stands for what it was computed from. `training`: whether mean and var are those of x.
     "batch_norm_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor? result, Tensor mean, Tensor var,"
     " float eps, int activation, bool rows, bool training, bool residual) -> (Tensor, Tensor, Tensor, Tensor)",
-    _bwd_fake, _bwd_fallback,
-)  # fmt: skip
+    _bwd_fake,
+    _bwd_fallback,
+)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -225,12 +229,21 @@ class _BatchNorm(torch.autograd.Function):
             return *_observed(grad, x, weight, bias, mean, var, result, ctx.options), *nothing
         rows = has_rows(x)
         dx, dweight, dbias, dresidual = _bwd(
-            arranged(grad, rows), arranged(x, rows), weight, bias, None if result is None else arranged(result, rows),
-            mean, var, eps, activation, rows, training, added and ctx.needs_input_grad[3],
-        )  # fmt: skip
+            arranged(grad, rows),
+            arranged(x, rows),
+            weight,
+            bias,
+            None if result is None else arranged(result, rows),
+            mean,
+            var,
+            eps,
+            activation,
+            rows,
+            training,
+            added and ctx.needs_input_grad[3],
+        )
         dresidual = dresidual if added and ctx.needs_input_grad[3] else None
-        return (dx, dweight if weight is not None else None, dbias if bias is not None else None,
-                dresidual, *nothing)  # fmt: skip
+        return (dx, dweight if weight is not None else None, dbias if bias is not None else None, dresidual, *nothing)
 
 
 def _observed(grad, x, weight, bias, mean, var, result, options):

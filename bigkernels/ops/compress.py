@@ -67,8 +67,10 @@ def decompress(codes: Tensor, scale: Tensor, format: str = "int8", *, dtype: tor
     if format not in FORMATS:
         raise ValueError(f"bigkernels.ops.compress.decompress: format is {format!r}; accepted are {', '.join(FORMATS)}")
     if codes.dtype != torch.uint8 or codes.dim() != 1 or scale.shape != (-(-codes.shape[0] // BLOCK),):
-        raise ValueError(f"bigkernels.ops.compress.decompress: codes {tuple(codes.shape)} of {codes.dtype} and scale "
-                         f"{tuple(scale.shape)} are not what compress makes")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.ops.compress.decompress: codes {tuple(codes.shape)} of {codes.dtype} and scale "
+            f"{tuple(scale.shape)} are not what compress makes"
+        )
     probe = scale.new_empty(0, dtype=dtype)
     try:
         run = _decompress if OPERATOR.uses_kernel(probe, codes, scale) else _decode

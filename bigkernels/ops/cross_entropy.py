@@ -68,8 +68,18 @@ def cross_entropy(
             cap = -1.0 if softcap == 0 else softcap or 0.0
             if grad:
                 target, token_weight = own(target), own(token_weight)
-            args = (logits, target, class_weight, token_weight, ignore_index, _REDUCTIONS[reduction], label_smoothing,
-                    z_loss, cap, focal_gamma)  # fmt: skip
+            args = (
+                logits,
+                target,
+                class_weight,
+                token_weight,
+                ignore_index,
+                _REDUCTIONS[reduction],
+                label_smoothing,
+                z_loss,
+                cap,
+                focal_gamma,
+            )
             return _CrossEntropy.apply(*args) if grad else _infer(*args)
     except REFUSED:
         _check(logits, target, class_weight, token_weight, *options)
@@ -115,8 +125,10 @@ def _check_targets(target, vocabulary, ignore_index):
     # Data-dependent, so on CPU only: on a GPU it would wait for the device.
     outside = target[(target != ignore_index) & ((target < 0) | (target >= vocabulary))]
     if outside.numel():
-        raise ValueError(f"bigkernels.functional.cross_entropy: target holds {outside[0].item()}, outside the "
-                         f"vocabulary [0, {vocabulary}) and not ignore_index ({ignore_index})")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.functional.cross_entropy: target holds {outside[0].item()}, outside the "
+            f"vocabulary [0, {vocabulary}) and not ignore_index ({ignore_index})"
+        )
 
 
 def _token_losses(
@@ -217,20 +229,23 @@ _OPTIONS = "int ignore_index, int reduction, float label_smoothing, float z_loss
 _fwd = define(
     f"cross_entropy_fwd(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor)",
-    _fwd_fake, _fwd_fallback,
-)  # fmt: skip
+    _fwd_fake,
+    _fwd_fallback,
+)
 # The same, and `predictions`.
 _predict = define(
     f"cross_entropy_predict(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    _predict_fake, _predict_fallback,
-)  # fmt: skip
+    _predict_fake,
+    _predict_fallback,
+)
 _infer = define(
     "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, Tensor? token_weight=None, int ignore_index=-100,"
     " int reduction=1, float label_smoothing=0.0, float z_loss=0.0, float softcap=0.0, float focal_gamma=0.0)"
     " -> Tensor",
-    lambda *args: _fwd_fake(*_with_defaults(*args))[0], lambda *args: _fwd_fallback(*_with_defaults(*args))[0],
-)  # fmt: skip
+    lambda *args: _fwd_fake(*_with_defaults(*args))[0],
+    lambda *args: _fwd_fallback(*_with_defaults(*args))[0],
+)
 _REST = f"Tensor target, Tensor? weight, Tensor? token_weight, Tensor lse, Tensor divisor, {_OPTIONS}"
 _bwd = define(f"cross_entropy_bwd(Tensor grad, Tensor logits, {_REST}) -> Tensor", _bwd_fake, _bwd_fallback)
 # The same, written over the logits.

@@ -89,17 +89,17 @@ def decode_attention(
         if OPERATOR.uses_kernel(q, k_cache, v_cache, cache_seqlens, k, v, cos, sin, *tensors) and not grad:
             cache_seqlens, block_table = _int32(cache_seqlens), _int32(block_table)
             if appends:
-                q = _appended(q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, k_scale, v_scale,
-                              interleaved)  # fmt: skip
-            results = _infer(q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, alibi_slopes, sinks,
-                           left, *options)  # fmt: skip
+                q = _appended(
+                    q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin, k_scale, v_scale, interleaved
+                )
+            results = _infer(
+                q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, alibi_slopes, sinks, left, *options
+            )
             return results if return_lse else results[0]
     except REFUSED:
-        _check(_DECODE, q, k_cache, v_cache, cache_seqlens, *tensors, k, v, cos, sin, left=left,
-               appends=appends)  # fmt: skip
+        _check(_DECODE, q, k_cache, v_cache, cache_seqlens, *tensors, k, v, cos, sin, left=left, appends=appends)
         raise
-    _check(_DECODE, q, k_cache, v_cache, cache_seqlens, *tensors, k, v, cos, sin, left=left,
-           appends=appends)  # fmt: skip
+    _check(_DECODE, q, k_cache, v_cache, cache_seqlens, *tensors, k, v, cos, sin, left=left, appends=appends)
     if appends or k_cache.dtype == torch.int8:
         _refuse_gradient(_DECODE, grad)
     if appends:
@@ -117,8 +117,11 @@ def _caches_first(function):
         if len(args) > 1 and (
             "k_cache" in kwargs or len(args) > 3 and isinstance(args[3], Tensor) and args[3].dim() == 4
         ):
-            warn(f"bigkernels.{_APPEND}", "the order q, k, v, k_cache, v_cache, cache_seqlens",
-                 "q, k_cache, v_cache, cache_seqlens, k, v")  # fmt: skip
+            warn(
+                f"bigkernels.{_APPEND}",
+                "the order q, k, v, k_cache, v_cache, cache_seqlens",
+                "q, k_cache, v_cache, cache_seqlens, k, v",
+            )
             kwargs.update(zip(("q", "k", "v", "k_cache", "v_cache", "cache_seqlens"), args, strict=False))
             args = ()
         return function(*args, **kwargs)
@@ -167,8 +170,7 @@ def append_kv_(
         if OPERATOR.uses_kernel(*args) and not grad:
             return _appended(*args, interleaved)
     except REFUSED:
-        _check(_APPEND, q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, None, None, k, v, cos,
-               sin)  # fmt: skip
+        _check(_APPEND, q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, None, None, k, v, cos, sin)
         raise
     _check(_APPEND, q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, None, None, k, v, cos, sin)
     _refuse_gradient(_APPEND, grad)
@@ -200,12 +202,31 @@ def _int32(t):
 
 def _refuse_gradient(op, grad):
     if grad:
-        raise RuntimeError(f"bigkernels.{op}: appending to a cache and int8 caches have no gradient, and an argument "
-                           "requires one; call it inside torch.no_grad()")  # fmt: skip
+        raise RuntimeError(
+            f"bigkernels.{op}: appending to a cache and int8 caches have no gradient, and an argument "
+            "requires one; call it inside torch.no_grad()"
+        )
 
 
-def _check(op, q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, alibi_slopes, sinks, k=None, v=None,
-           cos=None, sin=None, *, left=-1, appends=True):  # fmt: skip
+def _check(
+    op,
+    q,
+    k_cache,
+    v_cache,
+    cache_seqlens,
+    block_table,
+    k_scale,
+    v_scale,
+    alibi_slopes,
+    sinks,
+    k=None,
+    v=None,
+    cos=None,
+    sin=None,
+    *,
+    left=-1,
+    appends=True,
+):
     check_tensor(op, "q", q)
     if q.dim() != 4:
         raise ValueError(f"bigkernels.{op}: q has shape {tuple(q.shape)}, expected (B, H, n, D)")
@@ -213,9 +234,23 @@ def _check(op, q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale
     _check_cache(op, q, k_cache, v_cache, k_scale, v_scale)
     first, capacity, heads, _ = k_cache.shape
     value_size = v_cache.shape[-1]
-    check_same_device(op, "q", q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens, k_scale=k_scale,
-                      block_table=block_table, v_scale=v_scale, alibi_slopes=alibi_slopes, sinks=sinks, k=k, v=v,
-                      cos=cos, sin=sin)  # fmt: skip
+    check_same_device(
+        op,
+        "q",
+        q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        cache_seqlens=cache_seqlens,
+        k_scale=k_scale,
+        block_table=block_table,
+        v_scale=v_scale,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        k=k,
+        v=v,
+        cos=cos,
+        sin=sin,
+    )
     if heads == 0 or q.shape[1] % heads:
         raise ValueError(f"bigkernels.{op}: q has {q.shape[1]} heads, not a multiple of the cache's {heads}")
     if size == 0 or value_size == 0:
@@ -223,15 +258,19 @@ def _check(op, q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale
     shared.check_integers(op, "cache_seqlens", cache_seqlens, (batch,))
     if block_table is None:
         if first != batch:
-            raise ValueError(f"bigkernels.{op}: k_cache has a batch of {first} and q of {batch}; a cache of pages "
-                             "needs a block_table")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.{op}: k_cache has a batch of {first} and q of {batch}; a cache of pages "
+                "needs a block_table"
+            )
     else:
         if not isinstance(block_table, Tensor) or block_table.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"bigkernels.{op}: block_table is {type_name(block_table)}; accepted are int32 and int64 "
-                            "tensors")  # fmt: skip
+            raise TypeError(
+                f"bigkernels.{op}: block_table is {type_name(block_table)}; accepted are int32 and int64 tensors"
+            )
         if block_table.dim() != 2 or block_table.shape[0] != batch:
-            raise ValueError(f"bigkernels.{op}: block_table has shape {tuple(block_table.shape)}, expected "
-                             f"({batch}, max_pages)")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.{op}: block_table has shape {tuple(block_table.shape)}, expected ({batch}, max_pages)"
+            )
         if capacity == 0:
             raise ValueError(f"bigkernels.{op}: the pages of k_cache hold no tokens")
     shared.check_vectors(op, q.shape[1], alibi_slopes=alibi_slopes, sinks=sinks)
@@ -245,15 +284,21 @@ def _check(op, q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale
 def _check_cache(op, q, k_cache, v_cache, k_scale, v_scale):
     for name, cache, scale in (("k", k_cache, k_scale), ("v", v_cache, v_scale)):
         if not isinstance(cache, Tensor) or cache.dtype not in (q.dtype, torch.int8):
-            raise TypeError(f"bigkernels.{op}: {name}_cache is {type_name(cache)}; accepted are {type_name(q)}, the "
-                            "dtype of q, and int8")  # fmt: skip
+            raise TypeError(
+                f"bigkernels.{op}: {name}_cache is {type_name(cache)}; accepted are {type_name(q)}, the "
+                "dtype of q, and int8"
+            )
         if cache.dim() != 4:
-            raise ValueError(f"bigkernels.{op}: {name}_cache has shape {tuple(cache.shape)}, expected (B, N, H, D) or "
-                             "(pages, page_size, H, D)")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.{op}: {name}_cache has shape {tuple(cache.shape)}, expected (B, N, H, D) or "
+                "(pages, page_size, H, D)"
+            )
         if (scale is None) != (cache.dtype != torch.int8):
             given = "not given" if scale is None else "given"
-            raise ValueError(f"bigkernels.{op}: {name}_cache is {type_name(cache)} and {name}_scale is {given}; int8 "
-                             "caches have scales, others have none")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.{op}: {name}_cache is {type_name(cache)} and {name}_scale is {given}; int8 "
+                "caches have scales, others have none"
+            )
         accepted = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
         if scale is not None and (not isinstance(scale, Tensor) or scale.dtype not in accepted):
             raise TypeError(f"bigkernels.{op}: {name}_scale is {type_name(scale)}; accepted is float32")
@@ -262,16 +307,20 @@ def _check_cache(op, q, k_cache, v_cache, k_scale, v_scale):
         )
     check_same_dtype(op, "k_cache", k_cache, v_cache=v_cache)
     if v_cache.shape[:3] != k_cache.shape[:3]:
-        raise ValueError(f"bigkernels.{op}: v_cache has shape {tuple(v_cache.shape)}, expected that of k_cache, "
-                         f"{tuple(k_cache.shape)}, but for the last dimension")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.{op}: v_cache has shape {tuple(v_cache.shape)}, expected that of k_cache, "
+            f"{tuple(k_cache.shape)}, but for the last dimension"
+        )
     if k_cache.shape[-1] != q.shape[-1]:
         raise ValueError(f"bigkernels.{op}: k_cache has heads of {k_cache.shape[-1]} elements and q of {q.shape[-1]}")
 
 
 def _check_new(op, q, k, v, cos, sin, k_shape, v_shape):
     if k is None or v is None:
-        raise ValueError(f"bigkernels.{op}: {'k' if k is None else 'v'} is None; k and v are given together, and cos "
-                         "and sin with them")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.{op}: {'k' if k is None else 'v'} is None; k and v are given together, and cos "
+            "and sin with them"
+        )
     for name, value, expected in (("k", k, k_shape), ("v", v, v_shape)):
         check_tensor(op, name, value)
         check_same_dtype(op, "q", q, **{name: value})
@@ -287,14 +336,17 @@ def _check_lengths(op, new, cache_seqlens, block_table, first, capacity, left):
         rows = block_table.tolist()
     for n, length in enumerate(cache_seqlens.tolist()):
         if length and not new <= length <= capacity or length < 0:
-            raise ValueError(f"bigkernels.{op}: cache_seqlens[{n}] is {length}; expected 0, or from {new} (the new "
-                             f"tokens) to {capacity} (the cache's capacity)")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.{op}: cache_seqlens[{n}] is {length}; expected 0, or from {new} (the new "
+                f"tokens) to {capacity} (the cache's capacity)"
+            )
         if block_table is not None and length:
             oldest = max(0, length - new - left) if left >= 0 else 0
             for i in range(oldest // page, (length - 1) // page + 1):
                 if not 0 <= rows[n][i] < first:
-                    raise ValueError(f"bigkernels.{op}: block_table[{n}, {i}] is {rows[n][i]}, not one of the "
-                                     f"{first} pages")  # fmt: skip
+                    raise ValueError(
+                        f"bigkernels.{op}: block_table[{n}, {i}] is {rows[n][i]}, not one of the {first} pages"
+                    )
 
 
 def _positions(cache_seqlens, new):
@@ -324,8 +376,9 @@ def _reference(
     if left >= 0:
         seen = seen & (key >= at - left)
     live = seen.any(1)
-    k, v = (_gathered(cache, scales, block_table, live, wide)
-            for cache, scales in ((k_cache, k_scale), (v_cache, v_scale)))  # fmt: skip
+    k, v = (
+        _gathered(cache, scales, block_table, live, wide) for cache, scales in ((k_cache, k_scale), (v_cache, v_scale))
+    )
     bias = None
     if alibi_slopes is not None:
         bias = -alibi_slopes.to(wide)[:, None, None] * (at - key).abs().unsqueeze(1)
@@ -419,11 +472,14 @@ _infer = define(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table,"
     " Tensor? k_scale, Tensor? v_scale, Tensor? alibi_slopes, Tensor? sinks, int left, float scale, float softcap)"
     " -> (Tensor, Tensor)",
-    _infer_fake, _infer_fallback, _flops,
-)  # fmt: skip
+    _infer_fake,
+    _infer_fallback,
+    _flops,
+)
 _append = define(
     "append_kv_(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens,"
     " Tensor? block_table, Tensor? cos, Tensor? sin, Tensor(c!)? k_scale, Tensor(d!)? v_scale, bool interleaved)"
     " -> Tensor",
-    _append_fake, _append_fallback,
-)  # fmt: skip
+    _append_fake,
+    _append_fallback,
+)

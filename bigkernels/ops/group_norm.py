@@ -133,13 +133,15 @@ _fwd = define(
     # x is contiguous, or with rows has its channels innermost; so are the results.
     "group_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, int activation, bool rows)"
     " -> (Tensor, Tensor, Tensor)",
-    _fwd_fake, _fwd_fallback,
-)  # fmt: skip
+    _fwd_fake,
+    _fwd_fallback,
+)
 _bwd = define(
     "group_norm_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, int activation,"
     " bool rows) -> (Tensor, Tensor, Tensor)",
-    _bwd_fake, _bwd_fallback,
-)  # fmt: skip
+    _bwd_fake,
+    _bwd_fallback,
+)
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -167,5 +169,4 @@ class _GroupNorm(torch.autograd.Function):
             return *found, None, None, None
         rows = has_rows(x)
         dx, dweight, dbias = _bwd(arranged(grad, rows), arranged(x, rows), weight, bias, mean, rstd, activation, rows)
-        return (dx, dweight if weight is not None else None, dbias if bias is not None else None,
-                None, None, None)  # fmt: skip
+        return (dx, dweight if weight is not None else None, dbias if bias is not None else None, None, None, None)

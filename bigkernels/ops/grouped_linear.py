@@ -69,8 +69,10 @@ def _check(x: Tensor, weight: Tensor | QuantizedWeight, ends: Tensor) -> tuple[i
         fits = experts > 0 and shape[0] % experts == 0
     if x.dim() != 2 or not fits or shape[-1] != x.shape[1]:
         kind = "" if isinstance(weight, Tensor) else "quantized "
-        raise ValueError(f"bigkernels.ops.grouped_linear: x {tuple(x.shape)} of {x.dtype}, {kind}weight {shape} of "
-                         f"{weight.dtype} and {experts} ends do not fit")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.ops.grouped_linear: x {tuple(x.shape)} of {x.dtype}, {kind}weight {shape} of "
+            f"{weight.dtype} and {experts} ends do not fit"
+        )
     held = weight if isinstance(weight, Tensor) else weight.operands().codes
     check_same_device("ops.grouped_linear", "x", x, weight=held, ends=ends)
     return experts, shape[1] if isinstance(weight, Tensor) else shape[0] // experts
@@ -131,8 +133,11 @@ def _weight_backward(grad, x, ends):
     grad_weight = x.new_zeros(ends.shape[0], grad.shape[1], x.shape[1])
     wide = compute_dtype(x.dtype)
     parts = {i: grad[begin:end].T.to(wide) @ x[begin:end].to(wide) for i, begin, end in _spans(ends, x.shape[0])}
-    return torch.stack([parts[i].to(x.dtype) if i in parts else none for i, none in enumerate(grad_weight)]) \
-        if parts else grad_weight  # fmt: skip
+    return (
+        torch.stack([parts[i].to(x.dtype) if i in parts else none for i, none in enumerate(grad_weight)])
+        if parts
+        else grad_weight
+    )
 
 
 def _flops(x, ends, codes, *_):

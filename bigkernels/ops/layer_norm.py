@@ -119,8 +119,9 @@ OPERATOR = Operator("layer_norm")
 _fwd = define(
     "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    _fwd_fake, _fwd_fallback,
-)  # fmt: skip
+    _fwd_fake,
+    _fwd_fallback,
+)
 _infer = define(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     lambda x, *_: x.new_empty(x.shape),
@@ -129,8 +130,9 @@ _infer = define(
 _bwd = define(
     "layer_norm_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor? grad_total)"
     " -> (Tensor, Tensor, Tensor)",
-    _bwd_fake, _bwd_fallback,
-)  # fmt: skip
+    _bwd_fake,
+    _bwd_fallback,
+)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -161,5 +163,10 @@ class _LayerNorm(torch.autograd.Function):
                 dx = grad_total if dx is None else dx + grad_total
         else:
             dx, dweight, dbias = _bwd(grad, x, weight, bias, mean, rstd, grad_total if ctx.fused else None)
-        return (dx, dweight if weight is not None else None, dbias if bias is not None else None,
-                dx if ctx.fused else None, None)  # fmt: skip
+        return (
+            dx,
+            dweight if weight is not None else None,
+            dbias if bias is not None else None,
+            dx if ctx.fused else None,
+            None,
+        )

@@ -143,9 +143,11 @@ _fwd = define(
     lambda x, weight, *_: 2 * x.numel() * weight.shape[0],
 )
 _bwd = define(
-    "linear_bwd(Tensor grad, Tensor? x, Tensor weight, bool input) -> (Tensor, Tensor)", _bwd_fake, _bwd_fallback,
+    "linear_bwd(Tensor grad, Tensor? x, Tensor weight, bool input) -> (Tensor, Tensor)",
+    _bwd_fake,
+    _bwd_fallback,
     lambda grad, x, weight, input: 2 * grad.numel() * weight.shape[1] * ((x is not None) + bool(input)),
-)  # fmt: skip
+)
 _pack = define("linear_pack(Tensor weight, ScalarType dtype) -> Tensor", _pack_fake, _pack_fallback)
 
 

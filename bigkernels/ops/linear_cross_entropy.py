@@ -255,8 +255,15 @@ class Losses(Objective):
 
 def _kernel(hidden, weight, bias, target, class_weight, token_weight, logit_scale, report, *options):
     ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma = options
-    numbers = (ignore_index, _logits._REDUCTIONS[reduction], label_smoothing, z_loss, softcap or 0.0, focal_gamma,
-               float(logit_scale))  # fmt: skip
+    numbers = (
+        ignore_index,
+        _logits._REDUCTIONS[reduction],
+        label_smoothing,
+        z_loss,
+        softcap or 0.0,
+        focal_gamma,
+        float(logit_scale),
+    )
     if isinstance(weight, Tensor):
         if weight.dtype not in (hidden.dtype, torch.float32):
             weight = weight.to(hidden.dtype)
@@ -285,19 +292,35 @@ def _dense(operands, k, dtype):
 def _loss(hidden, weight, bias, target, class_weight, token_weight, ignore_index, reduction, *numbers, report=False):
     label_smoothing, z_loss, softcap, focal_gamma, logit_scale = numbers
     name = {v: k for k, v in _logits._REDUCTIONS.items()}[reduction]
-    return _reference(hidden, weight, bias, target, class_weight, token_weight, logit_scale, report, ignore_index, name,
-                      label_smoothing, z_loss, softcap or None, focal_gamma)  # fmt: skip
+    return _reference(
+        hidden,
+        weight,
+        bias,
+        target,
+        class_weight,
+        token_weight,
+        logit_scale,
+        report,
+        ignore_index,
+        name,
+        label_smoothing,
+        z_loss,
+        softcap or None,
+        focal_gamma,
+    )
 
 
-def _fwd_fallback(hidden, weight, scale, zero, row_scale, book, group, kind, bias, target, class_weight, token_weight,
-                  *rest):  # fmt: skip
+def _fwd_fallback(
+    hidden, weight, scale, zero, row_scale, book, group, kind, bias, target, class_weight, token_weight, *rest
+):
     *numbers, backward, of_hidden, of_weight, report = rest
     dense = _dense(Operands(weight, scale, zero, row_scale, book, group, kind), hidden.shape[1], hidden.dtype)
     loss, predicted, lse = _loss(hidden, dense, bias, target, class_weight, token_weight, *numbers, report=True)
     kept = target != numbers[0]
     divisor = kept if class_weight is None else torch.where(kept, class_weight[torch.where(kept, target, 0).long()], 0)
-    _, _, dx, dw, state, *reports = _fwd_fake(hidden, weight, scale, zero, row_scale, book, group, kind, bias, target,
-                                              class_weight, token_weight, *rest)  # fmt: skip
+    _, _, dx, dw, state, *reports = _fwd_fake(
+        hidden, weight, scale, zero, row_scale, book, group, kind, bias, target, class_weight, token_weight, *rest
+    )
     if report:
         reports = predicted, torch.where(kept, lse.float(), 0)
     return loss.float(), divisor.sum().float(), dx, dw, state, *reports
@@ -311,12 +334,36 @@ def _fwd_fake(
     # Two numbers, five a token, and what is noted of pieces of tokens.
     state = hidden.new_empty(6 * hidden.shape[0] + 2, dtype=torch.float32) if backward else hidden.new_empty(0)
     reports = (loss.new_empty(hidden.shape[0] if report else 0, dtype=t) for t in (torch.int64, torch.float32))
-    return (loss, loss.new_empty(()), hidden.new_empty(hidden.shape if of_hidden else 0),
-            weight.new_empty(weight.shape if of_weight else 0), state, *reports)  # fmt: skip
+    return (
+        loss,
+        loss.new_empty(()),
+        hidden.new_empty(hidden.shape if of_hidden else 0),
+        weight.new_empty(weight.shape if of_weight else 0),
+        state,
+        *reports,
+    )
 
 
-def _bwd_fallback(grad, hidden, weight, scale, zero, row_scale, book, group, kind, bias, target, class_weight,
-                  token_weight, divisor, state, dx, dw, *rest):  # fmt: skip
+def _bwd_fallback(
+    grad,
+    hidden,
+    weight,
+    scale,
+    zero,
+    row_scale,
+    book,
+    group,
+    kind,
+    bias,
+    target,
+    class_weight,
+    token_weight,
+    divisor,
+    state,
+    dx,
+    dw,
+    *rest,
+):
     *numbers, of_hidden, of_weight, of_bias = rest
     dense = _dense(Operands(weight, scale, zero, row_scale, book, group, kind), hidden.shape[1], hidden.dtype)
 
@@ -358,14 +405,18 @@ _OPTIONS = (
 _fwd = define(
     f"linear_cross_entropy_fwd({_HEAD}, {_TOKENS}, {_OPTIONS}, bool backward, bool of_hidden, bool of_weight,"
     " bool report) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fwd_fake, _fwd_fallback, lambda hidden, weight, *_: 2 * hidden.numel() * weight.shape[0],
-)  # fmt: skip
+    _fwd_fake,
+    _fwd_fallback,
+    lambda hidden, weight, *_: 2 * hidden.numel() * weight.shape[0],
+)
 # Makes the gradients of what forward left in dx and dw; returns that of the bias, in float32.
 _bwd = define(
     f"linear_cross_entropy_bwd(Tensor grad, {_HEAD}, {_TOKENS}, Tensor divisor, Tensor state, Tensor(a!) dx,"
     f" Tensor(b!) dw, {_OPTIONS}, bool of_hidden, bool of_weight, bool of_bias) -> Tensor",
-    _bwd_fake, _bwd_fallback, _bwd_flops,
-)  # fmt: skip
+    _bwd_fake,
+    _bwd_fallback,
+    _bwd_flops,
+)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -374,13 +425,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, scale, zero, row_scale, book, group, kind, bias, target, class_weight,
-                token_weight, numbers, report):  # fmt: skip
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        scale,
+        zero,
+        row_scale,
+        book,
+        group,
+        kind,
+        bias,
+        target,
+        class_weight,
+        token_weight,
+        numbers,
+        report,
+    ):
         ctx.save_for_backward(hidden, weight, scale, zero, row_scale, book, bias, target, class_weight, token_weight)
         ctx.layout, ctx.numbers = (group, kind), numbers
-        loss, *ctx.made, predicted, lse = _fwd(hidden, weight, scale, zero, row_scale, book, group, kind, bias, target,
-                                               class_weight, token_weight, *numbers, True, *ctx.needs_input_grad[:2],
-                                               report)  # fmt: skip
+        loss, *ctx.made, predicted, lse = _fwd(
+            hidden,
+            weight,
+            scale,
+            zero,
+            row_scale,
+            book,
+            group,
+            kind,
+            bias,
+            target,
+            class_weight,
+            token_weight,
+            *numbers,
+            True,
+            *ctx.needs_input_grad[:2],
+            report,
+        )
         if not report:
             return loss
         ctx.mark_non_differentiable(predicted, lse)
@@ -405,5 +486,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             _, *grads, _, _ = _fwd(*arguments, *ctx.numbers, True, of_hidden, of_weight, False)
         divisor, dx, dw, state = grads
         dbias = _bwd(grad, *arguments, divisor, state, dx, dw, *ctx.numbers, of_hidden, of_weight, of_bias)
-        return (dx if of_hidden else None, dw if of_weight else None, *[None] * 6,
-                dbias.to(bias.dtype) if of_bias else None, *[None] * 5)  # fmt: skip
+        return (
+            dx if of_hidden else None,
+            dw if of_weight else None,
+            *[None] * 6,
+            dbias.to(bias.dtype) if of_bias else None,
+            *[None] * 5,
+        )

@@ -103,16 +103,30 @@ def linear_distillation(
     lowered = autocast_dtype(hidden.device) if isinstance(hidden, Tensor) else None
     check_head(_OP, hidden, weight, bias, lowered)
     _check_options(divergence, beta, temperature, alpha, reduction, logit_scale, softcap)
-    _check_teacher(hidden, weight.shape[0], lowered, teacher_hidden, teacher_weight, teacher_bias, teacher_logits,
-                   teacher_topk, teacher_logit_scale, teacher_softcap)  # fmt: skip
+    _check_teacher(
+        hidden,
+        weight.shape[0],
+        lowered,
+        teacher_hidden,
+        teacher_weight,
+        teacher_bias,
+        teacher_logits,
+        teacher_topk,
+        teacher_logit_scale,
+        teacher_softcap,
+    )
     _check_tokens(hidden, target, mask, alpha)
     if lowered is not None:
         hidden = hidden.to(lowered)
         teacher_hidden = None if teacher_hidden is None else teacher_hidden.to(lowered)
     teacher = Teacher(
-        _rows(teacher_hidden), teacher_weight, teacher_bias, {"scale": teacher_logit_scale, "softcap": teacher_softcap},
-        _rows(teacher_logits), *(map(_rows, teacher_topk) if teacher_topk is not None else (None, None)),
-    )  # fmt: skip
+        _rows(teacher_hidden),
+        teacher_weight,
+        teacher_bias,
+        {"scale": teacher_logit_scale, "softcap": teacher_softcap},
+        _rows(teacher_logits),
+        *(map(_rows, teacher_topk) if teacher_topk is not None else (None, None)),
+    )
     flat_target = None if target is None else target.reshape(-1)
     kept = None if mask is None else mask.reshape(-1).clone()  # backward reads it, whatever becomes of `mask`
     if target is not None:
@@ -161,8 +175,10 @@ def _check_options(kind, beta, temperature, alpha, reduction, logit_scale, softc
     if reduction not in _REDUCTIONS:
         raise ValueError(f"bigkernels.{_OP}: reduction is {reduction!r}; accepted are {', '.join(_REDUCTIONS)}")
     if not 0 < beta < 1:
-        raise ValueError(f"bigkernels.{_OP}: beta is {beta}, expected in (0, 1); the limits are what forward_kl and "
-                         "reverse_kl are for")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.{_OP}: beta is {beta}, expected in (0, 1); the limits are what forward_kl and "
+            "reverse_kl are for"
+        )
     if kind != "jsd" and beta != 0.5:
         raise ValueError(f"bigkernels.{_OP}: beta is {beta}, and means nothing to {kind}")
     if not 0 <= alpha < 1:
@@ -173,25 +189,36 @@ def _check_options(kind, beta, temperature, alpha, reduction, logit_scale, softc
 
 
 def _check_teacher(hidden, vocabulary, lowered, teacher_hidden, weight, bias, logits, topk, scale, softcap):
-    given = [name for name, t in (("teacher_hidden", teacher_hidden), ("teacher_logits", logits),
-                                  ("teacher_topk", topk)) if t is not None]  # fmt: skip
+    given = [
+        name
+        for name, t in (("teacher_hidden", teacher_hidden), ("teacher_logits", logits), ("teacher_topk", topk))
+        if t is not None
+    ]
     if len(given) != 1:
-        raise ValueError(f"bigkernels.{_OP}: {' and '.join(given) or 'no teacher'} given; expected one of "
-                         "teacher_hidden, teacher_logits and teacher_topk")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.{_OP}: {' and '.join(given) or 'no teacher'} given; expected one of "
+            "teacher_hidden, teacher_logits and teacher_topk"
+        )
     tokens = hidden.shape[:-1]
     if teacher_hidden is not None:
         check_head(_OP, teacher_hidden, weight, bias, lowered, "teacher_")
         check_same_device(_OP, "hidden", hidden, teacher_hidden=teacher_hidden)
         check_shape(_OP, "teacher_hidden", teacher_hidden, (*tokens, weight.shape[1]), "the tokens of hidden")
         if weight.shape[0] != vocabulary:
-            raise ValueError(f"bigkernels.{_OP}: teacher_weight has shape {tuple(weight.shape)}, expected "
-                             f"({vocabulary}, G): the vocabulary of weight")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.{_OP}: teacher_weight has shape {tuple(weight.shape)}, expected "
+                f"({vocabulary}, G): the vocabulary of weight"
+            )
         check_positive(_OP, teacher_softcap=softcap)
         if not math.isfinite(scale):
             raise ValueError(f"bigkernels.{_OP}: teacher_logit_scale is {scale}, expected a finite number")
         return
-    for name, value in (("teacher_weight", weight), ("teacher_bias", bias), ("teacher_softcap", softcap),
-                        ("teacher_logit_scale", None if scale == 1 else scale)):  # fmt: skip
+    for name, value in (
+        ("teacher_weight", weight),
+        ("teacher_bias", bias),
+        ("teacher_softcap", softcap),
+        ("teacher_logit_scale", None if scale == 1 else scale),
+    ):
         if value is not None:
             raise ValueError(f"bigkernels.{_OP}: {name} is given, and means nothing to {given[0]}")
     if logits is not None:
@@ -209,8 +236,10 @@ def _check_teacher(hidden, vocabulary, lowered, teacher_hidden, weight, bias, lo
     check_shape(_OP, "teacher_topk[1]", classes, log_p.shape, "one class a log probability")
     k = log_p.shape[-1] if log_p.dim() else 0
     if log_p.shape[:-1] != tokens or not 0 < k <= vocabulary:
-        raise ValueError(f"bigkernels.{_OP}: teacher_topk has shape {tuple(log_p.shape)}, expected "
-                         f"{(*tokens, 'k')}, k in [1, {vocabulary}]")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.{_OP}: teacher_topk has shape {tuple(log_p.shape)}, expected "
+            f"{(*tokens, 'k')}, k in [1, {vocabulary}]"
+        )
 
 
 def _check_tokens(hidden, target, mask, alpha):
@@ -232,12 +261,15 @@ def _check_classes(teacher, kept, vocabulary):
         log_p, classes = log_p[kept], classes[kept]
     outside = classes[(classes < 0) | (classes >= vocabulary)]
     if outside.numel():
-        raise ValueError(f"bigkernels.{_OP}: teacher_topk[1] holds {outside[0].item()}, outside the vocabulary "
-                         f"[0, {vocabulary})")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.{_OP}: teacher_topk[1] holds {outside[0].item()}, outside the vocabulary [0, {vocabulary})"
+        )
     if (classes.sort(-1).values.diff(dim=-1) == 0).any():
         raise ValueError(f"bigkernels.{_OP}: teacher_topk[1] holds a class twice in one token")
     mass = log_p.double().exp().sum(-1)
     wrong = mass[~(mass < 1.05)]  # 16-bit log probabilities may be that far off
     if wrong.numel():
-        raise ValueError(f"bigkernels.{_OP}: teacher_topk[0] has probabilities that sum to {wrong[0].item():.4g}; "
-                         "expected log probabilities, which sum to at most 1")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.{_OP}: teacher_topk[0] has probabilities that sum to {wrong[0].item():.4g}; "
+            "expected log probabilities, which sum to at most 1"
+        )

@@ -28,8 +28,15 @@ _NUMBERS = {name: number for number, name in enumerate(_NAMES)}
 _FEW = 4  # tokens up to which our product of float32 is the faster one
 
 
-def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None = None, *,
-        activation: str = "gelu") -> Tensor:  # fmt: skip
+def mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+) -> Tensor:
     """``activation(x @ weight1.T + bias1) @ weight2.T + bias2``, the MLP of encoders and of GPT-2.
 
     The activation is made where the first product is written. Backward keeps `x` and the first product, and makes the
@@ -55,8 +62,9 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
         lowered = autocast_dtype(x.device)
         given, x = x, x if lowered is None or x.dtype == torch.float64 else x.to(lowered)
         tensors = (x, weight1, bias1, weight2, bias2)
-        if OPERATOR.uses_kernel(*tensors) and all(w.dtype == x.dtype or _reads(x, w, lowered)
-                                                  for w in (weight1, weight2)):  # fmt: skip
+        if OPERATOR.uses_kernel(*tensors) and all(
+            w.dtype == x.dtype or _reads(x, w, lowered) for w in (weight1, weight2)
+        ):
             with no_autocast(x.device):
                 number = _NUMBERS[activation]
                 if needs_grad(given, *tensors):
@@ -129,8 +137,10 @@ def _check(x, weight1, bias1, weight2, bias2, activation, lowered, half=False):
         rows, columns = weight.shape
         if width != columns:
             shape = tuple(weight.shape)
-            raise ValueError(f"bigkernels.functional.mlp: weight{number} has shape {shape}, expected (N, {width}), "
-                             f"by {names[number - 1]}")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.functional.mlp: weight{number} has shape {shape}, expected (N, {width}), "
+                f"by {names[number - 1]}"
+            )
         if bias is not None and bias.shape != (rows,):
             raise ValueError(
                 f"bigkernels.functional.mlp: bias{number} has shape {tuple(bias.shape)}, expected ({rows},)"

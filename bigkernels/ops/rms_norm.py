@@ -104,8 +104,9 @@ def _bwd_fake(grad, x, weight, rstd, grad_total, offset):
 OPERATOR = Operator("rms_norm")
 _fwd = define(
     "rms_norm_fwd(Tensor x, Tensor? weight, Tensor? residual, float eps, float offset) -> (Tensor, Tensor, Tensor)",
-    _fwd_fake, _fwd_fallback,
-)  # fmt: skip
+    _fwd_fake,
+    _fwd_fallback,
+)
 _infer = define(
     "rms_norm(Tensor x, Tensor? weight, float eps, float offset) -> Tensor",
     lambda x, *_: x.new_empty(x.shape),
@@ -114,8 +115,9 @@ _infer = define(
 _bwd = define(
     "rms_norm_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor rstd, Tensor? grad_total, float offset)"
     " -> (Tensor, Tensor)",
-    _bwd_fake, _bwd_fallback,
-)  # fmt: skip
+    _bwd_fake,
+    _bwd_fallback,
+)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -65,8 +65,10 @@ def _check(q, k, cos, sin):
     check_shape("functional.rope", "k", k, (batch, k.shape[1], length, size), "q with any number of heads")
     check_shape("functional.rope", "sin", sin, cos.shape, "the shape of cos")
     if cos.shape[0] not in (1, batch) or cos.shape[1] != length or cos.shape[2] > size or cos.shape[2] % 2:
-        raise ValueError(f"bigkernels.functional.rope: cos has shape {tuple(cos.shape)}; expected ({batch} or 1, "
-                         f"{length}, R) with R even and at most {size}")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.functional.rope: cos has shape {tuple(cos.shape)}; expected ({batch} or 1, "
+            f"{length}, R) with R even and at most {size}"
+        )
 
 
 def _rotate(x, interleaved):
@@ -108,8 +110,10 @@ def _fwd_fallback(q, k, cos, sin, interleaved):
 
 
 def _bwd_fallback(grad_q, grad_k, cos, sin, interleaved):
-    return (_like(grad_q, _apply(grad_q, cos, sin, interleaved, inverse=True)),
-            _like(grad_k, _apply(grad_k, cos, sin, interleaved, inverse=True)))  # fmt: skip
+    return (
+        _like(grad_q, _apply(grad_q, cos, sin, interleaved, inverse=True)),
+        _like(grad_k, _apply(grad_k, cos, sin, interleaved, inverse=True)),
+    )
 
 
 def _fake(q, k, cos, sin, interleaved):
@@ -117,10 +121,14 @@ def _fake(q, k, cos, sin, interleaved):
 
 
 OPERATOR = Operator("rope")
-_fwd = define("rope_fwd(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)",
-              _fake, _fwd_fallback)  # fmt: skip
-_bwd = define("rope_bwd(Tensor grad_q, Tensor grad_k, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)",
-              _fake, _bwd_fallback)  # fmt: skip
+_fwd = define(
+    "rope_fwd(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)", _fake, _fwd_fallback
+)
+_bwd = define(
+    "rope_bwd(Tensor grad_q, Tensor grad_k, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)",
+    _fake,
+    _bwd_fallback,
+)
 
 
 class _Rope(torch.autograd.Function):

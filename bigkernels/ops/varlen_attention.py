@@ -108,8 +108,18 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, prefix_leng
     shared.check_integers(op, "cu_seqlens_q", cu_seqlens_q, shape)
     shared.check_integers(op, "cu_seqlens_k", cu_seqlens_k, shape)
     shared.check_integers(op, "prefix_lengths", prefix_lengths, (shape[0] - 1,), optional=True)
-    shared.check_heads(op, q, k, v, 1, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, alibi_slopes=alibi_slopes,
-                       sinks=sinks, prefix_lengths=prefix_lengths)  # fmt: skip
+    shared.check_heads(
+        op,
+        q,
+        k,
+        v,
+        1,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        prefix_lengths=prefix_lengths,
+    )
     shared.check_vectors(op, q.shape[1], alibi_slopes=alibi_slopes, sinks=sinks)
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if isinstance(value, Tensor):
@@ -121,16 +131,21 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, prefix_leng
 def _check_lengths(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, max_seqlen_q, max_seqlen_k):
     # Data-dependent, so on CPU only: on a GPU it would wait for the device.
     for name, cu, tokens, most in (
-        ("q", cu_seqlens_q, tokens_q, max_seqlen_q), ("k", cu_seqlens_k, tokens_k, max_seqlen_k)
-    ):  # fmt: skip
+        ("q", cu_seqlens_q, tokens_q, max_seqlen_q),
+        ("k", cu_seqlens_k, tokens_k, max_seqlen_k),
+    ):
         ends = cu.tolist()
         lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
         if ends[0] != 0 or ends[-1] > tokens or any(n < 0 for n in lengths):
-            raise ValueError(f"bigkernels.functional.varlen_attention: cu_seqlens_{name} must rise from 0 to at most "
-                             f"{tokens}, the tokens of {name}; it goes from {ends[0]} to {ends[-1]}")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.functional.varlen_attention: cu_seqlens_{name} must rise from 0 to at most "
+                f"{tokens}, the tokens of {name}; it goes from {ends[0]} to {ends[-1]}"
+            )
         if lengths and max(lengths) > most:
-            raise ValueError(f"bigkernels.functional.varlen_attention: max_seqlen_{name} is {most}, shorter than a "
-                             f"sequence of {max(lengths)}")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.functional.varlen_attention: max_seqlen_{name} is {most}, shorter than a "
+                f"sequence of {max(lengths)}"
+            )
 
 
 def _packed(
@@ -141,8 +156,9 @@ def _packed(
     outs, lses = [], []
     ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
     for n in range(len(ends_q) - 1):
-        one_q, one_k, one_v = (t[a[n] : a[n + 1]].transpose(0, 1)[None]
-                               for t, a in ((q, ends_q), (k, ends_k), (v, ends_k)))  # fmt: skip
+        one_q, one_k, one_v = (
+            t[a[n] : a[n + 1]].transpose(0, 1)[None] for t, a in ((q, ends_q), (k, ends_k), (v, ends_k))
+        )
         keep = None
         if dropout_p:
             batch = torch.tensor([n], device=q.device, dtype=torch.int64)
@@ -208,8 +224,10 @@ _infer = define(
 _bwd = define(
     f"varlen_attention_bwd(Tensor grad, Tensor? grad_lse, {_ARGS.format('Tensor out, Tensor lse, ')})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    _bwd_fake, _bwd_fallback, _bwd_flops,
-)  # fmt: skip
+    _bwd_fake,
+    _bwd_fallback,
+    _bwd_flops,
+)
 
 
 class _VarlenAttention(torch.autograd.Function):

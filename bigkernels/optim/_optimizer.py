@@ -260,8 +260,17 @@ class Optimizer(States):
         """What the raw operators take after the algorithm. The plan keeps it: a captured graph replays from it."""
         device = plan.device
         records, lrs = _plan.groups([self._options(plan.rule, o) for o in self.param_groups], device)
-        common = (plan.tensors, grads, plan.chunks, plan.groups(records), _on(scale, device), _on(found_inf, device),
-                  _on(divisor, device), _on(norm, device), float(self.max_grad_norm or 0.0))  # fmt: skip
+        common = (
+            plan.tensors,
+            grads,
+            plan.chunks,
+            plan.groups(records),
+            _on(scale, device),
+            _on(found_inf, device),
+            _on(divisor, device),
+            _on(norm, device),
+            float(self.max_grad_norm or 0.0),
+        )
         plan.held = (lrs, common)
         return common
 

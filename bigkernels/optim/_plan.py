@@ -24,8 +24,15 @@ CHUNK = 128 * 256  # kChunk
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STATE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 ROUNDINGS = {"nearest": 0, "stochastic": 1, "kahan": 2}
-_FLAGS = (("maximize", 1), ("decoupled_weight_decay", 2), ("cautious", 4), ("amsgrad", 8), ("nesterov", 16),
-          ("momentum", 32), ("centered", 64))  # fmt: skip
+_FLAGS = (
+    ("maximize", 1),
+    ("decoupled_weight_decay", 2),
+    ("cautious", 4),
+    ("amsgrad", 8),
+    ("nesterov", 16),
+    ("momentum", 32),
+    ("centered", 64),
+)
 
 
 def real(t: Tensor) -> Tensor:
@@ -130,9 +137,13 @@ class Plan:
     """Records of parameters with their states; all on one device."""
 
     def __init__(
-        self, rule: Rule, entries: list[Entry], *, targets: list[Tensor] | None = None,
+        self,
+        rule: Rule,
+        entries: list[Entry],
+        *,
+        targets: list[Tensor] | None = None,
         extras: tuple[str, ...] = ("remainder", "ema"),
-    ):  # fmt: skip
+    ):
         """
         Args:
             targets: dense tensors that are written in the parameters' place; the parameters are not read then.
@@ -343,10 +354,22 @@ def groups(options: list[dict], device: torch.device) -> tuple[bytearray, list[T
                 lr = float(lr)
         flags = sum(bit for name, bit in _FLAGS if o.get(name))
         packed += struct.pack(
-            "9d4qQ", lr, float(beta1), float(beta2), o.get("eps", 0.0), float(o["weight_decay"]),
-            o.get("momentum", 0.0), o.get("dampening", 0.0), o.get("lr_decay", 0.0), o["ema_decay"] or 0.0,
-            address, wide, flags, ROUNDINGS[o["rounding"]], o["seed"],
-        )  # fmt: skip
+            "9d4qQ",
+            lr,
+            float(beta1),
+            float(beta2),
+            o.get("eps", 0.0),
+            float(o["weight_decay"]),
+            o.get("momentum", 0.0),
+            o.get("dampening", 0.0),
+            o.get("lr_decay", 0.0),
+            o["ema_decay"] or 0.0,
+            address,
+            wide,
+            flags,
+            ROUNDINGS[o["rounding"]],
+            o["seed"],
+        )
     return packed, held
 
 

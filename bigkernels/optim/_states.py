@@ -171,9 +171,12 @@ class States(torch.optim.Optimizer):
     def _empty(self, p: Tensor, dtype: torch.dtype) -> Tensor:
         # A distributed parameter gives a distributed state.
         return torch.empty_like(
-            p.detach(), dtype=dtype, device=self._home(p), memory_format=torch.preserve_format,
+            p.detach(),
+            dtype=dtype,
+            device=self._home(p),
+            memory_format=torch.preserve_format,
             pin_memory=self._offloaded and p.is_cuda,
-        )  # fmt: skip
+        )
 
     def _write(self, p: Tensor, key: str, value: Tensor, state: dict, dtype: torch.dtype | None = None) -> None:
         """Put a float tensor of the shape of `p` into a state: over what is there, or as a new one of `dtype`."""
@@ -335,10 +338,13 @@ def _converted(optimizer: States, state_dict: dict[str, Any]) -> dict[str, Any]:
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
         return state_dict  # which torch refuses
     new_groups = [
-        {**deepcopy({k: v for k, v in saved.items() if k != "params"}), **{k: own[k] for k in _KEPT},
-         "params": saved["params"]}
+        {
+            **deepcopy({k: v for k, v in saved.items() if k != "params"}),
+            **{k: own[k] for k in _KEPT},
+            "params": saved["params"],
+        }
         for own, saved in zip(groups, saved_groups, strict=True)
-    ]  # fmt: skip
+    ]
     states = dict(state_dict["state"])
     for own, saved, new in zip(groups, saved_groups, new_groups, strict=True):
         options = {**optimizer.defaults, **new}

@@ -92,8 +92,16 @@ def patch(
         raise TypeError(f"bigkernels.patch: model must be a torch.nn.Module, got {type(model).__name__}")
     if decode not in (True, False, "stored"):
         raise ValueError(f'bigkernels.patch: decode is {decode!r}; accepted are True, False and "stored"')
-    flags = {"attention": attention, "norm": norm, "rope": rope, "mlp": mlp, "loss": loss, "linear": linear,
-             "decode": decode, "encode": encode}  # fmt: skip
+    flags = {
+        "attention": attention,
+        "norm": norm,
+        "rope": rope,
+        "mlp": mlp,
+        "loss": loss,
+        "linear": linear,
+        "decode": decode,
+        "encode": encode,
+    }
     with undisturbed(p.device for p in model.parameters()):
         writes, report = _plan(model, flags, verify)
     if strict and report.skipped:
@@ -147,16 +155,22 @@ def _restore(path: str, module: nn.Module, key: str, value: Any, before: Any) ->
     # Someone wrapped the patched forward and kept it, under another name (accelerate's hooks do) or as a variable of
     # the wrapper (TRL's fused head does): restore it there.
     kept = [name for name, other in module.__dict__.items() if other is value]
-    cells = [cell for cell in getattr(getattr(current, "__func__", current), "__closure__", None) or ()
-             if _content(cell) is value]  # fmt: skip
+    cells = [
+        cell
+        for cell in getattr(getattr(current, "__func__", current), "__closure__", None) or ()
+        if _content(cell) is value
+    ]
     original = functools.partial(type(module).forward, module) if before == _ABSENT else before
     for name in kept:
         module.__dict__[name] = original
     for cell in cells:
         cell.cell_contents = original
     if not kept and not cells:
-        warnings.warn(f"bigkernels.unpatch: {path or '(model)'}.{key} was replaced after patch; it is left as it is",
-                      RuntimeWarning, stacklevel=3)  # fmt: skip
+        warnings.warn(
+            f"bigkernels.unpatch: {path or '(model)'}.{key} was replaced after patch; it is left as it is",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _content(cell: types.CellType) -> Any:

@@ -60,8 +60,11 @@ def writes_for(module: nn.Module, others: list[Write], steps: Steps) -> list[Wri
     below = None if at is None else others[at].value.func
     if at is not None:
         del others[at]
-    return [Write(module, "forward", Stepping(forward, module, below)), Write(module, "_apply", Bound(apply, module)),
-            Write(module, KEY, steps)]  # fmt: skip
+    return [
+        Write(module, "forward", Stepping(forward, module, below)),
+        Write(module, "_apply", Bound(apply, module)),
+        Write(module, KEY, steps),
+    ]
 
 
 __all__ = ["candidates", "release", "steps_of", "unsupported", "writes_for"]

@@ -250,8 +250,11 @@ def writes_for(stack: Stack, others: list[Write]) -> list[Write]:
         below = None if at is None else others[at].value.func
         if at is not None:
             del others[at]
-        made += [Write(layer, "forward", Stepping(forward, layer, below)), Write(layer, "_apply", Bound(apply, layer)),
-                 Write(layer, KEY, Place(stack, i))]  # fmt: skip
+        made += [
+            Write(layer, "forward", Stepping(forward, layer, below)),
+            Write(layer, "_apply", Bound(apply, layer)),
+            Write(layer, KEY, Place(stack, i)),
+        ]
     return made
 
 

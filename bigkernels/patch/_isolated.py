@@ -17,8 +17,19 @@ from ._source import Source, content, find_node, methods
 
 _LARGEST = 2**20  # elements of what is copied
 _TRUSTED = ("torch", "transformers", "builtins", "math", "bigkernels")
-_IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, types.BuiltinFunctionType,
-              types.MethodType)  # fmt: skip
+_IMMUTABLE = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type,
+    types.ModuleType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+)
 
 
 def is_trusted(value: Any) -> bool:

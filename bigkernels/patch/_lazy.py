@@ -13,8 +13,11 @@ from .._torch_private import in_fake_mode, tree_map_only, without_modes, without
 
 _aten = torch.ops.aten
 # What reads memory without an operator that could be seen.
-_IN_MEMORY = {getattr(Tensor, name) for name in """numpy tolist data_ptr storage _typed_storage __array__
-    __dlpack__ __dlpack_device__ share_memory_ is_shared pin_memory __reduce_ex__""".split()}  # fmt: skip
+_IN_MEMORY = {
+    getattr(Tensor, name)
+    for name in """numpy tolist data_ptr storage _typed_storage __array__
+    __dlpack__ __dlpack_device__ share_memory_ is_shared pin_memory __reduce_ex__""".split()
+}
 
 
 _DEFAULTS = (None, False, torch.strided, torch.preserve_format, torch.contiguous_format)
@@ -121,8 +124,10 @@ class Lazy(Tensor):
             if later is not None:
                 return later
         if torch.Tag.inplace_view in function.tags:
-            raise RuntimeError(f"bigkernels.patch: {function} cannot change the shape of logits in place; take a view "
-                               "of them, or patch(model, loss=False)")  # fmt: skip
+            raise RuntimeError(
+                f"bigkernels.patch: {function} cannot change the shape of logits in place; take a view "
+                "of them, or patch(model, loss=False)"
+            )
         dense: dict[int, Lazy] = {}
         aliases = any(argument.alias_info is not None for argument in function._schema.arguments)
 

@@ -19,8 +19,15 @@ from ._lazy import Kind, Lazy, Values
 from ._metrics import LossMetrics
 
 _aten = torch.ops.aten
-_ROWS_STAY = (_aten.view.default, _aten._unsafe_view.default, _aten._reshape_alias.default, _aten.alias.default,
-              _aten.detach.default, _aten.clone.default, _aten._to_copy.default)  # fmt: skip
+_ROWS_STAY = (
+    _aten.view.default,
+    _aten._unsafe_view.default,
+    _aten._reshape_alias.default,
+    _aten.alias.default,
+    _aten.detach.default,
+    _aten.clone.default,
+    _aten._to_copy.default,
+)
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,11 @@ class Note:
             RuntimeError: they have changed since, so that these logits are lost.
         """
         if any(t._version != version for t, version in self.sources) or not self._same_sample():
-            raise RuntimeError("bigkernels.patch: a model in training does not compute its logits, and now its head"
-                               " has other weights: read `logits` before they change, or "
-                               "patch(model, loss=False)")  # fmt: skip
+            raise RuntimeError(
+                "bigkernels.patch: a model in training does not compute its logits, and now its head"
+                " has other weights: read `logits` before they change, or "
+                "patch(model, loss=False)"
+            )
         return self.replay(self.hidden, self.weight, self.bias)
 
     def _same_sample(self) -> bool:
@@ -65,10 +74,18 @@ class Note:
         """With `report`, the watcher is told of it."""
         report = report and self.watcher is not None
         scale = self.scale if self.cap is None else self.scale * self.cap
-        output = functional.linear_cross_entropy(hidden, weight, target.view(hidden.shape[:-1]), bias,
-                                                class_weight=class_weight, softcap=self.cap, logit_scale=scale,
-                                                return_z_loss=report, return_token_accuracy=report,
-                                                **options)  # fmt: skip
+        output = functional.linear_cross_entropy(
+            hidden,
+            weight,
+            target.view(hidden.shape[:-1]),
+            bias,
+            class_weight=class_weight,
+            softcap=self.cap,
+            logit_scale=scale,
+            return_z_loss=report,
+            return_token_accuracy=report,
+            **options,
+        )
         if not report:
             return output
         if options.get("reduction", "mean") != "none":
@@ -111,8 +128,16 @@ class Logits(Lazy):
         sources = tuple((t, t._version) for t in (hidden, *parts, bias) if t is not None)
         sources = tuple((t.detach(), version) for t, version in sources)  # which share the counter
         trained = weight if isinstance(weight, Tensor) else None
-        note = Note(hidden.detach(), _plain(weight), _plain(bias), product, sources, _sample(weight),
-                    (hidden, trained, bias), watcher=watcher)  # fmt: skip
+        note = Note(
+            hidden.detach(),
+            _plain(weight),
+            _plain(bias),
+            product,
+            sources,
+            _sample(weight),
+            (hidden, trained, bias),
+            watcher=watcher,
+        )
         return _Head.apply(cls, note, lowered or hidden.dtype, hidden, trained, bias)
 
     @classmethod

@@ -50,8 +50,10 @@ class LossMetrics:
         self.coefficient = float(z_loss)
         self._modules = [module for module in model.modules() if _is_fused(module)]
         if not self._modules:
-            raise ValueError(f"bigkernels.LossMetrics: {type(model).__name__} has no loss that bigkernels.patch has "
-                             "fused with its output layer; the report of patch says why")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.LossMetrics: {type(model).__name__} has no loss that bigkernels.patch has "
+                "fused with its output layer; the report of patch says why"
+            )
         for module in self._modules:
             module.__dict__[WATCHED] = self
         self.reset()

@@ -25,8 +25,13 @@ _FUTURES = functools.reduce(int.__or__, (getattr(futures, name).compiler_flag fo
 class Source:
     """The innermost function behind a class's forward: its syntax tree, its wrappers and what its names mean."""
 
-    def __init__(self, function: types.FunctionType, wrappers: list[types.FunctionType], tree: ast.FunctionDef,
-                 imported: list[str]):  # fmt: skip
+    def __init__(
+        self,
+        function: types.FunctionType,
+        wrappers: list[types.FunctionType],
+        tree: ast.FunctionDef,
+        imported: list[str],
+    ):
         self.function = function
         self.imported = imported  # names that the module's import statements bind
         self.wrappers = wrappers  # outermost first
@@ -219,8 +224,16 @@ def _compile(source: Source, tree: ast.FunctionDef, helpers: dict[str, Any]) -> 
 
 
 def _same_code(a: types.CodeType, b: types.CodeType) -> bool:
-    fields = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount",
-              "co_posonlyargcount", "co_kwonlyargcount")  # fmt: skip
+    fields = (
+        "co_code",
+        "co_names",
+        "co_varnames",
+        "co_freevars",
+        "co_cellvars",
+        "co_argcount",
+        "co_posonlyargcount",
+        "co_kwonlyargcount",
+    )
     if (a.co_flags ^ b.co_flags) & ~inspect.CO_NESTED or any(getattr(a, f) != getattr(b, f) for f in fields):
         return False
     if len(a.co_consts) != len(b.co_consts):

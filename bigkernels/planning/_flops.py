@@ -102,8 +102,26 @@ def _varlen_fwd(q, k, v, ends_q, ends_k, alibi, sinks, prefix, seed, longest_q, 
     return _packed(q, k, v, (longest_q, longest_k), left, right, 2)
 
 
-def _varlen_bwd(grad, grad_lse, q, k, v, out, lse, ends_q, ends_k, alibi, sinks, prefix, seed, longest_q, longest_k,
-                left, right, *rest) -> int:  # fmt: skip
+def _varlen_bwd(
+    grad,
+    grad_lse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    ends_q,
+    ends_k,
+    alibi,
+    sinks,
+    prefix,
+    seed,
+    longest_q,
+    longest_k,
+    left,
+    right,
+    *rest,
+) -> int:
     return _packed(q, k, v, (longest_q, longest_k), left, right, 5)
 
 

@@ -35,8 +35,10 @@ def structure(model: Model, dtype: torch.dtype | None) -> nn.Module:
     elif hasattr(model, "model_type") and hasattr(model, "to_dict"):
         structure = _from_config(model)
     else:
-        raise TypeError(f"bigkernels.plan: model is a {type(model).__name__}; accepted are torch.nn.Module, a "
-                        "configuration of transformers, and the path of a folder with a config.json")  # fmt: skip
+        raise TypeError(
+            f"bigkernels.plan: model is a {type(model).__name__}; accepted are torch.nn.Module, a "
+            "configuration of transformers, and the path of a folder with a config.json"
+        )
     if dtype is not None:
         for slots in _slots(structure):
             for t in slots.values():
@@ -90,8 +92,9 @@ def _emptied(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
-        raise TypeError(f"bigkernels.plan: this {type(model).__name__} cannot be copied "
-                        f"({type(error).__name__}: {error})") from error  # fmt: skip
+        raise TypeError(
+            f"bigkernels.plan: this {type(model).__name__} cannot be copied ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _without_memory(t: Tensor) -> Tensor:

@@ -36,12 +36,18 @@ def resolve(optimizer: Any, state_dtype: torch.dtype | str | None) -> tuple[str 
     if isinstance(optimizer, str):
         home = torch.optim if optimizer.lower().startswith("torch.") else optim
         wanted = optimizer.lower().removeprefix("torch.").removeprefix("optim.")
-        classes = {n.lower(): c for n, c in vars(home).items()
-                   if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)
-                   and c not in (torch.optim.Optimizer, optim.Optimizer)}  # fmt: skip
+        classes = {
+            n.lower(): c
+            for n, c in vars(home).items()
+            if isinstance(c, type)
+            and issubclass(c, torch.optim.Optimizer)
+            and c not in (torch.optim.Optimizer, optim.Optimizer)
+        }
         if wanted not in classes:
-            raise ValueError(f"bigkernels.plan: optimizer is {optimizer!r}; accepted are "
-                             f"{', '.join(sorted(classes))}, the same after 'torch.', classes and None")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.plan: optimizer is {optimizer!r}; accepted are "
+                f"{', '.join(sorted(classes))}, the same after 'torch.', classes and None"
+            )
         optimizer = classes[wanted]
         name = ("torch." if home is torch.optim else "") + optimizer.__name__
     else:
@@ -54,12 +60,16 @@ def resolve(optimizer: Any, state_dtype: torch.dtype | str | None) -> tuple[str 
             options["max_grad_norm"] = optimizer.max_grad_norm
         name, optimizer = name or _name(cls), functools.partial(cls, **options)
     if not callable(optimizer):
-        raise TypeError(f"bigkernels.plan: optimizer is a {type(optimizer).__name__}; accepted are names, classes, "
-                        "functions of parameters, instances and None")  # fmt: skip
+        raise TypeError(
+            f"bigkernels.plan: optimizer is a {type(optimizer).__name__}; accepted are names, classes, "
+            "functions of parameters, instances and None"
+        )
     if state_dtype is not None:
         if not _is_ours(optimizer):
-            raise ValueError("bigkernels.plan: state_dtype is for the classes of bigkernels.optim, and the optimizer "
-                             f"is {name or _name(optimizer)}")  # fmt: skip
+            raise ValueError(
+                "bigkernels.plan: state_dtype is for the classes of bigkernels.optim, and the optimizer "
+                f"is {name or _name(optimizer)}"
+            )
         optimizer = functools.partial(optimizer, state_dtype=STATE_DTYPES.get(str(state_dtype), state_dtype))
     return name or _name(optimizer), optimizer
 

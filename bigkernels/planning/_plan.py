@@ -99,16 +99,19 @@ def plan(
     optimizer_name, factory = _optimizers.resolve(optimizer, state_dtype)
     structure = _models.structure(model, given)
     machine = _limits(limits, device)
-    setting = Setting(mode, batch, seq, device, new_tokens, cast, checkpointing, every, flags, inputs,
-                      loss or default_loss, machine)  # fmt: skip
+    setting = Setting(
+        mode, batch, seq, device, new_tokens, cast, checkpointing, every, flags, inputs, loss or default_loss, machine
+    )
     (result,) = run(structure, setting, [factory])
     choices: tuple[_search.Choice, ...] = ()
     reason: str | None = None
     if allowed is not None:
-        choices, reason = _search.search(structure, setting, optimizer, state_dtype, allowed, machine, label, result,
-                                         progress)  # fmt: skip
-    phases = tuple(PhasePlan(p.name, result.peaks[p.name], p.flops, p.bytes, seconds_of(p, machine))
-                   for p in result.phases)  # fmt: skip
+        choices, reason = _search.search(
+            structure, setting, optimizer, state_dtype, allowed, machine, label, result, progress
+        )
+    phases = tuple(
+        PhasePlan(p.name, result.peaks[p.name], p.flops, p.bytes, seconds_of(p, machine)) for p in result.phases
+    )
     flops, seconds = _together(phases, new_tokens)
     floating = [p.dtype for p in structure.parameters() if p.is_floating_point()]
     return MemoryPlan(
@@ -163,8 +166,9 @@ def parse_bytes(limit: int | str | None) -> int | None:
                 raise ValueError
             limit = int(float(match[1]) * _UNITS[match[2]])
         except (KeyError, ValueError):
-            raise ValueError(f"bigkernels.plan: limit is {limit!r}; accepted are bytes and strings such as '24GB' and "
-                             "'16GiB'") from None  # fmt: skip
+            raise ValueError(
+                f"bigkernels.plan: limit is {limit!r}; accepted are bytes and strings such as '24GB' and '16GiB'"
+            ) from None
     if limit is not None and not (isinstance(limit, int) and limit > 0):
         raise ValueError(f"bigkernels.plan: limit is {limit!r}; accepted are positive numbers of bytes")
     return limit

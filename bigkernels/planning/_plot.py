@@ -12,8 +12,13 @@ from ._run import TAGS
 if TYPE_CHECKING:
     from ._report import MemoryPlan
 
-_COLOURS = dict(zip(TAGS, ("#14532d", "#6b8f71", "#7fb2e5", "#2a6fb0", "#f2a65a", "#b3261e", "#a678c8", "#c9c9c9",
-                           "#5c6bc0", "#9aa0a6"), strict=True))  # fmt: skip
+_COLOURS = dict(
+    zip(
+        TAGS,
+        ("#14532d", "#6b8f71", "#7fb2e5", "#2a6fb0", "#f2a65a", "#b3261e", "#a678c8", "#c9c9c9", "#5c6bc0", "#9aa0a6"),
+        strict=True,
+    )
+)
 
 
 def write(plan: MemoryPlan, path: Path) -> None:

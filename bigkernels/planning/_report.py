@@ -204,9 +204,17 @@ def tables(plan: MemoryPlan) -> list[Table]:
     tables.append((f"Phases; at most {plan.tokens_per_second:.3g} tokens/s", columns, rows, tuple(columns[1:])))
     if plan.limit is not None:
         verdict, advice = "fits" if plan.fits else "does not fit", plan.reason or f"Fastest that fits: {plan.best}"
-        rows = [[c.checkpointing or "none", c.state_dtype or "", c.patch, size(c.peak) if c.peak else "",
-                 duration(c.seconds) if c.seconds else "", c.problem or ("yes" if c.fits else "no")]
-                for c in plan.choices]  # fmt: skip
+        rows = [
+            [
+                c.checkpointing or "none",
+                c.state_dtype or "",
+                c.patch,
+                size(c.peak) if c.peak else "",
+                duration(c.seconds) if c.seconds else "",
+                c.problem or ("yes" if c.fits else "no"),
+            ]
+            for c in plan.choices
+        ]
         columns = ["checkpointing", "states", "patched", "peak", "at least", "fits"]
         tables.append(
             (f"Limit {size(plan.limit)}: the setting {verdict}. {advice}", columns, rows, ("peak", "at least"))

@@ -78,8 +78,10 @@ def run(made: nn.Module, setting: Setting, optimizers: Sequence[Factory | None])
     try:
         return train(made, setting, optimizers) if setting.mode == "train" else [infer(made, setting)]
     except _NO_VALUES as error:
-        raise RuntimeError(f"bigkernels.plan: {type(made).__name__} cannot be planned: its code depends on values, "
-                           f"which fake tensors have not ({type(error).__name__}: {error})") from error  # fmt: skip
+        raise RuntimeError(
+            f"bigkernels.plan: {type(made).__name__} cannot be planned: its code depends on values, "
+            f"which fake tensors have not ({type(error).__name__}: {error})"
+        ) from error
 
 
 def seconds_of(phase: Phase, machine: Limits) -> float:
@@ -113,10 +115,15 @@ def train(made: nn.Module, setting: Setting, optimizers: Sequence[Factory | None
         steps = [_optimizers.step(f, trained, recorder) if f is not None and trained else (0, None) for f in optimizers]
     # The states come into the log after the phases that they live through.
     return [
-        _result(recorder, [forward, backward, *filter(None, [phase])], {**held, STATE: state},
-                {"forward": state, "backward": state}, STATE)
+        _result(
+            recorder,
+            [forward, backward, *filter(None, [phase])],
+            {**held, STATE: state},
+            {"forward": state, "backward": state},
+            STATE,
+        )
         for state, phase in steps
-    ]  # fmt: skip
+    ]
 
 
 def infer(made: nn.Module, setting: Setting) -> Result:

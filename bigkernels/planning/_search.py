@@ -21,9 +21,16 @@ _STATES = ("float32", "bfloat16", "int8")
 
 
 def search(
-    made: nn.Module, setting: Setting, optimizer: Any, state_dtype: Any, limit: int, machine: Limits, label: str,
-    planned: Result, progress: Callable | None,
-) -> tuple[tuple[Choice, ...], str | None]:  # fmt: skip
+    made: nn.Module,
+    setting: Setting,
+    optimizer: Any,
+    state_dtype: Any,
+    limit: int,
+    machine: Limits,
+    label: str,
+    planned: Result,
+    progress: Callable | None,
+) -> tuple[tuple[Choice, ...], str | None]:
     """All combinations, those that fit first, by time; and the reason where none fits.
 
     Checkpointing and `patch` each take a run; the state dtypes of an optimizer only change what lies beside it.
@@ -71,10 +78,11 @@ def _plan_states(
         problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
         return [Choice(policy, None, patch, 0, 0.0, False, problem)]
     return [
-        Choice(policy, dtype, patch, result.peak, sum(seconds_of(p, machine) for p in result.phases),
-               result.peak <= limit)
+        Choice(
+            policy, dtype, patch, result.peak, sum(seconds_of(p, machine) for p in result.phases), result.peak <= limit
+        )
         for dtype, result in zip(states, results, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _why(planned: Result, rest: list[Choice], limit: int) -> str:

@@ -25,8 +25,9 @@ def make_inputs(model: nn.Module, given: Any, batch: int, seq: int, device: torc
         ValueError: the forward asks for something else than token numbers or images.
     """
     if given is not None:
-        fakes = tree_map(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device)
-                         if isinstance(t, Tensor) else t, given)  # fmt: skip
+        fakes = tree_map(
+            lambda t: torch.empty(t.shape, dtype=t.dtype, device=device) if isinstance(t, Tensor) else t, given
+        )
         return fakes if isinstance(fakes, (dict, tuple)) else tuple(fakes) if isinstance(fakes, list) else (fakes,)
     names = inspect.signature(type(model).forward).parameters
     config: Any = getattr(model, "config", None)
@@ -39,8 +40,10 @@ def make_inputs(model: nn.Module, given: Any, batch: int, seq: int, device: torc
         shape = batch, getattr(config, "num_channels", 3), *sides
         inputs["pixel_values"] = torch.zeros(shape, dtype=dtype, device=device)
     else:
-        raise ValueError(f"bigkernels.plan: {type(model).__name__}.forward takes neither input_ids nor pixel_values; "
-                         "give `inputs`, a tensor, tuple or dict of the shapes of one batch")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.plan: {type(model).__name__}.forward takes neither input_ids nor pixel_values; "
+            "give `inputs`, a tensor, tuple or dict of the shapes of one batch"
+        )
     if labels and "labels" in names:
         whole = "pixel_values" in inputs or type(model).__name__.endswith("ForSequenceClassification")
         shape = (batch,) if whole else (batch, seq)

@@ -224,8 +224,9 @@ class BufferedLayer(DynamicLayer):
         tokens = key_states.shape[2]
         if not self._has_room(tokens):
             capacity = room_for(self._length() + tokens)
-            kinds = self._kinds(*key_states.shape[:2], capacity, key_states.shape[3], value_states.shape[3],
-                                key_states.dtype)  # fmt: skip
+            kinds = self._kinds(
+                *key_states.shape[:2], capacity, key_states.shape[3], value_states.shape[3], key_states.dtype
+            )
             self._move([torch.empty(shape, dtype=dtype, device=key_states.device) for shape, dtype in kinds])
         self._drop()
         self._write([getattr(self, name) for name in self._names], self._end, key_states, value_states)

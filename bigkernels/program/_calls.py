@@ -99,8 +99,11 @@ def enclosing(trace: Trace, step: int, opaque: list[ModuleCall], cached: bool = 
     if cached:
         found = [c for c in trace.recorder.calls if c.begin <= step < c.end and takes_cache(trace, c)]
         call = min(found, key=lambda c: c.end - c.begin, default=None)
-        if call is not None and any(takes_cache(trace, c) for c in trace.recorder.calls
-                                    if c is not call and call.begin <= c.begin < c.end <= call.end):  # fmt: skip
+        if call is not None and any(
+            takes_cache(trace, c)
+            for c in trace.recorder.calls
+            if c is not call and call.begin <= c.begin < c.end <= call.end
+        ):
             return []  # what is not known is something else in it
         if call is None or call in opaque or not _reads(trace, call) or not call.outs:
             return []

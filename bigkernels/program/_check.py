@@ -65,8 +65,9 @@ def _counted(model: nn.Module, graph: Graph, pieces: list[Tensor], starts: Tenso
     return True
 
 
-def _steps(model: nn.Module, graph: Graph, pieces: list[Tensor], starts: Tensor | None, drawn: Drawn,
-           given: bool = True) -> None:  # fmt: skip
+def _steps(
+    model: nn.Module, graph: Graph, pieces: list[Tensor], starts: Tensor | None, drawn: Drawn, given: bool = True
+) -> None:
     """Products of the first piece are the model's own, unless only positions are looked at (`given` is False); those of
     the others are drawn: their linear layers have other weights, in the model and in the graph.
     """

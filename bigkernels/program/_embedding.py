@@ -48,8 +48,9 @@ class Embed:
     scale: float = 1.0
     positions: tuple[Positions, ...] = ()
 
-    def __call__(self, input_ids: Tensor | None = None, position_ids: Tensor | None = None,
-                 inputs_embeds: Tensor | None = None) -> Tensor:  # fmt: skip
+    def __call__(
+        self, input_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
         hidden = self.tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.scale != 1.0:
             hidden = hidden * self.scale
@@ -69,16 +70,23 @@ def embedding_of(b: Builder, needed: set[int]) -> tuple[Ref, Embed]:
     """(the tensor that it makes, the callable)"""
     recorder = b.recorder
     whole = _whole(b, needed)
-    readers = [n for n in sorted(needed) if n not in whole and recorder.steps[n].inputs
-               and all(r.step in whole for r in recorder.steps[n].inputs)]  # fmt: skip
+    readers = [
+        n
+        for n in sorted(needed)
+        if n not in whole and recorder.steps[n].inputs and all(r.step in whole for r in recorder.steps[n].inputs)
+    ]
     if len(readers) != 1:
         raise Refused("(model): its tokens are embedded in more than one place")
     first = Ref(readers[0], 0)
     # The outermost module that makes one tensor of the tokens alone.
     found = None
     for call in recorder.calls:
-        if len(call.outs) == 1 and call.begin <= readers[0] < call.end and _only_tokens(b, call) \
-                and not any(_layers.is_linear(m) for m in call.module.modules()):  # fmt: skip
+        if (
+            len(call.outs) == 1
+            and call.begin <= readers[0] < call.end
+            and _only_tokens(b, call)
+            and not any(_layers.is_linear(m) for m in call.module.modules())
+        ):
             found = call
             break
     if found is None or not isinstance(found.outs[0], Ref):

@@ -121,8 +121,9 @@ def _kind(name: str, t: Tensor, batch: int, length: int) -> tuple[str, Any]:
     raise Refusal(f"{name} is {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}")
 
 
-def drawn(form: Form, given: Given, batch: int, length: int, seed: int, device: torch.device,
-          exact: bool = True) -> Given:  # fmt: skip
+def drawn(
+    form: Form, given: Given, batch: int, length: int, seed: int, device: torch.device, exact: bool = True
+) -> Given:
     """Other arguments of the same form: the last sequence has padding at its end, if there is a mask."""
     dtype = torch.float64 if exact else form.dtype
     made = Given(given.first, random(batch, length, form.width, seed=seed, device=device).to(dtype))

@@ -152,8 +152,10 @@ class LayerBuilder(Builder):
             if step.module is not None and _layers.is_linear(step.module):
                 self._product(number, step.args[0], step.module)
             elif step.name == "scaled_dot_product_attention":
-                q, k, v = (step.args[i] if len(step.args) > i else step.kwargs.get(name)
-                           for i, name in enumerate(("query", "key", "value")))  # fmt: skip
+                q, k, v = (
+                    step.args[i] if len(step.args) > i else step.kwargs.get(name)
+                    for i, name in enumerate(("query", "key", "value"))
+                )
                 self._mix(q, k, v, Ref(number, 0))
             elif step.module is not None:
                 raise Refused(f"{step.path}: its experts are not looked at", number)
@@ -215,8 +217,9 @@ class LayerBuilder(Builder):
             steps = {b - a for a, b in itertools.pairwise(of.columns)}
             if len(steps) > 1:
                 raise Refused(f"{self.path(out)}: heads at other distances", out.step)
-        spec = replace(spec, q=of_q, k=of_k, v=values, out=made, groups=len(keys.columns),
-                       scale=spec.scale * found[0].scale)  # fmt: skip
+        spec = replace(
+            spec, q=of_q, k=of_k, v=values, out=made, groups=len(keys.columns), scale=spec.scale * found[0].scale
+        )
         self.values[out] = self.add(spec, made)
 
     def _turned(self, found: Found, of: HeadsOf) -> HeadsOf:

@@ -88,9 +88,21 @@ class EncoderLowered(Lowered):
         # Where the model computes in float32 nothing is rounded.
         kind = TYPES[self._dtype if self._dtype in TYPES else torch.float32]
         return "mix", records.MixRecord(
-            self._heads_of(o.q), self._heads_of(o.k), self._heads_of(o.v), o.out, o.heads, o.groups, o.d, o.dv,
-            o.scale, o.softcap, o.causal, _or_none(o.scores), kind, self.reads.vector(o.sinks, o.heads, "sinks"),
-        )  # fmt: skip
+            self._heads_of(o.q),
+            self._heads_of(o.k),
+            self._heads_of(o.v),
+            o.out,
+            o.heads,
+            o.groups,
+            o.d,
+            o.dv,
+            o.scale,
+            o.softcap,
+            o.causal,
+            _or_none(o.scores),
+            kind,
+            self.reads.vector(o.sinks, o.heads, "sinks"),
+        )
 
 
 _lower._LOWER |= {Turn: EncoderLowered._turn, Mix: EncoderLowered._mix}

@@ -34,8 +34,14 @@ class EncoderProgram:
         panels: what their codes were copied to; None: it was dropped.
     """
 
-    def __init__(self, graphs: Sequence[LayerGraph], same_scores: Sequence[int], same_angles: Sequence[int],
-                 dtype: torch.dtype, integers: bool | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        graphs: Sequence[LayerGraph],
+        same_scores: Sequence[int],
+        same_angles: Sequence[int],
+        dtype: torch.dtype,
+        integers: bool | None = None,
+    ) -> None:
         """
         Args:
             same_scores, same_angles: for each layer the first one that is given the same.
@@ -107,9 +113,15 @@ class EncoderProgram:
         ]
         self._hold()
         out = (torch.zeros_like if found.padded else torch.empty_like)(hidden, memory_format=torch.contiguous_format)
-        ops.encode(self.lowered.packed, hidden.contiguous(), found.sequences,
-                   pack_tables(rows, records.ScoresTable), pack_tables(turns, records.AngleTable), out,
-                   self._most)  # fmt: skip
+        ops.encode(
+            self.lowered.packed,
+            hidden.contiguous(),
+            found.sequences,
+            pack_tables(rows, records.ScoresTable),
+            pack_tables(turns, records.AngleTable),
+            out,
+            self._most,
+        )
         if turns:
             ops.settle()  # threads that lost their core may still read the angles
         return out
@@ -120,8 +132,10 @@ class EncoderProgram:
 
     def describe(self) -> str:
         formats = ", ".join(f"{count} {name}" for name, count in sorted(self.lowered.reads.formats.items()))
-        text = (f"encoder program: {len(self.graphs)} layers, {self.lowered.products} products ({formats}), "
-                f"{self.nbytes / 1e6:.1f} MB")  # fmt: skip
+        text = (
+            f"encoder program: {len(self.graphs)} layers, {self.lowered.products} products ({formats}), "
+            f"{self.nbytes / 1e6:.1f} MB"
+        )
         if self.panels is not None and self.panels.nbytes:
             text += f", {self.panels.nbytes / 1e6:.1f} of them codes in panels"
         return text

@@ -217,8 +217,10 @@ class Stack:
             most = max(least * scale, (4 if program.rounds else 2) * own)
             if not (error <= most and own <= max(least, _MODULES) * scale):
                 far, near = (x / scale if scale else x for x in (error, own))
-                raise Refused(f"it gives other hidden states than the modules ({far:.1e} from those in float32, and "
-                              f"they {near:.1e})")  # fmt: skip
+                raise Refused(
+                    f"it gives other hidden states than the modules ({far:.1e} from those in float32, and "
+                    f"they {near:.1e})"
+                )
 
     def refused(self, refusal: Exception) -> None:
         self.left, self.why = self.left + 1, str(refusal)
@@ -249,8 +251,14 @@ class Stack:
 
     def as_dict(self) -> dict[str, Any]:
         model = type(self.layers[0]).__qualname__ if self.layers else None
-        return {"model": model, "state": self.status(), "nbytes": self.nbytes, "calls": self.taken,
-                "by modules": self.left, "why": self.why or None}  # fmt: skip
+        return {
+            "model": model,
+            "state": self.status(),
+            "nbytes": self.nbytes,
+            "calls": self.taken,
+            "by modules": self.left,
+            "why": self.why or None,
+        }
 
     @property
     def nbytes(self) -> int:

@@ -42,8 +42,9 @@ def constant(values: Tensor) -> float | None:
     return first if bool(((values - first).abs() <= 1e-9 * abs(first) + 1e-300).all()) else None
 
 
-def as_norm(function: Callable[[Tensor], Tensor], size: int, x: Tensor, vectors: Sequence[Stored]
-            ) -> tuple[NormSpec, float] | None:  # fmt: skip
+def as_norm(
+    function: Callable[[Tensor], Tensor], size: int, x: Tensor, vectors: Sequence[Stored]
+) -> tuple[NormSpec, float] | None:
     """The norm over groups of `size` columns, and its scale, where `function` of rows like `x` is one."""
     if size < 2:
         return None

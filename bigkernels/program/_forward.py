@@ -20,8 +20,18 @@ from ._state import KEY, Steps
 from ._verify import new_cache
 
 # Arguments that say how a call is answered; whoever gives another one gets the model's own code.
-_KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache", "use_cache",
-          "logits_to_keep", "return_dict", "cache_position"}  # fmt: skip
+_KNOWN = {
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "cache",
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+    "cache_position",
+}
 # Tokens of a run: a weight is transposed once for all of them, and what layers make of them stays in the caches.
 _ROWS, _CACHED = 512, 8 << 20
 _GLOBAL_HOOKS = (_hooks._global_forward_hooks, _hooks._global_forward_pre_hooks)
@@ -135,8 +145,9 @@ class _Call:
             raise Refusal("position_ids are given, and the model takes none")
         if self.positions is None and not program.graph.counted[starts is not None]:
             raise Refusal("positions are not given, and the model counts them in another way")
-        if not program.graph.padded and (starts is not None or int(positions.min()) != past
-                                         or longest != past + self.tokens - 1):  # fmt: skip
+        if not program.graph.padded and (
+            starts is not None or int(positions.min()) != past or longest != past + self.tokens - 1
+        ):
             raise Refusal("some of its layers cannot be told of padding, or of other positions")
         hidden = program.embed(self.ids, positions, self.embeds)
         if hidden.dtype != program.dtype or hidden.dim() != 3:
@@ -152,9 +163,16 @@ class _Call:
         return steps.output.make(logits, cache, defaults.as_tuple if as_tuple is None else not as_tuple)
 
     def _fill(
-        self, program: Program, described: Description, cache: Any, hidden: Tensor, positions: Tensor,
-        starts: Tensor | None, longest: int, logits: Tensor,
-    ) -> None:  # fmt: skip
+        self,
+        program: Program,
+        described: Description,
+        cache: Any,
+        hidden: Tensor,
+        positions: Tensor,
+        starts: Tensor | None,
+        longest: int,
+        logits: Tensor,
+    ) -> None:
         """Keys and values of all tokens to the cache, and logits of the last ones."""
         most = _ROWS if program.widest * _ROWS * 4 <= _CACHED else _ROWS // 2
         size = self.tokens if program.graph.owned else max(1, most // self.batch)

@@ -208,8 +208,9 @@ def _residual_norms(operations: list, widths: list[int], kept: int) -> list:
                 and made[at].residual is None
                 and places.made.get(other, -1) < at
             ):
-                made[at] = replace(made[at], out=o.out, scale=made[at].scale * scale, residual=other,
-                                   residual_scale=other_scale)  # fmt: skip
+                made[at] = replace(
+                    made[at], out=o.out, scale=made[at].scale * scale, residual=other, residual_scale=other_scale
+                )
                 made[i] = None
                 break
     return [o for o in made if o is not None]
@@ -223,9 +224,10 @@ def _side_by_side(operations: list) -> Iterator:
             continue
         if isinstance(o, Products) and o.bare:
             group = [
-                (j, p) for j, p in enumerate(operations[i:], i)
+                (j, p)
+                for j, p in enumerate(operations[i:], i)
                 if isinstance(p, Products) and p.bare and (p.x, p.x_column) == (o.x, o.x_column) and j not in taken
-            ][:MAX_WEIGHTS]  # fmt: skip
+            ][:MAX_WEIGHTS]
             taken.update(j for j, _ in group)
             o = replace(o, outs=tuple(p.outs[0] for _, p in group), parts=tuple(p.parts[0] for _, p in group))
         yield o

@@ -208,8 +208,9 @@ def _still(b: Builder, roots: list[Ref]) -> dict[Ref, Tensor]:
     return given
 
 
-def _gather(compute: Callable, still: dict[Ref, Tensor], b: Builder, width: int, heads: int, d: int
-            ) -> tuple[tuple[int, ...], float] | None:  # fmt: skip
+def _gather(
+    compute: Callable, still: dict[Ref, Tensor], b: Builder, width: int, heads: int, d: int
+) -> tuple[tuple[int, ...], float] | None:
     """(first column of each head, scale) where heads are columns, times a number."""
     ones = torch.ones(b.trace.rows, width, dtype=torch.float64, device=b.device)
     numbers = torch.arange(1, width + 1, dtype=torch.float64, device=b.device).expand_as(ones)
@@ -226,8 +227,9 @@ def _gather(compute: Callable, still: dict[Ref, Tensor], b: Builder, width: int,
     return tuple(columns.tolist()), plain(scale)
 
 
-def _rotation(b: Builder, roots: tuple[Ref, ...], compute: Callable, x: Tensor, picked: Tensor, d: int
-              ) -> tuple[int, int, bool] | None:  # fmt: skip
+def _rotation(
+    b: Builder, roots: tuple[Ref, ...], compute: Callable, x: Tensor, picked: Tensor, d: int
+) -> tuple[int, int, bool] | None:
     batch, length = b.trace.tokens.shape
     likes = [b.tensor(root) for root in roots]
     if any(t.shape[-1] > d for t in likes):

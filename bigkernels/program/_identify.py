@@ -25,7 +25,7 @@ from ._ir import (
     Norm,
     Product,
     Stored,
-    StoredLinear,  # fmt: skip
+    StoredLinear,
 )
 from ._keep import keep_last
 from ._masks import far_windows, hints, is_softmax
@@ -373,8 +373,13 @@ class Builder:
             if here != ref and here in self.values:
                 terms.append(here)
                 continue
-            if step.module is not None or not step.inputs or any(self._width(r) != width for r in step.inputs) \
-                    or not self._is_linear(step, here) or (here != ref and self._is_norm(step, here)):  # fmt: skip
+            if (
+                step.module is not None
+                or not step.inputs
+                or any(self._width(r) != width for r in step.inputs)
+                or not self._is_linear(step, here)
+                or (here != ref and self._is_norm(step, here))
+            ):
                 terms.append(here)
                 continue
             for r in step.inputs:
@@ -398,8 +403,10 @@ class Builder:
 
     def _is_linear(self, step: Step, out: Ref) -> bool:
         """Whether one step is linear in all that depends on the tokens, together."""
-        given = [{r: self.unrows(self.sample(self._width(r), 10 * n + i), self.tensor(r))
-                  for i, r in enumerate(step.inputs)} for n in range(2)]  # fmt: skip
+        given = [
+            {r: self.unrows(self.sample(self._width(r), 10 * n + i), self.tensor(r)) for i, r in enumerate(step.inputs)}
+            for n in range(2)
+        ]
         both = {r: given[0][r] + 2 * given[1][r] for r in step.inputs}
         if any(not t.dtype.is_floating_point for t in (self.tensor(r) for r in step.inputs)):
             return False
@@ -465,9 +472,11 @@ class Builder:
         call = next(c for c in self.opaque.values() if c.path == op.path)
         steps = [s for s in self.recorder.steps[call.begin : call.end] if s.depends]
         total = self.trace.past + self.trace.tokens.shape[1]
-        return sum(s.name == "scaled_dot_product_attention"
-                   or is_softmax(s.name, [self.tensor(a) if isinstance(a, Ref) else a for a in s.args], total)
-                   for s in steps)  # fmt: skip
+        return sum(
+            s.name == "scaled_dot_product_attention"
+            or is_softmax(s.name, [self.tensor(a) if isinstance(a, Ref) else a for a in s.args], total)
+            for s in steps
+        )
 
     def _needed(self, ref: Ref) -> set[int]:
         found: set[int] = set()
@@ -577,8 +586,22 @@ class Builder:
         self.add(Heads(q_heads.of, *of_keys[:2], made, layer, q_heads.norm, of_keys[2], *rotation), made)
         result = self.new(attend.heads * attend.dv)
         self.values[out] = self.add(
-            Attend(made, result, layer, attend.heads, attend.groups, attend.d, attend.dv, attend.scale * q_heads.scale,
-                   attend.window, attend.softcap, attend.sinks, attend.alibi), result)  # fmt: skip
+            Attend(
+                made,
+                result,
+                layer,
+                attend.heads,
+                attend.groups,
+                attend.d,
+                attend.dv,
+                attend.scale * q_heads.scale,
+                attend.window,
+                attend.softcap,
+                attend.sinks,
+                attend.alibi,
+            ),
+            result,
+        )
 
     def _update_before(self, out: Ref, q: Ref):
         """The call of the cache that an attention's keys come from."""

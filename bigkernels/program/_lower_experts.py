@@ -38,10 +38,21 @@ def experts_record(o: Experts, reads: Reads, new: Callable[[int], int], integers
         first, second = second, first
     gate, up = (first, second) if halves else ((both, both_bias), (None, None))
     made = records.ExpertsRecord(
-        x=o.x, out=o.out, residual=-1, experts=o.experts, top=o.top, inner=inner, renormalize=o.renormalize,
-        sigmoid=o.sigmoid, scale=o.scale, act=records.ACTS[o.act],
-        integers=1 if rounded or also else integers, limit=o.limit, alpha=o.alpha, up_offset=o.up_offset,
-    )  # fmt: skip
+        x=o.x,
+        out=o.out,
+        residual=-1,
+        experts=o.experts,
+        top=o.top,
+        inner=inner,
+        renormalize=o.renormalize,
+        sigmoid=o.sigmoid,
+        scale=o.scale,
+        act=records.ACTS[o.act],
+        integers=1 if rounded or also else integers,
+        limit=o.limit,
+        alpha=o.alpha,
+        up_offset=o.up_offset,
+    )
     made.hidden = new(o.top * inner)
     if o.logits is None:
         if o.scale != 1.0:
@@ -50,10 +61,13 @@ def experts_record(o: Experts, reads: Reads, new: Callable[[int], int], integers
     else:
         made.logits, made.weights, made.chosen = o.logits, new(o.top), new(o.top)
     for name, kind, several in (
-        ("gate", records.Weight, gate[0]), ("up", records.Weight, up[0]), ("down", records.Weight, down),
-        ("gate_bias", records.Vector, gate[1]), ("up_bias", records.Vector, up[1]),
+        ("gate", records.Weight, gate[0]),
+        ("up", records.Weight, up[0]),
+        ("down", records.Weight, down),
+        ("gate_bias", records.Vector, gate[1]),
+        ("up_bias", records.Vector, up[1]),
         ("down_bias", records.Vector, down_bias),
-    ):  # fmt: skip
+    ):
         if several is not None:
             listed = (kind * len(several))(*several)
             reads.made.append(listed)
@@ -76,10 +90,16 @@ def _weights(held: Tensor | QuantizedExperts, transposed: bool, reads: Reads) ->
     begin, item = reads.address(held), held.itemsize
     row = held.stride(1) if held.shape[1] > 1 else held.shape[2]
     made = [
-        records.Weight(n=n, k=k, kind=TYPES[held.dtype], codes=begin + i * held.stride(0) * item, code_row=row * item,
-                       transposed=transposed)
+        records.Weight(
+            n=n,
+            k=k,
+            kind=TYPES[held.dtype],
+            codes=begin + i * held.stride(0) * item,
+            code_row=row * item,
+            transposed=transposed,
+        )
         for i in range(held.shape[0])
-    ]  # fmt: skip
+    ]
     return made, False
 
 

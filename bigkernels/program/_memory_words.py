@@ -146,20 +146,32 @@ def _knows_objects() -> bool:
 
     return (
         _seen(
-            lambda: of_dict(held), lambda: setattr(module, "x", 1.5), lambda: setattr(module, "x", 2.5),
-            lambda: held.update(x=3.5), lambda: delattr(module, "x"), lambda: held.setdefault("y", 1),
-            lambda: held.pop("y"), lambda: module.train(False),
+            lambda: of_dict(held),
+            lambda: setattr(module, "x", 1.5),
+            lambda: setattr(module, "x", 2.5),
+            lambda: held.update(x=3.5),
+            lambda: delattr(module, "x"),
+            lambda: held.setdefault("y", 1),
+            lambda: held.pop("y"),
+            lambda: module.train(False),
         )
         and _seen(lambda: of_dict(module._parameters), lambda: setattr(module, "weight", weight))
-        and _seen(lambda: of_dict(module._forward_hooks), lambda: hook.append(module.register_forward_hook(print)),
-                  lambda: hook[0].remove())
+        and _seen(
+            lambda: of_dict(module._forward_hooks),
+            lambda: hook.append(module.register_forward_hook(print)),
+            lambda: hook[0].remove(),
+        )
         and _seen(lambda: of_dict(module._modules), lambda: module._modules.update(a=None), module._modules.clear)
-        and _seen(lambda: of_type(Other), lambda: setattr(Other, "forward", print), lambda: setattr(Base, "other", 1),
-                  lambda: delattr(Other, "forward"))
+        and _seen(
+            lambda: of_type(Other),
+            lambda: setattr(Other, "forward", print),
+            lambda: setattr(Base, "other", 1),
+            lambda: delattr(Other, "forward"),
+        )
         and _seen(lambda: of_class(changed), lambda: setattr(changed, "__class__", Base))
         and _seen(listed, lambda: items.__setitem__(1, 3), lambda: items.append(1), items.pop, items.clear)
         and _seen(in_set, lambda: chosen.add("c"), lambda: chosen.remove("a"), lambda: chosen.add("d"), chosen.clear)
-    )  # fmt: skip
+    )
 
 
 def _once(tries: Callable[[], bool]) -> Callable[[], bool]:
@@ -216,8 +228,17 @@ def knows_tensors() -> bool:
         return lambda: setattr(t, "data", data)
 
     other = torch.zeros(13, 7, **made)
-    others = (other, other.t(), other, other[1:8], other[:7], other.view(torch.int32)[:7], other.flatten(),
-              other.to(torch.bfloat16), other)  # fmt: skip
+    others = (
+        other,
+        other.t(),
+        other,
+        other[1:8],
+        other[:7],
+        other.view(torch.int32)[:7],
+        other.flatten(),
+        other.to(torch.bfloat16),
+        other,
+    )
     quiet = words()
     t.add_(1), t.requires_grad_(), t.requires_grad_(False), t[1:].mul_(2)
     return not differs(quiet) and _seen(words, *map(put, others), lambda: other.untyped_storage().resize_(0))

@@ -121,9 +121,16 @@ class Program:
         return self.lowered.widths[self.lowered.logits]
 
     def run(
-        self, hidden: Tensor, positions: Tensor, starts: Tensor | None, longest: int, caches: Tensor, past: int,
-        logits: Tensor, cache: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        starts: Tensor | None,
+        longest: int,
+        caches: Tensor,
+        past: int,
+        logits: Tensor,
+        cache: Any = None,
+    ) -> None:
         """One run: keys and values go to the caches.
 
         Args:

@@ -39,13 +39,30 @@ if TYPE_CHECKING:
 _NAMES = tuple(map(sys.intern, ("input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache",
                                 "return_dict", "logits_to_keep")))  # fmt: skip
 # What has to be said around a call: no autocast, no modes, no tracing, no transform, no gradients.
-_ASKED = ((autocast_anywhere, False), (function_modes, 0), (dispatch_modes, 0), (is_jit_tracing, False),
-          (transforms, None), (torch.is_grad_enabled, False))  # fmt: skip
+_ASKED = (
+    (autocast_anywhere, False),
+    (function_modes, 0),
+    (dispatch_modes, 0),
+    (is_jit_tracing, False),
+    (transforms, None),
+    (torch.is_grad_enabled, False),
+)
 _GLOBAL_HOOKS = (_hooks._global_forward_hooks, _hooks._global_forward_pre_hooks)
 _ROWS = 64
 # `Interpreter` in C, before the function of DLPack.
-_API = ("PyDict_Next", "PyObject_Call", "PyTuple_GetItem", "PyTuple_Pack", "PyLong_FromLongLong", "PyLong_AsLongLong",
-        "Py_DecRef", "Py_IncRef", "PyErr_Clear", "PyEval_SaveThread", "PyEval_RestoreThread")  # fmt: skip
+_API = (
+    "PyDict_Next",
+    "PyObject_Call",
+    "PyTuple_GetItem",
+    "PyTuple_Pack",
+    "PyLong_FromLongLong",
+    "PyLong_AsLongLong",
+    "Py_DecRef",
+    "Py_IncRef",
+    "PyErr_Clear",
+    "PyEval_SaveThread",
+    "PyEval_RestoreThread",
+)
 _METH_O = 8
 
 
@@ -73,8 +90,16 @@ class Quick:
     def of(cls, steps: Steps, described: Description, cache: Any, watch: Watch, program: Program) -> Quick | None:
         """None where something is not known by words of memory, or the model's own code has a part in each step."""
         tables = program._tables
-        if not (watch.plain() and _makes() and not described.static and not described.others and tables.tabled
-                and not program.lowered.calls and program.graph.padded and type(cache.layers) is list):  # fmt: skip
+        if not (
+            watch.plain()
+            and _makes()
+            and not described.static
+            and not described.others
+            and tables.tabled
+            and not program.lowered.calls
+            and program.graph.padded
+            and type(cache.layers) is list
+        ):
             return None
         source = _Source.of(program)
         if source is None:
@@ -204,8 +229,12 @@ def _array(numbers: array) -> tuple[int, int]:
 class _MethodDef(ctypes.Structure):
     """PyMethodDef"""
 
-    _fields_ = [("name", ctypes.c_char_p), ("function", ctypes.c_void_p), ("flags", ctypes.c_int),
-                ("doc", ctypes.c_char_p)]  # fmt: skip
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("function", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    ]
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from ._ir import (
     Keep,
     Norm,
     NormSpec,
-    Product,  # fmt: skip
+    Product,
 )
 
 ACTIVATIONS: dict[str, Callable] = GATES | {
@@ -47,8 +47,15 @@ class Cache:
             held[layer] = new if held[layer] is None else torch.cat([held[layer].to(new.dtype), new], 2)
 
 
-def run(graph: Graph, hidden: Tensor, positions: Tensor, cache: Cache, *, starts: Tensor | None = None,
-        keep: int | None = None) -> Tensor:  # fmt: skip
+def run(
+    graph: Graph,
+    hidden: Tensor,
+    positions: Tensor,
+    cache: Cache,
+    *,
+    starts: Tensor | None = None,
+    keep: int | None = None,
+) -> Tensor:
     """Logits (B, keep, vocabulary) in the dtype of `hidden`, (B, S, width).
 
     Args:

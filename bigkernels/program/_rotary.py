@@ -68,9 +68,14 @@ class Rotary:
         kwargs = tuple((k, resolve_value(b, v)) for k, v in call.kwargs.items())
         made = cls(call.module, args, kwargs, outs, layout, sign, interleaved)
         dtype = b.trace.dtype
-        plain = (layout == ("pairs" if interleaved else "halves") and sign == 1 and outs == (0, 1)
-                 and [*args[:2], *(v for _, v in kwargs)][:2] == [HIDDEN, POSITIONS]
-                 and len(args) + len(kwargs) == 2 and all(k == "position_ids" for k, _ in kwargs))  # fmt: skip
+        plain = (
+            layout == ("pairs" if interleaved else "halves")
+            and sign == 1
+            and outs == (0, 1)
+            and [*args[:2], *(v for _, v in kwargs)][:2] == [HIDDEN, POSITIONS]
+            and len(args) + len(kwargs) == 2
+            and all(k == "position_ids" for k, _ in kwargs)
+        )
         table = _by_position(made, b, dtype)
         return Angles(call.module if plain else made, (), rotary, table, dtype)
 
@@ -117,7 +122,11 @@ def _by_position(rotary: Rotary, b: Builder, dtype: torch.dtype) -> bool:
     except Exception:  # noqa: BLE001  a module may refuse positions in any way
         return False
     for a, f, g in zip(first, far, beyond, strict=True):
-        if not (torch.equal(a[:, 4], f[:, 0]) and torch.equal(a[:, 0], f[:, 1])
-                and torch.equal(a[:, 4], g[:, 0]) and torch.equal(a[:, 0], g[:, 1])):  # fmt: skip
+        if not (
+            torch.equal(a[:, 4], f[:, 0])
+            and torch.equal(a[:, 0], f[:, 1])
+            and torch.equal(a[:, 4], g[:, 0])
+            and torch.equal(a[:, 0], g[:, 1])
+        ):
             return False
     return True

@@ -156,8 +156,14 @@ class Steps:
         return f"decode program: {entry.reason}" if entry.program is None else entry.program.describe()
 
     def as_dict(self) -> dict[str, Any]:
-        return {"model": self.model or None, "state": self.status(), "nbytes": self.nbytes, "calls": self.taken,
-                "by modules": self.left, "why": self.why or None}  # fmt: skip
+        return {
+            "model": self.model or None,
+            "state": self.status(),
+            "nbytes": self.nbytes,
+            "calls": self.taken,
+            "by modules": self.left,
+            "why": self.why or None,
+        }
 
     @property
     def nbytes(self) -> int:

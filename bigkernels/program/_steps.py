@@ -101,8 +101,10 @@ def add_steps(b: Builder, ref: Ref) -> int | None:
         step = b.recorder.steps[number]
         args, kwargs = mapped(lambda v: _constant(b, v, inside, sources, constants), (step.args, step.kwargs))
         lines.append(Line(number, step.func, args, kwargs, is_in_place(step), step.name))
-    inputs = tuple((r, torch.empty_strided(b.tensor(r).shape, b.tensor(r).stride(), dtype=torch.float64, device="meta"))
-                   for r in sources)  # fmt: skip
+    inputs = tuple(
+        (r, torch.empty_strided(b.tensor(r).shape, b.tensor(r).stride(), dtype=torch.float64, device="meta"))
+        for r in sources
+    )
     code = StepsCode(tuple(lines), inputs, ref, tuple(b.trace.tokens.shape))
     if not _by_row(b, code, sources, ref):
         return None

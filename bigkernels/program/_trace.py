@@ -125,11 +125,32 @@ _LEAVES = {Ref, Tensor, nn.Parameter, int, float, bool, str, type(None), torch.d
 
 _CASTS = {"float", "double", "half", "bfloat16", "to", "type", "type_as"}
 # `empty_like` and `new_empty` are none of these: what is written to them, in parts, is of the tokens.
-_LIKE = {"zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
-         "new_zeros", "new_ones", "new_full", "new_tensor"}  # fmt: skip
+_LIKE = {
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_tensor",
+}
 _PICKS = {"embedding", "index_select", "gather"}  # rows of a table, which need not be cast whole
-_READS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "__len__", "__contains__",
-          "is_nonzero", "equal", "allclose"}  # fmt: skip
+_READS = {
+    "item",
+    "tolist",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "numpy",
+    "__len__",
+    "__contains__",
+    "is_nonzero",
+    "equal",
+    "allclose",
+}
 _QUIET = {"size", "stride", "dim", "numel", "__len__", "is_contiguous", "element_size", "data_ptr", "is_floating_point",
           "is_complex", "get_device", "ndimension", "nelement", "__hash__", "storage_offset", "__repr__", "__format__",
           "is_signed", "untyped_storage"}  # fmt: skip
@@ -214,8 +235,11 @@ class Recorder(TorchFunctionMode):
             return self._plainly(func, args, kwargs)
         if name in ("to", "type_as"):
             return self._plainly(torch.Tensor.to, (args[0], self.seeming.get(id(other), other.dtype)), {})
-        return self._plainly({"expand_as": Tensor.expand, "view_as": Tensor.view, "reshape_as": Tensor.reshape}[name],
-                             (args[0], other.shape), {})  # fmt: skip
+        return self._plainly(
+            {"expand_as": Tensor.expand, "view_as": Tensor.view, "reshape_as": Tensor.reshape}[name],
+            (args[0], other.shape),
+            {},
+        )
 
     def _is_cast(self, name, args, kwargs) -> bool:
         if name == "type" and len(args) == 1 and not kwargs:
@@ -292,8 +316,17 @@ class Recorder(TorchFunctionMode):
         return self.where.get(id(t), t) if isinstance(t, Tensor) else t
 
     def _note(self, func, args, kwargs, outs, depends, inputs, module=None) -> None:
-        step = Step(func, mapped(self.ref, args), mapped(self.ref, kwargs), tuple(outs), depends, tuple(inputs),
-                    self.path, module, len(self.steps))  # fmt: skip
+        step = Step(
+            func,
+            mapped(self.ref, args),
+            mapped(self.ref, kwargs),
+            tuple(outs),
+            depends,
+            tuple(inputs),
+            self.path,
+            module,
+            len(self.steps),
+        )
         number = len(self.steps)
         self.steps.append(step)
         for i, t in enumerate(outs):

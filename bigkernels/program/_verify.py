@@ -119,8 +119,9 @@ def _theirs(module: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor) -> 
     for size in _TOKENS:
         end = seen + size
         given = {"position_ids": positions[:, seen:end]} if takes_positions else {}
-        out = type(module).forward(module, input_ids=ids[:, seen:end], attention_mask=mask[:, :end],
-                                   use_cache=True, **{name: cache}, **given)  # fmt: skip
+        out = type(module).forward(
+            module, input_ids=ids[:, seen:end], attention_mask=mask[:, :end], use_cache=True, **{name: cache}, **given
+        )
         made.append(out.logits)
         seen = end
     kind = type(out)

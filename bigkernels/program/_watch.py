@@ -26,8 +26,15 @@ from ._suspend import idle
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 # What says nothing about the numbers of a step: `training` counts for what draws random numbers, which is asked apart.
-_IGNORED = {"training", "generation_config", "_previous_max_cache_length", "_non_persistent_buffers_set",
-            "_bigkernels_patch", "_bigkernels_program", "_bigkernels_encoder"}  # fmt: skip
+_IGNORED = {
+    "training",
+    "generation_config",
+    "_previous_max_cache_length",
+    "_non_persistent_buffers_set",
+    "_bigkernels_patch",
+    "_bigkernels_program",
+    "_bigkernels_encoder",
+}
 _OWN = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type, functools.partial)
@@ -363,8 +370,11 @@ class _Set(_Holder):
 
 
 def _alike(a: object, b: object) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, _SIMPLE) and a == b) or (
-        type(a) is type(b) is tuple and len(a) == len(b) and all(map(_alike, a, b)))  # fmt: skip
+    return (
+        a is b
+        or (type(a) is type(b) and isinstance(a, _SIMPLE) and a == b)
+        or (type(a) is type(b) is tuple and len(a) == len(b) and all(map(_alike, a, b)))
+    )
 
 
 def _kind(t: Tensor | None) -> tuple | None:

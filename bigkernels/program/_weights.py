@@ -92,8 +92,14 @@ class Reads:
         else:
             row = weight.stride(0) if rows > 1 else columns
             n, k = (columns, rows) if transposed else (rows, columns)
-        return records.Weight(n=n, k=k, kind=TYPES[weight.dtype], codes=self.address(weight),
-                              code_row=row * weight.itemsize, transposed=transposed)  # fmt: skip
+        return records.Weight(
+            n=n,
+            k=k,
+            kind=TYPES[weight.dtype],
+            codes=self.address(weight),
+            code_row=row * weight.itemsize,
+            transposed=transposed,
+        )
 
     def quantized(self, qweight: QuantizedWeight) -> tuple[records.Weight, bool]:
         """Its record, and whether its format rounds tokens by itself."""

@@ -55,9 +55,11 @@ def integers(codes: Tensor, zero: Tensor | None, scale: Tensor, *, dynamic: bool
         if numbers is not None and torch.equal(points.float(), zero - shift):
             half, row = numbers
             tensors = {
-                "codes": pack4((codes.float() - shift).to(torch.uint8), k), "scale": _spread(half, size, step, k),
-                "zero": _spread(points, size, step, k), "row_scale": row,
-            }  # fmt: skip
+                "codes": pack4((codes.float() - shift).to(torch.uint8), k),
+                "scale": _spread(half, size, step, k),
+                "zero": _spread(points, size, step, k),
+                "row_scale": row,
+            }
             return Packed(Int4(step, "rtn"), (n, k), tensors)
     if size % BLOCK == 0 and whole:
         shifted = codes.float() - _spread(zero, size, 1, k)

@@ -44,8 +44,10 @@ def load_quantized(folder: str | os.PathLike, dtype: torch.dtype | None = None) 
         from ..integrations.transformers import Config
         from ..integrations.transformers._place import Placed
     except ImportError as error:
-        raise ImportError(f"{_WHAT} needs transformers and safetensors ({error}); pip install "
-                          "'bigkernels[transformers]' installs them") from error  # fmt: skip
+        raise ImportError(
+            f"{_WHAT} needs transformers and safetensors ({error}); pip install "
+            "'bigkernels[transformers]' installs them"
+        ) from error
     folder = Path(folder)
     said = _json(folder / "config.json")
     quantization = said.get("quantization_config") or said.get("compression_config")
@@ -59,9 +61,14 @@ def load_quantized(folder: str | os.PathLike, dtype: torch.dtype | None = None) 
     placed = Placed(Config("int8"), weights(state, method))
     try:
         model, info = kind.from_pretrained(
-            None, config=config, state_dict=placed.state, quantization_config=placed.config, output_loading_info=True,
-            dtype=dtype or getattr(config, "dtype", None) or torch.float32, ignore_mismatched_sizes=True,
-        )  # fmt: skip
+            None,
+            config=config,
+            state_dict=placed.state,
+            quantization_config=placed.config,
+            output_loading_info=True,
+            dtype=dtype or getattr(config, "dtype", None) or torch.float32,
+            ignore_mismatched_sizes=True,
+        )
     except RuntimeError as error:
         raise (placed.errors or [ValueError(f"{_WHAT}: {folder}: {error}")])[0] from error
     check(folder, info["missing_keys"], info["mismatched_keys"], info["unexpected_keys"])
@@ -96,8 +103,11 @@ def check(folder: Any, missing: Iterable[Any], mismatched: Iterable[Any], unexpe
     Raises:
         ValueError: there are any.
     """
-    wrong = {"has no tensor": missing, "has tensors of another shape:": [name for name, *_ in mismatched],
-             "has tensors that the model has no place for:": unexpected}  # fmt: skip
+    wrong = {
+        "has no tensor": missing,
+        "has tensors of another shape:": [name for name, *_ in mismatched],
+        "has tensors that the model has no place for:": unexpected,
+    }
     for what, names in wrong.items():
         if names:
             raise ValueError(f"{_WHAT}: {folder} {what} {', '.join(sorted(map(str, names)))}")

@@ -90,8 +90,10 @@ class AWQ(Method):
         size = k if size < 1 else size
         groups = -(-k // size)
         if scales.shape[0] != n or scales.shape[1] < groups or qzeros.shape[0] != n or qzeros.shape[1] * 8 < groups:
-            raise ValueError(f"{name}.scales and .qzeros have shapes {tuple(scales.shape)} and {tuple(qzeros.shape)}, "
-                             f"expected room for {groups} groups of {n} rows")  # fmt: skip
+            raise ValueError(
+                f"{name}.scales and .qzeros have shapes {tuple(scales.shape)} and {tuple(qzeros.shape)}, "
+                f"expected room for {groups} groups of {n} rows"
+            )
         codes = _nibbles(qweight, range(8)).flatten(1)
         zero = _nibbles(qzeros, range(8)).flatten(1)[:, :groups]
         return integers(codes, zero, scales[:, :groups].contiguous())
@@ -101,8 +103,15 @@ class BitsAndBytes4(Method):
     """bitsandbytes, 4 bits."""
 
     mark = "weight.absmax"
-    parts = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
-             "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")  # fmt: skip
+    parts = (
+        "weight",
+        "weight.absmax",
+        "weight.quant_map",
+        "weight.nested_absmax",
+        "weight.nested_quant_map",
+        "weight.quant_state.bitsandbytes__nf4",
+        "weight.quant_state.bitsandbytes__fp4",
+    )
 
     def decode(self, name: str, held: dict[str, Tensor]) -> Packed | Tensor:
         try:
@@ -129,8 +138,17 @@ class BitsAndBytes8(Method):
 class CompressedTensors(Method):
     """compressed-tensors (llm-compressor, vLLM): a weight, its scales and zero points under their names."""
 
-    parts = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
-             "input_scale", "output_scale", "input_zero_point")  # fmt: skip
+    parts = (
+        "weight",
+        "weight_packed",
+        "weight_scale",
+        "weight_zero_point",
+        "weight_shape",
+        "weight_g_idx",
+        "input_scale",
+        "output_scale",
+        "input_zero_point",
+    )
     mark = "weight_scale"
 
     def decode(self, name: str, held: dict[str, Tensor]) -> Packed | Tensor:
@@ -145,15 +163,18 @@ class CompressedTensors(Method):
             (weight,) = _take(name, held, weight=torch.float8_e4m3fn)
             return floats(name, weight, scale)
         if not isinstance(bits, int) or not 1 <= bits <= 8 or kind != "int":
-            raise ValueError(f"bigkernels.load_quantized: {name} is of {bits!r} bits of {kind!r}; accepted are 1 to 8 "
-                             "bits of integers, and floats of 8 bits")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.load_quantized: {name} is of {bits!r} bits of {kind!r}; accepted are 1 to 8 "
+                "bits of integers, and floats of 8 bits"
+            )
         zero = held.get("weight_zero_point")
         if "weight_packed" in held:
             (packed,) = _take(name, held, weight_packed=torch.int32)
             n, k = (int(v) for v in held["weight_shape"].flatten()) if "weight_shape" in held else (0, 0)
             if n != packed.shape[0] or -(-k * bits // 32) != packed.shape[1]:
-                raise ValueError(f"{name}.weight_packed has shape {tuple(packed.shape)} for a weight ({n}, {k}) of "
-                                 f"{bits} bits")  # fmt: skip
+                raise ValueError(
+                    f"{name}.weight_packed has shape {tuple(packed.shape)} for a weight ({n}, {k}) of {bits} bits"
+                )
             half = 1 << bits - 1
             codes = unpack(packed.T.contiguous(), bits).T[:, :k] - half
             if zero is not None and zero.dtype == torch.int32 and zero.shape != scale.shape:
@@ -210,8 +231,10 @@ class HQQ(Method):
         n, k = (int(v) for v in shape.flatten()) if shape is not None and shape.numel() == 2 else (0, 0)
         rows, size = scale.numel(), packed.shape[1]
         if scale.shape != (rows, 1) or zero.shape != scale.shape or min(n, k) < 1 or rows * size != n * k or k % size:
-            raise ValueError(f"{name}.W_q, .scale and .zero have shapes {tuple(packed.shape)}, {tuple(scale.shape)} "
-                             f"and {tuple(zero.shape)} for a weight ({n}, {k})")  # fmt: skip
+            raise ValueError(
+                f"{name}.W_q, .scale and .zero have shapes {tuple(packed.shape)}, {tuple(scale.shape)} "
+                f"and {tuple(zero.shape)} for a weight ({n}, {k})"
+            )
         parts = [packed >> shift & (1 << bits) - 1 for shift in self._shifts[bits]]
         codes = torch.cat(parts)[:rows]
         if len(codes) != rows:
@@ -238,8 +261,10 @@ class MXFP4(Method):
         if scales is None:
             raise ValueError(f"the folder has no tensor {name}_scales")
         if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8 or blocks.shape != (*scales.shape, 16):
-            raise ValueError(f"{name}_blocks is {blocks.dtype} of shape {tuple(blocks.shape)} and {name}_scales "
-                             f"{scales.dtype} of shape {tuple(scales.shape)}; expected bytes, 16 a scale")  # fmt: skip
+            raise ValueError(
+                f"{name}_blocks is {blocks.dtype} of shape {tuple(blocks.shape)} and {name}_scales "
+                f"{scales.dtype} of shape {tuple(scales.shape)}; expected bytes, 16 a scale"
+            )
         if scales.dim() < 2:
             raise ValueError(f"{name}_scales has shape {tuple(scales.shape)}")
         if bool((scales > 252).any()):  # 255 is none, and of 253 and 254 not all codes are numbers of float32
@@ -296,11 +321,19 @@ def method_of(config: Mapping[str, Any]) -> Method:
     kind = str(config.get("quant_method") or "").lower()
     if kind == "bitsandbytes" or config.get("load_in_4bit") or config.get("load_in_8bit"):
         return (BitsAndBytes4 if config.get("load_in_4bit") or config.get("_load_in_4bit") else BitsAndBytes8)(config)
-    known = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": CompressedTensors, "hqq": HQQ, "mxfp4": MXFP4,
-             "torchao": TorchAO}  # fmt: skip
+    known = {
+        "gptq": GPTQ,
+        "awq": AWQ,
+        "compressed-tensors": CompressedTensors,
+        "hqq": HQQ,
+        "mxfp4": MXFP4,
+        "torchao": TorchAO,
+    }
     if kind == "gptq" and "marlin" in str(config.get("checkpoint_format", "")):
         raise ValueError("bigkernels.load_quantized: GPTQ weights packed for Marlin kernels are not read")
     if kind not in known:
-        raise ValueError(f"bigkernels.load_quantized: the quantization method {kind!r}; accepted are bitsandbytes, "
-                         f"{', '.join(known)}")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.load_quantized: the quantization method {kind!r}; accepted are bitsandbytes, "
+            f"{', '.join(known)}"
+        )
     return known[kind](config)

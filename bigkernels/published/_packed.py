@@ -46,8 +46,9 @@ class Packed:
         for name, (shape, kind) in expected.items():
             held = self.tensors[name]
             if held.shape != shape or held.dtype != kind:
-                raise ValueError(f"bigkernels: {name} is {held.dtype} of shape {tuple(held.shape)}, expected {kind} of "
-                                 f"shape {shape}")  # fmt: skip
+                raise ValueError(
+                    f"bigkernels: {name} is {held.dtype} of shape {tuple(held.shape)}, expected {kind} of shape {shape}"
+                )
         return QuantizedWeight(self.format, (n, self.shape[-1]), dtype, self.tensors)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -62,8 +63,10 @@ class Packed:
             if joined is not None:
                 return joined
             return func([t.dequantize() if isinstance(t, cls) else t for t in args[0]], dim)
-        raise TypeError(f"bigkernels: the model's weights are made by {getattr(func, '__name__', func)}, which weights "
-                        "in codes do not support")  # fmt: skip
+        raise TypeError(
+            f"bigkernels: the model's weights are made by {getattr(func, '__name__', func)}, which weights "
+            "in codes do not support"
+        )
 
 
 def _joined(parts: Sequence[Any], stack: bool, dim: int) -> Packed | None:

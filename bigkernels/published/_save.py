@@ -39,8 +39,10 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike, method: str, *, 
     try:
         from ..integrations.transformers import plain_saving
     except ImportError as error:
-        raise ImportError(f"{_WHAT} needs transformers and safetensors ({error}); pip install "
-                          "'bigkernels[transformers]' installs them") from error  # fmt: skip
+        raise ImportError(
+            f"{_WHAT} needs transformers and safetensors ({error}); pip install "
+            "'bigkernels[transformers]' installs them"
+        ) from error
     methods: dict[str, Callable] = {"compressed-tensors": _compressed, "gptq": _gptq}
     if method not in methods:
         raise ValueError(f"{_WHAT}: method is {method!r}; accepted are {', '.join(methods)}")
@@ -50,8 +52,9 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike, method: str, *, 
             raise ValueError(f"{_WHAT}: {path} has an adapter; merge it, or save it by LoRALinear.save")
         if isinstance(module, Quantized):
             if not isinstance(module, QuantizedLinear) or module._tie is not None:
-                raise ValueError(f"{_WHAT}: {path} is a {type(module).__name__}, or shares its codes, which {method} "
-                                 "cannot store")  # fmt: skip
+                raise ValueError(
+                    f"{_WHAT}: {path} is a {type(module).__name__}, or shares its codes, which {method} cannot store"
+                )
             if module._shell is not None and is_transposed(module._shell.kind):
                 raise ValueError(f"{_WHAT}: {path} stands for a Conv1D, whose weight {method} cannot store")
             layers[path] = module
@@ -78,10 +81,12 @@ def _compressed(model: nn.Module, layers: dict[str, QuantizedLinear], state: dic
         next(iter(groups.values()))["targets"] = ["Linear"]
     formats = {group["format"] for group in groups.values()}
     return {
-        "quant_method": "compressed-tensors", "quantization_status": "compressed", "ignore": ignored,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "ignore": ignored,
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups.values())},
-    }  # fmt: skip
+    }
 
 
 def _compressed_layer(path: str, qweight: QuantizedWeight) -> Stored:
@@ -90,8 +95,13 @@ def _compressed_layer(path: str, qweight: QuantizedWeight) -> Stored:
     if isinstance(config, Int8):  # `Int8Dynamic` is one
         scheme = {"format": "int-quantized", "weights": {"num_bits": 8, "type": "int", **plain}}
         if isinstance(config, Int8Dynamic):
-            scheme["input_activations"] = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True,
-                                           "strategy": "token"}  # fmt: skip
+            scheme["input_activations"] = {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "dynamic": True,
+                "strategy": "token",
+            }
         return {"weight": t["codes"], "weight_scale": t["scale"][:, None]}, scheme
     if isinstance(config, FP8):
         scheme = {"format": "float-quantized", "weights": {"num_bits": 8, "type": "float", **plain}}
@@ -104,13 +114,15 @@ def _compressed_layer(path: str, qweight: QuantizedWeight) -> Stored:
     grouped = {"num_bits": 4, "type": "int", "symmetric": False, "dynamic": False, "strategy": "group"}
     scheme = {"format": "pack-quantized", "weights": grouped | {"group_size": config.group_size}}
     if qweight.shape[1] % config.group_size:
-        raise ValueError(f"{_WHAT}: {path} has rows of {qweight.shape[1]}, no whole number of groups of "
-                         f"{config.group_size}")  # fmt: skip
+        raise ValueError(
+            f"{_WHAT}: {path} has rows of {qweight.shape[1]}, no whole number of groups of {config.group_size}"
+        )
     return {
-        "weight_packed": pack(codes.T).T.contiguous(), "weight_zero_point": pack(zero),
+        "weight_packed": pack(codes.T).T.contiguous(),
+        "weight_zero_point": pack(zero),
         "weight_scale": half if torch.equal(half.float(), scale) else scale,
         "weight_shape": torch.tensor(qweight.shape, dtype=torch.int64, device="cpu"),
-    }, scheme  # fmt: skip
+    }, scheme
 
 
 def _gptq(model: nn.Module, layers: dict[str, QuantizedLinear], state: dict[str, Tensor]) -> dict[str, Any]:
@@ -138,11 +150,20 @@ def _gptq(model: nn.Module, layers: dict[str, QuantizedLinear], state: dict[str,
             back = order.argsort()
             codes, group = codes[:, back], group[back]
         stored = zero if newer else zero - 1
-        state |= {f"{path}.qweight": pack(codes.T), f"{path}.qzeros": pack(stored).T.contiguous(),
-                  f"{path}.scales": scale.half().T.contiguous(), f"{path}.g_idx": group}  # fmt: skip
-    return {"quant_method": "gptq", "bits": 4, "group_size": sizes.pop(), "sym": False,
-            "desc_act": any(module.qweight.order is not None for module in layers.values()),
-            "checkpoint_format": "gptq_v2" if newer else "gptq"}  # fmt: skip
+        state |= {
+            f"{path}.qweight": pack(codes.T),
+            f"{path}.qzeros": pack(stored).T.contiguous(),
+            f"{path}.scales": scale.half().T.contiguous(),
+            f"{path}.g_idx": group,
+        }
+    return {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": sizes.pop(),
+        "sym": False,
+        "desc_act": any(module.qweight.order is not None for module in layers.values()),
+        "checkpoint_format": "gptq_v2" if newer else "gptq",
+    }
 
 
 def _int4(path: str, qweight: QuantizedWeight, method: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,8 +55,10 @@ class TorchAO(Method):
                 raise ValueError(f"{_WHAT}: {name} has codes of {codes.dtype}, expected torch.float8_e4m3fn")
             return _shaped(floats(name, codes, self._numbers(name, scale, block, shape)), shape)
         if kind not in ("Int8Tensor", "IntxUnpackedToInt8Tensor"):
-            raise ValueError(f"{_WHAT}: {name} is a {kind} of torchao; accepted are Int8Tensor, Float8Tensor and "
-                             "IntxUnpackedToInt8Tensor")  # fmt: skip
+            raise ValueError(
+                f"{_WHAT}: {name} is a {kind} of torchao; accepted are Int8Tensor, Float8Tensor and "
+                "IntxUnpackedToInt8Tensor"
+            )
         if codes.dtype != torch.int8:
             raise ValueError(f"{_WHAT}: {name} has codes of {codes.dtype}, expected torch.int8")
         zero = held.get("zero_point")
@@ -78,8 +80,9 @@ class TorchAO(Method):
         """One a block, as (N, G): several rows may share theirs."""
         expected = torch.Size(s // b for s, b in zip(shape, block, strict=True))
         if t.numel() != expected.numel():
-            raise ValueError(f"{_WHAT}: scales or zero points of {name} have shape {tuple(t.shape)}, expected "
-                             f"{tuple(expected)}")  # fmt: skip
+            raise ValueError(
+                f"{_WHAT}: scales or zero points of {name} have shape {tuple(t.shape)}, expected {tuple(expected)}"
+            )
         t = t.reshape(expected)
         for dim, size in enumerate(block[:-1]):
             t = t.repeat_interleave(size, dim)

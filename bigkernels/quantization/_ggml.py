@@ -99,8 +99,10 @@ def _each(scale: Tensor, values: Tensor) -> Tensor:
 def _scales_6(t: Tensor) -> tuple[Tensor, Tensor]:
     """Eight scales and eight minima of 6 bits in 12 bytes."""
     d, m, high = t[:, :4], t[:, 4:8], t[:, 8:]
-    return (torch.cat((d & 63, (high & 15) | (d >> 2 & 48)), 1).float(),
-            torch.cat((m & 63, high >> 4 | (m >> 2 & 48)), 1).float())  # fmt: skip
+    return (
+        torch.cat((d & 63, (high & 15) | (d >> 2 & 48)), 1).float(),
+        torch.cat((m & 63, high >> 4 | (m >> 2 & 48)), 1).float(),
+    )
 
 
 # ---- types -----------------------------------------------------------------------------------------------------------
@@ -196,8 +198,9 @@ def _trits(t: Tensor, width: int, *powers: int) -> Tensor:
 
 def _tq1_0(b: Tensor) -> Tensor:
     five = (1, 3, 9, 27, 81)
-    codes = torch.cat((_trits(b[:, :32], 32, *five), _trits(b[:, 32:48], 16, *five), _trits(b[:, 48:52], 4, *five[:4])),
-                      1)  # fmt: skip
+    codes = torch.cat(
+        (_trits(b[:, :32], 32, *five), _trits(b[:, 32:48], 16, *five), _trits(b[:, 48:52], 4, *five[:4])), 1
+    )
     return _half(b, 52) * (codes.float() - 1)
 
 
@@ -249,7 +252,7 @@ _KINDS = {
             block_bytes=row.nbytes,
             number=row.kernels,
         )
-    )  # fmt: skip
+    )
     for name, row in BLOCK_TYPES.items()
     if not row.is_numbers
 }

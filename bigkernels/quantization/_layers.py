@@ -8,8 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 _HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
-_STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
-                "_load_state_dict_post_hooks")  # fmt: skip
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 def conv1d() -> type | None:

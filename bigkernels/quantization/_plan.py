@@ -129,9 +129,13 @@ class Plan:
 
     @classmethod
     def of(
-        cls, model: nn.Module, format: str | Format | Mapping[str, str | Format | None], skip: str | tuple[str, ...],
-        filter: Callable[[str, nn.Module], bool] | None, embeddings: bool,
-    ) -> Plan:  # fmt: skip
+        cls,
+        model: nn.Module,
+        format: str | Format | Mapping[str, str | Format | None],
+        skip: str | tuple[str, ...],
+        filter: Callable[[str, nn.Module], bool] | None,
+        embeddings: bool,
+    ) -> Plan:
         plan = cls(model)
         selection = select(model, format, skip, filter, embeddings, plan.report)
         plan.order = selection.order

@@ -152,9 +152,14 @@ def select(
 
 def _adapters(modules: Iterable[nn.Module]) -> set[nn.Module]:
     """What PEFT put beside layers."""
-    return {part for module in modules if "base_layer" in module._modules
-            for name, child in module._modules.items() if name != "base_layer" and child is not None
-            for part in child.modules()}  # fmt: skip
+    return {
+        part
+        for module in modules
+        if "base_layer" in module._modules
+        for name, child in module._modules.items()
+        if name != "base_layer" and child is not None
+        for part in child.modules()
+    }
 
 
 def _group(candidates, owners, made: Selection, report: QuantizeReport) -> None:

@@ -55,8 +55,10 @@ class QuantizedWeight(CodedWeight):
         for name, (_, dtype) in self.format.layout(self.shape).items():
             held = self.tensors[name].dtype
             if held != dtype:
-                raise TypeError(f"bigkernels.quantization.QuantizedWeight: {name} is {held}, and {self.format} stores "
-                                f"{dtype}: something cast the buffers of the model one by one")  # fmt: skip
+                raise TypeError(
+                    f"bigkernels.quantization.QuantizedWeight: {name} is {held}, and {self.format} stores "
+                    f"{dtype}: something cast the buffers of the model one by one"
+                )
 
     def with_exact_tokens(self) -> QuantizedWeight:
         """The same weight; tokens that it is multiplied with are not rounded."""
@@ -189,8 +191,10 @@ def quantize_weight(weight: Tensor, format: str | Format, hessian: Tensor | None
     weight = weight.detach()
     data = None
     if weight.is_meta:
-        tensors = {name: torch.empty(shape, dtype=dtype, device="meta")
-                   for name, (shape, dtype) in format.layout((weight.shape[0], weight.shape[1])).items()}  # fmt: skip
+        tensors = {
+            name: torch.empty(shape, dtype=dtype, device="meta")
+            for name, (shape, dtype) in format.layout((weight.shape[0], weight.shape[1])).items()
+        }
         return QuantizedWeight(format, (weight.shape[0], weight.shape[1]), weight.dtype, tensors)
     if format.calibrated:
         data = format.prepare(weight, _checked_hessian(format, hessian, weight.shape[1]).to(weight.device))

@@ -34,16 +34,20 @@ class GGUFBlocks(Format):
     def __post_init__(self) -> None:
         row = BLOCK_TYPES.get(self.type)
         if row is None or row.is_numbers:
-            raise ValueError(f"bigkernels.quantization.GGUFBlocks: type is {self.type!r}; accepted are "
-                             f"{', '.join(n for n, r in BLOCK_TYPES.items() if not r.is_numbers)}")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.quantization.GGUFBlocks: type is {self.type!r}; accepted are "
+                f"{', '.join(n for n, r in BLOCK_TYPES.items() if not r.is_numbers)}"
+            )
 
     @property
     def row(self) -> BlockType:
         return BLOCK_TYPES[self.type]
 
     def encode(self, rows: Tensor, data: Any = None) -> dict[str, Tensor]:
-        raise ValueError(f"bigkernels: blocks of GGUF's {self.type} are read from files and not made of weights; of "
-                         "GGUF's types 'q4_1' and 'q8_0' are, and `dequantize` gives the values")  # fmt: skip
+        raise ValueError(
+            f"bigkernels: blocks of GGUF's {self.type} are read from files and not made of weights; of "
+            "GGUF's types 'q4_1' and 'q8_0' are, and `dequantize` gives the values"
+        )
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         n, k = shape

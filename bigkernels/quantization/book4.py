@@ -65,8 +65,10 @@ class NF4(Format):
 
     def __post_init__(self) -> None:
         if self.block_size not in _SIZES:
-            raise ValueError(f"bigkernels.quantization.{type(self).__name__}: block_size is {self.block_size!r}; "
-                             "accepted are 32, 64, 128")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.quantization.{type(self).__name__}: block_size is {self.block_size!r}; "
+                "accepted are 32, 64, 128"
+            )
 
     def encode(self, rows: Tensor, data: None = None) -> dict[str, Tensor]:
         blocks = in_groups(rows, self.block_size)
@@ -95,8 +97,11 @@ class NF4(Format):
         if not self.double_quant:
             return codes | {"scale": (blocks, torch.float32)}
         outer = -(-blocks[0] * blocks[1] // _SCALES_A_BLOCK)
-        return codes | {"scale_codes": (blocks, torch.uint8), "scale_scale": ((outer,), torch.float32),
-                        "scale_offset": ((1,), torch.float32)}  # fmt: skip
+        return codes | {
+            "scale_codes": (blocks, torch.uint8),
+            "scale_scale": ((outer,), torch.float32),
+            "scale_offset": ((1,), torch.float32),
+        }
 
     @property
     def derived(self) -> tuple[str, ...]:

@@ -55,8 +55,10 @@ def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> Quan
         ours = torch.tensor(DYNAMIC_CODEBOOK, dtype=torch.float32, device="cpu")
         same = torch.allclose(book.float(), ours, rtol=0, atol=1e-6)
         if described["nested_blocksize"] != 256 or not same:
-            raise ValueError(f"{_HERE}.from_bitsandbytes: the nested scales of {name} are not in blocks of 256 of "
-                             "the signed dynamic codebook")  # fmt: skip
+            raise ValueError(
+                f"{_HERE}.from_bitsandbytes: the nested scales of {name} are not in blocks of 256 of "
+                "the signed dynamic codebook"
+            )
         offset = torch.tensor([described["nested_offset"]], dtype=torch.float32, device=scale.device)
         tensors |= {"scale_codes": scale, "scale_scale": outer.float(), "scale_offset": offset}
     else:
@@ -65,9 +67,14 @@ def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> Quan
 
 
 def from_gptq(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None, *, v2: bool = False,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None = None,
+    *,
+    v2: bool = False,
     zeros: str | None = None,
-) -> QuantizedWeight:  # fmt: skip
+) -> QuantizedWeight:
     """A 4-bit weight of a GPTQ checkpoint.
 
     Args:
@@ -158,8 +165,10 @@ def _one_more(qzeros: Tensor, zeros: str | None) -> Tensor:
     nibbles = [((qzeros.long() >> 4 * i) + 1 & 15) << 4 * i for i in range(8)]
     by_nibbles = torch.stack(nibbles).sum(0)
     if zeros is None and not torch.equal(by_words, by_nibbles):
-        raise ValueError(f"{_HERE}.from_gptq: some zero points are 0, which writers of this format store in two "
-                         "ways; say which by zeros='words' (GPTQModel) or zeros='nibbles'")  # fmt: skip
+        raise ValueError(
+            f"{_HERE}.from_gptq: some zero points are 0, which writers of this format store in two "
+            "ways; say which by zeros='words' (GPTQModel) or zeros='nibbles'"
+        )
     return by_nibbles if zeros == "nibbles" else by_words
 
 
@@ -180,8 +189,10 @@ def _config(op: str, codes: Tensor, zero: Tensor, scales: Tensor) -> Int4:
     (n, k), (groups, columns) = codes.shape, scales.shape
     size = -(-k // groups) if groups else 0
     if zero.shape != scales.shape or columns != n or size not in (32, 64, 128) or -(-k // size) != groups:
-        raise ValueError(f"{_HERE}.{op}: a weight ({n}, {k}) with scales {tuple(scales.shape)} and zero points "
-                         f"{tuple(zero.shape)}; expected groups of 32, 64 or 128")  # fmt: skip
+        raise ValueError(
+            f"{_HERE}.{op}: a weight ({n}, {k}) with scales {tuple(scales.shape)} and zero points "
+            f"{tuple(zero.shape)}; expected groups of 32, 64 or 128"
+        )
     return Int4(size, "rtn")
 
 

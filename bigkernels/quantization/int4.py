@@ -52,8 +52,9 @@ class Int4(Format):
                 f"bigkernels.quantization.Int4: group_size is {self.group_size!r}; accepted are 32, 64, 128"
             )
         if self.algorithm not in _ALGORITHMS:
-            raise ValueError(f"bigkernels.quantization.Int4: algorithm is {self.algorithm!r}; accepted are "
-                             f"{', '.join(_ALGORITHMS)}")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.quantization.Int4: algorithm is {self.algorithm!r}; accepted are {', '.join(_ALGORITHMS)}"
+            )
         if self.act_order and self.algorithm == "awq":
             raise ValueError("bigkernels.quantization.Int4: act_order does not go with algorithm 'awq'")
 
@@ -91,8 +92,12 @@ class Int4(Format):
         groups = in_groups(rows, self.group_size)
         if not groups.shape[1]:
             empty = rows.new_zeros(rows.shape[0], 0)
-            return {"codes": empty.to(torch.uint8), "scale": empty.half(), "zero": empty.half(),
-                    "row_scale": torch.ones(rows.shape[0], dtype=torch.float32, device=rows.device)}  # fmt: skip
+            return {
+                "codes": empty.to(torch.uint8),
+                "scale": empty.half(),
+                "zero": empty.half(),
+                "row_scale": torch.ones(rows.shape[0], dtype=torch.float32, device=rows.device),
+            }
         weights = self._weights(rows, data.importance if self.calibrated else None)
         fitted = fit(groups, weights, clip=self.calibrated)
         zero = fitted.zero
@@ -110,15 +115,25 @@ class Int4(Format):
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         n, k = shape
         groups = (n, -(-k // self.group_size))
-        stored = {"codes": ((n, (k + 1) // 2), torch.uint8), "scale": (groups, torch.float16),
-                  "zero": (groups, torch.float16), "row_scale": ((n,), torch.float32)}  # fmt: skip
+        stored = {
+            "codes": ((n, (k + 1) // 2), torch.uint8),
+            "scale": (groups, torch.float16),
+            "zero": (groups, torch.float16),
+            "row_scale": ((n,), torch.float32),
+        }
         if self.algorithm == "awq":
             stored |= {"channel": ((k,), torch.float32)}
         return stored | {"order": ((k,), torch.int32)} if self.act_order else stored
 
     def operands(self, tensors: dict[str, Tensor]) -> Operands:
-        return Operands.of(AFFINE4, tensors["codes"], tensors["scale"], zero=tensors["zero"],
-                           row_scale=tensors["row_scale"], group=self.group_size)  # fmt: skip
+        return Operands.of(
+            AFFINE4,
+            tensors["codes"],
+            tensors["scale"],
+            zero=tensors["zero"],
+            row_scale=tensors["row_scale"],
+            group=self.group_size,
+        )
 
 
 class Fit(NamedTuple):
@@ -148,9 +163,12 @@ def fit(groups: Tensor, weights: Tensor, *, clip: bool) -> Fit:
     for part in _PARTS if clip else ():
         other, error = at(part)
         better = error < least
-        best = Fit(torch.where(better, other.scale, best.scale), row_scale,
-                   torch.where(better.unsqueeze(-1), other.step, best.step),
-                   torch.where(better, other.zero, best.zero))  # fmt: skip
+        best = Fit(
+            torch.where(better, other.scale, best.scale),
+            row_scale,
+            torch.where(better.unsqueeze(-1), other.step, best.step),
+            torch.where(better, other.zero, best.zero),
+        )
         least = torch.where(better, error, least)
     return best
 

@@ -12,8 +12,11 @@ if TYPE_CHECKING:
 
 def on_quantized_layers(config: LoraConfig, model: Any = None) -> LoraConfig:
     """Deprecated: PEFT takes quantized layers for linear ones, so that any configuration will do. Returns `config`."""
-    warnings.warn("bigkernels: on_quantized_layers is no longer needed; give the configuration to PEFT as it is",
-                  DeprecationWarning, stacklevel=2)  # fmt: skip
+    warnings.warn(
+        "bigkernels: on_quantized_layers is no longer needed; give the configuration to PEFT as it is",
+        DeprecationWarning,
+        stacklevel=2,
+    )
     importlib.import_module("bigkernels.integrations.peft")
     return config
 

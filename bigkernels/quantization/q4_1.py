@@ -40,8 +40,11 @@ class Q4_1(Format):
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         n, k = shape
         blocks = (n, -(-k // BLOCK))
-        return {"codes": ((n, (k + 1) // 2), torch.uint8), "scale": (blocks, torch.float16),
-                "minimum": (blocks, torch.float16)}  # fmt: skip
+        return {
+            "codes": ((n, (k + 1) // 2), torch.uint8),
+            "scale": (blocks, torch.float16),
+            "minimum": (blocks, torch.float16),
+        }
 
     def operands(self, tensors: dict[str, Tensor]) -> Operands:
         return Operands.of(AFFINE4M, tensors["codes"], tensors["scale"], zero=tensors["minimum"], group=BLOCK)

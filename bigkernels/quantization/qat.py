@@ -112,8 +112,13 @@ class FakeQuantizedEmbedding(nn.Embedding):
     weight_format: Format
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, fake_quantize(self.weight, self.weight_format), self.padding_idx,
-                           scale_grad_by_freq=self.scale_grad_by_freq, sparse=self.sparse)  # fmt: skip
+        return F.embedding(
+            ids,
+            fake_quantize(self.weight, self.weight_format),
+            self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.weight_format}"

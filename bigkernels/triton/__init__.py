@@ -20,9 +20,21 @@ from ..ops import _few_tokens
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 OPERATORS = (
-    "rms_norm", "layer_norm", "rope", "glu", "cross_entropy", "attention", "varlen_attention", "decode_attention",
-    "quantized_linear", "grouped_linear", "compress", "mlp", "group_norm", "batch_norm",
-)  # fmt: skip
+    "rms_norm",
+    "layer_norm",
+    "rope",
+    "glu",
+    "cross_entropy",
+    "attention",
+    "varlen_attention",
+    "decode_attention",
+    "quantized_linear",
+    "grouped_linear",
+    "compress",
+    "mlp",
+    "group_norm",
+    "batch_norm",
+)
 
 
 class _Launcher:

@@ -34,9 +34,23 @@ def _quantized(x, scale):
 
 @triton.jit
 def _copy(
-    X, Y, SCALE, COS, SIN, x_at, y_at, scale_at, cos_at, sin_at, mask, D: tl.constexpr, R: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr,
-):  # fmt: skip
+    X,
+    Y,
+    SCALE,
+    COS,
+    SIN,
+    x_at,
+    y_at,
+    scale_at,
+    cos_at,
+    sin_at,
+    mask,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
     """Copy heads, rotated where there are angles and quantized where there is a place for the scales."""
     largest = tl.zeros(mask.shape, tl.float32)
     if COS is not None:
@@ -65,14 +79,62 @@ def _copy(
 
 @triton.jit(do_not_specialize=["tokens", "table_sequence", "pages", "capacity"])
 def append(
-    Q, K, V, OUT, K_CACHE, V_CACHE, SEQLENS, TABLE, COS, SIN, K_SCALE, V_SCALE, tokens, pages, capacity,
-    table_sequence, cos_batch, cos_token, sin_batch, sin_token,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
-    kc_page, kc_token, kc_head, vc_page, vc_token, vc_head, ks_page, ks_token, ks_head, vs_page, vs_token, vs_head,
-    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
-    PAGE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_DV: tl.constexpr,
+    Q,
+    K,
+    V,
+    OUT,
+    K_CACHE,
+    V_CACHE,
+    SEQLENS,
+    TABLE,
+    COS,
+    SIN,
+    K_SCALE,
+    V_SCALE,
+    tokens,
+    pages,
+    capacity,
+    table_sequence,
+    cos_batch,
+    cos_token,
+    sin_batch,
+    sin_token,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    v_batch,
+    v_head,
+    v_token,
+    out_batch,
+    out_head,
+    out_token,
+    kc_page,
+    kc_token,
+    kc_head,
+    vc_page,
+    vc_token,
+    vc_head,
+    ks_page,
+    ks_token,
+    ks_head,
+    vs_page,
+    vs_token,
+    vs_head,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    R: tl.constexpr,
+    PAGE: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-):  # fmt: skip
+):
     batch = (tl.program_id(0) // tokens).to(tl.int64)
     token = (tl.program_id(0) % tokens).to(tl.int64)
     part = tl.program_id(1)
@@ -84,8 +146,24 @@ def append(
         head = (part * HEADS + tl.arange(0, HEADS)).to(tl.int64)[None, :, None]
         x_at = batch * q_batch + token * q_token + head * q_head
         y_at = batch * out_batch + token * out_token + head * out_head
-        _copy(Q, OUT, None, COS, SIN, x_at, y_at, x_at, cos_at, sin_at, head < Q_HEADS, D, R, BLOCK, BLOCK_REST,
-              INTERLEAVED)  # fmt: skip
+        _copy(
+            Q,
+            OUT,
+            None,
+            COS,
+            SIN,
+            x_at,
+            y_at,
+            x_at,
+            cos_at,
+            sin_at,
+            head < Q_HEADS,
+            D,
+            R,
+            BLOCK,
+            BLOCK_REST,
+            INTERLEAVED,
+        )
     else:
         position = tl.load(SEQLENS + batch).to(tl.int64) - tokens + token
         there = (position >= 0) & (position < capacity)
@@ -103,11 +181,43 @@ def append(
             x_at = batch * k_batch + token * k_token + head * k_head
             y_at = page * kc_page + slot * kc_token + head * kc_head
             scale_at = page * ks_page + slot * ks_token + head * ks_head
-            _copy(K, K_CACHE, K_SCALE, COS, SIN, x_at, y_at, scale_at, cos_at, sin_at, mask, D, R, BLOCK, BLOCK_REST,
-                  INTERLEAVED)  # fmt: skip
+            _copy(
+                K,
+                K_CACHE,
+                K_SCALE,
+                COS,
+                SIN,
+                x_at,
+                y_at,
+                scale_at,
+                cos_at,
+                sin_at,
+                mask,
+                D,
+                R,
+                BLOCK,
+                BLOCK_REST,
+                INTERLEAVED,
+            )
         else:
             x_at = batch * v_batch + token * v_token + head * v_head
             y_at = page * vc_page + slot * vc_token + head * vc_head
             scale_at = page * vs_page + slot * vs_token + head * vs_head
-            _copy(V, V_CACHE, V_SCALE, None, None, x_at, y_at, scale_at, cos_at, sin_at, mask, DV, 0, BLOCK, BLOCK_DV,
-                  INTERLEAVED)  # fmt: skip
+            _copy(
+                V,
+                V_CACHE,
+                V_SCALE,
+                None,
+                None,
+                x_at,
+                y_at,
+                scale_at,
+                cos_at,
+                sin_at,
+                mask,
+                DV,
+                0,
+                BLOCK,
+                BLOCK_DV,
+                INTERLEAVED,
+            )

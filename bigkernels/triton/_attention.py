@@ -107,8 +107,21 @@ def _of_scores(X, row, key, queries, keys, by_row, by_key):
 
 
 @triton.jit
-def _seen(row, key, queries, keys, left, right, MASK, mask_row, mask_key, prefix, LEFT: tl.constexpr,
-          RIGHT: tl.constexpr, PREFIX: tl.constexpr):  # fmt: skip
+def _seen(
+    row,
+    key,
+    queries,
+    keys,
+    left,
+    right,
+    MASK,
+    mask_row,
+    mask_key,
+    prefix,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    PREFIX: tl.constexpr,
+):
     """Whether rows see keys; `row` and `key` broadcast against each other."""
     inside = (row < queries) & (key < keys)
     seen = inside
@@ -171,8 +184,20 @@ def _slope(SLOPES, head):
 
 
 @triton.jit
-def _limits(first, end, queries, keys, left, right, prefix, BLOCK: tl.constexpr, LEFT: tl.constexpr,
-            RIGHT: tl.constexpr, PREFIX: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+def _limits(
+    first,
+    end,
+    queries,
+    keys,
+    left,
+    right,
+    prefix,
+    BLOCK: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    PREFIX: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     """For rows from `first` to before `end`: where their keys begin, where blocks that all rows see whole begin and
     end, and where keys end. The first three are multiples of BLOCK.
     """
@@ -213,8 +238,9 @@ def attend(
     """
     PREFIX: tl.constexpr = PREFIXES is not None
     block, blocks, owner = _block_of(queries, BLOCK_M)
-    head, sequence, wide_head, wide_batch, q_first, queries, k_first, keys = _sequence(CU_Q, CU_K, queries, keys, owner,
-                                                                                               HEADS)  # fmt: skip
+    head, sequence, wide_head, wide_batch, q_first, queries, k_first, keys = _sequence(
+        CU_Q, CU_K, queries, keys, owner, HEADS
+    )
     # The last rows first: with causal attention they have the most keys, and the short ones fill what is left.
     first = (blocks - 1 - block) * BLOCK_M
     if first >= queries:
@@ -262,8 +288,9 @@ def attend(
                 s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision=PRECISION)
             s, _ = _scores(s, row, key, queries, keys, scale, softcap, BIAS, bias_row, bias_key, slope)
             if PARTS == 1 or part > 0:
-                seen = _seen(row, key, queries, keys, left, right, MASK, mask_row, mask_key, prefix, LEFT, RIGHT,
-                             PREFIX)  # fmt: skip
+                seen = _seen(
+                    row, key, queries, keys, left, right, MASK, mask_row, mask_key, prefix, LEFT, RIGHT, PREFIX
+                )
                 s = tl.where(seen, s, float("-inf"))
             before, top = top, tl.maximum(top, tl.max(s, 1))
             shift = tl.where(top == float("-inf"), 0.0, top)
@@ -306,9 +333,26 @@ def attend(
 
 @triton.jit
 def delta(
-    GRAD, OUT, GRAD_LSE, LSE, DELTA, LSE_2, queries, grad_batch, grad_head, grad_token, out_batch, out_head, out_token,
-    lse_batch, lse_head, HEADS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    GRAD,
+    OUT,
+    GRAD_LSE,
+    LSE,
+    DELTA,
+    LSE_2,
+    queries,
+    grad_batch,
+    grad_head,
+    grad_token,
+    out_batch,
+    out_head,
+    out_token,
+    lse_batch,
+    lse_head,
+    HEADS: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """Of each row, the part of the scores' gradient that all keys share: grad . out, less the gradient of lse.
 
     With LSE_2 also the logsumexp in base 2, infinity for rows that see nothing. Float32 gets it from `attend`: rounded,
@@ -366,8 +410,9 @@ def backward_queries(
     """The gradient of BLOCK_M queries of a head."""
     PREFIX: tl.constexpr = PREFIXES is not None
     block, blocks, owner = _block_of(queries, BLOCK_M)
-    head, sequence, wide_head, wide_batch, q_first, queries, k_first, keys = _sequence(CU_Q, CU_K, queries, keys, owner,
-                                                                                               HEADS)  # fmt: skip
+    head, sequence, wide_head, wide_batch, q_first, queries, k_first, keys = _sequence(
+        CU_Q, CU_K, queries, keys, owner, HEADS
+    )
     first = (blocks - 1 - block) * BLOCK_M
     if first >= queries:
         return
@@ -427,8 +472,9 @@ def backward_queries(
             s, derivative = _scores(s, row, key, queries, keys, scale, softcap, BIAS, bias_row, bias_key, slope)
             weight = _weights(s, lse, rest, REST, 1)
             if PARTS == 1 or part > 0:
-                seen = _seen(row, key, queries, keys, left, right, MASK, mask_row, mask_key, prefix, LEFT, RIGHT,
-                             PREFIX)  # fmt: skip
+                seen = _seen(
+                    row, key, queries, keys, left, right, MASK, mask_row, mask_key, prefix, LEFT, RIGHT, PREFIX
+                )
                 weight = tl.where(seen, weight, 0.0)
             if DROPOUT:
                 dp = tl.where(
@@ -447,8 +493,20 @@ def backward_queries(
 
 
 @triton.jit
-def _row_limits(first, end, queries, keys, left, right, prefix, BLOCK: tl.constexpr, LEFT: tl.constexpr,
-                RIGHT: tl.constexpr, PREFIX: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+def _row_limits(
+    first,
+    end,
+    queries,
+    keys,
+    left,
+    right,
+    prefix,
+    BLOCK: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    PREFIX: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     """As `_limits`, with rows and keys exchanged: the rows that see keys from `first` to before `end`."""
     shift = keys - queries
     low, high = first * 0, queries
@@ -560,12 +618,12 @@ def backward_keys(
             if REST_DV:
                 grad_rest = _rows(GRAD_HEAD, at, exists, grad_token, BLOCK_DV, REST_DV, DV)
                 dp = tl.dot(v_rest, tl.trans(grad_rest), dp, input_precision=PRECISION)
-            s, derivative = _scores(s, row, key, queries, keys, scale, softcap, BIAS_HEAD, bias_row, bias_key,
-                                    slope)  # fmt: skip
+            s, derivative = _scores(s, row, key, queries, keys, scale, softcap, BIAS_HEAD, bias_row, bias_key, slope)
             weight = _weights(s, lse, rest, REST, 0)
             if PARTS == 1 or part > 0:
-                seen = _seen(row, key, queries, keys, left, right, MASK_HEAD, mask_row, mask_key, prefix, LEFT,
-                             RIGHT, PREFIX)  # fmt: skip
+                seen = _seen(
+                    row, key, queries, keys, left, right, MASK_HEAD, mask_row, mask_key, prefix, LEFT, RIGHT, PREFIX
+                )
                 weight = tl.where(seen, weight, 0.0)
             kept = weight
             if DROPOUT:
@@ -598,15 +656,69 @@ def backward_keys(
 
 @triton.jit(do_not_specialize=["batches", "queries", "keys", "left", "right", "threshold"])
 def backward_bias(
-    Q, K, V, GRAD, LSE, REST, DELTA, BIAS_GRAD, BIAS, MASK, SLOPES, PREFIXES, SEED,
-    batches, queries, keys, left, right, scale, softcap, threshold, kept_scale,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head, grad_token,
-    lse_batch, lse_head, bias_batch, bias_head, bias_row, bias_key, mask_batch, mask_head, mask_row, mask_key,
-    BATCHED: tl.constexpr, HEADED: tl.constexpr, ROWED: tl.constexpr, KEYED: tl.constexpr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    REST_D: tl.constexpr, BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    Q,
+    K,
+    V,
+    GRAD,
+    LSE,
+    REST,
+    DELTA,
+    BIAS_GRAD,
+    BIAS,
+    MASK,
+    SLOPES,
+    PREFIXES,
+    SEED,
+    batches,
+    queries,
+    keys,
+    left,
+    right,
+    scale,
+    softcap,
+    threshold,
+    kept_scale,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    v_batch,
+    v_head,
+    v_token,
+    grad_batch,
+    grad_head,
+    grad_token,
+    lse_batch,
+    lse_head,
+    bias_batch,
+    bias_head,
+    bias_row,
+    bias_key,
+    mask_batch,
+    mask_head,
+    mask_row,
+    mask_key,
+    BATCHED: tl.constexpr,
+    HEADED: tl.constexpr,
+    ROWED: tl.constexpr,
+    KEYED: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    REST_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """The gradient of a tile of the bias (contiguous), summed over the dimensions in which the bias has one element."""
     PREFIX: tl.constexpr = PREFIXES is not None
     key_block, _, above = _block_of(keys if KEYED else 1, BLOCK_N)
@@ -674,8 +786,9 @@ def backward_bias(
                     s, derivative = _scores(
                         s, row, key, queries, keys, scale, softcap, BIAS_HEAD, bias_row, bias_key, slope
                     )
-                    seen = _seen(row, key, queries, keys, left, right, MASK_HEAD, mask_row, mask_key, prefix, LEFT,
-                                 RIGHT, PREFIX)  # fmt: skip
+                    seen = _seen(
+                        row, key, queries, keys, left, right, MASK_HEAD, mask_row, mask_key, prefix, LEFT, RIGHT, PREFIX
+                    )
                     weight = tl.where(seen, _weights(s, lse, rest, REST, 1), 0.0)
                     if DROPOUT:
                         dp = tl.where(

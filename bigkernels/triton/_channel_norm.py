@@ -34,9 +34,7 @@ def _place(C, S, first, ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.c
 
 
 @triton.jit
-def moments(
-    X, MEAN, SQUARE, C, S, part, ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
-):  # fmt: skip
+def moments(X, MEAN, SQUARE, C, S, part, ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     """The mean, and the sum of squared deviations from it, of each channel in pixels [part * i, part * (i + 1))."""
     begin = tl.program_id(1) * part
     end = tl.minimum(begin + part, S)
@@ -82,9 +80,24 @@ def _behind(GRAD, X, RESULT, MEAN, SCALE, SHIFT, at, channel, C, offset, mask, A
 
 @triton.jit
 def sums(
-    GRAD, X, RESULT, MEAN, SCALE, SHIFT, RSTD, PLAIN, PRODUCT, C, S, part, images,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
+    GRAD,
+    X,
+    RESULT,
+    MEAN,
+    SCALE,
+    SHIFT,
+    RSTD,
+    PLAIN,
+    PRODUCT,
+    C,
+    S,
+    part,
+    images,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """Of g and of g * (x - mean) * rstd, for each channel."""
     begin = tl.program_id(1) * part
     end = tl.minimum(begin + part, S)
@@ -106,9 +119,20 @@ def sums(
 
 @triton.jit
 def results(
-    X, RESIDUAL, MEAN, SCALE, SHIFT, Y, C, S, images,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
+    X,
+    RESIDUAL,
+    MEAN,
+    SCALE,
+    SHIFT,
+    Y,
+    C,
+    S,
+    images,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     at = tl.program_id(2).to(tl.int64) * C * images
     channel, offset, mask = _place(C, S, tl.program_id(1) * PIXELS, ROWS, PIXELS, CHANNELS)
     inside = channel < C
@@ -123,9 +147,25 @@ def results(
 
 @triton.jit
 def differentiate(
-    GRAD, X, RESULT, MEAN, SCALE, SHIFT, OF_GRAD, OF_X, CONSTANT, DX, DRESIDUAL, C, S, images,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
+    GRAD,
+    X,
+    RESULT,
+    MEAN,
+    SCALE,
+    SHIFT,
+    OF_GRAD,
+    OF_X,
+    CONSTANT,
+    DX,
+    DRESIDUAL,
+    C,
+    S,
+    images,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     at = tl.program_id(2).to(tl.int64) * C * images
     channel, offset, mask = _place(C, S, tl.program_id(1) * PIXELS, ROWS, PIXELS, CHANNELS)
     inside = channel < C
@@ -181,23 +221,74 @@ def run_moments(x: Tensor, images: Images) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run_results(x, residual, mean, scale, shift, y, images, per_image, activation) -> None:
-    launch(results, images.grid, x, residual, mean, scale, shift, y, images.c, images.s, int(per_image),
-           ACTIVATION=activation, num_warps=4, **images.tile)  # fmt: skip
+    launch(
+        results,
+        images.grid,
+        x,
+        residual,
+        mean,
+        scale,
+        shift,
+        y,
+        images.c,
+        images.s,
+        int(per_image),
+        ACTIVATION=activation,
+        num_warps=4,
+        **images.tile,
+    )
 
 
 def run_sums(grad, x, result, mean, scale, shift, rstd, images, per_image, activation) -> tuple[Tensor, Tensor]:
     """(N, C) each."""
     plain, product = images.partial(x)
-    launch(sums, images.sums_grid, grad, x, result, mean, scale, shift, rstd, plain, product, images.c, images.s,
-           images.part, int(per_image), ACTIVATION=activation, num_warps=4, **images.tile)  # fmt: skip
+    launch(
+        sums,
+        images.sums_grid,
+        grad,
+        x,
+        result,
+        mean,
+        scale,
+        shift,
+        rstd,
+        plain,
+        product,
+        images.c,
+        images.s,
+        images.part,
+        int(per_image),
+        ACTIVATION=activation,
+        num_warps=4,
+        **images.tile,
+    )
     return plain.sum(1), product.sum(1)
 
 
 def run_differentiate(
     grad, x, result, mean, scale, shift, of_grad, of_x, constant, dx, dresidual, images, per_image, activation
 ) -> None:
-    launch(differentiate, images.grid, grad, x, result, mean, scale, shift, of_grad, of_x, constant, dx, dresidual,
-           images.c, images.s, int(per_image), ACTIVATION=activation, num_warps=4, **images.tile)  # fmt: skip
+    launch(
+        differentiate,
+        images.grid,
+        grad,
+        x,
+        result,
+        mean,
+        scale,
+        shift,
+        of_grad,
+        of_x,
+        constant,
+        dx,
+        dresidual,
+        images.c,
+        images.s,
+        int(per_image),
+        ACTIVATION=activation,
+        num_warps=4,
+        **images.tile,
+    )
 
 
 def factors(rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:

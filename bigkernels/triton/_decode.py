@@ -121,8 +121,12 @@ def _unpack(x, TYPE: tl.constexpr):
             fma.rn.bf16x2 $1, b, minus, a;
             }
             """,
-            "=&r,=&r,r", [x], (tl.bfloat16, tl.bfloat16), True, 2,
-        )  # fmt: skip
+            "=&r,=&r,r",
+            [x],
+            (tl.bfloat16, tl.bfloat16),
+            True,
+            2,
+        )
     elif TYPE == tl.float16:
         # 0x6400 is 1024, in steps of 1: 1024 + (the value + 128).
         x = x.to(tl.uint16, bitcast=True) ^ 0x8080
@@ -146,15 +150,66 @@ def _product(q, q_odd, k, PACK: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batches", "capacity", "queries", "programs", "left", "right", "table_sequence"])
 def split(
-    Q, K, V, SEQLENS, TABLE, K_SCALE, V_SCALE, SLOPES, SINKS, OUT, LSE, PART, PART_LSE,
-    batches, capacity, queries, programs, left, right, scale, softcap,
-    q_batch, q_head, q_token, k_page, k_token, k_head, v_page, v_token, v_head, ks_page, ks_token, ks_head, vs_page,
-    vs_token, vs_head, table_sequence, out_batch, out_head, out_token,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_REST: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, ROW_BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, SCAN: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr,
-    CAUSAL: tl.constexpr, TWINS: tl.constexpr, PACK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    Q,
+    K,
+    V,
+    SEQLENS,
+    TABLE,
+    K_SCALE,
+    V_SCALE,
+    SLOPES,
+    SINKS,
+    OUT,
+    LSE,
+    PART,
+    PART_LSE,
+    batches,
+    capacity,
+    queries,
+    programs,
+    left,
+    right,
+    scale,
+    softcap,
+    q_batch,
+    q_head,
+    q_token,
+    k_page,
+    k_token,
+    k_head,
+    v_page,
+    v_token,
+    v_head,
+    ks_page,
+    ks_token,
+    ks_head,
+    vs_page,
+    vs_token,
+    vs_head,
+    table_sequence,
+    out_batch,
+    out_head,
+    out_token,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    SCAN: tl.constexpr,
+    LEAST: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    TWINS: tl.constexpr,
+    PACK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     # Heads vary fastest: programs that read neighbouring rows of one page run at the same time.
     row_block = tl.program_id(0) % ROW_BLOCKS
     key_head = tl.program_id(0) // ROW_BLOCKS % HEADS
@@ -305,11 +360,30 @@ def _finish(out_rows, lse_rows, SINKS, acc, lse, head, exists, DV: tl.constexpr)
 
 @triton.jit(do_not_specialize=["batches", "capacity", "queries", "programs", "left", "rows"])
 def merge(
-    PART, PART_LSE, SEQLENS, SINKS, OUT, LSE, batches, capacity, queries, programs, left, rows, out_batch, out_head,
+    PART,
+    PART_LSE,
+    SEQLENS,
+    SINKS,
+    OUT,
+    LSE,
+    batches,
+    capacity,
+    queries,
+    programs,
+    left,
+    rows,
+    out_batch,
+    out_head,
     out_token,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
-    SCAN: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SCAN: tl.constexpr,
+    LEAST: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
     """Results of sequences that lie in several parts, or are empty; `rows` are all heads' queries of a sequence."""
     row_blocks = tl.cdiv(rows, ROWS)
     sequence = tl.program_id(0) // row_blocks

@@ -87,9 +87,18 @@ def _launch(kernel, grid: tuple[int], *args, **options) -> None:
 
 
 def backward(
-    call, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
     strides: dict[str, int],
-) -> None:  # fmt: skip
+) -> None:
     """Fills dq, dk and dv. `lse` is in base 2; `strides` are those of all but q, k and v, by the kernels' names."""
     from ._hopper_backward import backward_keys, backward_queries
 
@@ -109,18 +118,32 @@ def _options(call) -> dict[str, object]:
     names += [f"{tensor}_{by}" for tensor in "qkv" for by in ("batch", "head", "token")]
     softcap = call.common["softcap"]
     return {n: call.common[n] for n in names} | {
-        "CU_Q": call.tensors["CU_Q"], "CU_K": call.tensors["CU_K"], "softcap": softcap or 0.0,
+        "CU_Q": call.tensors["CU_Q"],
+        "CU_K": call.tensors["CU_K"],
+        "softcap": softcap or 0.0,
         "SOFTCAP": softcap is not None,
-    }  # fmt: skip
+    }
 
 
-def forward(call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor,
-            strides: dict[str, int]) -> None:  # fmt: skip
+def forward(
+    call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, strides: dict[str, int]
+) -> None:
     """Fills out and lse; `strides` are theirs, by the kernels' names."""
     from ._hopper_attention import attend
 
     blocks = -(-call.queries // (2 * _ROWS))
     _launch(
-        attend, (blocks * call.batch * q.shape[1],), q, k, v, out, lse, SINKS=sinks, GROUPS=2, BLOCK_N=_BLOCK, STAGES=2,
-        **_options(call), **strides,
-    )  # fmt: skip
+        attend,
+        (blocks * call.batch * q.shape[1],),
+        q,
+        k,
+        v,
+        out,
+        lse,
+        SINKS=sinks,
+        GROUPS=2,
+        BLOCK_N=_BLOCK,
+        STAGES=2,
+        **_options(call),
+        **strides,
+    )

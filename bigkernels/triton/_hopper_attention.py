@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
-)  # fmt: skip
+)
 
 from . import _attention, cross_entropy
 
@@ -129,9 +129,19 @@ def _softmax(s, top, total, start, view, scale, softcap, LEFT: gl.constexpr, SOF
 
 @gluon.jit
 def _attend_rows(
-    results, tiles, barriers, work, rule, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr,
-):  # fmt: skip
+    results,
+    tiles,
+    barriers,
+    work,
+    rule,
+    GROUP: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    SINK: gl.constexpr,
+):
     """A computing group of `attend`: 64 rows. While it takes the exponentials of a block of scores, the products of the
     block before with the values run, and the other group's products.
     """
@@ -236,12 +246,16 @@ def attend(
     rule = (queries, keys, left, right, scale, softcap)
     gl.warp_specialize(
         [
-            (_attend_rows, (results, tiles, barriers, work, rule, gl.constexpr(0), BLOCK_N, STAGES, LEFT, RIGHT,
-                            SOFTCAP, SINK)),
-            (_attend_rows, (results, tiles, barriers, work, rule, gl.constexpr(1), BLOCK_N, STAGES, LEFT, RIGHT,
-                            SOFTCAP, SINK)),
+            (
+                _attend_rows,
+                (results, tiles, barriers, work, rule, gl.constexpr(0), BLOCK_N, STAGES, LEFT, RIGHT, SOFTCAP, SINK),
+            ),
+            (
+                _attend_rows,
+                (results, tiles, barriers, work, rule, gl.constexpr(1), BLOCK_N, STAGES, LEFT, RIGHT, SOFTCAP, SINK),
+            ),
             (_load_rows_then_blocks, ((q_desc, k_desc, v_desc), tiles, barriers, work, GROUPS, BLOCK_N, STAGES)),
         ],
         [4, 1],
         [240, 24],
-    )  # fmt: skip
+    )

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
-)  # fmt: skip
+)
 
 from ._hopper_attention import (
     _barriers,
@@ -88,9 +88,18 @@ def _weights(
 
 @gluon.jit
 def _gradients_of_rows(
-    results, tiles, barriers, work, rule, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
-):  # fmt: skip
+    results,
+    tiles,
+    barriers,
+    work,
+    rule,
+    GROUP: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+):
     """A computing group of `backward_queries`: 64 rows. The product of a block that makes the gradient runs while the
     weights of the next block are computed.
     """
@@ -195,15 +204,19 @@ def backward_queries(
     descriptors = (q_desc, grad_desc, k_desc, v_desc)
     gl.warp_specialize(
         [
-            (_gradients_of_rows, (results, tiles, barriers, work, rule, gl.constexpr(0), BLOCK_N, STAGES, LEFT, RIGHT,
-                                  SOFTCAP)),
-            (_gradients_of_rows, (results, tiles, barriers, work, rule, gl.constexpr(1), BLOCK_N, STAGES, LEFT, RIGHT,
-                                  SOFTCAP)),
+            (
+                _gradients_of_rows,
+                (results, tiles, barriers, work, rule, gl.constexpr(0), BLOCK_N, STAGES, LEFT, RIGHT, SOFTCAP),
+            ),
+            (
+                _gradients_of_rows,
+                (results, tiles, barriers, work, rule, gl.constexpr(1), BLOCK_N, STAGES, LEFT, RIGHT, SOFTCAP),
+            ),
             (_load_rows_then_blocks, (descriptors, tiles, barriers, work, GROUPS, BLOCK_N, STAGES)),
         ],
         [4, 1],
         [240, 24],
-    )  # fmt: skip
+    )
 
 
 @gluon.jit
@@ -224,9 +237,15 @@ def _as_block_of_heads(tile):
 
 @gluon.jit
 def _load_keys_then_rows(
-    descriptors, tiles, barriers, work, GROUP: gl.constexpr, GROUPS: gl.constexpr, BLOCK_M: gl.constexpr,
+    descriptors,
+    tiles,
+    barriers,
+    work,
+    GROUP: gl.constexpr,
+    GROUPS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
-):  # fmt: skip
+):
     """The copying warp of `backward_keys`."""
     k_desc, v_desc, q_desc, grad_desc, LSE, DELTA, lse_head = descriptors
     k_tiles, v_tiles, q_tiles, grad_tiles, lse_tiles, mean_tiles = tiles
@@ -261,9 +280,19 @@ def _load_keys_then_rows(
 
 @gluon.jit
 def _gradients_of_keys(
-    results, tiles, barriers, work, rule, WHICH: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
-):  # fmt: skip
+    results,
+    tiles,
+    barriers,
+    work,
+    rule,
+    WHICH: gl.constexpr,
+    GROUP: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
+    LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+):
     """A computing group of `backward_keys`: 64 keys and their values."""
     dk_desc, dv_desc, q_scale = results
     k_tiles, v_tiles, q_tiles, grad_tiles, lse_tiles, mean_tiles = tiles
@@ -340,13 +369,23 @@ def backward_keys(
     k_desc = _tile(_of_head(K, wide_batch, wide_head, k_batch, k_head, k_first * k_token), keys, k_token, 64, D)
     v_desc = _tile(_of_head(V, wide_batch, wide_head, v_batch, v_head, k_first * v_token), keys, v_token, 64, D)
     q_desc = _tile_of_heads(
-        _of_head(Q, wide_batch, wide_head * GROUP, q_batch, q_head, q_first * q_token), GROUP, queries, q_head, q_token,
-        BLOCK_M, D,
-    )  # fmt: skip
+        _of_head(Q, wide_batch, wide_head * GROUP, q_batch, q_head, q_first * q_token),
+        GROUP,
+        queries,
+        q_head,
+        q_token,
+        BLOCK_M,
+        D,
+    )
     grad_desc = _tile_of_heads(
-        _of_head(GRAD, wide_batch, wide_head * GROUP, grad_batch, grad_head, q_first * grad_token), GROUP, queries,
-        grad_head, grad_token, BLOCK_M, D,
-    )  # fmt: skip
+        _of_head(GRAD, wide_batch, wide_head * GROUP, grad_batch, grad_head, q_first * grad_token),
+        GROUP,
+        queries,
+        grad_head,
+        grad_token,
+        BLOCK_M,
+        D,
+    )
     dk_desc = _tile(
         _of_head(K_GRAD, wide_batch, wide_head, dk_batch, dk_head, k_first * dk_token), keys, dk_token, 64, D
     )
@@ -371,12 +410,16 @@ def backward_keys(
     descriptors = (k_desc, v_desc, q_desc, grad_desc, LSE, DELTA, lse_head)
     gl.warp_specialize(
         [
-            (_gradients_of_keys, (results, tiles, barriers, work, rule, gl.constexpr(0), GROUP, BLOCK_M, STAGES, LEFT,
-                                  RIGHT, SOFTCAP)),
-            (_gradients_of_keys, (results, tiles, barriers, work, rule, gl.constexpr(1), GROUP, BLOCK_M, STAGES, LEFT,
-                                  RIGHT, SOFTCAP)),
+            (
+                _gradients_of_keys,
+                (results, tiles, barriers, work, rule, gl.constexpr(0), GROUP, BLOCK_M, STAGES, LEFT, RIGHT, SOFTCAP),
+            ),
+            (
+                _gradients_of_keys,
+                (results, tiles, barriers, work, rule, gl.constexpr(1), GROUP, BLOCK_M, STAGES, LEFT, RIGHT, SOFTCAP),
+            ),
             (_load_keys_then_rows, (descriptors, tiles, barriers, work, GROUP, GROUPS, BLOCK_M, STAGES)),
         ],
         [4, 1],
         [240, 24],
-    )  # fmt: skip
+    )

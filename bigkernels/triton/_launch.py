@@ -64,9 +64,14 @@ def capability(t: Tensor) -> int:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, maxnreg: int | None = None, debug: bool = False,
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int,
+    maxnreg: int | None = None,
+    debug: bool = False,
     **constants: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Run `kernel` on the device of its first argument.
 
     Args:

@@ -23,9 +23,23 @@ BACKWARD_ROW = 8192
 
 @triton.jit
 def forward_rows(
-    X, RESIDUAL, WEIGHT, BIAS, Y, TOTAL, MEAN, RSTD, rows, stride_x, stride_residual, eps, offset,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    X,
+    RESIDUAL,
+    WEIGHT,
+    BIAS,
+    Y,
+    TOTAL,
+    MEAN,
+    RSTD,
+    rows,
+    stride_x,
+    stride_residual,
+    eps,
+    offset,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     inside = cols < D
@@ -58,9 +72,21 @@ def forward_rows(
 
 @triton.jit
 def forward_long(
-    X, RESIDUAL, WEIGHT, BIAS, Y, TOTAL, MEAN, RSTD, stride_x, stride_residual, eps, offset,
-    D: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    X,
+    RESIDUAL,
+    WEIGHT,
+    BIAS,
+    Y,
+    TOTAL,
+    MEAN,
+    RSTD,
+    stride_x,
+    stride_residual,
+    eps,
+    offset,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     # A lane of the block sees every BLOCK-th column: its mean and the sum of its squared deviations (Welford 1962).
@@ -106,9 +132,24 @@ def forward_long(
 
 @triton.jit
 def backward_rows(
-    GRAD, X, WEIGHT, MEAN, RSTD, GRAD_TOTAL, DX, DWEIGHT, DBIAS, rows, stride_grad, stride_x, stride_total, offset,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    GRAD,
+    X,
+    WEIGHT,
+    MEAN,
+    RSTD,
+    GRAD_TOTAL,
+    DX,
+    DWEIGHT,
+    DBIAS,
+    rows,
+    stride_grad,
+    stride_x,
+    stride_total,
+    offset,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     cols = tl.arange(0, BLOCK)
     inside = cols < D
     if WEIGHT is not None:
@@ -149,9 +190,20 @@ def backward_rows(
 
 @triton.jit
 def backward_long(
-    GRAD, X, WEIGHT, MEAN, RSTD, GRAD_TOTAL, DX, stride_grad, stride_x, stride_total, offset,
-    D: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    GRAD,
+    X,
+    WEIGHT,
+    MEAN,
+    RSTD,
+    GRAD_TOTAL,
+    DX,
+    stride_grad,
+    stride_x,
+    stride_total,
+    offset,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     rstd = tl.load(RSTD + row)
@@ -188,9 +240,19 @@ def backward_long(
 
 @triton.jit
 def backward_columns(
-    GRAD, X, MEAN, RSTD, DWEIGHT, DBIAS, rows, stride_grad, stride_x,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    GRAD,
+    X,
+    MEAN,
+    RSTD,
+    DWEIGHT,
+    DBIAS,
+    rows,
+    stride_grad,
+    stride_x,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < D
     dweight = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -221,27 +283,79 @@ def _warps(elements: int) -> int:
 
 
 def run_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor, residual: Tensor | None, total: Tensor | None,
-    mean: Tensor | None, rstd: Tensor, eps: float, offset: float,
-) -> None:  # fmt: skip
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    residual: Tensor | None,
+    total: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    eps: float,
+    offset: float,
+) -> None:
     """Normalise the rows of `x` (rows, D), plus `residual`, into `y`; also `total`, `mean` (or None) and `rstd`."""
     count, size = x.shape
     stride_residual = 0 if residual is None else residual.stride(0)
     if size > FORWARD_ROW:
-        launch(forward_long, (count,), x, residual, weight, bias, y, total, mean, rstd, x.stride(0), stride_residual,
-               eps, offset, D=size, BLOCK=4096, num_warps=8)  # fmt: skip
+        launch(
+            forward_long,
+            (count,),
+            x,
+            residual,
+            weight,
+            bias,
+            y,
+            total,
+            mean,
+            rstd,
+            x.stride(0),
+            stride_residual,
+            eps,
+            offset,
+            D=size,
+            BLOCK=4096,
+            num_warps=8,
+        )
         return
     block = power_of_2(size)
     at_once = max(1, 2048 // block)
-    launch(forward_rows, (triton.cdiv(count, at_once),), x, residual, weight, bias, y, total, mean, rstd, count,
-           x.stride(0), stride_residual, eps, offset, D=size, ROWS=at_once, BLOCK=block,
-           num_warps=_warps(block * at_once))  # fmt: skip
+    launch(
+        forward_rows,
+        (triton.cdiv(count, at_once),),
+        x,
+        residual,
+        weight,
+        bias,
+        y,
+        total,
+        mean,
+        rstd,
+        count,
+        x.stride(0),
+        stride_residual,
+        eps,
+        offset,
+        D=size,
+        ROWS=at_once,
+        BLOCK=block,
+        num_warps=_warps(block * at_once),
+    )
 
 
 def run_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor, grad_total: Tensor | None,
-    dx: Tensor, offset: float, *, dweight: bool, dbias: bool,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    grad_total: Tensor | None,
+    dx: Tensor,
+    offset: float,
+    *,
+    dweight: bool,
+    dbias: bool,
+) -> tuple[Tensor | None, Tensor | None]:
     """Write `dx`; return the float32 gradients of weight and bias where asked for."""
     count, size = x.shape
     stride_total = 0 if grad_total is None else grad_total.stride(0)
@@ -253,18 +367,69 @@ def run_backward(
     columns = triton.cdiv(size, block)
     # Enough programs to fill the GPU: registers hold about 24 warps a multiprocessor.
     groups = min(triton.cdiv(count, at_once), triton.cdiv(processors(x.device) * max(1, 24 // warps), columns))
-    partial = [torch.empty((groups, size), dtype=torch.float32, device=x.device) if wanted else None
-               for wanted in (dweight, dbias)]  # fmt: skip
+    partial = [
+        torch.empty((groups, size), dtype=torch.float32, device=x.device) if wanted else None
+        for wanted in (dweight, dbias)
+    ]
     if not long:
         # Triton 3.8 leaves 80 registers to several rows of float32 on the newest GPUs, and spills.
         registers = 96 if at_once > 1 and x.dtype == torch.float32 and since(3, 8) else None
-        launch(backward_rows, (groups,), grad, x, weight, mean, rstd, grad_total, dx, *partial, count, grad.stride(0),
-               x.stride(0), stride_total, offset, D=size, ROWS=at_once, BLOCK=block, num_warps=warps,
-               maxnreg=registers)  # fmt: skip
+        launch(
+            backward_rows,
+            (groups,),
+            grad,
+            x,
+            weight,
+            mean,
+            rstd,
+            grad_total,
+            dx,
+            *partial,
+            count,
+            grad.stride(0),
+            x.stride(0),
+            stride_total,
+            offset,
+            D=size,
+            ROWS=at_once,
+            BLOCK=block,
+            num_warps=warps,
+            maxnreg=registers,
+        )
     else:
-        launch(backward_long, (count,), grad, x, weight, mean, rstd, grad_total, dx, grad.stride(0), x.stride(0),
-               stride_total, offset, D=size, BLOCK=4096, num_warps=8)  # fmt: skip
+        launch(
+            backward_long,
+            (count,),
+            grad,
+            x,
+            weight,
+            mean,
+            rstd,
+            grad_total,
+            dx,
+            grad.stride(0),
+            x.stride(0),
+            stride_total,
+            offset,
+            D=size,
+            BLOCK=4096,
+            num_warps=8,
+        )
         if dweight or dbias:
-            launch(backward_columns, (columns, groups), grad, x, mean, rstd, *partial, count, grad.stride(0),
-                   x.stride(0), D=size, ROWS=at_once, BLOCK=block, num_warps=warps)  # fmt: skip
+            launch(
+                backward_columns,
+                (columns, groups),
+                grad,
+                x,
+                mean,
+                rstd,
+                *partial,
+                count,
+                grad.stride(0),
+                x.stride(0),
+                D=size,
+                ROWS=at_once,
+                BLOCK=block,
+                num_warps=warps,
+            )
     return tuple(p.sum(0) if p is not None else None for p in partial)

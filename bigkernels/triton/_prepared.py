@@ -55,9 +55,12 @@ class _Unrepeatable(Exception):
 
 
 _ALLOCATIONS = {
-    torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.empty_like.default,
-    torch.ops.aten.new_empty.default, torch.ops.aten.new_empty_strided.default,
-}  # fmt: skip
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+}
 _READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -119,8 +122,7 @@ class _Watch(TorchDispatchMode):
             self.held_apart.append(out)
             self.indices[id(out)] = self.indices[id(args[0])]
             return
-        call = Call(func, tuple(self._known(args)), {n: self._known(v) for n, v in kwargs.items()}, several,
-                     len(made))  # fmt: skip
+        call = Call(func, tuple(self._known(args)), {n: self._known(v) for n, v in kwargs.items()}, several, len(made))
         aliased = [r.alias_info for r in func._schema.returns]
         if len(made) == 1 and aliased[0] is not None and not aliased[0].is_write:
             base = next(a for a in args if isinstance(a, Tensor))
@@ -151,8 +153,9 @@ class _Watch(TorchDispatchMode):
                 value = None
             given.append(value)
         x, y, z = (*grid, 1, 1)[:3]
-        self.steps.append(Launched(compiled.run, (x, y, z), compiled.function, compiled.packed_metadata, given,
-                                    tuple(pointers)))  # fmt: skip
+        self.steps.append(
+            Launched(compiled.run, (x, y, z), compiled.function, compiled.packed_metadata, given, tuple(pointers))
+        )
 
     def tape(self, arguments: int, result: Any) -> Tape | None:
         """What was noted, without what nothing needs; None where it cannot be repeated."""
@@ -198,8 +201,9 @@ class _Watch(TorchDispatchMode):
                 continue
             whole = steps[made]
             if reads(steps[at]) == {root} and (math.prod(whole.shape), whole.dtype) == (
-                math.prod(view.shape), view.dtype
-            ):  # fmt: skip
+                math.prod(view.shape),
+                view.dtype,
+            ):
                 steps[made] = view
                 del steps[at]
                 same[first[at]] = root
@@ -251,8 +255,12 @@ def _reader(kinds: tuple[type, ...], tapes: dict, missed: Callable, direct: bool
     watched = [f"{named(dispatch_modes)}()", f"{runtime}.launch_enter_hook.calls", f"{runtime}.launch_exit_hook.calls"]
     if direct:
         modes = named(dispatch_flag)
-        watched += [f"{modes}._is_in_torch_dispatch_mode", f"{named(function_modes)}()", f"{named(is_profiled)}()",
-                    *(f"a{i}.is_neg()" for i in tensors)]  # fmt: skip
+        watched += [
+            f"{modes}._is_in_torch_dispatch_mode",
+            f"{named(function_modes)}()",
+            f"{named(is_profiled)}()",
+            *(f"a{i}.is_neg()" for i in tensors),
+        ]
     source.lines += [
         "try:",
         *(f"    p{i} = a{i}.data_ptr()" for i in tensors),

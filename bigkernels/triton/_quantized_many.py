@@ -24,9 +24,21 @@ WORKSPACE = 2**27  # elements of a weight that are decoded at once
 
 @triton.jit
 def decode_weight(
-    CODES, SCALE, ZERO, ROW_SCALE, BOOK, OUT, N, K, groups, stride,
-    KIND: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    CODES,
+    SCALE,
+    ZERO,
+    ROW_SCALE,
+    BOOK,
+    OUT,
+    N,
+    K,
+    groups,
+    stride,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     across = tl.cdiv(K, BK)
     n = tl.program_id(0) // across * BN + tl.arange(0, BN)
     k = tl.program_id(0) % across * BK
@@ -78,16 +90,38 @@ def round_tokens_fp8(X, CODES, TOKEN_SCALE, D, stride_x, BLOCK: tl.constexpr):
 
 
 def decoded(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, row_scale: Tensor | None, book: Tensor | None, group: int,
-    kind: int, k: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    row_scale: Tensor | None,
+    book: Tensor | None,
+    group: int,
+    kind: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """The weight (N, K) in `dtype`."""
     n = codes.shape[0]
     out = torch.empty(n, k, dtype=dtype, device=codes.device)
     tile = {"BN": 32, "BK": 128}
-    launch(decode_weight, (triton.cdiv(n, tile["BN"]) * triton.cdiv(k, tile["BK"]),), codes, scale, zero, row_scale,
-           book, out, n, k, scale.shape[1] if group else 0, codes.stride(0), KIND=kind,
-           GROUP=group or 32, num_warps=4, **tile)  # fmt: skip
+    launch(
+        decode_weight,
+        (triton.cdiv(n, tile["BN"]) * triton.cdiv(k, tile["BK"]),),
+        codes,
+        scale,
+        zero,
+        row_scale,
+        book,
+        out,
+        n,
+        k,
+        scale.shape[1] if group else 0,
+        codes.stride(0),
+        KIND=kind,
+        GROUP=group or 32,
+        num_warps=4,
+        **tile,
+    )
     return out
 
 
@@ -145,9 +179,13 @@ def scaled(acc: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor | None,
 def forward_by_scaled_mm(tokens: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     rounded, token_scale = rounded_tokens(tokens, torch.uint8)
     y = scaled_mm(
-        rounded.view(torch.float8_e4m3fn), codes.view(torch.float8_e4m3fn).t(), token_scale[:, None], scale[None, :],
-        bias=None if bias is None else bias.to(tokens.dtype), out_dtype=tokens.dtype,
-    )  # fmt: skip
+        rounded.view(torch.float8_e4m3fn),
+        codes.view(torch.float8_e4m3fn).t(),
+        token_scale[:, None],
+        scale[None, :],
+        bias=None if bias is None else bias.to(tokens.dtype),
+        out_dtype=tokens.dtype,
+    )
     return y
 
 

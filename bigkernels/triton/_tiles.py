@@ -29,35 +29,45 @@ class Tiles:
     registers: int | None = None
 
     def constants(self) -> dict[str, int | None]:
-        return {"BLOCK_M": self.queries, "BLOCK_N": self.keys, "num_warps": self.warps, "STAGES": self.stages,
-                "maxnreg": self.registers}  # fmt: skip
+        return {
+            "BLOCK_M": self.queries,
+            "BLOCK_N": self.keys,
+            "num_warps": self.warps,
+            "STAGES": self.stages,
+            "maxnreg": self.registers,
+        }
 
 
 # Of each kernel, (largest head, tiles, tiles of calls with more in their registers: dropout, or dense tensors).
 # What fits 99 KB of shared memory: Ampere, Ada and the small Blackwells.
 _AMPERE = {
-    "attend": ((64, Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3)),
-               (128, Tiles(128, 64, 8, 3), Tiles(64, 32, 4, 2)),
-               (192, Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 1)),
-               (256, Tiles(64, 64, 8, 1), Tiles(32, 64, 8, 1)),
-               (LARGEST, Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1))),
-    "queries": ((64, Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2)),
-                (96, Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 2)),
-                (128, Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2)),
-                (192, Tiles(32, 64, 8, 2), Tiles(32, 64, 8, 1)),
-                (256, Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
-                (LARGEST, Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1))),
-    "keys": ((64, Tiles(64, 128, 8, 2), Tiles(32, 64, 4, 2)),
-             (96, Tiles(32, 128, 8, 2), Tiles(32, 32, 4, 2)),
-             (128, Tiles(64, 64, 8, 1), Tiles(32, 32, 4, 2)),
-             (192, Tiles(64, 32, 8, 2), Tiles(32, 16, 4, 1)),
-             (256, Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1)),
-             (LARGEST, Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1))),
+    "attend": (
+        (64, Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3)),
+        (128, Tiles(128, 64, 8, 3), Tiles(64, 32, 4, 2)),
+        (192, Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 1)),
+        (256, Tiles(64, 64, 8, 1), Tiles(32, 64, 8, 1)),
+        (LARGEST, Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1)),
+    ),
+    "queries": (
+        (64, Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2)),
+        (96, Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 2)),
+        (128, Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2)),
+        (192, Tiles(32, 64, 8, 2), Tiles(32, 64, 8, 1)),
+        (256, Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
+        (LARGEST, Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    ),
+    "keys": (
+        (64, Tiles(64, 128, 8, 2), Tiles(32, 64, 4, 2)),
+        (96, Tiles(32, 128, 8, 2), Tiles(32, 32, 4, 2)),
+        (128, Tiles(64, 64, 8, 1), Tiles(32, 32, 4, 2)),
+        (192, Tiles(64, 32, 8, 2), Tiles(32, 16, 4, 1)),
+        (256, Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1)),
+        (LARGEST, Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    ),
     # "keys" that adds up the gradient of the queries too; None where two kernels take less time.
     "sum": ((64, Tiles(64, 64, 4, 2), None), (LARGEST, None, None)),
-    "bias": ((128, Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
-             (LARGEST, Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1))),
-}  # fmt: skip
+    "bias": ((128, Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)), (LARGEST, Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1))),
+}
 # float32: the same tiles in all kernels, so that backward finds the scores that forward had, to the last bit.
 _WIDE = (
     (64, Tiles(32, 16, 4, 1, 208), Tiles(32, 16, 4, 1, 208)),
@@ -68,46 +78,66 @@ _WIDE = (
 # 227 KB, and matrix units that take operands from there: Hopper. With more than 192 elements the gradients of 64 keys
 # fill the registers of a group of warps, and the older instructions have to do.
 _HOPPER = {
-    "attend": ((64, Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3)),
-               (96, Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2)),
-               (128, Tiles(128, 128, 8, 2), Tiles(128, 32, 8, 2)),
-               (256, Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2)),
-               (LARGEST, Tiles(16, 64, 8, 1), Tiles(16, 64, 8, 1))),
-    "queries": ((64, Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),
-                (128, Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2)),
-                (256, Tiles(128, 32, 8, 2), Tiles(128, 16, 8, 2)),
-                (LARGEST, Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1))),
-    "keys": ((64, Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2)),
-             (128, Tiles(32, 128, 8, 2), Tiles(16, 128, 8, 2)),
-             (256, Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1)),
-             (LARGEST, Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1))),
-    "sum": ((64, Tiles(64, 128, 8, 2), None), (96, None, None), (128, Tiles(32, 128, 8, 2), None),
-            (LARGEST, None, None)),
-    "bias": ((128, Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
-             (256, Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1)),
-             (LARGEST, Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
-}  # fmt: skip
+    "attend": (
+        (64, Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3)),
+        (96, Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2)),
+        (128, Tiles(128, 128, 8, 2), Tiles(128, 32, 8, 2)),
+        (256, Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2)),
+        (LARGEST, Tiles(16, 64, 8, 1), Tiles(16, 64, 8, 1)),
+    ),
+    "queries": (
+        (64, Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),
+        (128, Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2)),
+        (256, Tiles(128, 32, 8, 2), Tiles(128, 16, 8, 2)),
+        (LARGEST, Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    ),
+    "keys": (
+        (64, Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2)),
+        (128, Tiles(32, 128, 8, 2), Tiles(16, 128, 8, 2)),
+        (256, Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1)),
+        (LARGEST, Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    ),
+    "sum": (
+        (64, Tiles(64, 128, 8, 2), None),
+        (96, None, None),
+        (128, Tiles(32, 128, 8, 2), None),
+        (LARGEST, None, None),
+    ),
+    "bias": (
+        (128, Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
+        (256, Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1)),
+        (LARGEST, Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    ),
+}
 if since(3, 8):  # which keeps more in registers: spills, of these tiles with 64 keys, 32 to 272 bytes
     _NARROW, _WIDER = Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1)
     _HOPPER["bias"] = ((64, _NARROW, _NARROW), (128, _WIDER, _WIDER), *_HOPPER["bias"][1:])
-    _AMPERE["queries"] = tuple((most, Tiles(128, 32, 8, 2), heavy) if most == 96 else (most, plain, heavy)
-                               for most, plain, heavy in _AMPERE["queries"])  # fmt: skip
+    _AMPERE["queries"] = tuple(
+        (most, Tiles(128, 32, 8, 2), heavy) if most == 96 else (most, plain, heavy)
+        for most, plain, heavy in _AMPERE["queries"]
+    )
     _AMPERE["keys"] = ((64, Tiles(64, 128, 8, 2), Tiles(32, 32, 4, 2)), *_AMPERE["keys"][1:])
     _WIDE = ((64, Tiles(32, 16, 4, 1), Tiles(32, 16, 4, 1)), *_WIDE[1:])
 # The same memory, and units that keep their results in a memory of their own: nothing is computed twice whatever the
 # warps are, and threads hold what they read from there, of wide tiles too much.
 _BLACKWELL = _HOPPER | {
-    "attend": ((64, Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3)),
-               (96, Tiles(128, 64, 8, 2, None if since(3, 8) else 168), Tiles(128, 32, 8, 2)),
-               (128, Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 2)),
-               *_HOPPER["attend"][3:]),
-    "keys": ((64, Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2)),
-             (128, Tiles(32, 128, 8, 2, 168), Tiles(16, 128, 8, 2, 168)),
-             (256, Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 1)),
-             _HOPPER["keys"][3]),
-    "bias": tuple((most, Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)) if most == 256 else (most, plain, heavy)
-                  for most, plain, heavy in _HOPPER["bias"]),
-}  # fmt: skip
+    "attend": (
+        (64, Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3)),
+        (96, Tiles(128, 64, 8, 2, None if since(3, 8) else 168), Tiles(128, 32, 8, 2)),
+        (128, Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 2)),
+        *_HOPPER["attend"][3:],
+    ),
+    "keys": (
+        (64, Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2)),
+        (128, Tiles(32, 128, 8, 2, 168), Tiles(16, 128, 8, 2, 168)),
+        (256, Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 1)),
+        _HOPPER["keys"][3],
+    ),
+    "bias": tuple(
+        (most, Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)) if most == 256 else (most, plain, heavy)
+        for most, plain, heavy in _HOPPER["bias"]
+    ),
+}
 _TABLES = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 120: _AMPERE}  # from this compute capability on
 
 

@@ -99,9 +99,14 @@ def prepare(
         "DROPOUT": dropout_p > 0, "PRECISION": "ieee" if q.dtype == torch.float32 else None,
     }  # fmt: skip
     tensors = {
-        "BIAS": bias, "MASK": mask, "SLOPES": alibi_slopes, "PREFIXES": prefix_lengths, "SEED": seed, "CU_Q": cu_q,
+        "BIAS": bias,
+        "MASK": mask,
+        "SLOPES": alibi_slopes,
+        "PREFIXES": prefix_lengths,
+        "SEED": seed,
+        "CU_Q": cu_q,
         "CU_K": cu_k,
-    }  # fmt: skip
+    }
     common["PARTS"] = 1 if dense else 3 if left >= 0 else 2
     heavy = dense or bias is not None or dropout_p > 0
     others = (bias, alibi_slopes, prefix_lengths, cu_q)
@@ -109,14 +114,31 @@ def prepare(
         # A mask of padding is a vector; that it fits beside the tiles of plain calls was seen for these alone.
         usual = size == value_size and size in (64, 128) and q.dtype != torch.float32 and capability(q) // 10 == 9
         heavy = heavy and not (usual and left < 0 and not softcap and not dropout_p)
-    return Call(batch, queries, keys, max(size, value_size), key_heads, q.dtype == torch.float32, heavy, capability(q),
-                tensors, common, scale)  # fmt: skip
+    return Call(
+        batch,
+        queries,
+        keys,
+        max(size, value_size),
+        key_heads,
+        q.dtype == torch.float32,
+        heavy,
+        capability(q),
+        tensors,
+        common,
+        scale,
+    )
 
 
 def run_forward(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor,
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
     rest: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Fills out and lse; with `rest` not out, but lse in base 2 and the rest of its rounding."""
     packed = call.tensors["CU_Q"] is not None
     if rest is None and _hopper.takes(call, q, k, v, out):
@@ -125,15 +147,39 @@ def run_forward(
     tiles = call.tiles("attend")
     grid = (-(-call.queries // tiles["BLOCK_M"]) * call.batch * q.shape[1],)
     launch(
-        attend, grid, q, k, v, out, lse, REST=rest, SINKS=sinks, **call.tensors, **call.common,
-        **strides("out", out, packed=packed), **lse_strides(lse, packed=packed), **tiles,
-    )  # fmt: skip
+        attend,
+        grid,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        REST=rest,
+        SINKS=sinks,
+        **call.tensors,
+        **call.common,
+        **strides("out", out, packed=packed),
+        **lse_strides(lse, packed=packed),
+        **tiles,
+    )
 
 
 def run_backward(
-    call: Call, grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    sinks: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, dbias: Tensor | None, by_atomics: bool,
-) -> Tensor | None:  # fmt: skip
+    call: Call,
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dbias: Tensor | None,
+    by_atomics: bool,
+) -> Tensor | None:
     """Fills dq, dk, dv and dbias; returns the gradient of the sinks. `by_atomics`: dq by `backward_keys` as well."""
     packed = call.tensors["CU_Q"] is not None
     heads, value_size = q.shape[1], v.shape[-1]
@@ -143,11 +189,24 @@ def run_backward(
     block = power_of_2(value_size)
     per_program = max(1, 4096 // block)
     launch(
-        delta_kernel, (-(-tokens // per_program) * (1 if packed else call.batch) * heads,), grad, out, grad_lse, lse,
-        delta, None if call.wide else base_2,
-        queries=tokens, **given, **strides("out", out, packed=packed), **rows, HEADS=heads, DV=value_size,
-        BLOCK_DV=block, BLOCK_M=per_program, num_warps=4,
-    )  # fmt: skip
+        delta_kernel,
+        (-(-tokens // per_program) * (1 if packed else call.batch) * heads,),
+        grad,
+        out,
+        grad_lse,
+        lse,
+        delta,
+        None if call.wide else base_2,
+        queries=tokens,
+        **given,
+        **strides("out", out, packed=packed),
+        **rows,
+        HEADS=heads,
+        DV=value_size,
+        BLOCK_DV=block,
+        BLOCK_M=per_program,
+        num_warps=4,
+    )
     common = call.common | given | rows
     rest = None
     if call.wide:
@@ -165,15 +224,32 @@ def run_backward(
     if q_sum is None:
         tiles = call.tiles("queries")
         launch(
-            backward_queries, (-(-call.queries // tiles["BLOCK_M"]) * call.batch * heads,), *inputs, dq,
-            q_scale=call.scale, **call.tensors, **common, **strides("dq", dq, packed=packed), **tiles,
-        )  # fmt: skip
+            backward_queries,
+            (-(-call.queries // tiles["BLOCK_M"]) * call.batch * heads,),
+            *inputs,
+            dq,
+            q_scale=call.scale,
+            **call.tensors,
+            **common,
+            **strides("dq", dq, packed=packed),
+            **tiles,
+        )
     tiles = call.tiles("keys" if q_sum is None else "sum")
     launch(
-        backward_keys, (-(-call.keys // tiles["BLOCK_N"]) * call.batch * call.key_heads,), *inputs, q_sum, dk, dv,
-        q_scale=call.scale, **call.tensors, **common, **strides("sum", q_sum, packed=packed),
-        **strides("dk", dk, packed=packed), **strides("dv", dv, packed=packed), **tiles,
-    )  # fmt: skip
+        backward_keys,
+        (-(-call.keys // tiles["BLOCK_N"]) * call.batch * call.key_heads,),
+        *inputs,
+        q_sum,
+        dk,
+        dv,
+        q_scale=call.scale,
+        **call.tensors,
+        **common,
+        **strides("sum", q_sum, packed=packed),
+        **strides("dk", dk, packed=packed),
+        **strides("dv", dv, packed=packed),
+        **tiles,
+    )
     if q_sum is not None:
         dq.copy_(q_sum.mul_(call.scale))
     if dbias is not None:
@@ -183,9 +259,18 @@ def run_backward(
         options = {name: value for name, value in (common | tiles).items() if name not in ("PARTS", "STAGES")}
         tensors = {name: value for name, value in call.tensors.items() if not name.startswith("CU_")}
         launch(
-            backward_bias, grid, *inputs, dbias, batches=call.batch, BATCHED=b > 1, HEADED=h > 1, ROWED=m > 1,
-            KEYED=n > 1, **tensors, **options,
-        )  # fmt: skip
+            backward_bias,
+            grid,
+            *inputs,
+            dbias,
+            batches=call.batch,
+            BATCHED=b > 1,
+            HEADED=h > 1,
+            ROWED=m > 1,
+            KEYED=n > 1,
+            **tensors,
+            **options,
+        )
     return _sink_gradient(sinks, lse, delta, packed)
 
 
@@ -212,10 +297,21 @@ def _call(q, k, v, bias, mask, alibi_slopes, prefix_lengths, seed, *options) -> 
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, alibi_slopes: Tensor | None,
-    sinks: Tensor | None, prefix_lengths: Tensor | None, seed: Tensor | None, left: int, right: int, scale: float,
-    softcap: float, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    prefix_lengths: Tensor | None,
+    seed: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
     op._check(q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths)
     options = (left, right, scale, softcap, dropout_p)
     if not _serves(q, k, v):
@@ -242,16 +338,47 @@ def backward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def backward_by(
-    atomics: bool, grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    bias: Tensor | None, mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
-    prefix_lengths: Tensor | None, seed: Tensor | None, left: int, right: int, scale: float, softcap: float,
-    dropout_p: float, bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    atomics: bool,
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    prefix_lengths: Tensor | None,
+    seed: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`backward`, with the queries' gradient added up by atomics or not."""
     options = (left, right, scale, softcap, dropout_p)
     if not _serves(q, k, v):
-        return op._bwd_fallback(grad, grad_lse, q, k, v, out, lse, bias, mask, alibi_slopes, sinks, prefix_lengths,
-                                seed, *options, bias_grad)  # fmt: skip
+        return op._bwd_fallback(
+            grad,
+            grad_lse,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            bias,
+            mask,
+            alibi_slopes,
+            sinks,
+            prefix_lengths,
+            seed,
+            *options,
+            bias_grad,
+        )
     dq, dk, dv = (op.like(t, t.shape[-1]) for t in (q, k, v))
     dbias = bias.new_empty(bias.shape) if bias_grad else None
     grad, q, k, v, out = _rows(grad, q, k, v, out)
@@ -282,8 +409,10 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
         (8, 8, 256, 256, 255, True),
         (16, 16, 576, 512, -1, False),
     ):
-        q, k, v = (torch.empty(2, 2048, h, n, dtype=dtype, device="meta").transpose(1, 2)
-                   for h, n in ((heads, size), (key_heads, size), (key_heads, value_size)))  # fmt: skip
+        q, k, v = (
+            torch.empty(2, 2048, h, n, dtype=dtype, device="meta").transpose(1, 2)
+            for h, n in ((heads, size), (key_heads, size), (key_heads, value_size))
+        )
         out = op.like(q, value_size)
         lse = torch.empty(2, heads, 2048, device="meta", dtype=torch.float32)
         vector = torch.empty(heads, device="meta", dtype=torch.float32) if everything else None

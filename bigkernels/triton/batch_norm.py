@@ -15,12 +15,22 @@ from ._launch import falls_back, require
 
 @falls_back(op._fwd_fallback)
 def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, mean: Tensor | None,
-    var: Tensor | None, eps: float, activation: int, rows: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    activation: int,
+    rows: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     require("batch_norm_fwd", lies(x, rows) and activation in NAMES, "x does not lie in planes, or in rows")
-    require("batch_norm_fwd", residual is None or (residual.shape == x.shape and lies(residual, rows)),
-            "residual must be like x")  # fmt: skip
+    require(
+        "batch_norm_fwd",
+        residual is None or (residual.shape == x.shape and lies(residual, rows)),
+        "residual must be like x",
+    )
     images = Images(x, rows)
     made = x.new_empty(0), x.new_empty(0)
     if mean is None:
@@ -34,13 +44,24 @@ def forward(
 
 @falls_back(op._bwd_fallback, empty=None)
 def backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, result: Tensor | None, mean: Tensor,
-    var: Tensor, eps: float, activation: int, rows: bool, training: bool, residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    result: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: int,
+    rows: bool,
+    training: bool,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     require("batch_norm_bwd", lies(x, rows) and activation in NAMES, "x does not lie in planes, or in rows")
     require("batch_norm_bwd", grad.shape == x.shape and lies(grad, rows), "grad must be like x")
-    require("batch_norm_bwd", result is None or (result.shape == x.shape and lies(result, rows)),
-            "result must be like x")  # fmt: skip
+    require(
+        "batch_norm_bwd", result is None or (result.shape == x.shape and lies(result, rows)), "result must be like x"
+    )
     images = Images(x, rows)
     mean, rstd = mean.float().contiguous(), torch.rsqrt(var.float() + eps)
     result = result if activation == NUMBERS["relu"] else None

@@ -82,9 +82,17 @@ def _place(N, BLOCKS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["key"])
 def encode(
-    X, CODES, SCALE, N, key, TOP: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
-    STOCHASTIC: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+    X,
+    CODES,
+    SCALE,
+    N,
+    key,
+    TOP: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     block, element, there, mask = _place(N, BLOCKS)
     x = tl.load(X + element, mask=mask, other=0.0).to(tl.float32)
     bits = x.to(tl.int32, bitcast=True)
@@ -130,8 +138,21 @@ def infer(x: Tensor, fp8: bool, stochastic: bool, key: int) -> tuple[Tensor, Ten
     codes = x.new_empty(n, dtype=torch.uint8)
     scale = x.new_empty(triton.cdiv(n, op.BLOCK), dtype=torch.float32)
     top = op.FORMATS["fp8" if fp8 else "int8"]
-    launch(encode, _grid(n), x, codes, scale, n, key, TOP=top, LEAST=top * op.LEAST_SCALE,
-           MOST=op.LARGEST_SCALE[top], STOCHASTIC=stochastic, BLOCKS=_BLOCKS, num_warps=4)  # fmt: skip
+    launch(
+        encode,
+        _grid(n),
+        x,
+        codes,
+        scale,
+        n,
+        key,
+        TOP=top,
+        LEAST=top * op.LEAST_SCALE,
+        MOST=op.LARGEST_SCALE[top],
+        STOCHASTIC=stochastic,
+        BLOCKS=_BLOCKS,
+        num_warps=4,
+    )
     return codes, scale
 
 

@@ -51,8 +51,19 @@ def _one_minus_exp(x):
 
 
 @triton.jit
-def _target(LOGITS, TARGET, WEIGHT, row, inside, stride, ignore_index, softcap, V: tl.constexpr, SOFTCAP: tl.constexpr,
-            CHECK: tl.constexpr):  # fmt: skip
+def _target(
+    LOGITS,
+    TARGET,
+    WEIGHT,
+    row,
+    inside,
+    stride,
+    ignore_index,
+    softcap,
+    V: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CHECK: tl.constexpr,
+):
     """A row's target, whether it counts, the logit there, and its weight: NaN for a target outside the vocabulary."""
     y = tl.load(TARGET + row, mask=inside, other=0).to(tl.int64)
     kept = inside & (y != ignore_index)
@@ -70,11 +81,32 @@ def _target(LOGITS, TARGET, WEIGHT, row, inside, stride, ignore_index, softcap, 
 
 @triton.jit
 def forward_rows(
-    LOGITS, TARGET, WEIGHT, WEIGHT_SUM, TOKEN_WEIGHT, LOSS, DIVISOR, LSE, PREDICTED, tokens, stride, ignore_index,
-    label_smoothing, z_loss, softcap, focal_gamma, V: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr,
-    FOCAL: tl.constexpr, CHECK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    LOGITS,
+    TARGET,
+    WEIGHT,
+    WEIGHT_SUM,
+    TOKEN_WEIGHT,
+    LOSS,
+    DIVISOR,
+    LSE,
+    PREDICTED,
+    tokens,
+    stride,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    focal_gamma,
+    V: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    FOCAL: tl.constexpr,
+    CHECK: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
     ALIGNED: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < tokens
     y, kept, z_y, weight_y = _target(
@@ -148,11 +180,33 @@ def forward_rows(
 
 @triton.jit
 def backward_rows(
-    GRAD, LOGITS, TARGET, WEIGHT, WEIGHT_SUM, TOKEN_WEIGHT, LSE, DIVISOR, D_LOGITS, tokens, stride_grad, stride,
-    ignore_index, label_smoothing, z_loss, softcap, focal_gamma, V: tl.constexpr, MEAN: tl.constexpr,
-    SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, FOCAL: tl.constexpr, CHECK: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, IN_PLACE: tl.constexpr,
-):  # fmt: skip
+    GRAD,
+    LOGITS,
+    TARGET,
+    WEIGHT,
+    WEIGHT_SUM,
+    TOKEN_WEIGHT,
+    LSE,
+    DIVISOR,
+    D_LOGITS,
+    tokens,
+    stride_grad,
+    stride,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    focal_gamma,
+    V: tl.constexpr,
+    MEAN: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    FOCAL: tl.constexpr,
+    CHECK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < tokens
     y, kept, z_y, weight_y = _target(
@@ -234,8 +288,18 @@ def _prepare(
     logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma
 ):
     require("cross_entropy", softcap >= 0, "softcap must be positive")  # the caller's checks name what was given
-    op._check(logits, target, weight, token_weight, ignore_index, _REDUCTIONS[reduction], label_smoothing, z_loss,
-              softcap or None, focal_gamma)  # fmt: skip
+    op._check(
+        logits,
+        target,
+        weight,
+        token_weight,
+        ignore_index,
+        _REDUCTIONS[reduction],
+        label_smoothing,
+        z_loss,
+        softcap or None,
+        focal_gamma,
+    )
     weight_sum = weight.sum(dtype=torch.float32) if weight is not None and label_smoothing else None
     target, weight, token_weight = (None if t is None else t.contiguous() for t in (target, weight, token_weight))
     flags = {"SMOOTH": label_smoothing != 0, "SOFTCAP": softcap != 0, "FOCAL": focal_gamma != 0, "CHECK": _DEBUG}
@@ -244,12 +308,31 @@ def _prepare(
 
 @falls_back(op._fwd_fallback)
 def forward(
-    logits: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None, ignore_index: int,
-    reduction: int, label_smoothing: float, z_loss: float, softcap: float, focal_gamma: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    focal_gamma: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """As the fallback, except that lse is 0 for ignored tokens: their logits are not read."""
-    return _forward(logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
-                    focal_gamma, None)  # fmt: skip
+    return _forward(
+        logits,
+        target,
+        weight,
+        token_weight,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        z_loss,
+        softcap,
+        focal_gamma,
+        None,
+    )
 
 
 @falls_back(op._predict_fallback)
@@ -260,9 +343,18 @@ def predict(logits: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _forward(
-    logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma,
+    logits,
+    target,
+    weight,
+    token_weight,
+    ignore_index,
+    reduction,
+    label_smoothing,
+    z_loss,
+    softcap,
+    focal_gamma,
     predicted,
-):  # fmt: skip
+):
     logits, target, weight, weight_sum, token_weight, flags = _prepare(
         logits, target, weight, token_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, focal_gamma
     )
@@ -276,12 +368,34 @@ def _forward(
     # The assembler takes 64 on the newest GPUs, and spills.
     registers = 72 if logits.dtype == torch.float32 and warps == 4 and capability(logits) >= 100 else None
     launch(
-        forward_rows, (triton.cdiv(tokens, at_once),), logits, target, weight, weight_sum, token_weight, loss, divisor,
-        lse, predicted, tokens, logits.stride(0), ignore_index, label_smoothing, z_loss, softcap, focal_gamma,
-        V=vocabulary, **flags, ROWS=at_once, LANES=lanes, VECTOR=vector,
-        ALIGNED=logits.stride(0) % 16 == 0 and vocabulary % 16 == 0, num_warps=warps, debug=_DEBUG,
+        forward_rows,
+        (triton.cdiv(tokens, at_once),),
+        logits,
+        target,
+        weight,
+        weight_sum,
+        token_weight,
+        loss,
+        divisor,
+        lse,
+        predicted,
+        tokens,
+        logits.stride(0),
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        focal_gamma,
+        V=vocabulary,
+        **flags,
+        ROWS=at_once,
+        LANES=lanes,
+        VECTOR=vector,
+        ALIGNED=logits.stride(0) % 16 == 0 and vocabulary % 16 == 0,
+        num_warps=warps,
+        debug=_DEBUG,
         maxnreg=registers,
-    )  # fmt: skip
+    )
     divisor = divisor.sum()
     if reduction:
         loss = loss.sum() / divisor if _REDUCTIONS[reduction] == "mean" else loss.sum()
@@ -293,10 +407,21 @@ def infer(*args) -> Tensor:
 
 
 def _differentiate(
-    d_logits: Tensor, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None,
-    lse: Tensor, divisor: Tensor, ignore_index: int, reduction: int, label_smoothing: float, z_loss: float,
-    softcap: float, focal_gamma: float,
-) -> None:  # fmt: skip
+    d_logits: Tensor,
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    lse: Tensor,
+    divisor: Tensor,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    focal_gamma: float,
+) -> None:
     name = _REDUCTIONS[reduction]
     require("cross_entropy_bwd", grad.shape == (logits.shape[:1] if name == "none" else ()), "grad must fit the loss")
     require("cross_entropy_bwd", lse.shape == logits.shape[:1] and divisor.shape == (), "lse must fit logits")
@@ -312,11 +437,34 @@ def _differentiate(
     programs = triton.cdiv(tokens, at_once)
     shares = min(triton.cdiv(vocabulary, block), triton.cdiv(8 * processors(logits.device), programs))
     launch(
-        backward_rows, (programs, 1 if in_place else shares), grad, logits, target, weight, weight_sum, token_weight,
-        lse.contiguous(), divisor, d_logits, tokens, grad.stride(0) if name == "none" else 0, logits.stride(0),
-        ignore_index, label_smoothing, z_loss, softcap, focal_gamma, V=vocabulary, MEAN=name == "mean", **flags,
-        ROWS=at_once, BLOCK=block, IN_PLACE=in_place, num_warps=warps, debug=_DEBUG,
-    )  # fmt: skip
+        backward_rows,
+        (programs, 1 if in_place else shares),
+        grad,
+        logits,
+        target,
+        weight,
+        weight_sum,
+        token_weight,
+        lse.contiguous(),
+        divisor,
+        d_logits,
+        tokens,
+        grad.stride(0) if name == "none" else 0,
+        logits.stride(0),
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        focal_gamma,
+        V=vocabulary,
+        MEAN=name == "mean",
+        **flags,
+        ROWS=at_once,
+        BLOCK=block,
+        IN_PLACE=in_place,
+        num_warps=warps,
+        debug=_DEBUG,
+    )
 
 
 @falls_back(op._bwd_fallback, inputs=2, empty=op._bwd_fake)
@@ -339,9 +487,13 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
     and gradients over chunks of logits."""
     plain, everything = (0.0, 0.0, 0.0, 0.0), (0.1, 1e-4, 30.0, 2.0)
     for tokens, vocabulary, options in (
-        (8192, 128256, plain), (64, 128256, plain), (8192, 256, plain), (8192, 50257, plain),
-        (8192, 128256, everything), (8192, 128256, (0.0, 0.0, 30.0, 0.0)),
-    ):  # fmt: skip
+        (8192, 128256, plain),
+        (64, 128256, plain),
+        (8192, 256, plain),
+        (8192, 50257, plain),
+        (8192, 128256, everything),
+        (8192, 128256, (0.0, 0.0, 30.0, 0.0)),
+    ):
         logits = torch.empty(tokens, vocabulary, dtype=dtype, device="meta")
         target, lse = logits.new_empty(tokens, dtype=torch.int64), logits.new_empty(tokens, dtype=torch.float32)
         weights = (logits.new_empty(vocabulary), lse) if options is everything else (None, None)
@@ -351,7 +503,18 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
         yield backward, (lse.new_empty(()), logits, target, *weights, lse, lse.new_empty(()), -100, 1, *options)
         for some in (tokens, 512):
             z, n = logits[:some], slice(some)
-            yield backward_over, (
-                lse[n], z, target[n], weights[0], weights[1] if weights[1] is None else lse[n], lse[n],
-                lse.new_empty(()), -100, 0, *options,
-            )  # fmt: skip
+            yield (
+                backward_over,
+                (
+                    lse[n],
+                    z,
+                    target[n],
+                    weights[0],
+                    weights[1] if weights[1] is None else lse[n],
+                    lse[n],
+                    lse.new_empty(()),
+                    -100,
+                    0,
+                    *options,
+                ),
+            )

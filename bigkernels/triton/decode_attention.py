@@ -111,10 +111,20 @@ def _readable(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, table: Tensor | None, k_scale: Tensor | None,
-    v_scale: Tensor | None, slopes: Tensor | None, sinks: Tensor | None, left: int, right: int, scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """k and v (B or pages, tokens, Hk, size), as the kernel reads them; without `lengths` all keys are valid."""
     batch, heads, queries, _ = q.shape
     key_heads, pack = k.shape[2], q.shape[-1] // k.shape[-1]
@@ -146,36 +156,100 @@ def _run(
     twins = k.stride()[:2] == v.stride()[:2] and scales[0][:2] == scales[1][:2]
     common = {"SCAN": 32 if batch <= 32 else 1024, "LEAST": _LEAST, "WINDOW": left >= 0, "BLOCK": tiles.keys}
     launch(
-        split, (programs * key_heads * row_blocks,), q, k, v, lengths, table, k_scale, v_scale, slopes, sinks, out, lse,
-        part, part_lse, batch, capacity, queries, programs, left, right,
-        scale / softcap if softcap else scale * _LOG2E, softcap * _LOG2E if softcap else None,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *scales[0], *scales[1],
-        0 if table is None else table.stride(0), *out.stride()[:3],
-        HEADS=key_heads, GROUP=group, D=size, DV=value_size, BLOCK_D=tiles.d, BLOCK_REST=tiles.rest, BLOCK_DV=tiles.dv,
-        PAGE=0 if table is None else k.shape[1], ROWS=tiles.rows, ROW_BLOCKS=row_blocks, STAGES=stages,
-        CAUSAL=right >= 0 and queries > 1, TWINS=twins, PACK=pack,
-        PRECISION="ieee" if wide else None, num_warps=tiles.warps,
-        maxnreg=registers, **common,
-    )  # fmt: skip
+        split,
+        (programs * key_heads * row_blocks,),
+        q,
+        k,
+        v,
+        lengths,
+        table,
+        k_scale,
+        v_scale,
+        slopes,
+        sinks,
+        out,
+        lse,
+        part,
+        part_lse,
+        batch,
+        capacity,
+        queries,
+        programs,
+        left,
+        right,
+        scale / softcap if softcap else scale * _LOG2E,
+        softcap * _LOG2E if softcap else None,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *scales[0],
+        *scales[1],
+        0 if table is None else table.stride(0),
+        *out.stride()[:3],
+        HEADS=key_heads,
+        GROUP=group,
+        D=size,
+        DV=value_size,
+        BLOCK_D=tiles.d,
+        BLOCK_REST=tiles.rest,
+        BLOCK_DV=tiles.dv,
+        PAGE=0 if table is None else k.shape[1],
+        ROWS=tiles.rows,
+        ROW_BLOCKS=row_blocks,
+        STAGES=stages,
+        CAUSAL=right >= 0 and queries > 1,
+        TWINS=twins,
+        PACK=pack,
+        PRECISION="ieee" if wide else None,
+        num_warps=tiles.warps,
+        maxnreg=registers,
+        **common,
+    )
     if programs == 1 and lengths is None and capacity:
         return out, lse  # no sequence lies in several parts, and none is empty
     rows = 1 if batch * heads * queries <= 4 * processors(q.device) else 4
     width = power_of_2(pack * value_size)
     launch(
-        merge, (batch * -(-heads * queries // rows),), part, part_lse, lengths, sinks, out, lse, batch, capacity,
-        queries, programs, left, heads * queries, *out.stride()[:3],
-        DV=pack * value_size, BLOCK_DV=width, ROWS=rows, SLOTS=max(2, min(32, 4096 // (rows * width))), num_warps=4,
+        merge,
+        (batch * -(-heads * queries // rows),),
+        part,
+        part_lse,
+        lengths,
+        sinks,
+        out,
+        lse,
+        batch,
+        capacity,
+        queries,
+        programs,
+        left,
+        heads * queries,
+        *out.stride()[:3],
+        DV=pack * value_size,
+        BLOCK_DV=width,
+        ROWS=rows,
+        SLOTS=max(2, min(32, 4096 // (rows * width))),
+        num_warps=4,
         **common,
-    )  # fmt: skip
+    )
     return out, lse
 
 
 @falls_back(op._infer_fallback)
 def infer(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, block_table: Tensor | None,
-    k_scale: Tensor | None, v_scale: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, left: int,
-    scale: float, softcap: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    left: int,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
     tensors = (q, k_cache, v_cache, cache_seqlens, block_table, k_scale, v_scale, alibi_slopes, sinks)
     op._check("functional.decode_attention", *tensors, left=left, appends=False)
     k, v = k_cache, v_cache
@@ -183,14 +257,34 @@ def infer(
         k, v = _packed(k), _packed(v)
     if k is None or v is None or not _readable(q, k, v):
         return op._infer_fallback(*tensors, left, scale, softcap)
-    return _run(q, k, v, op._int32(cache_seqlens), op._int32(block_table), k_scale, v_scale, alibi_slopes, sinks, left,
-                0, scale, softcap)  # fmt: skip
+    return _run(
+        q,
+        k,
+        v,
+        op._int32(cache_seqlens),
+        op._int32(block_table),
+        k_scale,
+        v_scale,
+        alibi_slopes,
+        sinks,
+        left,
+        0,
+        scale,
+        softcap,
+    )
 
 
 def serve_attention(
-    q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None, left: int, right: int,
-    scale: float, softcap: float,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor] | None:
     """`attention` of few queries without gradient, bias, mask, prefix and dropout, arguments checked; None where it
     is faster by the kernel for many queries.
 
@@ -206,10 +300,19 @@ def serve_attention(
 
 @falls_back(op._append_fallback)
 def append(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
-    block_table: Tensor | None, cos: Tensor | None, sin: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     interleaved: bool,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     tensors = (k_cache, v_cache, cache_seqlens, block_table)
     op._check("functional.append_kv_", q, *tensors, k_scale, v_scale, None, None, k, v, cos, sin)
     if k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
@@ -231,12 +334,40 @@ def append(
     at_once = min(power_of_2(heads), max(1, 1024 // max(2 * block, rest, dv)))
     parts = -(-heads // at_once) + 2 * -(-k.shape[1] // at_once)
     launch(
-        append_kernel, (batch * tokens, parts), q, k, v, out, k_cache, v_cache, lengths, table, cos, sin, k_scale,
-        v_scale, tokens, k_cache.shape[0], capacity, 0 if table is None else table.stride(0), *angles[0], *angles[1],
+        append_kernel,
+        (batch * tokens, parts),
+        q,
+        k,
+        v,
+        out,
+        k_cache,
+        v_cache,
+        lengths,
+        table,
+        cos,
+        sin,
+        k_scale,
+        v_scale,
+        tokens,
+        k_cache.shape[0],
+        capacity,
+        0 if table is None else table.stride(0),
+        *angles[0],
+        *angles[1],
         *(n for t in strides for n in t),
-        Q_HEADS=heads, K_HEADS=k.shape[1], D=size, DV=v.shape[-1], R=rotary, PAGE=k_cache.shape[1], HEADS=at_once,
-        BLOCK=block, BLOCK_REST=rest, BLOCK_DV=dv, INTERLEAVED=interleaved, num_warps=4,
-    )  # fmt: skip
+        Q_HEADS=heads,
+        K_HEADS=k.shape[1],
+        D=size,
+        DV=v.shape[-1],
+        R=rotary,
+        PAGE=k_cache.shape[1],
+        HEADS=at_once,
+        BLOCK=block,
+        BLOCK_REST=rest,
+        BLOCK_DV=dv,
+        INTERLEAVED=interleaved,
+        num_warps=4,
+    )
     return out
 
 

@@ -68,9 +68,20 @@ def activate(
 
 @triton.jit
 def differentiate(
-    GRAD, GATE, UP, D_GATE, D_UP, rows, N, stride_grad, stride_gate, stride_up,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    GRAD,
+    GATE,
+    UP,
+    D_GATE,
+    D_UP,
+    rows,
+    N,
+    stride_grad,
+    stride_gate,
+    stride_up,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row, col, mask = _position(rows, N, ROWS, BLOCK)
     grad = tl.load(GRAD + row * stride_grad + col, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(GATE + row * stride_gate + col, mask=mask, other=0.0).to(tl.float32)
@@ -98,8 +109,19 @@ def forward(gate: Tensor, up: Tensor, activation: int) -> Tensor:
     op._check(gate, up, op._NAMES[activation])
     y = gate.new_empty(gate.shape)
     (gate, up), tile, grid = _tiles(gate, up)
-    launch(activate, grid, gate, up, y, *gate.shape, gate.stride(0), up.stride(0), ACTIVATION=activation, num_warps=4,
-           **tile)  # fmt: skip
+    launch(
+        activate,
+        grid,
+        gate,
+        up,
+        y,
+        *gate.shape,
+        gate.stride(0),
+        up.stride(0),
+        ACTIVATION=activation,
+        num_warps=4,
+        **tile,
+    )
     return y
 
 
@@ -109,8 +131,22 @@ def backward(grad: Tensor, gate: Tensor, up: Tensor, activation: int) -> tuple[T
     op._check(gate, up, op._NAMES[activation])
     d_gate, d_up = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
     (grad, gate, up), tile, grid = _tiles(grad, gate, up)
-    launch(differentiate, grid, grad, gate, up, d_gate, d_up, *gate.shape, grad.stride(0), gate.stride(0), up.stride(0),
-           ACTIVATION=activation, num_warps=4, **tile)  # fmt: skip
+    launch(
+        differentiate,
+        grid,
+        grad,
+        gate,
+        up,
+        d_gate,
+        d_up,
+        *gate.shape,
+        grad.stride(0),
+        gate.stride(0),
+        up.stride(0),
+        ACTIVATION=activation,
+        num_warps=4,
+        **tile,
+    )
     return d_gate, d_up
 
 

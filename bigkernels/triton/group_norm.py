@@ -33,9 +33,15 @@ def forward(
 
 @falls_back(op._bwd_fallback, empty=None)
 def backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, activation: int,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: int,
     rows: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     require("group_norm_bwd", lies(x, rows) and activation in NAMES, "x does not lie in planes, or in rows")
     require("group_norm_bwd", grad.shape == x.shape and lies(grad, rows), "grad must be like x")
     images, groups = Images(x, rows), mean.shape[1]
@@ -43,12 +49,14 @@ def backward(
     mean, rstd = (t.repeat_interleave(size, 1) for t in (mean, rstd))
     scale, shift = factors(rstd, weight, bias)
     plain, product = run_sums(grad, x, None, mean, scale, shift, rstd, images, True, activation)
-    dweight, dbias = (x.new_empty(0) if t is None else s.sum(0).to(t.dtype)
-                      for t, s in ((weight, product), (bias, plain)))  # fmt: skip
+    dweight, dbias = (
+        x.new_empty(0) if t is None else s.sum(0).to(t.dtype) for t, s in ((weight, product), (bias, plain))
+    )
     if weight is not None:
         plain, product = plain * weight.float(), product * weight.float()
-    of_group = [t.unflatten(-1, (groups, size)).sum(-1).repeat_interleave(size, 1) / (size * images.s)
-                for t in (plain, product)]  # fmt: skip
+    of_group = [
+        t.unflatten(-1, (groups, size)).sum(-1).repeat_interleave(size, 1) / (size * images.s) for t in (plain, product)
+    ]
     dx = empty(x, rows)
     of_x, constant = -of_group[1] * rstd * rstd, -of_group[0] * rstd
     run_differentiate(grad, x, None, mean, scale, shift, scale, of_x, constant, dx, None, images, True, activation)

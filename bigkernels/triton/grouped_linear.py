@@ -47,9 +47,23 @@ def _place(ENDS, block, tokens, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BM
 
 @triton.jit
 def _weight(
-    CODES, SCALE, ZERO, ROW_SCALE, BOOK, n, k, N, K, groups, stride,
-    KIND: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    CODES,
+    SCALE,
+    ZERO,
+    ROW_SCALE,
+    BOOK,
+    n,
+    k,
+    N,
+    K,
+    groups,
+    stride,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALED: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     if KIND == _NUMBERS:
         at = k + tl.arange(0, BK)
         mask = (n < N)[:, None] & (at < K)[None, :]
@@ -61,10 +75,30 @@ def _weight(
 
 @triton.jit
 def multiply_groups(
-    X, TOKEN_SCALE, ENDS, CODES, SCALE, ZERO, ROW_SCALE, BOOK, OUT, M, N, K, groups, blocks, stride_x, stride,
-    EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    X,
+    TOKEN_SCALE,
+    ENDS,
+    CODES,
+    SCALE,
+    ZERO,
+    ROW_SCALE,
+    BOOK,
+    OUT,
+    M,
+    N,
+    K,
+    groups,
+    blocks,
+    stride_x,
+    stride,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """out = x @ w.T by experts; with TOKEN_SCALE, of tokens in integers."""
     expert, first, end = _place(ENDS, tl.program_id(0) % blocks, M, EXPERTS, BLOCK_E, BM)
     if expert >= EXPERTS:
@@ -83,30 +117,56 @@ def multiply_groups(
     acc = tl.zeros((BM, BN), tl.float32 if TOKEN_SCALE is None else tl.int32)
     for k in range(0, K, BK):
         at = k + tl.arange(0, BK)
-        x = tl.load(X + m[:, None].to(tl.int64) * stride_x + at[None, :],
-                    mask=(m < end)[:, None] & (at < K)[None, :], other=0)  # fmt: skip
+        x = tl.load(
+            X + m[:, None].to(tl.int64) * stride_x + at[None, :], mask=(m < end)[:, None] & (at < K)[None, :], other=0
+        )
         if TOKEN_SCALE is None:
             w = _weight(CODES, SCALE, ZERO, ROW_SCALE, BOOK, n, k, N, K, groups, stride, KIND, GROUP, False, BN, BK)
             acc = tl.dot(x, tl.trans(w.to(x.dtype)), acc, input_precision="tf32x3")
         else:
-            w = tl.load(CODES + n[:, None].to(tl.int64) * stride + at[None, :],
-                        mask=(n < N)[:, None] & (at < K)[None, :], other=0)  # fmt: skip
+            w = tl.load(
+                CODES + n[:, None].to(tl.int64) * stride + at[None, :],
+                mask=(n < N)[:, None] & (at < K)[None, :],
+                other=0,
+            )
             acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
     y = acc.to(tl.float32)
     if TOKEN_SCALE is not None:
         y = y * tl.load(TOKEN_SCALE + m, mask=m < end, other=0.0)[:, None]
     if KIND == _INT8 or KIND == _FP8:
         y = y * tl.load(SCALE + n, mask=n < N, other=0.0)[None, :]
-    tl.store(OUT + m[:, None].to(tl.int64) * N + n[None, :], y.to(OUT.dtype.element_ty),
-             mask=(m < end)[:, None] & (n < N)[None, :])  # fmt: skip
+    tl.store(
+        OUT + m[:, None].to(tl.int64) * N + n[None, :],
+        y.to(OUT.dtype.element_ty),
+        mask=(m < end)[:, None] & (n < N)[None, :],
+    )
 
 
 @triton.jit
 def multiply_groups_back(
-    GRAD, ENDS, CODES, SCALE, ZERO, ROW_SCALE, BOOK, OUT, M, N, K, groups, blocks, stride_grad, stride,
-    EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    GRAD,
+    ENDS,
+    CODES,
+    SCALE,
+    ZERO,
+    ROW_SCALE,
+    BOOK,
+    OUT,
+    M,
+    N,
+    K,
+    groups,
+    blocks,
+    stride_grad,
+    stride,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """out (M, K) = grad (M, N) @ w by experts."""
     expert, first, end = _place(ENDS, tl.program_id(0) % blocks, M, EXPERTS, BLOCK_E, BM)
     if expert >= EXPERTS:
@@ -125,20 +185,38 @@ def multiply_groups_back(
     acc = tl.zeros((BM, BK), tl.float32)
     for start in range(0, N, BN):
         n = start + tl.arange(0, BN)
-        grad = tl.load(GRAD + m[:, None].to(tl.int64) * stride_grad + n[None, :],
-                       mask=(m < end)[:, None] & (n < N)[None, :], other=0.0)  # fmt: skip
+        grad = tl.load(
+            GRAD + m[:, None].to(tl.int64) * stride_grad + n[None, :],
+            mask=(m < end)[:, None] & (n < N)[None, :],
+            other=0.0,
+        )
         w = _weight(CODES, SCALE, ZERO, ROW_SCALE, BOOK, n, k, N, K, groups, stride, KIND, GROUP, True, BN, BK)
         acc = tl.dot(grad, w.to(grad.dtype), acc, input_precision="tf32x3")
     at = k + tl.arange(0, BK)
-    tl.store(OUT + m[:, None].to(tl.int64) * K + at[None, :], acc.to(OUT.dtype.element_ty),
-             mask=(m < end)[:, None] & (at < K)[None, :])  # fmt: skip
+    tl.store(
+        OUT + m[:, None].to(tl.int64) * K + at[None, :],
+        acc.to(OUT.dtype.element_ty),
+        mask=(m < end)[:, None] & (at < K)[None, :],
+    )
 
 
 @triton.jit
 def add_up_groups(
-    GRAD, X, ENDS, OUT, M, N, K, stride_grad, stride_x, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    GRAD,
+    X,
+    ENDS,
+    OUT,
+    M,
+    N,
+    K,
+    stride_grad,
+    stride_x,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """out (E, N, K): grad.T @ x of each expert's tokens."""
     across, down = tl.cdiv(K, BK), tl.cdiv(N, BN)
     place, found = tl.program_id(0) % (across * down), tl.program_id(0) // (across * down)
@@ -150,10 +228,14 @@ def add_up_groups(
     acc = tl.zeros((BN, BK), tl.float32)
     for start in range(first, last, BM):
         m = start + tl.arange(0, BM)
-        grad = tl.load(GRAD + m[:, None].to(tl.int64) * stride_grad + n[None, :],
-                       mask=(m < last)[:, None] & (n < N)[None, :], other=0.0)  # fmt: skip
-        x = tl.load(X + m[:, None].to(tl.int64) * stride_x + k[None, :],
-                    mask=(m < last)[:, None] & (k < K)[None, :], other=0.0)  # fmt: skip
+        grad = tl.load(
+            GRAD + m[:, None].to(tl.int64) * stride_grad + n[None, :],
+            mask=(m < last)[:, None] & (n < N)[None, :],
+            other=0.0,
+        )
+        x = tl.load(
+            X + m[:, None].to(tl.int64) * stride_x + k[None, :], mask=(m < last)[:, None] & (k < K)[None, :], other=0.0
+        )
         acc = tl.dot(tl.trans(grad), x, acc, input_precision="tf32x3")
     where = (found.to(tl.int64) * N + n[:, None]) * K + k[None, :]
     tl.store(OUT + where, acc.to(OUT.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
@@ -184,15 +266,44 @@ def forward(x, ends, codes, scale, zero, row_scale, book, group, kind, dynamic) 
         tile["BN"] = 32
     if dynamic:
         rounded, token_scale = x.new_empty(m, k, dtype=torch.int8), x.new_empty(m, dtype=torch.float32)
-        launch(round_tokens, (m,), tokens, rounded, token_scale, k, tokens.stride(0), BLOCK=min(2048, power_of_2(k)),
-               num_warps=4)  # fmt: skip
+        launch(
+            round_tokens,
+            (m,),
+            tokens,
+            rounded,
+            token_scale,
+            k,
+            tokens.stride(0),
+            BLOCK=min(2048, power_of_2(k)),
+            num_warps=4,
+        )
         tokens = rounded
         few = m <= 16 * experts
         tile, warps = ({"BM": 16, "BN": 64, "BK": 128}, 4) if few else ({"BM": 128, "BN": 128, "BK": 64}, 8)
     blocks = _blocks(m, experts, tile["BM"])
-    launch(multiply_groups, (blocks * triton.cdiv(n, tile["BN"]),), tokens, token_scale, ends, codes, scale, zero,
-           row_scale, book, out, m, n, k, scale.shape[1] if group else 0, blocks, tokens.stride(0), codes.stride(0),
-           num_warps=warps, **_constants(ends, group, kind), **tile)  # fmt: skip
+    launch(
+        multiply_groups,
+        (blocks * triton.cdiv(n, tile["BN"]),),
+        tokens,
+        token_scale,
+        ends,
+        codes,
+        scale,
+        zero,
+        row_scale,
+        book,
+        out,
+        m,
+        n,
+        k,
+        scale.shape[1] if group else 0,
+        blocks,
+        tokens.stride(0),
+        codes.stride(0),
+        num_warps=warps,
+        **_constants(ends, group, kind),
+        **tile,
+    )
     return out
 
 
@@ -211,10 +322,28 @@ def backward(grad, ends, codes, scale, zero, row_scale, book, group, kind, k) ->
     }
     blocks = _blocks(m, experts, tile["BM"])
     grid = (blocks * triton.cdiv(k, tile["BK"]),)
-    launch(multiply_groups_back, grid, grad, ends, codes, scale, zero, row_scale, book, out, m, n, k,
-           scale.shape[1] if group else 0, blocks, grad.stride(0), codes.stride(0),
-           num_warps=_warps_back(tile["BM"], wide), **_constants(ends, group, kind),
-           **tile)  # fmt: skip
+    launch(
+        multiply_groups_back,
+        grid,
+        grad,
+        ends,
+        codes,
+        scale,
+        zero,
+        row_scale,
+        book,
+        out,
+        m,
+        n,
+        k,
+        scale.shape[1] if group else 0,
+        blocks,
+        grad.stride(0),
+        codes.stride(0),
+        num_warps=_warps_back(tile["BM"], wide),
+        **_constants(ends, group, kind),
+        **tile,
+    )
     return out
 
 
@@ -225,8 +354,23 @@ def weight_backward(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     grad, x, ends = rows(grad), rows(x), ends.contiguous()
     tile = {"BM": 32, "BN": 64, "BK": 64} if x.dtype == torch.float32 else {"BM": 64, "BN": 128, "BK": 128}
     grid = (experts * triton.cdiv(n, tile["BN"]) * triton.cdiv(k, tile["BK"]),)
-    launch(add_up_groups, grid, grad, x, ends, out, m, n, k, grad.stride(0), x.stride(0), EXPERTS=experts,
-           BLOCK_E=power_of_2(experts), num_warps=4 if x.dtype == torch.float32 else 8, **tile)  # fmt: skip
+    launch(
+        add_up_groups,
+        grid,
+        grad,
+        x,
+        ends,
+        out,
+        m,
+        n,
+        k,
+        grad.stride(0),
+        x.stride(0),
+        EXPERTS=experts,
+        BLOCK_E=power_of_2(experts),
+        num_warps=4 if x.dtype == torch.float32 else 8,
+        **tile,
+    )
     return out
 
 
@@ -240,11 +384,13 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
     plain = one.new_empty(experts * n, k, dtype=dtype)
     of, signed, half = _codes.Operands.of, codes.to(torch.int8), scale.half()
     for dynamic, weight in (
-        (False, _codes.Operands.plain(plain)), (False, of(_codes.INT8, signed, one)),
-        (True, of(_codes.INT8, signed, one)), (False, of(_codes.FP8, codes, one)),
+        (False, _codes.Operands.plain(plain)),
+        (False, of(_codes.INT8, signed, one)),
+        (True, of(_codes.INT8, signed, one)),
+        (False, of(_codes.FP8, codes, one)),
         (False, of(_codes.AFFINE4, halves, half, zero=half, row_scale=one, group=64)),
         (False, of(_codes.BOOK4, halves, scale, book=one.new_empty(16), group=64)),
-    ):  # fmt: skip
+    ):
         for tokens in (8, 8192):
             x = torch.empty(tokens, k, dtype=dtype, device="meta")
             yield forward, (x, ends, *weight, dynamic)

@@ -32,18 +32,34 @@ def infer(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> 
 
 @falls_back(op._bwd_fallback)
 def backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
     grad_total: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    require("layer_norm_bwd", grad.shape == x.shape and rstd.shape == mean.shape == x.shape[:-1],
-            "grad, mean and rstd must fit x")  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
+    require(
+        "layer_norm_bwd",
+        grad.shape == x.shape and rstd.shape == mean.shape == x.shape[:-1],
+        "grad, mean and rstd must fit x",
+    )
     require("layer_norm_bwd", grad_total is None or grad_total.shape == x.shape, "grad_total must fit x")
     op._check(x, weight, bias, None)
     dx = x.new_empty(x.shape)
     sums = run_backward(
-        rows(grad), rows(x), None if weight is None else weight.contiguous(), mean.contiguous(), rstd.contiguous(),
-        None if grad_total is None else rows(grad_total), dx, 0.0, dweight=weight is not None, dbias=bias is not None,
-    )  # fmt: skip
+        rows(grad),
+        rows(x),
+        None if weight is None else weight.contiguous(),
+        mean.contiguous(),
+        rstd.contiguous(),
+        None if grad_total is None else rows(grad_total),
+        dx,
+        0.0,
+        dweight=weight is not None,
+        dbias=bias is not None,
+    )
     dweight, dbias = (x.new_empty(0) if p is None else s.to(p.dtype) for p, s in zip((weight, bias), sums, strict=True))
     return dx, dweight, dbias
 

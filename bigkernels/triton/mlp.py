@@ -60,8 +60,16 @@ def forward(
     before = (x if weight is None else op._plain(x, weight, bias)).contiguous()
     y = before.new_empty(before.shape)
     if y.numel():
-        launch(activate_flat, (triton.cdiv(y.numel(), _ELEMENTS),), before, y, y.numel(), ACTIVATION=activation,
-               BLOCK=_ELEMENTS, num_warps=4)  # fmt: skip
+        launch(
+            activate_flat,
+            (triton.cdiv(y.numel(), _ELEMENTS),),
+            before,
+            y,
+            y.numel(),
+            ACTIVATION=activation,
+            BLOCK=_ELEMENTS,
+            num_warps=4,
+        )
     return y, before if keep and weight is not None else x.new_empty(0)
 
 
@@ -77,8 +85,18 @@ def backward(
     dx = before.new_empty(before.shape)
     value = before.new_empty(before.shape) if again else None
     if dx.numel():
-        launch(differentiate_flat, (triton.cdiv(dx.numel(), _ELEMENTS),), grad, before, dx, value, dx.numel(),
-               ACTIVATION=activation, BLOCK=_ELEMENTS, num_warps=4)  # fmt: skip
+        launch(
+            differentiate_flat,
+            (triton.cdiv(dx.numel(), _ELEMENTS),),
+            grad,
+            before,
+            dx,
+            value,
+            dx.numel(),
+            ACTIVATION=activation,
+            BLOCK=_ELEMENTS,
+            num_warps=4,
+        )
     return dx, before.new_empty(0) if value is None else value
 
 

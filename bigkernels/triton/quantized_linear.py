@@ -37,9 +37,23 @@ def _fp8(codes):
 
 @triton.jit
 def _decode(
-    CODES, SCALE, ZERO, ROW_SCALE, BOOK, n, k, N, K, groups, stride,
-    KIND: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    CODES,
+    SCALE,
+    ZERO,
+    ROW_SCALE,
+    BOOK,
+    n,
+    k,
+    N,
+    K,
+    groups,
+    stride,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALED: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """Rows n (BN,) and elements [k, k + BK) of the weight in float32, finite where they are outside of it. 8-bit codes
     without their scale, which is the row's, unless SCALED.
     """
@@ -96,9 +110,29 @@ def _put(OUT, PARTS, acc, m, n, M, N, part, SPLIT: tl.constexpr):
 
 @triton.jit
 def multiply(
-    X, CODES, SCALE, ZERO, ROW_SCALE, BOOK, BIAS, OUT, PARTS, M, N, K, groups, stride_x, stride, depth,
-    KIND: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    X,
+    CODES,
+    SCALE,
+    ZERO,
+    ROW_SCALE,
+    BOOK,
+    BIAS,
+    OUT,
+    PARTS,
+    M,
+    N,
+    K,
+    groups,
+    stride_x,
+    stride,
+    depth,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """out = x @ w.T + bias, or the sums over [part * depth, (part + 1) * depth) without scale of 8 bits and bias."""
     across = tl.cdiv(M, BM)
     m = tl.program_id(0) % across * BM + tl.arange(0, BM)
@@ -108,8 +142,9 @@ def multiply(
     end = tl.minimum((part + 1) * depth, K)
     for k in range(part * depth, end, BK):
         at = k + tl.arange(0, BK)
-        x = tl.load(X + m[:, None].to(tl.int64) * stride_x + at[None, :], mask=(m < M)[:, None] & (at < K)[None, :],
-                    other=0.0)  # fmt: skip
+        x = tl.load(
+            X + m[:, None].to(tl.int64) * stride_x + at[None, :], mask=(m < M)[:, None] & (at < K)[None, :], other=0.0
+        )
         w = _decode(CODES, SCALE, ZERO, ROW_SCALE, BOOK, n, k, N, K, groups, stride, KIND, GROUP, False, BN, BK)
         acc = tl.dot(x, tl.trans(w.to(x.dtype)), acc, input_precision="tf32x3")
     if not SPLIT:
@@ -137,9 +172,25 @@ def add_parts(PARTS, SCALE, BIAS, OUT, M, N, parts, KIND: tl.constexpr, BLOCK: t
 
 @triton.jit
 def multiply_back(
-    GRAD, CODES, SCALE, ZERO, ROW_SCALE, BOOK, OUT, M, N, K, groups, stride_grad, stride,
-    KIND: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    GRAD,
+    CODES,
+    SCALE,
+    ZERO,
+    ROW_SCALE,
+    BOOK,
+    OUT,
+    M,
+    N,
+    K,
+    groups,
+    stride_grad,
+    stride,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """out (M, K) = grad (M, N) @ w."""
     across = tl.cdiv(M, BM)
     m = tl.program_id(0) % across * BM + tl.arange(0, BM)
@@ -147,8 +198,11 @@ def multiply_back(
     acc = tl.zeros((BM, BK), tl.float32)
     for first in range(0, N, BN):
         n = first + tl.arange(0, BN)
-        grad = tl.load(GRAD + m[:, None].to(tl.int64) * stride_grad + n[None, :],
-                       mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)  # fmt: skip
+        grad = tl.load(
+            GRAD + m[:, None].to(tl.int64) * stride_grad + n[None, :],
+            mask=(m < M)[:, None] & (n < N)[None, :],
+            other=0.0,
+        )
         w = _decode(CODES, SCALE, ZERO, ROW_SCALE, BOOK, n, k, N, K, groups, stride, KIND, GROUP, True, BN, BK)
         acc = tl.dot(grad, w.to(grad.dtype), acc, input_precision="tf32x3")
     _put(OUT, OUT, acc, m, k + tl.arange(0, BK), M, K, 0, False)
@@ -182,8 +236,20 @@ def round_tokens(X, CODES, TOKEN_SCALE, D, stride_x, BLOCK: tl.constexpr):
 
 @triton.jit
 def multiply_integers(
-    X, TOKEN_SCALE, CODES, SCALE, BIAS, OUT, M, N, K, stride, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    X,
+    TOKEN_SCALE,
+    CODES,
+    SCALE,
+    BIAS,
+    OUT,
+    M,
+    N,
+    K,
+    stride,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     across = tl.cdiv(M, BM)
     m = tl.program_id(0) % across * BM + tl.arange(0, BM)
     n = tl.program_id(0) // across * BN + tl.arange(0, BN)
@@ -191,8 +257,9 @@ def multiply_integers(
     for k in range(0, K, BK):
         at = k + tl.arange(0, BK)
         x = tl.load(X + m[:, None].to(tl.int64) * K + at[None, :], mask=(m < M)[:, None] & (at < K)[None, :], other=0)
-        w = tl.load(CODES + n[:, None].to(tl.int64) * stride + at[None, :], mask=(n < N)[:, None] & (at < K)[None, :],
-                    other=0)  # fmt: skip
+        w = tl.load(
+            CODES + n[:, None].to(tl.int64) * stride + at[None, :], mask=(n < N)[:, None] & (at < K)[None, :], other=0
+        )
         acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
     y = acc.to(tl.float32) * tl.load(TOKEN_SCALE + m, mask=m < M, other=0.0)[:, None]
     y = y * tl.load(SCALE + n, mask=n < N, other=0.0)[None, :]
@@ -244,19 +311,59 @@ def forward(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynami
     # Triton 3.8 spills 8 bytes of lookups on the newest GPUs, where the assembler may choose.
     lookups = m <= _FEW and kind == _codes.BOOK4.number and x.dtype != torch.float32
     registers = 192 if lookups and since(3, 8) and capability(x) >= 100 else None
-    launch(multiply, (programs, splits), tokens, codes, scale, zero, row_scale, book, bias, out, parts, m, n, k, groups,
-           tokens.stride(0), codes.stride(0), depth, KIND=kind, GROUP=group or 32, SPLIT=splits > 1, num_warps=warps,
-           maxnreg=registers, **tile)  # fmt: skip
+    launch(
+        multiply,
+        (programs, splits),
+        tokens,
+        codes,
+        scale,
+        zero,
+        row_scale,
+        book,
+        bias,
+        out,
+        parts,
+        m,
+        n,
+        k,
+        groups,
+        tokens.stride(0),
+        codes.stride(0),
+        depth,
+        KIND=kind,
+        GROUP=group or 32,
+        SPLIT=splits > 1,
+        num_warps=warps,
+        maxnreg=registers,
+        **tile,
+    )
     if splits > 1:
         block = min(1024, power_of_2(n))
-        launch(add_parts, (m, triton.cdiv(n, block)), parts, scale, bias, out, m, n, splits, KIND=kind, BLOCK=block,
-               num_warps=4)  # fmt: skip
+        launch(
+            add_parts,
+            (m, triton.cdiv(n, block)),
+            parts,
+            scale,
+            bias,
+            out,
+            m,
+            n,
+            splits,
+            KIND=kind,
+            BLOCK=block,
+            num_warps=4,
+        )
     return out
 
 
 def _forward_rounded(
-    tokens: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, kind: int, out: Tensor,
-) -> Tensor:  # fmt: skip
+    tokens: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kind: int,
+    out: Tensor,
+) -> Tensor:
     (m, k), n = tokens.shape, codes.shape[0]
     if kind == _codes.FP8.number:
         require("quantized_linear_fwd", _routes.takes_scaled_mm(tokens, codes), "fp8 tokens are for torch._scaled_mm")
@@ -266,8 +373,22 @@ def _forward_rounded(
     rounded, token_scale = _many.rounded_tokens(tokens, torch.int8)
     tile, warps = ({"BM": 16, "BN": 64, "BK": 128}, 4) if m <= _FEW else ({"BM": 128, "BN": 128, "BK": 64}, 8)
     grid = (triton.cdiv(m, tile["BM"]) * triton.cdiv(n, tile["BN"]),)
-    launch(multiply_integers, grid, rounded, token_scale, codes, scale, bias, out, m, n, k, codes.stride(0),
-           num_warps=warps, **tile)  # fmt: skip
+    launch(
+        multiply_integers,
+        grid,
+        rounded,
+        token_scale,
+        codes,
+        scale,
+        bias,
+        out,
+        m,
+        n,
+        k,
+        codes.stride(0),
+        num_warps=warps,
+        **tile,
+    )
     return out
 
 
@@ -294,10 +415,27 @@ def backward(grad, codes, scale, zero, row_scale, book, group, kind, k) -> Tenso
         "BK": 64 if wide or m > 16 else 128,
     }
     grid = (triton.cdiv(m, tile["BM"]) * triton.cdiv(k, tile["BK"]),)
-    launch(multiply_back, grid, rows_of_grad, codes, scale, zero, row_scale, book, out, m, n, k,
-           scale.shape[1] if group else 0, rows_of_grad.stride(0), codes.stride(0),
-           KIND=kind, GROUP=group or 32, num_warps=_warps_back(tile["BM"], wide),
-           **tile)  # fmt: skip
+    launch(
+        multiply_back,
+        grid,
+        rows_of_grad,
+        codes,
+        scale,
+        zero,
+        row_scale,
+        book,
+        out,
+        m,
+        n,
+        k,
+        scale.shape[1] if group else 0,
+        rows_of_grad.stride(0),
+        codes.stride(0),
+        KIND=kind,
+        GROUP=group or 32,
+        num_warps=_warps_back(tile["BM"], wide),
+        **tile,
+    )
     return out
 
 

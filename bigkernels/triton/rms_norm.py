@@ -39,9 +39,17 @@ def backward(
     op._check(x, weight, None)
     dx = x.new_empty(x.shape)
     dweight, _ = run_backward(
-        rows(grad), rows(x), None if weight is None else weight.contiguous(), None, rstd.contiguous(),
-        None if grad_total is None else rows(grad_total), dx, offset, dweight=weight is not None, dbias=False,
-    )  # fmt: skip
+        rows(grad),
+        rows(x),
+        None if weight is None else weight.contiguous(),
+        None,
+        rstd.contiguous(),
+        None if grad_total is None else rows(grad_total),
+        dx,
+        offset,
+        dweight=weight is not None,
+        dbias=False,
+    )
     return dx, x.new_empty(0) if weight is None else dweight.to(weight.dtype)
 
 

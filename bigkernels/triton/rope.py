@@ -48,10 +48,29 @@ def _store_pairs(Y, at, mask, a, b, R: tl.constexpr, BLOCK: tl.constexpr, INTERL
 
 @triton.jit
 def _rotate_heads(
-    X, Y, cos_a, cos_b, sin_a, sin_b, batch, token, inside, x_batch, x_head, x_token, y_batch, y_head, y_token,
-    HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr,
-):  # fmt: skip
+    X,
+    Y,
+    cos_a,
+    cos_b,
+    sin_a,
+    sin_b,
+    batch,
+    token,
+    inside,
+    x_batch,
+    x_head,
+    x_token,
+    y_batch,
+    y_head,
+    y_token,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
     for start in range(0, HEADS, BLOCK_HEADS):
         head = (start + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
         mask = inside[:, None, None] & (head < HEADS)[None, :, None]
@@ -67,13 +86,40 @@ def _rotate_heads(
 
 @triton.jit
 def rotate(
-    Q, K, COS, SIN, Q_OUT, K_OUT, tokens, cos_batch, cos_token, sin_batch, sin_token,
-    q_batch, q_head, q_token, k_batch, k_head, k_token,
-    q_out_batch, q_out_head, q_out_token, k_out_batch, k_out_head, k_out_token,
-    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr,
+    Q,
+    K,
+    COS,
+    SIN,
+    Q_OUT,
+    K_OUT,
+    tokens,
+    cos_batch,
+    cos_token,
+    sin_batch,
+    sin_token,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    q_out_batch,
+    q_out_head,
+    q_out_token,
+    k_out_batch,
+    k_out_head,
+    k_out_token,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
-):  # fmt: skip
+):
     blocks = tl.cdiv(tokens, TOKENS)
     token = (tl.program_id(0) % blocks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
@@ -84,13 +130,53 @@ def rotate(
     if INVERSE:
         sin_a, sin_b = -sin_b, -sin_a
     _rotate_heads(
-        Q, Q_OUT, cos_a, cos_b, sin_a, sin_b, batch, token, inside, q_batch, q_head, q_token, q_out_batch, q_out_head,
-        q_out_token, Q_HEADS, D, R, BLOCK_HEADS, BLOCK, BLOCK_REST, INTERLEAVED,
-    )  # fmt: skip
+        Q,
+        Q_OUT,
+        cos_a,
+        cos_b,
+        sin_a,
+        sin_b,
+        batch,
+        token,
+        inside,
+        q_batch,
+        q_head,
+        q_token,
+        q_out_batch,
+        q_out_head,
+        q_out_token,
+        Q_HEADS,
+        D,
+        R,
+        BLOCK_HEADS,
+        BLOCK,
+        BLOCK_REST,
+        INTERLEAVED,
+    )
     _rotate_heads(
-        K, K_OUT, cos_a, cos_b, sin_a, sin_b, batch, token, inside, k_batch, k_head, k_token, k_out_batch, k_out_head,
-        k_out_token, K_HEADS, D, R, BLOCK_HEADS, BLOCK, BLOCK_REST, INTERLEAVED,
-    )  # fmt: skip
+        K,
+        K_OUT,
+        cos_a,
+        cos_b,
+        sin_a,
+        sin_b,
+        batch,
+        token,
+        inside,
+        k_batch,
+        k_head,
+        k_token,
+        k_out_batch,
+        k_out_head,
+        k_out_token,
+        K_HEADS,
+        D,
+        R,
+        BLOCK_HEADS,
+        BLOCK,
+        BLOCK_REST,
+        INTERLEAVED,
+    )
 
 
 def _inner_contiguous(x: Tensor) -> Tensor:
@@ -112,11 +198,25 @@ def _run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inve
     # Neighbours are taken apart in registers, more than the assembler gives float32 on the newest GPUs.
     registers = 144 if interleaved and q.dtype == torch.float32 and capability(q) >= 100 else None
     launch(
-        rotate, (triton.cdiv(tokens, at_once) * batch,), *tensors, *outs, tokens, *(s for t in strides for s in t),
-        Q_HEADS=q_heads, K_HEADS=k_heads, D=size, R=rotary, TOKENS=at_once, BLOCK_HEADS=block_heads, BLOCK=block,
-        BLOCK_REST=rest, INTERLEAVED=interleaved, INVERSE=inverse, num_warps=4,
+        rotate,
+        (triton.cdiv(tokens, at_once) * batch,),
+        *tensors,
+        *outs,
+        tokens,
+        *(s for t in strides for s in t),
+        Q_HEADS=q_heads,
+        K_HEADS=k_heads,
+        D=size,
+        R=rotary,
+        TOKENS=at_once,
+        BLOCK_HEADS=block_heads,
+        BLOCK=block,
+        BLOCK_REST=rest,
+        INTERLEAVED=interleaved,
+        INVERSE=inverse,
+        num_warps=4,
         maxnreg=registers,
-    )  # fmt: skip
+    )
     return outs
 
 
@@ -135,8 +235,11 @@ def backward(grad_q: Tensor, grad_k: Tensor, cos: Tensor, sin: Tensor, interleav
 def examples(dtype: torch.dtype) -> Iterator[tuple]:
     """Calls whose launches the ahead-of-time check compiles: usual heads, and whole and partial rotation."""
     for q_heads, k_heads, size, rotary, interleaved in (
-        (32, 8, 128, 128, False), (32, 32, 80, 32, False), (64, 1, 256, 256, False), (32, 2, 128, 64, True),
-    ):  # fmt: skip
+        (32, 8, 128, 128, False),
+        (32, 32, 80, 32, False),
+        (64, 1, 256, 256, False),
+        (32, 2, 128, 64, True),
+    ):
         q, k = (torch.empty(2, 4096, h, size, dtype=dtype, device="meta").transpose(1, 2) for h in (q_heads, k_heads))
         cos = torch.empty(1, 4096, rotary, dtype=dtype, device="meta")
         yield forward if size == 128 else backward, (q, k, cos, cos, interleaved)

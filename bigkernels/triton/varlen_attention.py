@@ -18,10 +18,23 @@ def _call(q, k, v, cu_q, cu_k, alibi_slopes, prefix_lengths, seed, max_q, max_k,
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None,
-    prefix_lengths: Tensor | None, seed: Tensor | None, max_q: int, max_k: int, left: int, right: int, scale: float,
-    softcap: float, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    prefix_lengths: Tensor | None,
+    seed: Tensor | None,
+    max_q: int,
+    max_k: int,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
     op._check(q, k, v, cu_q, cu_k, alibi_slopes, sinks, prefix_lengths, max_q, max_k)
     options = (max_q, max_k, left, right, scale, softcap, dropout_p)
     if not _serves(q, k, v) or cu_q.shape[0] < 2 or not max_q:
@@ -41,14 +54,32 @@ def infer(*args) -> Tensor:
 
 
 def backward(
-    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor,
-    cu_k: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None, prefix_lengths: Tensor | None,
-    seed: Tensor | None, max_q: int, max_k: int, left: int, right: int, scale: float, softcap: float, dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    prefix_lengths: Tensor | None,
+    seed: Tensor | None,
+    max_q: int,
+    max_k: int,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = (max_q, max_k, left, right, scale, softcap, dropout_p)
     if not _serves(q, k, v) or cu_q.shape[0] < 2 or not max_q or not max_k:
-        return op._bwd_fallback(grad, grad_lse, q, k, v, out, lse, cu_q, cu_k, alibi_slopes, sinks, prefix_lengths,
-                                seed, *options)  # fmt: skip
+        return op._bwd_fallback(
+            grad, grad_lse, q, k, v, out, lse, cu_q, cu_k, alibi_slopes, sinks, prefix_lengths, seed, *options
+        )
     dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
     grad, q, k, v, out = _rows(grad, q, k, v, out)
     grad_lse, lse = (t if t is None else t.contiguous() for t in (grad_lse, lse))

@@ -103,8 +103,11 @@ def test_model_family_trains_reads_and_generates(monkeypatch):
 def test_attention_checked_a_few_queries_at_a_time_is_the_whole(length, left):
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(1, 1, length, 8, generator=generator, dtype=torch.float64) for _ in range(4))
-    call = Call(lambda q, k, v: functional.attention(q, k, v, causal=True, window=(left, 0)), {"q": q, "k": k, "v": v},
-                ("q", "k", "v"))  # fmt: skip
+    call = Call(
+        lambda q, k, v: functional.attention(q, k, v, causal=True, window=(left, 0)),
+        {"q": q, "k": k, "v": v},
+        ("q", "k", "v"),
+    )
     call.upstream = [grad]
     with use("reference"):
         whole = call.results()
@@ -140,8 +143,10 @@ def test_attention_that_is_wrong_somewhere_in_the_checked_head_is_found(position
 
 def test_exact_cross_entropy_in_parts_is_the_whole():
     generator = torch.Generator().manual_seed(0)
-    made = {"logits": torch.randn(150, 37, generator=generator, dtype=torch.float64),
-            "target": torch.randint(37, (150,), generator=generator)}  # fmt: skip
+    made = {
+        "logits": torch.randn(150, 37, generator=generator, dtype=torch.float64),
+        "target": torch.randint(37, (150,), generator=generator),
+    }
     with use("reference"):
         whole = Call(cross_entropy.functional.cross_entropy, made, ("logits",)).results()
     parts = cross_entropy.exact(made, backward=True)

@@ -28,8 +28,13 @@ from bigkernels.bench.timing import Statistics
 pytest.importorskip("transformers")
 
 CHECKOUT = Path(__file__).parents[2]
-QUICK = replace(Settings.quickly(), rounds=1, seconds=0.0, baseline=str(CHECKOUT),
-                candidates=(EAGER, OURS, generation.INT4, generation.BEFORE[OURS], generation.Q4_1))  # fmt: skip
+QUICK = replace(
+    Settings.quickly(),
+    rounds=1,
+    seconds=0.0,
+    baseline=str(CHECKOUT),
+    candidates=(EAGER, OURS, generation.INT4, generation.BEFORE[OURS], generation.Q4_1),
+)
 LIMITS = Limits("cpu", 1e9, {"bfloat16": 1e12}, "given", "given", read=1e9)
 
 
@@ -120,8 +125,14 @@ def test_a_model_that_runs_its_modules_is_told(line_up, monkeypatch):
 def test_the_full_run_has_the_cases_of_the_design():
     names = [str(case) for case in cases("generation", Settings())]
     assert len(set(names)) == len(names)
-    for start in ("prefill B 1, 512 tokens, 1 thread", "decode B 1, context 4096, 1 thread", "decode B 8, context 64",
-                  "copying, 96 tokens", "operator alone, int4, 16 x 4096 to 4096", "Llama 1 B, decode"):  # fmt: skip
+    for start in (
+        "prefill B 1, 512 tokens, 1 thread",
+        "decode B 1, context 4096, 1 thread",
+        "decode B 8, context 64",
+        "copying, 96 tokens",
+        "operator alone, int4, 16 x 4096 to 4096",
+        "Llama 1 B, decode",
+    ):
         assert any(name.startswith(start) for name in names), start
     everything = next(c for c in cases("generation", Settings()) if c.name.startswith("decode B 1, context 512"))
     assert {EAGER, OURS, generation.MODULES, generation.GGUF, generation.Q4_1} <= set(everything.candidates)
@@ -172,8 +183,18 @@ def test_bars_are_ratios_of_rows():
 
 def test_the_command_writes_rows_and_prints_ratios(tmp_path, capsys, line_up):
     path = tmp_path / "rows.json"
-    command = ["bench", "generation", "--quick", "--only", "decode B 1, context 8, 1 thread,", "--json", str(path),
-               "--candidates", EAGER, OURS]  # fmt: skip
+    command = [
+        "bench",
+        "generation",
+        "--quick",
+        "--only",
+        "decode B 1, context 8, 1 thread,",
+        "--json",
+        str(path),
+        "--candidates",
+        EAGER,
+        OURS,
+    ]
     assert _cli.main(command) == 0
     printed = capsys.readouterr().out
     assert "decode B 1, context 8, 1 thread" in printed and "context 64" not in printed
@@ -207,8 +228,10 @@ def test_a_busy_process_runs_inside_the_block_only():
 
 
 def test_a_busy_process_ends_with_the_one_that_started_it():
-    code = ("import os, signal; from bigkernels.bench.process import Busy; busy = Busy(); "
-            "print(busy.running.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)")  # fmt: skip
+    code = (
+        "import os, signal; from bigkernels.bench.process import Busy; busy = Busy(); "
+        "print(busy.running.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
     started = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, check=False)
     stat = Path(f"/proc/{started.stdout.strip()}/stat")
     for _ in range(200):

@@ -85,14 +85,20 @@ def test_bytes_are_those_of_parameters_gradients_and_states(case):
 def test_the_measured_bytes_and_operations_are_those_of_the_design():
     found = {case.name: case for case in cases("optimizers", Settings())}
     a_parameter = {
-        "AdamW, 200 tensors": 28, "AdamW, 20000 tensors": 28,
+        "AdamW, 200 tensors": 28,
+        "AdamW, 20000 tensors": 28,
         "AdamW, clipping, average of parameters, 200 tensors": 40,
-        "AdamW, bfloat16 states, stochastic, 200 tensors": 14, "AdamW, bfloat16 states, kahan, 200 tensors": 18,
-        "AdamW, int8 states, stochastic, 200 tensors": 10.06, "AdamW, int8 states, kahan, 200 tensors": 14.06,
+        "AdamW, bfloat16 states, stochastic, 200 tensors": 14,
+        "AdamW, bfloat16 states, kahan, 200 tensors": 18,
+        "AdamW, int8 states, stochastic, 200 tensors": 10.06,
+        "AdamW, int8 states, kahan, 200 tensors": 14.06,
         "AdamW, int8 states, nearest, 200 tensors": 10.06,
-        "SGD with momentum, 200 tensors": 20, "RMSprop, 200 tensors": 20, "Adagrad, 200 tensors": 20,
-        "Lion, 200 tensors": 20, "LAMB, 200 tensors": 40,
-    }  # fmt: skip
+        "SGD with momentum, 200 tensors": 20,
+        "RMSprop, 200 tensors": 20,
+        "Adagrad, 200 tensors": 20,
+        "Lion, 200 tensors": 20,
+        "LAMB, 200 tensors": 40,
+    }
     for name, count in a_parameter.items():
         assert found.pop(name).bytes / 1e8 == pytest.approx(count, rel=1e-3)
     (matrices,) = found.values()

@@ -34,8 +34,12 @@ def test_candidates_take_turns():
 
 def test_short_steps_are_repeated_within_a_sample():
     order = []
-    interleave({"short": lambda: "short", "long": lambda: "long"}, record({"short": 1e-5, "long": 0.5}, order),
-               rounds=1, seconds=0)  # fmt: skip
+    interleave(
+        {"short": lambda: "short", "long": lambda: "long"},
+        record({"short": 1e-5, "long": 0.5}, order),
+        rounds=1,
+        seconds=0,
+    )
     assert order[2:] == [("short", math.ceil(1e-3 / 1e-5)), ("long", 1)]
 
 

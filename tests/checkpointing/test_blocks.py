@@ -312,8 +312,9 @@ def test_blocks_are_found_by_structure() -> None:
 
 @pytest.mark.parametrize("policy, part", [("recompute", 0.5), ("int8", 0.65), ("recompute+int8", 0.5)])
 def test_peak_falls(policy: str, part: float) -> None:
-    config = transformers.LlamaConfig(vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=6,
-                                      num_attention_heads=4)  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4
+    )
     model = transformers.LlamaForCausalLM(config).train()
     ids = torch.randint(64, (2, 256))
     inputs = {"input_ids": ids, "labels": ids}

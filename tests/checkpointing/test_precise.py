@@ -207,7 +207,11 @@ def test_nothing_is_held_after_a_segment() -> None:
 def test_kinds() -> None:
     aten = torch.ops.aten
     kinds = {
-        aten.log_.default: "DIVIDES", aten._foreach_sqrt.default: "DIVIDES", aten.linalg_inv_ex.default: "DIVIDES",
-        aten.clamp_.default: "COMPARES", aten.mul.Tensor: "PLAIN", aten.relu.default: "PLAIN",
-    }  # fmt: skip
+        aten.log_.default: "DIVIDES",
+        aten._foreach_sqrt.default: "DIVIDES",
+        aten.linalg_inv_ex.default: "DIVIDES",
+        aten.clamp_.default: "COMPARES",
+        aten.mul.Tensor: "PLAIN",
+        aten.relu.default: "PLAIN",
+    }
     assert {op: _precise.kind_of(op).name for op in kinds} == kinds

@@ -14,15 +14,18 @@ from bigkernels.ops._registry import KERNEL_DTYPES
 pytestmark = pytest.mark.gpu
 
 MODELS = [
-    *(attention_sample(f"head of {size}, {length} tokens", 1, 4, 2, length, size=size, causal=True)
-      for size in (64, 80, 96, 128, 192, 256) for length in (1023, 2048)),
+    *(
+        attention_sample(f"head of {size}, {length} tokens", 1, 4, 2, length, size=size, causal=True)
+        for size in (64, 80, 96, 128, 192, 256)
+        for length in (1023, 2048)
+    ),
     attention_sample("window of a model", 1, 8, 2, 3000, size=128, causal=True, window=(1023, 0)),
     attention_sample("window of a model, softcap", 1, 4, 2, 1500, size=256, causal=True, window=(511, 0), softcap=50.0),
     attention_sample("latent attention", 1, 4, 4, 1500, size=192, value_size=128, causal=True),
     attention_sample("pair bias", 2, 4, 4, 700, size=32, bias=(1, 4, 700, 700)),
     attention_sample("dropout of a model", 2, 8, 8, 600, size=64, dropout_p=0.1),
     varlen_sample("packed", [1024, 37, 512, 891, 0, 640, 1], heads=8, groups=2, size=128, causal=True),
-]  # fmt: skip
+]
 
 
 def named(value: object) -> str:

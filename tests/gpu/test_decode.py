@@ -27,9 +27,17 @@ def short(dtype: torch.dtype) -> str:
 LENGTHS = [4000, 1, 0, 129, 2048, 777]
 # (queries, heads, key heads, size, value size)
 SHAPES = [
-    (1, 32, 8, 128, 128), (1, 8, 8, 64, 64), (1, 7, 1, 80, 80), (3, 12, 4, 96, 72), (16, 8, 2, 128, 128),
-    (4, 8, 1, 256, 256), (1, 16, 16, 192, 128), (1, 16, 1, 576, 512), (40, 4, 2, 64, 64), (2, 6, 3, 20, 12),
-]  # fmt: skip
+    (1, 32, 8, 128, 128),
+    (1, 8, 8, 64, 64),
+    (1, 7, 1, 80, 80),
+    (3, 12, 4, 96, 72),
+    (16, 8, 2, 128, 128),
+    (4, 8, 1, 256, 256),
+    (1, 16, 16, 192, 128),
+    (1, 16, 1, 576, 512),
+    (40, 4, 2, 64, 64),
+    (2, 6, 3, 20, 12),
+]
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=short)
@@ -51,8 +59,21 @@ def test_int8(shape, page, dtype):
 @pytest.mark.parametrize("int8", [False, True], ids=["floats", "int8"])
 @pytest.mark.parametrize("queries", [1, 5])
 def test_all_options(queries, int8):
-    args = decode_arguments(LENGTHS, queries, 16, 4, 128, page=16, int8=int8, left=500, softcap=20.0, alibi=True,
-                            sinks=True, dtype=torch.bfloat16, device=DEVICE)  # fmt: skip
+    args = decode_arguments(
+        LENGTHS,
+        queries,
+        16,
+        4,
+        128,
+        page=16,
+        int8=int8,
+        left=500,
+        softcap=20.0,
+        alibi=True,
+        sinks=True,
+        dtype=torch.bfloat16,
+        device=DEVICE,
+    )
     check_decoded(decode(*args), args)
 
 

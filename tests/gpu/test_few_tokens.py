@@ -13,9 +13,18 @@ from bigkernels.quantization import FP4, NF4, Int4
 
 pytestmark = pytest.mark.gpu
 FORMATS = {
-    "int4, 32": Int4(32), "int4, 64": Int4(64), "int4, 128": Int4(128), "q4_1": "q4_1", "nf4, 32": NF4(32),
-    "nf4, 64": NF4(64), "nf4, 128": NF4(128, False), "fp4": FP4(), "int8": "int8", "q8_0": "q8_0", "fp8": "fp8",
-}  # fmt: skip
+    "int4, 32": Int4(32),
+    "int4, 64": Int4(64),
+    "int4, 128": Int4(128),
+    "q4_1": "q4_1",
+    "nf4, 32": NF4(32),
+    "nf4, 64": NF4(64),
+    "nf4, 128": NF4(128, False),
+    "fp4": FP4(),
+    "int8": "int8",
+    "q8_0": "q8_0",
+    "fp8": "fp8",
+}
 DTYPES = [torch.bfloat16, torch.float16]
 
 

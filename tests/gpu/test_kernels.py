@@ -22,27 +22,57 @@ pytestmark = pytest.mark.gpu
 # The sizes of real models, and rows that the kernels read in several pieces.
 LARGE = [
     *(
-        Sample(op, f"{rows} x {size}", lambda d, op=op, rows=rows, size=size: {
-            "x": d.normal(rows, size), "weight": d.normal(size, mean=1.0, scale=0.3), "residual": d.normal(rows, size)
-        }, {}, ("x", "weight", "residual"))
+        Sample(
+            op,
+            f"{rows} x {size}",
+            lambda d, op=op, rows=rows, size=size: {
+                "x": d.normal(rows, size),
+                "weight": d.normal(size, mean=1.0, scale=0.3),
+                "residual": d.normal(rows, size),
+            },
+            {},
+            ("x", "weight", "residual"),
+        )
         for op in ("rms_norm", "layer_norm")
         for rows, size in ((3000, 128), (2000, 4096), (1000, 5120), (500, 8192), (300, 4099), (200, 16384), (60, 65536))
     ),
-    Sample("rope", "a layer of Llama", lambda d: {
-        "q": d.normal(2, 777, 32, 128).transpose(1, 2), "k": d.normal(2, 777, 8, 128).transpose(1, 2),
-        **dict(zip(("cos", "sin"), d.angles(1, 777, 128), strict=True)),
-    }, {}, ("q", "k")),
-    Sample("glu", "a layer of Llama", lambda d: {"gate": d.normal(500, 11008), "up": d.normal(500, 11008)}, {},
-           ("gate", "up")),
+    Sample(
+        "rope",
+        "a layer of Llama",
+        lambda d: {
+            "q": d.normal(2, 777, 32, 128).transpose(1, 2),
+            "k": d.normal(2, 777, 8, 128).transpose(1, 2),
+            **dict(zip(("cos", "sin"), d.angles(1, 777, 128), strict=True)),
+        },
+        {},
+        ("q", "k"),
+    ),
+    Sample(
+        "glu",
+        "a layer of Llama",
+        lambda d: {"gate": d.normal(500, 11008), "up": d.normal(500, 11008)},
+        {},
+        ("gate", "up"),
+    ),
     *(
-        Sample("cross_entropy", f"{tokens} x {vocabulary}", lambda d, tokens=tokens, vocabulary=vocabulary: {
-            "logits": d.normal(tokens, vocabulary, scale=3.0), "target": d.integers(vocabulary, tokens)
-        }, {"label_smoothing": 0.1, "z_loss": 1e-4}, ("logits",))
+        Sample(
+            "cross_entropy",
+            f"{tokens} x {vocabulary}",
+            lambda d, tokens=tokens, vocabulary=vocabulary: {
+                "logits": d.normal(tokens, vocabulary, scale=3.0),
+                "target": d.integers(vocabulary, tokens),
+            },
+            {"label_smoothing": 0.1, "z_loss": 1e-4},
+            ("logits",),
+        )
         for tokens, vocabulary in ((1100, 32000), (1100, 50257), (20, 128256), (4000, 1000))
     ),
-    *(weight_sample(f"{name}, {tokens} x 4096", name, (tokens, 4096), 1024)
-      for name in ("int8", "int8-dynamic", "int4", "nf4", "fp8") for tokens in (1, 16, 48, 300)),
-]  # fmt: skip
+    *(
+        weight_sample(f"{name}, {tokens} x 4096", name, (tokens, 4096), 1024)
+        for name in ("int8", "int8-dynamic", "int4", "nf4", "fp8")
+        for tokens in (1, 16, 48, 300)
+    ),
+]
 ALL = [sample for name in KERNELS if name != "decode_attention" for sample in SAMPLES.get(name, ())] + LARGE
 TYPICAL = [s for s in ALL if s.name in ("residual", "grouped heads", "interleaved, partial", "silu", "everything")]
 
@@ -234,8 +264,11 @@ def test_more_than_2_31_elements_cross_entropy():
     vocabulary = 131072
     logits = torch.randn(2**31 // vocabulary + 64, vocabulary, device="cuda", dtype=torch.bfloat16)
     target = torch.randint(vocabulary, logits.shape[:1], device="cuda")
-    _check_large(lambda logits, target: functional.cross_entropy(logits, target, reduction="none"),
-                 {"logits": logits, "target": target}, ("logits", "target"))  # fmt: skip
+    _check_large(
+        lambda logits, target: functional.cross_entropy(logits, target, reduction="none"),
+        {"logits": logits, "target": target},
+        ("logits", "target"),
+    )
 
 
 def test_more_than_2_31_elements_rope():

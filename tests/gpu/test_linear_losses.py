@@ -49,8 +49,9 @@ def cross_entropy(target, *, reduction="mean", softcap=None, scale=1.0, **option
 
     def ours(h, w, b):
         named = {"class_weight" if k == "weight" else k: v for k, v in options.items()}
-        return functional.linear_cross_entropy(h, w, target, b, reduction=reduction, softcap=softcap, logit_scale=scale,
-                                               **named)  # fmt: skip
+        return functional.linear_cross_entropy(
+            h, w, target, b, reduction=reduction, softcap=softcap, logit_scale=scale, **named
+        )
 
     return ours, formula
 
@@ -106,8 +107,9 @@ def test_ignored_tokens_are_not_read():
     inputs, target = given(100, 1000, 64)
     bias = inputs[2].clone()
     leaves = [t.detach().requires_grad_() for t in inputs]
-    loss = functional.linear_cross_entropy(leaves[0] * torch.where(target == IGNORED, 1e30, 1)[:, None], leaves[1],
-                                           target, leaves[2])  # fmt: skip
+    loss = functional.linear_cross_entropy(
+        leaves[0] * torch.where(target == IGNORED, 1e30, 1)[:, None], leaves[1], target, leaves[2]
+    )
     assert loss.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(loss, leaves[1:]))
     assert torch.equal(bias, inputs[2])
 
@@ -149,8 +151,9 @@ def distillation(teacher, target, kind, temperature):
         return torch.where(target < 0, 0, loss).sum() / (target >= 0).sum()
 
     def ours(h, w, b):
-        return functional.linear_distillation(h, w, target, b, teacher_hidden=hidden, teacher_weight=weight,
-                                              divergence=kind, temperature=temperature)  # fmt: skip
+        return functional.linear_distillation(
+            h, w, target, b, teacher_hidden=hidden, teacher_weight=weight, divergence=kind, temperature=temperature
+        )
 
     return ours, formula
 

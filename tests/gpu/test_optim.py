@@ -141,8 +141,9 @@ def test_norms(norm_type: float):
     grads = [torch.randn(n, device=DEVICE).to(d) for n in (1, 31, 257, 5001, 70000) for d in FLOATS]
     grads.append(torch.randn(40, 50, device=DEVICE).t())
     found = optim.get_total_norm(grads, norm_type)
-    expected = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.double(), norm_type) for g in grads]),
-                                        norm_type)  # fmt: skip
+    expected = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(g.double(), norm_type) for g in grads]), norm_type
+    )
     torch.testing.assert_close(found, expected.float(), rtol=1e-6, atol=0.0)
     for bad in (float("inf"), float("nan")):
         grads[7][-1] = bad
@@ -291,8 +292,9 @@ def test_20_000_small_tensors():
             mine.grad, other.grad = g, g
         ours.step()
         theirs.step()
-    torch.testing.assert_close(torch.cat([*map(torch.detach, params)]), torch.cat([*map(torch.detach, others)]),
-                               rtol=1e-5, atol=1e-6)  # fmt: skip
+    torch.testing.assert_close(
+        torch.cat([*map(torch.detach, params)]), torch.cat([*map(torch.detach, others)]), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_step_allocates_next_to_nothing():

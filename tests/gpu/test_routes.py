@@ -30,8 +30,10 @@ def test_quantized_layers_of_many_tokens(config: str, dtype: torch.dtype, tokens
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("queries, keys", [(1, 300), (300, 300), (2048, 2048)])
 def test_plain_attention(heads: int, key_heads: int, causal: bool, queries: int, keys: int):
-    q, k, v = (torch.randn(2, n, h, 64, device="cuda").bfloat16().transpose(1, 2)
-               for n, h in ((queries, heads), (keys, key_heads), (keys, key_heads)))  # fmt: skip
+    q, k, v = (
+        torch.randn(2, n, h, 64, device="cuda").bfloat16().transpose(1, 2)
+        for n, h in ((queries, heads), (keys, key_heads), (keys, key_heads))
+    )
     found = functional.attention(q, k, v, causal=causal)
     with use("triton"):
         ours = functional.attention(q, k, v, causal=causal)

@@ -18,8 +18,10 @@ _RECORD = struct.Struct("=ic")
 _SLOW = 60  # seconds without progress after which a child counts as hung
 
 _process = ctypes.CDLL(None)
-ALLOCATIONS, DAMAGED = (ctypes.c_long.in_dll(_process, f"guard_{name}") if hasattr(_process, f"guard_{name}") else None
-                        for name in ("allocations", "damaged"))  # fmt: skip
+ALLOCATIONS, DAMAGED = (
+    ctypes.c_long.in_dll(_process, f"guard_{name}") if hasattr(_process, f"guard_{name}") else None
+    for name in ("allocations", "damaged")
+)
 _PAUSED = ctypes.c_int.in_dll(_process, "guard_paused") if hasattr(_process, "guard_paused") else ctypes.c_int()
 
 

@@ -18,8 +18,16 @@ from torch import Tensor
 from bigkernels._samples import SAMPLES
 from bigkernels.ops._registry import KERNEL_DTYPES
 
-_DTYPES = (*KERNEL_DTYPES, torch.float64, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool,
-           torch.complex64)  # fmt: skip
+_DTYPES = (
+    *KERNEL_DTYPES,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+)
 _INTEGERS = (-(2**63), -(2**40), -(2**31), -2, -1, 0, 1, 2, 3, 7, 31, 32, 64, 128, 4097, 2**31 - 1, 2**31, 2**40, 2**62,
              2**63 - 1)  # fmt: skip
 _FLOATS = (float("nan"), float("inf"), float("-inf"), 0.0, -1.0, 1.0, 1e-300, 1e38, 1e308)

@@ -47,8 +47,18 @@ class _Dice(random.Random):
 
     def view(self) -> Callable[[Tensor], Tensor]:
         """Gives a tensor one of the layouts that models make; what lies between its elements is NaN."""
-        return self.choice([_whole, _whole, _columns, _offset(self.choice([1, 2, 3, 7, 17])), _transposed, _repeated,
-                            _every_second, _headroom])  # fmt: skip
+        return self.choice(
+            [
+                _whole,
+                _whole,
+                _columns,
+                _offset(self.choice([1, 2, 3, 7, 17])),
+                _transposed,
+                _repeated,
+                _every_second,
+                _headroom,
+            ]
+        )
 
 
 def _whole(t):
@@ -99,8 +109,12 @@ def _rope(dice: _Dice) -> Sample:
     size = 2 * dice.choice([1, 2, 3, 4, 8, 9, 16, 19, 20, 24, 32, 40, 48, 64])
     heads = dice.choice([1, 2, 3, 7, 9]), dice.randint(1, 3)
     shape = dice.randint(1, 3), *heads, dice.choice([0, 1, 2, 3, 17, 33]), size
-    options = {"rotary": 2 * dice.randint(1, size // 2), "interleaved": dice.chance(0.5),
-               "cos_batch": dice.choice([1, shape[0]]), "heads_last": dice.chance(0.4)}  # fmt: skip
+    options = {
+        "rotary": 2 * dice.randint(1, size // 2),
+        "interleaved": dice.chance(0.5),
+        "cos_batch": dice.choice([1, shape[0]]),
+        "heads_last": dice.chance(0.4),
+    }
     return rows._rope(f"{shape} {options}", *shape, arrange=dice.view(), **options)
 
 
@@ -112,31 +126,46 @@ def _glu(dice: _Dice) -> Sample:
 
 
 def _loss_options(dice: _Dice) -> dict[str, object]:
-    options = {"reduction": dice.choice(["mean", "sum", "none"]), "z_loss": dice.some(0.3, 1e-3),
-               "label_smoothing": dice.some(0.3, 0.1, 1.0), "softcap": dice.some(0.3, 5.0),
-               "focal_gamma": dice.some(0.3, 2.0)}  # fmt: skip
+    options = {
+        "reduction": dice.choice(["mean", "sum", "none"]),
+        "z_loss": dice.some(0.3, 1e-3),
+        "label_smoothing": dice.some(0.3, 0.1, 1.0),
+        "softcap": dice.some(0.3, 5.0),
+        "focal_gamma": dice.some(0.3, 2.0),
+    }
     return {name: value for name, value in options.items() if value is not None}
 
 
 def _cross_entropy(dice: _Dice) -> Sample:
     tokens, vocabulary = dice.choice([1, 2, 3, 7, 13, 33]), dice.choice([*_SIZES, 8192])
-    options = _loss_options(dice) | {"extra": dice.choice(["", "weight", "token_weight", "weight token_weight"]),
-                                     "ignore": dice.some(0.5, -100),
-                                     "target_dtype": dice.choice([torch.int64, torch.int32])}  # fmt: skip
+    options = _loss_options(dice) | {
+        "extra": dice.choice(["", "weight", "token_weight", "weight token_weight"]),
+        "ignore": dice.some(0.5, -100),
+        "target_dtype": dice.choice([torch.int64, torch.int32]),
+    }
     return rows._ce(f"{tokens} {vocabulary} {options}", tokens, vocabulary, arrange=dice.view(), **options)
 
 
 def _linear_cross_entropy(dice: _Dice) -> Sample:
     shape = dice.choice([1, 2, 3, 13, 31, 32, 33, 64, 65, 129, 300]), dice.choice(_SIZES), dice.choice([*_HEADS, 257])
-    options = _loss_options(dice) | {"extra": dice.choice(["", "class_weight", "token_weight"]),
-                                     "ignore": dice.some(0.5, -100), "bias": dice.chance(0.4),
-                                     "logit_scale": dice.choice([1.0, 0.5])}  # fmt: skip
+    options = _loss_options(dice) | {
+        "extra": dice.choice(["", "class_weight", "token_weight"]),
+        "ignore": dice.some(0.5, -100),
+        "bias": dice.chance(0.4),
+        "logit_scale": dice.choice([1.0, 0.5]),
+    }
     return linear_cross_entropy._loss(f"{shape} {options}", *shape, arrange=dice.view(), **options)
 
 
 def _attention_options(dice: _Dice) -> dict[str, object]:
-    options = {"softcap": dice.some(0.3, 3.0), "dropout_p": dice.some(0.2, 0.2), "return_lse": dice.chance(0.3),
-               "causal": dice.chance(0.5), "alibi": dice.chance(0.2), "sinks": dice.chance(0.3)}  # fmt: skip
+    options = {
+        "softcap": dice.some(0.3, 3.0),
+        "dropout_p": dice.some(0.2, 0.2),
+        "return_lse": dice.chance(0.3),
+        "causal": dice.chance(0.5),
+        "alibi": dice.chance(0.2),
+        "sinks": dice.chance(0.3),
+    }
     if dice.chance(0.3):
         options["window"] = dice.choice([-1, 0, 1, 7, 33, 200]), dice.choice([-1, 0, 3, 40])
     return {name: value for name, value in options.items() if value is not None}
@@ -153,8 +182,10 @@ def _attention(dice: _Dice) -> Sample:
     keys = queries if dice.chance(0.5) else dice.choice(_LENGTHS)
     if batch * heads * queries * keys > 400_000:
         batch, queries = 1, min(queries, 33)
-    options = _attention_options(dice) | {"tokens_first": dice.chance(0.5),
-                                          "value_size": dice.some(0.4, 1, 5, 8, 33, 64, 128)}  # fmt: skip
+    options = _attention_options(dice) | {
+        "tokens_first": dice.chance(0.5),
+        "value_size": dice.some(0.4, 1, 5, 8, 33, 64, 128),
+    }
     full = (batch, heads, queries, keys)
     if dice.chance(0.3) and 0 not in full:
         options["bias"] = tuple(n if dice.chance(0.6) else 1 for n in full)
@@ -183,10 +214,17 @@ def _decode_attention(dice: _Dice) -> Sample:
     lengths = [dice.choice(full) for _ in range(dice.randint(1, 3))]
     append = dice.chance(0.5)
     options = _attention_options(dice) | {
-        "new": new, "heads": heads, "groups": groups, "size": size, "append": append, "int8": dice.chance(0.3),
-        "page": dice.some(0.6, 1, 3, 16, 17, 64), "value_size": dice.some(0.4, 5, 33, 64),
-        "angles": dice.choice([1, len(lengths)]), "tokens_first": dice.chance(0.5),
-    }  # fmt: skip
+        "new": new,
+        "heads": heads,
+        "groups": groups,
+        "size": size,
+        "append": append,
+        "int8": dice.chance(0.3),
+        "page": dice.some(0.6, 1, 3, 16, 17, 64),
+        "value_size": dice.some(0.4, 5, 33, 64),
+        "angles": dice.choice([1, len(lengths)]),
+        "tokens_first": dice.chance(0.5),
+    }
     for unknown in ("causal", "dropout_p"):
         options.pop(unknown, None)
     if append and size > 1 and dice.chance(0.6):
@@ -213,8 +251,18 @@ def _quantized_linear(dice: _Dice) -> Sample:
     return quantized_linear.weight_sample(f"{config} {shape} {n}", config, shape, n, bias=bias, arrange=dice.view())
 
 
-KINDS = (_norm, _rope, _glu, _cross_entropy, _linear_cross_entropy, _attention, _varlen_attention, _decode_attention,
-         _linear, _quantized_linear)  # fmt: skip
+KINDS = (
+    _norm,
+    _rope,
+    _glu,
+    _cross_entropy,
+    _linear_cross_entropy,
+    _attention,
+    _varlen_attention,
+    _decode_attention,
+    _linear,
+    _quantized_linear,
+)
 
 
 def draw(number: int, seed: int) -> tuple[Sample, torch.dtype, int]:

@@ -17,8 +17,14 @@ def plain(kind: str):
     """A model with values, not quantized yet."""
     import transformers
 
-    sizes = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    sizes = {
+        "vocab_size": 99,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     torch.manual_seed(0)
     if kind == "experts":
         config = transformers.MixtralConfig(**sizes, num_local_experts=3, num_experts_per_tok=2)

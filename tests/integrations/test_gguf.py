@@ -97,23 +97,39 @@ def test_nothing_changes_before_it_is_told(tmp_path):
 def mixture(path: Path, kind: str) -> Path:
     """A Qwen3 of four experts."""
     e, inner = 4, 768  # which transformers does not read of the file
-    shapes = {"attn_q": (SIZE, SIZE), "attn_k": (128, SIZE), "attn_v": (128, SIZE), "attn_output": (SIZE, SIZE),
-              "ffn_gate_exps": (e, inner, SIZE), "ffn_up_exps": (e, inner, SIZE),
-              "ffn_down_exps": (e, SIZE, inner)}  # fmt: skip
+    shapes = {
+        "attn_q": (SIZE, SIZE),
+        "attn_k": (128, SIZE),
+        "attn_v": (128, SIZE),
+        "attn_output": (SIZE, SIZE),
+        "ffn_gate_exps": (e, inner, SIZE),
+        "ffn_up_exps": (e, inner, SIZE),
+        "ffn_down_exps": (e, SIZE, inner),
+    }
     made = {f"blk.0.{name}.weight": (blocks(kind, shape, i), kind) for i, (name, shape) in enumerate(shapes.items())}
-    made |= {"token_embd.weight": (blocks("Q8_0", (64, SIZE)), "Q8_0"),
-             "output.weight": (blocks("Q8_0", (64, SIZE), 5), "Q8_0"),
-             "blk.0.ffn_gate_inp.weight": (blocks("F32", (e, SIZE), 6), "F32")}  # fmt: skip
+    made |= {
+        "token_embd.weight": (blocks("Q8_0", (64, SIZE)), "Q8_0"),
+        "output.weight": (blocks("Q8_0", (64, SIZE), 5), "Q8_0"),
+        "blk.0.ffn_gate_inp.weight": (blocks("F32", (e, SIZE), 6), "F32"),
+    }
     for name, size in (("attn_norm", SIZE), ("ffn_norm", SIZE), ("attn_q_norm", 64), ("attn_k_norm", 64)):
         made[f"blk.0.{name}.weight"] = np.ones(size, np.float32).view(np.uint8), "F32"
     made["output_norm.weight"] = np.ones(SIZE, np.float32).view(np.uint8), "F32"
     writer = gguf.GGUFWriter(path, "qwen3moe")
     for key, value in {
-        "embedding_length": SIZE, "block_count": 1, "feed_forward_length": inner, "context_length": 128,
-        "attention.head_count": 4, "attention.head_count_kv": 2, "vocab_size": 64, "attention.key_length": 64,
-        "attention.value_length": 64, "expert_count": e, "expert_used_count": 2,
+        "embedding_length": SIZE,
+        "block_count": 1,
+        "feed_forward_length": inner,
+        "context_length": 128,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "vocab_size": 64,
+        "attention.key_length": 64,
+        "attention.value_length": 64,
+        "expert_count": e,
+        "expert_used_count": 2,
         "expert_feed_forward_length": inner,
-    }.items():  # fmt: skip
+    }.items():
         writer.add_uint32(f"qwen3moe.{key}", value)
     writer.add_float32("qwen3moe.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_float32("qwen3moe.rope.freq_base", 1e6)

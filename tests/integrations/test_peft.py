@@ -25,8 +25,14 @@ IDS = torch.arange(3, 27).view(2, 12)
 @pytest.fixture(params=["nf4", "int8", "int4"])
 def adapted(request):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                                      num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=199,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     model = transformers.LlamaForCausalLM(config)
     bigkernels.quantize(model, request.param)
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
@@ -65,8 +71,7 @@ def test_saved_and_loaded(adapted, tmp_path):
     adapted.eval().save_pretrained(tmp_path)
     expected = adapted(input_ids=IDS).logits
     base = adapted.unload()
-    again = peft.PeftModel.from_pretrained(base, tmp_path, config=
-        peft.LoraConfig.from_pretrained(tmp_path))  # fmt: skip
+    again = peft.PeftModel.from_pretrained(base, tmp_path, config=peft.LoraConfig.from_pretrained(tmp_path))
     torch.testing.assert_close(again.eval()(input_ids=IDS).logits, expected)
 
 
@@ -81,18 +86,32 @@ def test_a_calibrated_format_is_merged_without_data():
 
 def llama(name: str = "int8"):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
-                                      num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=99,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     model = transformers.LlamaForCausalLM(config).eval()
     bigkernels.quantize(model, name)
     return model
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("options", [
-    {"use_dora": True}, {"init_lora_weights": "orthogonal"}, {"init_lora_weights": "gaussian"}, {"use_rslora": True},
-    {"target_modules": "all-linear"}, {"modules_to_save": ["lm_head"]},
-], ids=lambda options: str(next(iter(options.items()))))  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": "gaussian"},
+        {"use_rslora": True},
+        {"target_modules": "all-linear"},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=lambda options: str(next(iter(options.items()))),
+)
 def test_kinds_of_adapters(options: dict):
     """Those that read the weight of the layer, and those that find layers by themselves."""
     model = llama()
@@ -118,8 +137,7 @@ def test_conv1d_is_merged_as_it_stands():
     config = transformers.GPT2Config(vocab_size=99, n_embd=64, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=2)
     model = transformers.GPT2LMHeadModel(config).eval()
     bigkernels.quantize(model, "int8")
-    lora = peft.LoraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True,
-                                               init_lora_weights=False)  # fmt: skip
+    lora = peft.LoraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False)
     adapted = peft.get_peft_model(model, lora).eval()
     expected = adapted(input_ids=IDS).logits
     adapted.merge_adapter()
@@ -229,8 +247,9 @@ def test_the_rest_of_the_weight_goes_into_codes(kind: str):
     before = copy.deepcopy(model.model.layers[0].self_attn.q_proj)
     expected = model(input_ids=IDS).logits
     torch.manual_seed(0)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"],
-                                                         init_lora_weights=kind))  # fmt: skip
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=kind)
+    )
     layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
     assert isinstance(layer.base_layer, QuantizedLinear) and not torch.equal(layer.base_layer.codes, before.codes)
     whole = layer.base_layer.weight + layer.get_delta_weight("default")
@@ -359,8 +378,14 @@ def test_files_of_lora_linear_are_those_of_peft(tmp_path, name: str | None):
 
 @pytest.mark.filterwarnings("ignore")
 def test_files_of_peft_with_other_scales(tmp_path):
-    config = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "o_proj"],
-                             alpha_pattern={"o_proj": 9}, rank_pattern={"o_proj": 2})  # fmt: skip
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=True,
+        target_modules=["q_proj", "o_proj"],
+        alpha_pattern={"o_proj": 9},
+        rank_pattern={"o_proj": 2},
+    )
     adapted = trained(llama(), config)
     expected = adapted(input_ids=IDS).logits
     adapted.save_pretrained(tmp_path)
@@ -416,10 +441,24 @@ def test_trl_trains_adapters_by_its_own_option(tmp_path):
     data = datasets.Dataset.from_dict({"text": [" ".join(f"w{3 + (i + k) % 9}" for k in range(12)) for i in range(8)]})
     model = llama("nf4")
     codes = model.model.layers[0].mlp.up_proj.codes.clone()
-    options = trl.SFTConfig(output_dir=str(tmp_path), max_steps=4, learning_rate=0.05, per_device_train_batch_size=4,
-                            report_to=[], use_cpu=True, logging_steps=1, save_strategy="no", bf16=False)  # fmt: skip
-    trainer = trl.SFTTrainer(model, options, train_dataset=data, processing_class=tokenizer,
-                             peft_config=peft.LoraConfig(r=4, target_modules="all-linear"))  # fmt: skip
+    options = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        learning_rate=0.05,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        bf16=False,
+    )
+    trainer = trl.SFTTrainer(
+        model,
+        options,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(r=4, target_modules="all-linear"),
+    )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.2

@@ -21,11 +21,20 @@ def folder(tmp_path_factory):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters)]
     (path / "vocab.txt").write_text("\n".join(words))
     torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                     num_attention_heads=4, max_position_embeddings=64, num_labels=1)  # fmt: skip
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        num_labels=1,
+    )
     tokenizer = transformers.BertTokenizer(vocab_file=str(path / "vocab.txt"))
-    for name, model in (("bi", transformers.BertModel(config)),
-                        ("cross", transformers.BertForSequenceClassification(config))):  # fmt: skip
+    for name, model in (
+        ("bi", transformers.BertModel(config)),
+        ("cross", transformers.BertForSequenceClassification(config)),
+    ):
         model.save_pretrained(path / name)
         tokenizer.save_pretrained(path / name)
     return path

@@ -23,13 +23,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def trainer(folder, model=None, callbacks=None, data=None, **options) -> transformers.Trainer:
-    kept = {key: options.pop(key) for key in list(options) if key in (
-        "optimizers", "optimizer_cls_and_kwargs", "model_init", "eval_dataset", "compute_loss_func")}  # fmt: skip
+    kept = {
+        key: options.pop(key)
+        for key in list(options)
+        if key in ("optimizers", "optimizer_cls_and_kwargs", "model_init", "eval_dataset", "compute_loss_func")
+    }
     if model is None and "model_init" not in kept:
         model = trained.llama()
     callbacks = [TrainerCallback()] if callbacks is None else callbacks
-    return transformers.Trainer(model, trained.arguments(folder, **options), train_dataset=data or trained.rows(),
-                                callbacks=callbacks, **kept)  # fmt: skip
+    return transformers.Trainer(
+        model, trained.arguments(folder, **options), train_dataset=data or trained.rows(), callbacks=callbacks, **kept
+    )
 
 
 def parameters(model) -> list[torch.Tensor]:
@@ -43,18 +47,26 @@ def same(a, b) -> bool:
 # ---- optimizers by name ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "arguments", "kind", "expected"), [
-    ("adamw", None, optim.AdamW, {"betas": (0.8, 0.95), "eps": 1e-7, "lr": 0.01}),
-    ("adamw_8bit", "cautious=true, ema_decay=0.9", optim.AdamW,
-     {"state_dtype": "int8", "cautious": True, "ema_decay": 0.9}),
-    ("adam_16bit", "rounding=kahan", optim.Adam, {"state_dtype": torch.bfloat16, "rounding": "kahan"}),
-    ("lion", None, optim.Lion, {"betas": (0.8, 0.95)}),
-    ("sgd", {"momentum": 0.9, "nesterov": True}, optim.SGD, {"momentum": 0.9, "nesterov": True}),
-    ("rmsprop", "alpha=0.5", optim.RMSprop, {"alpha": 0.5}),
-    ("adagrad", "state_dtype=bfloat16", optim.Adagrad, {"state_dtype": torch.bfloat16}),
-    ("lamb_8bit", None, optim.LAMB, {"eps": 1e-7, "state_dtype": "int8"}),
-    ("muon", {"adamw_lr": 3e-4}, optim.Muon, {"lr": 0.01, "adamw_lr": 3e-4, "weight_decay": 0.25}),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "arguments", "kind", "expected"),
+    [
+        ("adamw", None, optim.AdamW, {"betas": (0.8, 0.95), "eps": 1e-7, "lr": 0.01}),
+        (
+            "adamw_8bit",
+            "cautious=true, ema_decay=0.9",
+            optim.AdamW,
+            {"state_dtype": "int8", "cautious": True, "ema_decay": 0.9},
+        ),
+        ("adam_16bit", "rounding=kahan", optim.Adam, {"state_dtype": torch.bfloat16, "rounding": "kahan"}),
+        ("lion", None, optim.Lion, {"betas": (0.8, 0.95)}),
+        ("sgd", {"momentum": 0.9, "nesterov": True}, optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        ("rmsprop", "alpha=0.5", optim.RMSprop, {"alpha": 0.5}),
+        ("adagrad", "state_dtype=bfloat16", optim.Adagrad, {"state_dtype": torch.bfloat16}),
+        ("lamb_8bit", None, optim.LAMB, {"eps": 1e-7, "state_dtype": "int8"}),
+        ("muon", {"adamw_lr": 3e-4}, optim.Muon, {"lr": 0.01, "adamw_lr": 3e-4, "weight_decay": 0.25}),
+    ],
+    ids=str,
+)
 def test_optimizers_by_name(tmp_path, name: str, arguments, kind: type, expected: dict):
     adam = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-7, "weight_decay": 0.25}
     name = f"bigkernels_{name}"
@@ -105,13 +117,19 @@ def test_names_that_are_none(tmp_path):
 
 def test_another_optimizer_than_asked_for_is_said(tmp_path):
     model = trained.llama()
-    for given in ({"optimizers": (torch.optim.SGD(model.parameters(), 0.1), None)},
-                  {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}):  # fmt: skip
+    for given in (
+        {"optimizers": (torch.optim.SGD(model.parameters(), 0.1), None)},
+        {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})},
+    ):
         t = trainer(tmp_path, model, [TrainerCallback(optim="bigkernels_adamw")], **given)
         with pytest.raises(ValueError, match="the trainer has a SGD"):
             t.train()
-    t = trainer(tmp_path, model, [TrainerCallback(optim="bigkernels_adamw")],
-                optimizers=(optim.AdamW(model.parameters(), 1e-3), None))  # fmt: skip
+    t = trainer(
+        tmp_path,
+        model,
+        [TrainerCallback(optim="bigkernels_adamw")],
+        optimizers=(optim.AdamW(model.parameters(), 1e-3), None),
+    )
     t.train()
 
 
@@ -128,11 +146,17 @@ def test_a_patched_run_is_the_plain_one(tmp_path):
     assert all("forward" not in module.__dict__ for module in patched.model.modules())
 
 
-@pytest.mark.parametrize("options", [
-    {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, {"gradient_checkpointing": True},
-    {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2}, {"bf16": True},
-    {"label_smoothing_factor": 0.1},
-], ids=lambda o: next(iter(o)))  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"gradient_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2},
+        {"bf16": True},
+        {"label_smoothing_factor": 0.1},
+    ],
+    ids=lambda o: next(iter(o)),
+)
 def test_options_of_the_trainer(tmp_path, options: dict):
     uncompiled = {key: value for key, value in options.items() if "compile" not in key}  # it takes seconds
     plain = trainer(tmp_path, trained.llama(num_hidden_layers=1), [], **uncompiled)
@@ -148,8 +172,10 @@ def test_options_of_the_trainer(tmp_path, options: dict):
 def test_accumulated_batches_of_several_lengths_weigh_tokens(tmp_path):
     """`num_items_in_batch`: four short batches are one long one."""
     runs = []
-    for options in ({"per_device_train_batch_size": 8}, {"per_device_train_batch_size": 2,
-                                                         "gradient_accumulation_steps": 4}):  # fmt: skip
+    for options in (
+        {"per_device_train_batch_size": 8},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    ):
         t = trainer(tmp_path, max_steps=3, optim="sgd", learning_rate=0.5, **options)
         t.train()
         runs.append(parameters(t.model))
@@ -250,8 +276,14 @@ def test_resumed_from_a_checkpoint(tmp_path, name: str):
 
 
 def test_evaluation_on_the_way_and_the_best_model(tmp_path):
-    options = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
-               "load_best_model_at_end": True}  # fmt: skip
+    options = {
+        "max_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+    }
     found = []
     for callbacks in ([], [TrainerCallback()]):
         t = trainer(tmp_path / str(len(found)), callbacks=callbacks, eval_dataset=trained.rows(8), **options)

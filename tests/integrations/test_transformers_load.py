@@ -57,8 +57,9 @@ def test_as_quantized_by_hand(folders, name: str, kind: str):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "auto"])
 @pytest.mark.parametrize("where", [{}, {"device_map": "cpu"}, {"device_map": "auto"}, {"low_cpu_mem_usage": True}])
 def test_dtypes_and_devices(folders, tmp_path, dtype, where: dict):
-    model = AutoModel.from_pretrained(folders / "tied", quantization_config=Config("int4", skip=(), embeddings=True),
-                                      dtype=dtype, **where)  # fmt: skip
+    model = AutoModel.from_pretrained(
+        folders / "tied", quantization_config=Config("int4", skip=(), embeddings=True), dtype=dtype, **where
+    )
     wanted = torch.float32 if dtype == "auto" else dtype
     assert model.model.embed_tokens.dtype == model.model.layers[1].mlp.up_proj.dtype == wanted == logits(model).dtype
     by_hand = AutoModel.from_pretrained(folders / "tied", dtype=dtype)
@@ -116,9 +117,16 @@ def test_layers_that_no_file_has_stay_plain(folders):
 
 def test_peak_memory_is_the_quantized_model_and_two_layers(tmp_path):
     for name, width, layers in (("small", 64, 1), ("large", 384, 10)):
-        config = transformers.LlamaConfig(vocab_size=99, hidden_size=width, intermediate_size=3 * width, head_dim=32,
-                                          num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2,
-                                          tie_word_embeddings=True)  # fmt: skip
+        config = transformers.LlamaConfig(
+            vocab_size=99,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            head_dim=32,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
         model = transformers.LlamaForCausalLM(config)
         for p in model.parameters():
             p.data = p.data[:1].expand_as(p).contiguous() if p.dim() > 1 else p.data
@@ -127,8 +135,13 @@ def test_peak_memory_is_the_quantized_model_and_two_layers(tmp_path):
     # Blocks are mapped one by one, so that what is freed is given back and what is kept apart is not counted.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     script = models.__file__.replace("models_saved", "peak_of_reading")
-    found = subprocess.run([sys.executable, script, str(tmp_path / "small"), str(tmp_path / "large"), *models.FORMATS],
-                           capture_output=True, text=True, timeout=600, env=environment)  # fmt: skip
+    found = subprocess.run(
+        [sys.executable, script, str(tmp_path / "small"), str(tmp_path / "large"), *models.FORMATS],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment,
+    )
     assert found.returncode == 0, found.stderr[-2000:]
     lines = [line.split() for line in found.stdout.splitlines()]
     assert [name for name, *_ in lines] == list(models.FORMATS)
@@ -157,15 +170,26 @@ def damaged(folder, change) -> None:
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize(("what", "message"), [
-    (lambda s: s.pop("model.layers.1.mlp.up_proj.scale"), "has no tensor model.layers.1.mlp.up_proj.scale"),
-    (lambda s: s.update({"model.layers.1.mlp.up_proj.codes": s["model.layers.1.mlp.up_proj.codes"][:5].clone()}),
-     "model.layers.1.mlp.up_proj.codes is torch.uint8 of shape"),
-    (lambda s: s.update({"model.layers.1.mlp.up_proj.scale": s["model.layers.1.mlp.up_proj.scale"].float()}),
-     "model.layers.1.mlp.up_proj.scale is torch.float32 of shape"),
-    (lambda s: s["model.layers.0.mlp.up_proj.scale"].fill_(float("nan")), "up_proj.scale holds a value that is not"),
-    (lambda s: s["model.layers.0.mlp.up_proj.format"].add_(1), "config.json and .*up_proj.format do not agree"),
-], ids=["missing", "shape", "dtype", "nan", "format"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (lambda s: s.pop("model.layers.1.mlp.up_proj.scale"), "has no tensor model.layers.1.mlp.up_proj.scale"),
+        (
+            lambda s: s.update({"model.layers.1.mlp.up_proj.codes": s["model.layers.1.mlp.up_proj.codes"][:5].clone()}),
+            "model.layers.1.mlp.up_proj.codes is torch.uint8 of shape",
+        ),
+        (
+            lambda s: s.update({"model.layers.1.mlp.up_proj.scale": s["model.layers.1.mlp.up_proj.scale"].float()}),
+            "model.layers.1.mlp.up_proj.scale is torch.float32 of shape",
+        ),
+        (
+            lambda s: s["model.layers.0.mlp.up_proj.scale"].fill_(float("nan")),
+            "up_proj.scale holds a value that is not",
+        ),
+        (lambda s: s["model.layers.0.mlp.up_proj.format"].add_(1), "config.json and .*up_proj.format do not agree"),
+    ],
+    ids=["missing", "shape", "dtype", "nan", "format"],
+)
 def test_damaged_tensors_are_named(tmp_path, what, message: str):
     models.made("int4", "plain").save_pretrained(tmp_path)
     damaged(tmp_path, what)
@@ -182,13 +206,16 @@ def test_damaged_files_and_configs(tmp_path):
         AutoModel.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(data)
     quantization = said["quantization_config"]
-    for change in ({"formats": 3}, {"formats": [{"format": "int4"}]},
-                   {"formats": [{"format": "int9", "layers": ["*"]}]},
-                   {"formats": [quantization["formats"][0] | {"group_size": 0}]},
-                   {"adapters": [{"rank": 1, "layers": quantization["adapters"][0]["layers"]}]},
-                   {"adapters": [quantization["adapters"][0] | {"dtype": "nn"}]},
-                   {"formats": [quantization["formats"][0] | {"format": "int8"}]},
-                   {"surprise": 1}):  # fmt: skip
+    for change in (
+        {"formats": 3},
+        {"formats": [{"format": "int4"}]},
+        {"formats": [{"format": "int9", "layers": ["*"]}]},
+        {"formats": [quantization["formats"][0] | {"group_size": 0}]},
+        {"adapters": [{"rank": 1, "layers": quantization["adapters"][0]["layers"]}]},
+        {"adapters": [quantization["adapters"][0] | {"dtype": "nn"}]},
+        {"formats": [quantization["formats"][0] | {"format": "int8"}]},
+        {"surprise": 1},
+    ):
         (tmp_path / "config.json").write_text(json.dumps(said | {"quantization_config": quantization | change}))
         with pytest.raises((ValueError, TypeError)):
             AutoModel.from_pretrained(tmp_path)
@@ -198,23 +225,33 @@ def test_attention_by_name(folders):
     """Also where scores are capped (Gemma 2), heads have sinks (gpt-oss), and a prompt is padded."""
     mask = torch.ones_like(models.IDS)
     mask[0, :3] = 0
-    sizes = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4}  # fmt: skip
+    sizes = {
+        "vocab_size": 99,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 4,
+    }
     experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
     torch.manual_seed(0)
-    for model in (models.plain("plain"),
-                  transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes, attn_logit_softcapping=0.3)),
-                  transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, **experts))):  # fmt: skip
+    for model in (
+        models.plain("plain"),
+        transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes, attn_logit_softcapping=0.3)),
+        transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, **experts)),
+    ):
         model = model.eval()
         model.set_attn_implementation("eager")
         expected = model(models.IDS, attention_mask=mask).logits[:, 3:]
         model.set_attn_implementation("bigkernels")
         assert model.config._attn_implementation == "bigkernels"
-        torch.testing.assert_close(model(models.IDS, attention_mask=mask).logits[:, 3:], expected, atol=1e-5,
-                                   rtol=1e-4)  # fmt: skip
-        assert torch.equal(model.generate(models.IDS, max_new_tokens=4, do_sample=False),
-                           (model.set_attn_implementation("eager"),
-                            model.generate(models.IDS, max_new_tokens=4, do_sample=False))[1])  # fmt: skip
+        torch.testing.assert_close(model(models.IDS, attention_mask=mask).logits[:, 3:], expected, atol=1e-5, rtol=1e-4)
+        assert torch.equal(
+            model.generate(models.IDS, max_new_tokens=4, do_sample=False),
+            (model.set_attn_implementation("eager"), model.generate(models.IDS, max_new_tokens=4, do_sample=False))[1],
+        )
     model = AutoModel.from_pretrained(folders / "plain", attn_implementation="bigkernels")
     with pytest.raises(ValueError, match="no attention weights"):
         model(models.IDS, output_attentions=True)

@@ -117,8 +117,9 @@ def test_copies_and_patched_models_are_saved(change, tmp_path):
 
 def test_some_layers_formats_of_their_own_and_calibration(tmp_path):
     model = models.plain("plain")
-    bigkernels.quantize(model, {"*layers.0*down_proj": "nf4", "*mlp*": Int4(32, "awq"), "*k_proj": "fp8"},
-                        calibration=[models.IDS])  # fmt: skip
+    bigkernels.quantize(
+        model, {"*layers.0*down_proj": "nf4", "*mlp*": Int4(32, "awq"), "*k_proj": "fp8"}, calibration=[models.IDS]
+    )
     expected = logits(model)
     model.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path)
@@ -187,8 +188,9 @@ def test_adapters_on_a_plain_model_are_saved_too(tmp_path):
 
 
 def test_weights_kept_in_float32_stay_so(tmp_path):
-    config = transformers.T5Config(vocab_size=99, d_model=64, d_ff=96, num_layers=1, num_heads=4, d_kv=16,
-                                   decoder_start_token_id=0)  # fmt: skip
+    config = transformers.T5Config(
+        vocab_size=99, d_model=64, d_ff=96, num_layers=1, num_heads=4, d_kv=16, decoder_start_token_id=0
+    )
     torch.manual_seed(0)
     transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "plain")
     model = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "plain", dtype=torch.float16)
@@ -219,10 +221,18 @@ def test_conv1d_and_a_wrapper_around_the_model(tmp_path):
 @pytest.mark.parametrize("how", ["saved", "read"])
 def test_tied_biases_and_scaled_embeddings(tmp_path, how: str):
     """BERT ties the bias of its decoder too; BART's class of embeddings is left alone, and what is tied to it."""
-    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-              "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "d_model": 64}  # fmt: skip
-    bert = transformers.BertConfig(vocab_size=99, hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
-                                   intermediate_size=96)  # fmt: skip
+    layers = {
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 96,
+        "decoder_ffn_dim": 96,
+        "d_model": 64,
+    }
+    bert = transformers.BertConfig(
+        vocab_size=99, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96
+    )
     options = {"embeddings": True, "skip": ()}
     torch.manual_seed(0)
     for model in (
@@ -246,8 +256,9 @@ def test_tied_biases_and_scaled_embeddings(tmp_path, how: str):
 def test_nothing_but_codes(tmp_path):
     """transformers asks a model that it saves for the dtype of its parameters."""
     torch.manual_seed(0)
-    config = transformers.OlmoConfig(vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
-                                     num_attention_heads=4)  # fmt: skip
+    config = transformers.OlmoConfig(
+        vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
+    )
     model = transformers.OlmoForCausalLM(config).eval()
     bigkernels.quantize(model, "int8", embeddings=True, skip=())
     assert not list(model.parameters()) and logits(model).isfinite().all()

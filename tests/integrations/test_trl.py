@@ -49,8 +49,9 @@ def exact(model, ids, labels, temperature=1.0):
     return {name: torch.where(kept, t, 0) for name, t in found.items()}
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"scale": 3.0}, {"tie": True}, {"temperature": 0.7},
-                                     {"bias": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 2.0}, {"scale": 3.0}, {"tie": True}, {"temperature": 0.7}, {"bias": True}], ids=str
+)
 def test_the_head_computes_what_trls_does(options):
     config = {"tie_word_embeddings": "tie" in options}
     if "softcap" in options:
@@ -180,12 +181,19 @@ def data(kind: str):
 def run(kind: str, model, folder, callbacks, **options):
     if kind == "sft":
         args = trained.arguments(folder, "SFTConfig", max_length=32, **options)
-        trainer = trl.SFTTrainer(model, args, train_dataset=data("sft"), processing_class=trained.tokenizer(),
-                                 callbacks=callbacks)  # fmt: skip
+        trainer = trl.SFTTrainer(
+            model, args, train_dataset=data("sft"), processing_class=trained.tokenizer(), callbacks=callbacks
+        )
     else:
         args = trained.arguments(folder, "DPOConfig", max_length=32, **options)
-        trainer = trl.DPOTrainer(model, copy.deepcopy(model), args=args, train_dataset=data("dpo"),
-                                 processing_class=trained.tokenizer(), callbacks=callbacks)  # fmt: skip
+        trainer = trl.DPOTrainer(
+            model,
+            copy.deepcopy(model),
+            args=args,
+            train_dataset=data("dpo"),
+            processing_class=trained.tokenizer(),
+            callbacks=callbacks,
+        )
     trainer.train()
     return trainer
 

@@ -78,8 +78,17 @@ def make(kind, folder, model=None, adapters=False, **options):
 
 
 def _arguments(folder, **options):
-    usual = {"output_dir": str(folder), "learning_rate": 0.01, "report_to": [], "use_cpu": True, "logging_steps": 1,
-             "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False, "bf16": False}  # fmt: skip
+    usual = {
+        "output_dir": str(folder),
+        "learning_rate": 0.01,
+        "report_to": [],
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "bf16": False,
+    }
     return usual | options
 
 
@@ -107,14 +116,24 @@ def same(theirs, ours, close=2e-5):
         assert ours[2][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
-@pytest.mark.parametrize("kind, options", [
-    ("DPO", {}), ("DPO", {"adapters": True}), ("DPO", {"precompute_ref_log_probs": True}),
-    ("DPO", {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2}),
-    ("KTO", {}), ("KTO", {"adapters": True, "loss_type": "apo_zero_unpaired"}),
-    ("KTO", {"precompute_ref_log_probs": True}),
-    ("GRPO", {"num_iterations": 2}), ("GRPO", {"adapters": True, "loss_type": "dapo"}),
-    ("CPO", {}), ("CPO", {"adapters": True, "loss_type": "simpo"}), ("ORPO", {}),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("DPO", {}),
+        ("DPO", {"adapters": True}),
+        ("DPO", {"precompute_ref_log_probs": True}),
+        ("DPO", {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2}),
+        ("KTO", {}),
+        ("KTO", {"adapters": True, "loss_type": "apo_zero_unpaired"}),
+        ("KTO", {"precompute_ref_log_probs": True}),
+        ("GRPO", {"num_iterations": 2}),
+        ("GRPO", {"adapters": True, "loss_type": "dapo"}),
+        ("CPO", {}),
+        ("CPO", {"adapters": True, "loss_type": "simpo"}),
+        ("ORPO", {}),
+    ],
+    ids=str,
+)
 def test_training_is_the_same(kind, options, tmp_path):
     histories = []
     for ours in (False, True):
@@ -143,13 +162,21 @@ def dpo(tmp_path_factory):
 NAMES = [name for name in losses._pairs.LOSSES]
 
 
-@pytest.mark.parametrize("options", [
-    *({"loss_types": [name]} for name in NAMES),
-    {"loss_types": ["sigmoid", "sft", "bco_pair"], "loss_weights": [0.8, 0.2, 1.5]},
-    {"ld_alpha": 0.4}, {"use_weighting": True}, {"use_weighting": True, "loss_types": ["ipo"], "ld_alpha": 0.0},
-    {"f_divergence_type": "forward_kl"}, {"f_divergence_type": "js_divergence", "loss_types": ["hinge"]},
-    {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3}, {"beta": 0.5},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"loss_types": [name]} for name in NAMES),
+        {"loss_types": ["sigmoid", "sft", "bco_pair"], "loss_weights": [0.8, 0.2, 1.5]},
+        {"ld_alpha": 0.4},
+        {"use_weighting": True},
+        {"use_weighting": True, "loss_types": ["ipo"], "ld_alpha": 0.0},
+        {"f_divergence_type": "forward_kl"},
+        {"f_divergence_type": "js_divergence", "loss_types": ["hinge"]},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+        {"beta": 0.5},
+    ],
+    ids=str,
+)
 def test_dpo_options(dpo, options, monkeypatch):
     options = {"loss_types": ["sigmoid"]} | options
     options = {"loss_weights": [1.0] * len(options["loss_types"])} | options
@@ -179,9 +206,11 @@ def grpo(tmp_path_factory):
     inputs["completion_mask"][1, 3:] = 0
     inputs["advantages"] = torch.tensor([1.0, -0.5, 0.7, -1.2])
     now = trainer._get_per_token_logps_and_entropies(
-        trainer.model, torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
-        torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1), inputs["completion_ids"].shape[1],
-    )[0].detach()  # fmt: skip
+        trainer.model,
+        torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
+        torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+        inputs["completion_ids"].shape[1],
+    )[0].detach()
     inputs["old_per_token_logps"] = now + 0.3 * torch.randn_like(now)
     inputs["sampling_per_token_logps"] = now + 0.5 * torch.randn_like(now)
     return trainer, inputs
@@ -190,15 +219,23 @@ def grpo(tmp_path_factory):
 CLIPPED = [name for name, row in losses._policy.LOSSES.items() if row.losses is losses._policy._clip]
 
 
-@pytest.mark.parametrize("options", [
-    *({"loss_type": name} for name in losses._policy.LOSSES if name != "luspo"),
-    {"importance_sampling_level": "sequence"}, {"importance_sampling_level": "sequence", "loss_type": "luspo"},
-    {"top_entropy_quantile": 0.5, "loss_type": "vespo"}, {"off_policy_mask_threshold": 0.05, "loss_type": "sapo"},
-    {"use_vllm": True, "loss_type": "dapo"}, {"use_vllm": True, "sequence": True, "loss_type": "vespo"},
-    {"entropy_coef": 0.3, "_entropy_bonus_enabled": True, "top_entropy_quantile": 0.6},
-    {"entropy_coef": 0.3, "_entropy_bonus_enabled": True, "use_adaptive_entropy": True, "_last_world_entropy": 0.1},
-    {"beta": 0.0, "args.delta": 1.05}, {"args.use_bias_correction_kl": True, "loss_type": "bnpo"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"loss_type": name} for name in losses._policy.LOSSES if name != "luspo"),
+        {"importance_sampling_level": "sequence"},
+        {"importance_sampling_level": "sequence", "loss_type": "luspo"},
+        {"top_entropy_quantile": 0.5, "loss_type": "vespo"},
+        {"off_policy_mask_threshold": 0.05, "loss_type": "sapo"},
+        {"use_vllm": True, "loss_type": "dapo"},
+        {"use_vllm": True, "sequence": True, "loss_type": "vespo"},
+        {"entropy_coef": 0.3, "_entropy_bonus_enabled": True, "top_entropy_quantile": 0.6},
+        {"entropy_coef": 0.3, "_entropy_bonus_enabled": True, "use_adaptive_entropy": True, "_last_world_entropy": 0.1},
+        {"beta": 0.0, "args.delta": 1.05},
+        {"args.use_bias_correction_kl": True, "loss_type": "bnpo"},
+    ],
+    ids=str,
+)
 def test_grpo_options(grpo, options, monkeypatch):
     trainer, inputs = grpo
     inputs, options = dict(inputs), dict(options)
@@ -222,10 +259,18 @@ def test_grpo_options(grpo, options, monkeypatch):
     same(theirs, found(trainer, inputs))
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"loss_type": "hinge"}, {"loss_type": "ipo"}, {"loss_type": "simpo", "cpo_alpha": 0.0, "alpha": 0.2},
-    {"label_smoothing": 0.2, "cpo_alpha": 0.5}, {"loss_type": "alphapo", "alpha": 0.3},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loss_type": "hinge"},
+        {"loss_type": "ipo"},
+        {"loss_type": "simpo", "cpo_alpha": 0.0, "alpha": 0.2},
+        {"label_smoothing": 0.2, "cpo_alpha": 0.5},
+        {"loss_type": "alphapo", "alpha": 0.3},
+    ],
+    ids=str,
+)
 def test_cpo_options(options, tmp_path):
     trainer = make("CPO", tmp_path, **options)
     theirs = found(trainer)
@@ -328,8 +373,14 @@ def test_with_the_callback(tmp_path):
     model = trained.llama()
     args = trl.DPOConfig(**_arguments(tmp_path, max_length=32, max_steps=2))
     callback = TrainerCallback(optim="bigkernels_adamw")
-    trainer = trl.DPOTrainer(model, trained.llama(), args=args, train_dataset=pairs(),
-                             processing_class=trained.tokenizer(), callbacks=[callback])  # fmt: skip
+    trainer = trl.DPOTrainer(
+        model,
+        trained.llama(),
+        args=args,
+        train_dataset=pairs(),
+        processing_class=trained.tokenizer(),
+        callbacks=[callback],
+    )
     assert fuse(trainer) == fuse(trainer) == (2, "dpo_loss")
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -42,17 +42,38 @@ class _Accelerator:
 def _theirs(name, level, beta, delta, high, logprobs, inputs):
     """The trainer's loss, of a trainer that has nothing but what it reads."""
     trainer = trl.GRPOTrainer
-    args = SimpleNamespace(use_bias_correction_kl=True, delta=delta, sapo_temperature_pos=1.0,
-                           sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0,
-                           vespo_lambda_neg=2.0, steps_per_generation=1)  # fmt: skip
+    args = SimpleNamespace(
+        use_bias_correction_kl=True,
+        delta=delta,
+        sapo_temperature_pos=1.0,
+        sapo_temperature_neg=1.05,
+        vespo_k_pos=2.0,
+        vespo_lambda_pos=3.0,
+        vespo_k_neg=3.0,
+        vespo_lambda_neg=2.0,
+        steps_per_generation=1,
+    )
     stand = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (logprobs, torch.zeros(B, S), None), args=args,
-        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, beta=beta, loss_type=name,
-        importance_sampling_level=level, epsilon_low=0.2, epsilon_high=high, use_vllm=True,
-        vllm_importance_sampling_correction=True, model=SimpleNamespace(training=True), accelerator=_Accelerator(),
-        current_gradient_accumulation_steps=1, max_completion_length=9, _entropy_bonus_enabled=False,
-        _metrics={"train": collections.defaultdict(list)}, get_gamma_weights=trainer.get_gamma_weights,
-    )  # fmt: skip
+        _get_per_token_logps_and_entropies=lambda *a, **k: (logprobs, torch.zeros(B, S), None),
+        args=args,
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        beta=beta,
+        loss_type=name,
+        importance_sampling_level=level,
+        epsilon_low=0.2,
+        epsilon_high=high,
+        use_vllm=True,
+        vllm_importance_sampling_correction=True,
+        model=SimpleNamespace(training=True),
+        accelerator=_Accelerator(),
+        current_gradient_accumulation_steps=1,
+        max_completion_length=9,
+        _entropy_bonus_enabled=False,
+        _metrics={"train": collections.defaultdict(list)},
+        get_gamma_weights=trainer.get_gamma_weights,
+    )
     return trainer._compute_loss(stand, None, inputs)
 
 
@@ -71,16 +92,40 @@ def test_grpo(name, level, mode):
     clips, high = _policy.LOSSES[name].losses is _policy._clip, 1.4 if name == "cispo" else 0.28
     ratio = losses.sampler_ratios(old, sampler, mask, mode=mode, clip_max=1.3)
     columns = {name: torch.zeros(B, S, dtype=torch.int64) for name in ("prompt_ids", "prompt_mask", "completion_ids")}
-    theirs = _theirs(name, level, 0.1, 1.5 if clips else None, high, logprobs, columns | {
-        "completion_mask": mask, "advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": ref,
-        "num_items_in_batch": torch.tensor(31), "importance_sampling_ratio": ratio.view(B, -1),
-    })  # fmt: skip
+    theirs = _theirs(
+        name,
+        level,
+        0.1,
+        1.5 if clips else None,
+        high,
+        logprobs,
+        columns
+        | {
+            "completion_mask": mask,
+            "advantages": advantages,
+            "old_per_token_logps": old,
+            "ref_per_token_logps": ref,
+            "num_items_in_batch": torch.tensor(31),
+            "importance_sampling_ratio": ratio.view(B, -1),
+        },
+    )
     options = {"clip_high": high, "delta": 1.5} if clips else {"cispo_max": high} if name == "cispo" else {}
     options |= {"dr_grpo": {"max_length": 9}, **dict.fromkeys(("dapo", "cispo", "vespo"), {"num_tokens": 31})}.get(
         name, {}
     )
-    ours = losses.grpo_loss(logprobs, old, advantages, mask, ref_logprobs=ref, beta=0.1, bias_correction_kl=True,
-                            sampler_ratio=ratio, loss_type=name, importance=level, **options).loss  # fmt: skip
+    ours = losses.grpo_loss(
+        logprobs,
+        old,
+        advantages,
+        mask,
+        ref_logprobs=ref,
+        beta=0.1,
+        bias_correction_kl=True,
+        sampler_ratio=ratio,
+        loss_type=name,
+        importance=level,
+        **options,
+    ).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     for a, b in zip(*(torch.autograd.grad(loss, logprobs) for loss in (ours, theirs)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -7,8 +7,14 @@ from pathlib import Path
 import torch
 
 IDS = torch.arange(3, 27).view(2, 12)
-SIZES = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def llama(**options):
@@ -32,9 +38,18 @@ def rows(count: int = 16) -> list[dict]:
 def arguments(folder: Path, kind: str = "TrainingArguments", **options):
     import transformers
 
-    usual = {"output_dir": str(folder), "max_steps": 4, "learning_rate": 0.01, "per_device_train_batch_size": 4,
-             "report_to": [], "use_cpu": True, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
-             "dataloader_pin_memory": False}  # fmt: skip
+    usual = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "learning_rate": 0.01,
+        "per_device_train_batch_size": 4,
+        "report_to": [],
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
     if kind != "TrainingArguments":
         import trl
 

@@ -10,8 +10,10 @@ from bigkernels.triton._launch import recording
 
 pytestmark = pytest.mark.usefixtures("launchers_serve_cpu_tensors")
 
-CHOSEN = {"attention": ("causal", "head of 80", "window", "sinks and mask", "bias of all batches"),
-          "varlen_attention": ("causal", "other lengths of keys")}  # fmt: skip
+CHOSEN = {
+    "attention": ("causal", "head of 80", "window", "sinks and mask", "bias of all batches"),
+    "varlen_attention": ("causal", "other lengths of keys"),
+}
 SOME = [s for operator, names in CHOSEN.items() for s in SAMPLES[operator] if s.name in names]
 
 

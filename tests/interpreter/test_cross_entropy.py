@@ -81,8 +81,17 @@ def test_predicted_classes(sizes, options, dtype):
 def test_predicted_classes_of_what_is_not_a_number():
     nan, inf = torch.nan, torch.inf
     logits = torch.zeros(8, 5000)
-    for row, places in enumerate(({4321: nan}, {0: nan}, {70: nan, 3000: nan}, {5: inf, 300: nan}, {5: inf, 4999: inf},
-                                  {4999: 1.0}, {17: 1.0, 18: 1.0, 4000: 1.0})):  # fmt: skip
+    for row, places in enumerate(
+        (
+            {4321: nan},
+            {0: nan},
+            {70: nan, 3000: nan},
+            {5: inf, 300: nan},
+            {5: inf, 4999: inf},
+            {4999: 1.0},
+            {17: 1.0, 18: 1.0, 4000: 1.0},
+        )
+    ):
         logits[row, list(places)] = torch.tensor(list(places.values()))
     logits[7] = -inf
     predicted = launchers.predict(logits, torch.zeros(8, dtype=torch.int64), None, None, -100, 0, 0.0, 0.0, 0.0, 0.0)[3]

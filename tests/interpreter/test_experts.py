@@ -42,13 +42,16 @@ def test_every_distribution(format, ends):
         torch.testing.assert_close(found[9:], last, rtol=1e-4, atol=1e-4)
         return
     operands, _ = _operands(format, len(ends), torch.float32)
-    torch.testing.assert_close(launchers.forward(x, where, *operands, False), op._forward(x, where, *operands, False),
-                               rtol=1e-4, atol=1e-4)  # fmt: skip
-    torch.testing.assert_close(launchers.backward(up, where, *operands, K), op._backward(up, where, *operands, K),
-                               rtol=1e-4, atol=1e-4)  # fmt: skip
+    torch.testing.assert_close(
+        launchers.forward(x, where, *operands, False), op._forward(x, where, *operands, False), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        launchers.backward(up, where, *operands, K), op._backward(up, where, *operands, K), rtol=1e-4, atol=1e-4
+    )
     if format is None:
-        torch.testing.assert_close(launchers.weight_backward(up, x, where), op._weight_backward(up, x, where),
-                                   rtol=1e-4, atol=1e-4)  # fmt: skip
+        torch.testing.assert_close(
+            launchers.weight_backward(up, x, where), op._weight_backward(up, x, where), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -37,9 +37,10 @@ LARGE = _large_norms("rms_norm", "weight") + _large_norms("layer_norm", "weight 
 CASES = SMALL + LARGE
 _FORMATS = tuple(f"{name}, many tokens" for name in ("int8", "int8-dynamic", "int4", "nf4", "fp8"))
 TYPICAL = [
-    s for s in CASES
+    s
+    for s in CASES
     if s.name in ("residual", "grouped heads", "interleaved, partial", "silu", "everything", "causal", *_FORMATS)
-]  # fmt: skip
+]
 ODD = [s for s in CASES if "strided" in s.name or s.name in ("empty", "no tokens")]
 
 

@@ -86,8 +86,11 @@ def test_the_rest_is_ours(gpu, what, monkeypatch):
     if what == "an older table":
         rows = [r for r in _routes.TABLE if r.call != "many tokens"]
         row = next(r for r in _routes.TABLE if r.call == "many tokens")
-        monkeypatch.setattr(_routes, "TABLE", (*rows, type(row)(*(row.operator, row.call, row.since, row.before),
-                                                                "triton", "measured", "here")))  # fmt: skip
+        monkeypatch.setattr(
+            _routes,
+            "TABLE",
+            (*rows, type(row)(*(row.operator, row.call, row.since, row.before), "triton", "measured", "here")),
+        )
     if what == "forced":
         with use("triton"):
             sample.results(inputs, backward=False)

@@ -33,8 +33,11 @@ class Case:
         self.cu = torch.tensor([0, *self.lengths]).cumsum(0) if packed else None
         self.inputs = [torch.randn(*shape, H), torch.randn(V, H), torch.randn(V)]
         self.inputs = [t.to(dtype).requires_grad_() for t in self.inputs]
-        self.reference = {"ref_hidden": torch.randn(*shape, G), "ref_weight": torch.randn(V, G),
-                          "ref_bias": torch.randn(V)}  # fmt: skip
+        self.reference = {
+            "ref_hidden": torch.randn(*shape, G),
+            "ref_weight": torch.randn(V, G),
+            "ref_bias": torch.randn(V),
+        }
         self.reference = {k: t.to(dtype) for k, t in self.reference.items()}
         self.labels = torch.randint(V, shape)
         self.labels[torch.rand(shape) < 0.3] = -100
@@ -62,14 +65,33 @@ def same(found, expected, inputs, close=1e-9):
 def test_dpo(loss_type, packed):
     case = Case(4, packed=packed)
     ours, theirs, tokens = case.logprobs()
-    found = losses.linear_dpo_loss(case.inputs[0], case.inputs[1], case.labels, case.inputs[2], **case.reference,
-                                   cu_seqlens=case.cu, loss_type=loss_type, beta=0.3, **HEAD)  # fmt: skip
+    found = losses.linear_dpo_loss(
+        case.inputs[0],
+        case.inputs[1],
+        case.labels,
+        case.inputs[2],
+        **case.reference,
+        cu_seqlens=case.cu,
+        loss_type=loss_type,
+        beta=0.3,
+        **HEAD,
+    )
     n = tokens.chunk(2)
-    expected = losses.dpo_loss(*ours.chunk(2), *theirs.chunk(2), loss_type=loss_type, beta=0.3, chosen_tokens=n[0],
-                               rejected_tokens=n[1])  # fmt: skip
+    expected = losses.dpo_loss(
+        *ours.chunk(2), *theirs.chunk(2), loss_type=loss_type, beta=0.3, chosen_tokens=n[0], rejected_tokens=n[1]
+    )
     same(found.loss, expected.loss, case.inputs)
-    given = losses.linear_dpo_loss(case.inputs[0], case.inputs[1], case.labels, case.inputs[2], ref_logprobs=theirs,
-                                   cu_seqlens=case.cu, loss_type=loss_type, beta=0.3, **HEAD)  # fmt: skip
+    given = losses.linear_dpo_loss(
+        case.inputs[0],
+        case.inputs[1],
+        case.labels,
+        case.inputs[2],
+        ref_logprobs=theirs,
+        cu_seqlens=case.cu,
+        loss_type=loss_type,
+        beta=0.3,
+        **HEAD,
+    )
     torch.testing.assert_close(given.loss, found.loss)
     torch.testing.assert_close(given.chosen_rewards, expected.chosen_rewards)
 
@@ -107,8 +129,9 @@ def test_kto():
     case = Case(4)
     ours, theirs, _ = case.logprobs()
     good, ratios = torch.tensor([True, False, False, True]), torch.tensor([0.3, 0.9])
-    found = losses.linear_kto_loss(case.inputs[0], case.inputs[1], case.labels, good, ratios, case.inputs[2],
-                                   **case.reference, beta=0.4, **HEAD)  # fmt: skip
+    found = losses.linear_kto_loss(
+        case.inputs[0], case.inputs[1], case.labels, good, ratios, case.inputs[2], **case.reference, beta=0.4, **HEAD
+    )
     same(found.loss, losses.kto_loss(ours, theirs, good, ratios, beta=0.4).loss, case.inputs)
 
 
@@ -124,8 +147,19 @@ def test_grpo(given, packed):
     beta = 0.0 if given == "nothing" else 0.2
     more = {"reference": case.reference, "logprobs": {"ref_logprobs": theirs}, "nothing": {}}[given]
     options = {"loss_type": "dapo", "clip_high": 0.28, "beta": beta, "cu_seqlens": case.cu}
-    found = losses.linear_grpo_loss(case.inputs[0], case.inputs[1], tokens, old, advantages, mask, case.inputs[2],
-                                    temperature=0.8, **HEAD, **options, **more)  # fmt: skip
+    found = losses.linear_grpo_loss(
+        case.inputs[0],
+        case.inputs[1],
+        tokens,
+        old,
+        advantages,
+        mask,
+        case.inputs[2],
+        temperature=0.8,
+        **HEAD,
+        **options,
+        **more,
+    )
     expected = losses.grpo_loss(ours, old, advantages, mask, ref_logprobs=theirs if beta else None, **options)
     same(found.loss, expected.loss, case.inputs)
 
@@ -137,8 +171,9 @@ def test_quantized_heads():
     ref_hidden = torch.randn(4, SEQ, 64)
     found = losses.linear_dpo_loss(hidden, head, labels, ref_hidden=ref_hidden)
     dense = head.dequantize()
-    ours, theirs = (F.linear(h, dense).log_softmax(-1).gather(2, labels[..., None])[..., 0].sum(1)
-                    for h in (hidden, ref_hidden))  # fmt: skip
+    ours, theirs = (
+        F.linear(h, dense).log_softmax(-1).gather(2, labels[..., None])[..., 0].sum(1) for h in (hidden, ref_hidden)
+    )
     expected = losses.dpo_loss(*ours.chunk(2), *theirs.chunk(2))
     same(found.loss, expected.loss, [hidden], 1e-4)
 
@@ -146,8 +181,9 @@ def test_quantized_heads():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bits(dtype):
     case = Case(4, dtype)
-    found = losses.linear_dpo_loss(case.inputs[0], case.inputs[1], case.labels, case.inputs[2], **case.reference,
-                                   **HEAD)  # fmt: skip
+    found = losses.linear_dpo_loss(
+        case.inputs[0], case.inputs[1], case.labels, case.inputs[2], **case.reference, **HEAD
+    )
     assert found.loss.dtype == torch.float32
     wide = Case(4)
     wide.inputs = [t.detach().double() for t in case.inputs]
@@ -191,7 +227,7 @@ X, W, L = torch.zeros(4, 3, 2), torch.zeros(5, 2), torch.zeros(4, 3, dtype=torch
         (lambda: losses.linear_grpo_loss(X, W, L, None, X[:, 0, 0], ref_bias=W[:, 0]), "ref_bias is given, expected"),
         (lambda: losses.linear_grpo_loss(X, W, L, None, X[:, 0, 0], L[:2]), r"mask is of shape \(2, 3\), expected"),
     ],
-)  # fmt: skip
+)
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message) as info:
         call()

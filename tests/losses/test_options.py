@@ -81,7 +81,7 @@ def test_ld_alpha_is_of_the_reference_too():
     logprobs = [
         losses.sequence_logprobs(
             (h @ weight.T).log_softmax(-1).gather(-1, target[..., None])[..., 0], mask, ld_alpha=0.4
-        )  # fmt: skip
+        )
         for h in (hidden, ref_hidden)
     ]
     expected = losses.dpo_loss(*logprobs[0].chunk(2), *logprobs[1].chunk(2))
@@ -174,11 +174,14 @@ def test_bco_from_hidden_states():
     torch.testing.assert_close(found.losses, losses.bco_loss(logprobs, ref, good, shift=0.2).losses)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"ld_alpha": 0.5}, "mask is None, expected given, as ld_alpha is"),
-    ({"ld_alpha": 1.5, "mask": torch.ones(4, 9)}, r"ld_alpha is 1.5, expected in \[0, 1\]"),
-    ({"ld_alpha": 0.5, "average": True, "mask": torch.ones(4, 9)}, "without average"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"ld_alpha": 0.5}, "mask is None, expected given, as ld_alpha is"),
+        ({"ld_alpha": 1.5, "mask": torch.ones(4, 9)}, r"ld_alpha is 1.5, expected in \[0, 1\]"),
+        ({"ld_alpha": 0.5, "average": True, "mask": torch.ones(4, 9)}, "without average"),
+    ],
+)
 def test_refused(options, message):
     with pytest.raises(ValueError, match=message):
         losses.sequence_logprobs(torch.zeros(4, 9), options.pop("mask", None), **options)
@@ -199,12 +202,16 @@ def test_reports_of_log_probabilities(dtype, quantized):
     target[1, :9] = -100
     kept = target >= 0
     p = torch.softmax(z, -1)
-    expected = {"is_top1": (z.argmax(-1) == target) & kept, "log_sum_sq_probs": p.square().sum(-1).log() * kept,
-                "mean_logits": z.mean(-1) * kept}  # fmt: skip
+    expected = {
+        "is_top1": (z.argmax(-1) == target) & kept,
+        "log_sum_sq_probs": p.square().sum(-1).log() * kept,
+        "mean_logits": z.mean(-1) * kept,
+    }
     hidden.requires_grad_()
     options = {"logit_scale": 0.3, "softcap": 2.0, "temperature": 0.8}
-    logprobs, entropy, *found = linear_logprobs(hidden, head, target, bias, return_entropy=True,
-                                                reports=tuple(expected), **options)  # fmt: skip
+    logprobs, entropy, *found = linear_logprobs(
+        hidden, head, target, bias, return_entropy=True, reports=tuple(expected), **options
+    )
     close = {"rtol": 2e-5, "atol": 2e-5} if dtype != torch.bfloat16 or not quantized else {"rtol": 0.02, "atol": 0.02}
     for t, (name, value) in zip(found, expected.items(), strict=True):
         assert not t.requires_grad

@@ -71,9 +71,9 @@ def same(found, formula, inputs):
 
 
 def of_each(formula, inputs):
-    return torch.stack([
-        formula(c - rc, r - rr, BETA * (c - rc - r + rr)) for c, r, rc, rr in zip(*inputs, strict=True)
-    ])  # fmt: skip
+    return torch.stack(
+        [formula(c - rc, r - rr, BETA * (c - rc - r + rr)) for c, r, rc, rr in zip(*inputs, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -133,8 +133,14 @@ def test_gradcheck(name):
 def test_several_at_once():
     inputs = make()
     tokens = torch.arange(1, P + 1)
-    found = losses.dpo_loss(*inputs, loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0],
-                            beta=BETA, label_smoothing=E, chosen_tokens=tokens)  # fmt: skip
+    found = losses.dpo_loss(
+        *inputs,
+        loss_type=["sigmoid", "bco_pair", "sft"],
+        loss_weights=[0.8, 0.2, 1.0],
+        beta=BETA,
+        label_smoothing=E,
+        chosen_tokens=tokens,
+    )
     parts = [of_each(FORMULAS[name], inputs) for name in ("sigmoid", "bco_pair")]
     formula = 0.8 * parts[0] + 0.2 * parts[1] - inputs[0].sum() / tokens.sum()
     same(found.losses, formula, inputs)
@@ -182,16 +188,26 @@ CPO = {
 
 
 @pytest.mark.parametrize("power", [0.0, 0.3, -0.2])
-@pytest.mark.parametrize("name, nll", [
-    (name, nll) for name in _free.CPO for nll in ("none", "paper", "each", "scalar")[: 1 if name == "alphapo" else 4]
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, nll",
+    [(name, nll) for name in _free.CPO for nll in ("none", "paper", "each", "scalar")[: 1 if name == "alphapo" else 4]],
+)
 def test_cpo(name, nll, power):
     c, r, own = inputs = make(3)
     smoothing = 0.0 if name in ("hinge", "ipo") else E
     given = {"paper": None, "each": own, "scalar": own.mean(), "none": None}[nll]
     alpha = 0.0 if nll == "none" else 0.4
-    found = losses.cpo_loss(c, r, loss_type=name, beta=BETA, label_smoothing=smoothing, simpo_gamma=0.7, nll=given,
-                            cpo_alpha=alpha, alpha=power)  # fmt: skip
+    found = losses.cpo_loss(
+        c,
+        r,
+        loss_type=name,
+        beta=BETA,
+        label_smoothing=smoothing,
+        simpo_gamma=0.7,
+        nll=given,
+        cpo_alpha=alpha,
+        alpha=power,
+    )
     rewards = [(1 - t.exp() ** -power) / power if power else t for t in (c, r)]
     formula = torch.stack([CPO[name](a, b) for a, b in zip(*rewards, strict=True)])
     same(found.losses, formula + alpha * (-c if given is None else given), inputs)
@@ -245,8 +261,13 @@ def test_extreme_ratios(name, dtype):
             assert found.losses.isfinite().all() or name == "discopop"
     if name == "sigmoid":
         x = BETA * (far - far.roll(1) + far.roll(2) / 2).double()
-        exact = [(1 - E) * math.log1p(math.exp(-abs(v))) + E * math.log1p(math.exp(-abs(v)))
-                 + (1 - E) * max(-v, 0) + E * max(v, 0) for v in x.tolist()]  # fmt: skip
+        exact = [
+            (1 - E) * math.log1p(math.exp(-abs(v)))
+            + E * math.log1p(math.exp(-abs(v)))
+            + (1 - E) * max(-v, 0)
+            + E * max(v, 0)
+            for v in x.tolist()
+        ]
         exact = torch.tensor(exact, dtype=torch.float64)
         found = losses.dpo_loss(*inputs, **options_of(name)).losses
         torch.testing.assert_close(found.double(), exact, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
@@ -279,8 +300,9 @@ def test_transforms(name):
 
     grads = torch.func.grad(loss, (0, 1))(*inputs)
     leaves = [t.clone().requires_grad_() for t in inputs]
-    for a, b in zip(grads, torch.autograd.grad(loss(*leaves), leaves[:2], allow_unused=True,
-                                               materialize_grads=True), strict=True):  # fmt: skip
+    for a, b in zip(
+        grads, torch.autograd.grad(loss(*leaves), leaves[:2], allow_unused=True, materialize_grads=True), strict=True
+    ):
         torch.testing.assert_close(a, b, **CLOSE)
 
 

@@ -49,10 +49,13 @@ class Batch:
 
     def loss(self, of_sampler=None, beta=0.0, **options):
         return losses.grpo_loss(
-            *(self.arrange(t) for t in (self.logprobs, self.old, self.advantages, self.mask)), cu_seqlens=self.cu,
-            ref_logprobs=self.arrange(self.ref) if beta else None, sampler_ratio=self.arrange(of_sampler), beta=beta,
+            *(self.arrange(t) for t in (self.logprobs, self.old, self.advantages, self.mask)),
+            cu_seqlens=self.cu,
+            ref_logprobs=self.arrange(self.ref) if beta else None,
+            sampler_ratio=self.arrange(of_sampler),
+            beta=beta,
             **options,
-        )  # fmt: skip
+        )
 
 
 def clip(w, a, options):
@@ -108,8 +111,11 @@ def options_of(name, importance):
         options["max_length"] = 9
     if name in ("dapo", "cispo", "vespo"):
         options["num_tokens"] = 31
-    of_name = {"cispo": {"cispo_max": MOST}, "vespo": VESPO,
-               "sapo": {"sapo_temperature_pos": POS, "sapo_temperature_neg": NEG}}  # fmt: skip
+    of_name = {
+        "cispo": {"cispo_max": MOST},
+        "vespo": VESPO,
+        "sapo": {"sapo_temperature_pos": POS, "sapo_temperature_neg": NEG},
+    }
     return options | of_name.get(name, {})
 
 
@@ -174,8 +180,9 @@ def test_extreme_ratios(name, importance):
         lp = torch.tensor([[-1e4, 0.0, 50.0, -100.0], [0.0, -1e4, -3.0, 1e3]], dtype=dtype).requires_grad_()
         old = torch.tensor([[0.0, -1e4, -50.0, 0.0], [-1e4, -3.0, -1e3, -1e3]], dtype=dtype)
         for advantages in (torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0])):
-            found = losses.grpo_loss(lp, old, advantages, ref_logprobs=old.flip(0), beta=0.1,
-                                     **options_of(name, importance))  # fmt: skip
+            found = losses.grpo_loss(
+                lp, old, advantages, ref_logprobs=old.flip(0), beta=0.1, **options_of(name, importance)
+            )
             (grad,) = torch.autograd.grad(found.loss, lp)
             assert found.loss.isfinite() and grad.isfinite().all() and found.kl.isfinite()
 
@@ -222,13 +229,20 @@ def test_sampler_ratios(mode, limits, packed):
     sampler = batch.old + 0.4 * torch.randn(len(batch.old), dtype=torch.float64)
     missing = torch.rand(len(sampler)) < 0.2
     given = torch.where(missing, torch.nan, sampler)
-    found = losses.sampler_ratios(*(batch.arrange(t) for t in (batch.old, given, batch.mask)), cu_seqlens=batch.cu,
-                                  mode=mode, clip_max=limits[0], clip_min=limits[1])  # fmt: skip
+    found = losses.sampler_ratios(
+        *(batch.arrange(t) for t in (batch.old, given, batch.mask)),
+        cu_seqlens=batch.cu,
+        mode=mode,
+        clip_max=limits[0],
+        clip_min=limits[1],
+    )
     most, least = limits[0] or math.inf, limits[1] or 0.0
     difference = torch.where(missing | ~batch.mask, 0.0, batch.old - sampler)
-    ratios = difference.exp() if mode.startswith("token") else torch.stack([
-        d.sum().exp() for d in difference.split(LENGTHS)
-    ])  # fmt: skip
+    ratios = (
+        difference.exp()
+        if mode.startswith("token")
+        else torch.stack([d.sum().exp() for d in difference.split(LENGTHS)])
+    )
     kept = ratios.clone()
     for i, r in enumerate(ratios.tolist()):
         kept[i] = min(max(r, least), most) if mode.endswith("truncate") else r if least <= r <= most else 0.0
@@ -255,8 +269,9 @@ def test_off_policy_mask(packed):
     sampler[-1] = torch.nan  # says nothing: the mean over three tokens is 0.6
     given = [batch.arrange(t) for t in (batch.logprobs, sampler)]
     for threshold, expected in ((0.5, [1, 1, 1, 0]), (0.7, [1, 1, 1, 1]), (0.05, [0, 1, 1, 0])):
-        found = losses.off_policy_mask(*given, batch.advantages, batch.arrange(batch.mask), cu_seqlens=batch.cu,
-                                       threshold=threshold)  # fmt: skip
+        found = losses.off_policy_mask(
+            *given, batch.advantages, batch.arrange(batch.mask), cu_seqlens=batch.cu, threshold=threshold
+        )
         assert found.tolist() == expected and not found.requires_grad
 
 

@@ -129,9 +129,20 @@ OPTIONS = {
     "qk_norm": {"qk_norm": True, "rope": 1e4},
     "alibi": {"alibi": True},
     "scale": {"scale": 0.7},
-    "everything": {"num_heads": 6, "num_kv_heads": 3, "head_dim": 12, "bias": True, "rope": 1e3, "window": (9, 0),
-                   "softcap": 2.0, "sinks": True, "qk_norm": True, "alibi": True, "scale": 0.5},
-}  # fmt: skip
+    "everything": {
+        "num_heads": 6,
+        "num_kv_heads": 3,
+        "head_dim": 12,
+        "bias": True,
+        "rope": 1e3,
+        "window": (9, 0),
+        "softcap": 2.0,
+        "sinks": True,
+        "qk_norm": True,
+        "alibi": True,
+        "scale": 0.5,
+    },
+}
 
 
 def make(name: str, **more) -> Attention:
@@ -235,23 +246,39 @@ def test_dropout_is_for_training_alone():
 def test_names_and_shapes_are_those_of_checkpoints():
     module = Attention(DIM, 6, 2, head_dim=10, bias=True, qk_norm=True, sinks=True, rope=1e4, alibi=True)
     assert {name: tuple(t.shape) for name, t in module.state_dict().items()} == {
-        "q_proj.weight": (60, DIM), "k_proj.weight": (20, DIM), "v_proj.weight": (20, DIM), "o_proj.weight": (DIM, 60),
-        "q_proj.bias": (60,), "k_proj.bias": (20,), "v_proj.bias": (20,), "o_proj.bias": (DIM,),
-        "q_norm.weight": (10,), "k_norm.weight": (10,), "sinks": (6,),
-    }  # fmt: skip
+        "q_proj.weight": (60, DIM),
+        "k_proj.weight": (20, DIM),
+        "v_proj.weight": (20, DIM),
+        "o_proj.weight": (DIM, 60),
+        "q_proj.bias": (60,),
+        "k_proj.bias": (20,),
+        "v_proj.bias": (20,),
+        "o_proj.bias": (DIM,),
+        "q_norm.weight": (10,),
+        "k_norm.weight": (10,),
+        "sinks": (6,),
+    }
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_attention_of_hugging_face_models_loads_and_agrees(family):
     transformers = pytest.importorskip("transformers")
     name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
-    sizes = {"vocab_size": 11, "hidden_size": DIM, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 12,
-             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    sizes = {
+        "vocab_size": 11,
+        "hidden_size": DIM,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "head_dim": 12,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config = getattr(transformers, f"{name}Config")(**sizes)
     model = filled(getattr(transformers, f"{name}Model")(config)).eval()
     theirs = model.layers[0].self_attn
-    ours = Attention(DIM, 4, 2, head_dim=12, bias=family == "qwen2", out_bias=False, qk_norm=family == "qwen3",
-                     rope=10_000.0)  # fmt: skip
+    ours = Attention(
+        DIM, 4, 2, head_dim=12, bias=family == "qwen2", out_bias=False, qk_norm=family == "qwen3", rope=10_000.0
+    )
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 21, DIM)
     angles = model.rotary_emb(x, torch.arange(21)[None])
@@ -349,8 +376,9 @@ def test_packed_compiled_in_one_graph():
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths in ([5, 14], [30, 1]):
         x, cu_seqlens = torch.randn(sum(lengths), DIM), torch.tensor([0, *lengths]).cumsum(0)
-        torch.testing.assert_close(compiled(x, cu_seqlens=cu_seqlens), module(x, cu_seqlens=cu_seqlens), rtol=1e-4,
-                                   atol=1e-5)  # fmt: skip
+        torch.testing.assert_close(
+            compiled(x, cu_seqlens=cu_seqlens), module(x, cu_seqlens=cu_seqlens), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_opaque_reprs_say_what_is_set():

@@ -104,6 +104,8 @@ def test_cross_entropy_loss():
     theirs = nn.CrossEntropyLoss(weight, label_smoothing=0.1, reduction="sum")
     torch.testing.assert_close(ours(logits, target), theirs(logits, target))
     token_weight = torch.rand(5)
-    torch.testing.assert_close(bnn.CrossEntropyLoss(z_loss=0.1)(logits, target, token_weight),
-                               B.cross_entropy(logits, target, z_loss=0.1, token_weight=token_weight))  # fmt: skip
+    torch.testing.assert_close(
+        bnn.CrossEntropyLoss(z_loss=0.1)(logits, target, token_weight),
+        B.cross_entropy(logits, target, z_loss=0.1, token_weight=token_weight),
+    )
     assert "label_smoothing=0.1" in repr(ours)

@@ -127,11 +127,17 @@ def test_heads_of_latent_attention():
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
-    st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(0, 90), st.integers(0, 90), st.integers(1, 70),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(0, 90),
+    st.integers(0, 90),
+    st.integers(1, 70),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     st.sets(st.sampled_from(list(FEATURES)), max_size=4),
-    st.sampled_from(["contiguous", "heads inside", "strided"]), st.integers(0, 1 << 16),
-)  # fmt: skip
+    st.sampled_from(["contiguous", "heads inside", "strided"]),
+    st.integers(0, 1 << 16),
+)
 def test_fuzz(batch, groups, group_size, queries, keys, size, dtype, features, layout, seed):
     torch.manual_seed(seed)
     heads = groups * group_size
@@ -334,9 +340,10 @@ def test_expanded_keys_and_upstream_gradients():
 def test_equals_scaled_dot_product_attention(options):
     given = tensors(2, 8, 8, 130, 130, 64)
     expected = torch.nn.functional.scaled_dot_product_attention(
-        **dict(zip(("query", "key", "value"), given.values(), strict=True)), is_causal=options.get("causal", False),
+        **dict(zip(("query", "key", "value"), given.values(), strict=True)),
+        is_causal=options.get("causal", False),
         scale=options.get("scale"),
-    )  # fmt: skip
+    )
     torch.testing.assert_close(B.attention(**given, **options), expected)
 
 
@@ -363,8 +370,12 @@ def test_selective_checkpointing_keeps_the_output():
         return CheckpointPolicy.PREFER_RECOMPUTE
 
     given = [t.detach().requires_grad_() for t in tensors(1, 4, 2, 40).values()]
-    out = checkpoint(lambda *t: B.attention(*t, causal=True), *given, use_reentrant=False,
-                     context_fn=lambda: create_selective_checkpoint_contexts(policy))  # fmt: skip
+    out = checkpoint(
+        lambda *t: B.attention(*t, causal=True),
+        *given,
+        use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(policy),
+    )
     found = torch.autograd.grad(out.sum(), given)
     assert calls[0] is False
     expected = torch.autograd.grad(B.attention(*given, causal=True).sum(), given)

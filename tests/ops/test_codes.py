@@ -17,6 +17,16 @@ def test_rows_are_those_of_the_kernels():
     ours = {number: row for number, row in KINDS.items() if number < FIRST_WITHOUT_KERNELS}
     assert sorted(ours) == list(range(3, len(rows)))
     for number, row in ours.items():
-        said = (row.name, row.bits, row.codes == torch.int8, row.scale_bytes, row.blocked, bool(row.zero),
-                row.row_scale, row.book, row.block, row.block_bytes)  # fmt: skip
+        said = (
+            row.name,
+            row.bits,
+            row.codes == torch.int8,
+            row.scale_bytes,
+            row.blocked,
+            bool(row.zero),
+            row.row_scale,
+            row.book,
+            row.block,
+            row.block_bytes,
+        )
         assert rows[number] == said

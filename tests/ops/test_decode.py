@@ -109,8 +109,10 @@ def test_append_quantizes_zeros_and_infinities():
 def test_append_to_caches_of_any_strides():
     for axis in range(4):
         k = torch.randn(2, 3, 3, 8)
-        caches = [torch.zeros(2, 16, 3, 8).repeat_interleave(2, axis)[(slice(None),) * axis + (slice(None, None, 2),)]
-                  for _ in range(2)]  # fmt: skip
+        caches = [
+            torch.zeros(2, 16, 3, 8).repeat_interleave(2, axis)[(slice(None),) * axis + (slice(None, None, 2),)]
+            for _ in range(2)
+        ]
         assert not caches[0].is_contiguous()
         lengths = torch.tensor([3, 11], dtype=torch.int32)
         functional.append_kv_(k.transpose(1, 2), *caches, lengths, k.transpose(1, 2), k.transpose(1, 2))

@@ -155,8 +155,9 @@ def test_batches_of_upstream_gradients(sample: Sample, create_graph: bool, libra
     out = out[0] if isinstance(out, tuple) else out
     wanted = [leaves[n] for n in sample.differentiable]
     upstream = torch.randn(3, *out.shape)
-    batched = torch.autograd.grad(out, wanted, upstream, is_grads_batched=True, retain_graph=True,
-                                  create_graph=create_graph)  # fmt: skip
+    batched = torch.autograd.grad(
+        out, wanted, upstream, is_grads_batched=True, retain_graph=True, create_graph=create_graph
+    )
     for i, one in enumerate(upstream):
         single = torch.autograd.grad(out, wanted, one, retain_graph=True)
         for a, b in zip(batched, single, strict=True):
@@ -185,15 +186,23 @@ def test_forward_mode_over_a_backward(sample: Sample, library):
 HEADS = {
     "cross entropy, kernel": lambda h, w, t: functional.linear_cross_entropy(h, w, t),
     "cross entropy, chunks": lambda h, w, t: functional.linear_cross_entropy(h, w, t, softcap=3.0, label_smoothing=0.1),
-    "cross entropy a token": lambda h, w, t: functional.linear_cross_entropy(
-        h, w, t, softcap=3.0, label_smoothing=0.1, reduction="none").square().sum(),
-    "log probabilities": lambda h, w, t: functional.linear_logprobs(
-        h, w, t, temperature=0.7, return_entropy=True)[0].sum(),
+    "cross entropy a token": lambda h, w, t: (
+        functional.linear_cross_entropy(h, w, t, softcap=3.0, label_smoothing=0.1, reduction="none").square().sum()
+    ),
+    "log probabilities": lambda h, w, t: functional.linear_logprobs(h, w, t, temperature=0.7, return_entropy=True)[
+        0
+    ].sum(),
     "distillation": lambda h, w, t: functional.linear_distillation(
-        h, w, t, teacher_logits=h.detach() @ w.detach().T + 1, temperature=2.0, alpha=0.5, divergence="jsd"),
-    "distillation a token": lambda h, w, t: functional.linear_distillation(
-        h, w, teacher_hidden=h.detach().cos(), teacher_weight=w.detach(), reduction="none").square().sum(),
-}  # fmt: skip
+        h, w, t, teacher_logits=h.detach() @ w.detach().T + 1, temperature=2.0, alpha=0.5, divergence="jsd"
+    ),
+    "distillation a token": lambda h, w, t: (
+        functional.linear_distillation(
+            h, w, teacher_hidden=h.detach().cos(), teacher_weight=w.detach(), reduction="none"
+        )
+        .square()
+        .sum()
+    ),
+}
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
@@ -205,12 +214,15 @@ def test_losses_over_a_vocabulary(name: str, backend: str | None, library):
 
     def products(dtype, backend):
         with bigkernels.use(backend) if backend else torch.enable_grad():
-            return torch.autograd.functional.hvp(lambda h, w: HEADS[name](h, w, t), (h.to(dtype), w.to(dtype)),
-                                                 tuple(v.to(dtype) for v in vector))[1]  # fmt: skip
+            return torch.autograd.functional.hvp(
+                lambda h, w: HEADS[name](h, w, t), (h.to(dtype), w.to(dtype)), tuple(v.to(dtype) for v in vector)
+            )[1]
 
     exact = torch.func.jvp(  # transforms see plain PyTorch
-        torch.func.grad(lambda h, w: HEADS[name](h, w, t), (0, 1)), (h.double(), w.double()),
-        tuple(v.double() for v in vector))[1]  # fmt: skip
+        torch.func.grad(lambda h, w: HEADS[name](h, w, t), (0, 1)),
+        (h.double(), w.double()),
+        tuple(v.double() for v in vector),
+    )[1]
     for found, expected in zip(products(torch.float32, backend), exact, strict=True):
         assert expected.abs().max() > 0
         torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())

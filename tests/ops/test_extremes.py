@@ -52,11 +52,18 @@ def test_a_nan_or_an_infinity_stays_in_its_row(dtype):
 def test_norms_of_huge_and_tiny_rows():
     for scale in (1e-25, 1e-12, 1.0, 1e12):
         x = torch.randn(3, 333) * scale
-        torch.testing.assert_close(B.rms_norm(x, eps=0.0), B.rms_norm(x.double(), eps=0.0).float() if scale > 1e-15 else
-                                   B.rms_norm(x, eps=0.0), rtol=1e-5, atol=1e-5)  # fmt: skip
-        torch.testing.assert_close(B.layer_norm(x, eps=0.0 if scale > 1e-15 else 1e-5),
-                                   B.layer_norm(x.double(), eps=0.0 if scale > 1e-15 else 1e-5).float(),
-                                   rtol=1e-5, atol=1e-5)  # fmt: skip
+        torch.testing.assert_close(
+            B.rms_norm(x, eps=0.0),
+            B.rms_norm(x.double(), eps=0.0).float() if scale > 1e-15 else B.rms_norm(x, eps=0.0),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+        torch.testing.assert_close(
+            B.layer_norm(x, eps=0.0 if scale > 1e-15 else 1e-5),
+            B.layer_norm(x.double(), eps=0.0 if scale > 1e-15 else 1e-5).float(),
+            rtol=1e-5,
+            atol=1e-5,
+        )
     assert torch.equal(B.rms_norm(torch.zeros(2, 8)), torch.zeros(2, 8))
     assert torch.equal(B.layer_norm(torch.full((2, 8), 3.0)), torch.zeros(2, 8))
 

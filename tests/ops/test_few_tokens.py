@@ -19,10 +19,19 @@ from bigkernels.ops._fragments import CODES, OFFSETS, Fragments, in_fragments, k
 from bigkernels.quantization import FP4, NF4, Int4, QuantizedWeight
 
 FORMATS = {
-    "int4, 32": Int4(32), "int4, 64": Int4(64), "int4, 128": Int4(128), "int4, rtn": Int4(64, "rtn"), "q4_1": "q4_1",
-    "nf4, 32": NF4(32), "nf4, 64": NF4(64), "nf4, 128": NF4(128, False), "fp4": FP4(), "int8": "int8", "q8_0": "q8_0",
+    "int4, 32": Int4(32),
+    "int4, 64": Int4(64),
+    "int4, 128": Int4(128),
+    "int4, rtn": Int4(64, "rtn"),
+    "q4_1": "q4_1",
+    "nf4, 32": NF4(32),
+    "nf4, 64": NF4(64),
+    "nf4, 128": NF4(128, False),
+    "fp4": FP4(),
+    "int8": "int8",
+    "q8_0": "q8_0",
     "fp8": "fp8",
-}  # fmt: skip
+}
 DTYPES = [torch.bfloat16, torch.float16]
 TOKENS = (1, 3, 16, 17, 33, 64)
 
@@ -96,9 +105,15 @@ def test_results_depend_on_neither_order_nor_time(name: str, host: Host):
         x = tokens(m, 1160, torch.bfloat16)
         found = [
             host(x, fragments, book, how=Run(7, stages, order, reversed, early))
-            for stages, order, reversed, early in ((3, 0, False, False), (3, 5, True, False), (3, 9, False, True),
-                                                   (2, 0, True, True), (2, 11, False, False), (4, 3, True, False))
-        ]  # fmt: skip
+            for stages, order, reversed, early in (
+                (3, 0, False, False),
+                (3, 5, True, False),
+                (3, 9, False, True),
+                (2, 0, True, True),
+                (2, 11, False, False),
+                (4, 3, True, False),
+            )
+        ]
         assert all(torch.equal(found[0], other) for other in found[1:])
 
 
@@ -321,9 +336,13 @@ def test_others_are_asked_unless_the_table_or_the_user_says_so(on_host, monkeypa
 
 @pytest.mark.parametrize(
     ("config", "m", "k", "dtype", "message"),
-    [("int4", 65, 256, torch.bfloat16, "64 tokens"), ("int4", 2, 250, torch.bfloat16, "multiple of 8"),
-     ("int4", 2, 256, torch.float32, "float32"), ("int8-dynamic", 2, 256, torch.float16, "rounded")],
-)  # fmt: skip
+    [
+        ("int4", 65, 256, torch.bfloat16, "64 tokens"),
+        ("int4", 2, 250, torch.bfloat16, "multiple of 8"),
+        ("int4", 2, 256, torch.float32, "float32"),
+        ("int8-dynamic", 2, 256, torch.float16, "rounded"),
+    ],
+)
 def test_forced_where_there_is_no_kernel(config, m, k, dtype, message, on_host):
     launcher = _few_tokens.before(elsewhere)
     with use("cuda"), pytest.raises(RuntimeError, match=f"'cuda' was forced but .*{message}"):

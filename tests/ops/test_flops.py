@@ -85,14 +85,20 @@ def test_losses_over_a_vocabulary(library):
     assert count(lambda h: loss(h, w), h) == (products, products)
     assert count(loss, h, w, backward=False) == (products, 0)
     # In chunks forward makes the gradients while it has the logits.
-    assert sum(count(lambda h, w: functional.linear_cross_entropy(h, w, t, softcap=3.0, label_smoothing=0.1), h, w)
-               ) == 3 * products  # fmt: skip
+    assert (
+        sum(count(lambda h, w: functional.linear_cross_entropy(h, w, t, softcap=3.0, label_smoothing=0.1), h, w))
+        == 3 * products
+    )
     assert sum(count(lambda h, w: functional.linear_logprobs(h, w, t), h, w)) == 4 * products  # logits once more
 
 
 def test_the_counter_may_be_imported_before_or_after():
     ask = "print(torch.ops.bigkernels.linear_fwd in torch.utils.flop_counter.flop_registry)"
     for first, second in (("bigkernels", "torch.utils.flop_counter"), ("torch.utils.flop_counter", "bigkernels")):
-        done = subprocess.run([sys.executable, "-c", f"import torch, {first}\nimport {second}\n{ask}"],
-                              capture_output=True, text=True, check=True)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", f"import torch, {first}\nimport {second}\n{ask}"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert done.stdout == "True\n"

@@ -101,8 +101,20 @@ def test_glu(lead, n, dtype, layout, other, activation, seed):
 
 
 @FEW
-@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(1, 9), st.integers(1, 40),
-       st.integers(1, 40), dtypes, layouts, st.booleans(), st.booleans(), st.booleans(), seeds)  # fmt: skip
+@given(
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    dtypes,
+    layouts,
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    seeds,
+)
 def test_rope(batch, q_heads, k_heads, length, half, rest, dtype, layout, heads_last, interleaved, per_batch, seed):
     torch.manual_seed(seed)
     d, rotary = 2 * half + rest, 2 * half
@@ -118,9 +130,20 @@ def test_rope(batch, q_heads, k_heads, length, half, rest, dtype, layout, heads_
 
 
 @FEW
-@given(st.integers(1, 9), st.integers(2, 300) | st.sampled_from([2047, 2048, 2049, 4100]), dtypes, layouts,
-       st.sampled_from(["mean", "sum", "none"]), st.sampled_from([0.0, 0.1, 1.0]), st.sampled_from([0.0, 0.01]),
-       st.sampled_from([None, 4.0]), st.sampled_from([0.0, 0.5, 2.0]), st.booleans(), st.booleans(), seeds)  # fmt: skip
+@given(
+    st.integers(1, 9),
+    st.integers(2, 300) | st.sampled_from([2047, 2048, 2049, 4100]),
+    dtypes,
+    layouts,
+    st.sampled_from(["mean", "sum", "none"]),
+    st.sampled_from([0.0, 0.1, 1.0]),
+    st.sampled_from([0.0, 0.01]),
+    st.sampled_from([None, 4.0]),
+    st.sampled_from([0.0, 0.5, 2.0]),
+    st.booleans(),
+    st.booleans(),
+    seeds,
+)
 def test_cross_entropy(
     tokens, vocabulary, dtype, layout, reduction, smoothing, z_loss, softcap, gamma, classes, weights, seed
 ):

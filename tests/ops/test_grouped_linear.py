@@ -12,9 +12,12 @@ from bigkernels.quantization import quantize_weight
 
 FORMATS = ("int8", "int8-dynamic", "int4", "nf4", "fp8", "q4_1", "q8_0")
 ENDS = {
-    "all have some": [5, 9, 20, 23], "some have none": [0, 11, 11, 23], "one has all": [0, 0, 23, 23],
-    "some belong to none": [3, 7, 7, 12], "nobody has any": [0, 0, 0, 0],
-}  # fmt: skip
+    "all have some": [5, 9, 20, 23],
+    "some have none": [0, 11, 11, 23],
+    "one has all": [0, 0, 23, 23],
+    "some belong to none": [3, 7, 7, 12],
+    "nobody has any": [0, 0, 0, 0],
+}
 TOKENS, N, K = 23, 40, 96
 
 
@@ -32,8 +35,9 @@ def test_plain(ends):
         assert not found.any()
         return
     torch.testing.assert_close(found, expected)
-    for a, b in zip(*(torch.autograd.grad(y, (x, weight), up, materialize_grads=True) for y in (found, expected)),
-                    strict=True):  # fmt: skip
+    for a, b in zip(
+        *(torch.autograd.grad(y, (x, weight), up, materialize_grads=True) for y in (found, expected)), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -63,9 +67,11 @@ def test_fallbacks_of_the_raw_operators(format):
     expected = each(leaf, weight.requires_grad_(), ends.tolist())
     dx, dw = torch.autograd.grad(expected, (leaf, weight), up)
     tolerance = {"rtol": 0.05, "atol": 0.5} if dynamic else {"rtol": 1e-4, "atol": 1e-4}
-    calls = [(ops.grouped_linear_fwd, (x, ends, *operands, dynamic), expected.detach(), tolerance),
-             (ops.grouped_linear_bwd, (up, ends, *operands, K), dx, {"rtol": 1e-4, "atol": 1e-4}),
-             (ops.grouped_linear_weight_bwd, (up, x, ends), dw, {"rtol": 1e-4, "atol": 1e-4})]  # fmt: skip
+    calls = [
+        (ops.grouped_linear_fwd, (x, ends, *operands, dynamic), expected.detach(), tolerance),
+        (ops.grouped_linear_bwd, (up, ends, *operands, K), dx, {"rtol": 1e-4, "atol": 1e-4}),
+        (ops.grouped_linear_weight_bwd, (up, x, ends), dw, {"rtol": 1e-4, "atol": 1e-4}),
+    ]
     for op, args, right, allowed in calls:
         torch.testing.assert_close(op(*args), right, **allowed)
         assert set(torch.library.opcheck(op.default, args).values()) == {"SUCCESS"}
@@ -73,8 +79,12 @@ def test_fallbacks_of_the_raw_operators(format):
 
 def test_wrong_arguments_are_named():
     x, weight, ends = torch.randn(5, 8), torch.randn(2, 3, 8), torch.tensor([2, 5])
-    for given, message in (((x, weight, ends[:1]), "do not fit"), ((x[:, :4], weight, ends), "do not fit"),
-                           ((x[0], weight, ends), "do not fit"), ((x.half(), weight, ends), "do not fit")):  # fmt: skip
+    for given, message in (
+        ((x, weight, ends[:1]), "do not fit"),
+        ((x[:, :4], weight, ends), "do not fit"),
+        ((x[0], weight, ends), "do not fit"),
+        ((x.half(), weight, ends), "do not fit"),
+    ):
         with pytest.raises(ValueError, match=message):
             grouped_linear(*given)
     for given in ((x.long(), weight, ends), (x, weight, ends.float())):

@@ -46,16 +46,18 @@ def test_large_results_of_half_a_block_of_columns(n: int, quantized: bool):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-cases = st.fixed_dictionaries({
-    "m": st.sampled_from([1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 70, 600]),
-    "n": st.sampled_from([1, 3, 7, 31, 64, 129, 200]),
-    "k": st.sampled_from([1, 2, 15, 31, 33, 64, 95, 128, 200, 515, 1100]),
-    "dtype": st.sampled_from(list(DTYPES)),
-    "wide": st.booleans(),  # whether the weight is float32
-    "turned": st.booleans(),  # whether it lies in memory as (K, N)
-    "bias": st.booleans(),
-    "seed": st.integers(0, 2**31),
-})  # fmt: skip
+cases = st.fixed_dictionaries(
+    {
+        "m": st.sampled_from([1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 70, 600]),
+        "n": st.sampled_from([1, 3, 7, 31, 64, 129, 200]),
+        "k": st.sampled_from([1, 2, 15, 31, 33, 64, 95, 128, 200, 515, 1100]),
+        "dtype": st.sampled_from(list(DTYPES)),
+        "wide": st.booleans(),  # whether the weight is float32
+        "turned": st.booleans(),  # whether it lies in memory as (K, N)
+        "bias": st.booleans(),
+        "seed": st.integers(0, 2**31),
+    }
+)
 
 
 def drawn(case: dict) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -112,8 +114,11 @@ def test_no_elements(shape: tuple[int, ...], n: int):
     bias = torch.randn(n, requires_grad=True)
     found, expected = functional.linear(x, weight, bias), F.linear(x, weight, bias)
     assert torch.equal(found, expected)
-    for ours, theirs in zip(torch.autograd.grad(found.sum(), (x, weight, bias)),
-                            torch.autograd.grad(expected.sum(), (x, weight, bias)), strict=True):  # fmt: skip
+    for ours, theirs in zip(
+        torch.autograd.grad(found.sum(), (x, weight, bias)),
+        torch.autograd.grad(expected.sum(), (x, weight, bias)),
+        strict=True,
+    ):
         assert torch.equal(ours, theirs)
 
 
@@ -150,14 +155,17 @@ def test_frozen_parts_are_not_kept():
     torch.testing.assert_close(dw, x.detach().sum(0).expand(32, -1))
 
 
-@pytest.mark.parametrize("arguments, error, message", [
-    ((torch.randn(2, 3), torch.randn(4, 5)), ValueError, r"x has shape \(2, 3\), expected \(\.\.\., 5\)"),
-    ((torch.randn(2, 3), torch.randn(3)), ValueError, "weight has shape"),
-    ((torch.randn(2, 3), torch.randn(4, 3), torch.randn(3)), ValueError, r"bias has shape \(3,\), expected \(4,\)"),
-    ((torch.randn(2, 3), torch.randn(4, 3).bfloat16()), TypeError, "weight is bfloat16 and x is float32"),
-    ((torch.arange(3), torch.randn(4, 3)), TypeError, "x is int64"),
-    ((torch.randn(2, 3), torch.randn(4, 3, device="meta")), ValueError, "weight is on meta"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ((torch.randn(2, 3), torch.randn(4, 5)), ValueError, r"x has shape \(2, 3\), expected \(\.\.\., 5\)"),
+        ((torch.randn(2, 3), torch.randn(3)), ValueError, "weight has shape"),
+        ((torch.randn(2, 3), torch.randn(4, 3), torch.randn(3)), ValueError, r"bias has shape \(3,\), expected \(4,\)"),
+        ((torch.randn(2, 3), torch.randn(4, 3).bfloat16()), TypeError, "weight is bfloat16 and x is float32"),
+        ((torch.arange(3), torch.randn(4, 3)), TypeError, "x is int64"),
+        ((torch.randn(2, 3), torch.randn(4, 3, device="meta")), ValueError, "weight is on meta"),
+    ],
+)
 def test_errors(arguments: tuple, error: type, message: str):
     with pytest.raises(error, match=message):
         functional.linear(*arguments)
@@ -212,15 +220,19 @@ def at_the_old_address(w):
 
 
 COUNTED = {
-    "in place": lambda w: w.add_(1.0), "data replaced": lambda w: setattr(w, "data", torch.randn(40, 64)),
+    "in place": lambda w: w.add_(1.0),
+    "data replaced": lambda w: setattr(w, "data", torch.randn(40, 64)),
     "data at the old address": at_the_old_address,
-    "a row": lambda w: w[3].zero_(), "loaded": lambda w: w.copy_(torch.ones(40, 64)),
-}  # fmt: skip
+    "a row": lambda w: w[3].zero_(),
+    "loaded": lambda w: w.copy_(torch.ones(40, 64)),
+}
 UNCOUNTED = {
-    "a row through data": lambda w: w.data[39].fill_(3.0), "all through data": lambda w: w.data.mul_(2.0),
-    "a column through data": lambda w: w.data[:, 7].zero_(), "average": lambda w: w.data.lerp_(torch.ones(40, 64), 0.1),
+    "a row through data": lambda w: w.data[39].fill_(3.0),
+    "all through data": lambda w: w.data.mul_(2.0),
+    "a column through data": lambda w: w.data[:, 7].zero_(),
+    "average": lambda w: w.data.lerp_(torch.ones(40, 64), 0.1),
     "numpy": lambda w: w.detach().numpy().__setitem__((5, 3), 9.0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("write", COUNTED.values(), ids=COUNTED)

@@ -21,13 +21,24 @@ from bigkernels.ops import linear_cross_entropy as op
 DTYPES = (torch.float64, torch.float32, *SIXTEEN_BITS)
 ONE = [torch.tensor(1.3, dtype=torch.float64)]
 OPTIONS = {
-    "smoothing": {"label_smoothing": 0.2}, "z_loss": {"z_loss": 0.03}, "softcap": {"softcap": 2.5},
-    "focal": {"focal_gamma": 1.5}, "scale": {"logit_scale": -0.6}, "class": {"class_weight": True},
-    "token": {"token_weight": True}, "none": {"reduction": "none"}, "sum": {"reduction": "sum"},
+    "smoothing": {"label_smoothing": 0.2},
+    "z_loss": {"z_loss": 0.03},
+    "softcap": {"softcap": 2.5},
+    "focal": {"focal_gamma": 1.5},
+    "scale": {"logit_scale": -0.6},
+    "class": {"class_weight": True},
+    "token": {"token_weight": True},
+    "none": {"reduction": "none"},
+    "sum": {"reduction": "sum"},
     "ignore": {"ignore_index": 3},
-}  # fmt: skip
-PAIRS = [(), *((a,) for a in OPTIONS), *itertools.combinations(OPTIONS, 2), tuple(n for n in OPTIONS if n != "sum"),
-         tuple(n for n in OPTIONS if n not in ("smoothing", "none"))]  # fmt: skip
+}
+PAIRS = [
+    (),
+    *((a,) for a in OPTIONS),
+    *itertools.combinations(OPTIONS, 2),
+    tuple(n for n in OPTIONS if n != "sum"),
+    tuple(n for n in OPTIONS if n not in ("smoothing", "none")),
+]
 
 
 class Case:
@@ -319,8 +330,17 @@ def test_compiles_to_one_graph(reduction):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck_and_transforms(reduction):
-    case = Case(5, 7, reduction=reduction, label_smoothing=0.1, z_loss=0.2, class_weight=True, token_weight=True,
-                focal_gamma=1.5, logit_scale=1.3)  # fmt: skip
+    case = Case(
+        5,
+        7,
+        reduction=reduction,
+        label_smoothing=0.1,
+        z_loss=0.2,
+        class_weight=True,
+        token_weight=True,
+        focal_gamma=1.5,
+        logit_scale=1.3,
+    )
     inputs = [t.requires_grad_() for t in make(5, 7, 3)]
     assert torch.autograd.gradcheck(lambda *t: case.ours(*t)[0], inputs)
     inputs = [t.detach().float() for t in inputs]
@@ -352,8 +372,9 @@ def test_fuzz(seed):
 def test_memory(dtype):
     """Forward and backward need less than a twentieth of the logits beyond the gradients."""
     tokens, size, vocabulary = 2048, 256, 16000
-    hidden, weight, _ = (None if t is None else t.requires_grad_() for t in make(tokens, vocabulary, size, dtype,
-                                                                                  bias=False))  # fmt: skip
+    hidden, weight, _ = (
+        None if t is None else t.requires_grad_() for t in make(tokens, vocabulary, size, dtype, bias=False)
+    )
     target = torch.randint(vocabulary, (tokens,))
     width = hidden.element_size()
     gradients = (tokens + vocabulary) * size * width

@@ -40,16 +40,41 @@ def between(kind, p, q, beta):
 class Case:
     """A teacher and options; `ours` and `formula` are functions of (hidden, weight, bias)."""
 
-    def __init__(self, tokens, vocabulary, dtype, teacher="hidden", kind="forward_kl", beta=0.5, temperature=1.0,
-                 squared=False, alpha=0.0, masked=True, reduction="mean", scale=1.0, softcap=None, teacher_scale=1.0,
-                 teacher_softcap=None, k=5, size=7, spread=1.0):  # fmt: skip
+    def __init__(
+        self,
+        tokens,
+        vocabulary,
+        dtype,
+        teacher="hidden",
+        kind="forward_kl",
+        beta=0.5,
+        temperature=1.0,
+        squared=False,
+        alpha=0.0,
+        masked=True,
+        reduction="mean",
+        scale=1.0,
+        softcap=None,
+        teacher_scale=1.0,
+        teacher_softcap=None,
+        k=5,
+        size=7,
+        spread=1.0,
+    ):
         self.kind, self.beta, self.temperature, self.alpha, self.reduction = kind, beta, temperature, alpha, reduction
         self.factor = temperature**2 if squared else 1.0
         self.head = scale, softcap
         self.kept = torch.rand(tokens) > 0.25 if masked else torch.ones(tokens, dtype=torch.bool)
         self.target = torch.where(self.kept, torch.randint(vocabulary, (tokens,)), -100)
-        self.options = {"divergence": kind, "temperature": temperature, "temperature_squared": squared, "alpha": alpha,
-                        "reduction": reduction, "logit_scale": scale, "softcap": softcap}  # fmt: skip
+        self.options = {
+            "divergence": kind,
+            "temperature": temperature,
+            "temperature_squared": squared,
+            "alpha": alpha,
+            "reduction": reduction,
+            "logit_scale": scale,
+            "softcap": softcap,
+        }
         if kind == "jsd":
             self.options["beta"] = beta
         if alpha or masked:
@@ -59,8 +84,13 @@ class Case:
         self.hidden, self.weight, self.bias, self.of_teacher = hidden, weight, bias, (teacher_scale, teacher_softcap)
         self.classes = None
         if teacher == "hidden":
-            self.options |= {"teacher_hidden": hidden, "teacher_weight": weight, "teacher_bias": bias,
-                             "teacher_logit_scale": teacher_scale, "teacher_softcap": teacher_softcap}  # fmt: skip
+            self.options |= {
+                "teacher_hidden": hidden,
+                "teacher_weight": weight,
+                "teacher_bias": bias,
+                "teacher_logit_scale": teacher_scale,
+                "teacher_softcap": teacher_softcap,
+            }
         elif teacher == "logits":
             self.options["teacher_logits"] = self.z = logits(hidden, weight, bias, *self.of_teacher).to(dtype)
             self.hidden = None
@@ -130,16 +160,28 @@ def test_sizes(dtype, teacher, kind, tokens, vocabulary, size):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_temperature_and_labels(teacher, kind, temperature, squared, alpha, reduction):
     for dtype in (torch.float64, torch.float32):
-        Case(41, 37, dtype, teacher, kind, temperature=temperature, squared=squared, alpha=alpha,
-             reduction=reduction).check(make(41, 37, 40, dtype), roundings=4.0)  # fmt: skip
+        Case(
+            41, 37, dtype, teacher, kind, temperature=temperature, squared=squared, alpha=alpha, reduction=reduction
+        ).check(make(41, 37, 40, dtype), roundings=4.0)
 
 
 @pytest.mark.parametrize("teacher, kind", [*itertools.product(TEACHERS, KINDS)])
 @pytest.mark.parametrize("scale, softcap", [(0.3, None), (1.5, 2.0)])
 @pytest.mark.parametrize("teacher_scale, teacher_softcap", [(0.4, None), (1.7, 3.0)])
 def test_scale_and_softcap_of_each(teacher, kind, scale, softcap, teacher_scale, teacher_softcap):
-    case = Case(41, 37, torch.float64, teacher, kind, scale=scale, softcap=softcap, teacher_scale=teacher_scale,
-                teacher_softcap=teacher_softcap, alpha=0.2, temperature=1.5)  # fmt: skip
+    case = Case(
+        41,
+        37,
+        torch.float64,
+        teacher,
+        kind,
+        scale=scale,
+        softcap=softcap,
+        teacher_scale=teacher_scale,
+        teacher_softcap=teacher_softcap,
+        alpha=0.2,
+        temperature=1.5,
+    )
     case.check(make(41, 37, 40))
 
 
@@ -177,8 +219,9 @@ def test_all_classes_are_the_whole_distribution(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_teacher_that_is_the_student_teaches_nothing(kind):
     hidden, weight, bias = (t.requires_grad_() for t in make(41, 37, 40))
-    loss = linear_distillation(hidden, weight, bias=bias, teacher_hidden=hidden, teacher_weight=weight,
-                               teacher_bias=bias, divergence=kind)  # fmt: skip
+    loss = linear_distillation(
+        hidden, weight, bias=bias, teacher_hidden=hidden, teacher_weight=weight, teacher_bias=bias, divergence=kind
+    )
     loss.backward()
     assert abs(loss) < 1e-15 and all(t.grad.abs().max() < 1e-15 for t in (hidden, weight, bias))
 
@@ -257,8 +300,9 @@ def test_more_dimensions():
 def test_no_token_counts(tokens, reduction):
     inputs = [t.requires_grad_() for t in make(tokens, 37, 5)]
     target = torch.full((tokens,), -100)
-    loss = linear_distillation(*inputs[:2], target, inputs[2], teacher_logits=torch.randn(tokens, 37), alpha=0.5,
-                               reduction=reduction)  # fmt: skip
+    loss = linear_distillation(
+        *inputs[:2], target, inputs[2], teacher_logits=torch.randn(tokens, 37), alpha=0.5, reduction=reduction
+    )
     assert loss.isnan() if reduction == "mean" else not loss.any()
     loss.sum().backward()
     assert not any(t.grad.any() for t in inputs)
@@ -284,9 +328,12 @@ def test_quantized_heads():
     case.options["teacher_weight"] = teacher
     stored = student.dequantize(torch.float64)
     check(
-        lambda h, b: case.ours(h, student, b), lambda h, b: case.formula(h, stored.to(h.dtype), b),
-        (hidden, bias), ONE, roundings=8.0,
-    )  # fmt: skip
+        lambda h, b: case.ours(h, student, b),
+        lambda h, b: case.formula(h, stored.to(h.dtype), b),
+        (hidden, bias),
+        ONE,
+        roundings=8.0,
+    )
 
 
 def test_autocast():
@@ -407,7 +454,7 @@ HIDDEN = {"teacher_hidden": torch.zeros(4, 3), "teacher_weight": torch.zeros(7, 
         ({"mask": torch.ones(3).bool()}, ValueError, r"mask has shape \(3,\)"),
         ({"target": torch.zeros(3).long()}, ValueError, r"target has shape \(3,\)"),
     ],
-)  # fmt: skip
+)
 def test_errors(changed, error, message):
     with pytest.raises(error, match="bigkernels.functional.linear_distillation: " + message):
         linear_distillation(**given(**changed))

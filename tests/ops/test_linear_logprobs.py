@@ -78,8 +78,9 @@ def test_gradient_through_one_of_two_results(which):
     check(
         lambda *inputs: ours(target)(*inputs)[which : which + 1],
         lambda *inputs: definition(target)(*inputs)[which : which + 1],
-        make(41, 37, 40), upstream(41, 1),
-    )  # fmt: skip
+        make(41, 37, 40),
+        upstream(41, 1),
+    )
 
 
 def test_without_entropy():
@@ -87,8 +88,9 @@ def test_without_entropy():
     check(
         lambda h, w, b: [linear_logprobs(h, w, target, b)],
         lambda *inputs: definition(target)(*inputs)[:1],
-        make(41, 37, 40), upstream(41, 1),
-    )  # fmt: skip
+        make(41, 37, 40),
+        upstream(41, 1),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -113,8 +115,12 @@ def test_classes_of_probability_zero():
     bias[3] = bias[20] = -torch.inf
     seen = bias.isfinite()
     target = torch.zeros(9, dtype=torch.int64)
-    check(lambda h, w: ours(target)(h, w, bias), lambda h, w: definition(target)(h, w[seen], bias[seen]),
-          (hidden, weight), upstream(9))  # fmt: skip
+    check(
+        lambda h, w: ours(target)(h, w, bias),
+        lambda h, w: definition(target)(h, w[seen], bias[seen]),
+        (hidden, weight),
+        upstream(9),
+    )
 
 
 def test_no_token_counts():
@@ -162,8 +168,10 @@ def test_many_chunks_lose_no_digits_of_the_gradients_of_the_head(dtype, summed):
 
     check(
         lambda *inputs: [total(*inputs, None, call)] if summed else per_token(*inputs, call),
-        formula, (hidden.abs(), weight, bias), [torch.tensor(1.0) if summed else torch.ones(4096)],
-    )  # fmt: skip
+        formula,
+        (hidden.abs(), weight, bias),
+        [torch.tensor(1.0) if summed else torch.ones(4096)],
+    )
 
 
 @pytest.mark.parametrize("skip", [None, True, False])
@@ -177,8 +185,9 @@ def test_ignored_tokens_may_be_computed_in_vain(skip):
     check(
         lambda *inputs: [total(*inputs, count, call)],
         lambda *inputs: [definition(target, softcap=3.0)(*inputs)[0].sum() / count],
-        make(70, 37, 5), [torch.tensor(2.0)],
-    )  # fmt: skip
+        make(70, 37, 5),
+        [torch.tensor(2.0)],
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -208,8 +217,9 @@ def test_quantized_head(config):
     check(
         lambda h, b: ours(target, 0.5, 3.0)(h, head, b),
         lambda h, b: definition(target, 0.5, 3.0)(h, stored.to(h.dtype), b),
-        (hidden, bias), upstream(41),
-    )  # fmt: skip
+        (hidden, bias),
+        upstream(41),
+    )
 
 
 @pytest.mark.parametrize("lowered", SIXTEEN_BITS, ids=str)
@@ -223,9 +233,11 @@ def test_autocast(lowered):
             return ours(target)(h, w, b)
 
     def cast(h, w, b):
-        return definition(target)(h, w, b) if h.dtype == torch.float64 else definition(target)(
-            *(t.to(lowered) for t in (h, w, b))
-        )  # fmt: skip
+        return (
+            definition(target)(h, w, b)
+            if h.dtype == torch.float64
+            else definition(target)(*(t.to(lowered) for t in (h, w, b)))
+        )
 
     check(run, cast, (hidden, weight, bias), upstream(41), roundings=8.0)
 

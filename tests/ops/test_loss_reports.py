@@ -177,8 +177,9 @@ def test_softcap_makes_ties(way):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_no_token_counts(tokens, reduction, way):
     hidden, weight, bias = integers(tokens, 30, 4, torch.float32)
-    found = linear_cross_entropy(hidden.requires_grad_(), weight, torch.full((tokens,), -100), bias, z_loss=0.1,
-                                 reduction=reduction, **ALL)  # fmt: skip
+    found = linear_cross_entropy(
+        hidden.requires_grad_(), weight, torch.full((tokens,), -100), bias, z_loss=0.1, reduction=reduction, **ALL
+    )
     assert (found.predicted_tokens == -1).all() and found.predicted_tokens.shape == (tokens,)
     if reduction == "none":
         assert found.token_accuracy.shape == found.z_loss.shape == (tokens,)
@@ -304,8 +305,12 @@ def test_raw_operator(report, library):
 def test_raw_operator_of_logits(vocabulary, softcap, dtype, library):
     logits = torch.randint(-9, 10, (23, vocabulary)).to(dtype)
     target = targets(23, vocabulary)
-    for row, at, value in ((0, -1, torch.nan), (2, 0, torch.nan), (3, vocabulary // 2, torch.inf),
-                           (4, vocabulary // 3, torch.nan)):  # fmt: skip
+    for row, at, value in (
+        (0, -1, torch.nan),
+        (2, 0, torch.nan),
+        (3, vocabulary // 2, torch.inf),
+        (4, vocabulary // 3, torch.nan),
+    ):
         logits[row, at] = value
     logits[6], logits[7, : vocabulary - 1] = -torch.inf, -torch.inf
     logits[8, vocabulary // 2 :] = torch.nan

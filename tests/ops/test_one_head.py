@@ -42,11 +42,16 @@ def test_log_probabilities_are_those_of_float64(dtype, form, options):
         "log probabilities": B.linear_logprobs(hidden, weight, target, **options),
         "cross entropy": -B.linear_cross_entropy(hidden, weight, target, reduction="none", **options),
         "cross entropy in chunks": -B.linear_cross_entropy(
-            hidden, weight, target, reduction="none", label_smoothing=1e-9, **options),
+            hidden, weight, target, reduction="none", label_smoothing=1e-9, **options
+        ),
         "distillation of a certain teacher": -B.linear_distillation(
-            hidden, weight, reduction="none",
-            teacher_logits=torch.full((TOKENS, VOCABULARY), -1e4).scatter(1, target[:, None], 1e4), **options),
-    }  # fmt: skip
+            hidden,
+            weight,
+            reduction="none",
+            teacher_logits=torch.full((TOKENS, VOCABULARY), -1e4).scatter(1, target[:, None], 1e4),
+            **options,
+        ),
+    }
     for name, value in found.items():
         assert (value.double() - exact).abs().max() < bound, name
     first, *rest = found.values()

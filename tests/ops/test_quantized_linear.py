@@ -48,16 +48,18 @@ def dense(operands: tuple) -> Tensor:
     return Operands(*operands[:-1]).decoded(operands[-1], torch.float64)
 
 
-cases = st.fixed_dictionaries({
-    "kind": st.sampled_from(sorted(KINDS)),
-    "m": st.sampled_from([1, 2, 3, 5, 8, 9, 31, 33, 70, 600]),
-    "n": st.sampled_from([1, 3, 7, 31, 64, 129, 200]),
-    "k": st.sampled_from([1, 2, 31, 33, 64, 95, 128, 200, 515, 1100]),
-    "group": st.sampled_from([32, 64, 128]),
-    "dtype": st.sampled_from(list(DTYPES)),
-    "bias": st.booleans(),
-    "seed": st.integers(0, 2**31),
-})  # fmt: skip
+cases = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from(sorted(KINDS)),
+        "m": st.sampled_from([1, 2, 3, 5, 8, 9, 31, 33, 70, 600]),
+        "n": st.sampled_from([1, 3, 7, 31, 64, 129, 200]),
+        "k": st.sampled_from([1, 2, 31, 33, 64, 95, 128, 200, 515, 1100]),
+        "group": st.sampled_from([32, 64, 128]),
+        "dtype": st.sampled_from(list(DTYPES)),
+        "bias": st.booleans(),
+        "seed": st.integers(0, 2**31),
+    }
+)
 
 
 @given(cases)
@@ -144,11 +146,18 @@ def test_tokens_do_not_know_of_each_other(kind: str, m: int):
         assert again[m // 2].isnan().all() and torch.equal(again[others], found[others])
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"k": 65}, "rows of 65"), ({"codes": lambda t: t.short()}, "codes"), ({"scale": lambda t: t.double()}, "scale"),
-    ({"scale": lambda t: t[:-1]}, "scale"), ({"codes": lambda t: t[..., None]}, "matrix"),
-    ({"zero": lambda t: None}, "zero"), ({"group": 48}, "groups of 48"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"k": 65}, "rows of 65"),
+        ({"codes": lambda t: t.short()}, "codes"),
+        ({"scale": lambda t: t.double()}, "scale"),
+        ({"scale": lambda t: t[:-1]}, "scale"),
+        ({"codes": lambda t: t[..., None]}, "matrix"),
+        ({"zero": lambda t: None}, "zero"),
+        ({"group": 48}, "groups of 48"),
+    ],
+)
 def test_operands_that_do_not_fit(change: dict, message: str):
     names = (*Operands._fields, "k")
     operands = dict(zip(names, weight("affine4", 10, 64), strict=True))
@@ -189,8 +198,19 @@ def test_every_product_of_8_bits():
     x[:, 0] = 127.0  # so that the scale is 1
     found = fwd(x, codes, torch.ones(255), None, None, None, None, 0, INT8.number, 512, True)
     assert torch.equal(found, x @ codes.float().T)
-    long = fwd(torch.full((2, 2**17), -3.0), torch.full((3, 2**17), -127, dtype=torch.int8), torch.ones(3), None, None,
-               None, None, 0, INT8.number, 2**17, True)  # fmt: skip
+    long = fwd(
+        torch.full((2, 2**17), -3.0),
+        torch.full((3, 2**17), -127, dtype=torch.int8),
+        torch.ones(3),
+        None,
+        None,
+        None,
+        None,
+        0,
+        INT8.number,
+        2**17,
+        True,
+    )
     torch.testing.assert_close(long, torch.full((2, 3), 3.0 * 127 * 2**17), rtol=1e-6, atol=0)
 
 

@@ -24,8 +24,14 @@ MADE = {
     "rms_norm": ("rstd", "grad"),
     "layer_norm": ("mean", "rstd", "grad"),
 }
-FIRST = {"attention": "plain", "varlen_attention": "causal", "cross_entropy": "reduction mean",
-         "linear_cross_entropy": "reduction mean", "rms_norm": "odd", "layer_norm": "odd"}  # fmt: skip
+FIRST = {
+    "attention": "plain",
+    "varlen_attention": "causal",
+    "cross_entropy": "reduction mean",
+    "linear_cross_entropy": "reduction mean",
+    "rms_norm": "odd",
+    "layer_norm": "odd",
+}
 
 
 @pytest.mark.parametrize("how", WRONG)

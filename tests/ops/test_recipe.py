@@ -221,24 +221,49 @@ def test_compile_dynamic_shapes_make_one_graph(sample: Sample, library):
     if sample.operator == "cross_entropy":
         sizes = [{"logits": torch.randn(n, 33), "target": torch.randint(33, (n,))} for n in (5, 7, 11)]
     elif sample.operator == "linear_cross_entropy":
-        sizes = [{"hidden": torch.randn(n, 16), "weight": torch.randn(33, 16), "target": torch.randint(33, (n,))}
-                 for n in (5, 7, 11)]  # fmt: skip
+        sizes = [
+            {"hidden": torch.randn(n, 16), "weight": torch.randn(33, 16), "target": torch.randint(33, (n,))}
+            for n in (5, 7, 11)
+        ]
     elif sample.operator == "rope":
-        sizes = [{"q": torch.randn(2, 3, n, 16), "k": torch.randn(2, 1, n, 16), "cos": torch.randn(1, n, 16),
-                  "sin": torch.randn(1, n, 16)} for n in (5, 7, 11)]  # fmt: skip
+        sizes = [
+            {
+                "q": torch.randn(2, 3, n, 16),
+                "k": torch.randn(2, 1, n, 16),
+                "cos": torch.randn(1, n, 16),
+                "sin": torch.randn(1, n, 16),
+            }
+            for n in (5, 7, 11)
+        ]
     elif sample.operator == "attention":
-        sizes = [{"q": torch.randn(2, 4, n, 16), "k": torch.randn(2, 2, n + 1, 16), "v": torch.randn(2, 2, n + 1, 16)}
-                 for n in (5, 7, 11)]  # fmt: skip
+        sizes = [
+            {"q": torch.randn(2, 4, n, 16), "k": torch.randn(2, 2, n + 1, 16), "v": torch.randn(2, 2, n + 1, 16)}
+            for n in (5, 7, 11)
+        ]
     elif sample.operator == "varlen_attention":
         sizes = []
         for n in (5, 7, 11):
             starts = torch.tensor([0, 3, n], dtype=torch.int32)
-            sizes += [{"q": torch.randn(n, 4, 16), "k": torch.randn(n, 2, 16), "v": torch.randn(n, 2, 16),
-                       "cu_seqlens_q": starts, "cu_seqlens_k": starts}]  # fmt: skip
+            sizes += [
+                {
+                    "q": torch.randn(n, 4, 16),
+                    "k": torch.randn(n, 2, 16),
+                    "v": torch.randn(n, 2, 16),
+                    "cu_seqlens_q": starts,
+                    "cu_seqlens_k": starts,
+                }
+            ]
     elif sample.operator == "decode_attention":
         lengths = torch.tensor([4, 5], dtype=torch.int32)
-        sizes = [{"q": torch.randn(2, 4, 2, 16), "k_cache": torch.randn(2, n, 2, 16),
-                  "v_cache": torch.randn(2, n, 2, 16), "cache_seqlens": lengths} for n in (5, 7, 11)]  # fmt: skip
+        sizes = [
+            {
+                "q": torch.randn(2, 4, 2, 16),
+                "k_cache": torch.randn(2, n, 2, 16),
+                "v_cache": torch.randn(2, n, 2, 16),
+                "cache_seqlens": lengths,
+            }
+            for n in (5, 7, 11)
+        ]
     elif sample.operator in ("linear", "quantized_linear", "mlp"):
         inputs = sample.inputs(torch.float32)
         sizes = [inputs | {"x": torch.randn(n, inputs["x"].shape[-1])} for n in (5, 7, 11)]

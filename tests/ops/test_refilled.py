@@ -34,26 +34,37 @@ def _loss(function, **options):
 LABELS = {"target": _labels, "token_weight": lambda: torch.rand(TOKENS)}
 # name: (loss of (x, w, buffers), the buffers, and what a loader puts into them before backward)
 CASES = {
-    "cross_entropy": (
-        lambda x, w, b: B.cross_entropy(x @ w.T, b["target"], token_weight=b["token_weight"]), LABELS),
+    "cross_entropy": (lambda x, w, b: B.cross_entropy(x @ w.T, b["target"], token_weight=b["token_weight"]), LABELS),
     "linear_cross_entropy": (_loss(B.linear_cross_entropy), LABELS),
     "linear_cross_entropy, none": (_loss(B.linear_cross_entropy, reduction="none"), LABELS),
     "linear_cross_entropy, in chunks": (
-        _loss(B.linear_cross_entropy, reduction="none", label_smoothing=0.1, softcap=9.0), LABELS),
+        _loss(B.linear_cross_entropy, reduction="none", label_smoothing=0.1, softcap=9.0),
+        LABELS,
+    ),
     "linear_logprobs": (
-        lambda x, w, b: torch.stack(B.linear_logprobs(x, w, b["target"], return_entropy=True)), {"target": _labels}),
+        lambda x, w, b: torch.stack(B.linear_logprobs(x, w, b["target"], return_entropy=True)),
+        {"target": _labels},
+    ),
     "linear_distillation": (
         _distilled,
-        {"mask": lambda: torch.rand(TOKENS) < 0.6, "log_p": lambda: torch.randn(TOKENS, 3) - 9,
-         "classes": lambda: torch.rand(TOKENS, VOCABULARY).topk(3).indices}),
+        {
+            "mask": lambda: torch.rand(TOKENS) < 0.6,
+            "log_p": lambda: torch.randn(TOKENS, 3) - 9,
+            "classes": lambda: torch.rand(TOKENS, VOCABULARY).topk(3).indices,
+        },
+    ),
     "varlen_attention": (
         lambda x, w, b: _packed(x.view(TOKENS, 1, SIZE), b, prefix_lengths=b["prefix"], causal=True),
-        {"starts": lambda: torch.tensor([0, 9, 40, TOKENS], dtype=torch.int32),
-         "prefix": lambda: torch.tensor([3, 5, 1], dtype=torch.int32)}),
+        {
+            "starts": lambda: torch.tensor([0, 9, 40, TOKENS], dtype=torch.int32),
+            "prefix": lambda: torch.tensor([3, 5, 1], dtype=torch.int32),
+        },
+    ),
     "attention": (
         lambda x, w, b: B.attention(*[x.view(2, 1, TOKENS // 2, SIZE)] * 3, prefix_lengths=b["prefix"], causal=True),
-        {"prefix": lambda: torch.tensor([3, 5], dtype=torch.int32)}),
-}  # fmt: skip
+        {"prefix": lambda: torch.tensor([3, 5], dtype=torch.int32)},
+    ),
+}
 WAYS = {
     "numpy": lambda t, values: t.numpy().__setitem__(..., values.numpy()),
     "data": lambda t, values: t.data.copy_(values),

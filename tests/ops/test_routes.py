@@ -73,12 +73,22 @@ def test_plain_attention_goes_to_pytorch(device, capability, causal, hk):
     assert compare(found, plain, exact, roundings=4, scale="tensor").ok
 
 
-@pytest.mark.parametrize("options", [
-    {"window": (5, 0)}, {"softcap": 20.0}, {"sinks": torch.zeros(4)}, {"alibi_slopes": torch.ones(4)},
-    {"mask": torch.ones(1, 1, 40, 40, dtype=torch.bool)}, {"bias": torch.zeros(1, 4, 40, 40)},
-    {"prefix_lengths": torch.ones(2, dtype=torch.int32)}, {"dropout_p": 0.1}, {"return_lse": True},
-    {"window": (-1, 3)},
-], ids=lambda o: next(iter(o)))  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": (5, 0)},
+        {"softcap": 20.0},
+        {"sinks": torch.zeros(4)},
+        {"alibi_slopes": torch.ones(4)},
+        {"mask": torch.ones(1, 1, 40, 40, dtype=torch.bool)},
+        {"bias": torch.zeros(1, 4, 40, 40)},
+        {"prefix_lengths": torch.ones(2, dtype=torch.int32)},
+        {"dropout_p": 0.1},
+        {"return_lse": True},
+        {"window": (-1, 3)},
+    ],
+    ids=lambda o: next(iter(o)),
+)
 def test_options_are_ours(device, options):
     calls = device((9, 0))
     functional.attention(*heads(dtype=torch.float32), **options)
@@ -97,8 +107,12 @@ def test_one_query_sees_all_keys_when_it_is_causal(device):
     q, k, v = heads(length=1, keys=33)
     found = functional.attention(q, k, v, causal=True)
     assert [c["is_causal"] for c in calls] == [False]
-    assert compare(found, F.scaled_dot_product_attention(q, k, v),
-                   F.scaled_dot_product_attention(q.double(), k.double(), v.double()), roundings=4).ok  # fmt: skip
+    assert compare(
+        found,
+        F.scaled_dot_product_attention(q, k, v),
+        F.scaled_dot_product_attention(q.double(), k.double(), v.double()),
+        roundings=4,
+    ).ok
 
 
 def test_gradients_stay_deterministic_unless_that_is_given_up(device):
@@ -195,8 +209,15 @@ def test_info_prints_the_table(capsys):
 def test_a_patched_model_keeps_what_it_had(device):
     """Its own attention is PyTorch's: plain calls stay there, and those with padding come to our kernels."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                                      num_key_value_heads=2, vocab_size=50, max_position_embeddings=64)  # fmt: skip
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        max_position_embeddings=64,
+    )
     model = transformers.LlamaForCausalLM(config).eval()
     ids = torch.randint(50, (2, 12))
     padding = torch.ones_like(ids)

@@ -93,8 +93,10 @@ def rounding(options: dict) -> float:
 
 @pytest.mark.parametrize("shapes", [((64, 48), (32, 32), (48, 64)), ((300, 260), (256, 520))])
 def test_muon_in_torch_is_no_nearer(shapes: tuple) -> None:
-    ours, theirs = ([torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i)))
-                     for i, s in enumerate(shapes)] for _ in range(2))  # fmt: skip
+    ours, theirs = (
+        [torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i))) for i, s in enumerate(shapes)]
+        for _ in range(2)
+    )
     expected = exact("Muon", ours, {"lr": 0.02}, 10)
     found = off(trained(optim.Muon(ours, lr=0.02), ours, 10), expected)
     assert found <= 1.5 * off(trained(torch.optim.Muon(theirs, lr=0.02), theirs, 10), expected) + 1e-6
@@ -296,6 +298,9 @@ def test_blocks_of_8_bits_without_a_reciprocal_are_zero(size: float, backend: st
             p.grad = torch.zeros(16384)
             p.grad[::3], p.grad[5] = size, -size / 2
             optimizer.step()
-    assert not any(t.dequantize().any() if hasattr(t, "dequantize") else t.any()
-                   for name, t in optimizer.state[p].items() if "momentum" in name)  # fmt: skip
+    assert not any(
+        t.dequantize().any() if hasattr(t, "dequantize") else t.any()
+        for name, t in optimizer.state[p].items()
+        if "momentum" in name
+    )
     assert torch.equal(p, torch.ones(16384))

@@ -423,8 +423,14 @@ def parallel_layers(case: str) -> None:
 
     mesh = _mesh()
     draw = torch.Generator().manual_seed(6)
-    placed = ((Shard(0), Shard(0)), (Shard(1), Shard(1)), (Replicate(), Replicate()), (Shard(0), Replicate()),
-              (Replicate(), Partial()), (Replicate(), Shard(1)))  # fmt: skip
+    placed = (
+        (Shard(0), Shard(0)),
+        (Shard(1), Shard(1)),
+        (Replicate(), Replicate()),
+        (Shard(0), Replicate()),
+        (Replicate(), Partial()),
+        (Replicate(), Shard(1)),
+    )
     starts = [torch.randn(9, 9, generator=draw) * torch.linspace(0.1, 2.0, 9) for _ in (*placed, None)]
     ones = [nn.Parameter(t.clone()) for t in starts]
     cut = [nn.Parameter(distribute_tensor(t.clone(), mesh, [of])) for t, (of, _) in zip(starts, placed, strict=False)]
@@ -605,8 +611,13 @@ def _program(rank: int, folder: Path, names: list[str]) -> None:
     """Go through the checks up to the first that fails; what became of each goes to a file, a line a check."""
     torch.set_num_threads(1)
     os.environ["FOLDER"] = str(folder)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=RANKS,
-                            timeout=datetime.timedelta(seconds=LIMIT))  # fmt: skip
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'store'}",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=LIMIT),
+    )
     with (folder / f"rank{rank}").open("w") as out:
         for name in names:
             error, begin = None, time.monotonic()
@@ -628,10 +639,11 @@ def _until_one_fails(folder: Path, names: list[str]) -> dict[str, str | None]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     logs = [(folder / f"log{rank}").open("w+") for rank in range(RANKS)]
     processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder), *names], env=environment, stdout=log,
-                         stderr=log)
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder), *names], env=environment, stdout=log, stderr=log
+        )
         for rank, log in enumerate(logs)
-    ]  # fmt: skip
+    ]
     try:
         heard, latest = 0, time.monotonic()
         while any(process.poll() is None for process in processes):
@@ -647,8 +659,12 @@ def _until_one_fails(folder: Path, names: list[str]) -> dict[str, str | None]:
         for process in processes:
             process.kill()
             process.wait()
-    told = [[json.loads(line) for line in (folder / f"rank{rank}").read_text().splitlines()]
-            if (folder / f"rank{rank}").exists() else [] for rank in range(RANKS)]  # fmt: skip
+    told = [
+        [json.loads(line) for line in (folder / f"rank{rank}").read_text().splitlines()]
+        if (folder / f"rank{rank}").exists()
+        else []
+        for rank in range(RANKS)
+    ]
     found: dict[str, str | None] = {}
     for name in names:
         errors = []
@@ -670,8 +686,11 @@ def _until_one_fails(folder: Path, names: list[str]) -> dict[str, str | None]:
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
     """What became of each check that this run asks for: None, or the error."""
-    names = [item.callspec.params["name"] for item in request.session.items
-             if item.path == Path(__file__) and "outcomes" in item.fixturenames]  # fmt: skip
+    names = [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.path == Path(__file__) and "outcomes" in item.fixturenames
+    ]
     found: dict[str, str | None] = {}
     while len(found) < len(names):
         found |= _until_one_fails(tmp_path_factory.mktemp("ranks"), names[len(found) :])

@@ -195,9 +195,10 @@ def test_counters_of_one_vector_are_counted_in_it() -> None:
 
 @pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize(
-    "counter", [torch.tensor(-1.0), torch.tensor(2.5), torch.tensor(float("nan")), torch.zeros(2), "three", 1j, None],
+    "counter",
+    [torch.tensor(-1.0), torch.tensor(2.5), torch.tensor(float("nan")), torch.zeros(2), "three", 1j, None],
     ids=str,
-)  # fmt: skip
+)
 def test_what_is_no_counter(counter, reference: bool) -> None:
     p = nn.Parameter(torch.ones(5))
     o = optim.AdamW([p])
@@ -413,8 +414,9 @@ def test_gradients_that_come_and_go(native: bool, dtypes: tuple, monkeypatch) ->
     if not native:
         monkeypatch.setattr(_look, "_native", lambda: None)
     torch.manual_seed(0)
-    ours, theirs = ([nn.Parameter(torch.full((3, n), 0.5, dtype=d)) for n in (1, 4, 0, 7)] for d in (torch.float32,
-                    torch.float64))  # fmt: skip
+    ours, theirs = (
+        [nn.Parameter(torch.full((3, n), 0.5, dtype=d)) for n in (1, 4, 0, 7)] for d in (torch.float32, torch.float64)
+    )
     optimizers = optim.AdamW(ours, lr=0.1), torch.optim.AdamW(theirs, lr=0.1)
     for pattern in (15, 15, 5, 5, 10, 15, 0, 9, 9, 15, 15):
         for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):

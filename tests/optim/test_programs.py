@@ -200,8 +200,12 @@ class Programs(RuleBasedStateMachine):
             if how == "dict" and state:
                 side.optimizer.state[side.params[index]] = dict(state)
 
-    @rule(number=st.integers(0, 9), count=st.integers(0, 40), dtype=st.sampled_from([torch.float32, torch.float64,
-          torch.int64]), shape=st.sampled_from([(), (1,)]))  # fmt: skip
+    @rule(
+        number=st.integers(0, 9),
+        count=st.integers(0, 40),
+        dtype=st.sampled_from([torch.float32, torch.float64, torch.int64]),
+        shape=st.sampled_from([(), (1,)]),
+    )
     def set_a_counter(self, number: int, count: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         index = self.pick(number)
         if self.name == "SGD" or not self.stepped(index):  # torch's counts no steps
@@ -330,8 +334,12 @@ class AgainstTorch(Programs):
 class KernelsAndReference(Programs):
     shapes = LARGE
 
-    @initialize(name=st.sampled_from(sorted(set(FORMULAS) - {"Adam", "Muon"})), count=st.integers(2, 4),
-                seed=st.integers(0, 2**20), dtype=st.sampled_from([torch.bfloat16, torch.float32]))  # fmt: skip
+    @initialize(
+        name=st.sampled_from(sorted(set(FORMULAS) - {"Adam", "Muon"})),
+        count=st.integers(2, 4),
+        seed=st.integers(0, 2**20),
+        dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    )
     def start(self, name: str, count: int, seed: int, dtype: torch.dtype) -> None:
         self.begin(name, count, seed)
         options = {"ema_decay": 0.5, "seed": 1, "rounding": "kahan", **STARTS.get(name, {})}
@@ -366,9 +374,16 @@ class KernelsAndReference(Programs):
 def run(machine: type[Programs], programs: int) -> None:
     checked = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
     phases = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
-    run_state_machine_as_test(machine, settings=settings(
-        max_examples=programs, stateful_step_count=20, deadline=None, suppress_health_check=checked, phases=phases,
-    ))  # fmt: skip
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=programs,
+            stateful_step_count=20,
+            deadline=None,
+            suppress_health_check=checked,
+            phases=phases,
+        ),
+    )
 
 
 MACHINES = [AgainstTorch, KernelsAndReference]

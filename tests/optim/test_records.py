@@ -16,9 +16,16 @@ from bigkernels.ops import optimizer as ops
 N = 700
 # Where they are in an `OptimizerTensor`.
 WORDS = {
-    "param": 0, "exp_avg": 1, "exp_avg_sq": 2, "remainder": 7, "step": 9, "n": 10, "group": 11, "type": 12,
+    "param": 0,
+    "exp_avg": 1,
+    "exp_avg_sq": 2,
+    "remainder": 7,
+    "step": 9,
+    "n": 10,
+    "group": 11,
+    "type": 12,
     "state type": 13,
-}  # fmt: skip
+}
 
 
 def call():

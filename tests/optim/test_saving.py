@@ -102,8 +102,18 @@ def test_torch_goes_on_from_torch_state_dict(name: str, options: dict) -> None:
     before = {key: set(value) for key, value in (("group", theirs.param_groups[0]),)}
     theirs.load_state_dict(o.torch_state_dict())
     assert set(theirs.param_groups[0]) - {"decoupled_weight_decay"} <= before["group"] | {
-        "max_grad_norm", "use_muon", "adamw_lr", "adamw_betas", "adamw_eps", "adamw_weight_decay", "maximize",
-        "foreach", "fused", "capturable", "differentiable"}  # fmt: skip
+        "max_grad_norm",
+        "use_muon",
+        "adamw_lr",
+        "adamw_betas",
+        "adamw_eps",
+        "adamw_weight_decay",
+        "maximize",
+        "foreach",
+        "fused",
+        "capturable",
+        "differentiable",
+    }
     plain = {k: v for k, v in options.items() if k in ("max_grad_norm",)}
     ours = make(name, m.parameters(), **plain)
     ours.max_grad_norm = None

@@ -73,8 +73,10 @@ def test_a_view_is_updated_inside_the_view_only(name: str, view: str, options: d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_channels_last_parameters_and_gradients_of_other_strides(name: str, dtype) -> None:
     start = torch.randn(6, 5, 7, 3).to(dtype)
-    params = [torch.nn.Parameter(start.clone()),
-              torch.nn.Parameter(start.clone().to(memory_format=torch.channels_last))]  # fmt: skip
+    params = [
+        torch.nn.Parameter(start.clone()),
+        torch.nn.Parameter(start.clone().to(memory_format=torch.channels_last)),
+    ]
     optimizers = [make(name, [p], rounding="nearest") for p in params]
     for step in range(3):
         g = torch.randn(6, 5, 7, 3, generator=torch.Generator().manual_seed(step)).to(dtype)
@@ -247,17 +249,23 @@ def test_random_numbers_of_steps_past_two_to_the_32() -> None:
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"state_dtype": "int8", "max_grad_norm": 1.0}, {"rounding": "stochastic", "ema_decay": 0.9},
-     {"rounding": "kahan", "max_grad_norm": 0.1}],
+    [
+        {},
+        {"state_dtype": "int8", "max_grad_norm": 1.0},
+        {"rounding": "stochastic", "ema_decay": 0.9},
+        {"rounding": "kahan", "max_grad_norm": 0.1},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_threads_groups_and_order_do_not_matter(name: str, options: dict) -> None:
     shapes = [(70, 80), (3,), (40_000,), (129, 257), (1,), (300, 500), (16, 16)]
 
     def run(threads: int, order: list[int], per_group: int) -> list[Tensor]:
         torch.manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(s).to(torch.bfloat16 if i % 2 else torch.float32))
-                  for i, s in enumerate(shapes)]  # fmt: skip
+        params = [
+            torch.nn.Parameter(torch.randn(s).to(torch.bfloat16 if i % 2 else torch.float32))
+            for i, s in enumerate(shapes)
+        ]
         listed = [params[i] for i in order]
         groups = [{"params": listed[i : i + per_group]} for i in range(0, len(listed), per_group)]
         torch.manual_seed(1)
@@ -272,8 +280,12 @@ def test_threads_groups_and_order_do_not_matter(name: str, options: dict) -> Non
     first = run(2, list(range(n)), n)
     # The products of Muon are PyTorch's, whose order of additions may change with the threads.
     others = () if name == "Muon" else ((1, list(range(n)), n), (3, list(range(n)), n), (7, list(range(n)), 3))
-    for threads, order, per_group in (*others, (2, list(range(n))[::-1], n), (2, list(range(n)), 2),
-                                      (2, [3, 1, 6, 0, 5, 2, 4], 1)):  # fmt: skip
+    for threads, order, per_group in (
+        *others,
+        (2, list(range(n))[::-1], n),
+        (2, list(range(n)), 2),
+        (2, [3, 1, 6, 0, 5, 2, 4], 1),
+    ):
         again = run(threads, order, per_group)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), (threads, order, per_group)
 

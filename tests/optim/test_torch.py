@@ -120,8 +120,9 @@ def test_errors_of_torchs_tests(info) -> None:
 def test_schedulers(info, schedulers, tensor: bool) -> None:
     name = info.optim_cls.__name__
     lr = torch.tensor(0.01) if tensor and name != "Muon" else 0.01
-    pairs = [(params, optimizer, [make(optimizer) for make in schedulers]) for params, optimizer in
-             pair(name, {"lr": lr})]  # fmt: skip
+    pairs = [
+        (params, optimizer, [make(optimizer) for make in schedulers]) for params, optimizer in pair(name, {"lr": lr})
+    ]
     for step in range(12):
         for params, optimizer, made in pairs:
             loss = optimizer.step(closure_of(params, optimizer, step))

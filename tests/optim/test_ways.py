@@ -250,14 +250,25 @@ def test_muons_groups_of_a_model() -> None:
 
     hidden, rest = optim.muon_groups(Model(), adamw_lr=1e-4)
     assert [n for n, _ in hidden["params"]] == ["experts", "up.weight"]
-    assert {n for n, _ in rest["params"]} == {"embed_tokens.weight", "norm.weight", "norm.bias", "up.bias",
-                                             "lm_head.weight", "lm_head.bias"}  # fmt: skip
+    assert {n for n, _ in rest["params"]} == {
+        "embed_tokens.weight",
+        "norm.weight",
+        "norm.bias",
+        "up.bias",
+        "lm_head.weight",
+        "lm_head.bias",
+    }
     assert rest["adamw_lr"] == 1e-4 and hidden["use_muon"] and not rest["use_muon"]
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
     hidden, rest = optim.muon_groups(transformers.LlamaForCausalLM(config))
     assert len(hidden["params"]) == 2 * 7 and "model.embed_tokens.weight" in dict(rest["params"])
 

@@ -14,9 +14,19 @@ import torch
 from torch import Tensor, nn
 
 VOCABULARY, HIDDEN, LAYERS = 199, 64, 2
-DECODER = dict(vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=LAYERS,
-               num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=64,
-               pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+DECODER = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=HIDDEN,
+    intermediate_size=96,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 ENCODER = dict(hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4)
 
 

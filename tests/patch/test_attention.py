@@ -32,15 +32,47 @@ masking_utils = pytest.importorskip("transformers.masking_utils")
 pytestmark = pytest.mark.skipif(cpu_library().reason is not None, reason="without kernels attention is left to torch")
 
 ONLY = {"norm": False, "rope": False, "mlp": False, "loss": False, "encode": False}
-TEXT = dict(vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=16, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
-            eos_token_id=2)  # fmt: skip
-GPT = dict(vocab_size=199, n_embd=64, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, resid_pdrop=0.0,
-           embd_pdrop=0.0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+TEXT = dict(
+    vocab_size=199,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+GPT = dict(
+    vocab_size=199,
+    n_embd=64,
+    n_layer=2,
+    n_head=4,
+    n_positions=64,
+    attn_pdrop=0.0,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 ENCODER = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
-SEQ2SEQ = dict(vocab_size=199, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-               decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, pad_token_id=0, bos_token_id=1,
-               eos_token_id=2, decoder_start_token_id=1, dropout=0.0)  # fmt: skip
+SEQ2SEQ = dict(
+    vocab_size=199,
+    d_model=64,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=96,
+    decoder_ffn_dim=96,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    decoder_start_token_id=1,
+    dropout=0.0,
+)
 VISION = dict(image_size=16, patch_size=8, **ENCODER)
 
 
@@ -333,8 +365,13 @@ def test_prefix_of_an_image_is_seen_both_ways(spy):
     """Gemma 3 overlays a bidirectional block of image tokens, which no option of the kernels describes."""
     options = TEXT | {"sliding_window": 5, "query_pre_attn_scalar": 16}
     config = transformers.Gemma3Config(
-        text_config=options, vision_config=VISION | {"vision_use_head": False}, mm_tokens_per_image=4,
-        image_token_index=5, boi_token_index=6, eoi_token_index=7)  # fmt: skip
+        text_config=options,
+        vision_config=VISION | {"vision_use_head": False},
+        mm_tokens_per_image=4,
+        image_token_index=5,
+        boi_token_index=6,
+        eoi_token_index=7,
+    )
     torch.manual_seed(0)
     module = transformers.Gemma3ForConditionalGeneration(config).eval()
     ids = _ids(1, 14).clamp_min(9)
@@ -589,11 +626,22 @@ def test_a_structured_mask_is_a_tensor():
     assert isinstance(mask, Tensor)
     assert (mask.shape, mask.dtype, mask.device, mask.dim()) == (dense.shape, dense.dtype, dense.device, 4)
     reads: list[Callable[[Tensor], Any]] = [
-        lambda m: m[:, :, 2:, :4], lambda m: ~m, lambda m: m.view(2, 36), lambda m: m.sum(), lambda m: m.float() * 2,
-        lambda m: torch.where(m, 1.0, 2.0), lambda m: torch.cat((m, m)), lambda m: m.clone(), copy.deepcopy,
-        lambda m: m.to(torch.uint8), lambda m: m.expand(2, 4, 6, 6), lambda m: torch.stack(list(m.unbind(2))),
-        lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.detach(), lambda m: m & m,
-    ]  # fmt: skip
+        lambda m: m[:, :, 2:, :4],
+        lambda m: ~m,
+        lambda m: m.view(2, 36),
+        lambda m: m.sum(),
+        lambda m: m.float() * 2,
+        lambda m: torch.where(m, 1.0, 2.0),
+        lambda m: torch.cat((m, m)),
+        lambda m: m.clone(),
+        copy.deepcopy,
+        lambda m: m.to(torch.uint8),
+        lambda m: m.expand(2, 4, 6, 6),
+        lambda m: torch.stack(list(m.unbind(2))),
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: m.detach(),
+        lambda m: m & m,
+    ]
     for read in reads:
         mask, dense = _mask()
         found = read(mask)
@@ -606,8 +654,9 @@ def test_a_structured_mask_is_a_tensor():
     assert mask.structure is not None
 
 
-@pytest.mark.parametrize("change", [lambda m: m[0, :, :, 0].fill_(False), lambda m: m.logical_not_(),
-                                    lambda m: m.unbind(0)[1].zero_()])  # fmt: skip
+@pytest.mark.parametrize(
+    "change", [lambda m: m[0, :, :, 0].fill_(False), lambda m: m.logical_not_(), lambda m: m.unbind(0)[1].zero_()]
+)
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_changed_mask_forgets_its_structure(change, inference, spy):
     with torch.inference_mode(inference):
@@ -970,8 +1019,10 @@ def test_nested_tensors_and_transforms_are_left_to_torch(spy):
     q, k, v = (t.detach() for t in module.tensors())
     want = scaled_dot_product_attention(q, k, v, scale=0.3)
     torch.testing.assert_close(torch.func.vmap(module)(q, k, v), want)
-    nested = [torch.nested.nested_tensor([t[0].transpose(0, 1)[:n] for n in (3, 7)], layout=torch.jagged)
-              .transpose(1, 2) for t in (q, k, v)]  # fmt: skip
+    nested = [
+        torch.nested.nested_tensor([t[0].transpose(0, 1)[:n] for n in (3, 7)], layout=torch.jagged).transpose(1, 2)
+        for t in (q, k, v)
+    ]
     module(*nested)
     assert len(spy) == 0
 
@@ -980,8 +1031,18 @@ def test_nested_tensors_and_transforms_are_left_to_torch(spy):
 
 LAYOUTS = [{"batch_first": True}, {}, {"bias": False, "batch_first": True}, {"kdim": 24, "vdim": 8}]
 WAYS = ["self", "memory", "cross"]
-MULTIHEAD_MASKS = ["none", "boolean", "padding", "both", "of heads", "additive", "additive both", "causal",
-                   "causal and padding", "nothing seen"]  # fmt: skip
+MULTIHEAD_MASKS = [
+    "none",
+    "boolean",
+    "padding",
+    "both",
+    "of heads",
+    "additive",
+    "additive both",
+    "causal",
+    "causal and padding",
+    "nothing seen",
+]
 
 
 def _multihead_masks(kind: str, heads: int, queries: int, keys: int, padding: Tensor) -> dict[str, Any]:

@@ -157,8 +157,9 @@ def test_batches_of_upstream_gradients(llama):
     bigkernels.patch(model)
     out = model(**llama.inputs, use_cache=False)
     parameters = list(model.parameters())
-    batched = torch.autograd.grad(out.loss, parameters, torch.tensor([1.0, -2.0]), is_grads_batched=True,
-                                  retain_graph=True)  # fmt: skip
+    batched = torch.autograd.grad(
+        out.loss, parameters, torch.tensor([1.0, -2.0]), is_grads_batched=True, retain_graph=True
+    )
     single = torch.autograd.grad(out.loss, parameters)
     for a, b in zip(batched, single, strict=True):
         torch.testing.assert_close(a, torch.stack((b, -2 * b)), rtol=1e-3, atol=2e-5 * b.abs().max().item())

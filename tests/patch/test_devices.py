@@ -17,9 +17,15 @@ from bigkernels.patch import _verify
 
 def _model(implementation: str = "sdpa", **options) -> torch.nn.Module:
     config = transformers.LlamaConfig(
-        vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, **options,
-    )  # fmt: skip
+        vocab_size=199,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        **options,
+    )
     return transformers.LlamaForCausalLM._from_config(config, attn_implementation=implementation).eval()
 
 
@@ -87,9 +93,14 @@ def test_waits_are_noticed(monkeypatch):
     with PretendGpu(waits="refused"):
         assert on_gpu(x + 1) and (x + 1).device.type == "cuda" and torch.zeros(2, device="cuda").is_cuda
         waits = (
-            lambda: x.sum().item(), lambda: bool(bits.all()), lambda: bits.nonzero(), lambda: x[bits],
-            lambda: torch.tensor([1.0], device="cuda"), lambda: x.tolist(), lambda: x.copy_(home),
-        )  # fmt: skip
+            lambda: x.sum().item(),
+            lambda: bool(bits.all()),
+            lambda: bits.nonzero(),
+            lambda: x[bits],
+            lambda: torch.tensor([1.0], device="cuda"),
+            lambda: x.tolist(),
+            lambda: x.copy_(home),
+        )
         for wait in waits:
             with pytest.raises(Waits):
                 wait()

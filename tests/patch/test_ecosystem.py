@@ -60,8 +60,13 @@ def test_gradient_checkpointing(llama, run, assert_close, reentrant, first):
 @pytest.mark.parametrize("first", ["patch", "peft"])
 def test_lora(llama, run, assert_close, first):
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "gate_proj", "down_proj", "lm_head"], lora_dropout=0.0,
-                             init_lora_weights=False, modules_to_save=["norm"])  # fmt: skip
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=["q_proj", "gate_proj", "down_proj", "lm_head"],
+        lora_dropout=0.0,
+        init_lora_weights=False,
+        modules_to_save=["norm"],
+    )
     if first == "patch":
         bigkernels.patch(llama.model)
     torch.manual_seed(3)
@@ -90,8 +95,17 @@ def test_trainer(llama, tmp_path, assert_bitwise):
         if patched:
             bigkernels.patch(llama.model)
         arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, seed=1, disable_tqdm=True)  # fmt: skip
+            output_dir=str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            seed=1,
+            disable_tqdm=True,
+        )
         trainer = transformers.Trainer(model=llama.model, args=arguments, train_dataset=data)
         trainer.train()
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
@@ -130,8 +144,11 @@ def test_autocast(get_case, name, weights, run):
         if patched:
             bigkernels.patch(case.model)
         seen = dtypes.setdefault(patched, {})
-        handles = [m.register_forward_hook(record(path, seen)) for path, m in case.model.named_modules()
-                   if "Norm" not in type(m).__name__]  # fmt: skip
+        handles = [
+            m.register_forward_hook(record(path, seen))
+            for path, m in case.model.named_modules()
+            if "Norm" not in type(m).__name__
+        ]
         with torch.autocast("cpu", torch.bfloat16):
             steps.append(run(case.model, case.inputs, weights))
         for handle in handles:

@@ -51,8 +51,14 @@ def test_bfloat16_step_is_as_exact_as_before(case, run):
 def test_generation_with_a_cache(decoder):
     prompt = {"input_ids": decoder.inputs["input_ids"], "attention_mask": torch.ones(2, 12, dtype=torch.long)}
     prompt["attention_mask"][0, :4] = 0  # padded on the left
-    options = dict(max_new_tokens=9, min_new_tokens=9, do_sample=False, use_cache=True, output_logits=True,
-                   return_dict_in_generate=True)  # fmt: skip
+    options = dict(
+        max_new_tokens=9,
+        min_new_tokens=9,
+        do_sample=False,
+        use_cache=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     before = decoder.model.generate(**prompt, **options)
     bigkernels.patch(decoder.model)
     after = decoder.model.generate(**prompt, **options)

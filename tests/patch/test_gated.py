@@ -129,8 +129,10 @@ def step(model, x):
     torch.manual_seed(1)
     x = x.clone().requires_grad_()
     out = model(x)
-    return [out.detach(), *torch.autograd.grad(out.square().sum(), [x, *model.parameters()], allow_unused=True,
-                                               materialize_grads=True)]  # fmt: skip
+    return [
+        out.detach(),
+        *torch.autograd.grad(out.square().sum(), [x, *model.parameters()], allow_unused=True, materialize_grads=True),
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -180,9 +182,17 @@ def test_a_gate_that_a_hook_writes_to_is_an_error():
 def test_the_t5_family(name, activation):
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{name}Config")(
-        vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_decoder_layers=1, num_heads=4, dropout_rate=0.1,
-        decoder_start_token_id=0, feed_forward_proj=activation,
-    )  # fmt: skip
+        vocab_size=99,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=1,
+        num_decoder_layers=1,
+        num_heads=4,
+        dropout_rate=0.1,
+        decoder_start_token_id=0,
+        feed_forward_proj=activation,
+    )
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config).train()
     ids = torch.arange(22).view(2, 11) + 3

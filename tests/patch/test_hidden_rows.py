@@ -11,8 +11,16 @@ import torch
 import bigkernels
 
 transformers = pytest.importorskip("transformers")
-CONFIG = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-              num_key_value_heads=2, head_dim=8, pad_token_id=0)  # fmt: skip
+CONFIG = dict(
+    vocab_size=99,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    pad_token_id=0,
+)
 MODELS = {
     "llama": lambda kind: transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG, attn_implementation=kind)),
     "mistral": lambda kind: transformers.MistralForCausalLM(
@@ -77,8 +85,17 @@ def test_padding(name, kind, side, calls):
 def test_t5_with_padding():
     """Its boolean masks become finite beside the bias."""
     torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_decoder_layers=1,
-                                   num_heads=4, dropout_rate=0.0, decoder_start_token_id=0)  # fmt: skip
+    config = transformers.T5Config(
+        vocab_size=99,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=1,
+        num_decoder_layers=1,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
     model = transformers.T5ForConditionalGeneration(config).train()
 
     def step(model):

@@ -57,8 +57,16 @@ class Unet(nn.Module):
 
 def sequence() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.GroupNorm(4, 8),
-                         nn.GELU("tanh"), nn.BatchNorm2d(8), nn.Dropout(0.5))  # fmt: skip
+    return nn.Sequential(
+        nn.Conv2d(6, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.GroupNorm(4, 8),
+        nn.GELU("tanh"),
+        nn.BatchNorm2d(8),
+        nn.Dropout(0.5),
+    )
 
 
 MODELS = {

@@ -141,8 +141,10 @@ MODELS = (Stream, InOneLine, Alias, Residual, InAChild, InAMethod, ByAMethod, Of
 def step(model, x):
     x = x.clone().requires_grad_()
     out = model(x)
-    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), [x, *model.parameters()],
-                                               materialize_grads=True)]  # fmt: skip
+    return [
+        out.detach(),
+        *torch.autograd.grad(out.float().square().sum(), [x, *model.parameters()], materialize_grads=True),
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -190,8 +192,14 @@ def test_nothing_is_copied_where_nothing_is_written(cls, copied):
 
 def test_transformers_models_are_not_copied():
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                                      num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     model = transformers.LlamaForCausalLM(config)
     bigkernels.patch(model)
     norms = [m for n, m in model.named_modules() if n.endswith("norm")]
@@ -202,8 +210,14 @@ def test_transformers_models_are_not_copied():
 def test_logits_written_to_after_the_loss(dtype):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                                      num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     model = transformers.LlamaForCausalLM(config).to(dtype).train()
     ids = torch.arange(12).view(2, 6)
 
@@ -218,5 +232,6 @@ def test_logits_written_to_after_the_loss(dtype):
 
     before = gradient()
     bigkernels.patch(model)
-    torch.testing.assert_close(gradient(), before, rtol=0, atol=(1e-5 if dtype == torch.float32 else 0.03)
-                               * before.abs().max().item())  # fmt: skip
+    torch.testing.assert_close(
+        gradient(), before, rtol=0, atol=(1e-5 if dtype == torch.float32 else 0.03) * before.abs().max().item()
+    )

@@ -80,16 +80,24 @@ def test_patching_again_with_other_flags(llama, count):
     before = _attributes(llama.model)
     bigkernels.patch(llama.model)
     assert count(bigkernels.patch(llama.model, norm=False, mlp=False, attention=False)) == {
-        "rope": 2, "cross_entropy (next token)": 1, "linear_cross_entropy": 1}  # fmt: skip
+        "rope": 2,
+        "cross_entropy (next token)": 1,
+        "linear_cross_entropy": 1,
+    }
     assert "forward" not in vars(llama.model.model.norm)
     assert "forward" not in vars(llama.model.model.layers[0].mlp)
     bigkernels.unpatch(llama.model)
     assert _attributes(llama.model) == before
 
 
-FLAGS = {"norm": ["rms_norm", "add + rms_norm"], "rope": ["rope"], "mlp": ["glu (silu)"],
-         "loss": ["cross_entropy (next token)", "linear_cross_entropy"], "attention": ["attention", "attention mask"],
-         "linear": ["linear"]}  # fmt: skip
+FLAGS = {
+    "norm": ["rms_norm", "add + rms_norm"],
+    "rope": ["rope"],
+    "mlp": ["glu (silu)"],
+    "loss": ["cross_entropy (next token)", "linear_cross_entropy"],
+    "attention": ["attention", "attention mask"],
+    "linear": ["linear"],
+}
 
 
 @pytest.mark.parametrize("flag", FLAGS)

@@ -15,9 +15,19 @@ from bigkernels.patch._logits import Logits
 
 transformers = pytest.importorskip("transformers")
 KERNEL = "linear_cross_entropy"
-DECODER = dict(vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-               num_key_value_heads=2, head_dim=16, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
-               eos_token_id=2)  # fmt: skip
+DECODER = dict(
+    vocab_size=199,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 MODELS = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
     "llama, tied": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": True}),
@@ -138,11 +148,18 @@ def test_logits_are_there_where_they_are_read(where):
         torch.testing.assert_close(after.loss, before.loss)
 
 
-@pytest.mark.parametrize("more", [
-    {"num_items_in_batch": 31}, {"num_items_in_batch": torch.tensor(31)}, {"ignore_index": 5}, {"logits_to_keep": 12},
-    {"shift_labels": batch()["labels"].roll(-1, 1)},
-    {"shift_labels": batch()["labels"].roll(-1, 1), "num_items_in_batch": torch.tensor(7)},
-], ids=lambda m: "+".join(m))  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"num_items_in_batch": 31},
+        {"num_items_in_batch": torch.tensor(31)},
+        {"ignore_index": 5},
+        {"logits_to_keep": 12},
+        {"shift_labels": batch()["labels"].roll(-1, 1)},
+        {"shift_labels": batch()["labels"].roll(-1, 1), "num_items_in_batch": torch.tensor(7)},
+    ],
+    ids=lambda m: "+".join(m),
+)
 def test_loss_arguments(more):
     model, inputs = build("llama"), batch(**more)
     if "ignore_index" in more:
@@ -352,9 +369,15 @@ class OtherLoss(Tiny):
         return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
 
 
-@pytest.mark.parametrize("cls, reason", [
-    (Tiny, None), (Scaled, None), *((c, "used for more than the loss") for c in (ZLoss, Shifted, WrittenTo, OtherLoss)),
-], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
+@pytest.mark.parametrize(
+    "cls, reason",
+    [
+        (Tiny, None),
+        (Scaled, None),
+        *((c, "used for more than the loss") for c in (ZLoss, Shifted, WrittenTo, OtherLoss)),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
 def test_what_is_between_the_head_and_the_loss(cls, reason):
     model = cls().train()
     inputs = {"input_ids": torch.arange(12).view(2, 6) + 10, "labels": torch.arange(12).view(2, 6) * 3 + 9}

@@ -16,8 +16,14 @@ import bigkernels
 from bigkernels.patch._logits import Logits
 
 transformers = pytest.importorskip("transformers")
-CONFIG = dict(vocab_size=210, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-              num_key_value_heads=2)  # fmt: skip
+CONFIG = dict(
+    vocab_size=210,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 ONLY_LOSS = dict(attention=False, norm=False, rope=False, mlp=False)
 IDS = torch.randint(0, 210, (2, 9), generator=torch.Generator().manual_seed(1))
 TEACHER = torch.randn(2, 9, 210, generator=torch.Generator().manual_seed(2))
@@ -222,10 +228,18 @@ def test_gradients_go_through_the_logits(models, use):
     same(*(gradients(model, USES[use]) for model in models[::-1]))
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"reduction": "sum"}, {"label_smoothing": 0.2}, {"weight": torch.linspace(0.1, 2, 50)},
-    {"weight": torch.linspace(0.1, 2, 50), "label_smoothing": 0.2}, {"ignore_index": 9},
-], ids=lambda o: "+".join(o) or "mean")  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduction": "sum"},
+        {"label_smoothing": 0.2},
+        {"weight": torch.linspace(0.1, 2, 50)},
+        {"weight": torch.linspace(0.1, 2, 50), "label_smoothing": 0.2},
+        {"ignore_index": 9},
+    ],
+    ids=lambda o: "+".join(o) or "mean",
+)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_the_gradient_of_logits(options, softcap):
     """Its elements, of every option and behind every step, against PyTorch in float64."""
@@ -247,8 +261,10 @@ def test_the_gradient_of_logits(options, softcap):
             loss = F.cross_entropy(rows, target, **given)
         return loss, first, z
 
-    found = [losses([t.to(dtype).requires_grad_() for t in leaves], lazy)
-             for dtype, lazy in ((torch.float32, True), (torch.float64, False))]  # fmt: skip
+    found = [
+        losses([t.to(dtype).requires_grad_() for t in leaves], lazy)
+        for dtype, lazy in ((torch.float32, True), (torch.float64, False))
+    ]
     assert found[0][1].made is None
     ours, exact = (torch.autograd.grad(loss, z) for loss, *z in found)
     torch.testing.assert_close(found[0][0].double(), found[1][0], rtol=1e-5, atol=1e-6)
@@ -257,14 +273,23 @@ def test_the_gradient_of_logits(options, softcap):
 
 
 VIEWS = {
-    "unsqueeze": lambda z: z.unsqueeze(0), "permute": lambda z: z.permute(2, 0, 1), "mT": lambda z: z.mT,
-    "row": lambda z: z[0], "slices": lambda z: z[..., :-1, 2:], "element": lambda z: z[0, 1, 5],
-    "flatten": lambda z: z.flatten()[5:], "expand": lambda z: z.expand(3, 2, 9, 210),
-    "diagonal": lambda z: z.diagonal()[1:], "unfold": lambda z: z.unfold(1, 2, 1),
-    "as_strided": lambda z: z.as_strided((2,), (1,), 3), "cast": lambda z: z.float().half()[:, 2],
-    "clone": lambda z: z.clone()[1].mT, "detach": lambda z: z.detach()[1], "data": lambda z: z.data,
+    "unsqueeze": lambda z: z.unsqueeze(0),
+    "permute": lambda z: z.permute(2, 0, 1),
+    "mT": lambda z: z.mT,
+    "row": lambda z: z[0],
+    "slices": lambda z: z[..., :-1, 2:],
+    "element": lambda z: z[0, 1, 5],
+    "flatten": lambda z: z.flatten()[5:],
+    "expand": lambda z: z.expand(3, 2, 9, 210),
+    "diagonal": lambda z: z.diagonal()[1:],
+    "unfold": lambda z: z.unfold(1, 2, 1),
+    "as_strided": lambda z: z.as_strided((2,), (1,), 3),
+    "cast": lambda z: z.float().half()[:, 2],
+    "clone": lambda z: z.clone()[1].mT,
+    "detach": lambda z: z.detach()[1],
+    "data": lambda z: z.data,
     "contiguous": lambda z: z.contiguous(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -404,10 +429,13 @@ def _fsdp1(model, **options):
 
 
 WRAPPERS = {
-    "DDP": (_ddp, True), "DDP, unused": (lambda m: _ddp(m, find_unused_parameters=True), True),
-    "DDP, static": (lambda m: _ddp(m, static_graph=True), True), "fully_shard": (_fully_shard, False),
-    "FSDP": (_fsdp1, False), "FSDP, parameters": (lambda m: _fsdp1(m, use_orig_params=True), False),
-}  # fmt: skip
+    "DDP": (_ddp, True),
+    "DDP, unused": (lambda m: _ddp(m, find_unused_parameters=True), True),
+    "DDP, static": (lambda m: _ddp(m, static_graph=True), True),
+    "fully_shard": (_fully_shard, False),
+    "FSDP": (_fsdp1, False),
+    "FSDP, parameters": (lambda m: _fsdp1(m, use_orig_params=True), False),
+}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -491,13 +519,23 @@ def test_trainer(models, tmp_path, smoothing):
     losses = []
     for model in models:
         arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no",
-            use_cpu=True, disable_tqdm=True, label_smoothing_factor=smoothing, seed=3,
-        )  # fmt: skip
+            output_dir=str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=2,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            label_smoothing_factor=smoothing,
+            seed=3,
+        )
         trainer = transformers.Trainer(
-            model=copy.deepcopy(model), args=arguments, train_dataset=data, eval_dataset=data,
+            model=copy.deepcopy(model),
+            args=arguments,
+            train_dataset=data,
+            eval_dataset=data,
             compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
-        )  # fmt: skip
+        )
         found = trainer.train().training_loss
         losses += [found, trainer.evaluate()["eval_loss"]]
     assert losses[2:] == pytest.approx(losses[:2], rel=1e-4)

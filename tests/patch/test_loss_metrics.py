@@ -55,8 +55,9 @@ def test_figures_and_gradients(dtype, z_loss):
             labels[:, 1:] = torch.where(labels[:, 1:] < 0, -100, model(input_ids=ids).logits[:, :-1].argmax(-1))
         out = model(input_ids=ids, labels=labels)
         expected = written_out(exact, ids, labels, z_loss)
-        torch.testing.assert_close(out.loss.double(), expected[0], rtol=2e-5 if dtype == torch.float32 else 0.02,
-                                   atol=1e-4)  # fmt: skip
+        torch.testing.assert_close(
+            out.loss.double(), expected[0], rtol=2e-5 if dtype == torch.float32 else 0.02, atol=1e-4
+        )
         assert out.logits.untouched is not None, "no logits were made"
         right, z, count = right + expected[1], z + expected[2], count + expected[3]
     model.zero_grad()

@@ -17,18 +17,29 @@ from bigkernels.ops import mlp as op
 pytestmark = pytest.mark.skipif(not may_pay(), reason="the linear kernels are not known to pay at this level")
 IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
 TEXT = dict(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16,
-              patch_size=8)  # fmt: skip
+VISION = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+)
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 FAMILIES = {
     "Bert": ("BertModel", "BertConfig", TEXT, {"input_ids": IDS}, "linear + gelu"),
-    "GPT-2": ("GPT2Model", "GPT2Config", dict(vocab_size=99, n_embd=32, n_layer=2, n_head=4, bos_token_id=1,
-              eos_token_id=2), {"input_ids": IDS}, "linear + gelu_tanh"),
+    "GPT-2": (
+        "GPT2Model",
+        "GPT2Config",
+        dict(vocab_size=99, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
+        {"input_ids": IDS},
+        "linear + gelu_tanh",
+    ),
     "ViT": ("ViTModel", "ViTConfig", VISION, {"pixel_values": IMAGES}, "linear + gelu"),
     "CLIP": ("CLIPVisionModel", "CLIPVisionConfig", VISION, {"pixel_values": IMAGES}, "linear + quick_gelu"),
-    "T5": ("T5EncoderModel", "T5Config", dict(vocab_size=99, d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4),
-           {"input_ids": IDS}, "linear + relu"),
-}  # fmt: skip
+    "T5": (
+        "T5EncoderModel",
+        "T5Config",
+        dict(vocab_size=99, d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4),
+        {"input_ids": IDS},
+        "linear + relu",
+    ),
+}
 
 
 class Block(nn.Module):
@@ -112,8 +123,12 @@ def test_both_halves_in_training(library, counted, cls, dtype):
     found = [y, *torch.autograd.grad(y.float().square().sum(), list(model.parameters()))]
     assert counted == {"first": 1, "second": 1}
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0.05 if dtype == torch.bfloat16 else 1e-4,
-                                   atol=(0.05 if dtype == torch.bfloat16 else 1e-5) * b.abs().max().item())  # fmt: skip
+        torch.testing.assert_close(
+            a,
+            b,
+            rtol=0.05 if dtype == torch.bfloat16 else 1e-4,
+            atol=(0.05 if dtype == torch.bfloat16 else 1e-5) * b.abs().max().item(),
+        )
 
 
 def test_dropout_between_is_handed_back(library, counted):

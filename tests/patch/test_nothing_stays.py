@@ -141,9 +141,19 @@ class Batched(Model):
 
 
 def state(model):
-    found = [len(SEEN), len(METER.values), COUNT["calls"], len(model.losses), len(model.act.seen), len(model.norm.seen),
-             len(model.norm.meter.values), len(model.norm.table), model.norm.total.item(), torch.get_rng_state().sum(),
-             *(b.double().sum().item() for b in model.buffers())]  # fmt: skip
+    found = [
+        len(SEEN),
+        len(METER.values),
+        COUNT["calls"],
+        len(model.losses),
+        len(model.act.seen),
+        len(model.norm.seen),
+        len(model.norm.meter.values),
+        len(model.norm.table),
+        model.norm.total.item(),
+        torch.get_rng_state().sum(),
+        *(b.double().sum().item() for b in model.buffers()),
+    ]
     return [*map(float, found)]
 
 
@@ -186,8 +196,14 @@ def test_the_registry_of_masks():
 
     registry = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     before = set(registry), dict(registry._global_mapping)
-    config = transformers.LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                                      num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     models = [transformers.LlamaForCausalLM(config).eval() for _ in range(4)]
     for model in models:
         assert "attention mask" in [row.what for row in bigkernels.patch(model).patched]

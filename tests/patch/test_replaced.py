@@ -16,8 +16,16 @@ transformers = pytest.importorskip("transformers")
 from transformers.models.gemma3 import modeling_gemma3  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
-_SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-              num_key_value_heads=1, head_dim=16, max_position_embeddings=64)  # fmt: skip
+_SIZES = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    max_position_embeddings=64,
+)
 _TOKENS = torch.tensor([[5, 9, 2, 33, 17, 60, 1, 8]])
 _MODELS = {
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, modeling_llama, "Llama"),

@@ -162,9 +162,19 @@ class Cubed(nn.Module):
         return F.silu(x) + 1e-3 * x**3
 
 
-@pytest.mark.parametrize(("act", "name"), [(nn.SiLU(), "silu"), (nn.GELU(), "gelu"), (nn.GELU("tanh"), "gelu_tanh"),
-                                           (nn.ReLU(), "relu"), (nn.Sigmoid(), "sigmoid"), (Square(), "relu2"),
-                                           (F.silu, "silu"), (torch.sigmoid, "sigmoid")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("act", "name"),
+    [
+        (nn.SiLU(), "silu"),
+        (nn.GELU(), "gelu"),
+        (nn.GELU("tanh"), "gelu_tanh"),
+        (nn.ReLU(), "relu"),
+        (nn.Sigmoid(), "sigmoid"),
+        (Square(), "relu2"),
+        (F.silu, "silu"),
+        (torch.sigmoid, "sigmoid"),
+    ],
+)
 def test_activations(act, name):
     _same(Gated(act), torch.randn(3, 5, 8), patched=[f"glu ({name})"])
 
@@ -288,9 +298,16 @@ class Almost(Attention):
         return rotary_scaled(self.scale * q, k, cos, sin)
 
 
-ROPES = [(Whole, "rope", ""), (Keywords, "rope", ""), (Partial, "rope", ""), (Pairs, "rope (interleaved)", ""),
-         (Single, "rope", ""), (Positions, "", "called in another way"), (Backwards, "", "computes something else"),
-         (Almost, "", "computes something else")]  # fmt: skip
+ROPES = [
+    (Whole, "rope", ""),
+    (Keywords, "rope", ""),
+    (Partial, "rope", ""),
+    (Pairs, "rope (interleaved)", ""),
+    (Single, "rope", ""),
+    (Positions, "", "called in another way"),
+    (Backwards, "", "computes something else"),
+    (Almost, "", "computes something else"),
+]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -308,8 +325,10 @@ def test_rotary_functions(build, kernel, reason, batch):
     )
 
 
-@pytest.mark.parametrize(("q", "angles"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16),
-                                           (torch.bfloat16, torch.bfloat16)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("q", "angles"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+)
 def test_rotary_dtypes(q, angles):
     args = [torch.randn(2, 4, 5, 16, dtype=q), torch.randn(2, 2, 5, 16, dtype=q)]
     args += [torch.randn(1, 5, 16, dtype=angles), torch.randn(1, 5, 16, dtype=angles)]

@@ -13,8 +13,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import bigkernels
 
-pytestmark = [pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
-              pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # fmt: skip
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 
 class Logits(nn.Module):
@@ -71,8 +73,11 @@ def test_traces(get_case, name, way, gradients):
         parameters = dict(traced.named_parameters()) if way == "jit" else {}
         if parameters:
             found.square().sum().backward()
-            weight = next(p for n, p in parameters.items() if n.endswith("0.self_attn.q_proj.weight")
-                          or n.endswith("0.attention.self.query.weight"))  # fmt: skip
+            weight = next(
+                p
+                for n, p in parameters.items()
+                if n.endswith("0.self_attn.q_proj.weight") or n.endswith("0.attention.self.query.weight")
+            )
             assert weight.grad.abs().max() > 0
 
 

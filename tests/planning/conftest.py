@@ -22,11 +22,13 @@ CONFIGS = {
     "mixtral": lambda: transformers.MixtralConfig(**_GATED, num_local_experts=4),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=128, n_layer=2, n_head=4),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_SIZES, intermediate_size=512, num_hidden_layers=2),
-    "bert": lambda: transformers.BertConfig(**_SIZES, intermediate_size=512, num_hidden_layers=2,
-                                            architectures=["BertForSequenceClassification"]),
-    "t5": lambda: transformers.T5Config(vocab_size=VOCABULARY, d_model=128, d_kv=32, d_ff=512, num_layers=1,
-                                        num_heads=4, decoder_start_token_id=0),
-}  # fmt: skip
+    "bert": lambda: transformers.BertConfig(
+        **_SIZES, intermediate_size=512, num_hidden_layers=2, architectures=["BertForSequenceClassification"]
+    ),
+    "t5": lambda: transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=128, d_kv=32, d_ff=512, num_layers=1, num_heads=4, decoder_start_token_id=0
+    ),
+}
 
 
 def build(config, dtype: torch.dtype) -> torch.nn.Module:

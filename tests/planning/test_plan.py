@@ -195,8 +195,9 @@ def test_a_loss_and_an_optimizer_of_ones_own():
     assert found.optimizer == "Lion"
     assert found.optimizer_state == 2 * 16 * 8 + 8
     assert found.held["inputs"] == 4 * 4 * 16 + 8 * 4
-    of_function = plan(model, inputs=inputs, loss=loss, optimizer=lambda p: torch.optim.SGD(p, momentum=0.9),
-                       limits=LIMITS)  # fmt: skip
+    of_function = plan(
+        model, inputs=inputs, loss=loss, optimizer=lambda p: torch.optim.SGD(p, momentum=0.9), limits=LIMITS
+    )
     assert of_function.optimizer_state == 4 * 16 * 8
 
 
@@ -208,8 +209,9 @@ def test_the_machine_is_measured_where_no_limits_are_given():
 
 
 def test_the_package_imports_without_what_planning_needs():
-    snippet = ("import sys, bigkernels; "
-               "print({'transformers', 'matplotlib', 'bigkernels.bench.limits'} & set(sys.modules))")  # fmt: skip
+    snippet = (
+        "import sys, bigkernels; print({'transformers', 'matplotlib', 'bigkernels.bench.limits'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

@@ -75,8 +75,9 @@ def test_checkpointing(policy, dtype, library):
         bigkernels.patch(model, verify=False)
     bigkernels.apply_checkpointing(model, policy)
     real = measured(step_of(model, None, BATCH, SEQ))
-    found = plan(config, batch=BATCH, seq=SEQ, dtype=dtype, optimizer=None, checkpointing=policy,
-                 patch=patched, limits=LIMITS)  # fmt: skip
+    found = plan(
+        config, batch=BATCH, seq=SEQ, dtype=dtype, optimizer=None, checkpointing=policy, patch=patched, limits=LIMITS
+    )
     assert beyond(found) == pytest.approx(real, rel=WITHIN)
     plain = plan(config, batch=BATCH, seq=SEQ, dtype=dtype, optimizer=None, patch=patched, limits=LIMITS)
     assert found.activations < plain.activations
@@ -156,8 +157,14 @@ def test_operations_of_a_training_step():
 
 
 def test_a_large_model_is_planned_in_little_time_and_memory():
-    config = transformers.LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336,
-                                      num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     found = plan(config, batch=4, seq=1024, dtype="bfloat16", limits=LIMITS)
     taken = time.process_time() - began

@@ -118,8 +118,9 @@ def test_a_tied_weight_counts_once():
 class Blocks(nn.Module):
     def __init__(self, wrap):
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 256), nn.Sigmoid(), nn.Linear(256, 64))
-                                    for _ in range(6))  # fmt: skip
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(64, 256), nn.Sigmoid(), nn.Linear(256, 64)) for _ in range(6)
+        )
         self.wrap = wrap
 
     def forward(self, x):

@@ -95,15 +95,20 @@ def _act(r: random.Random, name: str = "hidden_act") -> dict[str, str]:
 
 def _windows(r: random.Random, made: dict[str, Any]) -> dict[str, Any]:
     kinds = ["sliding_attention", "full_attention"]
-    return dict(sliding_window=r.choice([1, 2, 3, 5, 8, 17]),
-                layer_types=[r.choice(kinds) for _ in range(made["num_hidden_layers"])])  # fmt: skip
+    return dict(
+        sliding_window=r.choice([1, 2, 3, 5, 8, 17]),
+        layer_types=[r.choice(kinds) for _ in range(made["num_hidden_layers"])],
+    )
 
 
 def _experts(r: random.Random, dtype: torch.dtype) -> dict[str, int]:
     experts = r.choice([2, 3, 4, 6])
     # In 16 bits all are chosen: a rounding that chooses another would make a large difference.
-    return dict(top=r.choice([1, 2, experts]) if dtype == torch.float32 else experts, experts=experts,
-                width=r.choice([3, 16, 32, 40]))  # fmt: skip
+    return dict(
+        top=r.choice([1, 2, experts]) if dtype == torch.float32 else experts,
+        experts=experts,
+        width=r.choice([3, 16, 32, 40]),
+    )
 
 
 def _architecture(r: random.Random, dtype: torch.dtype) -> tuple[str, str, dict[str, Any]]:
@@ -127,15 +132,24 @@ def _qwen2(r, _):
 
 def _gemma2(r, _):
     made = _decoder(r)
-    return made | _windows(r, made) | dict(
-        query_pre_attn_scalar=r.choice([7, 16]), attn_logit_softcapping=r.choice([None, 3.0, 50.0]),
-        final_logit_softcapping=r.choice([None, 5.0, 30.0]))  # fmt: skip
+    return (
+        made
+        | _windows(r, made)
+        | dict(
+            query_pre_attn_scalar=r.choice([7, 16]),
+            attn_logit_softcapping=r.choice([None, 3.0, 50.0]),
+            final_logit_softcapping=r.choice([None, 5.0, 30.0]),
+        )
+    )
 
 
 def _gemma3(r, _):
     made = _decoder(r)
-    return made | _windows(r, made) | dict(query_pre_attn_scalar=r.choice([7, 16]),
-                                           final_logit_softcapping=r.choice([None, None, 20.0]))  # fmt: skip
+    return (
+        made
+        | _windows(r, made)
+        | dict(query_pre_attn_scalar=r.choice([7, 16]), final_logit_softcapping=r.choice([None, None, 20.0]))
+    )
 
 
 def _phi3(r, _):
@@ -149,8 +163,11 @@ def _smollm3(r, _):
 
 def _granite(r, _):
     return _decoder(r, head_dim=False) | dict(
-        embedding_multiplier=r.choice([1.0, 3.0]), logits_scaling=r.choice([1.0, 4.0]),
-        residual_multiplier=r.choice([1.0, 0.3]), attention_multiplier=r.choice([1.0, 0.1]))  # fmt: skip
+        embedding_multiplier=r.choice([1.0, 3.0]),
+        logits_scaling=r.choice([1.0, 4.0]),
+        residual_multiplier=r.choice([1.0, 0.3]),
+        attention_multiplier=r.choice([1.0, 0.1]),
+    )
 
 
 def _cohere(r, _):
@@ -159,19 +176,30 @@ def _cohere(r, _):
 
 def _gpt2(r, _):
     heads = r.choice([1, 2, 3, 4])
-    return dict(vocab_size=r.choice([33, 101, 199]), n_embd=heads * r.choice([1, 5, 8, 16, 33]), n_head=heads,
-                n_layer=r.choice([1, 2, 3]), n_positions=128, n_inner=r.choice([None, 7, 50]), pad_token_id=0,
-                bos_token_id=1, eos_token_id=None, tie_word_embeddings=r.random() < 0.3,
-                scale_attn_by_inverse_layer_idx=r.random() < 0.3,
-                **_act(r, "activation_function"))  # fmt: skip
+    return dict(
+        vocab_size=r.choice([33, 101, 199]),
+        n_embd=heads * r.choice([1, 5, 8, 16, 33]),
+        n_head=heads,
+        n_layer=r.choice([1, 2, 3]),
+        n_positions=128,
+        n_inner=r.choice([None, 7, 50]),
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+        tie_word_embeddings=r.random() < 0.3,
+        scale_attn_by_inverse_layer_idx=r.random() < 0.3,
+        **_act(r, "activation_function"),
+    )
 
 
 def _neox(r, _):
     made = _decoder(r, head_dim=False)
     made.pop("num_key_value_heads")
-    return made | dict(use_parallel_residual=r.random() < 0.5, attention_bias=r.random() < 0.7,
-                       rope_parameters={"rope_type": "default", "rope_theta": 10000.0,
-                                        "partial_rotary_factor": r.choice([0.5, 1.0])})  # fmt: skip
+    return made | dict(
+        use_parallel_residual=r.random() < 0.5,
+        attention_bias=r.random() < 0.7,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": r.choice([0.5, 1.0])},
+    )
 
 
 def _starcoder2(r, _):
@@ -181,43 +209,77 @@ def _starcoder2(r, _):
 def _falcon(r, _):
     groups = r.choice([1, 2])
     heads = groups * r.choice([1, 2, 3])
-    return dict(vocab_size=r.choice([33, 199]), hidden_size=heads * r.choice([2, 8, 16, 20]), num_hidden_layers=2,
-                num_attention_heads=heads, num_kv_heads=groups, new_decoder_architecture=r.random() < 0.5,
-                multi_query=r.random() < 0.5, parallel_attn=r.random() < 0.5, bias=r.random() < 0.5,
-                alibi=r.random() < 0.3, pad_token_id=0, bos_token_id=1, eos_token_id=None)  # fmt: skip
+    return dict(
+        vocab_size=r.choice([33, 199]),
+        hidden_size=heads * r.choice([2, 8, 16, 20]),
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_kv_heads=groups,
+        new_decoder_architecture=r.random() < 0.5,
+        multi_query=r.random() < 0.5,
+        parallel_attn=r.random() < 0.5,
+        bias=r.random() < 0.5,
+        alibi=r.random() < 0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
 
 
 def _mixtral(r, dtype):
     e = _experts(r, dtype)
-    return _decoder(r) | dict(num_local_experts=e["experts"], num_experts_per_tok=e["top"],
-                              intermediate_size=e["width"])  # fmt: skip
+    return _decoder(r) | dict(
+        num_local_experts=e["experts"], num_experts_per_tok=e["top"], intermediate_size=e["width"]
+    )
 
 
 def _qwen_moe(r, dtype):
     e = _experts(r, dtype)
-    return _decoder(r) | dict(num_experts=e["experts"], num_experts_per_tok=e["top"], moe_intermediate_size=e["width"],
-                              norm_topk_prob=r.random() < 0.5, shared_expert_intermediate_size=20,
-                              decoder_sparse_step=r.choice([1, 1, 2]))  # fmt: skip
+    return _decoder(r) | dict(
+        num_experts=e["experts"],
+        num_experts_per_tok=e["top"],
+        moe_intermediate_size=e["width"],
+        norm_topk_prob=r.random() < 0.5,
+        shared_expert_intermediate_size=20,
+        decoder_sparse_step=r.choice([1, 1, 2]),
+    )
 
 
 def _olmoe(r, dtype):
     e = _experts(r, dtype)
     return _decoder(r, head_dim=False) | dict(
-        num_experts=e["experts"], num_experts_per_tok=e["top"], intermediate_size=e["width"],
-        norm_topk_prob=r.random() < 0.5)  # fmt: skip
+        num_experts=e["experts"],
+        num_experts_per_tok=e["top"],
+        intermediate_size=e["width"],
+        norm_topk_prob=r.random() < 0.5,
+    )
 
 
 def _gpt_oss(r, dtype):
     made, e = _decoder(r), _experts(r, dtype)
-    return made | _windows(r, made) | dict(
-        num_local_experts=e["experts"], num_experts_per_tok=e["top"], intermediate_size=e["width"],
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4})  # fmt: skip
+    return (
+        made
+        | _windows(r, made)
+        | dict(
+            num_local_experts=e["experts"],
+            num_experts_per_tok=e["top"],
+            intermediate_size=e["width"],
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        )
+    )
 
 
 def _bloom(r, _):
     heads = r.choice([1, 2, 3, 5])
-    return dict(vocab_size=r.choice([33, 199]), hidden_size=heads * r.choice([3, 8, 16]), n_layer=2, n_head=heads,
-                pad_token_id=0, bos_token_id=1, eos_token_id=None)  # fmt: skip
+    return dict(
+        vocab_size=r.choice([33, 199]),
+        hidden_size=heads * r.choice([3, 8, 16]),
+        n_layer=2,
+        n_head=heads,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
 
 
 _ARCHITECTURES = {
@@ -249,10 +311,15 @@ def case(seed: int) -> Case:
     r = random.Random(seed)
     dtype = r.choice([torch.float32, torch.float32, torch.bfloat16, torch.bfloat16, torch.float16])
     model, config, options = _architecture(r, dtype)
-    sizes = r.choice([
-        [r.randint(1, 60)], [r.randint(1, 20)] + [1] * r.randint(1, 12), [1] * r.randint(1, 10),
-        [r.randint(1, 9) for _ in range(r.randint(1, 6))], [r.randint(40, 90), 1, 2, 3],
-    ])  # fmt: skip
+    sizes = r.choice(
+        [
+            [r.randint(1, 60)],
+            [r.randint(1, 20)] + [1] * r.randint(1, 12),
+            [1] * r.randint(1, 10),
+            [r.randint(1, 9) for _ in range(r.randint(1, 6))],
+            [r.randint(40, 90), 1, 2, 3],
+        ]
+    )
     batch = r.choice([1, 1, 1, 2, 3, 5, 8])
     first = sizes[0]
     padding = [0] * batch

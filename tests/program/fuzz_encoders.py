@@ -25,14 +25,24 @@ ACTIVATIONS = ["gelu", "gelu_new", "relu", "silu", "quick_gelu", "gelu_pytorch_t
 
 def _sizes(r: random.Random) -> dict[str, Any]:
     heads = r.choice([1, 2, 3, 4, 6])
-    return dict(hidden_size=heads * r.choice([2, 4, 8, 12, 16, 32, 64]), num_attention_heads=heads,
-                intermediate_size=r.choice([1, 7, 32, 45, 64, 130]), num_hidden_layers=r.choice([1, 2, 3]),
-                hidden_act=r.choice(ACTIVATIONS))  # fmt: skip
+    return dict(
+        hidden_size=heads * r.choice([2, 4, 8, 12, 16, 32, 64]),
+        num_attention_heads=heads,
+        intermediate_size=r.choice([1, 7, 32, 45, 64, 130]),
+        num_hidden_layers=r.choice([1, 2, 3]),
+        hidden_act=r.choice(ACTIVATIONS),
+    )
 
 
 def _text(r: random.Random) -> dict[str, Any]:
-    return _sizes(r) | dict(vocab_size=101, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-                            attn_implementation=r.choice(["sdpa", "sdpa", "eager"]))  # fmt: skip
+    return _sizes(r) | dict(
+        vocab_size=101,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation=r.choice(["sdpa", "sdpa", "eager"]),
+    )
 
 
 def _bert(r):
@@ -54,10 +64,18 @@ def _mpnet(r):
 
 def _distilbert(r):
     s = _text(r)
-    return t.DistilBertModel(t.DistilBertConfig(
-        dim=s["hidden_size"], hidden_dim=s["intermediate_size"], n_layers=s["num_hidden_layers"],
-        n_heads=s["num_attention_heads"], vocab_size=101, pad_token_id=0, activation=r.choice(["gelu", "relu"]),
-        attn_implementation=s["attn_implementation"]))  # fmt: skip
+    return t.DistilBertModel(
+        t.DistilBertConfig(
+            dim=s["hidden_size"],
+            hidden_dim=s["intermediate_size"],
+            n_layers=s["num_hidden_layers"],
+            n_heads=s["num_attention_heads"],
+            vocab_size=101,
+            pad_token_id=0,
+            activation=r.choice(["gelu", "relu"]),
+            attn_implementation=s["attn_implementation"],
+        )
+    )
 
 
 def _albert(r):
@@ -66,10 +84,18 @@ def _albert(r):
 
 def _modernbert(r):
     s = _text(r)
-    return t.ModernBertModel(t.ModernBertConfig(
-        **s, cls_token_id=1, sep_token_id=2, local_attention=r.choice([2, 4, 6, 10]),
-        global_attn_every_n_layers=r.choice([1, 2, 3]), attention_bias=r.random() < 0.3, mlp_bias=r.random() < 0.3,
-        norm_bias=r.random() < 0.3))  # fmt: skip
+    return t.ModernBertModel(
+        t.ModernBertConfig(
+            **s,
+            cls_token_id=1,
+            sep_token_id=2,
+            local_attention=r.choice([2, 4, 6, 10]),
+            global_attn_every_n_layers=r.choice([1, 2, 3]),
+            attention_bias=r.random() < 0.3,
+            mlp_bias=r.random() < 0.3,
+            norm_bias=r.random() < 0.3,
+        )
+    )
 
 
 def _nomic(r):
@@ -81,8 +107,7 @@ def _clip(r):
 
 
 def _image(r):
-    return _sizes(r) | dict(image_size=16, patch_size=r.choice([4, 8]),
-                            attn_implementation=r.choice(["sdpa", "eager"]))  # fmt: skip
+    return _sizes(r) | dict(image_size=16, patch_size=r.choice([4, 8]), attn_implementation=r.choice(["sdpa", "eager"]))
 
 
 def _vit(r):
@@ -95,8 +120,9 @@ def _siglip(r):
 
 def _dinov2(r):
     s = _image(r)
-    return t.Dinov2Model(t.Dinov2Config(**{k: v for k, v in s.items() if k != "intermediate_size"},
-                                        use_swiglu_ffn=r.random() < 0.3))  # fmt: skip
+    return t.Dinov2Model(
+        t.Dinov2Config(**{k: v for k, v in s.items() if k != "intermediate_size"}, use_swiglu_ffn=r.random() < 0.3)
+    )
 
 
 TEXTS = [_bert, _bert, _roberta, _electra, _mpnet, _distilbert, _albert, _modernbert, _modernbert, _nomic, _clip]

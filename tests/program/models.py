@@ -22,8 +22,14 @@ _MIXED = {
     "mamba_d_head": 16,
     "num_key_value_heads": 4,
 }
-VARIANTS = ({}, {"head_dim": 8}, _LATENT, _MIXED, _MIXED | {"layer_types": ["mamba", "attention"] * 2},
-            {"num_key_value_heads": 4, "layer_types": ["full_attention"] * 4})  # fmt: skip
+VARIANTS = (
+    {},
+    {"head_dim": 8},
+    _LATENT,
+    _MIXED,
+    _MIXED | {"layer_types": ["mamba", "attention"] * 2},
+    {"num_key_value_heads": 4, "layer_types": ["full_attention"] * 4},
+)
 
 
 def causal() -> list[str]:
@@ -55,9 +61,18 @@ def any_build(name: str, **more: object) -> nn.Module:
         return build(name, "eager", **more)
 
 
-_SMALL = {"vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-          "max_position_embeddings": 128}  # fmt: skip
+_SMALL = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "max_position_embeddings": 128,
+}
 # (the configuration's class, its arguments) of models that the common sizes do not make small.
 OWN = {
     "GPTNeoForCausalLM": ("GPTNeoConfig", {

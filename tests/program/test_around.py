@@ -84,8 +84,18 @@ def _one_head_bias_of_another_dtype(model):
     model.lm_head = nn.Sequential(model.lm_head, nn.Softplus())
 
 
-EDITS = [_rope_theta, _attention_scaling, _eager, _retied, _pruned, _weight_norm, _spectral_norm, _low_memory_swap,
-         _shared_memory, _one_head_bias_of_another_dtype]  # fmt: skip
+EDITS = [
+    _rope_theta,
+    _attention_scaling,
+    _eager,
+    _retied,
+    _pruned,
+    _weight_norm,
+    _spectral_norm,
+    _low_memory_swap,
+    _shared_memory,
+    _one_head_bias_of_another_dtype,
+]
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__.strip("_"))

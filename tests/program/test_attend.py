@@ -71,10 +71,19 @@ class Cache:
     def record(self) -> records.LayerCache:
         k, v = self.k.stride(), self.v.stride()
         c = records.LayerCache(
-            k=self.k.data_ptr(), v=self.v.data_ptr(), k_batch=k[0], k_head=k[1], k_token=k[2],
-            v_batch=v[0], v_head=v[1], v_token=v[2], held=self.held, capacity=self.k.shape[2],
-            type=TYPES[self.dtype], bits=8 if self.scales else 0,
-        )  # fmt: skip
+            k=self.k.data_ptr(),
+            v=self.v.data_ptr(),
+            k_batch=k[0],
+            k_head=k[1],
+            k_token=k[2],
+            v_batch=v[0],
+            v_head=v[1],
+            v_token=v[2],
+            held=self.held,
+            capacity=self.k.shape[2],
+            type=TYPES[self.dtype],
+            bits=8 if self.scales else 0,
+        )
         if self.scales:
             c.k_scale, c.v_scale = (s.data_ptr() for s in self.scales)
             c.scale_batch, c.scale_head, _ = self.scales[0].stride()
@@ -109,19 +118,37 @@ def run(case: Case, cache: Cache, q: Tensor, sinks: Tensor | None, slopes: Tenso
     starts = None if c.starts is None else torch.tensor(c.starts)
     layer = cache.record()
     r = records.AttendRecord(
-        q=0, out=1, layer=0, heads=c.heads, groups=c.groups, d=c.d, dv=c.dv, scale=c.scale, softcap=c.softcap,
-        window=c.window, sinks=vector(sinks), alibi=slopes.data_ptr() if c.alibi else None,
-    )  # fmt: skip
+        q=0,
+        out=1,
+        layer=0,
+        heads=c.heads,
+        groups=c.groups,
+        d=c.d,
+        dv=c.dv,
+        scale=c.scale,
+        softcap=c.softcap,
+        window=c.window,
+        sinks=vector(sinks),
+        alibi=slopes.data_ptr() if c.alibi else None,
+    )
     step = Run(
-        batch=c.batch, tokens=c.tokens, past=c.held + c.dropped, keep=c.tokens, caches=addressof(layer),
+        batch=c.batch,
+        tokens=c.tokens,
+        past=c.held + c.dropped,
+        keep=c.tokens,
+        caches=addressof(layer),
         starts=None if starts is None else starts.data_ptr(),
-    )  # fmt: skip
+    )
     out = torch.full((c.batch * c.tokens, c.heads * c.dv), float("nan"))
     rows = q.reshape(c.batch * c.tokens, -1)
     plan = native().program_attend(
-        bytes(r), bytes(step), [rows.data_ptr(), out.data_ptr()], [rows.shape[1], out.shape[1]], c.backwards,
+        bytes(r),
+        bytes(step),
+        [rows.data_ptr(), out.data_ptr()],
+        [rows.shape[1], out.shape[1]],
+        c.backwards,
         c.threads,
-    )  # fmt: skip
+    )
     return out.view(c.batch, c.tokens, c.heads, c.dv), plan
 
 
@@ -184,8 +211,13 @@ OPTIONS = {
     "token by token": {"head_last": True},
     "empty cache": {"held": 0},
 }
-DTYPES = [(torch.float32, False), (torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True),
-          (torch.float32, True)]  # fmt: skip
+DTYPES = [
+    (torch.float32, False),
+    (torch.bfloat16, False),
+    (torch.float16, False),
+    (torch.bfloat16, True),
+    (torch.float32, True),
+]
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -251,8 +283,9 @@ def test_many_rows_in_pieces():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"window": 90, "sinks": torch.float32}, {"softcap": 5.0, "alibi": True},
-                                     {"int8": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 90, "sinks": torch.float32}, {"softcap": 5.0, "alibi": True}, {"int8": True}], ids=str
+)
 def test_bits_do_not_depend_on_the_pieces_of_many_rows(dtype, options):
     case = Case(batch=2, heads=6, groups=2, d=64, dv=64, held=130, tokens=200, starts=(0, 40), dtype=dtype, **options)
     torch.manual_seed(1)
@@ -319,28 +352,45 @@ def check_heads(
     cache = Cache.make(b, groups, held, s, d, dv, dtype, int8)
     before = cache.values()
     spec = records.NormOf(
-        kind={None: 0, "rms": 1, "layer": 2}[norm], eps=1e-5, offset=1.0, weight=vector(weight),
+        kind={None: 0, "rms": 1, "layer": 2}[norm],
+        eps=1e-5,
+        offset=1.0,
+        weight=vector(weight),
         bias=vector(bias if norm == "layer" else None),
-    )  # fmt: skip
+    )
     # Queries after two columns of something else, keys backwards.
-    columns = [(c_int32 * n)(*at) for n, at in (
-        (heads, [2 + h * d for h in range(heads)]),
-        (groups, [2 + (heads + groups - 1 - h) * d for h in range(groups)]),
-        (groups, [h * dv for h in range(groups)]),
-    )]  # fmt: skip
+    columns = [
+        (c_int32 * n)(*at)
+        for n, at in (
+            (heads, [2 + h * d for h in range(heads)]),
+            (groups, [2 + (heads + groups - 1 - h) * d for h in range(groups)]),
+            (groups, [h * dv for h in range(groups)]),
+        )
+    ]
     r = records.HeadsRecord(
         q=records.HeadsOf(x=0, count=heads, column=addressof(columns[0])),
         k=records.HeadsOf(x=0, count=groups, column=addressof(columns[1])),
         v=records.HeadsOf(x=1, count=groups, column=addressof(columns[2])),
-        out=2, layer=0, d=d, dv=dv, q_norm=spec, k_norm=spec, angles=0 if rotary else -1, rotary=rotary,
+        out=2,
+        layer=0,
+        d=d,
+        dv=dv,
+        q_norm=spec,
+        k_norm=spec,
+        angles=0 if rotary else -1,
+        rotary=rotary,
         interleaved=interleaved,
-    )  # fmt: skip
+    )
     layer = cache.record()
     step = Run(batch=b, tokens=s, past=held, keep=s, positions=positions.data_ptr(), caches=addressof(layer))
     step.angles[0] = records.AngleTable(
-        cos=cos.data_ptr(), sin=sin.data_ptr(), type=TYPES[table], by_row=by_row, stride=cos.stride(0),
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        type=TYPES[table],
+        by_row=by_row,
+        stride=cos.stride(0),
         rows=cos.shape[0],
-    )  # fmt: skip
+    )
     out = torch.full((b, s, heads * d), float("nan"))
     addresses = [t.data_ptr() for t in (x, values, out)]
     native().program_heads(bytes(r), bytes(step), addresses, [width, groups * dv, heads * d])

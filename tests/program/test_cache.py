@@ -511,8 +511,15 @@ def tiny():
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
-    config = MistralConfig(vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-                           num_attention_heads=4, num_key_value_heads=2, sliding_window=8)  # fmt: skip
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
     return MistralForCausalLM(config).eval()
 
 
@@ -555,8 +562,14 @@ def test_a_cache_of_8_bits_takes_half_of_the_memory():
         bigkernels.Cache(tiny(), bits=4)
 
 
-KEPT = [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.float32),
-        (torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16), (torch.float32, torch.float32)]  # fmt: skip
+KEPT = [
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.float16),
+    (torch.float16, torch.bfloat16),
+    (torch.float32, torch.float32),
+]
 
 
 @pytest.mark.parametrize(("dtype", "kept"), KEPT, ids=lambda dtype: str(dtype)[6:])

@@ -316,7 +316,7 @@ def test_empty_and_wrong_inputs(pair: Pair):
         dict(input_ids=TOKENS[:, :4].float()),
         dict(input_ids=TOKENS[:, :4], position_ids=torch.tensor([[0, 1, 2, 300_000]])),
         {"input_ids": TOKENS[:, :4], CACHE: "cache"},
-    ]  # fmt: skip
+    ]
 
     def run(model, call):
         try:

@@ -70,13 +70,19 @@ FAULTS = {
     "pairs of rotation": (Heads, 1, _with(interleaved=True)),
     "order of heads": (Heads, 2, _swapped),
     "activation": (Activate, 1, _with(act="gelu")),
-    "weight of a sum": (Combine, 3, lambda graph, op: replace(op, terms=((*op.terms[0][:1], 1.001, None),
-                                                                         *op.terms[1:]))),
+    "weight of a sum": (
+        Combine,
+        3,
+        lambda graph, op: replace(op, terms=((*op.terms[0][:1], 1.001, None), *op.terms[1:])),
+    ),
     "a row of a layer": (Product, 7 * 2 + 4, _other_row),
     "a row of the head": (Product, -1, _other_row),
-    "the weight of another layer": (Product, 7 * 2, lambda graph, op: replace(
-        op, module=[o for o in graph.operations if isinstance(o, Product)][7].module)),
-}  # fmt: skip
+    "the weight of another layer": (
+        Product,
+        7 * 2,
+        lambda graph, op: replace(op, module=[o for o in graph.operations if isinstance(o, Product)][7].module),
+    ),
+}
 
 
 def _told(quantized: bool) -> tuple[nn.Module, Graph]:

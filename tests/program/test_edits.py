@@ -362,8 +362,9 @@ def test_half_precision(name: str):
 
 def test_odd_sizes():
     """Nothing is a multiple of a vector."""
-    changes = dict(vocab_size=131, hidden_size=45, intermediate_size=77, num_attention_heads=3, num_key_value_heads=1,
-                   head_dim=14)  # fmt: skip
+    changes = dict(
+        vocab_size=131, hidden_size=45, intermediate_size=77, num_attention_heads=3, num_key_value_heads=1, head_dim=14
+    )
     theirs = build("llama", **changes)
     ours = copy.deepcopy(theirs)
     bigkernels.patch(ours)

@@ -19,8 +19,11 @@ pytestmark = pytest.mark.skipif(cpu_library().reason is not None, reason=str(cpu
 
 def stack(model: nn.Module):
     """What the only list of layers keeps."""
-    found = {id(m.__dict__["_bigkernels_encoder"].stack): m.__dict__["_bigkernels_encoder"].stack
-             for m in model.modules() if "_bigkernels_encoder" in m.__dict__}  # fmt: skip
+    found = {
+        id(m.__dict__["_bigkernels_encoder"].stack): m.__dict__["_bigkernels_encoder"].stack
+        for m in model.modules()
+        if "_bigkernels_encoder" in m.__dict__
+    }
     (only,) = found.values()
     return only
 
@@ -282,8 +285,9 @@ def test_classes_that_wrap_an_encoder():
     import transformers as t
 
     torch.manual_seed(0)
-    config = t.BertConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-                          vocab_size=99, num_labels=3)  # fmt: skip
+    config = t.BertConfig(
+        hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, vocab_size=99, num_labels=3
+    )
     model = t.BertForSequenceClassification(config).eval()
     ours = copy.deepcopy(model)
     report = bigkernels.patch(ours)

@@ -199,8 +199,13 @@ def test_logits_that_are_not_numbers():
 def test_what_does_not_fit_is_refused():
     stacked = Stacked(4, 32, 16, torch.float32, False, False)
     op = dict(experts=4, top=2, act="silu")
-    for field, value, what in (("top", 5, "no such experts"), ("inner", 17, "does not fit"), ("experts", 3, "router"),
-                               ("down", None, "no such experts"), ("hidden", 0, "value of its own")):  # fmt: skip
+    for field, value, what in (
+        ("top", 5, "no such experts"),
+        ("inner", 17, "does not fit"),
+        ("experts", 3, "router"),
+        ("down", None, "no such experts"),
+        ("hidden", 0, "value of its own"),
+    ):
         step = Step(32, op, stacked.place(), given=False)
         setattr(step.maker.records[-1].experts, field, value)
         step.program = step.maker.program(step.op.out)

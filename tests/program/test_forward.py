@@ -168,8 +168,13 @@ def test_functional_calls_see_their_weights(models: Pair, monkeypatch):
 
 
 def test_errors_are_the_models_own(shared: Pair):
-    for options in ({"input_ids": None}, {"inputs_embeds": torch.zeros(2, 9, 64)}, {"input_ids": IDS + 500},
-                    {"input_ids": IDS.float()}, {"nonsense": 3}):  # fmt: skip
+    for options in (
+        {"input_ids": None},
+        {"inputs_embeds": torch.zeros(2, 9, 64)},
+        {"input_ids": IDS + 500},
+        {"input_ids": IDS.float()},
+        {"nonsense": 3},
+    ):
         errors = []
         for model in (shared.theirs, shared.ours):
             with torch.no_grad():
@@ -238,8 +243,11 @@ def test_the_report():
     model.model.layers[0].register_forward_hook(lambda *_: None)
     generate(model)
     assert report.steps[0].what == "decode program: model.layers.0: has hooks"
-    encoder = transformers.BertModel(transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                                                             intermediate_size=32, vocab_size=50))  # fmt: skip
+    encoder = transformers.BertModel(
+        transformers.BertConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50
+        )
+    )
     assert "decode" not in str(bigkernels.patch(encoder))
     hooked = build("llama")
     hooked.model.layers[0].register_forward_hook(lambda *_: None)
@@ -362,10 +370,14 @@ def test_adapters_that_are_switched(monkeypatch):
     theirs, ours = adapted(), adapted()
     (program,) = bigkernels.patch(ours).programs.values()
     edits = [
-        lambda m: None, lambda m: m.set_adapter("other"), lambda m: m.base_model.disable_adapter_layers(),
-        lambda m: m.base_model.enable_adapter_layers(), lambda m: m.set_adapter("default"), lambda m: m.merge_adapter(),
+        lambda m: None,
+        lambda m: m.set_adapter("other"),
+        lambda m: m.base_model.disable_adapter_layers(),
+        lambda m: m.base_model.enable_adapter_layers(),
+        lambda m: m.set_adapter("default"),
+        lambda m: m.merge_adapter(),
         lambda m: m.unmerge_adapter(),
-    ]  # fmt: skip
+    ]
     seen = []
     for edit in edits:
         results = []
@@ -498,8 +510,9 @@ def test_a_watch_sees_every_kind_of_edit(monkeypatch, native: bool):
         seen = watch()
         assert seen.look() == _watch.Watch.SAME, number
         edit()
-        assert seen.look() == (_watch.Watch.MOVED if number == 5 else _watch.Watch.TOUCHED if number == 7 else
-                               _watch.Watch.CHANGED), number  # fmt: skip
+        assert seen.look() == (
+            _watch.Watch.MOVED if number == 5 else _watch.Watch.TOUCHED if number == 7 else _watch.Watch.CHANGED
+        ), number
     m = Module()
     seen = watch()
     m.inner.weight.data.add_(1)  # weights are read where they are

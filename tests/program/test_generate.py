@@ -40,7 +40,7 @@ WAYS = {
     "static cache of a padded batch": dict(ids=PADDED, cache_implementation="static"),
     "static cache past the window": dict(new=3 * WINDOW, cache_implementation="static"),
     "offloaded cache": dict(cache_implementation="offloaded", new=4),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -104,8 +104,15 @@ def test_nothing_is_left_to_modules(name):
     assert not any(isinstance(op, Call) for op in found(any_build(name)).operations)
 
 
-@pytest.mark.parametrize("old", [{"new_decoder_architecture": False, "multi_query": True}, {"alibi": True},
-                                 {"new_decoder_architecture": True}, {"parallel_attn": False}])  # fmt: skip
+@pytest.mark.parametrize(
+    "old",
+    [
+        {"new_decoder_architecture": False, "multi_query": True},
+        {"alibi": True},
+        {"new_decoder_architecture": True},
+        {"parallel_attn": False},
+    ],
+)
 def test_falcon(old):
     model = any_build("FalconForCausalLM", **old)
     graph = found(model)
@@ -165,8 +172,14 @@ def test_softcaps():
     assert graph.operations[-1].softcap == 11.0 and isinstance(graph.operations[-1], Activate)
 
 
-@pytest.mark.parametrize("kind", [{"rope_type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0},
-                                  {"rope_type": "dynamic", "factor": 2.0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+    ],
+)
 def test_angles_of_other_kinds(kind):
     model = any_build("LlamaForCausalLM", rope_parameters={"rope_theta": 1e4, **kind}, max_position_embeddings=16)
     graph = found(model)

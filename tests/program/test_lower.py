@@ -24,8 +24,15 @@ BATCH, TOKENS = 2, 5
 
 
 def _model(dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
-    sizes = dict(hidden_size=64, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, vocab_size=51, initializer_range=0.2)  # fmt: skip
+    sizes = dict(
+        hidden_size=64,
+        intermediate_size=72,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=51,
+        initializer_range=0.2,
+    )
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | changes)).eval().to(dtype)
 
@@ -153,8 +160,10 @@ def test_rows_of_one_weight_as_gate_and_up():
             holder = nn.Sequential(copy.deepcopy(layer))
             bigkernels.quantize(holder, name)
         module = layer if name is None else holder[0]
-        graph.operations = [ir.Product(graph.hidden, joined, module),
-                            ir.Activate(joined, inner, "gelu", 72, joined, 72, 0)]  # fmt: skip
+        graph.operations = [
+            ir.Product(graph.hidden, joined, module),
+            ir.Activate(joined, inner, "gelu", 72, joined, 72, 0),
+        ]
         graph.logits = inner
         lowered = Lowered(graph, torch.float32)
         assert _kinds(lowered) == [records.PRODUCT] and lowered.records[0].product.gated

@@ -32,10 +32,19 @@ def _neutral(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("LlamaForCausalLM", {}), ("GPT2LMHeadModel", {}), ("BertLMHeadModel", {}), ("Gemma3ForCausalLM", {}),
-     ("Qwen3ForCausalLM", {}), ("GptOssForCausalLM", {}), ("CohereForCausalLM", {"use_qk_norm": True}),
-     ("OlmoeForCausalLM", {}), ("BloomForCausalLM", {}), ("StableLmForCausalLM", {"qk_layernorm": True})],
-)  # fmt: skip
+    [
+        ("LlamaForCausalLM", {}),
+        ("GPT2LMHeadModel", {}),
+        ("BertLMHeadModel", {}),
+        ("Gemma3ForCausalLM", {}),
+        ("Qwen3ForCausalLM", {}),
+        ("GptOssForCausalLM", {}),
+        ("CohereForCausalLM", {"use_qk_norm": True}),
+        ("OlmoeForCausalLM", {}),
+        ("BloomForCausalLM", {}),
+        ("StableLmForCausalLM", {"qk_layernorm": True}),
+    ],
+)
 def test_weights_of_ones_and_biases_of_zeros_that_change(name: str, more: dict):
     """A model as it is made: nothing is told from ones and zeros, and what they become is seen."""
     theirs = any_build(name, **more)

@@ -237,8 +237,13 @@ def test_an_adapter_that_is_scaled_and_trained():
 
 def test_adapters_that_do_more():
     """DoRA, rank-stabilized scales, biases, dropout in evaluation, a head that is trained whole."""
-    for options in (dict(use_dora=True), dict(use_rslora=True, lora_dropout=0.5), dict(bias="lora_only"),
-                    dict(modules_to_save=["lm_head"]), dict(layers_to_transform=[1])):  # fmt: skip
+    for options in (
+        dict(use_dora=True),
+        dict(use_rslora=True, lora_dropout=0.5),
+        dict(bias="lora_only"),
+        dict(modules_to_save=["lm_head"]),
+        dict(layers_to_transform=[1]),
+    ):
         models = Pair(_adapter(build("llama"), **options), _adapter(build("llama"), **options))
         bigkernels.patch(models.ours)
         _same(models)
@@ -247,8 +252,10 @@ def test_adapters_that_do_more():
 def test_a_prompt_that_is_trained():
     """Virtual tokens come with embeddings or as a cache."""
     peft = pytest.importorskip("peft")
-    for config in (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-                   peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)):  # fmt: skip
+    for config in (
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    ):
         models = pair("llama")
         wrapped = []
         for model in (models.theirs, models.ours):

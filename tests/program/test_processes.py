@@ -150,8 +150,9 @@ print({name: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for name, pid in c
 
 def test_the_end_of_the_interpreter():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", ENDS], env=environment, capture_output=True, text=True,
-                          timeout=TIMEOUT)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ENDS], env=environment, capture_output=True, text=True, timeout=TIMEOUT
+    )
     statuses = ast.literal_eval(done.stdout.strip().splitlines()[-1])
     assert len(statuses) == 5 and not any(statuses.values()), f"{statuses}\n{done.stderr}"
 

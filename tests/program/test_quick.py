@@ -20,8 +20,12 @@ from bigkernels.program import _forward, _quick, _state
 pytestmark = pytest.mark.skipif(not _quick._makes(), reason="no such function of this torch, or no kernels")
 
 # Edits after which a cache that is there still fits.
-KEPT = [e for e in EDITS if e.__name__ not in ("_another_block", "_fewer_blocks", "_blocks_in_another_order",
-                                               "_to_bfloat16", "_another_head")]  # fmt: skip
+KEPT = [
+    e
+    for e in EDITS
+    if e.__name__
+    not in ("_another_block", "_fewer_blocks", "_blocks_in_another_order", "_to_bfloat16", "_another_head")
+]
 
 
 @pytest.fixture
@@ -175,8 +179,13 @@ def test_other_arguments_are_seen(slow: list[int]):
     for talk in (theirs, ours):
         for _ in range(4):
             talk.next()
-    for options in ({"output_hidden_states": True}, {"return_dict": False}, {"position_ids": torch.tensor([[30]])},
-                    {"attention_mask": torch.ones(1, 10)}, {"logits_to_keep": True}):  # fmt: skip
+    for options in (
+        {"output_hidden_states": True},
+        {"return_dict": False},
+        {"position_ids": torch.tensor([[30]])},
+        {"attention_mask": torch.ones(1, 10)},
+        {"logits_to_keep": True},
+    ):
         before = slow[0]
         results = []
         for talk in (theirs, ours):

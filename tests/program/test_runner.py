@@ -199,5 +199,13 @@ def test_no_rows_are_kept(threads):
     torch.set_num_threads(before)
     assert torch.equal(*filled) and filled[0].abs().sum() > 0
     with pytest.raises(RuntimeError, match="a run of"):
-        raw.run(program, torch.zeros(1, 1, 48), torch.zeros(1, 1, dtype=torch.int64), None, caches, angles,
-                torch.empty(1, 2, 300), 0)  # fmt: skip
+        raw.run(
+            program,
+            torch.zeros(1, 1, 48),
+            torch.zeros(1, 1, dtype=torch.int64),
+            None,
+            caches,
+            angles,
+            torch.empty(1, 2, 300),
+            0,
+        )

@@ -174,8 +174,16 @@ def test_the_models_own_code_runs_between_threads(programs):
     torch.testing.assert_close(expected.double(), (d64 + h) @ w3.double().T, rtol=1e-4, atol=1e-4)
 
 
-def decoder(layers: int, width: int, heads: int, d: int, capacity: int, dtype: torch.dtype, batch: int = 1,
-            norm: torch.Tensor | None = None):  # fmt: skip
+def decoder(
+    layers: int,
+    width: int,
+    heads: int,
+    d: int,
+    capacity: int,
+    dtype: torch.dtype,
+    batch: int = 1,
+    norm: torch.Tensor | None = None,
+):
     """A program with a cache of `capacity` slots: (program, its caches, what keeps them alive, its rotary table)."""
     g = torch.Generator().manual_seed(8)
     m = Maker(width)

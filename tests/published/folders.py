@@ -11,8 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-SIZES = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 IDS = torch.arange(3, 15)[None]
 Layer = Callable[[int, int], tuple[dict[str, Tensor], Tensor]]
 
@@ -63,9 +70,14 @@ def header(path: str, tensors: dict[str, Tensor], quantization: dict) -> dict[st
         "dtype": {"_type": "torch.dtype", "_data": "float16"},
     }
     if quantization.get("dynamic"):
-        about["act_quant_kwargs"] = {"_type": "QuantizeTensorToInt8Kwargs", "_data": {
-            "granularity": {"_type": "PerRow", "_data": {"dim": -1}}, "reduce_range": False,
-            "mapping_type": {"_type": "MappingType", "_data": "SYMMETRIC"}}}  # fmt: skip
+        about["act_quant_kwargs"] = {
+            "_type": "QuantizeTensorToInt8Kwargs",
+            "_data": {
+                "granularity": {"_type": "PerRow", "_data": {"dim": -1}},
+                "reduce_range": False,
+                "mapping_type": {"_type": "MappingType", "_data": "SYMMETRIC"},
+            },
+        }
     return {f"{path}.weight": json.dumps({"_type": kind, "_data": about, "_tensor_data_names": ["qdata", "scale"]})}
 
 
@@ -113,8 +125,12 @@ def gptq(
             group = group[torch.randperm(k)]
         stored = zero if v2 else (zero - 1) & ((1 << bits) - 1)
         weight = scales[group] * (codes - zero[group]).half()  # in float16, as AutoGPTQ and GPTQModel compute it
-        tensors = {"qweight": words(codes, bits), "qzeros": words(stored.T, bits).T, "scales": scales,
-                   "g_idx": group.int()}  # fmt: skip
+        tensors = {
+            "qweight": words(codes, bits),
+            "qzeros": words(stored.T, bits).T,
+            "scales": scales,
+            "g_idx": group.int(),
+        }
         return tensors, weight.T.contiguous()
 
     return layer
@@ -163,9 +179,16 @@ def hqq(bits: int, size: int) -> Layer:
         padded[:rows] = codes
         packed = sum(part << shift for part, shift in zip(padded.chunk(len(shifts)), shifts, strict=True))
         number = lambda v: torch.tensor(v, dtype=torch.int32)  # noqa: E731
-        tensors = {"W_q": packed.to(torch.int32 if bits == 3 else torch.uint8), "scale": scale, "zero": zero,
-                   "nbits": number(bits), "group_size": number(size), "axis": number(1),
-                   "shape": torch.tensor([n, k]), "encoded_state_dict": torch.tensor(1, dtype=torch.uint8)}  # fmt: skip
+        tensors = {
+            "W_q": packed.to(torch.int32 if bits == 3 else torch.uint8),
+            "scale": scale,
+            "zero": zero,
+            "nbits": number(bits),
+            "group_size": number(size),
+            "axis": number(1),
+            "shape": torch.tensor([n, k]),
+            "encoded_state_dict": torch.tensor(1, dtype=torch.uint8),
+        }
         return tensors, ((codes.float() - zero.float()) * scale.float()).view(n, k)
 
     return layer

@@ -26,9 +26,11 @@ METHODS = {
     "awq": (folders.awq(64, "gemm"), {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}),
     "bitsandbytes": (folders.int8_rows, {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}),
     "hqq": (folders.hqq(4, 64), {"quant_method": "hqq", "quant_config": {}}),
-    "torchao": (folders.torchao("Int8Tensor", -1, zeros=False),
-                {"quant_method": "torchao", "quant_type": {}, "kind": "Int8Tensor", "size": -1}),
-}  # fmt: skip
+    "torchao": (
+        folders.torchao("Int8Tensor", -1, zeros=False),
+        {"quant_method": "torchao", "quant_type": {}, "kind": "Int8Tensor", "size": -1},
+    ),
+}
 
 
 @pytest.fixture
@@ -82,8 +84,9 @@ def test_plain_folders_are_read_and_quantized_as_ever(tmp_path, chosen):
     chosen("gptq", "bitsandbytes")
     assert torch.equal(logits(AutoModel.from_pretrained(tmp_path)), logits(plain))
     config = bigkernels.integrations.transformers.Config("int8")
-    assert isinstance(AutoModel.from_pretrained(tmp_path, quantization_config=config).model.layers[0].mlp.up_proj,
-                      QuantizedLinear)  # fmt: skip
+    assert isinstance(
+        AutoModel.from_pretrained(tmp_path, quantization_config=config).model.layers[0].mlp.up_proj, QuantizedLinear
+    )
 
 
 def test_options_of_from_pretrained(tmp_path, chosen):
@@ -103,12 +106,16 @@ def test_options_of_from_pretrained(tmp_path, chosen):
     assert model.model.layers[0].mlp.up_proj.lora_b.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda s: s.pop("model.layers.0.mlp.up_proj.scales"), "no tensor model.layers.0.mlp.up_proj.scales"),
-    (lambda s: s.pop("model.norm.weight"), "has no tensor model.norm.weight"),
-    (lambda s: s.update({"lm_head.weight": s["lm_head.weight"][:5]}), "lm_head.weight has shape"),
-    (lambda s: s.update({"surprise.weight": s["lm_head.weight"].clone()}), "surprise.weight"),
-], ids=range(4))  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("model.layers.0.mlp.up_proj.scales"), "no tensor model.layers.0.mlp.up_proj.scales"),
+        (lambda s: s.pop("model.norm.weight"), "has no tensor model.norm.weight"),
+        (lambda s: s.update({"lm_head.weight": s["lm_head.weight"][:5]}), "lm_head.weight has shape"),
+        (lambda s: s.update({"surprise.weight": s["lm_head.weight"].clone()}), "surprise.weight"),
+    ],
+    ids=range(4),
+)
 def test_damaged_folders(tmp_path, chosen, change, message: str):
     from safetensors.torch import load_file, save_file
 

@@ -22,8 +22,11 @@ FILES = 2000
 
 def compressed(n: int, k: int):
     codes = torch.randint(0, 16, (n, k))
-    return {"weight_packed": folders.words(codes.T, 4).T, "weight_scale": torch.rand(n, k // 32),
-            "weight_shape": torch.tensor([n, k])}, None  # fmt: skip
+    return {
+        "weight_packed": folders.words(codes.T, 4).T,
+        "weight_scale": torch.rand(n, k // 32),
+        "weight_shape": torch.tensor([n, k]),
+    }, None
 
 
 def bitsandbytes(n: int, k: int):
@@ -31,14 +34,19 @@ def bitsandbytes(n: int, k: int):
 
     tensors = quantize_weight(torch.randn(n, k), NF4(double_quant=False)).tensors
     said = json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [n, k]}).encode()
-    return {"weight": tensors["codes"].view(-1, 1), "weight.absmax": tensors["scale"].flatten(),
-            "weight.quant_map": torch.tensor(NF4.values),
-            "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(said), dtype=torch.uint8)}, None  # fmt: skip
+    return {
+        "weight": tensors["codes"].view(-1, 1),
+        "weight.absmax": tensors["scale"].flatten(),
+        "weight.quant_map": torch.tensor(NF4.values),
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(said), dtype=torch.uint8),
+    }, None
 
 
 def mxfp4(n: int, k: int):
-    return {"blocks": torch.randint(0, 256, (2, n, k // 32, 16), dtype=torch.uint8),
-            "scales": torch.randint(100, 130, (2, n, k // 32), dtype=torch.uint8)}, None  # fmt: skip
+    return {
+        "blocks": torch.randint(0, 256, (2, n, k // 32, 16), dtype=torch.uint8),
+        "scales": torch.randint(100, 130, (2, n, k // 32), dtype=torch.uint8),
+    }, None
 
 
 KINDS = {
@@ -48,12 +56,19 @@ KINDS = {
     "gemv": (folders.awq(32, "gemv"), {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}),
     "bitsandbytes": (bitsandbytes, {"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "llm.int8": (folders.int8_rows, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
-    "compressed": (compressed, {"quant_method": "compressed-tensors", "config_groups": {"g": {
-        "targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "symmetric": True}}}}),
+    "compressed": (
+        compressed,
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {
+                "g": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "symmetric": True}}
+            },
+        },
+    ),
     "hqq": (folders.hqq(4, 32), {"quant_method": "hqq"}),
     "mxfp4": (mxfp4, {"quant_method": "mxfp4"}),
     "torchao": (folders.torchao("Int8Tensor", 32), {"quant_method": "torchao", "kind": "Int8Tensor", "size": 32}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -30,8 +30,9 @@ def checked(folder, expected: dict, formats: set, dtype: torch.dtype = torch.flo
         if exact:
             assert torch.equal(module.qweight.dequantize(dtype), expected[f"{path}.weight"].to(dtype)), path
         else:
-            torch.testing.assert_close(module.qweight.dequantize(torch.float32), expected[f"{path}.weight"], rtol=2e-7,
-                                       atol=0)  # fmt: skip
+            torch.testing.assert_close(
+                module.qweight.dequantize(torch.float32), expected[f"{path}.weight"], rtol=2e-7, atol=0
+            )
     for path in model.dense_layers:
         assert torch.equal(model.get_submodule(path).weight, expected[f"{path}.weight"].to(dtype)), path
     if Int8Dynamic not in formats:
@@ -55,8 +56,9 @@ def test_gptq(tmp_path, bits: int, size: int, version: str):
 
 
 def test_gptq_that_no_format_stands_for(tmp_path):
-    expected = folders.write(tmp_path, folders.gptq(8, 64), {"quant_method": "gptq", "sym": False, "bits": 8,
-                                                             "group_size": 64})  # fmt: skip
+    expected = folders.write(
+        tmp_path, folders.gptq(8, 64), {"quant_method": "gptq", "sym": False, "bits": 8, "group_size": 64}
+    )
     checked(tmp_path, expected, set())
 
 
@@ -127,13 +129,21 @@ def test_hqq(tmp_path, bits: int, size: int):
     checked(tmp_path, expected, {Int4})
 
 
-@pytest.mark.parametrize(("kind", "size", "options", "formats"), [
-    ("Int8Tensor", -1, {"zeros": False}, {Int8}), ("Int8Tensor", -1, {}, set()), ("Int8Tensor", 64, {}, set()),
-    ("IntxUnpackedToInt8Tensor", 32, {"bits": 4}, {Int4}), ("IntxUnpackedToInt8Tensor", 64, {"bits": 3}, {Int4}),
-    ("IntxUnpackedToInt8Tensor", -1, {"bits": 4}, {Int4}),
-    ("IntxUnpackedToInt8Tensor", 64, {"zeros": False}, {Q8_0}), ("Float8Tensor", -1, {}, {FP8}),
-    ("Int8Tensor", -1, {"zeros": False, "dynamic": True}, {Int8Dynamic}),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "size", "options", "formats"),
+    [
+        ("Int8Tensor", -1, {"zeros": False}, {Int8}),
+        ("Int8Tensor", -1, {}, set()),
+        ("Int8Tensor", 64, {}, set()),
+        ("IntxUnpackedToInt8Tensor", 32, {"bits": 4}, {Int4}),
+        ("IntxUnpackedToInt8Tensor", 64, {"bits": 3}, {Int4}),
+        ("IntxUnpackedToInt8Tensor", -1, {"bits": 4}, {Int4}),
+        ("IntxUnpackedToInt8Tensor", 64, {"zeros": False}, {Q8_0}),
+        ("Float8Tensor", -1, {}, {FP8}),
+        ("Int8Tensor", -1, {"zeros": False, "dynamic": True}, {Int8Dynamic}),
+    ],
+    ids=str,
+)
 def test_torchao(tmp_path, kind: str, size: int, options: dict, formats: set):
     said = {"quant_method": "torchao", "kind": kind, "size": size, "dynamic": options.get("dynamic")}
     options = {key: value for key, value in options.items() if key != "dynamic"}
@@ -172,9 +182,11 @@ def test_a_tied_head_reads_the_codes_of_the_embedding(tmp_path):
 
 def test_torchao_that_is_refused(tmp_path):
     layer = folders.torchao("Int8Tensor", 64)
-    for change, message in (({"kind": "Int4TilePackedTo4dTensor"}, "is a Int4TilePackedTo4dTensor of torchao"),
-                            ({"size": 48}, r"blocks of \[1, 48\]"),
-                            ({"size": 32}, r"shape \(128, \d\), expected \(128, \d\)")):  # fmt: skip
+    for change, message in (
+        ({"kind": "Int4TilePackedTo4dTensor"}, "is a Int4TilePackedTo4dTensor of torchao"),
+        ({"size": 48}, r"blocks of \[1, 48\]"),
+        ({"size": 32}, r"shape \(128, \d\), expected \(128, \d\)"),
+    ):
         said = {"quant_method": "torchao", "kind": "Int8Tensor", "size": 64} | change
         folders.write(tmp_path, layer, said)
         with pytest.raises(ValueError, match=message):
@@ -278,19 +290,26 @@ def changed(folder, change) -> None:
 UP = "model.layers.0.mlp.up_proj"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda s: s.pop(f"{UP}.scales"), f"no tensor {UP}.scales"),
-    (lambda s: s.update({f"{UP}.scales": s[f"{UP}.scales"][:1]}), f"{UP}.scales has 1 groups|{UP}.qzeros has shape"),
-    (lambda s: s.update({f"{UP}.qzeros": s[f"{UP}.qzeros"].long()}), f"{UP}.qzeros is torch.int64"),
-    (lambda s: s.update({f"{UP}.qweight": s[f"{UP}.qweight"][:-1]}), f"{UP}"),
-    (lambda s: s.update({f"{UP}.qweight": s[f"{UP}.qweight"][0]}), f"{UP}.qweight has shape"),
-    (lambda s: s[f"{UP}.scales"].fill_(float("inf")), f"{UP}.scales holds a value that is not finite"),
-    (lambda s: s[f"{UP}.g_idx"].fill_(99), f"{UP}.g_idx names group 99"),
-    (lambda s: s.update({"model.norm.weight": s["model.norm.weight"][:5]}), "model.norm.weight"),
-    (lambda s: s.pop("model.norm.weight"), "model.norm.weight"),
-    (lambda s: s.update({"lm_head.weight": s["lm_head.weight"][:5]}), "lm_head.weight has shape"),
-    (lambda s: s.update({"surprise.weight": s["lm_head.weight"].clone()}), "surprise.weight"),
-], ids=range(11))  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop(f"{UP}.scales"), f"no tensor {UP}.scales"),
+        (
+            lambda s: s.update({f"{UP}.scales": s[f"{UP}.scales"][:1]}),
+            f"{UP}.scales has 1 groups|{UP}.qzeros has shape",
+        ),
+        (lambda s: s.update({f"{UP}.qzeros": s[f"{UP}.qzeros"].long()}), f"{UP}.qzeros is torch.int64"),
+        (lambda s: s.update({f"{UP}.qweight": s[f"{UP}.qweight"][:-1]}), f"{UP}"),
+        (lambda s: s.update({f"{UP}.qweight": s[f"{UP}.qweight"][0]}), f"{UP}.qweight has shape"),
+        (lambda s: s[f"{UP}.scales"].fill_(float("inf")), f"{UP}.scales holds a value that is not finite"),
+        (lambda s: s[f"{UP}.g_idx"].fill_(99), f"{UP}.g_idx names group 99"),
+        (lambda s: s.update({"model.norm.weight": s["model.norm.weight"][:5]}), "model.norm.weight"),
+        (lambda s: s.pop("model.norm.weight"), "model.norm.weight"),
+        (lambda s: s.update({"lm_head.weight": s["lm_head.weight"][:5]}), "lm_head.weight has shape"),
+        (lambda s: s.update({"surprise.weight": s["lm_head.weight"].clone()}), "surprise.weight"),
+    ],
+    ids=range(11),
+)
 def test_damaged_tensors_are_named(tmp_path, change, message: str):
     said = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True}
     folders.write(tmp_path, folders.gptq(4, 64, sym=True), said)

@@ -28,8 +28,11 @@ def scheme(**weights) -> dict:
 
 COMPRESSED = {
     "int4 in groups": (scheme(num_bits=4, strategy="group", group_size=64), "pack-quantized", Int4),
-    "int4 in groups, asymmetric": (scheme(num_bits=4, strategy="group", group_size=32, symmetric=False),
-                                   "pack-quantized", Int4),
+    "int4 in groups, asymmetric": (
+        scheme(num_bits=4, strategy="group", group_size=32, symmetric=False),
+        "pack-quantized",
+        Int4,
+    ),
     "int4 a channel": (scheme(num_bits=4, strategy="channel"), "pack-quantized", Int4),
     "int3 in groups": (scheme(num_bits=3, strategy="group", group_size=32), "pack-quantized", Int4),
     "int8 packed in groups": (scheme(num_bits=8, strategy="group", group_size=64), "pack-quantized", Q8_0),
@@ -38,7 +41,7 @@ COMPRESSED = {
     "w8a8": (scheme(num_bits=8, strategy="channel") | {"input_activations": TOKENS}, "int-quantized", Int8Dynamic),
     "fp8 a channel": (scheme(num_bits=8, type="float", strategy="channel"), "float-quantized", FP8),
     "fp8 a tensor": (scheme(num_bits=8, type="float", strategy="tensor"), "float-quantized", FP8),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -63,15 +66,21 @@ def test_compressed_tensors(tmp_path, case: str, dtype: torch.dtype):
             state["weight_scale"] = state["weight_scale"].flatten()
         half = 1 << weights["num_bits"] - 1
         low = 0 if weights["symmetric"] else -half
-        state["weight_zero_point"] = torch.randint(low, -low + 1 if low == 0 else half, state["weight_scale"].shape,
-                                                   dtype=torch.int8)  # fmt: skip
+        state["weight_zero_point"] = torch.randint(
+            low, -low + 1 if low == 0 else half, state["weight_scale"].shape, dtype=torch.int8
+        )
         compressor = BaseCompressor.get_value_from_registry(form)
         stored = compressor.compress(dict(state), parsed)
         return stored, compressor.decompress(dict(stored), parsed)["weight"]
 
-    whole = {"quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"],
-             "version": package.__version__,
-             "config_groups": {"group_0": said | {"format": form}}, "quantization_status": "compressed"}  # fmt: skip
+    whole = {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "ignore": ["lm_head"],
+        "version": package.__version__,
+        "config_groups": {"group_0": said | {"format": form}},
+        "quantization_status": "compressed",
+    }
     expected = folders.write(tmp_path, layer, whole, folders.model(dtype))
     model = bigkernels.load_quantized(tmp_path)
     found = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
@@ -116,8 +125,11 @@ def test_hqq(bits: int):
     config = package.BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
     layer = package.HQQLinear(linear, config, compute_dtype=torch.float16, device="cpu", del_orig=False)
     found = HQQ({}).decode("layer", layer.state_dict())
-    meta = layer.meta | {"scale": layer.meta["scale"].float(), "zero": layer.meta["zero"].float(),
-                         "compute_dtype": torch.float32}  # fmt: skip
+    meta = layer.meta | {
+        "scale": layer.meta["scale"].float(),
+        "zero": layer.meta["zero"].float(),
+        "compute_dtype": torch.float32,
+    }
     expected = package.Quantizer.dequantize(layer.W_q, meta)  # of the same numbers, without rounding in between
     assert torch.equal(found.dequantize(torch.float16) if bits < 8 else found, expected.half())
 
@@ -127,15 +139,23 @@ def test_torchao(tmp_path, case: str):
     """Its files, and what its classes dequantize."""
     package = pytest.importorskip("torchao.quantization")
     flatten = pytest.importorskip("torchao.prototype.safetensors.safetensors_support").flatten_tensor_state_dict
-    made, expected_format = {
-        "int8": (package.Int8WeightOnlyConfig, {}), "w8a8": (package.Int8DynamicActivationInt8WeightConfig, {}),
-        "int8 in groups": (package.Int8WeightOnlyConfig, {"granularity": package.PerGroup(64)}),
-        "int4 in groups": (package.IntxWeightOnlyConfig,
-                           {"weight_dtype": torch.int4, "granularity": package.PerGroup(32)}),
-        "int2 in groups": (package.IntxWeightOnlyConfig,
-                           {"weight_dtype": torch.int2, "granularity": package.PerGroup(64)}),
-        "float8": (package.Float8WeightOnlyConfig, {}),
-    }[case], {"int8": Int8, "w8a8": Int8Dynamic, "float8": FP8, "int8 in groups": Q8_0}.get(case, Int4)  # fmt: skip
+    made, expected_format = (
+        {
+            "int8": (package.Int8WeightOnlyConfig, {}),
+            "w8a8": (package.Int8DynamicActivationInt8WeightConfig, {}),
+            "int8 in groups": (package.Int8WeightOnlyConfig, {"granularity": package.PerGroup(64)}),
+            "int4 in groups": (
+                package.IntxWeightOnlyConfig,
+                {"weight_dtype": torch.int4, "granularity": package.PerGroup(32)},
+            ),
+            "int2 in groups": (
+                package.IntxWeightOnlyConfig,
+                {"weight_dtype": torch.int2, "granularity": package.PerGroup(64)},
+            ),
+            "float8": (package.Float8WeightOnlyConfig, {}),
+        }[case],
+        {"int8": Int8, "w8a8": Int8Dynamic, "float8": FP8, "int8 in groups": Q8_0}.get(case, Int4),
+    )
     theirs = folders.model(torch.bfloat16)
     plain = {name: t.clone() for name, t in theirs.state_dict().items()}
     package.quantize_(theirs.model.layers, made[0](**made[1]))
@@ -157,8 +177,10 @@ def test_torchao(tmp_path, case: str):
 
 
 def test_schemes_by_name():
-    groups = {"a": scheme(num_bits=8, strategy="channel") | {"targets": ["re:.*down_proj"]},
-              "b": scheme(num_bits=4, strategy="group", group_size=32)}  # fmt: skip
+    groups = {
+        "a": scheme(num_bits=8, strategy="channel") | {"targets": ["re:.*down_proj"]},
+        "b": scheme(num_bits=4, strategy="group", group_size=32),
+    }
     method = CompressedTensors({"config_groups": groups})
     assert method._scheme("model.layers.0.mlp.down_proj")["weights"]["num_bits"] == 8
     assert method._scheme("model.layers.0.mlp.up_proj")["weights"]["num_bits"] == 4

@@ -82,11 +82,17 @@ def test_gptq(tmp_path):
         assert (code - zero) * state[f"{path}.scales"][k // 64, n] == weight[n, k]
 
 
-@pytest.mark.parametrize(("config", "method", "message"), [
-    ("nf4", "compressed-tensors", "q_proj is nf4, which compressed-tensors"), ("int8", "gptq", "q_proj is int8"),
-    ("int4", "gptq", "no integers"), ({"*mlp*": Int4(32, "rtn"), "*": INT4}, "gptq", "one group size"),
-    ("int8", "exl2", "accepted are"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "method", "message"),
+    [
+        ("nf4", "compressed-tensors", "q_proj is nf4, which compressed-tensors"),
+        ("int8", "gptq", "q_proj is int8"),
+        ("int4", "gptq", "no integers"),
+        ({"*mlp*": Int4(32, "rtn"), "*": INT4}, "gptq", "one group size"),
+        ("int8", "exl2", "accepted are"),
+    ],
+    ids=str,
+)
 def test_refused(tmp_path, config, method: str, message: str):
     with pytest.raises(ValueError, match=message):
         bigkernels.save_quantized(quantized(config), tmp_path / "out", method)

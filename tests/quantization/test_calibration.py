@@ -78,9 +78,14 @@ def test_odd_shapes(algorithm: str, shape: tuple[int, int]):
     assert found.dequantize().shape == shape
 
 
-@pytest.mark.parametrize("hessian, message", [
-    (None, "give hessian"), (torch.eye(3), r"expected \(64, 64\)"), (torch.full((64, 64), float("nan")), "not finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "hessian, message",
+    [
+        (None, "give hessian"),
+        (torch.eye(3), r"expected \(64, 64\)"),
+        (torch.full((64, 64), float("nan")), "not finite"),
+    ],
+)
 def test_refused(hessian: Tensor | None, message: str):
     with pytest.raises(ValueError, match=message):
         quantize_weight(torch.randn(4, 64), Int4(64, "gptq"), hessian)
@@ -118,8 +123,13 @@ def test_models(algorithm: str):
 def test_statistics_in_groups_see_quantized_layers(monkeypatch):
     monkeypatch.setattr(_calibration, "_BYTES", 1)
     seen = []
-    monkeypatch.setattr(bigkernels.quantization._plan, "hessians", lambda model, some, batches: seen.append(
-        (list(some), type(model.one))) or _calibration.hessians(model, some, batches))  # fmt: skip
+    monkeypatch.setattr(
+        bigkernels.quantization._plan,
+        "hessians",
+        lambda model, some, batches: (
+            seen.append((list(some), type(model.one))) or _calibration.hessians(model, some, batches)
+        ),
+    )
     bigkernels.quantize(Net(), Int4(32, "gptq"), calibration=[inputs(64, 64)])
     assert seen == [(["one"], nn.Linear), (["two"], QuantizedLinear), (["unused"], QuantizedLinear)]
 

@@ -32,10 +32,16 @@ def bitsandbytes_state(config: NF4, shape: tuple[int, int], tensors: dict[str, T
         "w.quant_map": torch.tensor(config.values),
     }
     if config.double_quant:
-        described |= {"nested_blocksize": 256, "nested_dtype": "float32",
-                      "nested_offset": tensors["scale_offset"].item()}  # fmt: skip
-        state |= {"w.absmax": tensors["scale_codes"].flatten(), "w.nested_absmax": tensors["scale_scale"],
-                  "w.nested_quant_map": torch.tensor(DYNAMIC_CODEBOOK)}  # fmt: skip
+        described |= {
+            "nested_blocksize": 256,
+            "nested_dtype": "float32",
+            "nested_offset": tensors["scale_offset"].item(),
+        }
+        state |= {
+            "w.absmax": tensors["scale_codes"].flatten(),
+            "w.nested_absmax": tensors["scale_scale"],
+            "w.nested_quant_map": torch.tensor(DYNAMIC_CODEBOOK),
+        }
     else:
         state["w.absmax"] = tensors["scale"].flatten()
     text = torch.tensor(list(json.dumps(described).encode()), dtype=torch.uint8)

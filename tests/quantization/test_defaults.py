@@ -17,10 +17,20 @@ from bigkernels.nn import LoRALinear, QuantizedEmbedding, QuantizedLinear
 from bigkernels.quantization import FP4, NF4, Int4, checkpoints, prepare_qat
 
 FORMATS = {
-    "int8": "int8", "int8-dynamic": "int8-dynamic", "fp8": "fp8", "int4": Int4(32), "rtn": Int4(64, "rtn"),
-    "gptq": Int4(32, "gptq"), "awq": Int4(32, "awq"), "nf4": NF4(), "nf4 plain": NF4(32, double_quant=False),
-    "fp4": FP4(), "fp4 plain": FP4(128, double_quant=False), "q4_1": "q4_1", "q8_0": "q8_0",
-}  # fmt: skip
+    "int8": "int8",
+    "int8-dynamic": "int8-dynamic",
+    "fp8": "fp8",
+    "int4": Int4(32),
+    "rtn": Int4(64, "rtn"),
+    "gptq": Int4(32, "gptq"),
+    "awq": Int4(32, "awq"),
+    "nf4": NF4(),
+    "nf4 plain": NF4(32, double_quant=False),
+    "fp4": FP4(),
+    "fp4 plain": FP4(128, double_quant=False),
+    "q4_1": "q4_1",
+    "q8_0": "q8_0",
+}
 DEFAULTS = ("bfloat16", "float16", "float64", "meta")
 
 
@@ -42,10 +52,13 @@ def drawn() -> dict[str, Tensor]:
     torch.manual_seed(0)
     inputs = torch.randn(300, 131, dtype=torch.float32)
     return {
-        "w": torch.randn(37, 131, dtype=torch.float32), "hessian": inputs.T @ inputs, "x": inputs[:40].clone(),
-        "bias": torch.randn(37, dtype=torch.float32), "grad": torch.randn(40, 37, dtype=torch.float32),
+        "w": torch.randn(37, 131, dtype=torch.float32),
+        "hessian": inputs.T @ inputs,
+        "x": inputs[:40].clone(),
+        "bias": torch.randn(37, dtype=torch.float32),
+        "grad": torch.randn(40, 37, dtype=torch.float32),
         "ids": torch.arange(36, dtype=torch.int64),
-    }  # fmt: skip
+    }
 
 
 def computed(config, given: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -144,9 +144,15 @@ def test_mxfp4_by_a_loop():
     exact = torch.tensor(grid * 2)[None] * 2.0**-20
     assert torch.equal(quantize_weight(exact, MXFP4()).dequantize(), exact)
     # What a file may hold: the least power of two, the largest, and what is no number.
-    held = Q.QuantizedWeight(MXFP4(), (1, 96), torch.float32, {
-        "codes": torch.full((1, 48), 0x71, dtype=torch.uint8),
-        "exponent": torch.tensor([[0, 252, 255]], dtype=torch.uint8)})  # fmt: skip
+    held = Q.QuantizedWeight(
+        MXFP4(),
+        (1, 96),
+        torch.float32,
+        {
+            "codes": torch.full((1, 48), 0x71, dtype=torch.uint8),
+            "exponent": torch.tensor([[0, 252, 255]], dtype=torch.uint8),
+        },
+    )
     read = held.dequantize()[0]
     assert read[0] == 2.0**-128 and read[1] == 6 * 2.0**-127 and read[33] == 6 * 2.0**125 and read[64:].isnan().all()
     for options in ({"block_size": 64}, {"double_quant": True}):
@@ -192,11 +198,18 @@ def test_hqq_helps():
         assert errors[1].mean() < 0.97 * errors[0].mean()
 
 
-@pytest.mark.parametrize("w, error", [
-    (torch.ones(3, 4, dtype=torch.int32), TypeError), ([[1.0]], TypeError), (torch.randn(4), ValueError),
-    (torch.randn(2, 3, 4), ValueError), (torch.tensor([[1.0, float("nan")]]), ValueError),
-    (torch.tensor([[1.0, float("inf")]]), ValueError), (torch.tensor([[1e300]], dtype=torch.float64), ValueError),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "w, error",
+    [
+        (torch.ones(3, 4, dtype=torch.int32), TypeError),
+        ([[1.0]], TypeError),
+        (torch.randn(4), ValueError),
+        (torch.randn(2, 3, 4), ValueError),
+        (torch.tensor([[1.0, float("nan")]]), ValueError),
+        (torch.tensor([[1.0, float("inf")]]), ValueError),
+        (torch.tensor([[1e300]], dtype=torch.float64), ValueError),
+    ],
+)
 def test_weights_that_are_refused(w, error):
     with pytest.raises(error, match="quantize_weight"):
         quantize_weight(w, "int8")

@@ -86,12 +86,19 @@ def test_a_gradient_as_gpus_multiply_it(monkeypatch):
     torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.1)
 
 
-@pytest.mark.parametrize("case, by", [
-    ((torch.bfloat16, 48, 160, (9, 0)), True), ((torch.bfloat16, 48, 160, (10, 0)), True),
-    ((torch.bfloat16, 48, 160, (8, 9)), False), ((torch.float16, 48, 160, (9, 0)), False),
-    ((torch.bfloat16, 40, 160, (9, 0)), False), ((torch.bfloat16, 48, 152, (9, 0)), False),
-    ((torch.bfloat16, 48, 160, None), False),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "case, by",
+    [
+        ((torch.bfloat16, 48, 160, (9, 0)), True),
+        ((torch.bfloat16, 48, 160, (10, 0)), True),
+        ((torch.bfloat16, 48, 160, (8, 9)), False),
+        ((torch.float16, 48, 160, (9, 0)), False),
+        ((torch.bfloat16, 40, 160, (9, 0)), False),
+        ((torch.bfloat16, 48, 152, (9, 0)), False),
+        ((torch.bfloat16, 48, 160, None), False),
+    ],
+    ids=str,
+)
 def test_which_calls_go_to_the_units_of_8_bits(case, by, monkeypatch):
     dtype, n, k, capability = case
     monkeypatch.setattr(_routes, "capability_of", lambda t: capability)
@@ -117,8 +124,9 @@ def test_models(tmp_path):
         other.load_state_dict(fp8.state_dict())
     aware = copy.deepcopy(model)
     prepare_qat(aware, "fp8-dynamic")
-    torch.testing.assert_close(aware(x), bigkernels.quantize(copy.deepcopy(model), "fp8-dynamic") and fp8(x), rtol=1e-4,
-                               atol=1e-5)  # fmt: skip
+    torch.testing.assert_close(
+        aware(x), bigkernels.quantize(copy.deepcopy(model), "fp8-dynamic") and fp8(x), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_experts_are_multiplied_with_rounded_tokens():

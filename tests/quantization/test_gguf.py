@@ -22,11 +22,24 @@ transformers = pytest.importorskip("transformers")
 
 IDS = torch.arange(1, 13).view(2, 6) * 7 % 50
 LLAMA = {
-    "embedding_length": 64, "block_count": 2, "feed_forward_length": 96, "context_length": 128,
-    "attention.head_count": 4, "attention.head_count_kv": 2, "vocab_size": 50, "rope.dimension_count": 16,
-}  # fmt: skip
-MATRICES = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64), "ffn_gate": (96, 64),
-            "ffn_up": (96, 64), "ffn_down": (64, 96)}  # fmt: skip
+    "embedding_length": 64,
+    "block_count": 2,
+    "feed_forward_length": 96,
+    "context_length": 128,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,
+    "vocab_size": 50,
+    "rope.dimension_count": 16,
+}
+MATRICES = {
+    "attn_q": (64, 64),
+    "attn_k": (32, 64),
+    "attn_v": (32, 64),
+    "attn_output": (64, 64),
+    "ffn_gate": (96, 64),
+    "ffn_up": (96, 64),
+    "ffn_down": (64, 96),
+}
 
 
 def tensors(head: bool = False, kind: str = "Q4_1") -> dict[str, tuple[np.ndarray, str]]:
@@ -107,8 +120,11 @@ def test_values_and_logits_are_those_of_transformers(files, name: str):
 
 def test_another_architecture(tmp_path):
     """Qwen2: biases, and no rows in another order."""
-    biases = {f"blk.{i}.attn_{n}.bias": (np.random.default_rng(i).normal(size=size).astype(np.float32), "F32")
-              for i in range(2) for n, size in (("q", 64), ("k", 32), ("v", 32))}  # fmt: skip
+    biases = {
+        f"blk.{i}.attn_{n}.bias": (np.random.default_rng(i).normal(size=size).astype(np.float32), "F32")
+        for i in range(2)
+        for n, size in (("q", 64), ("k", 32), ("v", 32))
+    }
     path = write(tmp_path / "qwen2.gguf", tensors() | biases, "qwen2")
     model, plain = bigkernels.load_gguf(path), by_transformers(path)
     assert type(model).__name__ == "Qwen2ForCausalLM" and model.model.layers[0].self_attn.q_proj.bias is not None
@@ -138,8 +154,9 @@ def test_a_loaded_model_is_one_like_others(files):
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
     new = model.generate(IDS[:1], attention_mask=torch.ones_like(IDS[:1]), max_new_tokens=5, do_sample=False)
     bigkernels.unpatch(model)
-    assert torch.equal(new, model.generate(IDS[:1], attention_mask=torch.ones_like(IDS[:1]), max_new_tokens=5,
-                                           do_sample=False))  # fmt: skip
+    assert torch.equal(
+        new, model.generate(IDS[:1], attention_mask=torch.ones_like(IDS[:1]), max_new_tokens=5, do_sample=False)
+    )
     model(IDS, labels=IDS).loss.backward()
     assert model.model.norm.weight.grad is not None
 
@@ -177,15 +194,18 @@ def shaped(contents, name: str, shape: tuple[int, ...]):
     return {**contents, name: (np.zeros(shape, np.float32), contents[name][1])}
 
 
-@pytest.mark.parametrize("contents, message", [
-    (lambda: renamed(tensors(), "blk.1.ffn_up.weight", "blk.1.ffn_sideways.weight"), "blk.1.ffn_sideways.weight"),
-    (lambda: {k: v for k, v in tensors().items() if k != "blk.1.ffn_up.weight"}, "layers.1.mlp.up_proj.weight"),
-    (lambda: {k: v for k, v in tensors().items() if k != "output_norm.weight"}, "model.norm.weight"),
-    (lambda: shaped(tensors(), "blk.0.attn_q.weight", (32, 64)), "blk.0.attn_q.weight .*32, 64"),
-    (lambda: shaped(tensors(), "output_norm.weight", (32,)), "output_norm.weight .*32"),
-    (lambda: {**tensors(), "rope_freqs.weight": (np.ones(8, np.float32), "F32")}, "rope_freqs.weight"),
-    (lambda: {**tensors(), "blk.0.ffn_up.weight": (np.zeros((2, 96, 64), np.float32), "Q8_0")}, "ffn_up.* 3 dim"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "contents, message",
+    [
+        (lambda: renamed(tensors(), "blk.1.ffn_up.weight", "blk.1.ffn_sideways.weight"), "blk.1.ffn_sideways.weight"),
+        (lambda: {k: v for k, v in tensors().items() if k != "blk.1.ffn_up.weight"}, "layers.1.mlp.up_proj.weight"),
+        (lambda: {k: v for k, v in tensors().items() if k != "output_norm.weight"}, "model.norm.weight"),
+        (lambda: shaped(tensors(), "blk.0.attn_q.weight", (32, 64)), "blk.0.attn_q.weight .*32, 64"),
+        (lambda: shaped(tensors(), "output_norm.weight", (32,)), "output_norm.weight .*32"),
+        (lambda: {**tensors(), "rope_freqs.weight": (np.ones(8, np.float32), "F32")}, "rope_freqs.weight"),
+        (lambda: {**tensors(), "blk.0.ffn_up.weight": (np.zeros((2, 96, 64), np.float32), "Q8_0")}, "ffn_up.* 3 dim"),
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(contents, message: str, tmp_path):
     with pytest.raises(ValueError, match=message):
         bigkernels.load_gguf(write(tmp_path / "wrong.gguf", contents()))

@@ -68,10 +68,18 @@ def test_damaged_files(count: int, tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
 
 
-@pytest.mark.parametrize("key, value", [
-    ("block_count", 2**31), ("embedding_length", 2**30), ("vocab_size", 2**31 - 1), ("context_length", 2**31),
-    ("attention.head_count", 2**30), ("feed_forward_length", 2**30), ("rope.dimension_count", 2**31),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("block_count", 2**31),
+        ("embedding_length", 2**30),
+        ("vocab_size", 2**31 - 1),
+        ("context_length", 2**31),
+        ("attention.head_count", 2**30),
+        ("feed_forward_length", 2**30),
+        ("rope.dimension_count", 2**31),
+    ],
+)
 def test_absurd_numbers_are_named(key: str, value: int, tmp_path):
     whole = bytearray(llama(tmp_path / "model.gguf", "Q8_0").read_bytes())
     at = whole.index(f"llama.{key}".encode()) + len(f"llama.{key}") + 4
@@ -89,23 +97,28 @@ def text(value: str) -> bytes:
     return struct.pack("<Q", len(value)) + value.encode()
 
 
-@pytest.mark.parametrize("made, message", [
-    (b"", "no GGUF file"), (b"GGUX" + bytes(100), "no GGUF file"),
-    (header(tensors=2**62) + bytes(100), "damaged"), (header(pairs=2**62) + bytes(100), "two entries|damaged"),
-    (header(struct.pack("<Q", 2**62), bytes(50), pairs=1), "damaged"),
-    (header(text("a"), struct.pack("<IIQ", 9, 8, 2**40), bytes(64), pairs=1), "damaged"),  # an array of strings
-    (header(text("a"), struct.pack("<IIQ", 9, 0, 2**40), bytes(64), pairs=1), "damaged"),
-    (header(text("a"), struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000, pairs=1), "damaged"),  # in arrays
-    (header(text("a"), struct.pack("<I", 77), bytes(64), pairs=1), "damaged"),
-    (header(text("general.alignment"), struct.pack("<II", 4, 2**31), bytes(64), pairs=1), "alignment of"),
-    (header(text("x"), struct.pack("<IQIQ", 1, 2**40, 0, 0), bytes(64), tensors=1), "before tensor x"),
-    (header(text("x"), struct.pack("<IQQIQ", 2, 2**32, 2**32, 0, 0), bytes(64), tensors=1), "before tensor x"),
-    (header(text("x"), struct.pack("<IQQIQ", 2, 0, 2**40, 0, 0), bytes(64), tensors=1), "tensor x has shape"),
-    (header(text("x"), struct.pack("<IQIQ", 1, 32, 0, 2**63), bytes(64), tensors=1), "before tensor x"),
-    (header(text("x"), struct.pack("<IQIQ", 1, 32, 999, 0), bytes(64), tensors=1), "tensor x is of type 999"),
-    (header(text("x"), struct.pack("<I", 2**31), bytes(64), tensors=1), "tensor x has 2147483648 dim"),
-    (header(text("x"), struct.pack("<IQIQ", 1, 31, 12, 0), bytes(64), tensors=1), "tensor x has shape"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "made, message",
+    [
+        (b"", "no GGUF file"),
+        (b"GGUX" + bytes(100), "no GGUF file"),
+        (header(tensors=2**62) + bytes(100), "damaged"),
+        (header(pairs=2**62) + bytes(100), "two entries|damaged"),
+        (header(struct.pack("<Q", 2**62), bytes(50), pairs=1), "damaged"),
+        (header(text("a"), struct.pack("<IIQ", 9, 8, 2**40), bytes(64), pairs=1), "damaged"),  # an array of strings
+        (header(text("a"), struct.pack("<IIQ", 9, 0, 2**40), bytes(64), pairs=1), "damaged"),
+        (header(text("a"), struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000, pairs=1), "damaged"),  # in arrays
+        (header(text("a"), struct.pack("<I", 77), bytes(64), pairs=1), "damaged"),
+        (header(text("general.alignment"), struct.pack("<II", 4, 2**31), bytes(64), pairs=1), "alignment of"),
+        (header(text("x"), struct.pack("<IQIQ", 1, 2**40, 0, 0), bytes(64), tensors=1), "before tensor x"),
+        (header(text("x"), struct.pack("<IQQIQ", 2, 2**32, 2**32, 0, 0), bytes(64), tensors=1), "before tensor x"),
+        (header(text("x"), struct.pack("<IQQIQ", 2, 0, 2**40, 0, 0), bytes(64), tensors=1), "tensor x has shape"),
+        (header(text("x"), struct.pack("<IQIQ", 1, 32, 0, 2**63), bytes(64), tensors=1), "before tensor x"),
+        (header(text("x"), struct.pack("<IQIQ", 1, 32, 999, 0), bytes(64), tensors=1), "tensor x is of type 999"),
+        (header(text("x"), struct.pack("<I", 2**31), bytes(64), tensors=1), "tensor x has 2147483648 dim"),
+        (header(text("x"), struct.pack("<IQIQ", 1, 31, 12, 0), bytes(64), tensors=1), "tensor x has shape"),
+    ],
+)
 def test_headers_that_lie(made: bytes, message: str, tmp_path):
     path = tmp_path / "lies.gguf"
     path.write_bytes(made)

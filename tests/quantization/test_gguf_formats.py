@@ -18,8 +18,10 @@ def planes(config: Format, blocks: Tensor) -> dict[str, Tensor]:
     """What we store, from the bytes (N, K / 32, size) of blocks in a file, a code at a time."""
     n, count, _ = blocks.shape
     numbers = 2 if isinstance(config, Q4_1) else 1
-    found = {name: blocks[..., 2 * i : 2 * i + 2].contiguous().view(torch.float16)[..., 0]
-             for i, name in enumerate(("scale", "minimum")[:numbers])}  # fmt: skip
+    found = {
+        name: blocks[..., 2 * i : 2 * i + 2].contiguous().view(torch.float16)[..., 0]
+        for i, name in enumerate(("scale", "minimum")[:numbers])
+    }
     codes = blocks[..., 2 * numbers :]
     if numbers == 1:
         return found | {"codes": codes.reshape(n, count * 32).view(torch.int8)}

@@ -64,15 +64,17 @@ def test_values_bit_for_bit(kind: str):
         assert torch.equal(back, exact)
 
 
-cases = st.fixed_dictionaries({
-    "kind": st.sampled_from(READ),
-    "m": st.sampled_from([1, 2, 3, 5, 8, 9, 16, 17, 33, 70, 600]),
-    "n": st.sampled_from([1, 3, 7, 31, 64, 129]),
-    "k": st.sampled_from([1, 95, 256, 300, 600, 1100]),
-    "dtype": st.sampled_from(list(DTYPES)),
-    "bias": st.booleans(),
-    "seed": st.integers(0, 2**31),
-})  # fmt: skip
+cases = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from(READ),
+        "m": st.sampled_from([1, 2, 3, 5, 8, 9, 16, 17, 33, 70, 600]),
+        "n": st.sampled_from([1, 3, 7, 31, 64, 129]),
+        "k": st.sampled_from([1, 95, 256, 300, 600, 1100]),
+        "dtype": st.sampled_from(list(DTYPES)),
+        "bias": st.booleans(),
+        "seed": st.integers(0, 2**31),
+    }
+)
 
 
 @given(cases)
@@ -92,8 +94,9 @@ def check(kind: str, m: int, n: int, k: int, dtype: str, bias: bool, seed: int) 
     x, added, grad = random(m, k), random(n) if bias else None, random(m, n)
     exact = torch.nn.functional.linear(x.double(), w, None if added is None else added.double())
     plain = torch.nn.functional.linear(x, w.to(x.dtype), added)
-    check_product(fwd(x, *q.operands()[:5], added, 0, q.operands().kind, k, False), plain, exact,
-                  x.double().abs() @ w.abs().T)  # fmt: skip
+    check_product(
+        fwd(x, *q.operands()[:5], added, 0, q.operands().kind, k, False), plain, exact, x.double().abs() @ w.abs().T
+    )
     check_product(bwd(grad, *q.operands(), k), grad @ w.to(x.dtype), grad.double() @ w, grad.double().abs() @ w.abs())
 
 

@@ -12,8 +12,15 @@ import bigkernels
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers", minversion="5")
 
-SIZES = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
 IDS = torch.arange(3, 27).view(2, 12)
 MODELS = {
     "llama": ("Llama", {"rms_norm_eps": 1e-5}),
@@ -71,8 +78,10 @@ def test_types(type: str, tmp_path):
     # Rows of q_proj in the file's order, rounded by the package.
     raw = next(t for t in reader.tensors if t.name == "blk.0.ffn_up.weight")
     wide = gguf.quants.dequantize(raw.data, raw.tensor_type)
-    rounded = gguf.quants.dequantize(gguf.quants.quantize(model.model.layers[0].mlp.up_proj.weight.detach().numpy(),
-                                                          raw.tensor_type), raw.tensor_type)  # fmt: skip
+    rounded = gguf.quants.dequantize(
+        gguf.quants.quantize(model.model.layers[0].mlp.up_proj.weight.detach().numpy(), raw.tensor_type),
+        raw.tensor_type,
+    )
     torch.testing.assert_close(torch.from_numpy(wide.copy()), torch.from_numpy(rounded))
     found = theirs.model.layers[0].self_attn.q_proj.weight
     step = {"F16": 1e-3, "BF16": 1e-2, "Q8_0": 1e-2}.get(type, 0.15)
@@ -106,8 +115,10 @@ def test_codes_are_kept(format: str, head: bool, tmp_path):
 
 def tokenizer(folder, **changes):
     tokens = [chr(c) for c in range(33, 127)] + ["t0", "t0t", "Ġ"]
-    cuts = [{"type": "Digits", "individual_digits": True},
-            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]  # fmt: skip
+    cuts = [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ]
     read = {
         "model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": [["t", "0"], ["t0", "t"]]},
         "added_tokens": [{"id": 97, "content": "<|end|>", "special": True}],
@@ -124,9 +135,18 @@ def test_a_vocabulary_from_a_folder_and_from_a_file(tmp_path):
     model, path, other = make("qwen2"), tmp_path / "model.gguf", tmp_path / "other.gguf"
     bigkernels.save_gguf(model, path, "Q8_0", tokenizer=tokenizer(tmp_path))
     fields = gguf.GGUFReader(path).fields
-    said = {key: fields[f"tokenizer.{key}"].contents() for key in (
-        "ggml.model", "ggml.pre", "ggml.tokens", "ggml.merges", "ggml.token_type", "ggml.eos_token_id", "chat_template"
-    )}  # fmt: skip
+    said = {
+        key: fields[f"tokenizer.{key}"].contents()
+        for key in (
+            "ggml.model",
+            "ggml.pre",
+            "ggml.tokens",
+            "ggml.merges",
+            "ggml.token_type",
+            "ggml.eos_token_id",
+            "chat_template",
+        )
+    }
     assert said["ggml.model"] == "gpt2" and said["ggml.pre"] == "smollm" and said["ggml.eos_token_id"] == 97
     assert said["ggml.tokens"][94:] == ["t0", "t0t", "Ġ", "<|end|>", "[PAD98]"]
     assert said["ggml.merges"] == ["t 0", "t0 t"] and said["ggml.token_type"][-3:] == [1, 3, 5]
@@ -138,11 +158,16 @@ def test_a_vocabulary_from_a_folder_and_from_a_file(tmp_path):
     torch.testing.assert_close(logits(ours), logits(model), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "the rotary embedding is"),
-    ({"head_dim": 32}, "head_dim is 32"), ({"hidden_act": "gelu"}, "the activation is gelu"),
-    ({"mlp_bias": True}, "mlp_bias is True"), ({"attention_bias": True}, "attention_bias is True"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "the rotary embedding is"),
+        ({"head_dim": 32}, "head_dim is 32"),
+        ({"hidden_act": "gelu"}, "the activation is gelu"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"attention_bias": True}, "attention_bias is True"),
+    ],
+)
 def test_what_no_file_says_is_refused(options, message: str, tmp_path):
     with pytest.raises(ValueError, match=message):
         bigkernels.save_gguf(make("llama", **options), tmp_path / "no.gguf")
@@ -156,10 +181,14 @@ def test_refused(tmp_path):
         (lambda: bigkernels.save_gguf(model, path, tokenizer=tmp_path), "has no tokenizer.json"),
         (lambda: bigkernels.save_gguf(make("mistral", sliding_window=32), path), "sliding_window is 32"),
         (lambda: bigkernels.save_gguf(torch.nn.Linear(2, 2), path), "Linear came from no GGUF file"),
-        (lambda: bigkernels.save_gguf(
-            model, path, tokenizer=tokenizer(tmp_path, pre_tokenizer={"type": "Whitespace"})), "is not known here"),
+        (
+            lambda: bigkernels.save_gguf(
+                model, path, tokenizer=tokenizer(tmp_path, pre_tokenizer={"type": "Whitespace"})
+            ),
+            "is not known here",
+        ),
         (lambda: bigkernels.save_gguf(make("llama", vocab_size=50), path, tokenizer=tokenizer(tmp_path)), "98 tokens"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             call()
     model.model.layers[0].mlp.extra = torch.nn.Linear(4, 4)
@@ -172,15 +201,23 @@ def lfm2(path, architecture="lfm2"):
     """An LFM2 of short convolutions and attention, written tensor by tensor."""
     from bigkernels.gguf._state import _names
 
-    config = transformers.Lfm2Config(**SIZES | {"num_hidden_layers": 3}, block_auto_adjust_ff_dim=False,
-                                     layer_types=["conv", "full_attention", "conv"])  # fmt: skip
+    config = transformers.Lfm2Config(
+        **SIZES | {"num_hidden_layers": 3},
+        block_auto_adjust_ff_dim=False,
+        layer_types=["conv", "full_attention", "conv"],
+    )
     torch.manual_seed(0)
     model = transformers.Lfm2ForCausalLM(config).eval()
     parameters, writer = dict(model.named_parameters()), gguf.GGUFWriter(path, architecture)
     for key, value in {
-        "context_length": 128, "embedding_length": 64, "block_count": 3, "feed_forward_length": 96, "vocab_size": 99,
-        "attention.head_count": 4, "shortconv.l_cache": config.conv_L_cache,
-    }.items():  # fmt: skip
+        "context_length": 128,
+        "embedding_length": 64,
+        "block_count": 3,
+        "feed_forward_length": 96,
+        "vocab_size": 99,
+        "attention.head_count": 4,
+        "shortconv.l_cache": config.conv_L_cache,
+    }.items():
         writer.add_uint32(f"{architecture}.{key}", value)
     writer.add_array(f"{architecture}.attention.head_count_kv", [0, 2, 0])
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", config.norm_eps)

@@ -16,8 +16,17 @@ from bigkernels.nn import QuantizedLinear
 from bigkernels.quantization import NF4, Int4
 
 NAMES = ("int8", "int8-dynamic", "int4", "nf4", "fp4", "fp8", "q4_1", "q8_0", "mxfp4")
-ALLOWED = {"mxfp4": 0.25, "int8": 0.02, "int8-dynamic": 0.03, "int4": 0.2, "nf4": 0.2, "fp4": 0.25, "fp8": 0.06,
-           "q4_1": 0.2, "q8_0": 0.02}  # fmt: skip
+ALLOWED = {
+    "mxfp4": 0.25,
+    "int8": 0.02,
+    "int8-dynamic": 0.03,
+    "int4": 0.2,
+    "nf4": 0.2,
+    "fp4": 0.25,
+    "fp8": 0.06,
+    "q4_1": 0.2,
+    "q8_0": 0.02,
+}
 
 
 def layer(config="int4", n=40, k=96, bias=True) -> QuantizedLinear:
@@ -27,9 +36,17 @@ def layer(config="int4", n=40, k=96, bias=True) -> QuantizedLinear:
 def llama():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=199,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -100,10 +117,13 @@ def test_wrong_states_leave_a_layer_as_it_was():
     out = made(x)
     good = made.state_dict()
     wrong = [
-        layer("nf4").state_dict(), layer(Int4(64)).state_dict(), layer("int4", k=64).state_dict(),
-        good | {"codes": good["codes"][:-1]}, good | {"scale": good["scale"].float()},
+        layer("nf4").state_dict(),
+        layer(Int4(64)).state_dict(),
+        layer("int4", k=64).state_dict(),
+        good | {"codes": good["codes"][:-1]},
+        good | {"scale": good["scale"].float()},
         {n: t for n, t in good.items() if n != "zero"},
-    ]  # fmt: skip
+    ]
     for state in wrong:
         with pytest.raises(RuntimeError, match="QuantizedLinear|Missing key"):
             made.load_state_dict(state)
@@ -185,17 +205,25 @@ def test_what_is_left_alone_and_why():
     assert [row.path for row in report.quantized] == ["plain"]
     reasons = {row.path: row.what for row in report.skipped}
     assert reasons == {
-        "special": "a Special, not a torch.nn.Linear", "own": "a Table, not a torch.nn.Embedding",
-        "tied": "its weight is shared with another module (embedding)", "state": "it has hooks on its state dict",
-        "normed": "a ParametrizedLinear, not a torch.nn.Linear", "spectral": "its weight is computed, no parameter",
-        "conv.weight": "a 3-D weight of a Conv1d", "image.weight": "a 4-D weight of a Conv2d",
-        "embedding": "an embedding (embeddings=True quantizes it)", "done": "already quantized (nf4)",
+        "special": "a Special, not a torch.nn.Linear",
+        "own": "a Table, not a torch.nn.Embedding",
+        "tied": "its weight is shared with another module (embedding)",
+        "state": "it has hooks on its state dict",
+        "normed": "a ParametrizedLinear, not a torch.nn.Linear",
+        "spectral": "its weight is computed, no parameter",
+        "conv.weight": "a 3-D weight of a Conv1d",
+        "image.weight": "a 4-D weight of a Conv2d",
+        "embedding": "an embedding (embeddings=True quantizes it)",
+        "done": "already quantized (nf4)",
         "attention.in_proj_weight": "a 2-D weight of a MultiheadAttention",
         "attention.out_proj": "its MultiheadAttention reads its weight and never calls it",
-        "kept": "a Foreign, not a torch.nn.Linear", "lstm.weight_ih_l0": "a 2-D weight of a LSTM",
-        "lstm.weight_hh_l0": "a 2-D weight of a LSTM", "replaced": "its forward was replaced",
-        "floats": "its weight is torch.float8_e4m3fn", "named": "left out by skip",
-    }  # fmt: skip
+        "kept": "a Foreign, not a torch.nn.Linear",
+        "lstm.weight_ih_l0": "a 2-D weight of a LSTM",
+        "lstm.weight_hh_l0": "a 2-D weight of a LSTM",
+        "replaced": "its forward was replaced",
+        "floats": "its weight is torch.float8_e4m3fn",
+        "named": "left out by skip",
+    }
 
 
 def test_all_or_nothing():
@@ -253,10 +281,14 @@ def test_backward_holds_no_dequantized_weight():
     assert seen.bytes <= 1024 * 1024 // 2  # its codes, which are looked at
 
 
-@pytest.mark.parametrize("x, error, message", [
-    (lambda: torch.randn(2, 95), ValueError, r"\(\.\.\., 96\)"), (lambda: torch.ones(2, 96).int(), TypeError, "x"),
-    (lambda: torch.tensor(1.0), ValueError, "x"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "x, error, message",
+    [
+        (lambda: torch.randn(2, 95), ValueError, r"\(\.\.\., 96\)"),
+        (lambda: torch.ones(2, 96).int(), TypeError, "x"),
+        (lambda: torch.tensor(1.0), ValueError, "x"),
+    ],
+)
 def test_wrong_inputs(x, error, message):
     with pytest.raises(error, match=message):
         layer()(x())

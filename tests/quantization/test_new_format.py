@@ -80,8 +80,9 @@ def test_a_head_and_experts():
     experts = QuantizedExperts.from_parameter(torch.randn(3, 10, 64), "toy3")
     x, ends = torch.randn(7, 64), torch.tensor([2, 2, 7])
     parts = experts.dequantize()
-    torch.testing.assert_close(grouped_linear(x, experts.qweight, ends),
-                               torch.cat((x[:2] @ parts[0].T, x[2:] @ parts[2].T)))  # fmt: skip
+    torch.testing.assert_close(
+        grouped_linear(x, experts.qweight, ends), torch.cat((x[:2] @ parts[0].T, x[2:] @ parts[2].T))
+    )
 
 
 def test_compiled():

@@ -159,8 +159,14 @@ class Programs(RuleBasedStateMachine):
             other.output.weight = other.table.weight  # as torch has it, they may be two now
         self.model = other
 
-    @precondition(lambda self: not self.tied and self.formats["table"] == self.formats["output"] and not self.prepared
-                  and type(self.layer("output")) in (nn.Linear, QuantizedLinear))  # fmt: skip
+    @precondition(
+        lambda self: (
+            not self.tied
+            and self.formats["table"] == self.formats["output"]
+            and not self.prepared
+            and type(self.layer("output")) in (nn.Linear, QuantizedLinear)
+        )
+    )
     @rule()
     def tie(self) -> None:
         self.model.output.weight = self.model.table.weight
@@ -214,8 +220,13 @@ class Programs(RuleBasedStateMachine):
         for each in names:
             self.weights[each] = rounded(new, self.dtype)
 
-    @precondition(lambda self: all(map(self.plain, NAMES)) and self.dtype == torch.float32
-                  and not any(isinstance(m, LoRALinear) for m in self.model.modules()))  # fmt: skip
+    @precondition(
+        lambda self: (
+            all(map(self.plain, NAMES))
+            and self.dtype == torch.float32
+            and not any(isinstance(m, LoRALinear) for m in self.model.modules())
+        )
+    )
     @rule(config=st.sampled_from(FORMATS[:3]))
     def prepare(self, config) -> None:
         prepare_qat(self.model, config, embeddings=True, skip=())
@@ -270,9 +281,16 @@ class Programs(RuleBasedStateMachine):
 
 
 def run(examples: int, steps: int) -> None:
-    run_state_machine_as_test(Programs, settings=settings(
-        max_examples=examples, stateful_step_count=steps, deadline=None, derandomize=True,
-        suppress_health_check=list(HealthCheck)))  # fmt: skip
+    run_state_machine_as_test(
+        Programs,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
 
 
 def test_fifty_programs():

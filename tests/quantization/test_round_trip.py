@@ -35,8 +35,9 @@ def described(model: nn.Module) -> list:
     modules = [
         (path, type(m), str(m) if not m._modules else "") for path, m in model.named_modules(remove_duplicate=False)
     ]
-    return modules + [(path, p.shape, p.dtype, p.requires_grad, type(p))
-                      for path, p in model.named_parameters(remove_duplicate=False)]  # fmt: skip
+    return modules + [
+        (path, p.shape, p.dtype, p.requires_grad, type(p)) for path, p in model.named_parameters(remove_duplicate=False)
+    ]
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "nf4", "fp8"])

@@ -48,17 +48,26 @@ def same(model: Tied) -> bool:
 def llama(tie: bool) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tie,
-    )  # fmt: skip
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tie,
+    )
     return transformers.LlamaForCausalLM(config).eval()
 
 
 MOVES = {
-    "cast": lambda m: m.double().float(), "twice": lambda m: m.to("cpu").to(torch.float64).float(),
-    "deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)),
-    "copied memory": lambda m: m._apply(lambda t: t.clone()), "shared memory": lambda m: m.share_memory(),
-}  # fmt: skip
+    "cast": lambda m: m.double().float(),
+    "twice": lambda m: m.to("cpu").to(torch.float64).float(),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "copied memory": lambda m: m._apply(lambda t: t.clone()),
+    "shared memory": lambda m: m.share_memory(),
+}
 
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
@@ -116,8 +125,11 @@ def test_an_assigned_state_brings_its_dtype(name: str, metadata: bool, tmp_path)
 def test_a_state_may_hold_them_once(saved: str, assign: bool):
     source = tied()
     other = {"table": "output", "output": "table"}[saved]
-    state = {name: t for name, t in source.state_dict().items()
-             if not name.startswith(other) or name.endswith(("bias", "format"))}  # fmt: skip
+    state = {
+        name: t
+        for name, t in source.state_dict().items()
+        if not name.startswith(other) or name.endswith(("bias", "format"))
+    }
     model = tied()
     assert not torch.equal(model(IDS), source(IDS))
     missing, unexpected = model.load_state_dict(state, strict=False, assign=assign)  # missing, as torch has it
@@ -160,11 +172,20 @@ def test_heads_with_other_names(kind: str, tmp_path):
 
     def make() -> nn.Module:
         if kind == "T5":
-            config = tf.T5Config(vocab_size=50, d_model=64, d_ff=96, num_layers=1, num_heads=4, d_kv=16,
-                                 decoder_start_token_id=0, pad_token_id=0)  # fmt: skip
+            config = tf.T5Config(
+                vocab_size=50,
+                d_model=64,
+                d_ff=96,
+                num_layers=1,
+                num_heads=4,
+                d_kv=16,
+                decoder_start_token_id=0,
+                pad_token_id=0,
+            )
             return tf.T5ForConditionalGeneration(config).eval()
-        config = tf.BertConfig(vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
-                               num_attention_heads=4)  # fmt: skip
+        config = tf.BertConfig(
+            vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
+        )
         return tf.BertForMaskedLM(config).eval()
 
     def run(model: nn.Module) -> torch.Tensor:
@@ -211,8 +232,10 @@ def test_transformers_resizes_what_is_plain():
 
 
 def test_layers_are_tied_by_their_weight():
-    a, b = (QuantizedEmbedding.from_embedding(nn.Embedding(50, 64), "nf4"),
-            QuantizedLinear.from_linear(nn.Linear(64, 50), "nf4"))  # fmt: skip
+    a, b = (
+        QuantizedEmbedding.from_embedding(nn.Embedding(50, 64), "nf4"),
+        QuantizedLinear.from_linear(nn.Linear(64, 50), "nf4"),
+    )
     assert not torch.equal(a.weight, b.weight)
     b.weight = a.weight
     assert torch.equal(a.weight, b.weight) and b.shares(a)
@@ -230,7 +253,7 @@ WRONG = {
     "other options": (lambda: layer(Int4(64)), "was saved as .*64.*, and is"),
     "another size": (lambda: layer("int4", 41), r"was saved as .*\[41, 96\].*, and is"),
     "plain": (lambda: nn.Linear(96, 40), "is quantized and the state has a plain weight"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -306,10 +329,11 @@ def test_buffers_that_were_cast_one_by_one_are_refused(name: str):
 # ---- what is derived from codes -------------------------------------------------------------------------------------
 
 WRITES = {
-    "in place": lambda t, new: t.copy_(new), "through data": lambda t, new: t.data.copy_(new),
+    "in place": lambda t, new: t.copy_(new),
+    "through data": lambda t, new: t.data.copy_(new),
     "numpy": lambda t, new: t.numpy().__setitem__(..., new.numpy()),
     "data": lambda t, new: setattr(t, "data", new.clone()),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

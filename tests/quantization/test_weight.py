@@ -138,16 +138,21 @@ def test_it_cannot_be_set(kind: str, value):
 
 
 READS = {
-    "linear": lambda w, x: F.linear(x, w), "matmul": lambda w, x: x @ w.t(), "row": lambda w, x: w[3] + 0,
-    "norm": lambda w, x: w.norm(), "cat": lambda w, x: torch.cat([w, w]), "stack": lambda w, x: torch.stack(list(w)),
+    "linear": lambda w, x: F.linear(x, w),
+    "matmul": lambda w, x: x @ w.t(),
+    "row": lambda w, x: w[3] + 0,
+    "norm": lambda w, x: w.norm(),
+    "cat": lambda w, x: torch.cat([w, w]),
+    "stack": lambda w, x: torch.stack(list(w)),
     "embedding": lambda w, x: F.embedding(torch.tensor([3, 0]), w),
     "copied": lambda w, x: torch.zeros(w.shape).copy_(w),
     "assigned": lambda w, x: torch.zeros(50, 96).index_copy_(0, torch.arange(40), w.data),
     "numpy": lambda w, x: torch.tensor(np.asarray(w.detach())),
     "vmap": lambda w, x: torch.vmap(lambda t: F.linear(t, w))(x[None]),
-    "svd": lambda w, x: torch.linalg.svdvals(w.float()), "where": lambda w, x: torch.where(w > 0, w, 0.0),
+    "svd": lambda w, x: torch.linalg.svdvals(w.float()),
+    "where": lambda w, x: torch.where(w > 0, w, 0.0),
     "autocast": lambda w, x: autocast(w, x),
-}  # fmt: skip
+}
 
 
 def autocast(w: Tensor, x: Tensor) -> Tensor:
@@ -208,8 +213,16 @@ def test_an_adapter_on_what_attention_reads():
 
 def build(name: str):
     tf, ids = pytest.importorskip("transformers"), torch.arange(3, 12)[None]
-    sizes = {"vocab_size": 99, "d_model": 64, "d_ff": 96, "num_layers": 1, "num_heads": 4, "d_kv": 16,
-             "decoder_start_token_id": 0, "pad_token_id": 0}  # fmt: skip
+    sizes = {
+        "vocab_size": 99,
+        "d_model": 64,
+        "d_ff": 96,
+        "num_layers": 1,
+        "num_heads": 4,
+        "d_kv": 16,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+    }
     if name in ("T5", "UMT5", "SwitchTransformers"):
         extra = {"num_experts": 2} if name == "SwitchTransformers" else {}
         config = getattr(tf, f"{name}Config")(**sizes, **extra)
@@ -219,12 +232,20 @@ def build(name: str):
         config = getattr(tf, f"{name}Config")(vocab_size=99, hidden_size=64, num_hidden_layers=1, **extra)
         return getattr(tf, f"{name}ForCausalLM")(config), {"input_ids": ids}
     if name == "Bloom":  # with its products cut in slices
-        config = tf.BloomConfig(vocab_size=99, hidden_size=64, n_layer=1, n_head=4, slow_but_exact=True,
-                                pretraining_tp=2)  # fmt: skip
+        config = tf.BloomConfig(
+            vocab_size=99, hidden_size=64, n_layer=1, n_head=4, slow_but_exact=True, pretraining_tp=2
+        )
         return tf.BloomForCausalLM(config), {"input_ids": ids}
     if name == "MobileBert":
-        config = tf.MobileBertConfig(vocab_size=99, hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
-                                     intermediate_size=96, embedding_size=32, intra_bottleneck_size=32)  # fmt: skip
+        config = tf.MobileBertConfig(
+            vocab_size=99,
+            hidden_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=96,
+            embedding_size=32,
+            intra_bottleneck_size=32,
+        )
         return tf.MobileBertForMaskedLM(config), {"input_ids": ids}
     norm_first = name == "encoder, norm first"
     layer = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True, norm_first=norm_first)

@@ -149,12 +149,25 @@ def build(mutants: list[Candidate]) -> None:
     """Compiles the tree; mutants that do not compile are left out of KEPT."""
     torch = subprocess.run(
         [sys.executable, "-c", "import torch, os; print(os.path.dirname(torch.__file__))"],
-        capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     folder = WORK / "cmake"
     levels = ";".join(("base", *LEVELS))
-    configure = ["cmake", "-S", TREE, "-B", folder, "-G", "Ninja", f"-DBK_TORCH_DIR={torch}", "-DBK_CUDA=OFF",
-                 f"-DBK_ISA_LEVELS={levels}", f"-DCMAKE_CXX_FLAGS=-w -include {TREE}/csrc/bk_mutant.h"]  # fmt: skip
+    configure = [
+        "cmake",
+        "-S",
+        TREE,
+        "-B",
+        folder,
+        "-G",
+        "Ninja",
+        f"-DBK_TORCH_DIR={torch}",
+        "-DBK_CUDA=OFF",
+        f"-DBK_ISA_LEVELS={levels}",
+        f"-DCMAKE_CXX_FLAGS=-w -include {TREE}/csrc/bk_mutant.h",
+    ]
     make_tree(mutants)
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     left = mutants
@@ -164,8 +177,9 @@ def build(mutants: list[Candidate]) -> None:
         left = [m for m in left if m.name not in wrong]
         make_tree(left)
     jobs = os.environ.get("MAX_JOBS", "2")
-    done = subprocess.run(["cmake", "--build", folder, "--target", "bigkernels_cpu", "--parallel", jobs],
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        ["cmake", "--build", folder, "--target", "bigkernels_cpu", "--parallel", jobs], capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(done.stdout[-6000:])
     install = ["cmake", "--install", folder, "--prefix", TREE / "bigkernels", "--component", "library"]

@@ -98,8 +98,16 @@ def _checked(
     return {name: t if wide == torch.float64 else t.to(dtype) for name, t in zip(names, found, strict=False)}
 
 
-def _case(settings: Settings, name: str, dtype: torch.dtype, *, backward: bool, ends: list[int] | None = None,
-          left: int = -1, **options) -> Case:  # fmt: skip
+def _case(
+    settings: Settings,
+    name: str,
+    dtype: torch.dtype,
+    *,
+    backward: bool,
+    ends: list[int] | None = None,
+    left: int = -1,
+    **options,
+) -> Case:
     checked = partial(_checked, ends=ends, backward=backward, left=left)
     return operator_case(
         "attention",
@@ -115,12 +123,17 @@ def _case(settings: Settings, name: str, dtype: torch.dtype, *, backward: bool, 
     )
 
 
-def causal(settings: Settings, length: int, size: int, dtype: torch.dtype, *, backward: bool,
-           with_flex: bool = False) -> Case:  # fmt: skip
-    peers = flash_attention(lambda peer: lambda q, k, v: peer.flash_attn_func(
-        *(t.transpose(1, 2) for t in (q, k, v)), causal=True).transpose(1, 2))  # fmt: skip
-    peers |= flash_attention_4(lambda call: lambda q, k, v: call(
-        *(t.transpose(1, 2) for t in (q, k, v)), causal=True).transpose(1, 2))  # fmt: skip
+def causal(
+    settings: Settings, length: int, size: int, dtype: torch.dtype, *, backward: bool, with_flex: bool = False
+) -> Case:
+    peers = flash_attention(
+        lambda peer: (
+            lambda q, k, v: peer.flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=True).transpose(1, 2)
+        )
+    )
+    peers |= flash_attention_4(
+        lambda call: lambda q, k, v: call(*(t.transpose(1, 2) for t in (q, k, v)), causal=True).transpose(1, 2)
+    )
     peers |= cudnn(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
     peers |= on_cuda(OURS_ALONE, lambda: _ours_alone)
     if with_flex:
@@ -140,8 +153,16 @@ def causal(settings: Settings, length: int, size: int, dtype: torch.dtype, *, ba
     )
 
 
-def windowed(settings: Settings, length: int, size: int, dtype: torch.dtype, *, window: int, backward: bool,
-             with_flex: bool = False) -> Case:  # fmt: skip
+def windowed(
+    settings: Settings,
+    length: int,
+    size: int,
+    dtype: torch.dtype,
+    *,
+    window: int,
+    backward: bool,
+    with_flex: bool = False,
+) -> Case:
     """Each query sees itself and the window - 1 keys before it."""
     left = window - 1
     mask: list[Tensor] = []  # made once, before the timing
@@ -153,10 +174,20 @@ def windowed(settings: Settings, length: int, size: int, dtype: torch.dtype, *, 
             mask.append((ago >= 0) & (ago <= left))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[0])
 
-    peers = flash_attention(lambda peer: lambda q, k, v: peer.flash_attn_func(
-        *(t.transpose(1, 2) for t in (q, k, v)), causal=True, window_size=(left, 0)).transpose(1, 2))  # fmt: skip
-    peers |= flash_attention_4(lambda call: lambda q, k, v: call(
-        *(t.transpose(1, 2) for t in (q, k, v)), causal=True, window_size=(left, 0)).transpose(1, 2))  # fmt: skip
+    peers = flash_attention(
+        lambda peer: (
+            lambda q, k, v: peer.flash_attn_func(
+                *(t.transpose(1, 2) for t in (q, k, v)), causal=True, window_size=(left, 0)
+            ).transpose(1, 2)
+        )
+    )
+    peers |= flash_attention_4(
+        lambda call: (
+            lambda q, k, v: call(*(t.transpose(1, 2) for t in (q, k, v)), causal=True, window_size=(left, 0)).transpose(
+                1, 2
+            )
+        )
+    )
     if with_flex:
         peers = peers | flex(settings, _flex(length, lambda b, h, i, j: (i >= j) & (i - j <= left)))
     return _case(
@@ -202,10 +233,15 @@ def packed(settings: Settings, lengths: tuple[int, ...], size: int, dtype: torch
         ours=ours,
         eager=None,
         builtin=loop,
-        peers=flash_attention(lambda peer: lambda q, k, v, cu_seqlens: peer.flash_attn_varlen_func(
-            q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)),
+        peers=flash_attention(
+            lambda peer: (
+                lambda q, k, v, cu_seqlens: peer.flash_attn_varlen_func(
+                    q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True
+                )
+            )
+        ),
         flops=flops(sum(map(visible, lengths)), size, backward=backward),
-    )  # fmt: skip
+    )
 
 
 def _flex(length: int, sees: Callable) -> Callable:
@@ -231,8 +267,11 @@ def cases(settings: Settings) -> list[Case]:
     bf16 = torch.bfloat16
     ways = (False, True)
     if settings.quick:
-        made = [causal(settings, 64, size, dtype, backward=b) for size, dtype in ((32, bf16), (40, torch.float32))
-                for b in ways]  # fmt: skip
+        made = [
+            causal(settings, 64, size, dtype, backward=b)
+            for size, dtype in ((32, bf16), (40, torch.float32))
+            for b in ways
+        ]
         made += [windowed(settings, 640, 16, bf16, window=100, backward=b) for b in ways]
         return made + [packed(settings, _PACKED_QUICK, 32, bf16, backward=b) for b in ways]
     made = [

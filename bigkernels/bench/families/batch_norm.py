@@ -20,15 +20,25 @@ def ours(x, weight, bias, residual=None):
     return functional.batch_norm(x, weight=weight, bias=bias, training=True, activation="relu", residual=residual)
 
 
-def case(settings: Settings, shape: tuple[int, ...], dtype: torch.dtype, *, backward: bool, rows: bool = False,
-         residual: bool = False) -> Case:  # fmt: skip
+def case(
+    settings: Settings,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    backward: bool,
+    rows: bool = False,
+    residual: bool = False,
+) -> Case:
     def inputs(draw: Draw):
         def image():
             t = draw.normal(*shape, mean=0.5)
             return t.contiguous(memory_format=torch.channels_last) if rows else t
 
-        made = {"x": image(), "weight": draw.normal(shape[1], mean=1.0, scale=0.1),
-                "bias": draw.normal(shape[1], scale=0.1)}  # fmt: skip
+        made = {
+            "x": image(),
+            "weight": draw.normal(shape[1], mean=1.0, scale=0.1),
+            "bias": draw.normal(shape[1], scale=0.1),
+        }
         return made | {"residual": image()} if residual else made
 
     size = torch.Size(shape).numel() * dtype.itemsize

@@ -17,11 +17,20 @@ from ..case import EAGER, OURS, Candidate, Case, Contest, Missing, Settings
 from . import model as whole
 
 _SIZES = {
-    "vocab_size": 64, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
-    "num_attention_heads": 16, "num_key_value_heads": 4,
-}  # fmt: skip
-_QUICK = _SIZES | {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
-                   "num_key_value_heads": 2}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}
+_QUICK = _SIZES | {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 _POLICIES = ("recompute", "selective", "int8", "fp8", "offload", "int8+offload")
 _TORCHS = "torch checkpoint"
 _ALL = f"{OURS} int8, 8-bit AdamW"
@@ -109,8 +118,9 @@ def _stack(settings: Settings) -> Case:
 
     hidden, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
     head = hidden // sizes["num_attention_heads"]
-    weights = layers * (2 * hidden**2 + 2 * hidden * head * sizes["num_key_value_heads"]
-                        + 3 * hidden * sizes["intermediate_size"])  # fmt: skip
+    weights = layers * (
+        2 * hidden**2 + 2 * hidden * head * sizes["num_key_value_heads"] + 3 * hidden * sizes["intermediate_size"]
+    )
     tokens = settings.batch * settings.length
     return Case(
         "checkpointing",
@@ -160,8 +170,17 @@ def _regions(settings: Settings) -> Case:
             roundings=0.0,
         )
 
-    return Case("checkpointing", f"{_REGIONS} regions of no work", settings.device, "float32", backward=True,
-                candidates=(EAGER, _TORCHS, OURS), prepare=prepare, metric="us", cold=False)  # fmt: skip
+    return Case(
+        "checkpointing",
+        f"{_REGIONS} regions of no work",
+        settings.device,
+        "float32",
+        backward=True,
+        candidates=(EAGER, _TORCHS, OURS),
+        prepare=prepare,
+        metric="us",
+        cold=False,
+    )
 
 
 def _together(settings: Settings) -> Case:
@@ -205,9 +224,19 @@ def _together(settings: Settings) -> Case:
             roundings=_ROUNDINGS,
         )
 
-    return Case("checkpointing", f"fine-tuning of 135 M parameters, B {batch}, S {length}", settings.device, "bfloat16",
-                backward=True, candidates=(EAGER, OURS, _ALL), prepare=prepare, metric="tokens/s",
-                flops=whole.training_flops(settings, sizes), tokens=batch * length, cold=False)  # fmt: skip
+    return Case(
+        "checkpointing",
+        f"fine-tuning of 135 M parameters, B {batch}, S {length}",
+        settings.device,
+        "bfloat16",
+        backward=True,
+        candidates=(EAGER, OURS, _ALL),
+        prepare=prepare,
+        metric="tokens/s",
+        flops=whole.training_flops(settings, sizes),
+        tokens=batch * length,
+        cold=False,
+    )
 
 
 def cases(settings: Settings) -> list[Case]:

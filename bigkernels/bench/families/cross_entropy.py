@@ -42,8 +42,17 @@ def exact(inputs: Mapping[str, Tensor], *, backward: bool) -> dict[str, Tensor]:
     return {"out0": total, "grad logits": torch.cat(grads)} if backward else {"out0": total}
 
 
-def case(settings: Settings, tokens: int, vocabulary: int, dtype: torch.dtype, *, backward: bool,
-         family: str = "cross_entropy", name: str = "", **options) -> Case:  # fmt: skip
+def case(
+    settings: Settings,
+    tokens: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    *,
+    backward: bool,
+    family: str = "cross_entropy",
+    name: str = "",
+    **options,
+) -> Case:
     def inputs(draw: Draw):
         return {"logits": draw.normal(tokens, vocabulary, scale=2.0), "target": draw.integers(vocabulary, tokens)}
 

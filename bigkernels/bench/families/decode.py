@@ -102,8 +102,15 @@ def case(settings: Settings, batch: int, length: int, kind: str = "", *, with_fl
     def all_layers(attend: Function) -> Function:
         return lambda **made: tuple(attend(q, *read(made, layer)) for layer, q in enumerate(made["q"]))
 
-    def ours(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, block_table: Tensor | None = None,
-             k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> tuple[Tensor, ...]:  # fmt: skip
+    def ours(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        cache_seqlens: Tensor,
+        block_table: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         scales = [(None, None)] * layers if k_scale is None else list(zip(k_scale, v_scale, strict=True))
         return tuple(
             functional.decode_attention(*caches, cache_seqlens, block_table=block_table, k_scale=ks, v_scale=vs)
@@ -121,10 +128,11 @@ def case(settings: Settings, batch: int, length: int, kind: str = "", *, with_fl
     def flash(peer) -> Function:
         def call(q, k_cache, v_cache, cache_seqlens, block_table=None):
             return tuple(
-                peer.flash_attn_with_kvcache(one.transpose(1, 2), k, v, cache_seqlens=cache_seqlens,
-                                             block_table=block_table).transpose(1, 2)
+                peer.flash_attn_with_kvcache(
+                    one.transpose(1, 2), k, v, cache_seqlens=cache_seqlens, block_table=block_table
+                ).transpose(1, 2)
                 for one, k, v in zip(q, k_cache, v_cache, strict=True)
-            )  # fmt: skip
+            )
 
         return call
 

@@ -26,8 +26,19 @@ EAGER32, OURS32, INT8, Q8_0 = f"{EAGER} float32", f"{OURS} float32", f"{OURS} in
 ONNX8, OPENVINO32, OPENVINO, OPENVINO8 = "onnxruntime int8", "openvino float32", "openvino", "openvino int8 ONNX"
 _TORCH = (EAGER32, EAGER, COMPILE, OURS32, OURS, INT8, Q8_0)
 _PEERS = (ONNX8, OPENVINO32, OPENVINO, OPENVINO8)
-_LEAST = {EAGER32: 0.9999, OURS32: 0.99999, OPENVINO32: 0.9999, EAGER: 0.999, COMPILE: 0.999, OURS: 0.9995,
-          OPENVINO: 0.999, INT8: 0.997, Q8_0: 0.999, ONNX8: 0.99, OPENVINO8: 0.9}  # fmt: skip
+_LEAST = {
+    EAGER32: 0.9999,
+    OURS32: 0.99999,
+    OPENVINO32: 0.9999,
+    EAGER: 0.999,
+    COMPILE: 0.999,
+    OURS: 0.9995,
+    OPENVINO: 0.999,
+    INT8: 0.997,
+    Q8_0: 0.999,
+    ONNX8: 0.99,
+    OPENVINO8: 0.9,
+}
 _REAL = 3389  # tokens of the batch that are no padding
 _SHORT, _BATCH, _LONGEST = 16, 32, 256  # tokens of one sentence; texts of a batch, and tokens of the longest
 
@@ -122,9 +133,16 @@ def _speech(quick: bool) -> _Work:
 
     torch.manual_seed(0)
     layers, positions = (1, 50) if quick else (4, 1500)
-    config = transformers.WhisperConfig(d_model=384, encoder_layers=layers, encoder_attention_heads=6,
-                                        encoder_ffn_dim=1536, decoder_layers=1, decoder_attention_heads=6,
-                                        decoder_ffn_dim=64, max_source_positions=positions)  # fmt: skip
+    config = transformers.WhisperConfig(
+        d_model=384,
+        encoder_layers=layers,
+        encoder_attention_heads=6,
+        encoder_ffn_dim=1536,
+        decoder_layers=1,
+        decoder_attention_heads=6,
+        decoder_ffn_dim=64,
+        max_source_positions=positions,
+    )
     model = transformers.WhisperModel(config).encoder
     features = torch.randn(1, config.num_mel_bins, 2 * positions, dtype=torch.float32, device="cpu")
     return _Work(model, dict(input_features=features), positions)
@@ -172,11 +190,20 @@ def _by_openvino(work: _Work, name: str, threads: int) -> Callable[[], Tensor]:
     import openvino
 
     core = openvino.Core()
-    model = core.read_model(_onnx()) if name == OPENVINO8 else openvino.convert_model(
-        copy.deepcopy(work.model), example_input=dict(work.given))  # fmt: skip
-    made = core.compile_model(model, "CPU", {
-        "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32" if name == OPENVINO32 else "bf16"})  # fmt: skip
+    model = (
+        core.read_model(_onnx())
+        if name == OPENVINO8
+        else openvino.convert_model(copy.deepcopy(work.model), example_input=dict(work.given))
+    )
+    made = core.compile_model(
+        model,
+        "CPU",
+        {
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32" if name == OPENVINO32 else "bf16",
+        },
+    )
     given = {i.get_any_name(): work.given[i.get_any_name()].numpy() for i in made.inputs}
     return lambda: work.embed(torch.from_numpy(made(given)[0]))
 
@@ -244,5 +271,17 @@ def _case(
         return Contest(candidates, lambda: ones, lambda: ones, missing, compare=_compare)
 
     plural = "s" if threads > 1 else ""
-    return Case("encoders", f"{name}, {threads} thread{plural}", "cpu", "bfloat16", False, tuple(names), prepare,
-                metric="tokens/s", tokens=tokens, cold=False, only_read=True, threads=threads)  # fmt: skip
+    return Case(
+        "encoders",
+        f"{name}, {threads} thread{plural}",
+        "cpu",
+        "bfloat16",
+        False,
+        tuple(names),
+        prepare,
+        metric="tokens/s",
+        tokens=tokens,
+        cold=False,
+        only_read=True,
+        threads=threads,
+    )

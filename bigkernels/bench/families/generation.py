@@ -104,8 +104,20 @@ def _case(
         return Contest(candidates, lambda: exact, lambda: exact, missing, compare=_compare)
 
     plural = "s" if threads > 1 else ""
-    return Case("generation", f"{name}, {threads} thread{plural}", "cpu", "bfloat16", False, tuple(names), prepare,
-                metric="tokens/s", tokens=tokens, cold=False, only_read=True, threads=threads)  # fmt: skip
+    return Case(
+        "generation",
+        f"{name}, {threads} thread{plural}",
+        "cpu",
+        "bfloat16",
+        False,
+        tuple(names),
+        prepare,
+        metric="tokens/s",
+        tokens=tokens,
+        cold=False,
+        only_read=True,
+        threads=threads,
+    )
 
 
 def _raise(error: Exception) -> None:
@@ -113,8 +125,10 @@ def _raise(error: Exception) -> None:
 
 
 def _compare(results: dict[str, Tensor], *_: object, **__: object) -> dict[str, Comparison]:
-    return {name: Comparison(errors.abs().mean().item(), _ALLOWED if name == "losses" else _ANEW)
-            for name, errors in results.items()}  # fmt: skip
+    return {
+        name: Comparison(errors.abs().mean().item(), _ALLOWED if name == "losses" else _ANEW)
+        for name, errors in results.items()
+    }
 
 
 def _checked(models: LineUp, name: str) -> dict[str, Tensor]:
@@ -140,8 +154,16 @@ def _prompts(models: LineUp, context: int, batch: int) -> list[list[int]]:
     return [text[start : start + context] for start in starts]
 
 
-def _decode(settings: Settings, context: int, threads: int, names: Sequence[str], *, batch: int = 1,
-            way: str = "generate", what: str = "") -> Case:  # fmt: skip
+def _decode(
+    settings: Settings,
+    context: int,
+    threads: int,
+    names: Sequence[str],
+    *,
+    batch: int = 1,
+    way: str = "generate",
+    what: str = "",
+) -> Case:
     steps = 4 if settings.quick else 16
     context = context // 8 if settings.quick else context
 
@@ -181,17 +203,30 @@ def _prefill(settings: Settings, length: int, threads: int, names: Sequence[str]
         what = {"ids": ids if model.other else torch.tensor(ids, dtype=torch.int64, device="cpu"), "threads": threads}
 
         def figures() -> dict[str, float]:
-            peak = model.other.memory if model.other else model.held + extra_peak(partial(model.ask, "prefill", **what),
-                                                                                   "cpu")  # fmt: skip
-            losses = [model.ask("losses", ids=window, threads=cores())["losses"] for window in models.windows
-                      if names is _ALL and threads == cores() and not model.other]  # fmt: skip
+            peak = (
+                model.other.memory
+                if model.other
+                else model.held + extra_peak(partial(model.ask, "prefill", **what), "cpu")
+            )
+            losses = [
+                model.ask("losses", ids=window, threads=cores())["losses"]
+                for window in models.windows
+                if names is _ALL and threads == cores() and not model.other
+            ]
             found = {"peak": peak} | ({"perplexity": _perplexity(losses)} if losses else {})
             if losses and (expected := models.losses_of_modules(name)):
                 found["perplexity of the modules in float32"] = _perplexity(expected)
             return found
 
-        return Candidate(name, partial(_checked, models, name), lambda: model.ask("prefill", **what)["seconds"],
-                         slow=length > 1024, timed=True, remark=model.remark, figures=figures)  # fmt: skip
+        return Candidate(
+            name,
+            partial(_checked, models, name),
+            lambda: model.ask("prefill", **what)["seconds"],
+            slow=length > 1024,
+            timed=True,
+            remark=model.remark,
+            figures=figures,
+        )
 
     return _case(settings, f"prefill B {batch}, {length} tokens", names, make, threads=threads, tokens=batch * length)
 
@@ -241,8 +276,14 @@ def _beside(settings: Settings, case: Case, threads: int) -> Case:
         contest.candidates.append(Candidate(before, ours.results, step, timed=True))
         return contest
 
-    return replace(case, family="generation", name=f"operator alone, {case.name}", prepare=prepare, threads=threads,
-                   candidates=(*case.candidates, before))  # fmt: skip
+    return replace(
+        case,
+        family="generation",
+        name=f"operator alone, {case.name}",
+        prepare=prepare,
+        threads=threads,
+        candidates=(*case.candidates, before),
+    )
 
 
 def _disturbed(settings: Settings, threads: int) -> Case:

@@ -17,8 +17,18 @@ _ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")
 _LIGER = {"silu": "liger_swiglu", "gelu_tanh": "liger_geglu"}
 
 
-def case(settings: Settings, rows: int, size: int, dtype: torch.dtype, *, backward: bool, activation: str = "silu",
-         family: str = "glu", name: str = "", **options) -> Case:  # fmt: skip
+def case(
+    settings: Settings,
+    rows: int,
+    size: int,
+    dtype: torch.dtype,
+    *,
+    backward: bool,
+    activation: str = "silu",
+    family: str = "glu",
+    name: str = "",
+    **options,
+) -> Case:
     def inputs(draw: Draw):
         return {"gate": draw.normal(rows, size), "up": draw.normal(rows, size)}
 

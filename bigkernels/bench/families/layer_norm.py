@@ -43,11 +43,24 @@ def _liger(peer):
     return call
 
 
-def case(settings: Settings, rows: int, size: int, dtype: torch.dtype, *, backward: bool, residual: bool = False,
-         family: str = "layer_norm", name: str = "", **options) -> Case:  # fmt: skip
+def case(
+    settings: Settings,
+    rows: int,
+    size: int,
+    dtype: torch.dtype,
+    *,
+    backward: bool,
+    residual: bool = False,
+    family: str = "layer_norm",
+    name: str = "",
+    **options,
+) -> Case:
     def inputs(draw: Draw):
-        made = {"x": draw.normal(rows, size, mean=0.5), "weight": draw.normal(size, mean=1.0, scale=0.1),
-                "bias": draw.normal(size, scale=0.1)}  # fmt: skip
+        made = {
+            "x": draw.normal(rows, size, mean=0.5),
+            "weight": draw.normal(size, mean=1.0, scale=0.1),
+            "bias": draw.normal(size, scale=0.1),
+        }
         return made | {"residual": draw.normal(rows, size)} if residual else made
 
     tensors = (4 if residual else 2) + (backward and (4 if residual else 3))  # as for rms_norm

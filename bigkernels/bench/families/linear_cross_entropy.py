@@ -58,12 +58,20 @@ def case(settings: Settings, tokens: int, hidden: int, vocabulary: int, dtype: t
     def inputs(draw: Draw):
         target = draw.integers(vocabulary, tokens)
         target[torch.linspace(0, 1, tokens, device=target.device, dtype=torch.float32).mul(10).frac() < ignored] = -100
-        return {"hidden": draw.normal(tokens, hidden), "weight": draw.normal(vocabulary, hidden, scale=0.03),
-                "target": target}  # fmt: skip
+        return {
+            "hidden": draw.normal(tokens, hidden),
+            "weight": draw.normal(vocabulary, hidden, scale=0.03),
+            "target": target,
+        }
 
     name = f"{tokens} tokens, {hidden} to {vocabulary}" + (f", {ignored:.0%} ignored" if ignored else "")
-    peer = liger(lambda peer: lambda hidden, weight, target: peer.liger_fused_linear_cross_entropy(
-        hidden, weight, target, accum_dtype=torch.float32))  # fmt: skip
+    peer = liger(
+        lambda peer: (
+            lambda hidden, weight, target: peer.liger_fused_linear_cross_entropy(
+                hidden, weight, target, accum_dtype=torch.float32
+            )
+        )
+    )
     return operator_case(
         "linear_cross_entropy",
         name,

@@ -17,12 +17,24 @@ from torch import Tensor, nn
 from ..case import COMPILE, EAGER, OURS, OURS_COMPILED, Candidate, Case, Contest, Missing, Settings
 
 SIZES = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
     "max_position_embeddings": 8192,
-}  # fmt: skip
-QUICK_SIZES = SIZES | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
-                         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+}
+QUICK_SIZES = SIZES | {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 # Errors add up over the layers, and the error of eager in the single number of the loss can be small by luck.
 _ROUNDINGS = 16.0
 CHECKED = 128  # tokens

@@ -123,8 +123,9 @@ def half(settings: Settings, shapes: list[tuple[int]], state_dtype: torch.dtype 
     )
 
 
-def by_torch(settings: Settings, shapes: list[tuple[int]], name: str, options: dict, states: tuple[str, ...],
-             fused: bool) -> Case:  # fmt: skip
+def by_torch(
+    settings: Settings, shapes: list[tuple[int]], name: str, options: dict, states: tuple[str, ...], fused: bool
+) -> Case:
     make = partial(partial, getattr(torch.optim, name), **options)
     return optimizer_case(
         f"{name}{' with momentum' if 'momentum' in options else ''}, {len(shapes)} tensors",
@@ -141,8 +142,9 @@ def by_torch(settings: Settings, shapes: list[tuple[int]], name: str, options: d
     )
 
 
-def by_loop(settings: Settings, shapes: list[tuple[int]], name: str, options: dict, states: tuple[str, ...],
-            bytes: int) -> Case:  # fmt: skip
+def by_loop(
+    settings: Settings, shapes: list[tuple[int]], name: str, options: dict, states: tuple[str, ...], bytes: int
+) -> Case:
     eager = partial(getattr(eager_optimizers, name), **options)
     return optimizer_case(
         f"{name}, {len(shapes)} tensors",

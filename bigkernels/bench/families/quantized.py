@@ -145,8 +145,9 @@ def _meta(config: Format, n: int, k: int) -> list[Tensor]:
 
 def cases(settings: Settings) -> list[Case]:
     if settings.quick:
-        return [case(settings, tokens, 96, 128, config, backward=tokens > 16)
-                for config in _FORMATS for tokens in (1, 40)]  # fmt: skip
+        return [
+            case(settings, tokens, 96, 128, config, backward=tokens > 16) for config in _FORMATS for tokens in (1, 40)
+        ]
     made = [case(settings, 1, n, 4096, config) for n in (4096, 11008) for config in _FORMATS]
     made += [case(settings, 16, 4096, 4096, config) for config in _FORMATS]
     made += [case(settings, 512, 4096, 4096, config, backward=b) for config in _FORMATS for b in (False, True)]

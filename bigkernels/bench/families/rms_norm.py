@@ -41,8 +41,18 @@ def _liger(peer):
     return call
 
 
-def case(settings: Settings, rows: int, size: int, dtype: torch.dtype, *, backward: bool, residual: bool = False,
-         family: str = "rms_norm", name: str = "", **options) -> Case:  # fmt: skip
+def case(
+    settings: Settings,
+    rows: int,
+    size: int,
+    dtype: torch.dtype,
+    *,
+    backward: bool,
+    residual: bool = False,
+    family: str = "rms_norm",
+    name: str = "",
+    **options,
+) -> Case:
     def inputs(draw: Draw):
         made = {"x": draw.normal(rows, size), "weight": draw.normal(size, mean=1.0, scale=0.1)}
         return made | {"residual": draw.normal(rows, size)} if residual else made

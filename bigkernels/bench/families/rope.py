@@ -22,8 +22,19 @@ def eager(q, k, cos, sin):
     return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
 
 
-def case(settings: Settings, q_heads: int, k_heads: int, length: int, size: int, dtype: torch.dtype, *,
-         backward: bool, family: str = "rope", name: str = "", **options) -> Case:  # fmt: skip
+def case(
+    settings: Settings,
+    q_heads: int,
+    k_heads: int,
+    length: int,
+    size: int,
+    dtype: torch.dtype,
+    *,
+    backward: bool,
+    family: str = "rope",
+    name: str = "",
+    **options,
+) -> Case:
     def inputs(draw: Draw):
         # (B, S, H, D) in memory, as the projections leave them.
         q, k = (draw.normal(1, length, heads, size).transpose(1, 2) for heads in (q_heads, k_heads))

@@ -50,8 +50,10 @@ def folders() -> Iterator[Path]:
 
 def library() -> Path | None:
     """The library, or None if there is none here."""
-    return next((found for folder in folders() for found in sorted(folder.glob("libllama*.so*"))
-                 if "common" not in found.name), None)  # fmt: skip
+    return next(
+        (found for folder in folders() for found in sorted(folder.glob("libllama*.so*")) if "common" not in found.name),
+        None,
+    )
 
 
 class Model:
@@ -133,8 +135,9 @@ class Model:
     def prefill(self, ids: list[list[int]], threads: int) -> dict:
         self._room(len(ids), len(ids[0]) + 512, threads)
         self.llama.llama_memory_clear(c_void_p(self.llama.llama_get_memory(self.context)), c_bool(True))
-        entries = [(token, at, row, at + 1 == len(tokens)) for row, tokens in enumerate(ids)
-                   for at, token in enumerate(tokens)]  # fmt: skip
+        entries = [
+            (token, at, row, at + 1 == len(tokens)) for row, tokens in enumerate(ids) for at, token in enumerate(tokens)
+        ]
         begin = time.perf_counter()
         for first in range(0, len(entries), 2048):
             self._decode(entries[first : first + 2048])

@@ -44,9 +44,12 @@ class Model:
     def _inputs(self, ids: numpy.ndarray, past: int) -> dict:
         batch, length = ids.shape
         positions = numpy.arange(past, past + length, dtype=numpy.int64)[None].repeat(batch, 0)
-        every = {"input_ids": ids.astype(numpy.int64), "position_ids": positions,
-                 "attention_mask": numpy.ones((batch, past + length), numpy.int64),
-                 "beam_idx": numpy.arange(batch, dtype=numpy.int32)}  # fmt: skip
+        every = {
+            "input_ids": ids.astype(numpy.int64),
+            "position_ids": positions,
+            "attention_mask": numpy.ones((batch, past + length), numpy.int64),
+            "beam_idx": numpy.arange(batch, dtype=numpy.int32),
+        }
         known = {name for node in self.graph.inputs for name in node.get_names()}
         return {name: value for name, value in every.items() if name in known}
 

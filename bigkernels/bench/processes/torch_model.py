@@ -119,8 +119,14 @@ class Model:
             ids = self.ids
         # Nothing ends a text early. min_new_tokens does the same, for a millisecond a token of its own Python.
         self.model.generation_config.eos_token_id = None
-        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=steps + 1,
-                                  stopping_criteria=StoppingCriteriaList([note]), **options)  # fmt: skip
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=steps + 1,
+            stopping_criteria=StoppingCriteriaList([note]),
+            **options,
+        )
         if long:
             self._forget()
         seconds = [after - before for before, after in zip(times, times[1:], strict=False)]

@@ -29,8 +29,17 @@ from ._quantizer import Quantizer, forget, note, plain_saving, register_quantize
 if TYPE_CHECKING:
     from ._training import TrainerCallback
 
-__all__ = ["Config", "Quantizer", "TrainerCallback", "attention_forward", "forget", "note", "optimizer_cls_and_kwargs",
-           "plain_saving", "register"]  # fmt: skip
+__all__ = [
+    "Config",
+    "Quantizer",
+    "TrainerCallback",
+    "attention_forward",
+    "forget",
+    "note",
+    "optimizer_cls_and_kwargs",
+    "plain_saving",
+    "register",
+]
 
 
 def register(published: bool | Collection[str] | None = None, *, gguf: bool | None = None) -> None:

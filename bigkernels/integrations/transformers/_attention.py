@@ -15,10 +15,19 @@ _NAME = "bigkernels"
 
 
 def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-    scaling: float | None = None, is_causal: bool | None = None, softcap: float | None = None,
-    s_aux: Tensor | None = None, position_bias: Tensor | None = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """`bigkernels.functional.attention` with the arguments of transformers' attention functions.
 
     Args:
@@ -31,8 +40,10 @@ def attention_forward(
         (B, S, H, Dv), and None for the weights.
     """
     if kwargs.get("output_attentions"):
-        raise ValueError("bigkernels: attn_implementation='bigkernels' has no attention weights to give out; load the "
-                         "model with attn_implementation='eager' for output_attentions=True")  # fmt: skip
+        raise ValueError(
+            "bigkernels: attn_implementation='bigkernels' has no attention weights to give out; load the "
+            "model with attn_implementation='eager' for output_attentions=True"
+        )
     mask = bias = None
     if attention_mask is not None:
         mask, bias = (attention_mask, None) if attention_mask.dtype == torch.bool else (None, attention_mask)
@@ -41,8 +52,18 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
-    out = attention(query, key, value, causal=causal, scale=scaling, softcap=softcap, bias=bias, mask=mask,
-                    sinks=sinks, dropout_p=dropout)  # fmt: skip
+    out = attention(
+        query,
+        key,
+        value,
+        causal=causal,
+        scale=scaling,
+        softcap=softcap,
+        bias=bias,
+        mask=mask,
+        sinks=sinks,
+        dropout_p=dropout,
+    )
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -35,21 +35,32 @@ class Config(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, format: Formats | dict | None = None, *, skip: str | tuple[str, ...] = ("lm_head",),
-        embeddings: bool = False, formats: list[dict] | None = None, tied: dict[str, str] | None = None,
-        adapters: list[dict] | None = None, version: int = VERSION, quant_method: str = METHOD,
-    ) -> None:  # fmt: skip
+        self,
+        format: Formats | dict | None = None,
+        *,
+        skip: str | tuple[str, ...] = ("lm_head",),
+        embeddings: bool = False,
+        formats: list[dict] | None = None,
+        tied: dict[str, str] | None = None,
+        adapters: list[dict] | None = None,
+        version: int = VERSION,
+        quant_method: str = METHOD,
+    ) -> None:
         if version > VERSION:
-            raise ValueError(f"bigkernels: the model was saved by a newer bigkernels: files of version {version}, "
-                             f"where {VERSION} is known")  # fmt: skip
+            raise ValueError(
+                f"bigkernels: the model was saved by a newer bigkernels: files of version {version}, "
+                f"where {VERSION} is known"
+            )
         self.quant_method = quant_method
         self.format, self.skip, self.embeddings = _formats(format), as_names(skip), embeddings
         self.reading: Any = None  # makes the operation of the loader from a model, where it is not the usual one
         self.held = {"formats": formats or [], "tied": tied or {}, "adapters": adapters or []}
         for each in self._chosen():
             if each is not None and each.calibrated:
-                raise ValueError(f"bigkernels: {each} is calibrated; load the model, then "
-                                 "bigkernels.quantize(model, ..., calibration=batches)")  # fmt: skip
+                raise ValueError(
+                    f"bigkernels: {each} is calibrated; load the model, then "
+                    "bigkernels.quantize(model, ..., calibration=batches)"
+                )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -100,5 +111,7 @@ def _formats(config: Any) -> Any:
         return config if config is None else resolve_format(config)
     if "format" in config and isinstance(config["format"], str):
         return from_dict(config)
-    return {key: from_dict(f) if isinstance(f, Mapping) else None if f is None else resolve_format(f)
-            for key, f in config.items()}  # fmt: skip
+    return {
+        key: from_dict(f) if isinstance(f, Mapping) else None if f is None else resolve_format(f)
+        for key, f in config.items()
+    }

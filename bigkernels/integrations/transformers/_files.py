@@ -8,8 +8,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-_DTYPES = {"I8": torch.int8, "U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-           "I32": torch.int32, "I64": torch.int64, "F64": torch.float64, "I16": torch.int16}  # fmt: skip
+_DTYPES = {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "I16": torch.int16,
+}
 
 
 def check(files: Iterable[str], expected: Mapping[str, Tensor], prefix: str) -> set[str]:
@@ -43,6 +52,8 @@ def check(files: Iterable[str], expected: Mapping[str, Tensor], prefix: str) -> 
         if held is None:
             raise ValueError(f"bigkernels: the checkpoint has no tensor {name}")
         if held != (tuple(t.shape), t.dtype):
-            raise ValueError(f"bigkernels: {name} is {held[1]} of shape {held[0]} in the checkpoint, expected "
-                             f"{t.dtype} of shape {tuple(t.shape)}")  # fmt: skip
+            raise ValueError(
+                f"bigkernels: {name} is {held[1]} of shape {held[0]} in the checkpoint, expected "
+                f"{t.dtype} of shape {tuple(t.shape)}"
+            )
     return {name for name, (shape, _) in tensors.items() if shape == (0,) and name not in expected}

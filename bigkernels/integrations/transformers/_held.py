@@ -43,8 +43,10 @@ def describe(model: nn.Module) -> dict[str, Any]:
         if source != path:
             tied[path] = source
     by_options = {path: (m.rank, m.alpha, m.dropout, _name(m.lora_a.dtype)) for path, m in lora.items()}
-    made = [dict(zip(("rank", "alpha", "dropout", "dtype"), options, strict=True)) | {"layers": names}
-            for options, names in _collapsed(by_options, model).items()]  # fmt: skip
+    made = [
+        dict(zip(("rank", "alpha", "dropout", "dtype"), options, strict=True)) | {"layers": names}
+        for options, names in _collapsed(by_options, model).items()
+    ]
     return {"formats": formats, "tied": tied, "adapters": made}
 
 
@@ -65,8 +67,13 @@ def build(model: nn.Module, held: Mapping[str, Any]) -> dict[str, str]:
         from_dict({key: value for key, value in group.items() if key not in ("layers", "dtype")})
     for name in names:
         if (found := _found(formats, name, prefix)) is not None:
-            stand(model, where, name, from_dict({k: v for k, v in found.items() if k not in ("layers", "dtype")}),
-                  found.get("dtype"))  # fmt: skip
+            stand(
+                model,
+                where,
+                name,
+                from_dict({k: v for k, v in found.items() if k not in ("layers", "dtype")}),
+                found.get("dtype"),
+            )
     lora = _by_name(held["adapters"])
     for name in names:
         if (found := _found(lora, name, prefix)) is None:
@@ -78,13 +85,20 @@ def build(model: nn.Module, held: Mapping[str, Any]) -> dict[str, str]:
             raise ValueError(f"bigkernels: config.json describes the adapter {name} as {found}") from error
         put(model, where[name], adapter.train(base.training))
     sources = {path: _found(held["tied"], path, prefix) for path in names}
-    return {path: next((n for n in _spellings(source, prefix) if n in sources), None)
-            for path, source in sources.items() if source is not None}  # fmt: skip
+    return {
+        path: next((n for n in _spellings(source, prefix) if n in sources), None)
+        for path, source in sources.items()
+        if source is not None
+    }
 
 
 def stand(
-    model: nn.Module, where: Mapping[str, list[str]], name: str, config: Format, dtype: str | None = None,
-) -> Quantized:  # fmt: skip
+    model: nn.Module,
+    where: Mapping[str, list[str]],
+    name: str,
+    config: Format,
+    dtype: str | None = None,
+) -> Quantized:
     """Put a module with codes in the place of a layer, or of a parameter with experts, of which it has the size.
 
     Args:

@@ -43,15 +43,20 @@ class Placing(ReadingBase):
         self.coded = {name for name, held in state.items() if not hasattr(held, "get_shape")}
         self.where = {path: paths for paths in places(model).values() for path in paths}
         names = list(candidates(model))
-        self.chosen = dict.fromkeys([*(f"{name}.weight" for name in names if name in self.where),
-                                     *(name for name in names if name not in self.where)])  # fmt: skip
+        self.chosen = dict.fromkeys(
+            [
+                *(f"{name}.weight" for name in names if name in self.where),
+                *(name for name in names if name not in self.where),
+            ]
+        )
 
     def bytes_an_element(self, name: str, param: Tensor) -> float:
         return param.element_size()
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], *, model: nn.Module, missing_keys: set[str] | None = None,
-                **kwargs: Any) -> dict[str, Tensor]:  # fmt: skip
+    def convert(
+        self, input_dict: dict[str, Any], *, model: nn.Module, missing_keys: set[str] | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
         kept = {}
         for name, held in input_dict.items():
             found = held[0] if isinstance(held, list) else held
@@ -77,8 +82,9 @@ class Placing(ReadingBase):
             if is_transposed(type(parent)) or (found.dim() == 3 and getattr(parent, "is_transposed", False)):
                 found = found.transpose(-2, -1).contiguous()
         if found.shape != before.shape:
-            raise ValueError(f"bigkernels.load_quantized: {name} has shape {tuple(found.shape)}, expected "
-                             f"{tuple(before.shape)}")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.load_quantized: {name} has shape {tuple(found.shape)}, expected {tuple(before.shape)}"
+            )
         return found.to(before.dtype)
 
     def _place(self, model: nn.Module, name: str, packed: Packed) -> None:

@@ -19,9 +19,15 @@ from ._quantizer import Quantizer
 
 _METHOD = "bigkernels-published"
 # What transformers calls the methods, and their names here.
-_KEYS = {"gptq": ("gptq",), "awq": ("awq",), "bitsandbytes": ("bitsandbytes_4bit", "bitsandbytes_8bit"),
-         "compressed-tensors": ("compressed-tensors",), "hqq": ("hqq",), "mxfp4": ("mxfp4",),
-         "torchao": ("torchao",)}  # fmt: skip
+_KEYS = {
+    "gptq": ("gptq",),
+    "awq": ("awq",),
+    "bitsandbytes": ("bitsandbytes_4bit", "bitsandbytes_8bit"),
+    "compressed-tensors": ("compressed-tensors",),
+    "hqq": ("hqq",),
+    "mxfp4": ("mxfp4",),
+    "torchao": ("torchao",),
+}
 _owners: dict[str, type] = {}  # the classes that ours are in the place of
 
 

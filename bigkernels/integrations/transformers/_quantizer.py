@@ -141,11 +141,15 @@ class Quantizer(HfQuantizer):
             raise ValueError(f"bigkernels: the model is quantized by {type(before).__name__} too, and cannot be saved")
         wrapped = next((path for path in held if "base_layer" in path.split(".")), None)
         if wrapped is not None:
-            raise ValueError(f"bigkernels: {wrapped} is inside of an adapter of PEFT, which `from_pretrained` would "
-                             "not find; save the adapters by their PeftModel, or `unload` them first")  # fmt: skip
+            raise ValueError(
+                f"bigkernels: {wrapped} is inside of an adapter of PEFT, which `from_pretrained` would "
+                "not find; save the adapters by their PeftModel, or `unload` them first"
+            )
         if not any(p.is_floating_point() for p in model.parameters()):
-            raise ValueError("bigkernels: transformers saves no model all of whose parameters are quantized; leave one "
-                             "out, as the head by `skip`")  # fmt: skip
+            raise ValueError(
+                "bigkernels: transformers saves no model all of whose parameters are quantized; leave one "
+                "out, as the head by `skip`"
+            )
         merged = next((path for path, module in lora.items() if module.merged), None)
         if merged is not None:
             raise ValueError(f"bigkernels: the adapter of {merged} is merged; `unmerge` it before you save the model")
@@ -267,9 +271,10 @@ def _untie(model: PreTrainedModel, codes: Any) -> None:
         if isinstance(tied, dict):
             names = {id(model.get_submodule(path)) for path in codes}
             module.all_tied_weights_keys = {
-                target: source for target, source in tied.items()
+                target: source
+                for target, source in tied.items()
                 if not target.endswith("weight") or id(module.get_submodule(target.rpartition(".")[0])) not in names
-            }  # fmt: skip
+            }
 
 
 def _share_codes(model: PreTrainedModel) -> None:
@@ -303,8 +308,9 @@ def _check_loaded(path: str, module: Quantized) -> None:
         raise ValueError(f"bigkernels: config.json and {path}.format do not agree: the file says {text}")
 
 
-def plain_saving(model: PreTrainedModel, folder: Any, state: dict[str, Tensor], said: dict[str, Any],
-                 max_shard_size: str) -> None:  # fmt: skip
+def plain_saving(
+    model: PreTrainedModel, folder: Any, state: dict[str, Tensor], said: dict[str, Any], max_shard_size: str
+) -> None:
     """`save_pretrained` of given tensors, with a quantization_config of another library."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"bigkernels.save_quantized: the model is a {type(model).__name__}, none of transformers")

@@ -66,8 +66,9 @@ class Reading(ReadingBase):
         return quantize_weight(flat, config).nbytes / max(flat.numel(), 1)
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], *, model: nn.Module, missing_keys: set[str] | None = None,
-                **kwargs: Any) -> dict[str, Tensor]:  # fmt: skip
+    def convert(
+        self, input_dict: dict[str, Any], *, model: nn.Module, missing_keys: set[str] | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
         kept = {}
         for name, held in input_dict.items():
             weight = held[0] if isinstance(held, list) else held
@@ -87,8 +88,9 @@ class Reading(ReadingBase):
         before = parent._parameters[key]
         if weight.shape != before.shape:
             raise ValueError(f"bigkernels: it has shape {tuple(weight.shape)}, expected {tuple(before.shape)}")
-        experts = QuantizedExperts.from_parameter(weight, self._formats[name],
-                                               transposed=getattr(parent, "is_transposed", False))  # fmt: skip
+        experts = QuantizedExperts.from_parameter(
+            weight, self._formats[name], transposed=getattr(parent, "is_transposed", False)
+        )
         experts._trained = before.requires_grad
         delattr(parent, key)
         setattr(parent, key, experts.train(parent.training))
@@ -108,8 +110,10 @@ class Reading(ReadingBase):
         qweight = quantize_weight(weight.T if transposed else weight, first.format.blind())
         if any(isinstance(m, Quantized) for m in current):  # the file has the weight of each of several tied layers
             if not _equal(current[0].qweight, qweight):
-                raise ValueError("bigkernels: layers that the model ties have different weights in the checkpoint; set "
-                                 "tie_word_embeddings=False in its config, or leave them out by `skip`")  # fmt: skip
+                raise ValueError(
+                    "bigkernels: layers that the model ties have different weights in the checkpoint; set "
+                    "tie_word_embeddings=False in its config, or leave them out by `skip`"
+                )
             return [f"{path}.weight" for member in members for path in member.paths]
         source = None
         for member in members:

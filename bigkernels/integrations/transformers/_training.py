@@ -54,14 +54,21 @@ class TrainerCallback(transformers.TrainerCallback):
     """
 
     def __init__(
-        self, patch: bool | Mapping[str, Any] = True, *, optim: str | None = None,
-        optim_args: str | Mapping[str, Any] | None = None, report: bool = True, head: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        patch: bool | Mapping[str, Any] = True,
+        *,
+        optim: str | None = None,
+        optim_args: str | Mapping[str, Any] | None = None,
+        report: bool = True,
+        head: bool = True,
+    ) -> None:
         if optim is not None and optim not in NAMES:
             raise ValueError(f"{_WHAT}: optim is {optim!r}; accepted are {', '.join(NAMES)}")
         if optim is not None and not can_be_taught():
-            raise ImportError(f"{_WHAT}: this version of transformers takes no names of others; give "
-                              "the trainer optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(name, args)")  # fmt: skip
+            raise ImportError(
+                f"{_WHAT}: this version of transformers takes no names of others; give "
+                "the trainer optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(name, args)"
+            )
         if optim is None and optim_args is not None:
             raise ValueError(f"{_WHAT}: optim_args are given and optim is not")
         self.options = None if patch is False else {} if patch is True else dict(patch)
@@ -85,12 +92,15 @@ class TrainerCallback(transformers.TrainerCallback):
         if model is not None:
             self._patch(model)
 
-    def on_train_begin(self, args, state, control, model: nn.Module | None = None, optimizer: Any = None,
-                       **kwargs: Any) -> None:  # fmt: skip
+    def on_train_begin(
+        self, args, state, control, model: nn.Module | None = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         if self.optim is not None and not is_ours(optimizer):
             kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
-            raise ValueError(f"{_WHAT}: optim is {self.optim!r}, and the trainer has a {kind}: it "
-                             "has optimizers, optimizer_cls_and_kwargs or a create_optimizer of its own")  # fmt: skip
+            raise ValueError(
+                f"{_WHAT}: optim is {self.optim!r}, and the trainer has a {kind}: it "
+                "has optimizers, optimizer_cls_and_kwargs or a create_optimizer of its own"
+            )
         if model is not None:
             self._patch(model)
             if self.head and "trl" in sys.modules:

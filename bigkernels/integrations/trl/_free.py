@@ -19,9 +19,13 @@ from ._losses import Check
 def cpo(trainer: Any, kind: type) -> dict[str, Callable]:
     _check_decoder(trainer)
     smooths = trainer.loss_type not in ("hinge", "ipo")
-    options = {"loss_type": trainer.loss_type, "beta": trainer.beta, "alpha": trainer.alpha,
-               "simpo_gamma": getattr(trainer, "simpo_gamma", 0.5),
-               "label_smoothing": trainer.label_smoothing if smooths else 0.0}  # fmt: skip
+    options = {
+        "loss_type": trainer.loss_type,
+        "beta": trainer.beta,
+        "alpha": trainer.alpha,
+        "simpo_gamma": getattr(trainer, "simpo_gamma", 0.5),
+        "label_smoothing": trainer.label_smoothing if smooths else 0.0,
+    }
     check = Check(f"loss_type {trainer.loss_type!r}")
 
     def loss(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,8 +116,9 @@ def _mean_logits(base: nn.Module, hidden: Tensor) -> Tensor:
         target = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
         stored = quantized(weight)
         weight = weight.to(hidden.dtype) if stored is None else stored
-        return linear_logprobs(hidden, weight, target, bias, logit_scale=float(scale), softcap=softcap,
-                               reports=("mean_logits",))[1]  # fmt: skip
+        return linear_logprobs(
+            hidden, weight, target, bias, logit_scale=float(scale), softcap=softcap, reports=("mean_logits",)
+        )[1]
     mean = weight.sum(0, dtype=torch.float32) / weight.shape[0]
     found = hidden.float() @ mean
     return scale * (found if bias is None else found + bias.float().mean())

@@ -42,17 +42,20 @@ _FAMILIES = {
     "GRPOTrainer": _Family("grpo_loss", ("_compute_loss", "_get_per_token_logps_and_entropies"), _losses.grpo),
     "CPOTrainer": _Family(
         "cpo_loss", ("get_batch_loss_metrics", "concatenated_forward", "cpo_loss"), _free.cpo, head=False
-    ),  # fmt: skip
+    ),
     "ORPOTrainer": _Family(
         "orpo_loss", ("get_batch_loss_metrics", "concatenated_forward", "odds_ratio_loss"), _free.orpo, head=False
-    ),  # fmt: skip
+    ),
 }
 
 
 def fuse(
-    trainer: transformers.Trainer, *, loss: bool = True, label_smoothing: float | None = None,
+    trainer: transformers.Trainer,
+    *,
+    loss: bool = True,
+    label_smoothing: float | None = None,
     bco_shift: float | Tensor | RewardShift | None = None,
-) -> Fused:  # fmt: skip
+) -> Fused:
     """Let a trainer of TRL compute without logits over the vocabulary, and by `bigkernels.losses`::
 
         trainer = trl.DPOTrainer(model, args=args, train_dataset=data, callbacks=[TrainerCallback()])
@@ -89,14 +92,18 @@ def fuse(
     known = family.options if family is not None and loss else ()
     for name in options:
         if name not in known:
-            raise ValueError(f"bigkernels.integrations.trl.fuse: {name} is given, which means nothing for "
-                             f"{type(trainer).__name__}{'' if loss else ' with its own loss'}")  # fmt: skip
+            raise ValueError(
+                f"bigkernels.integrations.trl.fuse: {name} is given, which means nothing for "
+                f"{type(trainer).__name__}{'' if loss else ' with its own loss'}"
+            )
     made = {}
     if family is not None and loss:
         for name in family.members:
             if getattr(type(trainer), name, None) is not getattr(kind, name):
-                raise ValueError(f"bigkernels.integrations.trl.fuse: {type(trainer).__name__} has its own {name}; give "
-                                 "loss=False to keep its loss, with this package's head")  # fmt: skip
+                raise ValueError(
+                    f"bigkernels.integrations.trl.fuse: {type(trainer).__name__} has its own {name}; give "
+                    "loss=False to keep its loss, with this package's head"
+                )
         made = family.make(trainer, kind, **options)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if family is not None and not family.head and loss and not has_head(model):

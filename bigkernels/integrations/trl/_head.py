@@ -83,9 +83,16 @@ class _Head:
 
     @staticmethod
     def apply(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk_size: int,
-        softcap: float | None = None, logit_scale: float = 1.0, outputs: tuple[str, ...] = ("log_probs",),
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("log_probs",),
+    ) -> tuple[Tensor | None, ...]:
         """Log probabilities (N,) of the targets, and of entropies, log sums of squared probabilities, mean logits and
         whether the target is the largest logit those that are asked for, or None.
         """
@@ -113,13 +120,16 @@ class _Head:
 def _check_output_layer(module: nn.Module) -> None:
     watcher = watcher_of(module)
     if watcher is not None and watcher.coefficient:
-        raise ValueError("bigkernels.integrations.trl: the model has LossMetrics with a z_loss, which TRL's loss would "
-                         "not have")  # fmt: skip
+        raise ValueError(
+            "bigkernels.integrations.trl: the model has LossMetrics with a z_loss, which TRL's loss would not have"
+        )
     layer = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     if layer is not None and hasattr(layer, "base_layer") and getattr(layer, "active_adapters", None):
-        raise ValueError("bigkernels.integrations.trl: the output layer has an adapter, and TRL's fused head reads the "
-                         "weight below it: the adapter would be ignored and learn nothing. Leave the layer out of the "
-                         "adapter's target_modules")  # fmt: skip
+        raise ValueError(
+            "bigkernels.integrations.trl: the output layer has an adapter, and TRL's fused head reads the "
+            "weight below it: the adapter would be ignored and learn nothing. Leave the layer out of the "
+            "adapter's target_modules"
+        )
 
 
 def quantized(weight: Tensor) -> QuantizedWeight | None:

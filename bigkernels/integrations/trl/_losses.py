@@ -59,30 +59,40 @@ class Check:
         a, b = float(ours.detach()), float(theirs.detach())
         # Of very large ones TRL has lost the digits, or what an exponential has overflowed.
         if math.isfinite(b) and abs(b) < 1e6 and abs(a - b) > 2e-3 * max(1.0, abs(b)):
-            raise RuntimeError(f"bigkernels.integrations.trl.fuse: the loss is {a:.6g}, and TRL's own {b:.6g}: this "
-                               f"version of TRL computes {self.what} in another way. Give loss=False to keep "
-                               "TRL's")  # fmt: skip
+            raise RuntimeError(
+                f"bigkernels.integrations.trl.fuse: the loss is {a:.6g}, and TRL's own {b:.6g}: this "
+                f"version of TRL computes {self.what} in another way. Give loss=False to keep "
+                "TRL's"
+            )
 
 
 # ---- DPO -------------------------------------------------------------------------------------------------------------
 
 
 def dpo(
-    trainer: Any, kind: type, *, label_smoothing: float | None = None,
+    trainer: Any,
+    kind: type,
+    *,
+    label_smoothing: float | None = None,
     bco_shift: float | Tensor | losses.RewardShift = 0.0,
-) -> dict[str, Callable]:  # fmt: skip
+) -> dict[str, Callable]:
     names, factors = tuple(trainer.loss_types), tuple(trainer.loss_weights)
     smoothing = trainer.label_smoothing if label_smoothing is None else label_smoothing
     smoothed = _SMOOTHED if label_smoothing is None else tuple(name for name, row in LOSSES.items() if row.smooths)
     if smoothing and not set(names) & set(smoothed):
-        raise ValueError(f"bigkernels.integrations.trl.fuse: label_smoothing is {smoothing}, which TRL ignores where "
-                         f"loss_type is {list(names)}; give it to fuse where it is meant")  # fmt: skip
+        raise ValueError(
+            f"bigkernels.integrations.trl.fuse: label_smoothing is {smoothing}, which TRL ignores where "
+            f"loss_type is {list(names)}; give it to fuse where it is meant"
+        )
     if not (isinstance(bco_shift, (int, float)) and bco_shift == 0) and "bco_pair" not in names:
         raise ValueError("bigkernels.integrations.trl.fuse: bco_shift is given, and no loss_type is 'bco_pair'")
     alike = label_smoothing is None and isinstance(bco_shift, (int, float)) and bco_shift == 0
-    options = {"beta": trainer.beta, "discopop_tau": trainer.args.discopop_tau,
-               "f_divergence_type": trainer.f_divergence_type,
-               "f_alpha_divergence_coef": trainer.f_alpha_divergence_coef}  # fmt: skip
+    options = {
+        "beta": trainer.beta,
+        "discopop_tau": trainer.args.discopop_tau,
+        "f_divergence_type": trainer.f_divergence_type,
+        "f_alpha_divergence_coef": trainer.f_alpha_divergence_coef,
+    }
 
     def loss_of(logps, reference, tokens, weights) -> Tensor:
         total, shift = None, bco_shift
@@ -93,8 +103,16 @@ def dpo(
         for name, factor in zip(names, factors, strict=True):
             more = {"label_smoothing": smoothing} if name in smoothed else {}
             more |= {"bco_shift": shift} if name == "bco_pair" else {}
-            found = losses.dpo_loss(*logps, *reference, loss_type=name, weights=weights, chosen_tokens=tokens[0],
-                                    rejected_tokens=tokens[1], **options, **more).loss  # fmt: skip
+            found = losses.dpo_loss(
+                *logps,
+                *reference,
+                loss_type=name,
+                weights=weights,
+                chosen_tokens=tokens[0],
+                rejected_tokens=tokens[1],
+                **options,
+                **more,
+            ).loss
             total = factor * found if total is None else total + factor * found
         return total
 
@@ -137,8 +155,12 @@ def dpo(
 
 
 def kto(trainer: Any, kind: type) -> dict[str, Callable]:
-    options = {"loss_type": trainer.loss_type, "beta": trainer.beta, "desirable_weight": trainer.desirable_weight,
-               "undesirable_weight": trainer.undesirable_weight}  # fmt: skip
+    options = {
+        "loss_type": trainer.loss_type,
+        "beta": trainer.beta,
+        "desirable_weight": trainer.desirable_weight,
+        "undesirable_weight": trainer.undesirable_weight,
+    }
     one = torch.ones(2, dtype=torch.float32, device="cpu")
     losses.kto_loss(one, one, one, None, **options)
     check = Check(f"loss_type {trainer.loss_type!r}")
@@ -150,8 +172,10 @@ def kto(trainer: Any, kind: type) -> dict[str, Callable]:
         masks = [inputs["completion_mask"][:, 1:]]
         if trainer.calculate_KL:
             masks.insert(0, inputs["KL_completion_mask"][:, 1:])
-        sums = [losses.sequence_logprobs(output.log_probs[:, -mask.shape[1] :], mask)
-                for output, mask in zip(seen, masks * 2, strict=False)]  # fmt: skip
+        sums = [
+            losses.sequence_logprobs(output.log_probs[:, -mask.shape[1] :], mask)
+            for output, mask in zip(seen, masks * 2, strict=False)
+        ]
         ours, reference = sums[: len(masks)], sums[len(masks) : 2 * len(masks)]
         if trainer.precompute_ref_logps:
             reference = [inputs["ref_KL_logps"], inputs["ref_logps"]][-len(masks) :]
@@ -173,11 +197,18 @@ def kto(trainer: Any, kind: type) -> dict[str, Callable]:
 
 def grpo(trainer: Any, kind: type) -> dict[str, Callable]:
     args, name = trainer.args, trainer.loss_type
-    options = {"loss_type": name, "importance": trainer.importance_sampling_level, "beta": trainer.beta,
-               "sapo_temperature_pos": args.sapo_temperature_pos, "sapo_temperature_neg": args.sapo_temperature_neg,
-               "vespo_k_pos": args.vespo_k_pos, "vespo_lambda_pos": args.vespo_lambda_pos,
-               "vespo_k_neg": args.vespo_k_neg, "vespo_lambda_neg": args.vespo_lambda_neg,
-               "bias_correction_kl": bool(args.use_bias_correction_kl and trainer.beta)}  # fmt: skip
+    options = {
+        "loss_type": name,
+        "importance": trainer.importance_sampling_level,
+        "beta": trainer.beta,
+        "sapo_temperature_pos": args.sapo_temperature_pos,
+        "sapo_temperature_neg": args.sapo_temperature_neg,
+        "vespo_k_pos": args.vespo_k_pos,
+        "vespo_lambda_pos": args.vespo_lambda_pos,
+        "vespo_k_neg": args.vespo_k_neg,
+        "vespo_lambda_neg": args.vespo_lambda_neg,
+        "bias_correction_kl": bool(args.use_bias_correction_kl and trainer.beta),
+    }
     if name == "cispo":
         options["cispo_max"] = trainer.epsilon_high
     elif name not in ("sapo", "vespo"):
@@ -212,8 +243,9 @@ def grpo(trainer: Any, kind: type) -> dict[str, Callable]:
         advantages = advantages if advantages.dim() == 2 else advantages[:, None]
         if trainer.off_policy_mask_threshold is not None:
             sampler = inputs.get("sampling_per_token_logps", logprobs.detach() if old is None else old)
-            advantages = advantages * kind.get_off_policy_mask(advantages, logprobs, sampler, mask,
-                                                               trainer.off_policy_mask_threshold)  # fmt: skip
+            advantages = advantages * kind.get_off_policy_mask(
+                advantages, logprobs, sampler, mask, trainer.off_policy_mask_threshold
+            )
         if trainer.top_entropy_quantile < 1.0:
             uncertain = trainer.get_high_entropy_mask(entropies, mask, 1 - trainer.top_entropy_quantile)
             advantages = advantages * uncertain
@@ -226,9 +258,15 @@ def grpo(trainer: Any, kind: type) -> dict[str, Callable]:
         corrects = trainer.use_vllm and trainer.vllm_importance_sampling_correction
         if ratio is not None and (corrects or name == "vespo"):
             more["sampler_ratio"] = ratio[:, 0] if ratio.shape[1] == 1 else ratio
-        loss = losses.grpo_loss(logprobs, old, advantages.expand_as(logprobs), mask,
-                                ref_logprobs=inputs["ref_per_token_logps"] if trainer.beta else None,
-                                **options, **more).loss  # fmt: skip
+        loss = losses.grpo_loss(
+            logprobs,
+            old,
+            advantages.expand_as(logprobs),
+            mask,
+            ref_logprobs=inputs["ref_per_token_logps"] if trainer.beta else None,
+            **options,
+            **more,
+        ).loss
         loss = loss if of_step else loss / steps
         if factor is not None:
             counted = mask if uncertain is None else mask * uncertain

@@ -19,10 +19,24 @@ from . import (
 
 # A module rule replaces a module's whole forward; it goes first, because source rules ask what it decided.
 MODULE_RULES = (
-    norm.RULE, image_norm.MODULE_RULE, image_norm.SEQUENCE_RULE, linear.RULE, conv.RULE,
-    attention_multihead.RULE, loss.MODULE_RULE, loss.FUNCTION_RULE,
-)  # fmt: skip
+    norm.RULE,
+    image_norm.MODULE_RULE,
+    image_norm.SEQUENCE_RULE,
+    linear.RULE,
+    conv.RULE,
+    attention_multihead.RULE,
+    loss.MODULE_RULE,
+    loss.FUNCTION_RULE,
+)
 SOURCE_RULES = (
-    add_norm.RULE, glu.RULE, mlp.RULE, image_norm.RULE, rope.RULE, attention_interface.RULE, attention_mask.RULE,
-    attention_sdpa.RULE, loss.SOURCE_RULE, linear_cross_entropy.RULE,
-)  # fmt: skip
+    add_norm.RULE,
+    glu.RULE,
+    mlp.RULE,
+    image_norm.RULE,
+    rope.RULE,
+    attention_interface.RULE,
+    attention_mask.RULE,
+    attention_sdpa.RULE,
+    loss.SOURCE_RULE,
+    linear_cross_entropy.RULE,
+)

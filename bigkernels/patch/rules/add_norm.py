@@ -19,15 +19,24 @@ from .._source import Source, call, resolve
 from .._verify import Probes, compare, doubled, gradients, outputs_only
 from .norm import Norm, current, default_eps
 
-_GLOBAL_HOOKS = (hooks._global_forward_hooks, hooks._global_forward_pre_hooks,
-                 hooks._global_backward_hooks, hooks._global_backward_pre_hooks)  # fmt: skip
+_GLOBAL_HOOKS = (
+    hooks._global_forward_hooks,
+    hooks._global_forward_pre_hooks,
+    hooks._global_backward_hooks,
+    hooks._global_backward_pre_hooks,
+)
 
 
 def unobserved(module: nn.Module) -> bool:
     """Whether no hook and no compiled call would notice that the module is not called."""
-    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks or module._compiled_call_impl
-                or any(_GLOBAL_HOOKS))  # fmt: skip
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl
+        or any(_GLOBAL_HOOKS)
+    )
 
 
 def add_norm(a: Any, b: Any, norm: Any) -> tuple[Any, Any]:
@@ -90,8 +99,9 @@ def _statements(source: Source, block: list[ast.stmt]) -> Iterator[Site]:
                         # Deleted, so that the tensor lives no longer than in the original.
                         take = ast.Assign(follower.targets, ast.Name(normed, ast.Load()))
                         drop = ast.Delete([ast.Name(normed, ast.Del())])
-                        yield Site(_check(path), {statement: new, follower: [take, drop]},
-                                   {"_bigkernels_add_norm": add_norm})  # fmt: skip
+                        yield Site(
+                            _check(path), {statement: new, follower: [take, drop]}, {"_bigkernels_add_norm": add_norm}
+                        )
             break
 
 

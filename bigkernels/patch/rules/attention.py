@@ -70,9 +70,17 @@ def unserved(dropout_p: Any, q: Tensor, *others: Tensor) -> str | None:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0, causal: bool = False,
-    scale: float | None = None, *, bias: Tensor | None = None, **options: Any,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    causal: bool = False,
+    scale: float | None = None,
+    *,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
     """What is not refused: (B, H, Sq, Dv). With `causal` query i sees the keys up to i.
 
     `options` are `sinks` and `softcap` of `functional.attention`.
@@ -101,11 +109,18 @@ def attend(
         mask, bias = None, mask if bias is None else bias + mask
     left, right = (-1, -1) if window is None else window
     route = _routes.by_torch(
-        q, k, v, left=left, right=right, scale=scale, masked=mask is not None,
-        others=bias is not None or any(option is not None for option in options.values()), dropout_p=dropout_p,
+        q,
+        k,
+        v,
+        left=left,
+        right=right,
+        scale=scale,
+        masked=mask is not None,
+        others=bias is not None or any(option is not None for option in options.values()),
+        dropout_p=dropout_p,
         mask=mask,
         deterministic=torch.are_deterministic_algorithms_enabled(),  # the model's own attention promises no more
-    )  # fmt: skip
+    )
     if route is not None:
         return route
     return attention(q, k, v, mask=mask, bias=bias, window=window, dropout_p=dropout_p, scale=scale, **options)

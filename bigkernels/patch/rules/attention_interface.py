@@ -76,8 +76,11 @@ class Spec(NamedTuple):
             causal = options.get("is_causal")
             causal = causal if causal is not None else getattr(module, "is_causal", True)
             causal = q.shape[2] > 1 and mask is None and causal
-        extra = {name: options.get(given) for name, given in (("bias", "position_bias"), ("softcap", "softcap"))
-                 if given in self.reads}  # fmt: skip
+        extra = {
+            name: options.get(given)
+            for name, given in (("bias", "position_bias"), ("softcap", "softcap"))
+            if given in self.reads
+        }
         if self.sinks:
             extra["sinks"] = module.sinks
         if self.sdpa and extra["bias"] is not None:
@@ -204,8 +207,13 @@ def _uses_weights(source: Source) -> bool:
         if isinstance(node, ast.Return) and node.value is not None:
             elements = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
             returned |= {id(e) for e in elements}
-    return any(isinstance(node, ast.Name) and node.id in weights and isinstance(node.ctx, ast.Load)
-               and id(node) not in returned for node in source.body())  # fmt: skip
+    return any(
+        isinstance(node, ast.Name)
+        and node.id in weights
+        and isinstance(node.ctx, ast.Load)
+        and id(node) not in returned
+        for node in source.body()
+    )
 
 
 def _is_pair(node: ast.AST) -> bool:

@@ -28,8 +28,12 @@ from .._rule import Fit, Plan, Site, Skip, SourceRule
 from .._source import Source, find_source
 
 NAME = "bigkernels, patched"  # of the builder in the registry of masks; "bigkernels" is what users ask for by name
-BUILDERS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_bidirectional_mask",
-            "create_bidirectional_sliding_window_mask")  # fmt: skip
+BUILDERS = (
+    "create_causal_mask",
+    "create_sliding_window_causal_mask",
+    "create_bidirectional_mask",
+    "create_bidirectional_sliding_window_mask",
+)
 
 
 @dataclass
@@ -174,10 +178,20 @@ def _build(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:
 
 
 def _structure(
-    kind: str, *, batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0,
-    mask_function: Any = None, attention_mask: Any = None, allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False, device: Any = "cpu", **rest: Any,
-) -> Structure | None:  # fmt: skip
+    kind: str,
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Any = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    device: Any = "cpu",
+    **rest: Any,
+) -> Structure | None:
     """What a builder's arguments describe; None where a dense mask is as good or the only way."""
     if isinstance(q_offset, Tensor):
         if not is_readable(q_offset) or q_offset.numel() != 1:

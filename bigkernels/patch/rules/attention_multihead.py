@@ -39,8 +39,9 @@ def forward(
     if reason is not None:
         log_fallback("MultiheadAttention", reason)
         own = type(module).forward
-        return own(module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
-                         is_causal)  # fmt: skip
+        return own(
+            module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
     return _compute(module, query, key, value, key_padding_mask, attn_mask, is_causal), None
 
 
@@ -88,9 +89,14 @@ def _lengths(q: Tensor, k: Tensor, batch_first: bool) -> tuple[int, int, int]:
 
 
 def _compute(
-    module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None,
-    mask: Tensor | None, causal: bool,
-) -> Tensor:  # fmt: skip
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+) -> Tensor:
     batched = query.dim() == 3
     heads = []
     for t in _project(module, query, key, value):
@@ -208,8 +214,10 @@ def _compare(
         given["need_weights"] = False
         return torch.func.functional_call(module, dict(zip(parameters, values, strict=True)), (q, k, v), given)[0]
 
-    results = [observe(functools.partial(run, module), t)
-               for module, t in ((ours, leaves), (theirs, leaves), (ours, doubled(leaves)))]  # fmt: skip
+    results = [
+        observe(functools.partial(run, module), t)
+        for module, t in ((ours, leaves), (theirs, leaves), (ours, doubled(leaves)))
+    ]
     return compare(*results, "MultiheadAttention")
 
 

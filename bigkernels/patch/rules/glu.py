@@ -60,8 +60,9 @@ def gated(gate: Any, up: Any) -> Any:
         return gate * up
     act, gate, approximate, name, version = gate
     if version is not None and gate._version != version:
-        raise RuntimeError("bigkernels.patch: a gate was written to between its activation and the product; "
-                           "patch(model, mlp=False)")  # fmt: skip
+        raise RuntimeError(
+            "bigkernels.patch: a gate was written to between its activation and the product; patch(model, mlp=False)"
+        )
     if plain(up) and gate.shape == up.shape and gate.dtype == up.dtype and gate.device == up.device:
         return functional.glu(gate, up, activation=name)
     return _call(act, gate, approximate) * up
@@ -117,8 +118,11 @@ def _kept_sites(source: Source, products: list[tuple[ast.BinOp, ast.Name, Callab
             new = call("_bigkernels_gated", **dict(zip(sides, (node.left, node.right), strict=True)))
             replacements = {node: new, value: call("_bigkernels_activate", value.func, gate, **extra)}
             check = _check(target, approximate)
-            yield Site(_unless(checks.get(node, earlier), check), replacements,
-                       {"_bigkernels_gated": gated, "_bigkernels_activate": activate})  # fmt: skip
+            yield Site(
+                _unless(checks.get(node, earlier), check),
+                replacements,
+                {"_bigkernels_gated": gated, "_bigkernels_activate": activate},
+            )
             checks[node] = check
 
 

@@ -49,8 +49,11 @@ def _fits(module: nn.Module, x: Any) -> bool:
         # PyTorch knows one mix of dtypes: 16-bit images and float32 for the rest.
         if t is not None and (not plain(t) or not t.is_cpu or t.dtype not in (x.dtype, torch.float32)):
             return False
-    dtypes = {t.dtype for n in ("weight", "bias", "running_mean", "running_var")
-              if (t := getattr(module, n, None)) is not None}  # fmt: skip
+    dtypes = {
+        t.dtype
+        for n in ("weight", "bias", "running_mean", "running_var")
+        if (t := getattr(module, n, None)) is not None
+    }
     if len(dtypes) > 1 or (torch.is_autocast_enabled("cpu") and x.dtype != torch.float32 and cls is nn.GroupNorm):
         return False
     return True
@@ -216,8 +219,9 @@ def _site(source, found, node, norm, x, more) -> Site:
     target, approximate, _ = found
     extra = {} if approximate is None else {"approximate": ast.Constant(approximate)}
     new = call("_bigkernels_normed", node.func, norm, x, **extra)
-    return Site(_check(target, approximate, source.attribute(norm)), {node: new, **more},
-                {"_bigkernels_normed": normed})  # fmt: skip
+    return Site(
+        _check(target, approximate, source.attribute(norm)), {node: new, **more}, {"_bigkernels_normed": normed}
+    )
 
 
 def _check(target: Any, approximate: str | None, path: list[str]):

@@ -50,9 +50,11 @@ def logits(module: nn.Module, labels: Any, head: Any, hidden: Any) -> Any:
         if weight is not None and _fits(weight, head.bias, hidden) and unobserved(head) and stays(head, weight):
             return Logits.of(head, hidden, weight, head.bias, watcher)
         if watcher is not None and watcher.coefficient:
-            raise RuntimeError("bigkernels.LossMetrics: this step makes its logits (torch.compile, hooks on the output"
-                               " layer, or one that is sharded or has an adapter), and its loss would have no "
-                               "z_loss")  # fmt: skip
+            raise RuntimeError(
+                "bigkernels.LossMetrics: this step makes its logits (torch.compile, hooks on the output"
+                " layer, or one that is sharded or has an adapter), and its loss would have no "
+                "z_loss"
+            )
     return head(hidden)
 
 
@@ -234,8 +236,15 @@ class _Tail:
         body.append(ast.Return(ast.Name(place.loss, ast.Load())))
         old = source.tree.args
         names = [a.arg for a in (*old.posonlyargs, *old.args, *old.kwonlyargs)]
-        arguments = ast.arguments([], [ast.arg(n) for n in (*names, _HIDDEN)], None, [], [], old.kwarg,
-                                  [ast.Constant(None)] * (len(names) + 1))  # fmt: skip
+        arguments = ast.arguments(
+            [],
+            [ast.arg(n) for n in (*names, _HIDDEN)],
+            None,
+            [],
+            [],
+            old.kwarg,
+            [ast.Constant(None)] * (len(names) + 1),
+        )
         arguments.kwarg = None if old.kwarg is None else ast.arg(old.kwarg.arg)
         more = {"type_params": []} if "type_params" in ast.FunctionDef._fields else {}
         tree = ast.FunctionDef("tail", arguments, body, [], **more)
@@ -264,8 +273,11 @@ class _Tail:
         worst = 0.0
         for dtype in (torch.float32, torch.bfloat16) if verify else (torch.float32,):
             probe = Probes(dtype=dtype)
-            leaves = [probe(2, 7, _FEATURES), probe(self.vocabulary, _FEATURES, scale=2.0),
-                      probe(self.vocabulary) if self.bias else None]  # fmt: skip
+            leaves = [
+                probe(2, 7, _FEATURES),
+                probe(self.vocabulary, _FEATURES, scale=2.0),
+                probe(self.vocabulary) if self.bias else None,
+            ]
             for way in ways:
                 runs = (
                     (self.fused, False, self.function),
@@ -274,8 +286,10 @@ class _Tail:
                 )
                 given = leaves, leaves, doubled(leaves)
                 dtypes: list[torch.dtype] = []
-                compared = [gradients(functools.partial(self._run, dtypes, labels, way, *run), t)
-                         for run, t in zip(runs, given, strict=True)]  # fmt: skip
+                compared = [
+                    gradients(functools.partial(self._run, dtypes, labels, way, *run), t)
+                    for run, t in zip(runs, given, strict=True)
+                ]
                 if dtypes[0] != dtypes[1]:
                     raise Skip(f"the loss is {dtypes[1]} where the kernel gives {dtypes[0]}")
                 worst = max(worst, compare(*compared, "the head and the loss", self.vocabulary))

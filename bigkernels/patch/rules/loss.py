@@ -40,12 +40,20 @@ def cross_entropy(
         size_average is None
         and reduce is None
         and _fits(input, target)
-        and (weight is None or (plain(weight) and weight.dtype == input.dtype and not weight.requires_grad
-                                and weight.shape == input.shape[1:]))
+        and (
+            weight is None
+            or (
+                plain(weight)
+                and weight.dtype == input.dtype
+                and not weight.requires_grad
+                and weight.shape == input.shape[1:]
+            )
+        )
         and (input.dtype == torch.float32 or not torch.is_autocast_enabled(input.device.type))
-    ):  # fmt: skip
-        loss = _kernel(input, target, weight, ignore_index=ignore_index, reduction=reduction,
-                       label_smoothing=label_smoothing)  # fmt: skip
+    ):
+        loss = _kernel(
+            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
         return loss.to(input.dtype)
     return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
@@ -84,8 +92,14 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 def module_forward(module: nn.CrossEntropyLoss, input: Tensor, target: Tensor) -> Tensor:
     if nn.CrossEntropyLoss.forward is not _ORIGINAL:  # replaced since
         return nn.CrossEntropyLoss.forward(module, input, target)
-    return cross_entropy(input, target, module.weight, ignore_index=module.ignore_index, reduction=module.reduction,
-                         label_smoothing=module.label_smoothing)  # fmt: skip
+    return cross_entropy(
+        input,
+        target,
+        module.weight,
+        ignore_index=module.ignore_index,
+        reduction=module.reduction,
+        label_smoothing=module.label_smoothing,
+    )
 
 
 def token_loss(
@@ -251,15 +265,24 @@ def _error(plan: Plan) -> float:
         target = torch.tensor([5, 36, -100, 3, 0, 3, 12], dtype=torch.int64, device=probe_device())
         weight = Probes(seed=1)(37).detach().abs() + 0.1
         for dtype in (torch.float32, torch.bfloat16) if plan.verify else (torch.float32,):
-            for way in ({}, {"reduction": "sum"}, {"reduction": "none", "ignore_index": 3}, {"label_smoothing": 0.2},
-                        {"weight": weight.to(dtype)}):  # fmt: skip
+            for way in (
+                {},
+                {"reduction": "sum"},
+                {"reduction": "none", "ignore_index": 3},
+                {"label_smoothing": 0.2},
+                {"weight": weight.to(dtype)},
+            ):
                 given = target if "ignore_index" not in way else target.clamp_min(0)
                 leaves = [Probes(dtype=dtype)(7, 37, scale=3.0)]
-                results = [gradients(lambda z, f=f, way=way, given=given: f(z, given, **way), leaves)
-                           for f in (cross_entropy, F.cross_entropy)]  # fmt: skip
+                results = [
+                    gradients(lambda z, f=f, way=way, given=given: f(z, given, **way), leaves)
+                    for f in (cross_entropy, F.cross_entropy)
+                ]
                 wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in way.items()}
-                exact = gradients(lambda z, way=wide, given=given: F.cross_entropy(z, given, **way),
-                                  [leaves[0].detach().double().requires_grad_()])  # fmt: skip
+                exact = gradients(
+                    lambda z, way=wide, given=given: F.cross_entropy(z, given, **way),
+                    [leaves[0].detach().double().requires_grad_()],
+                )
                 worst = max(worst, compare(*results, exact, "cross_entropy"))
         plan.memory["cross_entropy"] = worst
     return plan.memory["cross_entropy"]

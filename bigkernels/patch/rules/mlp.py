@@ -89,11 +89,18 @@ def transposed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _sites(source: Source) -> Iterator[Site]:
-    factors = [side for node in source.body() if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)
-               for side in (node.left, node.right)]  # fmt: skip
+    factors = [
+        side
+        for node in source.body()
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)
+        for side in (node.left, node.right)
+    ]
     gates = {side.id for side in factors if isinstance(side, ast.Name)}
-    assigned = {id(n.value): n.targets[0].id for n in source.body() if isinstance(n, ast.Assign)
-                and len(n.targets) == 1 and isinstance(n.targets[0], ast.Name)}  # fmt: skip
+    assigned = {
+        id(n.value): n.targets[0].id
+        for n in source.body()
+        if isinstance(n, ast.Assign) and len(n.targets) == 1 and isinstance(n.targets[0], ast.Name)
+    }
     for node in source.body():
         # A gated unit has a rule of its own.
         if any(node is side for side in factors) or assigned.get(id(node)) in gates:
@@ -128,8 +135,9 @@ def _statements(source: Source, block: list[ast.stmt], gates: set[str]) -> Itera
 def _site(source, target, approximate, node, linear, x, more) -> Site:
     extra = {} if approximate is None else {"approximate": ast.Constant(approximate)}
     new = call("_bigkernels_activated", node.func, linear, x, **extra)
-    return Site(_check(target, approximate, source.attribute(linear)), {node: new, **more},
-                {"_bigkernels_activated": activated})  # fmt: skip
+    return Site(
+        _check(target, approximate, source.attribute(linear)), {node: new, **more}, {"_bigkernels_activated": activated}
+    )
 
 
 def _activation(source: Source, node: ast.AST) -> tuple[Any, str | None, ast.expr] | None:
@@ -173,8 +181,11 @@ def _check(target: Any, approximate: str | None, path: list[str]):
             plan.memory[key] = _name(act, approximate, plan.verify)
         name, error = plan.memory[key]
         # The second layer of GPT-2's MLP, which no other rule writes to.
-        writes = [Write(other, "forward", functools.partial(transposed, other)) for other in module.children()
-                  if is_transposed(other) and other is not linear and _writable(other)]  # fmt: skip
+        writes = [
+            Write(other, "forward", functools.partial(transposed, other))
+            for other in module.children()
+            if is_transposed(other) and other is not linear and _writable(other)
+        ]
         if isinstance(act, nn.Module):
             writes.append(Write(act, _KEY, name))
         else:

@@ -128,12 +128,17 @@ def _floats(module: nn.Module) -> list[str]:
 
 def _fingerprint(module: nn.Module) -> tuple:
     """Modules with equal fingerprints compute the same function of input and parameters."""
-    parameters = tuple((n, p if p is None else (tuple(p.shape), p.dtype, p.device, p.is_meta, type(p)))
-                       for n, p in module._parameters.items())  # fmt: skip
+    parameters = tuple(
+        (n, p if p is None else (tuple(p.shape), p.dtype, p.device, p.is_meta, type(p)))
+        for n, p in module._parameters.items()
+    )
     simple = (int, float, bool, str, type(None), tuple, torch.dtype, torch.Size)
     hidden = {*vars(nn.Module()), "forward", "_bigkernels_patch"}
-    attributes = tuple((name, repr(value) if isinstance(value, simple) else id(value))
-                       for name, value in sorted(vars(module).items()) if name not in hidden)  # fmt: skip
+    attributes = tuple(
+        (name, repr(value) if isinstance(value, simple) else id(value))
+        for name, value in sorted(vars(module).items())
+        if name not in hidden
+    )
     return type(module), parameters, attributes
 
 

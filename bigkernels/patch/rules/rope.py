@@ -181,9 +181,11 @@ def _decide(function: Callable) -> Rope:
             if named:
                 error = max(error, _check(probe, rope._replace(dim=3 - dim), torch.float32))
             _errors[function] = error
-            return rope._replace(partial=_holds(probe, rope, torch.float32, rotary=8),
-                                 mixed=_holds(probe, rope, torch.bfloat16, angles=torch.float32),
-                                 autocast=_autocast_keeps_dtype(probe, rope))  # fmt: skip
+            return rope._replace(
+                partial=_holds(probe, rope, torch.float32, rotary=8),
+                mixed=_holds(probe, rope, torch.bfloat16, angles=torch.float32),
+                autocast=_autocast_keeps_dtype(probe, rope),
+            )
     raise failure
 
 
