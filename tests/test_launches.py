@@ -38,6 +38,9 @@ TYPICAL = {
     "varlen_attention": "everything",
     "decode_attention": "everything",
     "quantized_linear": "int4, many tokens",
+    "mlp": "gelu",
+    "group_norm": "silu",
+    "batch_norm": "residual and relu",
 }
 
 

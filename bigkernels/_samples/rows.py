@@ -168,8 +168,8 @@ def _ce(
         }
         if ignore is not None:
             inputs["target"][::3] = ignore
-        if "weight" in extra.split():
-            inputs["weight"] = draw.positive(vocabulary)
+        if "class_weight" in extra.split():
+            inputs["class_weight"] = draw.positive(vocabulary)
         if "token_weight" in extra.split():
             inputs["token_weight"] = draw.positive(tokens)
         return inputs
@@ -181,12 +181,12 @@ CROSS_ENTROPY = [
     *(_ce(f"reduction {r}", reduction=r) for r in ("mean", "sum", "none")),
     _ce("ignored tokens", ignore=-100),
     _ce("another ignore_index", ignore=5, ignore_index=5),
-    _ce("class weight", extra="weight", ignore=-100),
-    _ce("class weight, sum", extra="weight", reduction="sum"),
+    _ce("class weight", extra="class_weight", ignore=-100),
+    _ce("class weight, sum", extra="class_weight", reduction="sum"),
     _ce("token weight", extra="token_weight"),
     _ce("token weight, none", extra="token_weight", reduction="none", ignore=-100),
     _ce("label smoothing", label_smoothing=0.1),
-    _ce("label smoothing and class weight", label_smoothing=0.2, extra="weight"),
+    _ce("label smoothing and class weight", label_smoothing=0.2, extra="class_weight"),
     _ce("z-loss", z_loss=1e-3),
     _ce("softcap", softcap=5.0, scale=6.0),
     _ce("focal", focal_gamma=2.0),
@@ -197,7 +197,7 @@ CROSS_ENTROPY = [
         77,
         ignore=-1,
         ignore_index=-1,
-        extra="weight token_weight",
+        extra="class_weight token_weight",
         label_smoothing=0.1,
         z_loss=1e-2,
         softcap=8.0,

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from . import _attention, cross_entropy
+from . import _attention, _attention_backward, cross_entropy
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 _LN2 = gl.constexpr(0.6931471805599453)
@@ -32,7 +32,7 @@ _sequence = gluon.jit(_attention._sequence.fn)
 _of_head = gluon.jit(_attention._of_head.fn)
 _limits = gluon.jit(_attention._limits.fn)
 _tanh = gluon.jit(cross_entropy._tanh.fn)
-_row_limits = gluon.jit(_attention._row_limits.fn)
+_row_limits = gluon.jit(_attention_backward._row_limits.fn)
 
 
 @gluon.jit

@@ -15,8 +15,9 @@ from ..ops import attention as op
 from ..ops._dropout import dropout_threshold
 from ..ops._registry import KERNEL_DTYPES, is_forced, nondeterministic
 from . import _hopper
-from ._attention import attend, backward_bias, backward_keys, backward_queries
-from ._attention import delta as delta_kernel
+from ._attention import attend
+from ._attention_backward import backward_bias, backward_keys, backward_queries
+from ._attention_backward import delta as delta_kernel
 from ._launch import capability, launch, power_of_2
 from ._tiles import LARGEST, tiles
 from .decode_attention import serve_attention

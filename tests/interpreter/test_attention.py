@@ -5,7 +5,7 @@ import torch
 
 import bigkernels
 from bigkernels._samples import SAMPLES, widen
-from bigkernels.triton import _attention as kernels
+from bigkernels.triton import _attention_backward as kernels
 from bigkernels.triton._launch import recording
 
 pytestmark = pytest.mark.usefixtures("launchers_serve_cpu_tensors")

@@ -63,7 +63,7 @@ OPERATORS = {
         _files(
             "attention.h attention_fwd.cpp attention_bwd.cpp attention_bias_bwd.cpp gemm.h rotate.h",
             "attention.cpp",
-            triton="_attention.py attention.py varlen_attention.py",
+            triton="_attention.py _attention_backward.py attention.py varlen_attention.py",
         ),
         {RECIPE: r"\[(varlen_)?attention: ", "tests/ops/test_attention.py": "", MODULE: "option|odd|packed"},
         {INTERPRETED: r"\[(varlen_)?attention: |packed_heads", "tests/interpreter/test_attention.py": ""},
