@@ -22,8 +22,9 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 class Product(Structure):
     _fields_ = [
         ("code", c_int), ("offset", c_int), ("group", c_int), ("type", c_int), ("wide", c_bool), ("bias_type", c_int),
-        ("x", c_void_p), ("stride", c_int64), ("weight", c_void_p), ("factor", c_void_p), ("book", c_void_p),
-        ("bias", c_void_p), ("out", c_void_p), ("m", c_int), ("n", c_int), ("k", c_int),
+        ("backward", c_bool), ("x", c_void_p), ("stride", c_int64), ("weight", c_void_p), ("factor", c_void_p),
+        ("book", c_void_p), ("bias", c_void_p), ("top", c_void_p), ("out", c_void_p),
+        ("m", c_int), ("n", c_int), ("k", c_int),
     ]  # fmt: skip
 
 
@@ -61,12 +62,14 @@ class Host:
         bias: Tensor | None = None,
         *,
         wide: bool = False,
+        backward: bool = False,
         how: Run | None = None,
     ) -> Tensor:
         how = how or Run()
-        out = torch.full((x.shape[0], f.n), float("nan"), dtype=torch.float32 if wide else x.dtype)
+        out = torch.full((x.shape[0], f.k if backward else f.n), float("nan"), dtype=torch.float32 if wide else x.dtype)
         bias_type = 0 if bias is None else _TYPES[bias.dtype]
-        operands = map(address, (f.units, f.factor, book, bias, out))
+        factor, top = (None, f.top) if backward and x.dtype == torch.float16 else (f.factor, None)
+        operands = map(address, (f.units, factor, book, bias, top, out))
         product = Product(
             CODES.index(f.code),
             OFFSETS.index(f.offset),
@@ -74,6 +77,7 @@ class Host:
             _TYPES[x.dtype],
             wide,
             bias_type,
+            backward,
             address(x),
             x.stride(0),
             *operands,

@@ -460,7 +460,7 @@ def _usual_calls():
         "glu": (lambda: functional.glu(g, g), 38),
         "rope": (lambda: functional.rope(q, k, angles, angles), 50),
         "decode attention": (lambda: functional.attention(q, cache, cache), 60),
-        "quantized_linear": (lambda: functional.quantized_linear(x, qweight), 70),
+        "quantized_linear": (lambda: functional.quantized_linear(x, qweight), 71),
     }
 
 

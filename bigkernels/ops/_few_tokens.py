@@ -1,4 +1,7 @@
-"""`quantized_linear` with 1 to 64 tokens by the CUDA kernels that read a weight in the order of matrix fragments.
+"""`quantized_linear` with 1 to 64 tokens, and its gradient, by the CUDA kernels that read a weight in the order of
+matrix fragments. They are off until a GPU has measured them: a row of the table of routes says so then. Until then
+`bigkernels.use("cuda")` forces them, one operator and no other, and BIGKERNELS_FRAGMENTS=1 takes them for those calls
+of a whole model that they take.
 
 The copy in that order is made when a weight first meets these kernels, beside the codes, and takes as much memory as
 they do. It holds as long as the tensors that it was made from are the same and count no write; PyTorch counts none
@@ -8,21 +11,24 @@ through ``.data`` (`bigkernels.quantization.refresh`).
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._load import cuda_unavailable
 from . import _registry, _routes
-from ._fragments import CODES, OFFSETS, Fragments, in_fragments, kind_of
+from ._fragments import CODES, OFFSETS, Fragments, in_fragments, kind_of, power_of_two
 from ._registry import Implementation, is_capturing, log
 
 MOST = 64
-CALL = "few tokens, in fragments"
+CALL, BACKWARD = "few tokens, in fragments", "few tokens, in fragments, backward"
+_ENABLED = os.environ.get("BIGKERNELS_FRAGMENTS", "0") not in ("", "0")
 DTYPES = (torch.bfloat16, torch.float16)
 
 torch.library.define(
@@ -30,7 +36,11 @@ torch.library.define(
     "(Tensor x, Tensor units, Tensor? factor, Tensor? book, Tensor? bias, int code, int offset, int group, "
     "Tensor(a!) out) -> ()",
 )
-_run = torch.ops.bigkernels.quantized_few.default
+torch.library.define(
+    "bigkernels::quantized_few_bwd",
+    "(Tensor grad, Tensor units, Tensor? book, Tensor? top, int code, int offset, int group, Tensor(a!) out) -> ()",
+)
+_run, _run_back = torch.ops.bigkernels.quantized_few.default, torch.ops.bigkernels.quantized_few_bwd.default
 
 
 def unavailable() -> str | None:
@@ -113,26 +123,29 @@ def _fragments(
 
 
 @functools.cache
-def _is_routed(capability: _routes.Capability) -> bool:
-    return _routes.find("quantized_linear", CALL, capability).by == "cuda" and unavailable() is None
+def _is_routed(call: str, capability: _routes.Capability) -> bool:
+    wanted = _ENABLED or _routes.find("quantized_linear", call, capability).by == "cuda"
+    return wanted and unavailable() is None
 
 
-def is_chosen(x: Tensor) -> bool:
-    """Whether these kernels come first, by the table of routes or by `use`."""
+def is_chosen(x: Tensor, call: str = CALL) -> bool:
+    """Whether these kernels come first, by the table of routes, a variable or `use`."""
     forced = _registry._forced
     if forced is not None:
         return forced == "cuda"
     capability = _routes.capability_of(x)
-    return capability is not None and _is_routed(capability)
+    return capability is not None and _is_routed(call, capability)
 
 
-def refusal(x: Tensor, bias: Tensor | None, group: int, kind: int, k: int, dynamic: bool) -> str | None:
-    """Why these kernels do not take a call; None if they do."""
+def refusal(
+    x: Tensor, bias: Tensor | None, group: int, kind: int, k: int, dynamic: bool = False, depth: int = 0
+) -> str | None:
+    """Why these kernels do not take a call; None if they do. `depth` is of x, where it is not k."""
     if dynamic:
         return "it multiplies no rounded tokens"
     if x.dtype not in DTYPES:
         return f"no kernel for {str(x.dtype).removeprefix('torch.')}"
-    if x.numel() > MOST * k:
+    if x.numel() > MOST * (depth or k):
         return f"it takes {MOST} tokens at most"
     if k % 8:
         return "it takes rows of a multiple of 8 elements"
@@ -161,9 +174,7 @@ def product(
     fragments = _fragments(codes, (scale, zero, row_scale, book), group, kind, k, at_once)
     if isinstance(fragments, str):
         return fragments
-    tokens = x.reshape(-1, k)
-    if tokens.stride(1) != 1 or tokens.stride(0) % 8 or tokens.data_ptr() % 16:
-        tokens = tokens.clone(memory_format=torch.contiguous_format)
+    tokens = _in_pieces(x.reshape(-1, k))
     out = x.new_empty(*x.shape[:-1], fragments.n, dtype=torch.float32 if wide else None)
     _run(
         tokens,
@@ -179,6 +190,58 @@ def product(
     return out
 
 
+def gradient(
+    grad: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    row_scale: Tensor | None,
+    book: Tensor | None,
+    group: int,
+    kind: int,
+    k: int,
+    at_once: bool = False,
+) -> Tensor | str:
+    """The gradient of the tokens, as `product`. What rows are scaled with goes to the gradient of the result before. In
+    float16 that is divided by a power of two a token, which comes back last: its products with scales of groups would
+    be too small.
+    """
+    found = _fragments(codes, (scale, zero, row_scale, book), group, kind, k, at_once)
+    if isinstance(found, str):
+        return found
+    rows, power = grad.reshape(-1, found.n), None
+    if found.factor is not None or grad.dtype == torch.float16:
+        wide = rows.float() if found.factor is None else rows.float() * found.factor
+        if grad.dtype == torch.float16:
+            power = power_of_two(wide.abs().amax(1, keepdim=True))
+            wide = wide / power
+        rows = wide.to(grad.dtype)
+    rows = _in_pieces(F.pad(rows, (0, -found.n % 8)) if found.n % 8 else rows)
+    out = grad.new_empty(*grad.shape[:-1], k, dtype=None if power is None else torch.float32)
+    _run_back(
+        rows,
+        found.units,
+        book,
+        found.top if power is not None else None,
+        CODES.index(found.code),
+        OFFSETS.index(found.offset),
+        found.group,
+        out.view(-1, k),
+    )
+    return out if power is None else out.view(-1, k).mul_(power).to(grad.dtype).view(*grad.shape[:-1], k)
+
+
+def _in_pieces(rows: Tensor) -> Tensor:
+    """As they are, where rows lie in pieces of 16 bytes, else a copy."""
+    if rows.stride(1) == 1 and not rows.stride(0) % 8 and not rows.data_ptr() % 16:
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
+def _forced_refusal(why: str) -> RuntimeError:
+    return RuntimeError(f"bigkernels.functional.quantized_linear: 'cuda' was forced but {why}")
+
+
 def before(launcher: Callable) -> Callable:
     """`quantized_linear_fwd` on GPUs: these kernels where the table of routes or `use` says so, else the launcher."""
 
@@ -192,7 +255,26 @@ def before(launcher: Callable) -> Callable:
                     return out
                 why = out
             if forced:
-                raise RuntimeError(f"bigkernels.functional.quantized_linear: 'cuda' was forced but {why}")
+                raise _forced_refusal(why)
         return launcher(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynamic, wide)
+
+    return call
+
+
+def before_backward(launcher: Callable) -> Callable:
+    """`quantized_linear_bwd` on GPUs, likewise."""
+
+    def call(grad, codes, scale, zero, row_scale, book, group, kind, k):
+        if grad.numel() and k and is_chosen(grad, BACKWARD):
+            forced = _registry._forced == "cuda"
+            why = refusal(grad, None, group, kind, k, depth=len(codes))
+            if why is None:
+                found = gradient(grad, codes, scale, zero, row_scale, book, group, kind, k, forced)
+                if not isinstance(found, str):
+                    return found
+                why = found
+            if forced:
+                raise _forced_refusal(why)
+        return launcher(grad, codes, scale, zero, row_scale, book, group, kind, k)
 
     return call

@@ -7,6 +7,7 @@ a lane's 16 bytes lie beside those of the next lane; behind the codes are the sc
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -29,11 +30,13 @@ class Fragments:
     Attributes:
         units: its bytes.
         factor: (n,) float32, of the rows, or None.
+        top: () float32, a power of two near the largest of the groups' numbers, or None where there are no groups.
         code, offset, group: how codes, and scales of groups, stand for values, by the names above; group 0: none.
     """
 
     units: Tensor
     factor: Tensor | None
+    top: Tensor | None
     code: str
     offset: str
     group: int
@@ -100,7 +103,18 @@ def in_fragments(
         # A row that holds a NaN gives NaN whatever the tokens are; its code here would be a number.
         lost = torch.cat([((some & 127) == 127).any(1) for some in codes.split(at_once)])
         factor = torch.where(lost, float("nan"), factor)
-    return Fragments(units, factor, code, offset, group, n, k)
+    top = None
+    if group and n:
+        tops = [power_of_two(t.abs().amax().float()) for t in ([scale, zero] if offset == "minimum" else [scale])]
+        top = functools.reduce(torch.maximum, tops)
+    return Fragments(units, factor, top, code, offset, group, n, k)
+
+
+def power_of_two(t: Tensor) -> Tensor:
+    """The largest powers of two that are no larger than what is in t, magnitudes in float32; where that is extreme, one
+    that can be divided by.
+    """
+    return (t.clamp(2.0**-100, 2.0**100).view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def _padded(t: Tensor, columns: int) -> Tensor:
@@ -141,7 +155,7 @@ def _split8(codes: Tensor) -> Tensor:
 
 
 def _int8(codes: Tensor) -> Tensor:
-    return _split8(codes).flatten(3)
+    return _split8(codes ^ 128).flatten(3)  # 128 more, which is what has no sign
 
 
 def _fp8(codes: Tensor) -> Tensor:
@@ -157,6 +171,6 @@ _ORDERS = {"int4": _int4, "book4": _book4, "int8": _int8, "fp8": _fp8}
 
 
 def _scales(words: Tensor, runs: int) -> Tensor:
-    """(rows, groups, 4 bytes) as (four, run, unit, bytes): a group's, of rows g and g + 8 side by side."""
+    """(rows, groups, 4 bytes) as (four, run, unit, bytes): of row g its groups', each beside that of row g + 8."""
     parts = words.view(-1, 4, 2, 8, runs, words.shape[1] // runs, 4)
-    return parts.permute(0, 4, 1, 5, 3, 2, 6).flatten(3)
+    return parts.permute(0, 4, 1, 3, 5, 2, 6).flatten(3)

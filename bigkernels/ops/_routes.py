@@ -87,7 +87,10 @@ TABLE: tuple[Route, ...] = (
     Route("quantized_linear", "few tokens, in fragments", _FIRST, (8, 0), "triton", "predicted",
           "the CUDA kernels for 1 to 64 tokens copy asynchronously, which needs 8.0"),
     Route("quantized_linear", "few tokens, in fragments", (8, 0), _END, "triton", "predicted",
-          "the CUDA kernels for 1 to 64 tokens have run on no GPU; use('cuda') takes them, with a copy of the codes"),
+          "the CUDA kernels for 1 to 64 tokens have run on no GPU; use('cuda') or BIGKERNELS_FRAGMENTS=1 takes them, "
+          "with a copy of the codes"),
+    Route("quantized_linear", "few tokens, in fragments, backward", _FIRST, _END, "triton", "predicted",
+          "the same kernels, from the same copy"),
     Route("quantized_linear", "many tokens", _FIRST, _END, "cublas", "predicted",
           "H200, 2048 tokens, 4096 x 4096: 18 us to decode once and 87 us of cuBLAS, ours 165 us"),
     Route("quantized_linear", "many tokens, float32", _FIRST, _END, "triton", "predicted",

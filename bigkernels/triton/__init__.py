@@ -77,7 +77,11 @@ def launchers() -> dict[str, _Launcher]:
 def _directly(overload: Callable, launcher: _Launcher, on_cpu: bool) -> Callable:
     """A raw operator's overload, behind what plays the tapes of its launcher."""
     direct, first = None, -1 if on_cpu else 0
-    has_others = overload.name() == "bigkernels::quantized_linear_fwd"
+    calls = {
+        "bigkernels::quantized_linear_fwd": _few_tokens.CALL,
+        "bigkernels::quantized_linear_bwd": _few_tokens.BACKWARD,
+    }
+    others = calls.get(overload.name())
 
     def call(*args: Any) -> Any:
         nonlocal direct
@@ -87,7 +91,7 @@ def _directly(overload: Callable, launcher: _Launcher, on_cpu: bool) -> Callable
             direct = launcher.direct(overload)
             if direct is None:
                 return overload(*args)
-        if has_others and _few_tokens.is_chosen(args[0]):
+        if others is not None and _few_tokens.is_chosen(args[0], others):
             return overload(*args)
         return direct(*args)
 
@@ -116,6 +120,7 @@ def register() -> None:
         return
     found = launchers()
     for name, launcher in found.items():
-        before = _few_tokens.before(launcher) if name == "quantized_linear_fwd" else launcher
-        torch.library.impl(f"bigkernels::{name}", "CUDA")(before)
+        if name in ("quantized_linear_fwd", "quantized_linear_bwd"):
+            launcher = (_few_tokens.before if name.endswith("fwd") else _few_tokens.before_backward)(launcher)
+        torch.library.impl(f"bigkernels::{name}", "CUDA")(launcher)
     play_directly(found)

@@ -15,22 +15,22 @@ struct Options {
 
 template <class K>
 int run(const FewProduct& p, const Options& o) {
-  typedef typename K::Work::S S;
-  const Line line = Line::of<S>(p, o.blocks);
+  typedef Parts<K> S;
+  const Line line = Line::of<K>(p, o.blocks);
   std::vector<int> order(line.blocks()), counters(line.tiles);
   for (size_t i = 0; i < order.size(); ++i) order[i] = (int)i;
   uint32_t random = (uint32_t)o.order;
   for (size_t i = order.size(); o.order && i > 1; --i)
     std::swap(order[i - 1], order[(random = random * 1664525u + 1013904223u) % i]);
   const float nan = __builtin_nanf("");
-  std::vector<Floats4> workspace(2 * order.size() * S::kParts, Floats4{{nan, nan, nan, nan}});
+  std::vector<Floats4> workspace(2 * order.size() * S::kSums, Floats4{{nan, nan, nan, nan}});
   host.reversed = o.reversed, host.early = o.early;
   for (int block : order) {
     host.groups.clear();
-    const size_t bytes = (size_t)Layout<K::kColumns>::bytes(p, o.stages);
+    const size_t bytes = (size_t)S::bytes(p, o.stages);
     std::vector<Quad> shared((bytes + 15) / 16);
     memset(shared.data(), 0xff, bytes);
-    typename K::Work(p, line, block, o.stages, (char*)shared.data(), workspace.data(), counters.data()).run();
+    Block<K>(p, line, block, o.stages, (char*)shared.data(), workspace.data(), counters.data()).run();
   }
   for (int c : counters)
     if (c) return -1;  // the next launch would find it so

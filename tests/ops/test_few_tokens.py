@@ -64,15 +64,27 @@ def exact(qweight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return operands._replace(book=book).decoded(qweight.shape[1], torch.float64)
 
 
-def check(found: Tensor, x: Tensor, qweight: QuantizedWeight) -> None:
-    """Sums in float32: their errors are small beside the sum of magnitudes, a wrong element's is not."""
+def check(found: Tensor, x: Tensor, qweight: QuantizedWeight, *, backward: bool = False) -> None:
+    """Sums in float32: their errors are small beside the sum of magnitudes, a wrong element's is not. Backward the
+    gradients are rounded once more, after they were multiplied with the scales of groups.
+    """
     w = exact(qweight, x.dtype)
-    want, size = x.double() @ w.T, x.double().abs() @ w.abs().T
-    # Of int4 in bfloat16, codes are multiplied with 128 added, which their group's sum takes off again.
+    w = w if backward else w.T
+    want, size = x.double() @ w, x.double().abs() @ w.abs()
+    rounding = {torch.float32: 2e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+    most = rounding[x.dtype if backward else found.dtype]
+    if backward:  # of independent errors; what an offset is taken from is larger than what is left
+        times = 4 if qweight.operands().zero is None else 8
+        size = times * (x.double().square() @ w.square()).sqrt() + want.abs()
     wrong = (found.double() - want).abs() / size.clamp(min=1e-30)
-    most = 2e-4 if x.dtype == torch.bfloat16 and found.dtype == torch.float32 else 2e-5
-    most = {torch.float32: most, torch.bfloat16: 2**-8, torch.float16: 2**-11}[found.dtype]
     assert wrong.isfinite().all() and wrong.max() <= most, f"{wrong.max():.2e} of {most:.2e}"
+
+
+def scaled(grad: Tensor, fragments: Fragments) -> Tensor:
+    """Gradients as the kernels take them: multiplied with the factors of rows, in whole pieces of 16 bytes."""
+    if fragments.factor is not None:
+        grad = (grad.float() * fragments.factor).to(grad.dtype)
+    return nn.functional.pad(grad, (0, -grad.shape[1] % 8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -84,6 +96,18 @@ def test_every_format_and_number_of_tokens(name: str, dtype: torch.dtype, host: 
         x = tokens(m, 328, dtype)
         how = Run(blocks=(1, 3, 5)[i % 3], stages=2 + i % 2, order=i, reversed=i % 2 == 0, early=i % 3 == 0)
         check(host(x, fragments, book, wide=True, how=how), x, qweight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_backward_of_every_format_and_number_of_tokens(name: str, dtype: torch.dtype, host: Host):
+    qweight = made(FORMATS[name], 184, 200)
+    fragments, book = of(qweight)
+    for i, m in enumerate(TOKENS):
+        grad = tokens(m, 184, dtype)
+        how = Run(blocks=(1, 3, 5)[i % 3], stages=2 + i % 2, order=i, reversed=i % 2 == 0, early=i % 3 == 0)
+        found = host(scaled(grad, fragments), fragments, book, wide=True, backward=True, how=how)
+        check(found, grad, qweight, backward=True)
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 8), (16, 128), (65, 136), (130, 640), (200, 1032), (64, 512)])
@@ -207,14 +231,19 @@ def on_host(host: Host, monkeypatch: pytest.MonkeyPatch) -> list[Fragments]:
     copies: list[Fragments] = []
 
     def run(x, units, factor, book, bias, code, offset, group, out):
-        f = Fragments(units, factor, CODES[code], OFFSETS[offset], group, out.shape[1], x.shape[1])
+        f = Fragments(units, factor, None, CODES[code], OFFSETS[offset], group, out.shape[1], x.shape[1])
         out.copy_(host(x, f, book, bias, wide=out.dtype == torch.float32))
+
+    def run_back(grad, units, book, top, code, offset, group, out):
+        f = Fragments(units, None, top, CODES[code], OFFSETS[offset], group, grad.shape[1], out.shape[1])
+        out.copy_(host(grad, f, book, wide=out.dtype == torch.float32, backward=True))
 
     def noted(*args):
         copies.append(in_fragments(*args))
         return copies[-1]
 
     monkeypatch.setattr(_few_tokens, "_run", run)
+    monkeypatch.setattr(_few_tokens, "_run_back", run_back)
     monkeypatch.setattr(_few_tokens, "in_fragments", noted)
     return copies
 
@@ -231,7 +260,7 @@ def elsewhere(*_):
 @pytest.fixture
 def routed(monkeypatch: pytest.MonkeyPatch):
     """As if a GPU had measured these kernels to be the fastest."""
-    monkeypatch.setattr(_few_tokens, "is_chosen", lambda x: _registry._forced in (None, "cuda"))
+    monkeypatch.setattr(_few_tokens, "is_chosen", lambda x, call=None: _registry._forced in (None, "cuda"))
     return _few_tokens.before(elsewhere)
 
 
@@ -358,3 +387,111 @@ def test_tokens_that_lie_badly_are_copied(on_host, routed):
     want = call(routed, x, qweight, torch.ones(40), True)
     for other in (shifted, columns, odd):
         assert torch.equal(call(routed, other, qweight, torch.ones(80)[::2], True), want)
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+def call_back(launcher, grad: Tensor, qweight: QuantizedWeight) -> Tensor:
+    *tensors, group, kind = qweight.operands()
+    return launcher(grad, *tensors, group, kind, qweight.shape[1])
+
+
+@pytest.fixture
+def routed_back(routed):
+    return _few_tokens.before_backward(elsewhere)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["int4, 64", "q4_1", "nf4, 64", "int8", "q8_0", "fp8"])
+def test_gradients_from_the_same_copy(name: str, dtype: torch.dtype, on_host, routed, routed_back):
+    """Rows of any number, tokens of any size: in float16 gradients of 1e-6 are not rounded to nothing."""
+    qweight = made(FORMATS[name], 77, 136)
+    call(routed, tokens(3, 136, dtype), qweight)
+    grad = tokens(5, 77, dtype) * torch.tensor([1.0, 1e-3, 30.0, 1e-2, 0.0], dtype=dtype)[:, None]
+    found = call_back(routed_back, grad.view(5, 1, 77), qweight)
+    assert found.shape == (5, 1, 136) and found.dtype == dtype and len(on_host) == 1
+    w = exact(qweight, dtype)
+    want = grad.double() @ w
+    size = (grad.double().square() @ w.square()).sqrt() * 3 + want.abs()
+    most = torch.finfo(dtype).eps * size + (2.0**-24 if dtype == torch.float16 else 0.0)
+    assert ((found.view(5, 136).double() - want).abs() <= most).all()
+
+
+def test_who_computes_gradients(on_host, monkeypatch):
+    launcher = _few_tokens.before_backward(elsewhere)
+    qweight, grad = made("int4", 40, 256), tokens(3, 40, torch.bfloat16)
+    monkeypatch.setattr(_routes, "capability_of", lambda t: (9, 0))
+    monkeypatch.setattr(_few_tokens, "unavailable", lambda: None)
+    _few_tokens._is_routed.cache_clear()
+    try:
+        assert call_back(launcher, grad, qweight) == "by Triton" and on_host == []
+        with use("cuda"):
+            check(call_back(launcher, grad, qweight), grad, qweight, backward=True)
+            with pytest.raises(RuntimeError, match="'cuda' was forced but .*64 tokens"):
+                call_back(launcher, tokens(65, 40, torch.bfloat16), qweight)
+            with pytest.raises(RuntimeError, match="'cuda' was forced but .*float32"):
+                call_back(launcher, grad.float(), qweight)
+        monkeypatch.setattr(_few_tokens, "_ENABLED", True)
+        _few_tokens._is_routed.cache_clear()
+        check(call_back(launcher, grad, qweight), grad, qweight, backward=True)
+        for other, weight in (
+            (tokens(65, 40, torch.bfloat16), qweight),
+            (grad.float(), qweight),
+            (grad, made("int4", 40, 250)),
+            (grad[:0], qweight),
+        ):
+            assert call_back(launcher, other, weight) == "by Triton"
+        with use("triton"):
+            assert call_back(launcher, grad, qweight) == "by Triton"
+    finally:
+        _few_tokens._is_routed.cache_clear()
+
+
+def test_the_variable_takes_whole_models_where_use_forces_one_operator(on_host, monkeypatch):
+    """`use` raises at operators without a kernel of that name, whatever it is; the variable asks for what there is."""
+    launcher = _few_tokens.before(elsewhere)
+    qweight, x = made("int4", 40, 256), tokens(3, 256, torch.bfloat16)
+    monkeypatch.setattr(_routes, "capability_of", lambda t: (9, 0))
+    monkeypatch.setattr(_few_tokens, "unavailable", lambda: None)
+    monkeypatch.setattr(_few_tokens, "_ENABLED", True)
+    _few_tokens._is_routed.cache_clear()
+    try:
+        check(call(launcher, x, qweight), x, qweight)
+        assert call(launcher, tokens(65, 256, torch.bfloat16), qweight) == "by Triton"
+        functional.rms_norm(torch.ones(2, 8))
+        for backend in ("cuda", "gluon", "torch"):
+            with use(backend), pytest.raises(RuntimeError, match=f"rms_norm: there is no '{backend}' implementation"):
+                functional.rms_norm(torch.ones(2, 8))
+    finally:
+        _few_tokens._is_routed.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["int4, 128", "int8"])
+def test_backward_needs_no_dequantized_weight(name: str, on_host, routed, routed_back):
+    """What is allocated is the result and the gradient in pieces, whatever the weight's size is."""
+    qweight = made(FORMATS[name], 512, 512)
+    call_back(routed_back, tokens(2, 512, torch.bfloat16), qweight)
+    sizes: list[int] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))
+            return out
+
+    with Watch():
+        call_back(routed_back, tokens(2, 512, torch.bfloat16), qweight)
+    assert sizes and max(sizes) <= 2 * 512
+
+
+def test_backward_depends_on_neither_order_nor_time(host: Host):
+    qweight = made("int4", 700, 136)
+    fragments, book = of(qweight)
+    for m in (5, 34):
+        grad = scaled(tokens(m, 700, torch.bfloat16), fragments)
+        found = [
+            host(grad, fragments, book, backward=True, how=Run(5, stages, order, reversed, early))
+            for stages, order, reversed, early in ((3, 0, False, False), (3, 5, True, False), (2, 9, False, True))
+        ]
+        assert all(torch.equal(found[0], other) for other in found[1:])

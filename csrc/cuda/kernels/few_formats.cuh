@@ -1,6 +1,10 @@
 // The codes of a weight in the order of matrix fragments, and what makes halves of them: bigkernels/ops/_fragments.py
 // puts them in this order. A word has what a lane multiplies in a step of 16: with 4 bits the four pairs of its
 // fragment, with 8 bits two words do. Pairs are of neighbours along the depth, one in each half of a word.
+//
+// A code is decoded to a half whose bits are the code's own, with nothing added: in its last places it is the integer
+// times the smallest subnormal number, which matrix units multiply exactly (Fasi et al., Numerical behavior of NVIDIA
+// tensor cores, 2021). bfloat16's smallest number is 2^-133, so that tokens are multiplied with 2^64 before.
 #pragma once
 #include <bigkernels/cuda.h>
 
@@ -12,65 +16,81 @@ namespace {
 
 constexpr int kRun = 128;               // of the depth: what lies together
 constexpr int kSteps = kRun / 16;       // matrix steps in it
+constexpr int kFour = 64;               // rows of four units
 constexpr int kTableBytes = 256 * 128;  // of a table of pairs, once for each lane: no two of them meet in a bank
 
 constexpr int bits_of(FewCode c) { return c == FewCode::int4 || c == FewCode::book4 ? 4 : 8; }
-constexpr bool has_offset(FewOffset o) { return o != FewOffset::none; }
+constexpr int groups_of(int group) { return group ? kRun / group : 0; }  // in a run
 
-// A unit is 16 rows in a run: their codes, a lane's 16 bytes beside those of the next, then a word a group for each
-// row, rows g and g + 8 side by side. Four units, of 64 rows, lie together; then comes the next run.
+// A unit is 16 rows in a run: their codes, a lane's 16 bytes beside those of the next, then the words of scales: of row
+// g those of its groups, each beside that of row g + 8. Four units, of 64 rows, lie together; then comes the next run.
 constexpr int code_bytes(FewCode c) { return 16 * kRun * bits_of(c) / 8; }
-constexpr int scale_bytes(int group) { return group ? kRun / group * 16 * 4 : 0; }
+constexpr int scale_bytes(int group) { return groups_of(group) * 16 * 4; }
 constexpr int unit_bytes(FewCode c, int group) { return code_bytes(c) + scale_bytes(group); }
 
 BK_DEVICE uint32_t both(uint32_t half) { return half | half << 16; }
 
-// The fragment of one step: rows g and g + 8, then both with 8 further along the depth. `own`: this lane's column of
-// the table.
+// What tokens are multiplied with before, as a pair; 0: with nothing.
 template <FewCode kCode, Type kType>
-BK_DEVICE Words4 decode(const uint32_t* w, SharedPlace own) {
-  constexpr bool wide = kType == Type::bf16;  // in its range
+constexpr uint32_t kLift = kType == Type::bf16 && kCode != FewCode::book4 ? 0x5f805f80u : 0u;
+
+// What results are multiplied with for the powers of two in tokens and decoded codes.
+template <FewCode kCode, Type kType>
+constexpr float kMend = kCode == FewCode::book4 ? 1.0f
+                        : kCode == FewCode::fp8 ? (kType == Type::bf16 ? 0x1p56f : 0x1p8f)
+                                                : (kType == Type::bf16 ? 0x1p69f : 0x1p24f);
+// What an integer code of 1 is decoded to.
+template <Type kType>
+constexpr float kOne = kType == Type::bf16 ? 0x1p-133f : 0x1p-24f;
+
+// What was added to integer codes.
+template <FewCode kCode>
+constexpr float kAdded = kCode == FewCode::int8 ? 128.0f : 0.0f;
+
+// A table of pairs by bytes of two codes. Entry e of it is of the byte that has the last bit of e first, so that one
+// permutation of bytes makes an address: of `lanes`, the lane's place in an entry, four times.
+template <Type kType>
+BK_DEVICE uint32_t table_entry(const float* book, int e) {
+  const int codes = e >> 1 | (e & 1) << 7;
+  return pack2<kType>(book[codes & 15], book[codes >> 4]);
+}
+struct Table {
+  SharedPlace first;
+  uint32_t lanes;
+};
+BK_DEVICE void look_up(Words4& out, uint32_t codes, const Table& table) {
+  const uint32_t low = and_or(codes, 0x80808080u, table.lanes), high = codes & 0x7f7f7f7fu;
+  BK_UNROLL
+  for (int p = 0; p < 4; ++p) out.v[p] = read_shared(table.first, two_bytes(low, high, p));
+}
+
+// The fragment of one step: rows g and g + 8, then both with 8 further along the depth. Of int4 rows g + 8 come out 16
+// times as large (`kSixteen`); where they should not, it takes two instructions more.
+template <FewCode kCode, Type kType, bool kSixteen>
+BK_DEVICE Words4 decode(const uint32_t* w, const Table& table) {
   Words4 a;
   if constexpr (kCode == FewCode::int4) {
-    // Or-ed into the last places of a power of two a code is added to it. 128 are taken off with the group's zero
-    // point; the 1024 of float16 would cost its products too many of their places.
-    if constexpr (wide) {
-      BK_UNROLL
-      for (int p = 0; p < 4; ++p) a.v[p] = and_or(w[0] >> 4 * p, both(0x000f), both(0x4300));
-    } else {
-      BK_UNROLL
-      for (int p = 0; p < 4; p += 2) {
-        const uint32_t x = w[0] >> 4 * p;
-        a.v[p] = fma2<kType>(and_or(x, both(0x000f), both(0x6400)), both(0x3c00), both(0xe408));      // 1, -1032
-        a.v[p + 1] = fma2<kType>(and_or(x, both(0x00f0), both(0x6400)), both(0x2c00), both(0xd480));  // 1/16, -72
-      }
+    BK_UNROLL
+    for (int p = 0; p < 4; p += 2) {
+      const uint32_t x = w[0] >> 4 * p;
+      a.v[p] = x & both(0x000f);
+      a.v[p + 1] = kSixteen ? x & both(0x00f0) : x >> 4 & both(0x000f);
     }
   } else if constexpr (kCode == FewCode::book4) {
-    // A byte is two codes.
-    BK_UNROLL
-    for (int p = 0; p < 4; ++p) a.v[p] = read_shared(own, byte_of(w[0], p) * 128);
+    look_up(a, w[0], table);
   } else if constexpr (kCode == FewCode::int8) {
     BK_UNROLL
-    for (int p = 0; p < 4; ++p) {
-      const uint32_t x = p & 1 ? w[p / 2] >> 8 : w[p / 2];
-      if constexpr (wide)  // 128 and seven bits, less 128 or 256
-        a.v[p] =
-            fma2<kType>(and_or(x, both(0x0080), both(0x4300)), both(0xbf80), and_or(x, both(0x007f), both(0x4300)));
-      else
-        a.v[p] =
-            fma2<kType>(and_xor(x, both(0x00ff), both(0x6480)), both(0x3c00), both(0xe480));  // 1024 and 128 + code
-    }
+    for (int p = 0; p < 4; ++p) a.v[p] = wide_bytes(w[p / 2], p & 1);
   } else {
     // Of the two codes of a half the first lies as bfloat16 has sign, exponent and mantissa, the second in what that
-    // leaves. Their exponents are 120 less than they should be, which a product mends, of subnormal numbers too.
+    // leaves. Their exponents are 120 less than they should be, in float16 8 less.
     BK_UNROLL
     for (int p = 0; p < 4; p += 2) {
       const uint32_t x = w[p / 2];
-      if constexpr (wide) {
-        a.v[p] = fma2<kType>(x & both(0x87f0), both(0x7b80), both(0x8000));
-        const uint32_t second = and_or(x << 4, both(0x80f0), x >> 4 & both(0x0700));
-        a.v[p + 1] = fma2<kType>(second, both(0x7b80), both(0x8000));
-      } else {  // the exponents are 8 less: the row's factor mends that
+      if constexpr (kType == Type::bf16) {
+        a.v[p] = x & both(0x87f0);
+        a.v[p + 1] = and_or(x << 4, both(0x80f0), x >> 4 & both(0x0700));
+      } else {
         a.v[p] = and_or(x, both(0x8000), x << 3 & both(0x3f80));
         a.v[p + 1] = and_or(x << 4, both(0x8000), and_or(x << 7, both(0x0780), x >> 1 & both(0x3800)));
       }
@@ -79,29 +99,53 @@ BK_DEVICE Words4 decode(const uint32_t* w, SharedPlace own) {
   return a;
 }
 
-// What the factor of a row leaves to be multiplied with.
-template <FewCode kCode, Type kType>
-constexpr float kMend = kCode == FewCode::fp8 && kType == Type::f16 ? 256.0f : 1.0f;
-
-// The value of a group is scale * (product + a * sum) + b * sum, where the product is with what `decode` returns.
+// The value of a group is scale * (product + a * sum) + b * sum, where the product is with what `decode` returns, and
+// the sum with codes of 1.
 struct GroupScale {
   float scale, a, b;
 };
-template <FewOffset kOffset, Type kType>
+template <FewCode kCode, FewOffset kOffset>
+struct Offsets {
+  static constexpr bool kA = kOffset == FewOffset::zero || kCode == FewCode::int8, kB = kOffset == FewOffset::minimum;
+};
+template <FewCode kCode, FewOffset kOffset>
 BK_DEVICE GroupScale group_scale(uint32_t word) {
-  if constexpr (kOffset == FewOffset::none) return {as_float(word), 0.0f, 0.0f};
-  constexpr float excess = kType == Type::bf16 ? -128.0f : 8.0f;  // less what `decode` adds to a code
+  if constexpr (kOffset == FewOffset::none) return {as_float(word), -kAdded<kCode>, 0.0f};
   const float scale = half_to_float(word & 0xffff), other = half_to_float(word >> 16);
-  if constexpr (kOffset == FewOffset::zero) return {scale, excess - other, 0.0f};
-  return {scale, excess, other};
+  if constexpr (kOffset == FewOffset::zero) return {scale, -other, 0.0f};
+  return {scale, 0.0f, other};
 }
 
-// Entry i of the table: the values of both codes of a byte.
-template <Type kType>
-BK_DEVICE uint32_t table_entry(const float* book, int i) {
-  const float low = book[i & 15], high = book[i >> 4];
-  if constexpr (kType == Type::bf16) return nearest_bf16(low) | nearest_bf16(high) << 16;
-  return nearest_f16(low) | nearest_f16(high) << 16;
+// ---- the same transposed --------------------------------------------------------------------------------------------
+
+// Of a step's codes the rows become the depth: each half of a word has what lies at one place along the depth in rows
+// g and g + 8, so that matrices of halves are transposed before they are decoded, a word at a time. Of codes by a table
+// it is what lies at two places in each of these rows: their pairs have to be put together anew.
+template <FewCode kCode, Type kType, int kTiles>
+BK_HOT void transpose(PerLane<Few<uint32_t, kTiles>>& words) {
+  BK_UNROLL
+  for (int i = 0; i < kTiles; ++i) {
+    PerLane<uint32_t> one;
+    for_lanes([&](int lane) { one[lane] = words[lane].v[i]; });
+    transpose_matrix(one);
+    for_lanes([&](int lane) {
+      const uint32_t x = one[lane];
+      words[lane].v[i] = kCode == FewCode::book4 ? choose(0x0f0f0000u, x << 12, choose(0xf0f00f0fu, x, x >> 12)) : x;
+    });
+  }
+}
+
+// The fragment of the transposed codes: what were rows g and g + 8 are the depth now.
+template <FewCode kCode, Type kType>
+BK_DEVICE Words4 decode_transposed(const uint32_t* w, const Table& table) {
+  const Words4 a = decode<kCode, kType, false>(w, table);
+  return {{a.v[0], a.v[2], a.v[1], a.v[3]}};
+}
+
+// Where along the depth row g (g + 8 for half 1) of that fragment was, in a step.
+template <FewCode kCode>
+BK_DEVICE int transposed_row(int g, int half) {
+  return kCode == FewCode::book4 ? g / 2 * 2 + g % 2 * 8 + half : g + 8 * half;
 }
 
 }  // namespace

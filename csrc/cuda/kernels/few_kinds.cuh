@@ -6,26 +6,22 @@ namespace bigkernels {
 namespace cuda {
 namespace {
 
-template <FewCode kCode_, FewOffset kOffset_, int kGroup_, Type kType_, int kColumns_>
-struct Kind {
-  static constexpr FewCode kCode = kCode_;
-  static constexpr FewOffset kOffset = kOffset_;
-  static constexpr int kGroup = kGroup_, kColumns = kColumns_;
-  static constexpr Type kType = kType_;
-  typedef Block<kCode, kOffset, kGroup, kType, kColumns> Work;
-};
-
+// Backward there are two kernels and not four: they take as long to compile, and training with so few tokens is rare.
 template <FewCode kCode, FewOffset kOffset, int kGroup, Type kType, class F>
 bool with_columns(const FewProduct& p, const F& f) {
   if (p.m < 1 || p.m > kMostFewTokens) return false;
-  if (p.m <= 8)
-    f(Kind<kCode, kOffset, kGroup, kType, 1>());
+  if (p.backward && p.m <= 16)
+    f(Kind<kCode, kOffset, kGroup, kType, 2, true>());
+  else if (p.backward)
+    f(Kind<kCode, kOffset, kGroup, kType, 8, true>());
+  else if (p.m <= 8)
+    f(Kind<kCode, kOffset, kGroup, kType, 1, false>());
   else if (p.m <= 16)
-    f(Kind<kCode, kOffset, kGroup, kType, 2>());
+    f(Kind<kCode, kOffset, kGroup, kType, 2, false>());
   else if (p.m <= 32)
-    f(Kind<kCode, kOffset, kGroup, kType, 4>());
+    f(Kind<kCode, kOffset, kGroup, kType, 4, false>());
   else
-    f(Kind<kCode, kOffset, kGroup, kType, 8>());
+    f(Kind<kCode, kOffset, kGroup, kType, 8, false>());
   return true;
 }
 

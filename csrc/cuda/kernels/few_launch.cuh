@@ -26,24 +26,24 @@ namespace {
 
 // How many blocks the compiler is to leave registers for: as many as shared memory lets in. Left to itself it spills
 // some of small kernels for more; of large ones it spills where it is told (0: it is not).
-template <int kGroup, int kColumns>
-constexpr int kTogether = kColumns <= 2 || (kColumns == 4 && kGroup == 0) ? 2 : 0;
+template <class K>
+constexpr int kTogether = K::kColumns <= 2 || (K::kColumns == 4 && K::kGroup == 0) ? 2 : 1;
 
-template <FewCode kCode, FewOffset kOffset, int kGroup, Type kType, int kColumns>
-__global__ void __launch_bounds__(Shape<kColumns>::kWarps* kLanes, kTogether<kGroup, kColumns>)
+template <class K>
+__global__ void __launch_bounds__(Parts<K>::kWarps* kLanes, kTogether<K>)
     few_kernel(const __grid_constant__ FewProduct p, const __grid_constant__ Line line, int stages, void* workspace,
                int* counters) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(128) char shared[];
-  Block<kCode, kOffset, kGroup, kType, kColumns> block(p, line, (int)blockIdx.x, stages, shared, workspace, counters);
+  Block<K> block(p, line, (int)blockIdx.x, stages, shared, workspace, counters);
   block.run();
 #endif
 }
 
 // Three stages if two blocks can then share a multiprocessor, or if one has it alone; else two.
-template <int kColumns>
+template <class K>
 cudaError_t shape(const FewProduct& p, int device, FewLaunch* l) {
-  typedef Shape<kColumns> S;
+  typedef Parts<K> S;
   int processors, each, most;
   cudaError_t e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (!e) e = cudaDeviceGetAttribute(&each, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
@@ -52,17 +52,17 @@ cudaError_t shape(const FewProduct& p, int device, FewLaunch* l) {
   constexpr int kReserved = 1024;  // of each block, by the driver
   int together = 2;
   const auto fits = [&](int stages) {
-    const int bytes = Layout<kColumns>::bytes(p, stages);
+    const int bytes = S::bytes(p, stages);
     return bytes <= most && together * (bytes + kReserved) <= each;
   };
   if (!fits(3)) together = 1;
   l->stages = fits(3) ? 3 : 2;
   if (!fits(l->stages)) return cudaErrorInvalidConfiguration;
-  l->bytes = Layout<kColumns>::bytes(p, l->stages);
-  l->line = Line::of<S>(p, together * processors);
+  l->bytes = S::bytes(p, l->stages);
+  l->line = Line::of<K>(p, together * processors);
   l->threads = S::kWarps * kLanes;
   l->counters = l->line.tiles;
-  l->workspace = (int64_t)2 * l->line.blocks() * S::kParts * 16;
+  l->workspace = (int64_t)2 * l->line.blocks() * S::kSums * 16;
   return cudaSuccess;
 }
 
@@ -70,8 +70,8 @@ template <FewCode kCode>
 bool prepare(const FewProduct& p, int device, FewLaunch* launch, cudaError_t* error) {
   return with_kind<kCode>(p, [&](auto kind) {
     typedef decltype(kind) K;
-    launch->kernel = few_kernel<K::kCode, K::kOffset, K::kGroup, K::kType, K::kColumns>;
-    *error = shape<K::kColumns>(p, device, launch);
+    launch->kernel = few_kernel<K>;
+    *error = shape<K>(p, device, launch);
   });
 }
 

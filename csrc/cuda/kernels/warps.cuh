@@ -71,7 +71,8 @@ BK_DEVICE void phase(const F& f) {
 
 // ---- copies to shared memory ----------------------------------------------------------------------------------------
 
-// 16 bytes, of which `bytes` (0 or 16) are read and the others are zero. Both addresses are multiples of 16.
+// 16 bytes, of which `bytes` (0 or 16) are read and the others are zero; of 0 the address may be anywhere. Both are
+// multiples of 16.
 BK_DEVICE void copy16(char* shared, const char* from, int bytes) {
 #if !defined(__CUDACC__)
   const Pending copy{shared, from, bytes};
@@ -87,19 +88,19 @@ BK_DEVICE void copy16(char* shared, const char* from, int bytes) {
 // The same for a warp's run of kPieces: a lane's lie 32 of them apart, `shared` and `from` are of its first.
 // The offsets are in the instructions, where the compiler would add each to both addresses.
 template <int kPieces, int kAt = 0>
-BK_DEVICE void copy_pieces(char* shared, const char* from, int lane) {
+BK_DEVICE void copy_pieces(char* shared, const char* from, int bytes, int lane) {
   if constexpr (kAt < kPieces) {
     if (kAt + kLanes <= kPieces || lane < kPieces - kAt) {
 #if !defined(__CUDACC__)
-      copy16(shared + kAt * 16, from + kAt * 16, 16);
+      copy16(shared + kAt * 16, from + kAt * 16, bytes);
 #elif __CUDA_ARCH__ >= 800
       asm volatile(
-          "cp.async.cg.shared.global [%0 + %2], [%1 + %2], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
-          "l"(__cvta_generic_to_global(from)), "n"(kAt * 16)
+          "cp.async.cg.shared.global [%0 + %2], [%1 + %2], 16, %3;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
+          "l"(__cvta_generic_to_global(from)), "n"(kAt * 16), "r"(bytes)
           : "memory");
 #endif
     }
-    copy_pieces<kPieces, kAt + kLanes>(shared, from, lane);
+    copy_pieces<kPieces, kAt + kLanes>(shared, from, bytes, lane);
   }
 }
 
@@ -153,6 +154,21 @@ BK_DEVICE void load_matrices(PerLane<Words4>& out, PerLane<const char*>& rows) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out.own.v[0]), "=r"(out.own.v[1]), "=r"(out.own.v[2]), "=r"(out.own.v[3])
                : "r"((uint32_t)__cvta_generic_to_shared(rows.own)));
+#endif
+}
+
+// A matrix of 8 x 8 halves transposed: lane i has of row i / 4 halves 2 * (i % 4) and the next (movmatrix).
+BK_DEVICE void transpose_matrix(PerLane<uint32_t>& m) {
+#if !defined(__CUDACC__)
+  const PerLane<uint32_t> before = m;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int column = lane / 4, row = lane % 4 * 2;
+    uint32_t halves[2];
+    for (int i = 0; i < 2; ++i) halves[i] = before.all[(row + i) * 4 + column / 2] >> column % 2 * 16 & 0xffff;
+    m[lane] = halves[0] | halves[1] << 16;
+  }
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(m.own) : "r"(m.own));
 #endif
 }
 
@@ -218,7 +234,26 @@ BK_DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 }
 
-// (a & b) | c and (a & b) ^ c: left to itself the compiler takes two instructions where both b and c are constant.
+// Two numbers as halves, the first in the low one.
+template <Type kType>
+BK_DEVICE uint32_t pack2(float low, float high) {
+#if !defined(__CUDACC__)
+  const auto nearest = kType == Type::bf16 ? nearest_bf16 : nearest_f16;
+  return nearest(low) | nearest(high) << 16;
+#else
+  uint32_t out = 0;
+#if __CUDA_ARCH__ >= 800
+  if constexpr (kType == Type::bf16)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+#endif
+  return out;
+#endif
+}
+
+// (a & b) | c, and of a where `mask` is set, else of b: left to itself the compiler takes two instructions where two of
+// three are constant.
 BK_DEVICE uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
 #if defined(__CUDACC__)
   uint32_t out;
@@ -228,21 +263,33 @@ BK_DEVICE uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   return (a & b) | c;
 #endif
 }
-BK_DEVICE uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) {
+BK_DEVICE uint32_t choose(uint32_t mask, uint32_t a, uint32_t b) {
 #if defined(__CUDACC__)
   uint32_t out;
-  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(out) : "r"(mask), "r"(a), "r"(b));
   return out;
 #else
-  return (a & b) ^ c;
+  return (mask & a) | (~mask & b);
 #endif
 }
 
-BK_DEVICE uint32_t byte_of(uint32_t word, int i) {
+// Bytes i and i + 2 of a word, each as a half.
+BK_DEVICE uint32_t wide_bytes(uint32_t word, int i) {
 #if defined(__CUDACC__)
-  return __byte_perm(word, 0, 0x4440 + i);
+  return __byte_perm(word, 0, i ? 0x4341 : 0x4240);
 #else
-  return word >> 8 * i & 0xff;
+  return word >> 8 * i & 0x00ff00ff;
+#endif
+}
+
+// Byte i of two words, side by side; in the second they are below 128.
+BK_DEVICE uint32_t two_bytes(uint32_t low, uint32_t high, int i) {
+#if defined(__CUDACC__)
+  uint32_t out;  // the places above have the sign of a byte of the second
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(low), "r"(high), "r"(0xcc00 | (4 + i) << 4 | i));
+  return out;
+#else
+  return (low >> 8 * i & 0xff) | (high >> 8 * i & 0xff) << 8;
 #endif
 }
 
@@ -254,11 +301,10 @@ BK_DEVICE uint32_t opaque(uint32_t x) {
   return x;
 }
 
-// A place in shared memory for tables, whose contents stay: the compiler would add what is known of an address and what
-// is not one after the other, at each lookup.
+// A place in shared memory for tables, whose contents stay.
 #if defined(__CUDACC__)
 typedef uint32_t SharedPlace;
-BK_DEVICE SharedPlace place_of(const char* shared) { return opaque((uint32_t)__cvta_generic_to_shared(shared)); }
+BK_DEVICE SharedPlace place_of(const char* shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
 BK_DEVICE uint32_t read_shared(SharedPlace place, uint32_t offset) {
   uint32_t x;
   asm("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(place + offset));

@@ -88,17 +88,18 @@ const float* floats(const char* name, const MaybeTensor& t, int64_t count, int32
   return (const float*)operand(name, t, count, device);
 }
 
-void few(Tensor x, Tensor units, MaybeTensor factor, MaybeTensor book, MaybeTensor bias, int64_t code, int64_t offset,
-         int64_t group, Tensor out) {
+// Tokens (or gradients), the weight and the result, whose sizes are n and k.
+FewProduct product(const Tensor& x, const Tensor& units, const MaybeTensor& book, int64_t code, int64_t offset,
+                   int64_t group, Tensor& out, bool backward) {
   const int32_t device = x.get_device_index();
-  DeviceGuard guard(device);
   STD_TORCH_CHECK(x.dim() == 2 && out.dim() == 2 && out.is_contiguous() && out.size(0) == x.size(0),
                   "bigkernels::quantized_few: x and out must be matrices of as many tokens");
   FewProduct p;
-  const int64_t m = x.size(0), k = x.size(1), n = out.size(1);
+  p.backward = backward;
+  const int64_t m = x.size(0), depth = x.size(1), rows = out.size(1), n = backward ? depth : rows,
+                k = backward ? rows : depth;
   STD_TORCH_CHECK(m <= kMostFewTokens && n < 1 << 30 && k < 1 << 30, "bigkernels::quantized_few: too large");
   p.m = (int)m, p.n = (int)n, p.k = (int)k;
-  if (m == 0 || n == 0) return;
   STD_TORCH_CHECK(code >= 0 && code <= (int)FewCode::fp8 && offset >= 0 && offset <= (int)FewOffset::minimum,
                   "bigkernels::quantized_few: no such format");
   p.code = (FewCode)code, p.offset = (FewOffset)offset, p.group = (int)group;
@@ -107,21 +108,23 @@ void few(Tensor x, Tensor units, MaybeTensor factor, MaybeTensor book, MaybeTens
   STD_TORCH_CHECK(p.type != Type::f32 && (p.wide || out.scalar_type() == x.scalar_type()),
                   "bigkernels::quantized_few: x must have 16 bits, and out its dtype or float32");
   p.x = x.const_data_ptr(), p.stride = x.stride(0);
-  STD_TORCH_CHECK(k > 0 && k % 8 == 0 && x.stride(1) == 1 && p.stride % 8 == 0 && (uintptr_t)p.x % 16 == 0,
-                  "bigkernels::quantized_few: rows of x must be multiples of 16 bytes, and begin at such");
+  STD_TORCH_CHECK(
+      !m || (depth > 0 && depth % 8 == 0 && x.stride(1) == 1 && p.stride % 8 == 0 && (uintptr_t)p.x % 16 == 0),
+      "bigkernels::quantized_few: rows of x must be multiples of 16 bytes, and begin at such");
   const bool four = p.code == FewCode::int4 || p.code == FewCode::book4;
   const int64_t unit = 128 * (four ? 8 : 16) + (group ? 64 * (128 / group) : 0);
   p.weight = operand("units", units, (n + 63) / 64 * 4 * ((k + 127) / 128) * unit, device);
   STD_TORCH_CHECK(units.element_size() == 1 && (uintptr_t)p.weight % 16 == 0,
                   "bigkernels::quantized_few: units must be bytes, from a multiple of 16 on");
-  p.factor = floats("factor", factor, n, device);
   p.book = floats("book", book, 16, device);
   STD_TORCH_CHECK(p.book || p.code != FewCode::book4, "bigkernels::quantized_few: a code without its book");
-  p.bias = operand("bias", bias, n, device);
-  if (bias) p.bias_type = type_of("bias", *bias);
   STD_TORCH_CHECK(out.is_cuda() && out.get_device_index() == device, "bigkernels::quantized_few: out is elsewhere");
   p.out = out.mutable_data_ptr();
+  return p;
+}
 
+void launch(const FewProduct& p, int32_t device) {
+  if (p.m == 0 || p.n == 0 || p.k == 0) return;
   void* stream = current_stream(device);
   int64_t bytes;
   int count;
@@ -136,9 +139,32 @@ void few(Tensor x, Tensor units, MaybeTensor factor, MaybeTensor book, MaybeTens
   ok(few_product(p, workspace.data(), zeros, device, stream));
 }
 
+void few(Tensor x, Tensor units, MaybeTensor factor, MaybeTensor book, MaybeTensor bias, int64_t code, int64_t offset,
+         int64_t group, Tensor out) {
+  const int32_t device = x.get_device_index();
+  DeviceGuard guard(device);
+  FewProduct p = product(x, units, book, code, offset, group, out, false);
+  p.factor = floats("factor", factor, p.n, device);
+  p.bias = operand("bias", bias, p.n, device);
+  if (bias) p.bias_type = type_of("bias", *bias);
+  launch(p, device);
+}
+
+void few_back(Tensor grad, Tensor units, MaybeTensor book, MaybeTensor top, int64_t code, int64_t offset, int64_t group,
+              Tensor out) {
+  const int32_t device = grad.get_device_index();
+  DeviceGuard guard(device);
+  FewProduct p = product(grad, units, book, code, offset, group, out, true);
+  p.top = floats("top", top, 1, device);
+  launch(p, device);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(bigkernels, CUDA, m) { m.impl("quantized_few", TORCH_BOX(&few)); }
+STABLE_TORCH_LIBRARY_IMPL(bigkernels, CUDA, m) {
+  m.impl("quantized_few", TORCH_BOX(&few));
+  m.impl("quantized_few_bwd", TORCH_BOX(&few_back));
+}
 
 }  // namespace cuda
 }  // namespace bigkernels

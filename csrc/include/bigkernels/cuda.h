@@ -42,14 +42,13 @@ const char* optimizer_measure(const OptimizerLists&, const OptimizerFactors&, do
 const char* optimizer_norm(const OptimizerLists&, double* out, bool infinity, void* workspace, int device,
                            void* stream);
 
-// ---- linear layers with quantized weights, a few tokens
-// --------------------------------------------------------------
+// ---- linear layers with quantized weights, a few tokens -------------------------------------------------------------
 
 enum class FewCode : int { int4 = 0, book4 = 1, int8 = 2, fp8 = 3 };
 enum class FewOffset : int { none = 0, zero = 1, minimum = 2 };
 
-// out (m, n) = x (m, k) @ weight (n, k) + bias. The weight is a copy in the order of matrix fragments
-// (bigkernels/ops/_fragments.py), of runs of 128 of the depth.
+// out (m, n) = x (m, k) @ weight (n, k)^T + bias, or `backward` out (m, k) = x (m, n) @ weight (n, k), without factors
+// and bias. The weight is a copy in the order of matrix fragments (bigkernels/ops/_fragments.py), of runs of 128 of k.
 struct FewProduct {
   FewCode code = FewCode::int4;
   FewOffset offset = FewOffset::none;
@@ -57,12 +56,14 @@ struct FewProduct {
   Type type = Type::bf16;  // of x, and of out but where that is float32
   bool wide = false;
   Type bias_type = Type::f32;
-  const void* x = nullptr;  // 16-byte aligned, and so is the next row; k is a multiple of 8
+  bool backward = false;
+  const void* x = nullptr;  // 16-byte aligned, and so is the next row; the depth is a multiple of 8
   int64_t stride = 0;       // of x, in elements
   const void* weight = nullptr;
   const float* factor = nullptr;  // (n), of the rows; null: 1
   const float* book = nullptr;    // (16)
   const void* bias = nullptr;     // (n)
+  const float* top = nullptr;     // (1), a power of two, which scales of groups are divided by backward; null: 1
   void* out = nullptr;
   int m = 0, n = 0, k = 0;
 };
