@@ -1,6 +1,8 @@
 """Optimizers that torch lacks or that its version of is not for every machine, as their authors wrote them: a loop over
 parameters, a few calls of PyTorch each. They compete, and in float64 they give the exact results."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Sequence

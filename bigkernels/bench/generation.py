@@ -1,5 +1,7 @@
 """The models that the generation family measures: as they come, ours in every format, and those of other packages."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import atexit

@@ -1,5 +1,7 @@
 """What the generation family is held to: ratios of its rows, beside what they have to be and what is aimed at."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -6,6 +6,8 @@ very parameters that are timed later: some of the tensors, of all sizes, are com
 eager steps gives in float64.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence

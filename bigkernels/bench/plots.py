@@ -1,5 +1,7 @@
 """Bar charts of a run, one PNG a family, made from the JSON document."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import math

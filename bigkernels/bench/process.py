@@ -1,5 +1,7 @@
 """A model in a process of its own: another package's, or another checkout's, that takes its turns among ours."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import json

@@ -6,6 +6,8 @@ adapters (LoRA, DoRA) can be merged into a format, and that initialisations that
 LoRA-GA) put what is left of it into codes. `bigkernels.quantize` imports it where PEFT is loaded.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import copy

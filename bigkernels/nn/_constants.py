@@ -1,5 +1,7 @@
 """Buffers that are constants of a formula and not weights."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,7 @@
 """A weight in codes, as a module: what the modules that multiply with one share."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import dataclasses

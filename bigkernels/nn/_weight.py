@@ -1,5 +1,7 @@
 """What ``layer.weight`` is of a layer that holds no such tensor."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

@@ -1,5 +1,7 @@
 """BatchNorm as a module, for images of any number of dimensions."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import torch

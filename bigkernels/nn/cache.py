@@ -1,5 +1,7 @@
 """The keys and values that a layer of attention keeps while a model generates."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Sequence

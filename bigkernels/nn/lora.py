@@ -1,5 +1,7 @@
 """Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685) on plain and quantized linear layers."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import fnmatch

@@ -4,6 +4,8 @@ A format (`bigkernels.quantization`) says how a weight becomes codes, and names 
 reads codes gets `Operands`, which carry the number of their kind, and looks the rest up here.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -4,6 +4,8 @@ P are the teacher's probabilities, Q = softmax(u) the student's. Both are kept a
 of a vocabulary, or a few of them and the others as one.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import math

@@ -8,6 +8,8 @@ they do. It holds as long as the tensors that it was made from are the same and 
 through ``.data`` (`bigkernels.quantization.refresh`).
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import functools

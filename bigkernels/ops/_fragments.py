@@ -5,6 +5,8 @@ A unit is 16 rows by 128 of the depth; four units, of 64 rows, lie together, the
 a lane's 16 bytes lie beside those of the next lane; behind the codes are the scales of its groups, a word a row.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import functools

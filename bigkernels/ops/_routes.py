@@ -7,6 +7,8 @@ The rule behind it: what a model had before `patch` is never exchanged for somet
 our kernels need a measurement, or an option that nothing else takes.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """BatchNorm (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167), the residual and the activation behind it."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import math

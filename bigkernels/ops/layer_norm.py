@@ -1,5 +1,7 @@
 """LayerNorm (Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450), and the residual addition before it."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import torch

@@ -1,5 +1,7 @@
 """Linear layers: forward, and the gradients of the input, the weight and the bias."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import math

@@ -1,5 +1,7 @@
 """Linear layers whose weight is quantized: forward and the gradient of the input, from the codes."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING

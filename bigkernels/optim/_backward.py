@@ -1,5 +1,7 @@
 """Steps inside the backward pass, and gradients added up in float32."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator

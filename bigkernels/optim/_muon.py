@@ -1,5 +1,7 @@
 """Muon: momentum, orthogonalised, for matrices; AdamW for everything else."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Iterable

@@ -1,5 +1,7 @@
 """What all optimizers share: arguments, states and their formats, and one step for all parameters of a device."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import math

@@ -1,5 +1,7 @@
 """Which parameters are stepped by which plan of a kernel, and until when that is so."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import operator

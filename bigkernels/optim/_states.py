@@ -1,5 +1,7 @@
 """The states of parameters: their formats, and saving and loading them."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import math

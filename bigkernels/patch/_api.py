@@ -1,5 +1,7 @@
 """`patch`, `unpatch` and `patched`."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import functools

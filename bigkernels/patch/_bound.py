@@ -1,5 +1,7 @@
 """Functions in the place of methods of one instance."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import functools

@@ -1,5 +1,7 @@
 """On which device checks compute: what a kernel gives on one says nothing of the one for another."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import functools

@@ -4,6 +4,8 @@ Each layer but the last gives a tensor that has no memory yet. The last one, whi
 before it, runs all of them. Whoever reads one of these tensors before, has the layers so far computed by their modules.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

@@ -3,6 +3,8 @@
 The name says how the function is made: `package/module:Class:site,site`. An attribute that is not there is made.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import importlib

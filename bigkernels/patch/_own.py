@@ -4,6 +4,8 @@ A forward that is written into an instance hides its class's. Where somebody rep
 libraries that patch classes do, that method is what the model's owner wants to run.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import functools

@@ -5,6 +5,8 @@ stays live; only the places that rules chose call helpers. Its code keeps the fi
 original, so that tracebacks and debuggers show the model's own source.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 import __future__ as futures
 

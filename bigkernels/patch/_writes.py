@@ -4,6 +4,8 @@ A norm of 16-bit rows, as models write it, keeps a float32 copy of them for back
 harm; ours keeps the rows themselves. Where a write may follow it has to keep a copy.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import ast

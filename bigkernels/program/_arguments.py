@@ -1,5 +1,7 @@
 """What stands in the place of the arguments of code that is given more than rows: told from a recorded call."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any

@@ -4,6 +4,8 @@ Layers of dynamic caches become layers with room (`_cache_layers.py`), those of 
 was found is kept as long as nobody changes the cache, so that a token costs a few microseconds here.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import ctypes

@@ -7,6 +7,8 @@ own layers show; a layer of theirs becomes one of these where it is (`buffered`)
 This module imports transformers; `_cache.py` imports it where a cache is at hand.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import copy

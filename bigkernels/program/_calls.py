@@ -2,6 +2,8 @@
 goes in, or of that and the layer of the cache that it keeps.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import functools

@@ -2,6 +2,8 @@
 attention by its weights.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import functools

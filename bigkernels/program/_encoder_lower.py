@@ -1,5 +1,7 @@
 """From the graphs of an encoder's layers, one after the other, to records."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import ctypes

@@ -1,5 +1,7 @@
 """What masks and biases of a call say: which tokens are padding, and what is left to say of scores."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace

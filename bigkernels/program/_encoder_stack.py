@@ -1,5 +1,7 @@
 """What the layers of an encoder keep of their programs: found at first use, and again when they have changed."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import functools

@@ -1,5 +1,7 @@
 """Operations joined as the records have them: products of one input side by side, and what follows a product in it."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections import Counter

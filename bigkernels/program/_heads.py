@@ -1,5 +1,7 @@
 """Queries, keys and values: which columns of a value are which head, and how they are rotated."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Callable

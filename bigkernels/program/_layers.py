@@ -1,5 +1,7 @@
 """Linear layers as the program's products know them, and their value in any dtype without a copy of their weight."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

@@ -1,5 +1,7 @@
 """From a graph to records: weights by address, values by number."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import ctypes

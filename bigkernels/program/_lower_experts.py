@@ -1,5 +1,7 @@
 """Stacked weights of experts as records: one weight an expert, in the memory that the model has."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import ctypes

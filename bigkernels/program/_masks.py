@@ -4,6 +4,8 @@ Masks depend on positions and on the cache's length alone. So the model runs on 
 it holds many and gives numbers without memory, and what attention functions are told to leave out is looked at.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import math

@@ -5,6 +5,8 @@ class and the fields of a tensor lie at fixed places. None of that is promised, 
 and where a change is not seen in these words they are not used: callers then compare everything.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import ctypes

@@ -7,6 +7,8 @@ numpy or other libraries are counted by nobody. Codes that were made in inferenc
 there is no copy.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import resource

@@ -1,5 +1,7 @@
 """Products of a model's linear layers for those who look at what lies between them: weights are read once or not."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import torch

@@ -1,5 +1,7 @@
 """A graph as it runs: its records, its tables of angles, and the tensors that these point to."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import ctypes

@@ -1,5 +1,7 @@
 """What the operations mean: an interpreter in plain PyTorch, in any floating dtype."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Callable

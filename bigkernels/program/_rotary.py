@@ -1,5 +1,7 @@
 """Angles by the model's own code: its rotary module, or what it did in place of one."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """What a model keeps of its program: made at first use, and again when the model is no longer what it was."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import inspect

@@ -4,6 +4,8 @@ They are run on as many rows as were recorded, again and again: shapes are writt
 is computed anew each time.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -6,6 +6,8 @@ where it meets such a tensor. No weight is copied: each is cast where it is used
 have the dtype that it would have had.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

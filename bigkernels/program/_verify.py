@@ -1,5 +1,7 @@
 """A program against the modules that it stands for, before it is used."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import inspect

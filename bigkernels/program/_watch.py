@@ -6,6 +6,8 @@ microseconds, whether anything was touched: it compares a word of memory for eac
 counts in it (PEP 509), and looks closer only where that differs.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import functools

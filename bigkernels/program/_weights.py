@@ -1,5 +1,7 @@
 """Tensors of a model as records read them: by address, where the model keeps them."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from typing import NamedTuple

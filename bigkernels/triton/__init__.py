@@ -5,6 +5,8 @@ tensor first reaches it. Nothing here asks whether a GPU exists, because asking 
 that has done so can no longer fork workers that use it.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import importlib

@@ -5,6 +5,8 @@ Moments and sums go to partial results of the tiles' programs, in a fixed order;
 and left to PyTorch. Then one more pass writes the results.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import math

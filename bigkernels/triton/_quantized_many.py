@@ -5,6 +5,8 @@ tokens would decode the weight again: it is decoded once, into 16 bits, and mult
 rounded to 8 bits go to cuBLAS as integers or as floats of 8 bits. `bigkernels.ops._routes` says from how many on.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import torch

@@ -6,6 +6,8 @@ computed twice, once a group. float32 has no matrix unit that keeps its digits, 
 `benchmarks/results/gpu-tiles.md` has what the compiler makes of each tile.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import functools

@@ -1,5 +1,7 @@
 """BatchNorm on GPUs; the kernels are in `_channel_norm.py`."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -9,6 +9,8 @@ That is 32 KB * 2 of shared memory a program, within what every GPU from sm_80 o
 of 128 16-bit elements in pages of 16, and about 1000 for 128 keys of int8 elements, with a warp a scheduler.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -5,6 +5,8 @@ one more an expert than all tokens together fill; each program adds up how many 
 its own, and ends if it has none.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -6,6 +6,8 @@ sums are added up by a second kernel, in a fixed order. Many tokens share what a
 made of three of tensor cores (tf32x3): multiply-adds spill registers at these sizes.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """Causal attention in training: lengths, head sizes, a sliding window, and packed sequences."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping

@@ -5,6 +5,8 @@ few behind a prompt that is in the cache. Models are compared before they are ti
 read one by one, with those of the same weights in float32 by the modules.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import math

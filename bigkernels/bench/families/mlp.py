@@ -1,5 +1,7 @@
 """MLPs without a gate: linear, activation, linear."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from functools import partial

@@ -4,6 +4,8 @@ The check needs the model in float64, which is slow, so it looks at the first to
 for them does not depend on those that follow: the candidates run at full length, the float64 model on what is compared.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import copy

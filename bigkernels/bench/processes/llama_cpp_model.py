@@ -5,6 +5,8 @@ The library is that of an installed llama-cpp-python, or of the prebuilt CPU var
 variant for the processor is llama.cpp's own choice.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import ctypes

@@ -3,6 +3,8 @@
 The bench has several of these in its own process; run as a script it is the model of another checkout of bigkernels.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import inspect

@@ -1,5 +1,7 @@
 """Attention by name: ``attn_implementation="bigkernels"``."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,7 @@
 """GGUF files by ``from_pretrained(folder, gguf_file=name)``: in codes, on every device, instead of dequantized."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,5 +1,7 @@
 """What of a model is quantized or adapted, as JSON says it, and a model without values made so again."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import re

@@ -1,5 +1,7 @@
 """The optimizers of `bigkernels.optim` by name, as ``TrainingArguments(optim=...)`` takes them."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import ast

@@ -1,5 +1,7 @@
 """Weights that come in codes, put into a model by transformers' loader."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Mapping

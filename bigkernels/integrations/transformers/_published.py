@@ -1,5 +1,7 @@
 """Folders of other libraries by `from_pretrained`, where the user chooses it."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import functools

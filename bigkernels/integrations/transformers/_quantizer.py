@@ -1,5 +1,7 @@
 """How transformers loads, saves and trains a model that bigkernels quantized."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import copy

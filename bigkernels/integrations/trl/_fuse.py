@@ -1,5 +1,7 @@
 """What is done to a trainer, by what it is."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from collections.abc import Callable

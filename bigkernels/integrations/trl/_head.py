@@ -5,6 +5,8 @@ TRL's trainers compute log probabilities of tokens, entropies and accuracies fro
 by kernels, where TRL rounds them to the dtype of the model; and a quantized head is read in its codes, on every device.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import types

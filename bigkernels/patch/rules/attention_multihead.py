@@ -4,6 +4,8 @@
 own, which does not look at its attention module and stays as it is.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import functools

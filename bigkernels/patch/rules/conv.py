@@ -1,5 +1,7 @@
 """Convolutions in inference, once `bigkernels.pack` has declared that their weights are not written."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import functools

@@ -5,6 +5,8 @@ hand what it stands for to the kernel. What was not foreseen computes the logits
 charge. Which models can be fused is found out by running that code, from the head to the loss, on probes.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import ast

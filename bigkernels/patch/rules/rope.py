@@ -1,5 +1,7 @@
 """Calls of a function that applies rotary embeddings, decided by what the function computes."""
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import ast
