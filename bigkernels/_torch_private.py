@@ -100,6 +100,8 @@ _dispatch_mode = _take("torch._C._get_dispatch_mode", KERNELS, _nothing)
 _dispatch_mode_above_autograd = _take("torch._ops._get_dispatch_mode_pre_dispatch", KERNELS, _nothing)
 _PROXY = _take("torch._C._TorchDispatchModeKey.PROXY", KERNELS)
 _FAKE = _take("torch._C._TorchDispatchModeKey.FAKE", KERNELS)
+# The public one cannot be traced by the compiler.
+flash_sdp_enabled = _found("torch._C._get_flash_sdp_enabled") or torch.backends.cuda.flash_sdp_enabled
 is_traceable_wrapper_subclass = _take("torch.utils._python_dispatch.is_traceable_wrapper_subclass", KERNELS, _none)
 
 

@@ -205,6 +205,16 @@ def _huge_calls():
     for dynamic in (False, True):
         yield m["quantized_linear"].forward, (x, codes, scale, None, None, None, None, 0, INT8.number, 64, dynamic)
     yield m["quantized_linear"].backward, (x, codes, scale, None, None, None, 0, INT8.number, 64)
+    yield m["mlp"].forward, (x, None, None, 2, False)
+    yield m["mlp"].backward, (x, None, x, 2, False)
+    for pixels in ((), (2, 2)):  # of as many images
+        image, channels = empty(HUGE, 8, *pixels), empty(8)
+        groups, of_channels = empty(HUGE, 2, dtype=f32), empty(8, dtype=f32)
+        yield m["group_norm"].forward, (image, channels, channels, 2, 1e-5, 0, False)
+        yield m["group_norm"].backward, (image, image, channels, channels, groups, groups, 0, False)
+        yield m["batch_norm"].forward, (image, channels, channels, image, None, None, 1e-5, 0, False)
+        options = (of_channels, of_channels, 1e-5, 0, False, True, True)
+        yield m["batch_norm"].backward, (image, image, channels, channels, image, *options)
     many = importlib.import_module("bigkernels.triton._quantized_many")
     yield many.rounded_tokens, (x, torch.uint8)
     yield many.scaled, (empty(2**22, 64, dtype=torch.int32), row, scale, None, x)

@@ -8,6 +8,7 @@ before it, runs all of them. Whoever reads one of these tensors before, has the 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,6 +49,8 @@ class _Call:
         self.sample = _sample(hidden)
         self.given: list[Given] = []
         self.below: list[Callable | None] = []
+        self.between: list[weakref.ref[_Between]] = []
+        self.written: list[tuple[Tensor, int]] = []  # what else layers are given, and how often it had been written to
         self.done, self.state = False, None
         self._said: dict[int, Scores | None] = {}
 
@@ -59,6 +62,7 @@ class _Call:
         else:
             given.said, given.like = self.said(given.others), len(self.given)
             given.form = form_of(given)
+            self.written += [(t, _version(t)) for t in _tensors(given.others)]
         self.given.append(given)
 
     def said(self, others: dict[str, Any]) -> dict[str, Scores]:
@@ -78,14 +82,34 @@ class _Call:
         """What the last layer gives."""
         if not self._fresh():
             raise RuntimeError(_CHANGED)
+        if any(values() is not None for values in self.between[:-1]):
+            self._read_all()
+            raise Refusal("hidden states between the layers are kept")
+        out = self.stack.run(self.given)
         self.done, self.state = True, self._state()
-        return self.stack.run(self.given)
+        return out
 
     def _fresh(self) -> bool:
         """Whether what went in is what it was."""
-        if _version(self.hidden) != self.version:
+        if _version(self.hidden) != self.version or any(_version(t) != version for t, version in self.written):
             return False
-        return self.sample is None or torch.equal(self.sample, _sample(self.hidden))
+        return self.sample is None or torch.equal(self.sample, _bytes(self.hidden))
+
+    def _read_all(self) -> None:
+        """What somebody keeps, by the modules, before anything can change that it comes from."""
+        x = self.hidden
+        for count, reference in enumerate(self.between, 1):
+            x = self._layer(count - 1, x)
+            values = reference()
+            if values is not None and values.compute is not None:
+                values.made, values.compute = x.contiguous(), None
+
+    def _layer(self, at: int, x: Tensor) -> Tensor:
+        given = self.given[at]
+        with torch.no_grad():
+            layer = self.stack.layers[at]
+            out = _own(layer, self.below[at])(layer, **Given(given.first, x, given.others).everything)
+        return out if isinstance(out, Tensor) else out[0]
 
     def _state(self) -> list[int] | None:
         return self.stack.versions() if self.stack.same() else None
@@ -96,13 +120,12 @@ class _Call:
         Raises:
             RuntimeError: they can no longer be computed: layers or what went in have changed since.
         """
-        if not self._fresh() or (self.done and self.state != self._state()):
+        changed = self.done and self.state != self._state()
+        if changed or not self._fresh() or any(layer.training for layer in self.stack.layers[:count]):
             raise RuntimeError(_CHANGED)
         x = self.hidden
-        with torch.no_grad():
-            for layer, below, given in zip(self.stack.layers, self.below, self.given[:count], strict=False):
-                out = _own(layer, below)(layer, **Given(given.first, x, given.others).everything)
-                x = out if isinstance(out, Tensor) else out[0]
+        for at in range(count):
+            x = self._layer(at, x)
         return x
 
 
@@ -126,8 +149,20 @@ def _version(t: Tensor) -> int:
 
 
 def _sample(t: Tensor) -> Tensor | None:
-    """Some elements of a tensor that counts no writes."""
-    return t.detach()[:, :: max(t.shape[1] // 4, 1), :: max(t.shape[2] // 16, 1)].clone() if t.is_inference() else None
+    """A copy of a tensor that counts no writes: small beside what a layer makes."""
+    return _bytes(t).clone() if t.is_inference() else None
+
+
+def _bytes(t: Tensor) -> Tensor:
+    return t.detach().contiguous().view(torch.uint8)  # of which NaN is the same as itself
+
+
+def _tensors(others: dict[str, Any]) -> Iterator[Tensor]:
+    """Those among arguments, alone and in pairs."""
+    for value in others.values():
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(part, Tensor):
+                yield part
 
 
 def _own(layer: nn.Module, below: Callable | None) -> Callable:
@@ -160,11 +195,15 @@ def _by_program(layer: nn.Module, below: Callable | None, place: Place, args: tu
             if at == 0:
                 stack.ready()
             given.hidden = call.hidden
+            if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(given.others)):
+                raise Refusal("gradients are recorded")
             call.add(given)
             graph = stack.graph(at, given)
             call.below.append(below)
             if at + 1 < len(stack.layers):
-                made: Any = Lazy(_Between(call, at + 1), Kind.of(call.hidden))
+                values = _Between(call, at + 1)
+                call.between.append(weakref.ref(values))
+                made: Any = Lazy(values, Kind.of(call.hidden))
             else:
                 made = call.finish()
             return made if graph.returns is None else (made,) + (None,) * (graph.returns - 1)
@@ -193,8 +232,10 @@ def _call_of(layer: nn.Module, place: Place, given: Given) -> _Call | None:
     if not x.is_floating_point() or x.dtype == torch.float64:
         raise Refusal(f"hidden states are {x.dtype}")
     _check_surroundings()
-    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
-        raise Refusal("gradients are recorded")
+    if torch.is_grad_enabled():
+        trained = (p.requires_grad for each in place.stack.layers for p in each.parameters())
+        if x.requires_grad or any(trained):
+            raise Refusal("gradients are recorded")
     if collects():
         raise Refusal("outputs of modules are collected")
     return _Call(place.stack, x)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules import module as _hooks
 
 from .._torch_private import dispatch_modes, function_modes, is_jit_tracing, transforms
@@ -217,6 +218,9 @@ class _Call:
         return given, last
 
 
+_LINEAR = (nn.Linear.forward, F.linear)
+
+
 def _check_surroundings() -> None:
     """Nothing looks at or changes the operators of a call."""
     if torch.is_autocast_enabled("cpu"):
@@ -227,3 +231,5 @@ def _check_surroundings() -> None:
         raise Refusal("a transform of torch.func is around it")
     if any(_GLOBAL_HOOKS):
         raise Refusal("there are hooks on all modules")
+    if nn.Linear.forward is not _LINEAR[0] or F.linear is not _LINEAR[1]:
+        raise Refusal("torch's linear layers are others")

@@ -29,6 +29,8 @@ from ._suspend import idle
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 # What says nothing about the numbers of a step: `training` counts for what draws random numbers, which is asked apart.
 _IGNORED = {
+    "_qweight",  # made of buffers, and kept
+    "_weight",
     "training",
     "generation_config",
     "_previous_max_cache_length",

@@ -25,9 +25,9 @@ _TILE = 2048  # elements of a tile
 @triton.jit
 def _place(C, S, first, ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     """Channels, offsets and mask of the tile of pixels from `first` on; programs are (channels, parts, images)."""
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     pixel = first + tl.arange(0, PIXELS)[:, None]
-    image = tl.program_id(2).to(tl.int64) * C * S
+    image = tl.program_id(0).to(tl.int64) * C * S
     if ROWS:
         offset = image + pixel.to(tl.int64) * C + channel
     else:
@@ -58,8 +58,8 @@ def moments(X, MEAN, SQUARE, C, S, part, ROWS: tl.constexpr, PIXELS: tl.constexp
         square += tl.sum(left * left, 0) + delta * delta * (seen * count / total)
         mean += delta * (count / total)
         seen = total
-    to = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * C
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    to = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * C
+    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     tl.store(MEAN + to + channel, mean, mask=channel < C)
     tl.store(SQUARE + to + channel, square, mask=channel < C)
 
@@ -103,7 +103,7 @@ def sums(
     """Of g and of g * (x - mean) * rstd, for each channel."""
     begin = tl.program_id(1) * part
     end = tl.minimum(begin + part, S)
-    at = tl.program_id(2).to(tl.int64) * C * images
+    at = tl.program_id(0).to(tl.int64) * C * images
     plain = tl.zeros([CHANNELS], tl.float32)
     product = tl.zeros([CHANNELS], tl.float32)
     for first in range(begin, end, PIXELS):
@@ -112,8 +112,8 @@ def sums(
         x, g = _behind(GRAD, X, RESULT, MEAN, SCALE, SHIFT, at, channel, C, offset, mask, ACTIVATION)
         plain += tl.sum(g, 0)
         product += tl.sum(g * x, 0)
-    to = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * C
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    to = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * C
+    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     product *= tl.load(RSTD + at + channel, mask=channel < C, other=0.0)
     tl.store(PLAIN + to + channel, plain, mask=channel < C)
     tl.store(PRODUCT + to + channel, product, mask=channel < C)
@@ -135,7 +135,7 @@ def results(
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    at = tl.program_id(2).to(tl.int64) * C * images
+    at = tl.program_id(0).to(tl.int64) * C * images
     channel, offset, mask = _place(C, S, tl.program_id(1) * PIXELS, ROWS, PIXELS, CHANNELS)
     inside = channel < C
     x = tl.load(X + offset, mask=mask, other=0.0).to(tl.float32) - tl.load(MEAN + at + channel, mask=inside, other=0.0)
@@ -168,7 +168,7 @@ def differentiate(
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    at = tl.program_id(2).to(tl.int64) * C * images
+    at = tl.program_id(0).to(tl.int64) * C * images
     channel, offset, mask = _place(C, S, tl.program_id(1) * PIXELS, ROWS, PIXELS, CHANNELS)
     inside = channel < C
     x, g = _behind(GRAD, X, RESULT, MEAN, SCALE, SHIFT, at, channel, C, offset, mask, ACTIVATION)
@@ -194,8 +194,8 @@ class Images:
         most = triton.cdiv(self.s, self.tile["PIXELS"])
         parts = max(1, min(most, triton.cdiv(8 * processors(x.device), max(1, across * self.n))))
         self.part = triton.cdiv(most, parts) * self.tile["PIXELS"]
-        self.sums_grid = (across, triton.cdiv(self.s, self.part), self.n)
-        self.grid = (across, most, self.n)
+        self.sums_grid = (self.n, triton.cdiv(self.s, self.part), across)
+        self.grid = (self.n, most, across)  # the first may be of any size, the others up to 65,535
 
     def partial(self, x: Tensor) -> list[Tensor]:
         return [x.new_empty(self.n, self.sums_grid[1], self.c, dtype=torch.float32) for _ in range(2)]

@@ -134,7 +134,7 @@ class Device:
 def gpu(monkeypatch):
     device = Device()
     monkeypatch.setattr(timing.torch.cuda, "Event", device.event)
-    monkeypatch.setattr(timing.torch.cuda, "_sleep", lambda cycles: device.queue(cycles / 2e9), raising=False)
+    monkeypatch.setattr(timing, "gpu_sleep", lambda cycles: device.queue(cycles / 2e9))
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: device.host))
     return device
 

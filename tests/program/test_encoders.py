@@ -331,3 +331,93 @@ def test_hidden_states_that_change_under_the_layers():
             x.mul_(2)
             with pytest.raises(RuntimeError, match="have changed"):
                 ours.encoder.layer[1](first)
+
+
+# ---- what the modules have to answer ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "mpnet", "whisper"])
+def test_gradients_of_later_layers(name):
+    """The first layers may be frozen, and the model in evaluation."""
+    model, ours = patched(name)
+    given, norms = encoders.inputs(name), []
+    states(ours, given)
+    for m in (model, ours):
+        m.requires_grad_(False)
+        (layers,) = (x for x in m.modules() if isinstance(x, nn.ModuleList) and len(x) == len(stack(ours).layers))
+        layers[-1].requires_grad_(True)
+        out = m(**given)[0]
+        weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float32).view(out.shape)
+        (out * weights).sum().backward()
+        norms.append(sum(p.grad.norm() for p in layers[-1].parameters() if p.grad is not None))
+    assert norms[0] > 0
+    torch.testing.assert_close(norms[1], norms[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_hidden_text_of_a_quantized_model():
+    model, given = encoders.made("bert"), encoders.inputs("bert")
+    given["attention_mask"][1] = 0
+    bigkernels.quantize(model, "int8-dynamic")
+    ours = copy.deepcopy(model)
+    bigkernels.patch(ours, verify=False)
+    for _ in range(2):
+        seen = given["attention_mask"].bool()
+        torch.testing.assert_close(states(ours, given)[seen], states(model, given)[seen], rtol=1e-2, atol=2e-2)
+
+
+def test_kept_states_are_there_at_once():
+    """A loop that keeps what its layers give, and weights that change before it is read."""
+    layers = nn.ModuleList([layer for _ in range(2) for layer in encoders.made("bert").encoder.layer])
+    layers = nn.ModuleList([copy.deepcopy(layer) for layer in layers])
+    ours = copy.deepcopy(layers)
+    bigkernels.patch(ours, verify=False)
+    x = torch.randn(2, 5, next(layers.parameters()).shape[-1])
+    results = []
+    with torch.no_grad():
+        for stack_of in (layers, ours):
+            kept = [x]
+            for layer in stack_of:
+                out = layer(kept[-1])
+                kept.append(out if isinstance(out, Tensor) else out[0])
+            for p in stack_of.parameters():
+                p.data.mul_(2)
+            results.append(kept[1:])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b + 0, a, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "clip_vision"])
+@pytest.mark.parametrize("where", ["class", "function"])
+def test_replaced_linear_layers(name, where, monkeypatch):
+    names = [*encoders.TEXTS, *encoders.OTHERS]
+    model, ours = patched(name if name in names else next(n for n in names if "clip" in n))
+    given = encoders.inputs(name if name in names else next(n for n in names if "clip" in n))
+    before = states(ours, given)
+    owner, key = (nn.Linear, "forward") if where == "class" else (torch.nn.functional, "linear")
+    original = getattr(owner, key)
+    monkeypatch.setattr(owner, key, lambda *args, **kwargs: original(*args, **kwargs) * 1.25)
+    expected = states(model, given)
+    assert not torch.allclose(before, expected, atol=1e-2)
+    torch.testing.assert_close(states(ours, given), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_quick_gelu_without_verification():
+    from transformers.activations import QuickGELUActivation
+
+    class Layers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.act, self.fc2 = nn.Linear(32, 64), QuickGELUActivation(), nn.Linear(64, 32)
+
+        def forward(self, x):
+            x = self.fc1(x)
+            x = self.act(x)
+            return self.fc2(x)
+
+    model = Layers().eval()
+    ours = copy.deepcopy(model)
+    report = bigkernels.patch(ours, verify=False)
+    assert any("quick_gelu" in row.what for row in report.patched)
+    x = torch.randn(40, 32) * 3
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), model(x), rtol=1e-5, atol=1e-5)

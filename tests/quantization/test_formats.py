@@ -11,7 +11,7 @@ from torch import Tensor
 from bigkernels import quantization as Q
 from bigkernels.functional import quantize_weight
 from bigkernels.quantization import FP4, FP8, MXFP4, NF4, Q4_1, Q8_0, Int4, Int8, Int8Dynamic
-from bigkernels.quantization.book4 import DYNAMIC_BOOK
+from bigkernels.quantization.book4 import DYNAMIC_CODEBOOK
 
 CONFIGS = [Int8(), Int8Dynamic(), FP8(), Int4(), Int4(64), Int4(32, "rtn"), NF4(), NF4(32, double_quant=False), FP4(),
            MXFP4(), Q4_1(), Q8_0()]  # fmt: skip
@@ -170,7 +170,7 @@ def test_published_books():
     made = torch.cat((above, torch.zeros(1), -below)).sort().values
     torch.testing.assert_close(torch.tensor(NF4.values), made / made.max(), rtol=0, atol=2e-6)
     assert [round(v * 12, 4) for v in FP4.values[:8]] == [0, 0.0625, 8, 12, 4, 6, 2, 3]
-    book = DYNAMIC_BOOK
+    book = DYNAMIC_CODEBOOK
     assert len(book) == len(set(book)) == 256 and book[-1] == 1 and 0.0 in book
     assert book[0] == pytest.approx(-0.9929688) and min(v for v in book if v > 0) == pytest.approx(5.5e-7)
 
@@ -182,7 +182,7 @@ def test_double_quantization_of_scales():
     scales = [q.operands()[1] for q in (plain, double)]
     flat, offset = scales[0].flatten(), scales[0].double().mean()
     largest = torch.stack([part.abs().max() for part in (flat - offset).split(256)]).max()
-    gaps = torch.tensor(DYNAMIC_BOOK).diff().max()
+    gaps = torch.tensor(DYNAMIC_CODEBOOK).diff().max()
     assert (scales[0] - scales[1]).abs().max() <= largest * gaps / 2 * 1.001
     assert double.nbytes < plain.nbytes - 3 * flat.numel() + 64
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._torch_private import flash_sdp_enabled
 from ...functional import attention, varlen_attention
 from ...ops import _routes
 from ...ops._registry import KERNEL_DTYPES
@@ -64,7 +65,7 @@ def unserved(dropout_p: Any, q: Tensor, *others: Tensor) -> str | None:
     if not 0 <= dropout_p < 1:
         return f"dropout is {dropout_p}"
     # Whoever chooses torch's kernels by `torch.nn.attention.sdpa_kernel` wants theirs, for second derivatives say.
-    if not torch.backends.cuda.flash_sdp_enabled():
+    if not flash_sdp_enabled():
         return "fused attention is switched off in torch"
     if not OPERATOR.uses_kernel(q, *others):
         return f"no kernel supports {q.dtype} on {q.device.type} here"

@@ -17,11 +17,16 @@ from ...ops.mlp import linear_of_activation, made_by_linear_activation
 from .._rule import Fit, ModuleRule, Plan, Skip, Write
 from .._verify import Probes, compare, doubled, gradients, outputs_only, plain
 
-_ORIGINAL = nn.Linear.forward
+_ORIGINAL, _FUNCTION = nn.Linear.forward, F.linear  # whoever replaces them later is followed
+
+
+def replaced() -> bool:
+    """Whether somebody has put another function into the place of torch's since."""
+    return nn.Linear.forward is not _ORIGINAL or F.linear is not _FUNCTION
 
 
 def _fits(module: nn.Linear, x: Any) -> bool:
-    if type(module) is not nn.Linear or nn.Linear.forward is not _ORIGINAL:  # another class, or another forward, since
+    if type(module) is not nn.Linear or replaced():
         return False
     weight, bias = module.weight, module.bias
     if not isinstance(x, Tensor) or not plain(x, weight) or (bias is not None and not plain(bias)):
@@ -64,7 +69,7 @@ WRITTEN = (forward, in_inference)  # what stands for the forward of a layer that
 
 
 def _plan(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
-    if type(module) is not nn.Linear or nn.Linear.forward is not _ORIGINAL:
+    if type(module) is not nn.Linear or replaced():
         return None
     weight, bias = module.weight, module.bias
     asked = plan.linear is True

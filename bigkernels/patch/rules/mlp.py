@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,27 +24,32 @@ from ...ops._registry import has_values
 from ...ops.mlp import ACTIVATIONS, linear_activation, linear_of_activation, made_by_linear_activation
 from .._device import probe_device
 from .._isolated import sandbox
+from .._own import Own
 from .._rule import Fit, Plan, Site, Skip, SourceRule, Write
 from .._source import Source, call, resolve
 from .._verify import compare, doubled, gradients, outputs_only, plain
 from .add_norm import unobserved
 from .linear import WRITTEN as LINEAR
+from .linear import replaced
 
 # Module-level functions and the activation that they were found to compute.
 _functions: dict[tuple[Callable, str | None], str] = {}
-_KEY = "_bigkernels_mlp"  # of an activation module: its name
+_KEY = "_bigkernels_mlp"  # of an activation module: its name, and what its class computed then
 
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether a module is the linear layer of GPT-2, whose weight is (K, N)."""
     cls = type(module)
-    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+    own = cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+    return own and cls.forward.__module__ == cls.__module__  # which nobody has replaced
 
 
 def activated(act: Any, linear: Any, x: Any, approximate: str | None = None) -> Any:
     """act(linear(x))."""
     if isinstance(act, nn.Module):
-        name = act.__dict__.get(_KEY) if unobserved(act) else None
+        name, own = act.__dict__.get(_KEY, (None, None)) if unobserved(act) else (None, None)
+        if own is not None and not own.holds(act):  # its class computes something else since
+            name = None
     else:
         name = _functions.get((act, approximate))
     if name is not None and _computes_its_weight(linear):
@@ -57,6 +63,8 @@ def activated(act: Any, linear: Any, x: Any, approximate: str | None = None) -> 
 def _computes_its_weight(linear: Any) -> bool:
     """Whether a layer is a plain linear one, which nobody wraps or observes."""
     if not isinstance(linear, nn.Module) or not (type(linear) is nn.Linear or is_transposed(linear)):
+        return False
+    if replaced():
         return False
     own = linear.__dict__.get("forward")
     if own is not None and not (type(own) is functools.partial and own.func in (*LINEAR, transposed)):
@@ -189,7 +197,7 @@ def _check(target: Any, approximate: str | None, path: list[str]):
             if is_transposed(other) and other is not linear and _writable(other)
         ]
         if isinstance(act, nn.Module):
-            writes.append(Write(act, _KEY, name))
+            writes.append(Write(act, _KEY, (name, Own(type(act)))))
         else:
             _functions[act, approximate] = name
         return Fit(f"linear + {name}", error, tuple(writes))
@@ -242,9 +250,11 @@ def _name(act: Any, approximate: str | None, verify: bool) -> tuple[str, float]:
     for name in (name for name in ACTIVATIONS if name != "identity"):
         worst = 0.0
         try:
-            for dtype in (torch.float32, torch.bfloat16) if verify else (torch.float32,):
-                ranges = ((-30, 30, 300), (-1e-3, 1e-3, 10), (-1e4, 1e4, 2))
-                values = torch.cat([torch.linspace(*r, dtype=torch.float32, device=device) for r in ranges])
+            # Each by itself: beside 10,000, what lies between two activations is no more than a rounding.
+            ranges = ((-30, 30, 304), (-4, 4, 96), (-1e-3, 1e-3, 16), (-1e4, 1e4, 8))
+            dtypes = (torch.float32, torch.bfloat16) if verify else (torch.float32,)
+            for dtype, r in itertools.product(dtypes, ranges):
+                values = torch.linspace(*r, dtype=torch.float32, device=device)
                 leaves = [values.to(dtype).view(-1, 8).requires_grad_()]
 
                 def ours(x, name=name):
