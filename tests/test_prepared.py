@@ -227,8 +227,10 @@ def doubled(a: Tensor, b: Tensor | None = None, factor: float = 1.0) -> Tensor:
 
 
 @pytest.fixture
-def direct():
+def direct(monkeypatch):
     """A launcher with a tape, called without the dispatcher; what an operator would get is noted in `asked`."""
+    # A flag of the process, which stays set where a test before let two threads leave their modes in another order.
+    monkeypatch.setattr(torch.utils._python_dispatch, "_is_in_torch_dispatch_mode", False)
     wrapped = prepared(doubled)
     for _ in range(3):
         wrapped(torch.ones(4))

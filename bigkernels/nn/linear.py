@@ -67,6 +67,8 @@ def pack(model: nn.Module) -> list[str]:
 
 def packed_copies(weight: Tensor) -> dict | None:
     """Where the packed copies of a weight are kept that `pack` declared as not written; None if it did not."""
+    if torch.compiler.is_compiling():  # which cannot look into it, and packs by itself
+        return None
     return _packed.get(weight) if len(_packed) else None
 
 

@@ -16,6 +16,8 @@ NAMES = {number: name for name, number in NUMBERS.items()}
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:
+    if activation == "silu":  # of operators whose derivatives of every kind torch has
+        return x * torch.sigmoid(x)
     return x if activation is None else ACTIVATIONS[activation](x)
 
 

@@ -151,7 +151,7 @@ def test_cross_entropy(
     tensors = {"logits": 3 * view((tokens, vocabulary), dtype, layout), "target": torch.randint(vocabulary, (tokens,))}
     tensors["target"][1::3] = -100
     if classes:
-        tensors["weight"] = torch.rand(vocabulary).to(dtype) + 0.5
+        tensors["class_weight"] = torch.rand(vocabulary).to(dtype) + 0.5
     if weights:
         tensors["token_weight"] = torch.rand(tokens).to(dtype) + 0.5
     options = {"reduction": reduction, "label_smoothing": smoothing, "z_loss": z_loss, "softcap": softcap}

@@ -81,9 +81,11 @@ def test_cross_entropy_as_pytorch(reduction, smoothing, weighted):
     logits, target = randn(9, 7), torch.randint(7, (9,))
     target[2] = target[5] = -100
     weight = torch.rand(7, dtype=torch.float64) if weighted else None
-    options = {"weight": weight, "reduction": reduction, "label_smoothing": smoothing}
+    options = {"reduction": reduction, "label_smoothing": smoothing}
     torch.testing.assert_close(
-        B.cross_entropy(logits, target, **options), F.cross_entropy(logits, target, **options), **CLOSE
+        B.cross_entropy(logits, target, class_weight=weight, **options),
+        F.cross_entropy(logits, target, weight=weight, **options),
+        **CLOSE,
     )
 
 

@@ -29,6 +29,8 @@ class Run(Structure):
         *((name, c_void_p) for name in ("positions", "starts")),
         ("angles", records.AngleTable * records.MAX_ANGLES),
         ("caches", c_void_p),
+        ("sequences", c_int64),
+        *((name, c_void_p) for name in ("offsets", "numbers", "scores")),
     ]
 
 

@@ -162,11 +162,11 @@ with torch.device("meta"):
                 pass
 from bigkernels.quantization import book4
 assert torch.get_default_dtype() == torch.bfloat16
-print(len(book4.DYNAMIC_BOOK), sum(book4.DYNAMIC_BOOK).hex())
+print(len(book4.DYNAMIC_CODEBOOK), sum(book4.DYNAMIC_CODEBOOK).hex())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    book = bigkernels.quantization.book4.DYNAMIC_BOOK
+    book = bigkernels.quantization.book4.DYNAMIC_CODEBOOK
     assert done.stdout.split() == [str(len(book)), sum(book).hex()]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import bigkernels
 from bigkernels import functional
 from bigkernels._compare import compare
-from bigkernels.ops import _routes
+from bigkernels.ops import _routes, quantized_linear
 from bigkernels.ops.grouped_linear import grouped_linear
 from bigkernels.ops.quantized_linear import _backward_fp8
 from bigkernels.quantization import FP8Dynamic, prepare_qat
@@ -73,7 +73,7 @@ def test_a_gradient_as_gpus_multiply_it(monkeypatch):
         multiplied.append((tuple(a.shape), tuple(b.shape)))
         return original(a, b, scale_a, scale_b, **options)
 
-    monkeypatch.setattr(torch, "_scaled_mm", noted)
+    monkeypatch.setattr(quantized_linear, "scaled_mm", noted)
     monkeypatch.setattr(_routes, "takes_scaled_mm", lambda x, codes: True)
     operands = functional.quantize_weight(torch.randn(48, 160), FP8Dynamic(gradients=True)).operands()
     grad = torch.randn(2, 16, 48).bfloat16()

@@ -95,7 +95,8 @@ def _texts(count: int, quick: bool) -> _Work:
         config = transformers.BertConfig(
             hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, vocab_size=500
         )
-        lengths = torch.tensor([_SHORT] if count == 1 else list(map(_quick_length, range(count))))[:, None]
+        numbers = [_SHORT] if count == 1 else list(map(_quick_length, range(count)))
+        lengths = torch.tensor(numbers, dtype=torch.int64, device="cpu")[:, None]
         ids = torch.randint(5, 400, (count, int(lengths.max())), dtype=torch.int64, device="cpu")
         mask = (torch.arange(ids.shape[1], dtype=torch.int64, device="cpu") < lengths).long()
         return _Work(transformers.BertModel(config), dict(input_ids=ids, attention_mask=mask), int(mask.sum()))
