@@ -12,6 +12,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from ._source import methods
 
 
@@ -58,3 +61,50 @@ def followed(new: Callable, cls: type) -> Callable:
         return new(self, *args, **kwargs) if now is original else now(self, *args, **kwargs)
 
     return forward
+
+
+class Known(Own):
+    """What an activation computes, for as long as its class, its attributes and its forward are what they were."""
+
+    __slots__ = ("attributes", "name")
+
+    def __init__(self, module: Any, name: str) -> None:
+        super().__init__(type(module))
+        self.name, self.attributes = name, _attributes(module)
+
+    def name_of(self, module: Any) -> str | None:
+        same = self.holds(module) and "forward" not in module.__dict__ and _attributes(module) == self.attributes
+        return self.name if same else None
+
+    def __reduce__(self) -> tuple:
+        return _known, (self.cls, self.name, self.attributes)
+
+
+def _known(cls: type, name: str, attributes: tuple) -> Known:
+    known = Known.__new__(Known)
+    Own.__init__(known, cls)
+    known.name, known.attributes = name, attributes
+    return known
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _attributes(module: Any) -> tuple:
+    return tuple(
+        (key, value if isinstance(value, (bool, int, float, str, type(None))) else None)
+        for key, value in vars(module).items()
+        if key not in _OF_EVERY_MODULE and not key.startswith("_bigkernels")
+    )
+
+
+def in_both_modes(act: Any, twin: Any, x: Tensor) -> bool:
+    """Whether `twin`, a sandbox of an activation, gives the same in training and in evaluation."""
+    if twin is act:  # of torch or transformers
+        return True
+    results = []
+    for training in (True, False):
+        twin.__dict__["training"] = training
+        results.append(type(twin).forward(twin, x.clone()))
+    twin.__dict__["training"] = act.training
+    return torch.equal(*results)

@@ -19,7 +19,7 @@ from ... import functional
 from ...ops.glu import ACTIVATIONS
 from .._device import probe_device
 from .._isolated import sandbox
-from .._own import Own
+from .._own import Known, in_both_modes
 from .._rule import Fit, Plan, Site, Skip, SourceRule, Write
 from .._source import Source, call, resolve
 from .._verify import Probes, compare, doubled, gradients, plain
@@ -45,9 +45,8 @@ def activate(act: Any, gate: Any, approximate: str | None = None) -> Any:
     Two steps, so that whatever the original would have called is called in the original's order.
     """
     if isinstance(act, nn.Module):
-        name, own = act.__dict__.get("_bigkernels_activation", (None, None)) if unobserved(act) else (None, None)
-        if own is not None and not own.holds(act):
-            name = None
+        known = act.__dict__.get("_bigkernels_activation") if unobserved(act) else None
+        name = None if known is None else known.name_of(act)
     else:
         name = _functions.get((act, approximate))
     if name is not None and plain(gate) and gate.is_floating_point():
@@ -211,7 +210,7 @@ def _check(target: Any, approximate: str | None):
             name, error = (
                 plan.memory[act] if act in plan.memory else plan.memory.setdefault(act, _name(act, approximate))
             )
-            return Fit(f"glu ({name})", error, (Write(act, "_bigkernels_activation", (name, Own(type(act)))),))
+            return Fit(f"glu ({name})", error, (Write(act, "_bigkernels_activation", Known(act, name)),))
         elif callable(act) and _is_known(act):
             name, error = _name(act, approximate)
             _functions[act, approximate] = name
@@ -230,9 +229,11 @@ def _is_pointwise(act: nn.Module) -> bool:
         return False
     x = torch.linspace(-3, 3, 24, dtype=torch.float32, device=probe_device()).view(4, 6)
     try:
-        act = sandbox(act)
-        y = type(act).forward(act, x)
-        part = type(act).forward(act, x[1:3, ::2])
+        twin = sandbox(act)
+        y = type(twin).forward(twin, x)
+        part = type(twin).forward(twin, x[1:3, ::2])
+        if not in_both_modes(act, twin, x):
+            return False
         return torch.allclose(y[1:3, ::2], part, rtol=1e-5, atol=1e-6) and not torch.equal(y, x)
     except Exception:  # noqa: BLE001  whatever it needs, it is no activation
         return False

@@ -21,6 +21,7 @@ from ...ops._images import NUMBERS
 from ...ops._registry import has_values
 from ...ops.batch_norm import batch_norm
 from ...ops.group_norm import group_norm
+from .._own import Known
 from .._rule import Fit, ModuleRule, Plan, Site, Skip, SourceRule, Write
 from .._source import Source, call, resolve
 from .._verify import Probes, compare, doubled, gradients, plain
@@ -29,7 +30,9 @@ from .mlp import _activation as activation_of
 from .mlp import _functions, _is_known, _key, _name, is_pointwise
 
 _BATCH = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}  # and the dimensions that they take
-_KEY = "_bigkernels_image_activation"  # of an activation module: its name
+_FORWARDS = {cls: cls.forward for cls in (nn.GroupNorm, *_BATCH)}  # whoever replaces one later is followed
+_SEQUENTIAL = nn.Sequential.forward
+_KEY = "_bigkernels_image_activation"  # of an activation module: what it computes
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -67,9 +70,10 @@ def compute(module: nn.Module, x: Tensor, activation: str | None = None) -> Tens
 
 def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Takes the place of a norm's forward: the kernel where it fits the call, the class's own code elsewhere."""
-    if len(args) == 1 and not kwargs and _fits(module, args[0]):
+    cls = type(module)
+    if len(args) == 1 and not kwargs and _FORWARDS.get(cls) is cls.forward and _fits(module, args[0]):
         return compute(module, args[0])
-    return type(module).forward(module, *args, **kwargs)
+    return cls.forward(module, *args, **kwargs)
 
 
 def _plan(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
@@ -83,7 +87,7 @@ def _plan(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
 def _error_of(module: nn.Module, plan: Plan) -> float | None:
     """The largest error of a norm of this kind; None for what is none."""
     cls = type(module)
-    if cls is not nn.GroupNorm and cls not in _BATCH:
+    if _FORWARDS.get(cls) is not cls.forward:
         return None
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     if any(not plain(t) or not t.is_cpu or t.is_meta for t in tensors) or not may_pay():
@@ -125,6 +129,8 @@ def is_patched(norm: Any) -> bool:
     """Whether a module is a norm whose forward is this rule's, or its class's, and that nobody observes."""
     if not isinstance(norm, nn.Module) or (type(norm) is not nn.GroupNorm and type(norm) not in _BATCH):
         return False
+    if _FORWARDS[type(norm)] is not type(norm).forward:
+        return False
     own = norm.__dict__.get("forward")
     ours = own is None or (type(own) is functools.partial and own.func is forward and own.args[0] is norm)
     return ours and unobserved(norm)
@@ -132,7 +138,8 @@ def is_patched(norm: Any) -> bool:
 
 def name_of(act: Any, approximate: str | None = None) -> str | None:
     if isinstance(act, nn.Module):
-        return act.__dict__.get(_KEY) if unobserved(act) else None
+        known = act.__dict__.get(_KEY) if unobserved(act) else None
+        return None if known is None else known.name_of(act)
     name = _functions.get((act, approximate))
     return name if name in NUMBERS else None
 
@@ -148,7 +155,7 @@ def normed(act: Any, norm: Any, x: Any, approximate: str | None = None) -> Any:
 
 def sequence(module: nn.Sequential, *args: Any, **kwargs: Any) -> Any:
     """Takes the place of the forward of `nn.Sequential`."""
-    if len(args) != 1 or kwargs:
+    if len(args) != 1 or kwargs or type(module).forward is not _SEQUENTIAL:
         return type(module).forward(module, *args, **kwargs)
     (x,) = args
     layers = list(module._modules.values())
@@ -164,7 +171,7 @@ def sequence(module: nn.Sequential, *args: Any, **kwargs: Any) -> Any:
 
 
 def _plan_sequence(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
-    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
+    if not isinstance(module, nn.Sequential) or type(module).forward is not _SEQUENTIAL:
         return None
     layers = list(module._modules.values())
     extra, names, error = [], [], 0.0
@@ -176,7 +183,7 @@ def _plan_sequence(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
             name, by_act = _activation_name(act, None, plan)
         except Skip:
             continue
-        extra.append(Write(act, _KEY, name))
+        extra.append(Write(act, _KEY, Known(act, name)))
         names.append(f"{'group_norm' if type(norm) is nn.GroupNorm else 'batch_norm'} + {name}")
         error = max(error, own, by_act)
     if not names:
@@ -239,7 +246,7 @@ def _check(target: Any, approximate: str | None, path: list[str]):
         name, by_act = _activation_name(act, approximate, plan)
         what = f"{'group_norm' if type(norm) is nn.GroupNorm else 'batch_norm'} + {name}"
         if isinstance(act, nn.Module):
-            return Fit(what, max(error, by_act), (Write(act, _KEY, name),))
+            return Fit(what, max(error, by_act), (Write(act, _KEY, Known(act, name)),))
         _functions[act, approximate] = name
         return Fit(what, max(error, by_act))
 

@@ -24,7 +24,7 @@ from ...ops._registry import has_values
 from ...ops.mlp import ACTIVATIONS, linear_activation, linear_of_activation, made_by_linear_activation
 from .._device import probe_device
 from .._isolated import sandbox
-from .._own import Own
+from .._own import Known, in_both_modes
 from .._rule import Fit, Plan, Site, Skip, SourceRule, Write
 from .._source import Source, call, resolve
 from .._verify import compare, doubled, gradients, outputs_only, plain
@@ -34,7 +34,7 @@ from .linear import replaced
 
 # Module-level functions and the activation that they were found to compute.
 _functions: dict[tuple[Callable, str | None], str] = {}
-_KEY = "_bigkernels_mlp"  # of an activation module: its name, and what its class computed then
+_KEY = "_bigkernels_mlp"  # of an activation module: what it computes
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -47,9 +47,8 @@ def is_transposed(module: nn.Module) -> bool:
 def activated(act: Any, linear: Any, x: Any, approximate: str | None = None) -> Any:
     """act(linear(x))."""
     if isinstance(act, nn.Module):
-        name, own = act.__dict__.get(_KEY, (None, None)) if unobserved(act) else (None, None)
-        if own is not None and not own.holds(act):  # its class computes something else since
-            name = None
+        known = act.__dict__.get(_KEY) if unobserved(act) else None
+        name = None if known is None else known.name_of(act)
     else:
         name = _functions.get((act, approximate))
     if name is not None and _computes_its_weight(linear):
@@ -197,7 +196,7 @@ def _check(target: Any, approximate: str | None, path: list[str]):
             if is_transposed(other) and other is not linear and _writable(other)
         ]
         if isinstance(act, nn.Module):
-            writes.append(Write(act, _KEY, (name, Own(type(act)))))
+            writes.append(Write(act, _KEY, Known(act, name)))
         else:
             _functions[act, approximate] = name
         return Fit(f"linear + {name}", error, tuple(writes))
@@ -220,9 +219,11 @@ def is_pointwise(act: nn.Module) -> bool:
         return False
     x = torch.linspace(-3, 3, 24, dtype=torch.float32, device=probe_device()).view(4, 6)
     try:
-        act = sandbox(act)
-        y = type(act).forward(act, x.clone())
-        part = type(act).forward(act, x[1:3, ::2].clone())
+        twin = sandbox(act)
+        y = type(twin).forward(twin, x.clone())
+        part = type(twin).forward(twin, x[1:3, ::2].clone())
+        if not in_both_modes(act, twin, x):
+            return False
         return torch.allclose(y[1:3, ::2], part, rtol=1e-5, atol=1e-6) and not torch.equal(y, x)
     except Exception:  # noqa: BLE001  whatever it needs, it is no activation
         return False
