@@ -76,7 +76,13 @@ def batch_norm(
             if residual is not None and activation not in (None, "relu"):
                 _check(*given)
             if needs_grad(x, weight, bias, residual):
-                y, mean, var = _BatchNorm.apply(x, weight, bias, residual, *moments, eps, number)
+                # Within the function, lest a checkpoint that runs it again stops behind it and before the update. The
+                # compiler takes no function that writes to what it is given, and has no such stop.
+                inside = training and not torch.compiler.is_compiling()
+                running = (running_mean, running_var, momentum) if inside else None
+                y, mean, var = _BatchNorm.apply(x, weight, bias, residual, *moments, eps, number, running)
+                if running is not None:
+                    return y
             else:
                 rows = has_rows(x)
                 other = None if residual is None else arranged(residual, rows)
@@ -204,13 +210,15 @@ _bwd = define(
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, mean, var, eps, activation):
+    def forward(ctx, x, weight, bias, residual, mean, var, eps, activation, running=None):
         rows = has_rows(x)
         other = None if residual is None else arranged(residual, rows)
         training = mean is None
         y, *made = _fwd(arranged(x, rows), weight, bias, other, mean, var, eps, activation, rows)
         if training:
             mean, var = made
+            if running is not None:
+                _update(running[0], running[1], mean, var, x, running[2])
         elif x.requires_grad or weight is not None:
             mean, var = mean.clone(), var.clone()  # a later step in training updates them
         masked = residual is not None and activation == NUMBERS["relu"]
@@ -224,7 +232,7 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx, grad, *_):
         x, weight, bias, mean, var, result = ctx.saved_tensors
         eps, activation, training, added = ctx.options
-        nothing = (None,) * 4
+        nothing = (None,) * 5
         if grad is None:
             return (None,) * 4 + nothing
         if is_observed(grad):

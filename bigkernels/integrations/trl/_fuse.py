@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -106,7 +108,7 @@ def fuse(
                     f"bigkernels.integrations.trl.fuse: {type(trainer).__name__} has its own {name}; give "
                     "loss=False to keep its loss, with this package's head"
                 )
-        made = family.make(trainer, kind, **options)
+        made = {name: _held(trainer, value) for name, value in family.make(trainer, kind, **options).items()}
     model = trainer.accelerator.unwrap_model(trainer.model)
     if family is not None and not family.head and loss and not has_head(model):
         base = model.get_base_model() if hasattr(model, "peft_config") else model
@@ -114,6 +116,40 @@ def fuse(
     heads = use_head(model) + (getattr(trainer, "ref_model", None) is not None and use_head(trainer.ref_model))
     trainer.__dict__.update(made)
     return Fused(heads, family.loss if made else None)
+
+
+# What losses are made of: their options were read when they were made.
+_SETTINGS = (
+    "beta", "loss_type", "loss_types", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting",
+    "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "reference_free", "desirable_weight",
+    "undesirable_weight", "cpo_alpha", "simpo_gamma", "alpha", "epsilon_low", "epsilon_high", "delta",
+    "importance_sampling_level", "max_completion_length", "mask_truncated_completions", "top_entropy_quantile",
+)  # fmt: skip
+
+
+def _settings(trainer: Any) -> dict[str, Any]:
+    of_args = {name: getattr(trainer.args, name, None) for name in _SETTINGS}
+    return {name: (getattr(trainer, name, None), value) for name, value in of_args.items()}
+
+
+def _held(trainer: Any, value: Any) -> Any:
+    """A function of a trainer that raises where what it was made of has changed."""
+    if not callable(value):
+        return value
+    before = copy.deepcopy(_settings(trainer))
+
+    @functools.wraps(value)
+    def held(*args: Any, **kwargs: Any) -> Any:
+        now = _settings(trainer)
+        changed = [name for name, setting in now.items() if setting != before[name]]
+        if changed:
+            raise RuntimeError(
+                f"bigkernels.integrations.trl.fuse: {', '.join(changed)} of the trainer changed after fuse: "
+                "call fuse again"
+            )
+        return value(*args, **kwargs)
+
+    return held
 
 
 def _of_trl(trainer: Any) -> bool:
