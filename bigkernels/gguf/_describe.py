@@ -113,6 +113,14 @@ def _check(config: Any, rope: Any, head: int) -> None:
     scale = getattr(config, "query_pre_attn_scalar", 256)
     if config.model_type == "gemma2" and (scale, head) != (256, 256):
         raise ValueError(f"{_WHAT}: head_dim is {head} and query_pre_attn_scalar {scale}; readers take 256 for both")
+    if config.model_type == "gemma2":
+        caps = config.attn_logit_softcapping, config.final_logit_softcapping
+        kinds = [("sliding_attention", "full_attention")[i % 2] for i in range(config.num_hidden_layers)]
+        if caps != (50.0, 30.0) or list(getattr(config, "layer_types", None) or kinds) != kinds:
+            raise ValueError(
+                f"{_WHAT}: the softcaps are {caps} and the layers {config.layer_types}; readers take 50 and 30, and "
+                "windows in every other layer"
+            )
     if config.model_type == "qwen3" and head != 128:
         raise ValueError(f"{_WHAT}: head_dim is {head}; transformers takes 128, whatever the file says")
 
@@ -128,6 +136,15 @@ def _pair(value: Any) -> Pair:
 # ---- tensors --------------------------------------------------------------------------------------------------------
 
 
+def _share(embedding: Any, head: Any) -> bool:
+    if isinstance(embedding, Quantized) or isinstance(head, Quantized):
+        if not (isinstance(embedding, Quantized) and isinstance(head, Quantized)):
+            return False
+        pairs = zip(embedding.qweight.tensors.values(), head.qweight.tensors.values(), strict=False)
+        return embedding.weight_format == head.weight_format and all(a is b or torch.equal(a, b) for a, b in pairs)
+    return head is None or head.weight is embedding.weight or torch.equal(head.weight, embedding.weight)
+
+
 def _places(model: Any, architecture: str, type: str | None) -> Iterator[Place]:
     coded = {path: m for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, Quantized)}
     dense = dict(model.named_parameters(remove_duplicate=False))
@@ -136,6 +153,11 @@ def _places(model: Any, architecture: str, type: str | None) -> Iterator[Place]:
         target: name for name, target in _names(architecture, model.config.num_hidden_layers, expected).items()
     }
     tied = getattr(model.config, "tie_word_embeddings", False)
+    if tied and not _share(model.get_input_embeddings(), model.get_output_embeddings()):
+        raise ValueError(
+            f"{_WHAT}: config.tie_word_embeddings is set, and lm_head has a weight of its own: readers would tie it to "
+            "the embedding. Set it to False to write both"
+        )
     for target in expected:
         if tied and target == "lm_head.weight":
             continue

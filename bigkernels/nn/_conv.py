@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .._torch_private import forward_ad
 from ..ops._registry import has_values, needs_grad
 
 
@@ -41,6 +42,8 @@ def packed_conv2d(module: nn.Conv2d, x: Tensor, copies: dict) -> Tensor | None:
     """What a module that `packs` computes, from the weight packed in `copies`; None where its own forward has to."""
     weight, bias = module.weight, module.bias
     if x.dim() != 4 or type(x) is not Tensor or needs_grad(x, weight, bias) or not has_values(x):
+        return None
+    if forward_ad._current_level >= 0:  # a tangent may hang on it
         return None
     if not (x.is_cpu and weight.is_cpu) or not x.numel() or torch.is_autocast_enabled("cpu"):
         return None
