@@ -30,7 +30,8 @@ from .mlp import _activation as activation_of
 from .mlp import _functions, _is_known, _key, _name, is_pointwise
 
 _BATCH = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}  # and the dimensions that they take
-_FORWARDS = {cls: cls.forward for cls in (nn.GroupNorm, *_BATCH)}  # whoever replaces one later is followed
+_NORMS: tuple[Any, ...] = (nn.GroupNorm, *_BATCH)
+_FORWARDS = {cls: cls.forward for cls in _NORMS}  # whoever replaces one later is followed
 _SEQUENTIAL = nn.Sequential.forward
 _KEY = "_bigkernels_image_activation"  # of an activation module: what it computes
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
