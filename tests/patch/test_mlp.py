@@ -85,7 +85,7 @@ def test_models(library, name):
     model = getattr(transformers, cls)(getattr(transformers, config)(**options)).eval()
     expected = run(model, **inputs)
     report = bigkernels.patch(model, norm=False, attention=False)
-    assert what(report).count(kernel) == 2
+    assert what(report).count(kernel) == (0 if name == "GPT-2" else 2)  # its weights would be copied in each call
     assert apart(expected, run(model, **inputs)) < 1e-5
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs)[0], expected[0], rtol=1e-4, atol=1e-5)
