@@ -118,7 +118,7 @@ FAMILIES = {
         Family("gpt2", _hf("GPT2LMHeadModel", "GPT2Config", vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=LAYERS,
                            n_head=4, n_positions=64, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
                            bos_token_id=1, eos_token_id=2),
-               _text, {"layer_norm": 5, "linear + gelu_tanh": 2} | LOSS | ATTENTION, generates=True),
+               _text, {"layer_norm": 5} | LOSS | ATTENTION, generates=True),
         Family("gpt_neox", _hf("GPTNeoXForCausalLM", "GPTNeoXConfig", vocab_size=VOCABULARY,
                                max_position_embeddings=64, bos_token_id=1, eos_token_id=2, rotary_pct=0.25,
                                use_parallel_residual=False,
