@@ -59,7 +59,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
-types: $(VENV)/.dev
+types: $(VENV)/.dev $(VENV)/.test
 	$(VENV)/bin/mypy
 
 # The site, in build/site. A broken link, an anchor that is not there or a page that nobody links to is an error.
