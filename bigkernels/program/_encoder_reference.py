@@ -7,11 +7,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _layers
 from ._encoder_call import HIDDEN_BELOW, Given
 from ._encoder_ir import GivenAngles, LayerGraph, Mix, Turn
 from ._ir import Activate, Combine, Norm, Product
-from ._reference import _cast, _pick, activate, norm, rotate
+from ._reference import _pick, of_rows, rotate
 
 
 def run(graph: LayerGraph, given: Given) -> Tensor:
@@ -20,17 +19,8 @@ def run(graph: LayerGraph, given: Given) -> Tensor:
     values: dict[int, Tensor] = {graph.hidden: hidden}
     for op in graph.operations:
         match op:
-            case Norm():
-                y = op.scale * norm(values[op.x], op.spec)
-                values[op.out] = y if op.residual is None else y + op.residual_scale * values[op.residual]
-            case Combine():
-                terms = [scale * values[x] * (1 if c is None else _cast(c.get(), hidden)) for x, scale, c in op.terms]
-                values[op.out] = sum(terms[1:], terms[0])
-            case Activate():
-                values[op.out] = activate(op, values)
-            case Product():
-                width = _layers.shape(op.module)[1]
-                values[op.out] = _layers.apply(op.module, values[op.x][..., op.x_column : op.x_column + width])
+            case Norm() | Combine() | Activate() | Product():
+                values[op.out] = of_rows(op, values, hidden)
             case Turn():
                 heads = _pick(op.x, values, op.norm)
                 if op.angles is not None:

@@ -49,6 +49,21 @@ class Cache:
             held[layer] = new if held[layer] is None else torch.cat([held[layer].to(new.dtype), new], 2)
 
 
+def of_rows(op: Norm | Combine | Activate | Product, values: dict[int, Tensor], hidden: Tensor) -> Tensor:
+    """What an operation gives that takes each token by itself."""
+    match op:
+        case Norm():
+            y = op.scale * norm(values[op.x], op.spec)
+            return y if op.residual is None else y + op.residual_scale * values[op.residual]
+        case Combine():
+            terms = [scale * values[x] * (1 if c is None else _cast(c.get(), hidden)) for x, scale, c in op.terms]
+            return sum(terms[1:], terms[0])
+        case Activate():
+            return activate(op, values)
+    width = _layers.shape(op.module)[1]
+    return _layers.apply(op.module, values[op.x][..., op.x_column : op.x_column + width])
+
+
 def run(
     graph: Graph,
     hidden: Tensor,
@@ -73,17 +88,8 @@ def run(
     cache.past += hidden.shape[1]
     for op in graph.operations:
         match op:
-            case Norm():
-                y = op.scale * norm(values[op.x], op.spec)
-                values[op.out] = y if op.residual is None else y + op.residual_scale * values[op.residual]
-            case Combine():
-                terms = [scale * values[x] * (1 if c is None else _cast(c.get(), hidden)) for x, scale, c in op.terms]
-                values[op.out] = sum(terms[1:], terms[0])
-            case Activate():
-                values[op.out] = activate(op, values)
-            case Product():
-                width = _layers.shape(op.module)[1]
-                values[op.out] = _layers.apply(op.module, values[op.x][..., op.x_column : op.x_column + width])
+            case Norm() | Combine() | Activate() | Product():
+                values[op.out] = of_rows(op, values, hidden)
             case Heads():
                 _heads(op, values, cache, angles)
             case Attend():
