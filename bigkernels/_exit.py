@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 import time
 from weakref import WeakSet
 
 _LONGEST = 10.0  # seconds that the interpreter waits for what runs
-_GRACE = 0.25  # and for threads on their way into or out of such a block, who pass through torch there
+# And for threads on their way into or out of such a block, who pass through torch there: those that would come back
+# from torch into an interpreter that has ended abort the process.
+_GRACE = 3.0
+_IDLE = 0.25  # the same for threads that have been in such a block and now seem to wait for work
+_WORK = ("torch", "transformers", "bigkernels")
 
 _ending = False
 _inside: list[object] = []
@@ -39,9 +44,23 @@ def _end() -> None:
     until = time.monotonic() + _LONGEST
     while _inside and time.monotonic() < until:
         time.sleep(0.001)
-    until = min(until, time.monotonic() + _GRACE)
+    begin = time.monotonic()
     for thread in list(_threads):
-        thread.join(max(0.0, until - time.monotonic()))
+        while thread.is_alive():
+            left = min(until, begin + (_GRACE if _works(thread) else _IDLE)) - time.monotonic()
+            if left <= 0:
+                break
+            thread.join(min(left, 0.01))
+
+
+def _works(thread: threading.Thread) -> bool:
+    """Whether a thread is in a call of torch or of what calls this package."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in _WORK:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _forked() -> None:

@@ -113,6 +113,22 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_mode_is_left() -> Iterator[None]:
+    """A dispatch mode or a profiler that a test leaves behind changes what later tests of its worker run."""
+    before = _modes()
+    yield
+    assert _modes() == before
+
+
+def _modes() -> dict[str, object]:
+    return {
+        "dispatch": torch._C._len_torch_dispatch_stack(),
+        "function": torch._C._len_torch_function_stack(),
+        "profiler": torch._C._autograd._profiler_enabled(),
+    }
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if GPU else ["cpu"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)

@@ -52,6 +52,8 @@ def driver(monkeypatch):
     """A driver that knows one stream, so that tapes can be played."""
     active = SimpleNamespace(get_current_stream=lambda device: 0)
     monkeypatch.setattr(_tape, "_driver", lambda: active)
+    # A flag of the process, which stays set where a test before let two threads leave their modes in another order.
+    monkeypatch.setattr(torch.utils._python_dispatch, "_is_in_torch_dispatch_mode", False)
     ran.clear()
 
 
@@ -227,10 +229,8 @@ def doubled(a: Tensor, b: Tensor | None = None, factor: float = 1.0) -> Tensor:
 
 
 @pytest.fixture
-def direct(monkeypatch):
+def direct():
     """A launcher with a tape, called without the dispatcher; what an operator would get is noted in `asked`."""
-    # A flag of the process, which stays set where a test before let two threads leave their modes in another order.
-    monkeypatch.setattr(torch.utils._python_dispatch, "_is_in_torch_dispatch_mode", False)
     wrapped = prepared(doubled)
     for _ in range(3):
         wrapped(torch.ones(4))
