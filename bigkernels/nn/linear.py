@@ -15,6 +15,7 @@ from ..ops._arguments import autocast_dtype
 from ..ops._registry import has_values, needs_grad
 from ..ops.linear import linear, pack_weight, packed_linear
 from ._conv import packs
+from ._steps import count_steps
 
 _FEW = 16  # tokens up to which the kernel reads the weight as it is
 
@@ -47,13 +48,14 @@ def pack(model: nn.Module) -> list[str]:
     `bigkernels.patch`. `torch.nn.Conv2d` patched by it (float32 and bfloat16, CPU, channels-last) reads a copy in
     oneDNN's order, which a convolution otherwise makes anew in every call.
 
-    A weight that is written all the same, moved or trained loses its copy, as far as PyTorch counts writes. After one
-    through ``weight.data``, a numpy array or another process, call `bigkernels.refresh`, which forgets all copies: call
-    `pack` again for new ones.
+    A weight that is written all the same, moved or trained loses its copy, as far as PyTorch counts writes; steps of
+    optimizers count. After one through ``weight.data``, a numpy array or another process, call `bigkernels.refresh`,
+    which forgets all copies: call `pack` again for new ones.
 
     Returns:
         The names of the layers.
     """
+    count_steps()
     names = []
     for name, module in model.named_modules():
         if type(module) in (Linear, nn.Linear) and module.weight.is_cpu and not module.weight.is_inference():

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .._look import Seen
 from ..nn._quantized import Quantized
+from ..nn._steps import count_steps
 from ..quantization._weight import QuantizedWeight
 from ._memory_words import Words, of_class, of_dict, of_list, of_set, of_tensor, of_type, same_bytes, same_words
 from ._suspend import idle
@@ -174,6 +175,7 @@ class Watch:
             tensors: that are looked at besides those of the snapshot; their contents may change.
             sources: those of them whose contents may not, contiguous.
         """
+        count_steps()
         self.forgiven = 0
         self._snapshot, self._holders = snapshot, snapshot.holders()
         self._tensors = [*tensors, *snapshot.tensors]
