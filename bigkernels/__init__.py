@@ -5,10 +5,10 @@ from ._info import info
 from ._version import __version__
 from .checkpointing import apply_checkpointing, checkpoint, checkpointed, remove_checkpointing, saved_activations
 from .gguf import load_gguf, save_gguf
+from .integrations._folders import load_quantized, save_quantized
 from .nn.linear import pack
 from .ops import allow_nondeterministic, use
 from .patch import LossMetrics, patch, patched, unpatch
-from .published import load_quantized, save_quantized
 from .quantization import dequantize, quantize, quantized, refresh
 
 __all__ = [

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bigkernels"
 LAYERS = ("ops", "triton", "quantization", "nn", "losses", "program", "published", "gguf", "patch",
           "checkpointing", "optim", "integrations", "bench", "planning", "demo", "_cli")  # fmt: skip
 
-# What goes up all the same: `quantize` makes modules; folders of other libraries are read by transformers' loader.
-UPWARD = {("quantization", "nn"), ("published", "integrations")}
+# What goes up all the same: `quantize` makes modules.
+UPWARD = {("quantization", "nn")}
 
 
 def imported(file: Path) -> set[str]:

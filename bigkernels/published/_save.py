@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,29 +18,12 @@ _WHAT = "bigkernels.save_quantized"
 Stored = tuple[dict[str, Tensor], dict[str, Any]]
 
 
-def save_quantized(model: nn.Module, folder: str | os.PathLike, method: str, *, max_shard_size: str = "5GB") -> None:
-    """Write a model of transformers whose linear layers are quantized as another library stores it: the same values,
-    bit for bit, in files that do not need bigkernels.
-
-    Args:
-        model: with `bigkernels.nn.QuantizedLinear` layers, and nothing else quantized.
-        folder: made if there is none.
-        method: "compressed-tensors", which vLLM and transformers read, for int4 (of whole zero points: quantize with
-            ``Int4(algorithm="rtn")``), int8, int8-dynamic (W8A8) and fp8; or "gptq", for such int4.
-        max_shard_size: of a file, as for `save_pretrained`.
+def stored_as(model: nn.Module, method: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A model's tensors as a method stores them, and what config.json says of it.
 
     Raises:
-        ImportError: transformers or safetensors is not installed.
-        ValueError: there is no such method, or a layer is of a format, or of a size, that the method cannot store; its
-            name is given, and nothing is written.
+        ValueError: there is no such method, or a layer cannot be stored so.
     """
-    try:
-        from ..integrations.transformers import plain_saving
-    except ImportError as error:
-        raise ImportError(
-            f"{_WHAT} needs transformers and safetensors ({error}); pip install "
-            "'bigkernels[transformers]' installs them"
-        ) from error
     methods: dict[str, Callable] = {"compressed-tensors": _compressed, "gptq": _gptq}
     if method not in methods:
         raise ValueError(f"{_WHAT}: method is {method!r}; accepted are {', '.join(methods)}")
@@ -66,7 +47,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike, method: str, *, 
     for path, module in layers.items():
         held |= {f"{path}.{name}" for name in module._buffers}
     state |= {name: t for name, t in model.state_dict().items() if name not in held}
-    plain_saving(model, Path(folder), state, config, max_shard_size)
+    return state, config
 
 
 def _compressed(model: nn.Module, layers: dict[str, QuantizedLinear], state: dict[str, Tensor]) -> dict[str, Any]:
