@@ -52,4 +52,4 @@ def test_every_package_has_a_layer():
 def test_files_without_types_become_fewer():
     """`make types` checks all others, and so every new one."""
     unchecked = [file for file in PACKAGE.rglob("*.py") if "\n# mypy: ignore-errors\n" in file.read_text()]
-    assert len(unchecked) <= 172
+    assert len(unchecked) <= 131

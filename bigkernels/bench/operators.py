@@ -1,11 +1,10 @@
 """Makes a case out of the functions that compute one operator."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -111,7 +110,7 @@ def operator_case(
     if builtin is not None:
         functions[BUILTIN] = lambda: builtin
     if compiled:
-        functions[COMPILE] = lambda: torch.compile(eager, dynamic=False)
+        functions[COMPILE] = lambda: cast(Any, torch.compile(eager, dynamic=False))
     functions |= {peer: partial(load, settings.device) for peer, load in peers.items()}
     functions[OURS] = lambda: ours
     if compiled and ours_compiled:

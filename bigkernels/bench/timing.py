@@ -1,7 +1,5 @@
 """Interleaved timing and its statistics."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import gc
@@ -37,7 +35,8 @@ class Statistics:
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Statistics:
         if len(seconds) == 1:
-            return cls(*[seconds[0]] * 4, 1)
+            only = seconds[0]
+            return cls(only, only, only, only, 1)
         q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
         return cls(median, q1, q3, min(seconds), len(seconds))
 

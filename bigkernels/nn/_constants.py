@@ -1,7 +1,5 @@
 """Buffers that are constants of a formula and not weights."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 from typing import Any
@@ -20,6 +18,6 @@ class KeepsConstants(nn.Module):
         super()._apply(fn, recurse)
         for name, constant in before.items():
             now = self._buffers[name]
-            if now is not None and now.dtype != constant.dtype:
+            if now is not None and constant is not None and now.dtype != constant.dtype:
                 self._buffers[name] = constant.to(now.device)
         return self

@@ -1,10 +1,9 @@
 """Convolutions whose weights `pack` declared as not written, by oneDNN with the weights as it wants them."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +68,7 @@ def packed_conv2d(module: nn.Conv2d, x: Tensor, copies: dict) -> Tensor | None:
 
 def _covers(module: nn.Conv2d, x: Tensor) -> bool:
     """Whether the image is as large as the kernel; PyTorch's error says so best."""
-    sizes = zip(x.shape[2:], module.padding, module.dilation, module.weight.shape[2:], strict=True)
+    sizes: Any = zip(x.shape[2:], module.padding, module.dilation, module.weight.shape[2:], strict=True)
     return all(n + 2 * padding > dilation * (k - 1) for n, padding, dilation, k in sizes)
 
 

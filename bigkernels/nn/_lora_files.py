@@ -1,7 +1,5 @@
 """Adapters of `LoRALinear` in the files of PEFT: adapter_config.json and adapter_model.safetensors."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import json
@@ -9,7 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +88,7 @@ def load(
             raise ValueError(f"{what}: the adapter of {path} is merged; `unmerge` it first")
         if not isinstance(module, kind) and not fits(module):
             raise ValueError(f"{what} has an adapter of {path}, and the model no such linear layer")
-        n, k = size(module.base if isinstance(module, kind) else module)
+        n, k = size(cast(Any, module).base if isinstance(module, kind) else cast(nn.Module, module))
         if a.shape[1] != k or b.shape != (n, a.shape[0]) or not len(a):
             raise ValueError(
                 f"{what}: {_PREFIX}{path}.lora_A.weight and lora_B.weight have shapes {tuple(a.shape)} "

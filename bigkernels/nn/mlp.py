@@ -1,7 +1,5 @@
 """The MLP without a gate, of encoders and of GPT-2."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import torch

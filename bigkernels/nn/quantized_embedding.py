@@ -1,8 +1,8 @@
 """An embedding whose table is quantized and frozen."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
+
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +55,13 @@ class QuantizedEmbedding(Quantized):
 
     @property
     def padding_idx(self) -> int | None:
-        return None if self._shell is None else self._shell.options.get("padding_idx")
+        return None if self._shell is None else cast(Any, self._shell.options.get("padding_idx"))
 
     def dequantize(self) -> nn.Embedding:
         """The embedding of the values that the codes stand for, in the dtype that was quantized or cast to since."""
         values = self.qweight.dequantize()
         if self._shell is not None:
-            return self._shell.filled(values, None, self._trained, self)
+            return cast(nn.Embedding, self._shell.filled(values, None, self._trained, self))
         layer = nn.Embedding.from_pretrained(values, freeze=not self._trained)
         carry_hooks(self, layer)
         return layer.train(self.training)

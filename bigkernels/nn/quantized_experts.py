@@ -1,10 +1,9 @@
 """The weights of a mixture's experts, quantized and frozen, in the place of the parameter that held them."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import operator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -183,7 +182,7 @@ class QuantizedExpert(_View):
         return self.qweight.device
 
     def __rmatmul__(self, x: Tensor) -> Tensor:
-        return torch.matmul(x, self)
+        return torch.matmul(x, cast(Tensor, self))
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

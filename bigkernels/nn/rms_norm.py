@@ -1,7 +1,5 @@
 """RMSNorm as a module."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import torch
@@ -35,6 +33,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.hidden_size, self.eps, self.offset = hidden_size, eps, offset
         weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype)) if elementwise_affine else None
+        self.weight: nn.Parameter | None
         self.register_parameter("weight", weight)
         self.reset_parameters()
 

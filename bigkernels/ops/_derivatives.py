@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +41,7 @@ def is_observed(*grads: Tensor | None) -> bool:
     return False
 
 
-def gradients(
-    fn: Callable, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
+def gradients(fn: Callable, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """Gradients of `fn(*tensors)` for an observed backward: differentiable by `tensors` and by `grads`.
 
     Args:
@@ -60,7 +59,7 @@ def gradients(
         return _pull(fn, leaves, grads, create_graph)
 
 
-def vjp(fn: Callable, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def vjp(fn: Callable, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """Gradients of `fn(*tensors)` as constants, for the backward fallbacks: None where an input is None."""
     return _pull(fn, [t if t is None else t.detach().requires_grad_() for t in tensors], grads)
 

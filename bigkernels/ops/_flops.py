@@ -4,8 +4,6 @@ A multiplication and an addition are two. Counted are the products of the mathem
 masks leave nothing out, and what backward computes once more is not counted.
 """
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import importlib.util
@@ -64,7 +62,7 @@ class _Handover(MetaPathFinder):
             run(module)
             module.flop_registry.update(_formulas)
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

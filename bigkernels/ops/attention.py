@@ -1,7 +1,5 @@
 """Scaled dot-product attention that never holds the scores (Dao et al. 2022, https://arxiv.org/abs/2205.14135)."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import torch
@@ -372,11 +370,11 @@ def _fwd_fake(q, k, v, *rest):
 
 
 def _bwd_fallback(grad, grad_lse, q, k, v, out, lse, bias, mask, alibi_slopes, sinks, prefix_lengths, seed, *options):
-    *options, bias_grad = options
+    *more, bias_grad = options
 
     def call(q, k, v, leaf, sinks):
         used = bias if leaf is None else leaf
-        return _dense(q, k, v, used, mask, alibi_slopes, sinks, prefix_lengths, seed, *options)
+        return _dense(q, k, v, used, mask, alibi_slopes, sinks, prefix_lengths, seed, *more)
 
     leaves = (q, k, v, bias if bias_grad else None, sinks)
     dq, dk, dv, dbias, dsinks = vjp(call, leaves, (grad, grad_lse))

@@ -1,8 +1,8 @@
 """Gated linear units (Shazeer 2020, https://arxiv.org/abs/2002.05202): the activation and the product in one pass."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from ._derivatives import gradients, is_observed, vjp
 from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
 
 # The position of a name is the number by which the kernels know it.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),

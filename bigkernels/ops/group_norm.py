@@ -1,7 +1,5 @@
 """GroupNorm (Wu and He 2018, https://arxiv.org/abs/1803.08494), and the activation behind it."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import torch
@@ -167,7 +165,7 @@ class _GroupNorm(torch.autograd.Function):
         groups, eps, activation = ctx.options
         if is_observed(grad):
             name = NAMES[activation]
-            found = gradients(lambda *t: _reference(*t, groups, eps, name), (x, weight, bias), (grad,))
+            found = gradients(lambda x, w, b: _reference(x, w, b, groups, eps, name), (x, weight, bias), (grad,))
             return *found, None, None, None
         rows = has_rows(x)
         dx, dweight, dbias = _bwd(arranged(grad, rows), arranged(x, rows), weight, bias, mean, rstd, activation, rows)

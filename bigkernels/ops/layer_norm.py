@@ -1,7 +1,5 @@
 """LayerNorm (Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450), and the residual addition before it."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import torch
@@ -160,7 +158,9 @@ class _LayerNorm(torch.autograd.Function):
         if grad is None:  # only x + residual was used
             return grad_total, None, None, grad_total, None
         if is_observed(grad, grad_total):
-            dx, dweight, dbias = gradients(lambda *t: _reference(*t, ctx.eps, None), (x, weight, bias), (grad,))
+            dx, dweight, dbias = gradients(
+                lambda x, w, b: _reference(x, w, b, ctx.eps, None), (x, weight, bias), (grad,)
+            )
             if ctx.fused and grad_total is not None:
                 dx = grad_total if dx is None else dx + grad_total
         else:

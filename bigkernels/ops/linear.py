@@ -1,10 +1,9 @@
 """Linear layers: forward, and the gradients of the input, the weight and the bias."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +98,7 @@ def _reference(x, weight, bias):
 def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` with a result as it was accumulated, in float32 (float64 for float64); plain PyTorch."""
     wide = compute_dtype(x.dtype)
-    rounded = (t if t is None else t.to(x.dtype).to(wide) for t in (weight, bias))
+    rounded: Any = (t if t is None else t.to(x.dtype).to(wide) for t in (weight, bias))
     return F.linear(x.to(wide), *rounded)
 
 

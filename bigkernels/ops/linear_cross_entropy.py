@@ -1,7 +1,5 @@
 """Cross entropy of a linear layer's outputs, which never exist all at once."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import math

@@ -1,10 +1,8 @@
 """Linear layers whose weight is quantized: forward and the gradient of the input, from the codes."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -203,7 +201,8 @@ def _reference(x, bias, operands, k, dynamic, coarse=False):
     if needs_grad(x, bias):
         return _QuantizedLinear.apply(False, x, bias, *operands, k, dynamic, coarse)
     *tensors, group, kind = operands
-    return _forward(x, *tensors, bias, group, kind, k, dynamic)
+    given: tuple[Any, ...] = x, *tensors, bias, group, kind, k, dynamic
+    return _forward(*given)
 
 
 def _fwd_fake(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynamic, wide=False):

@@ -1,7 +1,5 @@
 """Attention over sequences of different lengths packed one after the other, as `flash_attn_varlen_func`."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import torch

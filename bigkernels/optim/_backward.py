@@ -1,11 +1,10 @@
 """Steps inside the backward pass, and gradients added up in float32."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +57,7 @@ class StepInBackward:
         if self._held or (optimizer.max_grad_norm is not None and self._last_norm is None):
             return
         if optimizer.max_grad_norm is not None:
-            self._squares.append(_norm.squares_of(p.grad))
+            self._squares.append(_norm.squares_of(cast(Tensor, p.grad)))
         schedule = self._schedules.get(p)
         if schedule is None or not schedule.holds(optimizer):
             schedule = self._schedules[p] = Schedule(optimizer, [(p, number)])
@@ -93,7 +92,7 @@ class StepInBackward:
         left = [(p, number) for p, number in optimizer._all() if p.grad is not None]
         parts = self._squares
         if optimizer.max_grad_norm is not None:
-            parts += [_norm.squares_of(p.grad) for p, _ in left]
+            parts += [_norm.squares_of(cast(Tensor, p.grad)) for p, _ in left]
         if parts:
             self._last_norm = optimizer._grad_norm = _scaled(_norm.total(parts).sqrt(), None, divisor).float()
         self._squares = []

@@ -1,7 +1,5 @@
 """Which parameters are stepped by which plan of a kernel, and until when that is so."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import operator
@@ -83,6 +81,7 @@ class Schedule:
         )
 
     def _has(self, groups: list[dict]) -> bool:
+        assert self._members is not None
         return len(groups) == len(self._members) and all(
             len(members) == len(o["params"]) and all(map(operator.is_, members, o["params"]))
             for members, o in zip(self._members, groups, strict=True)

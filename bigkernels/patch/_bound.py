@@ -1,7 +1,5 @@
 """Functions in the place of methods of one instance."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import functools
@@ -9,7 +7,7 @@ import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 
 class Bound(functools.partial):
@@ -46,4 +44,4 @@ class Unbound:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.kind.forward)
+        return inspect.signature(cast(Any, self.kind).forward)

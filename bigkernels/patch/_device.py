@@ -1,14 +1,12 @@
 """On which device checks compute: what a kernel gives on one says nothing of the one for another."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -46,5 +44,5 @@ def once_a_device(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         return cached(probe_device().type, *args)
 
-    call.cache_clear = cached.cache_clear
+    cast(Any, call).cache_clear = cached.cache_clear
     return call

@@ -1,7 +1,5 @@
 """A model's own functions, to be called with probes: with copies of what they could write to."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import ast
@@ -10,7 +8,7 @@ import functools
 import types
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -127,7 +125,7 @@ def sandbox(module: nn.Module) -> nn.Module:
         return module
     known: dict[int, Any] = {}
     functions = {source.function.__name__: _function(source.function, known) for source in methods(cls, "forward")}
-    twin = object.__new__(type(cls.__name__, (cls,), {"__module__": cls.__module__, **functions}))
+    twin: Any = object.__new__(type(cls.__name__, (cls,), {"__module__": cls.__module__, **functions}))
     own = vars(nn.Module())
     twin.__dict__.update((name, value if name in own else copied(value, known)) for name, value in vars(module).items())
     return twin
@@ -172,5 +170,5 @@ def check_effects(source: Source) -> None:
 def _copies(source: Source, name: str | None) -> bool:
     function = source.function
     held = dict(zip(function.__code__.co_freevars, map(content, function.__closure__ or ()), strict=True))
-    value = held.get(name, function.__globals__.get(name))
+    value = held.get(cast(str, name), function.__globals__.get(cast(str, name)))
     return not isinstance(value, types.FunctionType) and copied(value) is not value

@@ -4,13 +4,11 @@ A forward that is written into an instance hides its class's. Where somebody rep
 libraries that patch classes do, that method is what the model's owner wants to run.
 """
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +25,7 @@ class Own:
     __slots__ = ("cls", "forward", "others")
 
     def __init__(self, cls: type) -> None:
-        self.cls, self.forward = cls, cls.forward
+        self.cls, self.forward = cls, cast(Any, cls).forward
         names = (source.function.__name__ for source in methods(cls, "forward"))
         self.others = tuple((name, getattr(cls, name)) for name in names if name != "forward" and hasattr(cls, name))
 
@@ -53,7 +51,7 @@ class Own:
 
 def followed(new: Callable, cls: type) -> Callable:
     """`new` as long as the class has the forward that it was made from; after that, what took its place."""
-    original = cls.forward
+    original = cast(Any, cls).forward
 
     @functools.wraps(new)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,5 @@
 """What stands in the place of the arguments of code that is given more than rows: told from a recorded call."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -66,7 +64,9 @@ def _angles(b: Builder, leaf: Ref) -> AnglesOf | None:
 
 def _made(b: Builder, leaf: Ref) -> MadeOf:
     """What steps outside of modules have made of positions, or of what modules have."""
-    given, numbers, todo = {}, set(), [leaf]
+    given: dict[Ref, FromContext] = {}
+    numbers: set[int] = set()
+    todo = [leaf]
     while todo:
         ref = todo.pop()
         if ref in given or ref.step in numbers:

@@ -1,7 +1,5 @@
 """What the operations of an encoder's layer mean: an interpreter in plain PyTorch, over a padded batch."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import torch
@@ -38,7 +36,7 @@ def tables(angles: GivenAngles, given: Given) -> tuple[Tensor, Tensor]:
     """(cos, sin), (1, S, rotary), as records have them, of what a layer is given."""
     pair = given.others[angles.name]
     cos, sin = (pair[i] for i in angles.order)
-    return tuple(_laid_out(t, angles) for t in (cos, angles.sign * sin))
+    return _laid_out(cos, angles), _laid_out(angles.sign * sin, angles)
 
 
 def _laid_out(t: Tensor, angles: GivenAngles) -> Tensor:

@@ -1,7 +1,5 @@
 """Angles by the model's own code: its rotary module, or what it did in place of one."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -48,7 +46,7 @@ class Rotary:
         picked = [found[i] for i in self.outs]
         cos, sin = (picked[0].real, picked[0].imag) if picked[0].is_complex() else picked
         length = position_ids.shape[-1]
-        return tuple(self._shaped(t, length) for t in (cos, self.sign * sin))
+        return self._shaped(cos, length), self._shaped(self.sign * sin, length)
 
     def _shaped(self, t: Tensor, length: int) -> Tensor:
         where = [i for i, n in enumerate(t.shape[:-1]) if n == length][-1]

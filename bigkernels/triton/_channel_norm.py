@@ -5,11 +5,10 @@ Moments and sums go to partial results of the tiles' programs, in a fixed order;
 and left to PyTorch. Then one more pass writes the results.
 """
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 import triton
@@ -218,7 +217,18 @@ def joined(mean: Tensor, square: Tensor, count: Tensor, over: tuple[int, ...]) -
 def run_moments(x: Tensor, images: Images) -> tuple[Tensor, Tensor, Tensor]:
     """(N, parts, C) means and sums of squared deviations, and the counts that belong to them."""
     mean, square = images.partial(x)
-    launch(moments, images.sums_grid, x, mean, square, images.c, images.s, images.part, num_warps=4, **images.tile)
+    launch(
+        moments,
+        images.sums_grid,
+        x,
+        mean,
+        square,
+        images.c,
+        images.s,
+        images.part,
+        num_warps=4,
+        **cast(Any, images.tile),
+    )
     return mean, square, images.counts(x)
 
 

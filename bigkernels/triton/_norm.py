@@ -6,8 +6,6 @@ the second time from cache, and the weight gradient gets a kernel of its own tha
 float32 buffer, one line a program, and are added in a fixed order: no atomics, so two runs agree bit for bit.
 """
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import torch
@@ -434,4 +432,5 @@ def run_backward(
                 BLOCK=block,
                 num_warps=warps,
             )
-    return tuple(p.sum(0) if p is not None else None for p in partial)
+    first, second = (p.sum(0) if p is not None else None for p in partial)
+    return first, second

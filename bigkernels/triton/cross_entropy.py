@@ -9,12 +9,11 @@ whose coefficients are found once a row. At the target alpha * p_y - kappa would
 computed from 1 - p_y.
 """
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -341,7 +340,8 @@ def forward(
 def predict(logits: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`forward`, and the first class of the largest logit; -1 for ignored tokens."""
     predicted = logits.new_empty(logits.shape[:1], dtype=torch.int64)
-    return *_forward(logits, *rest, predicted), predicted
+    given: tuple[Any, ...] = logits, *rest, predicted
+    return *_forward(*given), predicted
 
 
 def _forward(

@@ -1,7 +1,5 @@
 """GroupNorm on GPUs; the kernels are in `_channel_norm.py`."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -25,7 +23,7 @@ def forward(
     size = images.c // groups
     mean, square, count = run_moments(x, images)
     split = [t.unflatten(-1, (groups, size)) for t in (mean, square)]
-    mean, variance = (t.flatten(1) for t in joined(*split, count.unsqueeze(-1), (1, 3)))
+    mean, variance = (t.flatten(1) for t in joined(split[0], split[1], count.unsqueeze(-1), (1, 3)))
     rstd = torch.rsqrt(variance + eps)
     wide_mean, wide_rstd = (t.repeat_interleave(size, 1) for t in (mean, rstd))
     y = empty(x, rows)

@@ -1,10 +1,9 @@
 """LayerNorm on GPUs; the kernels are in `_norm.py`."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ def forward(
     total = x.new_empty(0 if residual is None else x.shape)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     fused = (None, None) if residual is None else (rows(residual), total)
-    run_forward(rows(x), weight, bias, y, *fused, mean, rstd, eps, 0.0)
+    run_forward(rows(x), weight, bias, y, fused[0], fused[1], mean, rstd, eps, 0.0)
     return y, mean, rstd, total
 
 
@@ -62,7 +61,9 @@ def backward(
         dweight=weight is not None,
         dbias=bias is not None,
     )
-    dweight, dbias = (x.new_empty(0) if p is None else s.to(p.dtype) for p, s in zip((weight, bias), sums, strict=True))
+    dweight, dbias = (
+        x.new_empty(0) if p is None else cast(Tensor, s).to(p.dtype) for p, s in zip((weight, bias), sums, strict=True)
+    )
     return dx, dweight, dbias
 
 

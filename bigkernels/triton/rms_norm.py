@@ -1,10 +1,9 @@
 """RMSNorm on GPUs; the kernels are in `_norm.py`."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ def forward(
     total = x.new_empty(0 if residual is None else x.shape)
     weight = None if weight is None else weight.contiguous()
     fused = (None, None) if residual is None else (rows(residual), total)
-    run_forward(rows(x), weight, None, y, *fused, None, rstd, eps, offset)
+    run_forward(rows(x), weight, None, y, fused[0], fused[1], None, rstd, eps, offset)
     return y, rstd, total
 
 
@@ -52,7 +51,7 @@ def backward(
         dweight=weight is not None,
         dbias=False,
     )
-    return dx, x.new_empty(0) if weight is None else dweight.to(weight.dtype)
+    return dx, x.new_empty(0) if weight is None else cast(Tensor, dweight).to(weight.dtype)
 
 
 def examples(dtype: torch.dtype) -> Iterator[tuple]:

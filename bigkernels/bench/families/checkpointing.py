@@ -1,7 +1,5 @@
 """Less kept for backward: a step of eight Llama blocks, and what a region costs by itself."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import copy
@@ -9,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +87,7 @@ def _variants(model: nn.Module) -> dict[str, nn.Module]:
     patched = copy.deepcopy(model)
     patch(patched)
     theirs = copy.deepcopy(patched)
-    theirs.gradient_checkpointing_enable({"use_reentrant": False})
+    cast(Any, theirs).gradient_checkpointing_enable({"use_reentrant": False})
     found = {EAGER: model, OURS: patched, _TORCHS: theirs}
     for policy in _POLICIES:
         found[f"{OURS} {policy}"] = copy.deepcopy(patched)
@@ -195,7 +194,7 @@ def _together(settings: Settings) -> Case:
         from ... import apply_checkpointing, optim, patch
 
         model = whole.random_model(sizes, dtype, settings.device).train()
-        ids = whole.token_ids(settings, length, sizes["vocab_size"])
+        ids = whole.token_ids(settings, length, int(sizes["vocab_size"]))
 
         def candidate(name: str, variant: nn.Module, optimizer: torch.optim.Optimizer) -> Candidate:
             def step() -> None:

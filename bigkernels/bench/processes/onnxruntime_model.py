@@ -1,7 +1,5 @@
 """A model by ONNX Runtime GenAI, whose own tool quantizes it to 4 bits in blocks of 32, the head too."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import json
@@ -19,7 +17,8 @@ class Model:
     """A folder of its own for each number of threads, as that is part of a model's configuration."""
 
     def load(self, model: str, into: str) -> dict:
-        self.folder, self.models = Path(into) / "onnx", {}
+        self.folder = Path(into) / "onnx"
+        self.models: dict = {}
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", model, "-o", str(self.folder), "-p",
                    "int4", "-e", "cpu", "-c", into, "--extra_options", "int4_accuracy_level=4"]  # fmt: skip
         done = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -4,8 +4,6 @@ GenAI's pipeline gives no logits, so the model that it saves is run here as the 
 logits are computed, and keys and values are states of the model.
 """
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import shutil
@@ -28,7 +26,8 @@ class Model:
         shutil.copyfile(model, file)
         openvino_genai.LLMPipeline(str(file), "CPU", enable_save_ov_model=True)  # writes it beside the file
         file.unlink()
-        self.graph, self.requests = openvino.Core().read_model(folder / "openvino_model.xml"), {}
+        self.graph = openvino.Core().read_model(folder / "openvino_model.xml")
+        self.requests: dict = {}
         _last_token(self.graph)
         request = self._with(1)
         request.infer(self._inputs(numpy.array([[1]]), 0))

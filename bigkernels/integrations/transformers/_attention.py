@@ -1,10 +1,8 @@
 """Attention by name: ``attn_implementation="bigkernels"``."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +64,7 @@ def attention_forward(
         sinks=sinks,
         dropout_p=dropout,
     )
-    return out.transpose(1, 2).contiguous(), None
+    return cast(Tensor, out).transpose(1, 2).contiguous(), None
 
 
 def register_attention() -> None:

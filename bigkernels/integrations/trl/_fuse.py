@@ -1,7 +1,5 @@
 """What is done to a trainer, by what it is."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import copy
@@ -115,7 +113,7 @@ def fuse(
         utils.add_fused_lm_head(base, outputs=("log_probs",))
     heads = use_head(model) + (getattr(trainer, "ref_model", None) is not None and use_head(trainer.ref_model))
     trainer.__dict__.update(made)
-    return Fused(heads, family.loss if made else None)
+    return Fused(heads, family.loss if made and family is not None else None)
 
 
 # What losses are made of: their options were read when they were made.

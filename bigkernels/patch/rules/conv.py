@@ -1,11 +1,9 @@
 """Convolutions in inference, once `bigkernels.pack` has declared that their weights are not written."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -30,9 +28,11 @@ def in_inference(module: nn.Conv2d, *args: Any, **kwargs: Any) -> Any:
 
 
 def _plan(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
-    if not packs(module) or not plain(module.weight) or not module.weight.is_cpu:
+    if not packs(module) or not plain(cast(Tensor, module.weight)) or not module.weight.is_cpu:
         return None
-    return Write(module, "forward", functools.partial(in_inference, module)), Fit("conv2d (packed)", inference=True)
+    return Write(module, "forward", functools.partial(in_inference, cast(nn.Conv2d, module))), Fit(
+        "conv2d (packed)", inference=True
+    )
 
 
 RULE = ModuleRule("linear", _plan)
