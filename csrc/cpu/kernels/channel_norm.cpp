@@ -30,7 +30,7 @@ BK_INLINE vf of(const float* p, int64_t j, int64_t n) {
 // ---- planes: sums of a run ------------------------------------------------------------------------------------------
 
 // In float32 no more than this many elements are added up.
-constexpr int64_t kPiece = 4096;
+constexpr int64_t kPiece = 1024;
 
 // take(i, n, one, two) adds to both vectors what elements [i, i + n) give.
 template <class F>
