@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,8 @@ class Attention(KeepsConstants):
     """
 
     alibi_slopes: Tensor | None
+
+    _context: Any = None  # where tokens lie on several ranks (`bigkernels.distributed.context_parallel`): its handle
 
     def __init__(
         self,
@@ -149,6 +152,9 @@ class Attention(KeepsConstants):
         )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        attend, attend_packed = attention, varlen_attention
+        if self._context is not None:
+            attend, attend_packed = self._over_ranks(cache)
         if self.rope is not None and angles is None:
             angles = self.rope.angles(self._positions(x, cache, cu_seqlens) if positions is None else positions)
         options = {
@@ -170,9 +176,9 @@ class Attention(KeepsConstants):
         if packed:
             q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
             most = x.shape[1] if max_seqlen is None else max_seqlen
-            out = varlen_attention(q, k, v, cu_seqlens, cu_seqlens, most, most, **options)
+            out = attend_packed(q, k, v, cu_seqlens, cu_seqlens, most, most, **options)
             return self.o_proj(out.flatten(1))
-        out = attention(q, k, v, mask=mask, bias=bias, **options)
+        out = attend(q, k, v, mask=mask, bias=bias, **options)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def make_cache(self, batch: int, length: int, **options: object) -> KVCache:
@@ -189,8 +195,22 @@ class Attention(KeepsConstants):
     def _interleaved(self) -> bool:
         return self.rope is not None and self.rope.interleaved
 
+    def _over_ranks(self, cache):
+        """What takes the place of `attention` and `varlen_attention` where the tokens lie on several ranks."""
+        if cache is not None:
+            raise ValueError("bigkernels.nn.Attention: a cache does not go with context_parallel")
+        whole = self._context.attend_own
+
+        def packed(q, k, v, cu_seqlens, *_, **options):
+            return whole(q, k, v, cu_seqlens=cu_seqlens, **options)
+
+        return whole, packed
+
     def _positions(self, x, cache, cu_seqlens):
-        at = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)
+        if self._context is not None:
+            at = self._context.positions(x.device)
+        else:
+            at = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)
         if cache is not None:
             return cache.lengths[:, None] + at
         if cu_seqlens is not None:
