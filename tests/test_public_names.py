@@ -32,6 +32,9 @@ ARGUMENTS = {
 THEIRS = {
     ("bigkernels.integrations.transformers.Quantizer.update_attn_implementation", "config"),
     ("bigkernels.nn.QuantizedExperts.size", "dim"),
+    # A dimension of a tensor, which has this name in torch.
+    ("bigkernels.distributed.gather_sequence", "dim"),
+    ("bigkernels.distributed.shard_sequence", "dim"),
 }
 # What changes a model, how it is undone, and the context that does both.
 UNDONE = [
