@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .._deprecated import renamed_arguments
-from ..ops.glu import ACTIVATIONS, glu
+from ..ops._activations import ACTIVATIONS
+from ..ops.glu import glu
 
 
 class GatedMLP(nn.Module):

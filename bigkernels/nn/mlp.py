@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops.mlp import ACTIVATIONS, mlp
+from ..ops._activations import ACTIVATIONS
+from ..ops.mlp import mlp
 
 
 class MLP(nn.Module):

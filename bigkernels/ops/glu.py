@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ._activations import ACTIVATIONS
+from ._activations import NAMES as _NAMES
+from ._activations import NUMBERS as _NUMBERS
 from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor, promote
 from ._derivatives import gradients, is_observed, vjp
 from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
-
-# The position of a name is the number by which the kernels know it.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "sigmoid": torch.sigmoid,
-}
-_NAMES = tuple(ACTIVATIONS)
-_NUMBERS = {name: number for number, name in enumerate(_NAMES)}
 
 
 def glu(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
@@ -30,7 +18,8 @@ def glu(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
 
     Args:
         gate, up: (..., N), one floating dtype; any strides (the halves of a packed projection need no copy).
-        activation: "silu", "gelu" (by the error function), "gelu_tanh", "relu", "relu2" (squared) or "sigmoid".
+        activation: "silu", "gelu" (by the error function), "gelu_tanh", "relu", "relu2" (squared), "sigmoid", "tanh",
+            "quick_gelu" (``x * sigmoid(1.702 x)``) or "identity".
 
     Returns:
         A contiguous (..., N) tensor in the dtype of `gate`.

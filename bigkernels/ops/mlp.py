@@ -11,22 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._torch_private import surrounding_hooks
+from ._activations import ACTIVATIONS
+from ._activations import NAMES as _NAMES
+from ._activations import NUMBERS as _NUMBERS
 from ._arguments import autocast_dtype, check_same_device, check_same_dtype, check_tensor
 from ._derivatives import gradients, is_observed, no_autocast, vjp
 from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
-from .glu import ACTIVATIONS as GATES
 from .linear import _bwd as _linear_bwd
 from .linear import _fwd as _linear_fwd
 from .linear import _reads, _rows, sum_rows
 
-# The position of a name is the number by which the kernels know it (csrc/include/bigkernels/program.h).
-ACTIVATIONS = GATES | {
-    "identity": lambda x: x,
-    "tanh": torch.tanh,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
-_NAMES = tuple(ACTIVATIONS)
-_NUMBERS = {name: number for number, name in enumerate(_NAMES)}
 _FEW = 4  # tokens up to which our product of float32 is the faster one
 
 

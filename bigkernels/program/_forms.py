@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..ops._activations import ACTIVATIONS
 from ._ir import NormSpec, Stored
-from ._reference import ACTIVATIONS, norm
+from ._reference import norm
 
 _VECTORS = 5e-7  # where the model adds to a parameter in float32
 _WRITTEN = 2e-8  # constants that are written with nine digits

@@ -9,17 +9,14 @@ from ctypes import Structure, Union, byref, c_bool, c_float, c_int32, c_int64, c
 import torch
 from torch import Tensor
 
+from ..ops._activations import NUMBERS
+
 MAX_TERMS, MAX_WEIGHTS, MAX_ANGLES = 4, 4, 4
 
 # Op, NormKind, Act, Type and Codes.
 NORM, COMBINE, ACTIVATE, PRODUCT, HEADS, ATTEND, EXPERTS, KEEP, CALL, TURN, MIX = range(11)
 NORMS = {"rms": 1, "layer": 2}
-ACTS = {
-    name: number
-    for number, name in enumerate(
-        ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "identity", "tanh", "quick_gelu")
-    )
-}
+ACTS = NUMBERS
 
 
 def _struct(name: str, **fields: type) -> type[Structure]:

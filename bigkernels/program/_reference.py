@@ -4,13 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.glu import ACTIVATIONS as GATES
+from ..ops._activations import ACTIVATIONS
 from . import _layers
 from ._context import Context
 from ._ir import (
@@ -28,12 +27,6 @@ from ._ir import (
     NormSpec,
     Product,
 )
-
-ACTIVATIONS: dict[str, Callable] = GATES | {
-    "identity": lambda x: x,
-    "tanh": torch.tanh,
-    "quick_gelu": lambda x, alpha=1.702: x * torch.sigmoid(alpha * x),
-}
 
 
 class Cache:

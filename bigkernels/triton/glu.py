@@ -11,40 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import glu as op
+from ._activations import value_and_slope
 from ._launch import falls_back, launch, power_of_2, require, rows
-
-
-@triton.jit
-def _sigmoid(x):
-    """sigmoid(x) and 1 - sigmoid(x), both to full relative accuracy, by an exponential that cannot overflow."""
-    e = tl.exp(-tl.abs(x))
-    near = 1.0 / (1.0 + e)
-    far = e * near
-    return tl.where(x >= 0.0, near, far), tl.where(x >= 0.0, far, near)
-
-
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    """The activation and its derivative. Numbered as in bigkernels.ops.glu.ACTIVATIONS."""
-    if ACTIVATION == 0:  # silu
-        s, rest = _sigmoid(x)
-        return x * s, s * (1.0 + x * rest)
-    elif ACTIVATION == 1:  # gelu: x times the normal distribution, whose derivative is the density
-        s = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        return x * s, s + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    elif ACTIVATION == 2:  # gelu_tanh, by (1 + tanh(u)) / 2 = sigmoid(2u)
-        square = x * x
-        s, rest = _sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * square))
-        return x * s, s * (1.0 + x * rest * (1.5957691216057308 + 0.21406444881780076 * square))
-    elif ACTIVATION == 3:  # relu; NaN stays NaN
-        return tl.where(x <= 0.0, 0.0, x), tl.where(x <= 0.0, 0.0, 1.0)
-    elif ACTIVATION == 4:  # relu2
-        r = tl.where(x <= 0.0, 0.0, x)
-        return r * r, 2.0 * r
-    else:  # sigmoid
-        tl.static_assert(ACTIVATION == 5, "an activation without a branch")
-        s, rest = _sigmoid(x)
-        return s, s * rest
 
 
 @triton.jit
@@ -64,7 +32,7 @@ def activate(
     row, col, mask = _position(rows, N, ROWS, BLOCK)
     gate = tl.load(GATE + row * stride_gate + col, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(UP + row * stride_up + col, mask=mask, other=0.0).to(tl.float32)
-    value, _ = _activate(gate, ACTIVATION)
+    value, _ = value_and_slope(gate, ACTIVATION)
     tl.store(Y + row * N + col, (value * up).to(Y.dtype.element_ty), mask=mask)
 
 
@@ -88,7 +56,7 @@ def differentiate(
     grad = tl.load(GRAD + row * stride_grad + col, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(GATE + row * stride_gate + col, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(UP + row * stride_up + col, mask=mask, other=0.0).to(tl.float32)
-    value, slope = _activate(gate, ACTIVATION)
+    value, slope = value_and_slope(gate, ACTIVATION)
     tl.store(D_GATE + row * N + col, (grad * up * slope).to(D_GATE.dtype.element_ty), mask=mask)
     tl.store(D_UP + row * N + col, (grad * value).to(D_UP.dtype.element_ty), mask=mask)
 

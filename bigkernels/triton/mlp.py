@@ -10,35 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import mlp as op
+from ._activations import value_and_slope
 from ._launch import falls_back, launch, require
-from .glu import _activate, _sigmoid
 
 _ELEMENTS = 2048  # of a program of 128 threads: two 16-byte loads of a 16-bit operand each
-
-
-@triton.jit
-def _value_and_slope(x, ACTIVATION: tl.constexpr):
-    """Numbered as in bigkernels.ops.mlp.ACTIVATIONS."""
-    if ACTIVATION < 6:
-        value, slope = _activate(x, ACTIVATION)
-    elif ACTIVATION == 6:  # identity
-        value, slope = x, x * 0.0 + 1.0
-    elif ACTIVATION == 7:  # tanh, by 2 sigmoid(2x) - 1
-        s, rest = _sigmoid(x + x)
-        small = x - x * x * x * 0.3333333333333333  # where the difference would lose the digits
-        value, slope = tl.where(tl.abs(x) < 0.01, small, s - rest), 4.0 * s * rest
-    else:  # quick_gelu
-        tl.static_assert(ACTIVATION == 8, "an activation without a branch")
-        s, rest = _sigmoid(x * 1.702)
-        value, slope = x * s, s * (1.0 + x * rest * 1.702)
-    return value, slope
 
 
 @triton.jit
 def activate_flat(X, Y, N, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(X + at, mask=at < N, other=0.0).to(tl.float32)
-    value, _ = _value_and_slope(x, ACTIVATION)
+    value, _ = value_and_slope(x, ACTIVATION)
     tl.store(Y + at, value.to(Y.dtype.element_ty), mask=at < N)
 
 
@@ -47,7 +29,7 @@ def differentiate_flat(GRAD, X, DX, Y, N, ACTIVATION: tl.constexpr, BLOCK: tl.co
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     grad = tl.load(GRAD + at, mask=at < N, other=0.0).to(tl.float32)
     x = tl.load(X + at, mask=at < N, other=0.0).to(tl.float32)
-    value, slope = _value_and_slope(x, ACTIVATION)
+    value, slope = value_and_slope(x, ACTIVATION)
     tl.store(DX + at, (grad * slope).to(DX.dtype.element_ty), mask=at < N)
     if Y is not None:
         tl.store(Y + at, value.to(Y.dtype.element_ty), mask=at < N)

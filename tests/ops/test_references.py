@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import bigkernels.functional as B
-from bigkernels.ops.glu import ACTIVATIONS
+from bigkernels.ops._activations import ACTIVATIONS
 
+ROOT = Path(__file__).resolve().parents[2]
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 
@@ -60,6 +64,12 @@ def test_rope(interleaved, batch, rotary):
         assert torch.equal(y[..., rotary:], x[..., rotary:])
 
 
+def test_activations_are_numbered_as_in_the_header():
+    header = (ROOT / "csrc/include/bigkernels/activations.h").read_text()
+    line = next(line for line in header.splitlines() if line.startswith("#define BK_ACTIVATIONS"))
+    assert re.findall(r" X\((\w+)\)", line) == list(ACTIVATIONS)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_glu(activation):
     gate, up = randn(3, 9), randn(3, 9)
@@ -70,6 +80,9 @@ def test_glu(activation):
         "relu": gate.clamp_min(0),
         "relu2": gate.clamp_min(0) ** 2,
         "sigmoid": 1 / (1 + (-gate).exp()),
+        "identity": gate,
+        "tanh": (gate.exp() - (-gate).exp()) / (gate.exp() + (-gate).exp()),
+        "quick_gelu": gate / (1 + (-1.702 * gate).exp()),
     }[activation]
     torch.testing.assert_close(B.glu(gate, up, activation=activation), expected * up, **CLOSE)
 

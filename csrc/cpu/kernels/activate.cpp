@@ -24,13 +24,13 @@ void forward(const Activate& a, int64_t begin, int64_t end) {
   if (a.stream) {
     for (; i + 2 * W <= last; i += 2 * W) {
       prefetch_ahead(in + i);
-      stream2(out + i, act_of<kind>(load(in + i)), act_of<kind>(load(in + i + W)));
+      stream2(out + i, activate<kind>(load(in + i)), activate<kind>(load(in + i + W)));
     }
     fence();
   }
   for (; i < last; i += W) {
     int64_t n = last - i < W ? last - i : W;
-    put(out + i, act_of<kind>(get(in + i, n)), n);
+    put(out + i, activate<kind>(get(in + i, n)), n);
   }
 }
 
@@ -43,7 +43,7 @@ void backward(const Activate& a, int64_t begin, int64_t end) {
     for (; i + 2 * W <= last; i += 2 * W) {
       prefetch_ahead(in + i);
       prefetch_ahead(grad + i);
-      vf slope[2], y[2] = {act_of<kind>(load(in + i), &slope[0]), act_of<kind>(load(in + i + W), &slope[1])};
+      vf slope[2], y[2] = {activate<kind>(load(in + i), &slope[0]), activate<kind>(load(in + i + W), &slope[1])};
       stream2(out + i, load(grad + i) * slope[0], load(grad + i + W) * slope[1]);
       if (value) stream2(value + i, y[0], y[1]);
     }
@@ -51,7 +51,7 @@ void backward(const Activate& a, int64_t begin, int64_t end) {
   }
   for (; i < last; i += W) {
     int64_t n = last - i < W ? last - i : W;
-    vf slope, y = act_of<kind>(get(in + i, n), &slope);
+    vf slope, y = activate<kind>(get(in + i, n), &slope);
     put(out + i, get(grad + i, n) * slope, n);
     if (value) put(value + i, y, n);
   }
@@ -62,7 +62,7 @@ void dispatch(const Activate& a, int64_t begin, int64_t end) {
   switch (a.act) {
 #define BK_CASE(kind) \
   case Act::kind: return kBackward ? backward<T, Act::kind>(a, begin, end) : forward<T, Act::kind>(a, begin, end);
-    BK_ACTS(BK_CASE)
+    BK_ACTIVATIONS(BK_CASE)
 #undef BK_CASE
   }
 }

@@ -1,4 +1,4 @@
-// The activations of gated units, by their value.
+// Activations by their value.
 #pragma once
 #include <bigkernels/math.h>
 
@@ -27,6 +27,9 @@ BK_INLINE vf activate(vf x) {
     case Activation::relu: return positive;
     case Activation::relu2: return positive * positive;
     case Activation::sigmoid: return vsigmoid(x);
+    case Activation::identity: return x;
+    case Activation::tanh: return vtanh(x);
+    case Activation::quick_gelu: return x * vsigmoid(x * 1.702f);
   }
   __builtin_unreachable();
 }
@@ -39,12 +42,10 @@ struct Kind {
 template <class Run>
 BK_INLINE auto by_activation(Activation kind, Run run) {
   switch (kind) {
-    case Activation::silu: return run(Kind<Activation::silu>());
-    case Activation::gelu: return run(Kind<Activation::gelu>());
-    case Activation::gelu_tanh: return run(Kind<Activation::gelu_tanh>());
-    case Activation::relu: return run(Kind<Activation::relu>());
-    case Activation::relu2: return run(Kind<Activation::relu2>());
-    case Activation::sigmoid: return run(Kind<Activation::sigmoid>());
+#define BK_CASE(name) \
+  case Activation::name: return run(Kind<Activation::name>());
+    BK_ACTIVATIONS(BK_CASE)
+#undef BK_CASE
   }
   __builtin_unreachable();
 }

@@ -69,7 +69,7 @@ BK_INLINE vf inner(const ChannelNorm& a, int64_t i, int64_t j, int64_t n, vf cen
       g = select(get((const T*)a.result + i, n) <= vf{}, vf{}, g);
     } else {
       vf slope;
-      act_of<kAct>(centred * of<kRows>(a.scale, j, n) + of<kRows>(a.shift, j, n), &slope);
+      activate<kAct>(centred * of<kRows>(a.scale, j, n) + of<kRows>(a.shift, j, n), &slope);
       g *= slope;
     }
   }
@@ -134,7 +134,7 @@ BK_INLINE void apply(const ChannelNorm& a, int64_t begin, int64_t end) {
     int64_t j = i - begin;
     vf z = (get(x + i, n) - of<kRows>(a.mean, j, n)) * of<kRows>(a.scale, j, n) + of<kRows>(a.shift, j, n);
     if (residual) z += get(residual + i, n);
-    return act_of<kAct>(z);
+    return activate<kAct>(z);
   };
   int64_t i = begin;
   if (a.stream)

@@ -48,11 +48,11 @@ void write_kind(const ActivatedLinear& a, const float* c, const float* bias, int
       y[v] = load(c + v * W) + added[v];
       if (before) {
         vf slope;
-        value[v] = act_of<kind>(vector_of(before + at, all, v), &slope);
+        value[v] = activate<kind>(vector_of(before + at, all, v), &slope);
         y[v] *= slope;
       } else {
         y[v] = rounded<T>(y[v]);
-        value[v] = act_of<kind>(y[v]);
+        value[v] = activate<kind>(y[v]);
       }
     }
     if (out) put_row(out + at, y, all, stream);
@@ -66,7 +66,7 @@ void write_activated(const ActivatedLinear& a, const float* c, const float* bias
   switch (a.act) {
 #define BK_CASE(kind) \
   case Act::kind: return write_kind<T, Act::kind>(a, c, bias, width, row, column);
-    BK_ACTS(BK_CASE)
+    BK_ACTIVATIONS(BK_CASE)
 #undef BK_CASE
   }
 }

@@ -21,18 +21,9 @@ BK_INLINE vf part(const Vector& v, int64_t i, int64_t n) {
 }
 
 BK_INLINE vf activation(Act act, vf x, float alpha) {
-  switch (act) {
-    case Act::silu: return activate<Activation::silu>(x);
-    case Act::gelu: return activate<Activation::gelu>(x);
-    case Act::gelu_tanh: return activate<Activation::gelu_tanh>(x);
-    case Act::relu: return activate<Activation::relu>(x);
-    case Act::relu2: return activate<Activation::relu2>(x);
-    case Act::sigmoid: return activate<Activation::sigmoid>(x);
-    case Act::identity: return x;
-    case Act::tanh: return vtanh(x);
-    case Act::quick_gelu: return x * vsigmoid(x * alpha);
-  }
-  __builtin_unreachable();
+  if (act == Act::quick_gelu) return x * vsigmoid(x * alpha);
+  return by_activation(act,
+                       [&](auto kind) __attribute__((always_inline)) { return activate<decltype(kind)::kind>(x); });
 }
 
 // The lanes from n on, which no sum may see, are 0.

@@ -35,43 +35,21 @@ BK_INLINE vf activate(vf x, vf* slope) {
       *slope = s * complement;
       return s;
     }
+    case Activation::identity: *slope = splat(1.0f); return x;
+    case Activation::tanh: {
+      // (1 - t) (1 + t) would lose the digits of large x: 4 s (1 - s) with s = sigmoid(2x) keeps them.
+      vf s = vsigmoid(x + x, &complement);
+      *slope = s * complement * 4.0f;
+      return vtanh(x);
+    }
+    case Activation::quick_gelu: {
+      vf s = vsigmoid(x * 1.702f, &complement);
+      *slope = x * complement * s * 1.702f + s;  // 1.702 last: it would overflow where s is 0
+      return x * s;
+    }
   }
   __builtin_unreachable();
 }
-
-// The same of all activations that step programs know.
-template <Act kind>
-BK_INLINE vf act_of(vf x) {
-  if constexpr (kind == Act::identity) {
-    return x;
-  } else if constexpr (kind == Act::tanh) {
-    return vtanh(x);
-  } else if constexpr (kind == Act::quick_gelu) {
-    return x * vsigmoid(x * 1.702f);
-  } else {
-    return activate<(Activation)(int)kind>(x);
-  }
-}
-template <Act kind>
-BK_INLINE vf act_of(vf x, vf* slope) {
-  if constexpr (kind == Act::identity) {
-    *slope = splat(1.0f);
-    return x;
-  } else if constexpr (kind == Act::tanh) {
-    // (1 - t) (1 + t) would lose the digits of large x: 4 s (1 - s) with s = sigmoid(2x) keeps them.
-    vf complement, s = vsigmoid(x + x, &complement);
-    *slope = s * complement * 4.0f;
-    return vtanh(x);
-  } else if constexpr (kind == Act::quick_gelu) {
-    vf complement, s = vsigmoid(x * 1.702f, &complement);
-    *slope = s * (x * complement * 1.702f + 1.0f);
-    return x * s;
-  } else {
-    return activate<(Activation)(int)kind>(x, slope);
-  }
-}
-
-#define BK_ACTS(X) X(silu) X(gelu) X(gelu_tanh) X(relu) X(relu2) X(sigmoid) X(identity) X(tanh) X(quick_gelu)
 
 }  // namespace
 }  // namespace BK_ISA

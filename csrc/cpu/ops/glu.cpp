@@ -43,8 +43,7 @@ void run(const Views& v, Glu a, Kernel<Glu> kernel, int tensors) {
 Glu arguments(const Tensor& gate, const Tensor& up, int64_t activation) {
   check_cpu("glu", "gate", gate);
   check_like("glu", "up", up, gate);
-  STD_TORCH_CHECK(activation >= 0 && activation <= (int)kLastActivation, "bigkernels::glu: no activation number ",
-                  activation);
+  STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "bigkernels::glu: no activation number ", activation);
   Glu a = {};
   a.type = type_of(gate);
   a.activation = (Activation)activation;

@@ -45,17 +45,7 @@ enum class Op : int32_t {
   mix = 10,      // attention inside of the run's own sequences
 };
 
-enum class Act : int32_t {  // the first six as Activation
-  silu = 0,
-  gelu = 1,
-  gelu_tanh = 2,
-  relu = 3,
-  relu2 = 4,
-  sigmoid = 5,
-  identity = 6,
-  tanh = 7,
-  quick_gelu = 8
-};
+using Act = Activation;
 
 struct NormRecord {
   Value x, out, residual;

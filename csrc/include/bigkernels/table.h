@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 
+#include "activations.h"
 #include "codes.h"
 #include "optimizer.h"
 
@@ -81,9 +82,6 @@ struct Rope {
   Type type;
   bool inverse;
 };
-
-enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, relu2 = 4, sigmoid = 5 };
-constexpr Activation kLastActivation = Activation::sigmoid;
 
 struct Glu {
   Rows gate, up, grad;
