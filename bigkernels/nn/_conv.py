@@ -24,7 +24,9 @@ def unavailable() -> str | None:
     module = nn.Conv2d(3, 5, 3, stride=2, padding=1, device="cpu", dtype=torch.float32).requires_grad_(False)
     x = torch.linspace(-1, 1, 3 * 42, dtype=torch.float32, device="cpu").view(1, 3, 6, 7)
     try:
-        right = torch.allclose(_convolve(module, x, _packed(module, x)), module(x), rtol=1e-4, atol=1e-5)
+        right = torch.allclose(
+            _convolve(module, x, _packed(module, module.weight, x), module.bias), module(x), rtol=1e-4, atol=1e-5
+        )
     except Exception as error:  # noqa: BLE001  names that are not public may have become anything
         return f"oneDNN's convolution raised {type(error).__name__}"
     return None if right else "oneDNN's convolution computes something else"
@@ -39,31 +41,84 @@ def packs(module: nn.Module) -> bool:
 
 def packed_conv2d(module: nn.Conv2d, x: Tensor, copies: dict) -> Tensor | None:
     """What a module that `packs` computes, from the weight packed in `copies`; None where its own forward has to."""
-    weight, bias = module.weight, module.bias
-    if x.dim() != 4 or type(x) is not Tensor or needs_grad(x, weight, bias) or not has_values(x):
-        return None
-    if forward_ad._current_level >= 0:  # a tangent may hang on it
-        return None
-    if not (x.is_cpu and weight.is_cpu) or not x.numel() or torch.is_autocast_enabled("cpu"):
-        return None
-    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype) or not torch.backends.mkldnn.enabled:
-        return None
-    if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return None
+    weight = module.weight
     # oneDNN gives channels-last, as PyTorch's convolution does where one of its operands lies so. To give a contiguous
     # result costs more than packing saves.
-    if x.is_contiguous() and weight.is_contiguous():
+    if not _fits(module, x) or (x.is_contiguous() and weight.is_contiguous()):
         return None
-    if x.shape[1] != weight.shape[1] * module.groups or not has_values(weight) or not _covers(module, x):
-        return None
-    # The storage beside the address: what `weight.data = ...` frees is where the next one may be allocated.
-    storage = StorageWeakRef(weight.untyped_storage())
-    options = module.stride, module.padding, module.dilation, module.groups
-    key = storage, weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, options
+    key = _options(module), *_state(weight)
     held = copies.get("conv2d")
     if held is None or held[0] != key:
-        held = copies["conv2d"] = key, _packed(module, x)
-    return _convolve(module, x, held[1])
+        held = copies["conv2d"] = key, _packed(module, weight.detach(), x)
+    return _convolve(module, x, held[1], module.bias)
+
+
+def folded_conv2d(
+    module: nn.Conv2d, norm: nn.modules.batchnorm._BatchNorm, x: Tensor, copies: dict, relu: bool = False
+) -> Tensor | None:
+    """norm(module(x)), and its positive part where `relu` says so, for a norm of running statistics, by a weight and a
+    bias that contain it, kept in `copies`; None where the modules themselves have to compute it.
+    """
+    mean, var = norm.running_mean, norm.running_var
+    if norm.training or mean is None or var is None or len(mean) != module.out_channels or not _fits(module, x):
+        return None
+    parts = [t for t in (module.weight, module.bias, mean, var, norm.weight, norm.bias) if t is not None]
+    if needs_grad(*parts) or not all(map(has_values, parts)) or not all(t.is_cpu for t in parts):
+        return None
+    if any(t.dtype not in (x.dtype, torch.float32) for t in parts):
+        return None
+    packs_it = not (x.is_contiguous() and module.weight.is_contiguous())
+    key = _options(module), norm.eps, packs_it, *(_state(t) for t in parts)
+    held = copies.get(norm)
+    if held is None or held[0] != key:
+        weight, bias = _folded(module, norm, mean, var)
+        held = copies[norm] = key, (_packed(module, weight, x) if packs_it else weight), bias
+    if packs_it:
+        return _convolve(module, x, held[1], held[2], relu)
+    with torch.no_grad():
+        y = nn.functional.conv2d(x, held[1], held[2], module.stride, module.padding, module.dilation, module.groups)
+        return y.relu_() if relu else y
+
+
+@torch.no_grad()
+def _folded(module: nn.Conv2d, norm: Any, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight and the bias of a convolution that normalises its result; in float64, and rounded once."""
+    scale = torch.rsqrt(var.double() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -mean.double() if module.bias is None else module.bias.double() - mean.double()
+    bias = shift * scale if norm.bias is None else shift * scale + norm.bias.double()
+    weight = module.weight.double() * scale.view(-1, 1, 1, 1)
+    dtype = module.weight.dtype
+    layout = torch.contiguous_format if module.weight.is_contiguous() else torch.channels_last
+    return weight.to(dtype).contiguous(memory_format=layout), bias.to(dtype)
+
+
+def _fits(module: nn.Conv2d, x: Tensor) -> bool:
+    weight, bias = module.weight, module.bias
+    if x.dim() != 4 or type(x) is not Tensor or needs_grad(x, weight, bias) or not has_values(x):
+        return False
+    if forward_ad._current_level >= 0:  # a tangent may hang on it
+        return False
+    if not (x.is_cpu and weight.is_cpu) or not x.numel() or torch.is_autocast_enabled("cpu"):
+        return False
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype) or not torch.backends.mkldnn.enabled:
+        return False
+    if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    return x.shape[1] == weight.shape[1] * module.groups and has_values(weight) and _covers(module, x)
+
+
+def _options(module: nn.Conv2d) -> tuple:
+    return module.stride, module.padding, module.dilation, module.groups
+
+
+def _state(t: Tensor) -> tuple:
+    """What changes where a tensor is written to as PyTorch counts, or is another one."""
+    # The storage beside the address: what `weight.data = ...` frees is where the next one may be allocated.
+    storage = StorageWeakRef(t.untyped_storage())
+    version = -1 if t.is_inference() else t._version
+    return storage, t.data_ptr(), version, t.shape, t.stride(), t.dtype
 
 
 def _covers(module: nn.Conv2d, x: Tensor) -> bool:
@@ -72,15 +127,24 @@ def _covers(module: nn.Conv2d, x: Tensor) -> bool:
     return all(n + 2 * padding > dilation * (k - 1) for n, padding, dilation, k in sizes)
 
 
-def _packed(module: nn.Conv2d, x: Tensor) -> Tensor:
+def _packed(module: nn.Conv2d, weight: Tensor, x: Tensor) -> Tensor:
     with torch.no_grad():
         return torch.ops.mkldnn._reorder_convolution_weight(
-            module.weight.detach(), module.padding, module.stride, module.dilation, module.groups, list(x.shape)
+            weight, module.padding, module.stride, module.dilation, module.groups, list(x.shape)
         )
 
 
-def _convolve(module: nn.Conv2d, x: Tensor, packed: Tensor) -> Tensor:
+def _convolve(module: nn.Conv2d, x: Tensor, packed: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
     with torch.no_grad():
         return torch.ops.mkldnn._convolution_pointwise(
-            x, packed, module.bias, module.padding, module.stride, module.dilation, module.groups, "none", [], ""
+            x,
+            packed,
+            bias,
+            module.padding,
+            module.stride,
+            module.dilation,
+            module.groups,
+            "relu" if relu else "none",
+            [],
+            "",
         )

@@ -235,7 +235,7 @@ def _plan(model: nn.Module, flags: dict[str, bool | str | None], verify: bool) -
                 if fit is not None:
                     chosen.append(name)
                     extra.update({(id(w.module), w.key): w for w in fit.writes})
-                    report.patched.append(Row(path, fit.kernel, fit.error))
+                    (report.inference if fit.inference else report.patched).append(Row(path, fit.kernel, fit.error))
         if chosen:
             writes.append(Write(module, "forward", Bound(rewritten(type(module), tuple(chosen)), module)))
     writes += extra.values()

@@ -21,9 +21,9 @@ def counted(monkeypatch):
     """Shapes of the images that packed convolutions took."""
     shapes, convolve = [], _conv._convolve
 
-    def count(module, x, packed):
+    def count(module, x, *packed):
         shapes.append(tuple(x.shape))
-        return convolve(module, x, packed)
+        return convolve(module, x, *packed)
 
     monkeypatch.setattr(_conv, "_convolve", count)
     return shapes

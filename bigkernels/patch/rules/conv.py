@@ -27,12 +27,17 @@ def in_inference(module: nn.Conv2d, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
+def is_patched(conv: Any) -> bool:
+    """Whether a module is a convolution whose forward is this rule's."""
+    own = conv.__dict__.get("forward") if type(conv) is nn.Conv2d else None
+    return type(own) is functools.partial and own.func is in_inference and own.args[0] is conv
+
+
 def _plan(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
     if not packs(module) or not plain(cast(Tensor, module.weight)) or not module.weight.is_cpu:
         return None
-    return Write(module, "forward", functools.partial(in_inference, cast(nn.Conv2d, module))), Fit(
-        "conv2d (packed)", inference=True
-    )
+    forward = functools.partial(in_inference, cast(nn.Conv2d, module))
+    return Write(module, "forward", forward), Fit("conv2d (packed)", inference=True)
 
 
 RULE = ModuleRule("linear", _plan)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,11 @@ from .mlp import _functions, _is_known, _key, _name, is_pointwise
 _BATCH = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}  # and the dimensions that they take
 _NORMS: tuple[Any, ...] = (nn.GroupNorm, *_BATCH)
 _FORWARDS = {cls: cls.forward for cls in _NORMS}  # whoever replaces one later is followed
-_SEQUENTIAL = nn.Sequential.forward
-_KEY = "_bigkernels_image_activation"  # of an activation module: what it computes
+KEY = "_bigkernels_image_activation"  # of an activation module: what it computes
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+NORMED = "_bigkernels_normed"
 
 
 def _fits(module: nn.Module, x: Any) -> bool:
@@ -72,20 +74,22 @@ def compute(module: nn.Module, x: Tensor, activation: str | None = None) -> Tens
 def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Takes the place of a norm's forward: the kernel where it fits the call, the class's own code elsewhere."""
     cls = type(module)
+    if len(args) == 1 and not kwargs and already_normed(module, args[0]) is not None:
+        return args[0]
     if len(args) == 1 and not kwargs and _FORWARDS.get(cls) is cls.forward and _fits(module, args[0]):
         return compute(module, args[0])
     return cls.forward(module, *args, **kwargs)
 
 
 def _plan(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
-    error = _error_of(module, plan)
+    error = error_of(module, plan)
     if error is None:
         return None
     kind = "group_norm" if type(module) is nn.GroupNorm else "batch_norm"
     return Write(module, "forward", functools.partial(forward, module)), Fit(kind, error)
 
 
-def _error_of(module: nn.Module, plan: Plan) -> float | None:
+def error_of(module: nn.Module, plan: Plan) -> float | None:
     """The largest error of a norm of this kind; None for what is none."""
     cls = type(module)
     if _FORWARDS.get(cls) is not cls.forward:
@@ -126,20 +130,40 @@ def _error(module: nn.Module) -> float:
 # ---- with an activation ---------------------------------------------------------------------------------------------
 
 
-def is_patched(norm: Any) -> bool:
-    """Whether a module is a norm whose forward is this rule's, or its class's, and that nobody observes."""
+class Normed(NamedTuple):
+    """Of a tensor: the norm that it has passed already (conv_norm.py), and whether a ReLU behind it, too."""
+
+    norm: nn.Module
+    rectified: bool
+
+
+def already_normed(norm: Any, x: Any) -> Normed | None:
+    """What `before_norm` has said of a tensor, once, where it was made for this norm."""
+    mark = getattr(x, NORMED, None)
+    if mark is None or mark.norm is not norm:
+        return None
+    delattr(x, NORMED)
+    return mark
+
+
+def is_patched(norm: Any, written: bool = False) -> bool:
+    """Whether a module is a norm whose forward is this rule's, or (unless `written`) its class's, and that nobody
+    observes.
+    """
     if not isinstance(norm, nn.Module) or (type(norm) is not nn.GroupNorm and type(norm) not in _BATCH):
         return False
     if _FORWARDS[type(norm)] is not type(norm).forward:
         return False
     own = norm.__dict__.get("forward")
-    ours = own is None or (type(own) is functools.partial and own.func is forward and own.args[0] is norm)
+    ours = (own is None and not written) or (
+        type(own) is functools.partial and own.func is forward and own.args[0] is norm
+    )
     return ours and unobserved(norm)
 
 
 def name_of(act: Any, approximate: str | None = None) -> str | None:
     if isinstance(act, nn.Module):
-        known = act.__dict__.get(_KEY) if unobserved(act) else None
+        known = act.__dict__.get(KEY) if unobserved(act) else None
         return None if known is None else known.name_of(act)
     name = _functions.get((act, approximate))
     return name if name in NUMBERS else None
@@ -147,6 +171,11 @@ def name_of(act: Any, approximate: str | None = None) -> str | None:
 
 def normed(act: Any, norm: Any, x: Any, approximate: str | None = None) -> Any:
     """act(norm(x))."""
+    mark = already_normed(norm, x)
+    if mark is not None:
+        if name_of(act, approximate) == "relu":
+            return x if mark.rectified else x.relu_()  # which nobody else has
+        return act(x) if approximate is None else act(x, approximate=approximate)
     name = name_of(act, approximate)
     if name is not None and is_patched(norm) and _fits(norm, x):
         return compute(norm, x, name)
@@ -154,46 +183,7 @@ def normed(act: Any, norm: Any, x: Any, approximate: str | None = None) -> Any:
     return act(y) if approximate is None else act(y, approximate=approximate)
 
 
-def sequence(module: nn.Sequential, *args: Any, **kwargs: Any) -> Any:
-    """Takes the place of the forward of `nn.Sequential`."""
-    if len(args) != 1 or kwargs or type(module).forward is not _SEQUENTIAL:
-        return type(module).forward(module, *args, **kwargs)
-    (x,) = args
-    layers = list(module._modules.values())
-    at = 0
-    while at < len(layers):
-        if at + 1 < len(layers) and is_patched(layers[at]) and isinstance(layers[at + 1], nn.Module):
-            x = normed(layers[at + 1], layers[at], x)
-            at += 2
-        else:
-            x = layers[at](x)
-            at += 1
-    return x
-
-
-def _plan_sequence(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
-    if not isinstance(module, nn.Sequential) or type(module).forward is not _SEQUENTIAL:
-        return None
-    layers = list(module._modules.values())
-    extra, names, error = [], [], 0.0
-    for norm, act in zip(layers, layers[1:], strict=False):
-        own = _error_of(norm, plan) if isinstance(norm, nn.Module) else None
-        if own is None or not isinstance(act, nn.Module) or not is_pointwise(act):
-            continue
-        try:
-            name, by_act = _activation_name(act, None, plan)
-        except Skip:
-            continue
-        extra.append(Write(act, _KEY, Known(act, name)))
-        names.append(f"{'group_norm' if type(norm) is nn.GroupNorm else 'batch_norm'} + {name}")
-        error = max(error, own, by_act)
-    if not names:
-        return None
-    fit = Fit(", ".join(sorted(set(names))), error, tuple(extra))
-    return Write(module, "forward", functools.partial(sequence, module)), fit
-
-
-def _activation_name(act: Any, approximate: str | None, plan: Plan) -> tuple[str, float]:
+def activation_name(act: Any, approximate: str | None, plan: Plan) -> tuple[str, float]:
     key = "mlp", _key(act), approximate
     if key not in plan.memory:
         plan.memory[key] = _name(act, approximate, plan.verify)
@@ -235,7 +225,7 @@ def _site(source, found, node, norm, x, more) -> Site:
 def _check(target: Any, approximate: str | None, path: list[str]):
     def check(module: nn.Module, plan: Plan) -> Fit | None:
         norm = resolve(module, path)
-        error = _error_of(norm, plan) if isinstance(norm, nn.Module) else None
+        error = error_of(norm, plan) if isinstance(norm, nn.Module) else None
         if error is None:
             return None
         act = resolve(module, target) if isinstance(target, list) else target
@@ -244,10 +234,10 @@ def _check(target: Any, approximate: str | None, path: list[str]):
                 return None
         elif not _is_known(act):
             return None
-        name, by_act = _activation_name(act, approximate, plan)
+        name, by_act = activation_name(act, approximate, plan)
         what = f"{'group_norm' if type(norm) is nn.GroupNorm else 'batch_norm'} + {name}"
         if isinstance(act, nn.Module):
-            return Fit(what, max(error, by_act), (Write(act, _KEY, Known(act, name)),))
+            return Fit(what, max(error, by_act), (Write(act, KEY, Known(act, name)),))
         _functions[act, approximate] = name
         return Fit(what, max(error, by_act))
 
@@ -255,5 +245,4 @@ def _check(target: Any, approximate: str | None, path: list[str]):
 
 
 MODULE_RULE = ModuleRule("norm", _plan)
-SEQUENCE_RULE = ModuleRule("norm", _plan_sequence)
 RULE = SourceRule("norm", "image_norm", _sites)

@@ -14,7 +14,9 @@ class QuantizedWeight {
         row_scale_(op, "row_scale", row_scale, codes.size(0)),
         book_(op, "book", book, 16) {
     check_cpu(op, "codes", codes);
-    STD_TORCH_CHECK(codes.dim() == 2 && k >= 0, "bigkernels::", op, ": codes must be a matrix");
+    // A row of codes has 1 bit a value at the least; beyond that the sizes below would overflow.
+    STD_TORCH_CHECK(codes.dim() == 2 && k >= 0 && k / 8 <= codes.size(1), "bigkernels::", op,
+                    ": codes must be a matrix with rows of ", k);
     STD_TORCH_CHECK(kind >= 0 && kind < kKinds && !is_plain((Codes)kind), "bigkernels::", op, ": no codes are of kind ",
                     kind);
     a.kind = (Codes)kind;
@@ -26,9 +28,9 @@ class QuantizedWeight {
     STD_TORCH_CHECK(codes.size(1) == row_bytes && (!row.block || k % row.block == 0), "bigkernels::", op,
                     ": codes do not hold rows of ", k);
     a.codes = (const uint8_t*)codes_.const_data_ptr(), a.code_row = codes_.stride(0);
-    a.group = group, a.groups = group > 0 ? (k + group - 1) / group : 0;
     STD_TORCH_CHECK(row.blocked ? group == 32 || group == 64 || group == 128 : group == 0, "bigkernels::", op,
                     ": groups of ", group);
+    a.group = group, a.groups = group > 0 ? (k + group - 1) / group : 0;
     STD_TORCH_CHECK(scale.has_value() == (row.scale_bytes > 0), "bigkernels::", op, ": scale does not fit the codes");
     if (scale) {
       check_cpu(op, "scale", *scale);
