@@ -36,7 +36,8 @@ BK_EXPORT int64_t bk_look(void* list, int64_t count, int (*describe)(void*, DLTe
   for (int64_t i = 0; i < count; ++i) {
     if (i + 2 * kAhead < count) __builtin_prefetch(item(list, i + 2 * kAhead));
     if (i + kAhead < count)
-      for (int line = -2; line <= 2; ++line) __builtin_prefetch((const void*)((uintptr_t)hints[i + kAhead] + 64 * line));
+      for (int line = -2; line <= 2; ++line)
+        __builtin_prefetch((const void*)((uintptr_t)hints[i + kAhead] + 64 * line));
     DLTensor t;
     if (describe(item(list, i), &t)) return -1;
     const int64_t address = (int64_t)t.data + (int64_t)t.byte_offset, dimensions = t.dimensions;
