@@ -132,9 +132,11 @@ class Case:
 
 
 def judge(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
-    """Parts are added up in float32, each rounded to the dtype: two roundings at the scale of rows."""
+    """Parts are added up in float32, each rounded to the dtype: two roundings at the scale of rows, but of gradients of
+    scores, which cancel in rows of few keys.
+    """
     for i, (a, p, e) in enumerate(zip(ours, plain, exact, strict=True)):
-        comparison = compare(a, p.to(a.dtype), e, roundings=2.0, scale="row")
+        comparison = compare(a, p.to(a.dtype), e, roundings=2.0, scale="row" if i < 5 else "tensor")
         assert comparison.ok, f"result {i}: {comparison}"
 
 
