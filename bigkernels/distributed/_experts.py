@@ -31,14 +31,14 @@ def expert_parallel(
     x: Tensor,
     chosen: Tensor,
     routing_weight: Tensor,
-    experts: Callable[[Tensor, Tensor], Tensor],
+    function: Callable[[Tensor, Tensor], Tensor],
     *,
     num_experts: int,
     group: Group = None,
 ) -> Tensor:
-    """``out[t] = sum over i of routing_weight[t, i] * experts[chosen[t, i]](x[t])``, of experts on several ranks.
+    """``out[t] = sum over i of routing_weight[t, i] * expert[chosen[t, i]](x[t])``, of experts on several ranks.
 
-    Each rank calls `experts` once, with the tokens of all ranks for the experts that it has (`local_experts`), sorted
+    Each rank calls `function` once, with the tokens of all ranks for the experts that it has (`local_experts`), sorted
     by expert: what `bigkernels.ops.grouped_linear` takes. A rank sends each of its tokens once a chosen expert of
     another rank, and gets as many results back; backward sends the gradients the same ways.
 
@@ -46,8 +46,8 @@ def expert_parallel(
         x: (T, D), floating: this rank's tokens, of another number on each rank, or none.
         chosen: (T, K), integers in [0, num_experts).
         routing_weight: (T, K), floating. Differentiable.
-        experts: called with tokens (R, D) and `ends` (E,), int32: the tokens of this rank's expert i end at
-            ``ends[i]``; returns (R, N). It is called with R = 0 too, so that all ranks take part in what it reduces.
+        function: the experts, called with tokens (R, D) and `ends` (E,), int32: the tokens of this rank's expert i end
+            at ``ends[i]``; returns (R, N). It is called with R = 0 too, so that all ranks take part in what it reduces.
         num_experts: of all ranks.
         group: a process group, a device mesh of one dimension, or None: the default group.
 
@@ -93,7 +93,7 @@ def expert_parallel(
     expert = torch.arange(mine, dtype=torch.int64, device=x.device).repeat(ranks).repeat_interleave(theirs.view(-1))
     by_expert = torch.argsort(expert, stable=True)
     ends = theirs.sum(0).cumsum(0).int()
-    results = experts(tokens.index_select(0, by_expert), ends)
+    results = function(tokens.index_select(0, by_expert), ends)
     if results.dim() != 2 or len(results) != len(tokens):
         raise ValueError(
             f"bigkernels.{_OP}: experts returned {tuple(results.shape)} for {len(tokens)} tokens, expected (R, N)"

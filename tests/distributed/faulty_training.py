@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from bigkernels import optim
 from bigkernels.distributed import load_checkpoint, save_checkpoint
@@ -56,14 +57,11 @@ def main() -> None:
     model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 8)))
     optimizer = optim.AdamW(model.parameters(), lr=1e-2)
     losses = torch.zeros(STEPS, dtype=torch.float64)
-    for p in model.parameters():  # so that there are states to load
-        p.grad = torch.zeros_like(p)
-    saved = {"model": model.state_dict(), "losses": losses}
-    first = load_checkpoint(saved, folder / "checkpoints")
+    states = of_training(model, optimizer, losses)
+    first = load_checkpoint(states, folder / "checkpoints")
     if first is not None:
-        model.load_state_dict(saved["model"])
-        states = torch.load(folder / "checkpoints" / f"step-{first}" / f"optimizer{rank}", weights_only=False)
-        optimizer.load_state_dict(states)
+        set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+        losses = states["losses"]
     dist.barrier()
     if attempt == 0 and rank == 1 and fault != "none":
         threading.Thread(target=disturb, args=(fault, after), daemon=True).start()
@@ -82,20 +80,21 @@ def main() -> None:
             dist.all_reduce(total)
             losses[step] = total.item() / 2
             if step % EVERY == EVERY - 1:
-                save(folder, model, optimizer, losses, step, rank)
+                save_checkpoint(of_training(model, optimizer, losses), folder / "checkpoints", step)
             time.sleep(0.02)
     except Exception as error:
         with (folder / "errors").open("a") as f:
-            f.write(f"{rank} {time.monotonic() - begin:.1f} {type(error).__name__}: {error}\n".replace("\n", " ") + "\n")
+            words = " ".join(str(error).split())
+            f.write(f"{rank} {time.monotonic() - begin:.1f} {type(error).__name__}: {words}\n")
         raise
     if rank == 0:
         (folder / "losses").write_text("\n".join(float(v).hex() for v in losses))
     dist.destroy_process_group()
 
 
-def save(folder: Path, model: nn.Module, optimizer: optim.Optimizer, losses: torch.Tensor, step: int, rank: int) -> None:
-    state = {"model": model.state_dict(), "losses": losses}
-    save_checkpoint(state, folder / "checkpoints", step)
+def of_training(model: nn.Module, optimizer: optim.Optimizer, losses: torch.Tensor) -> dict:
+    weights, states = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": states, "losses": losses}
 
 
 if __name__ == "__main__":

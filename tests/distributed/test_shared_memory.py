@@ -271,6 +271,7 @@ def checkpoints_are_whole_or_not_there() -> None:
         state["weight"].fill_(step)
         save_checkpoint(state, folder, step)
     assert sorted(p.name for p in folder.iterdir()) == ["step-2", "step-3"]
+    dist.barrier()  # all have looked
     if dist.get_rank() == 0:
         (folder / "step-9.part").mkdir()
     dist.barrier()
