@@ -134,7 +134,7 @@ def _is_window(mask_function: Any, left: int, right: int, local: int) -> bool:
     at = torch.tensor(sorted({max(e, 0) for e in edges}), dtype=torch.int64, device="cpu")
     q, k = at[:, None], at[None, :]
     try:
-        found = torch.as_tensor(mask_function(0, 0, q, k)).expand(len(at), len(at))
+        found = torch.as_tensor(mask_function(0, 0, q, k), dtype=torch.bool, device="cpu").expand(len(at), len(at))
     except Exception:  # noqa: BLE001  of the model's own, it may read what these places are not in
         return False
     seen = torch.ones(len(at), len(at), dtype=torch.bool, device="cpu")
@@ -142,7 +142,7 @@ def _is_window(mask_function: Any, left: int, right: int, local: int) -> bool:
         seen &= k >= q - left
     if right >= 0:
         seen &= k <= q + right
-    return torch.equal(found.cpu(), seen)
+    return torch.equal(found, seen)
 
 
 def begin(number: int) -> None:
