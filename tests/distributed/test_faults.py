@@ -16,10 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAM = Path(__file__).parent / "faulty_training.py"
 SLACK = 60.0  # seconds that a loaded machine may take beyond the time-out
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or not sys.platform.startswith("linux"),
-    reason="this torch has no gloo",
-)
+# A restarted run was seen to hang, once in about ten: until that is understood these are no part of the default run.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not dist.is_available() or not dist.is_gloo_available() or not sys.platform.startswith("linux"),
+        reason="this torch has no gloo",
+    ),
+]
 
 
 def environment(**others: object) -> dict[str, str]:
