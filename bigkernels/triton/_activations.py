@@ -16,7 +16,7 @@ def _sigmoid(x):
 
 
 @triton.jit
-def value_and_slope(x, ACTIVATION: tl.constexpr):
+def _value_and_slope(x, ACTIVATION: tl.constexpr):
     """The activation and its derivative. Numbered as in bigkernels.ops._activations."""
     if ACTIVATION == 0:  # silu
         s, rest = _sigmoid(x)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._activations import value_and_slope
+from ._activations import _value_and_slope
 from ._launch import launch, power_of_2, processors
 
 _TILE = 2048  # elements of a tile
@@ -74,7 +74,7 @@ def _behind(GRAD, X, RESULT, MEAN, SCALE, SHIFT, at, channel, C, offset, mask, A
     elif ACTIVATION != 6:
         z = x * tl.load(SCALE + at + channel, mask=inside, other=0.0)
         z += tl.load(SHIFT + at + channel, mask=inside, other=0.0)
-        value, slope = value_and_slope(z, ACTIVATION)
+        value, slope = _value_and_slope(z, ACTIVATION)
         g *= slope
     return tl.where(mask, x, 0.0), tl.where(mask, g, 0.0)
 
@@ -142,7 +142,7 @@ def results(
     z += tl.load(SHIFT + at + channel, mask=inside, other=0.0)
     if RESIDUAL is not None:
         z += tl.load(RESIDUAL + offset, mask=mask, other=0.0).to(tl.float32)
-    value, _ = value_and_slope(z, ACTIVATION)
+    value, _ = _value_and_slope(z, ACTIVATION)
     tl.store(Y + offset, value.to(Y.dtype.element_ty), mask=mask)
 
 

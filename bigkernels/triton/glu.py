@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import glu as op
-from ._activations import value_and_slope
+from ._activations import _value_and_slope
 from ._launch import falls_back, launch, power_of_2, require, rows
 
 
@@ -32,7 +32,7 @@ def activate(
     row, col, mask = _position(rows, N, ROWS, BLOCK)
     gate = tl.load(GATE + row * stride_gate + col, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(UP + row * stride_up + col, mask=mask, other=0.0).to(tl.float32)
-    value, _ = value_and_slope(gate, ACTIVATION)
+    value, _ = _value_and_slope(gate, ACTIVATION)
     tl.store(Y + row * N + col, (value * up).to(Y.dtype.element_ty), mask=mask)
 
 
@@ -56,7 +56,7 @@ def differentiate(
     grad = tl.load(GRAD + row * stride_grad + col, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(GATE + row * stride_gate + col, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(UP + row * stride_up + col, mask=mask, other=0.0).to(tl.float32)
-    value, slope = value_and_slope(gate, ACTIVATION)
+    value, slope = _value_and_slope(gate, ACTIVATION)
     tl.store(D_GATE + row * N + col, (grad * up * slope).to(D_GATE.dtype.element_ty), mask=mask)
     tl.store(D_UP + row * N + col, (grad * value).to(D_UP.dtype.element_ty), mask=mask)
 

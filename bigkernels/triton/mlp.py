@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import mlp as op
-from ._activations import value_and_slope
+from ._activations import _value_and_slope
 from ._launch import falls_back, launch, require
 
 _ELEMENTS = 2048  # of a program of 128 threads: two 16-byte loads of a 16-bit operand each
@@ -20,7 +20,7 @@ _ELEMENTS = 2048  # of a program of 128 threads: two 16-byte loads of a 16-bit o
 def activate_flat(X, Y, N, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(X + at, mask=at < N, other=0.0).to(tl.float32)
-    value, _ = value_and_slope(x, ACTIVATION)
+    value, _ = _value_and_slope(x, ACTIVATION)
     tl.store(Y + at, value.to(Y.dtype.element_ty), mask=at < N)
 
 
@@ -29,7 +29,7 @@ def differentiate_flat(GRAD, X, DX, Y, N, ACTIVATION: tl.constexpr, BLOCK: tl.co
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     grad = tl.load(GRAD + at, mask=at < N, other=0.0).to(tl.float32)
     x = tl.load(X + at, mask=at < N, other=0.0).to(tl.float32)
-    value, slope = value_and_slope(x, ACTIVATION)
+    value, slope = _value_and_slope(x, ACTIVATION)
     tl.store(DX + at, (grad * slope).to(DX.dtype.element_ty), mask=at < N)
     if Y is not None:
         tl.store(Y + at, value.to(Y.dtype.element_ty), mask=at < N)
