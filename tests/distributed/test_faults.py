@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAM = Path(__file__).parent / "faulty_training.py"
 SLACK = 60.0  # seconds that a loaded machine may take beyond the time-out
 
-# A restarted run was seen to hang, once in about ten: until that is understood these are no part of the default run.
+# A restarted run was seen to hang, once in three runs: until that is understood these are no part of the default run.
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
