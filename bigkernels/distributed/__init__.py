@@ -1,7 +1,6 @@
 """Sequences, experts and sums over several processes, under `torch.distributed`.
 
-Importing this registers the backend "shared_memory", which is experimental: a run that was restarted after a rank had
-been killed was seen to hang.
+Importing this registers the backend "shared_memory".
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ def prepare(
     dropout_p: float, cu_seqlens: Tensor | None,
 ) -> Call:  # fmt: skip
     """Check what this rank gives, then whether the ranks give what goes together; their lengths, and dropout's seed."""
-    found = resolve_group(op, group)
-    rank, ranks = dist.get_rank(found), dist.get_world_size(found)
+    members = resolve_group(op, group)
+    rank, ranks = dist.get_rank(members), dist.get_world_size(members)
     if rank < 0:
         raise ValueError(f"bigkernels.{op}: this rank is not in the group")
     check_placement(op, placement)
@@ -85,7 +85,7 @@ def prepare(
         values = (q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3], _DTYPES.index(q.dtype), *options[:2],
                   cu_seqlens is not None, gradient)  # fmt: skip
         seeds = 0 if seed is None else int(seed)
-        said = agree(op, found, _AGREED, tuple(map(int, values)), q.device, (length, seeds))
+        said = agree(op, members, _AGREED, tuple(map(int, values)), q.device, (length, seeds))
         lengths = [n for n, _ in said]
         if seed is not None:
             seed.fill_(said[0][1])
@@ -97,7 +97,7 @@ def prepare(
                 f"of rank {rank}"
             )
         if seed is not None:
-            dist.broadcast(seed, group=found, group_src=0)
+            dist.broadcast(seed, group=members, group_src=0)
     total = sum(lengths)
     ends = _ends(op, cu_seqlens, total)
     for name, t in (("bias", bias), ("mask", mask)):
@@ -113,7 +113,7 @@ def prepare(
         count = q.shape[0] if ends is None else len(ends) - 1
         dense.check_integers(op, "prefix_lengths", prefix_lengths, (count,))
         prefix_lengths = own(prefix_lengths)
-    return Call(found, rank, ranks, lengths, q, k, v, ends, bias, mask, alibi_slopes, sinks, prefix_lengths, seed,
+    return Call(members, rank, ranks, lengths, q, k, v, ends, bias, mask, alibi_slopes, sinks, prefix_lengths, seed,
                 options)  # fmt: skip
 
 

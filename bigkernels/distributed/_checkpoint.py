@@ -19,6 +19,9 @@ def save_checkpoint(state: dict[str, Any], folder: str | os.PathLike, step: int,
 
     `torch.distributed.checkpoint` writes it.
 
+    Where torchrun may restart (``--max-restarts``), set ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``: without it torch 2.13
+    gives restarted ranks the store of those before them, and by what these have left there a restart may hang.
+
     A rank that dies meanwhile leaves a folder ``step-N.part``, which nobody loads and the next save removes. All ranks
     call this.
 
@@ -36,20 +39,20 @@ def save_checkpoint(state: dict[str, Any], folder: str | os.PathLike, step: int,
     import torch.distributed.checkpoint as dcp
 
     op = "distributed.save_checkpoint"
-    found = resolve_group(op, group)
+    members = resolve_group(op, group)
     if step < 0 or keep < 1:
         raise ValueError(f"bigkernels.{op}: step is {step} and keep {keep}, expected 0 and 1 or more")
     folder = os.fspath(folder)
     path = os.path.join(folder, f"{_STEP}{step}")
-    first = dist.get_rank(found) == 0
+    first = dist.get_rank(members) == 0
     if first:
         os.makedirs(folder, exist_ok=True)
         for name in os.listdir(folder):
             if name.startswith(_STEP) and name.endswith(_PART):
                 shutil.rmtree(os.path.join(folder, name))
-    dist.barrier(found)
-    dcp.save(state, checkpoint_id=path + _PART, process_group=found)
-    dist.barrier(found)
+    dist.barrier(members)
+    dcp.save(state, checkpoint_id=path + _PART, process_group=members)
+    dist.barrier(members)
     if first:
         for root, _, names in os.walk(path + _PART):
             for name in names:
@@ -60,7 +63,7 @@ def save_checkpoint(state: dict[str, Any], folder: str | os.PathLike, step: int,
         _flush(folder)
         for old in _steps(folder)[:-keep]:
             shutil.rmtree(os.path.join(folder, f"{_STEP}{old}"))
-    dist.barrier(found)
+    dist.barrier(members)
     return path
 
 
@@ -74,16 +77,16 @@ def load_checkpoint(state: dict[str, Any], folder: str | os.PathLike, *, group: 
     """
     import torch.distributed.checkpoint as dcp
 
-    found = resolve_group("distributed.load_checkpoint", group)
+    members = resolve_group("distributed.load_checkpoint", group)
     steps: list[Any] = [None]
-    if dist.get_rank(found) == 0:
+    if dist.get_rank(members) == 0:
         latest = _steps(os.fspath(folder))
         steps = [latest[-1] if latest else None]
-    dist.broadcast_object_list(steps, group=found, group_src=0)
+    dist.broadcast_object_list(steps, group=members, group_src=0)
     step: int | None = steps[0]
     if step is not None:
         path = os.path.join(os.fspath(folder), f"{_STEP}{step}")
-        dcp.load(state, checkpoint_id=path, process_group=found)
+        dcp.load(state, checkpoint_id=path, process_group=members)
     return step
 
 

@@ -17,8 +17,8 @@ _OP = "distributed.expert_parallel"
 
 def local_experts(num_experts: int, *, group: Group = None) -> range:
     """The experts of this rank: as many as of every other one, or one more on the first ranks."""
-    found = resolve_group("distributed.local_experts", group)
-    return _owned(num_experts, dist.get_rank(found), dist.get_world_size(found))
+    members = resolve_group("distributed.local_experts", group)
+    return _owned(num_experts, dist.get_rank(members), dist.get_world_size(members))
 
 
 def _owned(num_experts: int, rank: int, ranks: int) -> range:
@@ -59,8 +59,8 @@ def expert_parallel(
         ValueError: shapes do not fit, an expert does not exist (on CPU), or ranks differ in sizes (then on every rank).
         RuntimeError: there is no process group.
     """
-    found = resolve_group(_OP, group)
-    ranks, rank = dist.get_world_size(found), dist.get_rank(found)
+    members = resolve_group(_OP, group)
+    ranks, rank = dist.get_world_size(members), dist.get_rank(members)
     if chosen.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"bigkernels.{_OP}: chosen is {chosen.dtype}; accepted are int32 and int64")
     if x.dim() != 2 or chosen.dim() != 2 or chosen.shape != routing_weight.shape or len(chosen) != len(x):
@@ -73,7 +73,7 @@ def expert_parallel(
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     named = ("the width of x", "num_experts", "the dtype", "whether gradients are recorded")
     agreed = (x.shape[1], num_experts, dtypes.index(x.dtype), int(torch.is_grad_enabled()))
-    said = agree(_OP, found, named, agreed, x.device, (int(x.requires_grad),))
+    said = agree(_OP, members, named, agreed, x.device, (int(x.requires_grad),))
     # All ranks take part in what goes back in backward, those that need nothing of it as well.
     anchor = x.new_zeros(0, requires_grad=True)
     way_there = anchor if any(needs for (needs,) in said) else None
@@ -84,11 +84,11 @@ def expert_parallel(
     spans = [_owned(num_experts, r, ranks) for r in range(ranks)]
     mine = len(spans[rank])
     theirs = counts.new_empty(ranks * mine)
-    dist.all_to_all_single(theirs, counts, [mine] * ranks, [len(span) for span in spans], group=found)
+    dist.all_to_all_single(theirs, counts, [mine] * ranks, [len(span) for span in spans], group=members)
     theirs = theirs.view(ranks, mine)
     sent = [int(part.sum()) for part in counts.split([len(span) for span in spans])]
     received = theirs.sum(1).tolist()
-    tokens = _Exchange.apply(x.index_select(0, order // each), way_there, sent, received, found)
+    tokens = _Exchange.apply(x.index_select(0, order // each), way_there, sent, received, members)
     # They come rank by rank, and within a rank by expert.
     expert = torch.arange(mine, dtype=torch.int64, device=x.device).repeat(ranks).repeat_interleave(theirs.view(-1))
     by_expert = torch.argsort(expert, stable=True)
@@ -99,7 +99,7 @@ def expert_parallel(
             f"bigkernels.{_OP}: experts returned {tuple(results.shape)} for {len(tokens)} tokens, expected (R, N)"
         )
     results = _Tie.apply(results, tokens)
-    back = _Exchange.apply(results.index_select(0, torch.argsort(by_expert)), anchor, received, sent, found)
+    back = _Exchange.apply(results.index_select(0, torch.argsort(by_expert)), anchor, received, sent, members)
     back = back.index_select(0, torch.argsort(order)).view(len(x), each, results.shape[1])
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (back.to(wide) * routing_weight.to(wide)[..., None]).sum(1).to(x.dtype)

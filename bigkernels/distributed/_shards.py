@@ -28,10 +28,10 @@ def shard_sequence(t: Tensor, *, group: Group = None, dim: int = 1, placement: P
         ValueError: `placement` is not known.
     """
     op = "distributed.shard_sequence"
-    found = resolve_group(op, group)
+    members = resolve_group(op, group)
     check_placement(op, placement)
-    lengths = split_length(t.shape[dim], dist.get_world_size(found))
-    mine = [run for run in runs(lengths, placement)[dist.get_rank(found)]]
+    lengths = split_length(t.shape[dim], dist.get_world_size(members))
+    mine = [run for run in runs(lengths, placement)[dist.get_rank(members)]]
     return torch.cat([t.narrow(dim, run.at, run.length) for run in mine], dim)
 
 
@@ -40,10 +40,10 @@ def shard_positions(
 ) -> Tensor:
     """The places in a sequence of `total` tokens of those that `shard_sequence` gives this rank: (S,), int64."""
     op = "distributed.shard_positions"
-    found = resolve_group(op, group)
+    members = resolve_group(op, group)
     check_placement(op, placement)
-    lengths = split_length(total, dist.get_world_size(found))
-    return places(runs(lengths, placement)[dist.get_rank(found)], device)
+    lengths = split_length(total, dist.get_world_size(members))
+    return places(runs(lengths, placement)[dist.get_rank(members)], device)
 
 
 def gather_sequence(t: Tensor, *, group: Group = None, dim: int = 1, placement: Placement = "contiguous") -> Tensor:
@@ -57,15 +57,15 @@ def gather_sequence(t: Tensor, *, group: Group = None, dim: int = 1, placement: 
         ValueError: `placement` is not known, or the parts are not those that `shard_sequence` would make.
     """
     op = "distributed.gather_sequence"
-    found = resolve_group(op, group)
+    members = resolve_group(op, group)
     check_placement(op, placement)
     own = torch.tensor([t.shape[dim]], dtype=torch.int64, device=t.device)
-    everybody = own.new_empty(dist.get_world_size(found))
-    all_gather_single(everybody, own, group=found)
+    everybody = own.new_empty(dist.get_world_size(members))
+    all_gather_single(everybody, own, group=members)
     lengths = everybody.tolist()
     if lengths != split_length(sum(lengths), len(lengths)):
         raise ValueError(f"bigkernels.{op}: the ranks hold {lengths} tokens, which is not how shard_sequence cuts")
-    whole: Tensor = _Gather.apply(t, found, dim % t.dim(), lengths, placement)
+    whole: Tensor = _Gather.apply(t, members, dim % t.dim(), lengths, placement)
     return whole
 
 

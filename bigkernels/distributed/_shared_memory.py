@@ -74,6 +74,19 @@ class _Done(dist.Work):
         return found
 
 
+def _by_gloo(name: str) -> Callable:
+    """A method that calls gloo's own.
+
+    Those that a class in Python leaves to its base run with the interpreter's lock held, and then wait for a thread of
+    gloo's that may be waiting for that lock; gloo's own methods give it up.
+    """
+
+    def method(self: SharedMemoryGroup, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._gloo, name)(*args, **kwargs)
+
+    return method
+
+
 class SharedMemoryGroup(_Base):
     """A process group of CPU tensors: sums, gathers and broadcasts go through shared memory, all else through gloo.
 
@@ -178,6 +191,17 @@ class SharedMemoryGroup(_Base):
         self._run("barrier", lambda s: s.barrier("barrier", self._timeout))
         return _Done([])
 
+    all_to_all_single = alltoall_base = _by_gloo("alltoall_base")
+    allgather_coalesced = _by_gloo("allgather_coalesced")
+    alltoall = _by_gloo("alltoall")
+    gather = _by_gloo("gather")
+    monitored_barrier = _by_gloo("monitored_barrier")
+    recv = _by_gloo("recv")
+    recv_anysource = _by_gloo("recv_anysource")
+    reduce = _by_gloo("reduce")
+    scatter = _by_gloo("scatter")
+    send = _by_gloo("send")
+
     # ---- what they share ---------------------------------------------------------------------------------------------
 
     def _shares(self, name: str, tensors: Sequence[Tensor], op: Any = ReduceOp.SUM) -> bool:
@@ -227,10 +251,6 @@ def _given(opts: Any) -> tuple:
     return () if opts is None else (opts,)
 
 
-def _turns(total: int, most: int) -> range:
-    return range(0, total, most)
-
-
 def _combine(parts: list[Tensor], out: Tensor, op: Any) -> None:
     """`parts` together, rank after rank; 16-bit values in float32, rounded once."""
     combine = _REDUCE[op]
@@ -256,7 +276,7 @@ def _combine(parts: list[Tensor], out: Tensor, op: Any) -> None:
 def _all_reduce(segment: Segment, t: Tensor, op: Any, timeout: timedelta) -> None:
     flat, size, ranks = t.view(-1), t.element_size(), segment.ranks
     most = CHUNK // size
-    for turn, begin in enumerate(_turns(len(flat), most)):
+    for turn, begin in enumerate(range(0, len(flat), most)):
         mine = flat[begin : begin + most]
         slots = [slot.view(t.dtype)[: len(mine)] for slot in segment.slots(turn)]
         slots[segment.rank].copy_(mine)
@@ -274,7 +294,7 @@ def _all_reduce(segment: Segment, t: Tensor, op: Any, timeout: timedelta) -> Non
 
 def _reduce_scatter(segment: Segment, out: Tensor, parts: Sequence[Tensor], op: Any, timeout: timedelta) -> None:
     most = CHUNK // out.element_size() // segment.ranks
-    for turn, begin in enumerate(_turns(len(out), most)):
+    for turn, begin in enumerate(range(0, len(out), most)):
         mine = out[begin : begin + most]
         slots = [slot.view(out.dtype) for slot in segment.slots(turn)[:-1]]
         for r, part in enumerate(parts):
@@ -287,7 +307,7 @@ def _reduce_scatter(segment: Segment, out: Tensor, parts: Sequence[Tensor], op: 
 
 def _all_gather(segment: Segment, parts: Sequence[Tensor], t: Tensor, timeout: timedelta) -> None:
     most = CHUNK // t.element_size()
-    for turn, begin in enumerate(_turns(len(t), most)):
+    for turn, begin in enumerate(range(0, len(t), most)):
         mine = t[begin : begin + most]
         slots = [slot.view(t.dtype)[: len(mine)] for slot in segment.slots(turn)]
         slots[segment.rank].copy_(mine)
@@ -299,7 +319,7 @@ def _all_gather(segment: Segment, parts: Sequence[Tensor], t: Tensor, timeout: t
 
 def _broadcast(segment: Segment, t: Tensor, root: int, timeout: timedelta) -> None:
     most = CHUNK // t.element_size()
-    for turn, begin in enumerate(_turns(len(t), most)):
+    for turn, begin in enumerate(range(0, len(t), most)):
         mine = t[begin : begin + most]
         slot = segment.slots(turn)[root].view(t.dtype)[: len(mine)]
         if segment.rank == root:

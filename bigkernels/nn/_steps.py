@@ -23,6 +23,7 @@ def count_steps() -> None:
 def _count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    # Those without a gradient were not stepped, and a graph that has saved one may still be waiting for its backward.
+    parameters = (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
     plain = [p for p in parameters if type(p) in (Tensor, Parameter) and not p.is_inference()]
     torch.autograd.graph.increment_version(plain)

@@ -13,7 +13,7 @@ from ..ops._activations import NUMBERS
 
 MAX_TERMS, MAX_WEIGHTS, MAX_ANGLES = 4, 4, 4
 
-# Op, NormKind, Act, Type and Codes.
+# Op, NormKind, Activation, Type and Codes.
 NORM, COMBINE, ACTIVATE, PRODUCT, HEADS, ATTEND, EXPERTS, KEEP, CALL, TURN, MIX = range(11)
 NORMS = {"rms": 1, "layer": 2}
 ACTS = NUMBERS

@@ -11,7 +11,7 @@ constexpr int kMostElements = 2048, kMostRotary = 1024, kMostSinks = 1024;
 
 bool type_ok(Type t) { return (int)t >= 0 && (int)t <= (int)Type::f16; }
 bool vector_ok(const Vector& v) { return !v.data || type_ok(v.type); }
-bool act_ok(Act a) { return (int)a >= 0 && (int)a <= (int)Act::quick_gelu; }
+bool act_ok(Activation a) { return (int)a >= 0 && (int)a <= (int)Activation::quick_gelu; }
 
 class Checker {
  public:

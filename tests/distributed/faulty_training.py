@@ -1,4 +1,4 @@
-"""A training that one of its ranks disturbs: what `test_faults.py` and `tools/faults.py` run under `torchrun`.
+"""A training that one of its ranks disturbs: what `test_faults.py` runs under `torchrun`.
 
     torchrun --nproc-per-node 2 --max-restarts 3 faulty_training.py FOLDER BACKEND FAULT AT
 

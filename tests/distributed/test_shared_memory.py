@@ -200,7 +200,32 @@ def gradients_in_8_bits() -> None:
     model(x).sum().backward()
     expected = x.sum(0).expand(7, 9).clone()
     dist.all_reduce(expected)
-    torch.testing.assert_close(model.module.weight.grad, expected / 4, rtol=0.02, atol=0.2)
+    rounding = 1.5 * x.abs().sum(0).max().item() / 127  # of what a rank gives and of the mean, at the largest scale
+    torch.testing.assert_close(model.module.weight.grad, expected / 4, rtol=0.0, atol=max(rounding, 0.05))
+
+
+@checks()
+def the_rest_by_gloo_many_times() -> None:
+    """Gloo's threads want the interpreter's lock when they let tensors go: who waits for them must not hold it."""
+    rank, members = dist.get_rank(), group()
+    x, y = torch.full((5120,), float(rank)), torch.empty(5120)
+    for _ in range(400):
+        dist.all_to_all_single(y, x, group=members)
+        assert y.view(4, -1)[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0]
+        parts = [torch.empty(5) for _ in range(4)]
+        dist.all_to_all(parts, [torch.full((5,), 10.0 * rank + r) for r in range(4)], group=members)
+        assert [t[0].item() for t in parts] == [10.0 * r + rank for r in range(4)]
+        dist.gather(x[:3], [torch.empty(3) for _ in range(4)] if rank == 1 else None, group_dst=1, group=members)
+        dist.scatter(y[:3], [x[:3] + r for r in range(4)] if rank == 2 else None, group_src=2, group=members)
+        assert y[0] == 2 + rank
+        z = x[:3].clone()
+        dist.reduce(z, group_dst=3, group=members)
+        assert rank != 3 or z[0] == 6
+        if rank % 2:
+            dist.recv(y, group_src=rank - 1, group=members)
+            assert y[0] == rank - 1
+        else:
+            dist.send(x, group_dst=rank + 1, group=members)
 
 
 @checks("float32", "bfloat16", "int8")
@@ -283,11 +308,20 @@ def checkpoints_are_whole_or_not_there() -> None:
         save_checkpoint(state, folder, -1)
 
 
-# `gradients_in_8_bits` was seen to fail once in seven runs.
-@pytest.mark.slow
 @pytest.mark.parametrize("name", checks.names)
 def test_four_processes(name: str, outcomes: dict) -> None:
     checks.judge(outcomes[name])
+
+
+def test_no_collective_is_left_to_the_base():
+    """Whose methods keep the interpreter's lock while they wait."""
+    own = {
+        "_allgather_base", "_reduce_scatter_base", "allgather", "allgather_coalesced", "allreduce",
+        "allreduce_coalesced", "alltoall", "alltoall_base", "barrier", "broadcast", "gather",
+        "monitored_barrier", "recv", "recv_anysource", "reduce", "reduce_scatter", "scatter", "send",
+    }  # fmt: skip
+    waits = {name for name in own if hasattr(dist.ProcessGroup, name)}
+    assert waits <= set(vars(SharedMemoryGroup)) and len(waits) > 15
 
 
 def test_files_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

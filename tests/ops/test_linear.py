@@ -280,6 +280,18 @@ def test_no_copy_is_kept_of_what_may_be_written(write, mode, patched: bool):
         torch.testing.assert_close(model(x), F.linear(x, model[0].weight, model[0].bias))
 
 
+def test_a_step_of_others_counts_no_write(layer):
+    """One optimizer for two layers whose losses take turns: the graph of one is older than the step of the other."""
+    run(layer)
+    one, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    optimizer = torch.optim.SGD([*one.parameters(), *other.parameters()], lr=0.1, fused=True)
+    waiting = other(other(torch.randn(2, 4))).sum()
+    one(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    waiting.backward()
+    assert other.weight.grad is not None
+
+
 def test_training_drops_it(layer):
     run(layer)
     layer(torch.randn(40, 64)).sum().backward()

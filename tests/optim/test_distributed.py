@@ -8,45 +8,23 @@ what two processes make of half a batch each then has to be the same to the last
 from __future__ import annotations
 
 import copy
-import datetime
-import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
-import time
-import traceback
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import Checks
 from torch import Tensor, nn
 
 from bigkernels import optim
 from bigkernels.optim import _orthogonal
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 RANKS = 2
-LIMIT = 90.0  # seconds without news after which the processes are taken to hang; a check takes 2 at most
-
-CHECKS: dict[str, Callable[[], None]] = {}
-
-
-def check(*cases: str):
-    """Register a function as a check, or as one a case."""
-
-    def register(f):
-        for case in cases:
-            CHECKS[f"{f.__name__}[{case}]"] = lambda case=case: f(case)
-        if not cases:
-            CHECKS[f.__name__] = f
-        return f
-
-    return register
+checks = Checks(__file__, RANKS)
+outcomes = checks.fixture()
 
 
 # ---- models and optimizers -------------------------------------------------------------------------------------------
@@ -227,7 +205,7 @@ def agree(model: nn.Module) -> None:
 # ---- replicated parameters -------------------------------------------------------------------------------------------
 
 
-@check("adamw", "int8", "kahan", "stochastic", "sgd", "lion", "lamb", "muon")
+@checks("adamw", "int8", "kahan", "stochastic", "sgd", "lion", "lamb", "muon")
 def ddp(case: str) -> None:
     batches = integers(4)
     one, two = (Dyadic(dtype=dtype_of(case)) for _ in range(2))
@@ -244,7 +222,7 @@ def ddp(case: str) -> None:
         assert not torch.equal(reference.state[one.table]["ema"], one.table)
 
 
-@check("adamw", "sgd", "lamb", "muon")
+@checks("adamw", "sgd", "lamb", "muon")
 def ddp_of_a_network(case: str) -> None:
     batches = samples(4)
     one, two, start = Network(), Network(), values(Network())
@@ -256,7 +234,7 @@ def ddp_of_a_network(case: str) -> None:
     close(values(model), values(one), start, FLOAT32_ROUNDING)
 
 
-@check()
+@checks()
 def ddp_cannot_step_in_backward() -> None:
     model = nn.parallel.DistributedDataParallel(Dyadic())
     with pytest.raises(ValueError, match="fully_shard"):
@@ -266,7 +244,7 @@ def ddp_cannot_step_in_backward() -> None:
 # ---- sharded parameters ----------------------------------------------------------------------------------------------
 
 
-@check("adamw", "bf16", "int8", "kahan", "sgd", "lion", "lamb", "muon")
+@checks("adamw", "bf16", "int8", "kahan", "sgd", "lion", "lamb", "muon")
 def fsdp(case: str) -> None:
     from torch.distributed.tensor import DTensor
 
@@ -305,7 +283,7 @@ def fsdp(case: str) -> None:
             torch.testing.assert_close(averages[name], reference.state[getattr(one, name)]["ema"], rtol=1e-5, atol=1e-6)
 
 
-@check("adamw", "sgd", "lamb", "muon")
+@checks("adamw", "sgd", "lamb", "muon")
 def fsdp_of_a_network(case: str) -> None:
     batches = samples(4)
     one, start = Network(), values(Network())
@@ -316,7 +294,7 @@ def fsdp_of_a_network(case: str) -> None:
     close(values(model), values(one), start, FLOAT32_ROUNDING)
 
 
-@check()
+@checks()
 def fsdp_by_the_reference() -> None:
     """The plain PyTorch step sees shards as the kernels do."""
     import bigkernels
@@ -332,7 +310,7 @@ def fsdp_by_the_reference() -> None:
         close(values(models[1]), values(models[0]), values(Dyadic()), {"int8": 2**-5, "muon": 2**-6}.get(case, 1e-4))
 
 
-@check()
+@checks()
 def norms_of_shards() -> None:
     batch = integers(1)[0]
     for dtype in (torch.float32, torch.bfloat16):
@@ -362,7 +340,7 @@ def norms_of_shards() -> None:
         assert all(whole(q.grad).abs().max() == 0.25 for q in model.parameters())
 
 
-@check("adamw", "int8", "muon")
+@checks("adamw", "int8", "muon")
 def fsdp_steps_in_backward(case: str) -> None:
     """Plain steps, and those of one process where the norm of the step before clips."""
     batches = integers(4)
@@ -416,7 +394,7 @@ def _mesh():
     return init_device_mesh("cpu", (RANKS,))
 
 
-@check("adamw", "lamb", "muon")
+@checks("adamw", "lamb", "muon")
 def parallel_layers(case: str) -> None:
     """Matrices of one shape that are cut by rows, by columns or not at all, and not where the gradients are cut."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -514,13 +492,13 @@ def _load(model: nn.Module, optimizer: optim.Optimizer, folder: str, **options: 
     )
 
 
-@check(*SAVED)
+@checks(*SAVED)
 def checkpoints(case: str) -> None:
     model = sharded(Dyadic(dtype=dtype_of(case)))
     _goes_on(case, model, build(case, model.parameters()), sharded, _save, _load)
 
 
-@check("int8", "kahan", "muon")
+@checks("int8", "kahan", "muon")
 def flat_checkpoints(case: str) -> None:
     """By the names of parameters, as pipelines need them."""
     flat = {"flatten_optimizer_state_dict": True}
@@ -529,14 +507,14 @@ def flat_checkpoints(case: str) -> None:
     _goes_on(case, model, build(case, model.parameters()), sharded, save, load)
 
 
-@check("int8", "kahan", "stochastic", "muon")
+@checks("int8", "kahan", "stochastic", "muon")
 def checkpoints_of_replicas(case: str) -> None:
     wrap = nn.parallel.DistributedDataParallel
     model = wrap(Dyadic(dtype=dtype_of(case)))
     _goes_on(case, model, build(case, model.parameters()), wrap, _save, _load)
 
 
-@check(*SAVED)
+@checks(*SAVED)
 def full_checkpoints(case: str) -> None:
     """Gathered on the first rank, and handed out by it."""
     from torch.distributed.checkpoint.state_dict import (
@@ -570,7 +548,7 @@ def full_checkpoints(case: str) -> None:
     _goes_on(case, model, build(case, model.parameters()), sharded, save, load)
 
 
-@check("adamw", "kahan", "int8")
+@checks("adamw", "kahan", "int8")
 def full_checkpoints_go_on_alone(case: str) -> None:
     """From two shards to one process: with 8-bit states exactly where blocks stay what they were."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -591,7 +569,7 @@ def full_checkpoints_go_on_alone(case: str) -> None:
     same(values(one), values(model), but=("table",) if case == "int8" else ())
 
 
-@check()
+@checks()
 def unsharded_states_do_not_fit_shards() -> None:
     """A state_dict of one process, given to an optimizer of shards as it is: refused, and nothing has changed."""
     one, model = Dyadic(), sharded(Dyadic())
@@ -607,102 +585,10 @@ def unsharded_states_do_not_fit_shards() -> None:
 # ---- two processes ---------------------------------------------------------------------------------------------------
 
 
-def _program(rank: int, folder: Path, names: list[str]) -> None:
-    """Go through the checks up to the first that fails; what became of each goes to a file, a line a check."""
-    torch.set_num_threads(1)
-    os.environ["FOLDER"] = str(folder)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'store'}",
-        rank=rank,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=LIMIT),
-    )
-    with (folder / f"rank{rank}").open("w") as out:
-        for name in names:
-            error, begin = None, time.monotonic()
-            try:
-                torch.manual_seed(0)
-                CHECKS[name]()
-                dist.barrier()  # passed when all ranks have
-            except BaseException:
-                error = traceback.format_exc()
-            print(json.dumps([name, error, time.monotonic() - begin]), file=out, flush=True)
-            if error:
-                # The other rank may be in the middle of a collective: there is no going on together.
-                os._exit(1)
-    dist.destroy_process_group()
-
-
-def _until_one_fails(folder: Path, names: list[str]) -> dict[str, str | None]:
-    """Outcomes of the checks up to the first that fails."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-    logs = [(folder / f"log{rank}").open("w+") for rank in range(RANKS)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder), *names], env=environment, stdout=log, stderr=log
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        heard, latest = 0, time.monotonic()
-        while any(process.poll() is None for process in processes):
-            time.sleep(0.05)
-            now = sum(path.stat().st_size for path in folder.glob("rank*"))
-            if now != heard:
-                heard, latest = now, time.monotonic()
-            gone = any(process.returncode for process in processes)
-            if time.monotonic() - latest > (5.0 if gone else LIMIT):
-                break
-    finally:
-        hang = [process.poll() is None for process in processes]
-        for process in processes:
-            process.kill()
-            process.wait()
-    told = [
-        [json.loads(line) for line in (folder / f"rank{rank}").read_text().splitlines()]
-        if (folder / f"rank{rank}").exists()
-        else []
-        for rank in range(RANKS)
-    ]
-    found: dict[str, str | None] = {}
-    for name in names:
-        errors = []
-        for rank in range(RANKS):
-            error = next((e for n, e, _ in told[rank] if n == name), "no news")
-            if error == "no news":
-                logs[rank].seek(0)
-                error = f"{'it hung' if hang[rank] else 'it ended'} before its end\n{logs[rank].read()[-2000:]}"
-            if error is not None:
-                errors.append(f"rank {rank}: {error}")
-        found[name] = "\n".join(errors) or None
-        if errors:
-            break
-    for log in logs:
-        log.close()
-    return found
-
-
-@pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
-    """What became of each check that this run asks for: None, or the error."""
-    names = [
-        item.callspec.params["name"]
-        for item in request.session.items
-        if item.path == Path(__file__) and "outcomes" in item.fixturenames
-    ]
-    found: dict[str, str | None] = {}
-    while len(found) < len(names):
-        found |= _until_one_fails(tmp_path_factory.mktemp("ranks"), names[len(found) :])
-    return found
-
-
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", checks.names)
 def test_two_processes(name: str, outcomes: dict[str, str | None]) -> None:
-    if outcomes[name] is not None:
-        pytest.fail(outcomes[name], pytrace=False)
+    checks.judge(outcomes[name])
 
 
 if __name__ == "__main__":
-    _program(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    checks.main()

@@ -168,6 +168,8 @@ def test_models(folds, name, dtype, layout, bias):
 def test_the_report():
     report = bigkernels.patch(Statements())
     assert "conv2d + batch_norm (packed)" in [row.what for row in report.inference]
+    alone = bigkernels.patch(nn.Sequential(nn.Conv2d(6, 6, 1), norm()))
+    assert [row.what for row in alone.inference if not row.path] == ["conv2d + batch_norm (packed)"]
     assert not any("conv2d" in row.what for row in bigkernels.patch(KeepsTheInner()).patched)
 
 
@@ -253,6 +255,18 @@ def test_transforms_and_autocast(folds):
             torch.testing.assert_close(ours(x), theirs(x), rtol=0.05, atol=0.05)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("build", [Statements, Nested, sequence])
+def test_compiled_in_one_graph(folds, build):
+    """Declared and not; a compiler packs by itself."""
+    ours, theirs = pair(build)
+    patched = copy.deepcopy(theirs)
+    bigkernels.patch(patched)
+    with torch.no_grad():
+        for model in (ours, patched):
+            found = torch.compile(model, fullgraph=True, backend="aot_eager")(image())
+            torch.testing.assert_close(found, theirs(image()), rtol=1e-4, atol=1e-4)
 
 
 def test_of_the_wrong_size():

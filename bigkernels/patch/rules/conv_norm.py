@@ -29,10 +29,11 @@ def before_norm(conv: Any, norm: Any, x: Any, act: Any = None) -> Any:
     """conv(x), or where the norm behind it is called by this package and nobody looks at what lies between:
     norm(conv(x)), which the norm hands on. `act` is what the norm's result goes into and nothing else does.
     """
-    if isinstance(x, Tensor) and conv_is_patched(conv) and packs(conv) and _hands_on(norm) and unobserved(conv):
-        copies = packed_copies(conv.weight)
+    # What was not declared by `pack`, and what a compiler traces, is told first: it needs no look at the rest.
+    copies = packed_copies(conv.weight) if isinstance(x, Tensor) and conv_is_patched(conv) else None
+    if copies is not None and packs(conv) and _hands_on(norm) and unobserved(conv):
         tensors = (x, *conv._parameters.values(), *norm._parameters.values(), *norm._buffers.values())
-        if copies is not None and plain(*(t for t in tensors if t is not None)):
+        if plain(*(t for t in tensors if t is not None)):
             relu = act is not None and name_of(act) == "relu"
             y = folded_conv2d(conv, norm, x, copies, relu)
             if y is not None:

@@ -16,7 +16,7 @@ BK_INLINE void put(T* p, vf v, int64_t n) {
   n == W ? store(p, v) : store(p, v, n);
 }
 
-template <class T, Act kind>
+template <class T, Activation kind>
 void forward(const Activate& a, int64_t begin, int64_t end) {
   const T* in = (const T*)a.in;
   T* out = (T*)a.out;
@@ -34,7 +34,7 @@ void forward(const Activate& a, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, Act kind>
+template <class T, Activation kind>
 void backward(const Activate& a, int64_t begin, int64_t end) {
   const T *in = (const T*)a.in, *grad = (const T*)a.grad;
   T *out = (T*)a.out, *value = (T*)a.value;
@@ -59,12 +59,10 @@ void backward(const Activate& a, int64_t begin, int64_t end) {
 
 template <class T, bool kBackward>
 void dispatch(const Activate& a, int64_t begin, int64_t end) {
-  switch (a.act) {
-#define BK_CASE(kind) \
-  case Act::kind: return kBackward ? backward<T, Act::kind>(a, begin, end) : forward<T, Act::kind>(a, begin, end);
-    BK_ACTIVATIONS(BK_CASE)
-#undef BK_CASE
-  }
+  by_activation(a.act, [&](auto act) {
+    constexpr Activation kind = decltype(act)::kind;
+    kBackward ? backward<T, kind>(a, begin, end) : forward<T, kind>(a, begin, end);
+  });
 }
 
 }  // namespace

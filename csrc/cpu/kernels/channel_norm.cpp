@@ -61,11 +61,11 @@ void run_moments(const ChannelNorm& a, int64_t begin, int64_t end, double* sums)
 }
 
 // The gradient of the activation's input, for elements at i, of channel j.
-template <class T, Act kAct, bool kRows>
+template <class T, Activation kAct, bool kRows>
 BK_INLINE vf inner(const ChannelNorm& a, int64_t i, int64_t j, int64_t n, vf centred) {
   vf g = get((const T*)a.grad + i, n);
-  if constexpr (kAct != Act::identity) {
-    if (kAct == Act::relu && a.result) {
+  if constexpr (kAct != Activation::identity) {
+    if (kAct == Activation::relu && a.result) {
       g = select(get((const T*)a.result + i, n) <= vf{}, vf{}, g);
     } else {
       vf slope;
@@ -76,7 +76,7 @@ BK_INLINE vf inner(const ChannelNorm& a, int64_t i, int64_t j, int64_t n, vf cen
   return g;
 }
 
-template <class T, Act kAct>
+template <class T, Activation kAct>
 void run_bwd_sums(const ChannelNorm& a, int64_t begin, int64_t end, double* sums) {
   const T* x = (const T*)a.x;
   vf mean = splat(*a.mean), rstd = splat(*a.rstd);
@@ -113,7 +113,7 @@ void rows_moments(const ChannelNorm& a, int64_t begin, int64_t end, float* recen
   });
 }
 
-template <class T, Act kAct>
+template <class T, Activation kAct>
 void rows_bwd_sums(const ChannelNorm& a, int64_t begin, int64_t end, float* recent, double* total) {
   const T* x = (const T*)a.x;
   sum_rows(a, begin, end, recent, total, [&](int64_t i, int64_t j, int64_t n) __attribute__((always_inline)) {
@@ -126,7 +126,7 @@ void rows_bwd_sums(const ChannelNorm& a, int64_t begin, int64_t end, float* rece
 // ---- results --------------------------------------------------------------------------------------------------------
 
 // Elements [begin, end) of one channel, or all of a row from element begin on: j counts its channels.
-template <class T, Act kAct, bool kRows>
+template <class T, Activation kAct, bool kRows>
 BK_INLINE void apply(const ChannelNorm& a, int64_t begin, int64_t end) {
   const T *x = (const T*)a.x, *residual = (const T*)a.residual;
   T* out = (T*)a.out;
@@ -143,7 +143,7 @@ BK_INLINE void apply(const ChannelNorm& a, int64_t begin, int64_t end) {
   if (i < end) store(out + i, one(i, end - i), end - i);
 }
 
-template <class T, Act kAct, bool kRows>
+template <class T, Activation kAct, bool kRows>
 BK_INLINE void differentiate(const ChannelNorm& a, int64_t begin, int64_t end) {
   const T* x = (const T*)a.x;
   T *out = (T*)a.out, *of_residual = (T*)a.out_residual;
@@ -170,7 +170,7 @@ BK_INLINE void differentiate(const ChannelNorm& a, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, Act kAct, bool kRows, bool kBackward>
+template <class T, Activation kAct, bool kRows, bool kBackward>
 void results(const ChannelNorm& a, int64_t begin, int64_t end) {
   int64_t step = kRows ? a.n : end - begin;
   int64_t from = kRows ? begin * a.n : begin, to = kRows ? end * a.n : end;
@@ -179,20 +179,16 @@ void results(const ChannelNorm& a, int64_t begin, int64_t end) {
   if (a.stream) fence();
 }
 
-template <Act kind>
-struct Number {
-  static constexpr Act value = kind;
-};
 // f(type, activation)
 template <class F>
 BK_INLINE void by_both(const ChannelNorm& a, F f) {
   by_type(a.type, [&](auto t) {
     switch (a.act) {
-      case Act::silu: return f(t, Number<Act::silu>());
-      case Act::gelu: return f(t, Number<Act::gelu>());
-      case Act::gelu_tanh: return f(t, Number<Act::gelu_tanh>());
-      case Act::relu: return f(t, Number<Act::relu>());
-      default: return f(t, Number<Act::identity>());
+      case Activation::silu: return f(t, Kind<Activation::silu>());
+      case Activation::gelu: return f(t, Kind<Activation::gelu>());
+      case Activation::gelu_tanh: return f(t, Kind<Activation::gelu_tanh>());
+      case Activation::relu: return f(t, Kind<Activation::relu>());
+      default: return f(t, Kind<Activation::identity>());
     }
   });
 }
@@ -205,22 +201,22 @@ void norm_rows_moments(const ChannelNorm& a, int64_t begin, int64_t end, float* 
   by_type(a.type, [&](auto t) { rows_moments<decltype(t)>(a, begin, end, recent, total); });
 }
 void norm_run_bwd_sums(const ChannelNorm& a, int64_t begin, int64_t end, double* sums) {
-  by_both(a, [&](auto t, auto act) { run_bwd_sums<decltype(t), decltype(act)::value>(a, begin, end, sums); });
+  by_both(a, [&](auto t, auto act) { run_bwd_sums<decltype(t), decltype(act)::kind>(a, begin, end, sums); });
 }
 void norm_rows_bwd_sums(const ChannelNorm& a, int64_t begin, int64_t end, float* recent, double* total) {
-  by_both(a, [&](auto t, auto act) { rows_bwd_sums<decltype(t), decltype(act)::value>(a, begin, end, recent, total); });
+  by_both(a, [&](auto t, auto act) { rows_bwd_sums<decltype(t), decltype(act)::kind>(a, begin, end, recent, total); });
 }
 void norm_run(const ChannelNorm& a, int64_t begin, int64_t end) {
-  by_both(a, [&](auto t, auto act) { results<decltype(t), decltype(act)::value, false, false>(a, begin, end); });
+  by_both(a, [&](auto t, auto act) { results<decltype(t), decltype(act)::kind, false, false>(a, begin, end); });
 }
 void norm_rows(const ChannelNorm& a, int64_t begin, int64_t end) {
-  by_both(a, [&](auto t, auto act) { results<decltype(t), decltype(act)::value, true, false>(a, begin, end); });
+  by_both(a, [&](auto t, auto act) { results<decltype(t), decltype(act)::kind, true, false>(a, begin, end); });
 }
 void norm_run_bwd(const ChannelNorm& a, int64_t begin, int64_t end) {
-  by_both(a, [&](auto t, auto act) { results<decltype(t), decltype(act)::value, false, true>(a, begin, end); });
+  by_both(a, [&](auto t, auto act) { results<decltype(t), decltype(act)::kind, false, true>(a, begin, end); });
 }
 void norm_rows_bwd(const ChannelNorm& a, int64_t begin, int64_t end) {
-  by_both(a, [&](auto t, auto act) { results<decltype(t), decltype(act)::value, true, true>(a, begin, end); });
+  by_both(a, [&](auto t, auto act) { results<decltype(t), decltype(act)::kind, true, true>(a, begin, end); });
 }
 
 }  // namespace BK_ISA

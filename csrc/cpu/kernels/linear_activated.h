@@ -32,7 +32,7 @@ BK_INLINE void put_row(T* to, const vf* y, int64_t all, bool stream) {
 }
 
 // What is written of the product is what backward reads again, so that the activation is of the rounded product.
-template <class T, Act kind>
+template <class T, Activation kind>
 void write_kind(const ActivatedLinear& a, const float* c, const float* bias, int64_t width, int64_t row,
                 int64_t column) {
   int64_t rows = a.m - row < kSide ? a.m - row : kSide, all = width - column < kSide ? width - column : kSide;
@@ -63,12 +63,7 @@ void write_kind(const ActivatedLinear& a, const float* c, const float* bias, int
 template <class T>
 void write_activated(const ActivatedLinear& a, const float* c, const float* bias, int64_t width, int64_t row,
                      int64_t column) {
-  switch (a.act) {
-#define BK_CASE(kind) \
-  case Act::kind: return write_kind<T, Act::kind>(a, c, bias, width, row, column);
-    BK_ACTIVATIONS(BK_CASE)
-#undef BK_CASE
-  }
+  by_activation(a.act, [&](auto act) { write_kind<T, decltype(act)::kind>(a, c, bias, width, row, column); });
 }
 
 }  // namespace

@@ -134,8 +134,10 @@ void program_finish(const ProductRecord& a, int w, const float* y, const float* 
       }
     };
     switch (a.act) {
-      case Act::identity: row([](vf z) __attribute__((always_inline)) { return z; }); break;
-      case Act::silu: row([](vf z) __attribute__((always_inline)) { return activate<Activation::silu>(z); }); break;
+      case Activation::identity: row([](vf z) __attribute__((always_inline)) { return z; }); break;
+      case Activation::silu:
+        row([](vf z) __attribute__((always_inline)) { return activate<Activation::silu>(z); });
+        break;
       default: row([&](vf z) __attribute__((always_inline)) { return activation(a.act, z, 1.702f); });
     }
   }

@@ -20,8 +20,8 @@ BK_INLINE vf part(const Vector& v, int64_t i, int64_t n) {
   return by_type(v.type, [&](auto t) __attribute__((always_inline)) { return part((decltype(t)*)v.data + i, n); });
 }
 
-BK_INLINE vf activation(Act act, vf x, float alpha) {
-  if (act == Act::quick_gelu) return x * vsigmoid(x * alpha);
+BK_INLINE vf activation(Activation act, vf x, float alpha) {
+  if (act == Activation::quick_gelu) return x * vsigmoid(x * alpha);
   return by_activation(act,
                        [&](auto kind) __attribute__((always_inline)) { return activate<decltype(kind)::kind>(x); });
 }

@@ -53,11 +53,12 @@ void check_other(const char* op, const char* name, const Tensor& t, const Tensor
 }
 
 ChannelNorm arguments(const char* op, const Shape& shape, const Tensor& x, int64_t activation) {
-  STD_TORCH_CHECK((activation >= 0 && activation <= (int64_t)Act::relu) || activation == (int64_t)Act::identity,
-                  "bigkernels::", op, ": no activation number ", activation);
+  STD_TORCH_CHECK(
+      (activation >= 0 && activation <= (int64_t)Activation::relu) || activation == (int64_t)Activation::identity,
+      "bigkernels::", op, ": no activation number ", activation);
   ChannelNorm a{};
   a.x = x.const_data_ptr();
-  a.type = shape.type, a.act = (Act)activation, a.n = shape.c;
+  a.type = shape.type, a.act = (Activation)activation, a.n = shape.c;
   return a;
 }
 // Whether planes, or rows, begin on lines of the cache and the whole is worth it.
@@ -411,7 +412,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_backward(Tensor grad, Tensor x,
   Shape shape(kOp, x, rows);
   check_other(kOp, "grad", grad, x, rows);
   if (result) check_other(kOp, "result", *result, x, rows);
-  STD_TORCH_CHECK(!residual || result || activation == (int64_t)Act::identity,
+  STD_TORCH_CHECK(!residual || result || activation == (int64_t)Activation::identity,
                   "bigkernels::batch_norm: behind a residual the slope of the ", "activation is read from the result");
   ChannelNorm a = arguments(kOp, shape, x, activation);
   VectorView w(kOp, "weight", weight, shape.c), b(kOp, "bias", bias, shape.c);

@@ -23,9 +23,9 @@ namespace {
 constexpr const char* kOp = "mlp";
 constexpr int64_t kPiece = 1024;  // elements of a row, where an activation is made by itself
 
-Act activation_of(int64_t number) {
+Activation activation_of(int64_t number) {
   STD_TORCH_CHECK(number >= 0 && number < kActivations, "bigkernels::mlp: no activation number ", number);
-  return (Act)number;
+  return (Activation)number;
 }
 
 void activated_many(const ActivatedLinear& a, bool backward) {
@@ -71,7 +71,7 @@ void check_rows(const char* name, const Tensor& t, int64_t elements) {
 
 std::tuple<Tensor, Tensor> forward(Tensor x, MaybeTensor weight, MaybeTensor bias, int64_t activation, bool keep) {
   check_cpu(kOp, "x", x);
-  Act act = activation_of(activation);
+  Activation act = activation_of(activation);
   if (!weight) {
     Tensor in = as_run(x), out = empty_contiguous_like(x);
     Activate a{};
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, MaybeTensor weight, Tensor befo
   check_cpu(kOp, "grad", grad);
   check_cpu(kOp, "before", before);
   STD_TORCH_CHECK(grad.scalar_type() == before.scalar_type(), "bigkernels::mlp: grad and before differ in dtype");
-  Act act = activation_of(activation);
+  Activation act = activation_of(activation);
   Tensor kept = as_run(before), out = empty_contiguous_like(before);
   Tensor value = again ? empty_contiguous_like(before) : none(before);
   void* value_to = again ? value.mutable_data_ptr() : nullptr;

@@ -8,7 +8,7 @@ namespace bigkernels {
 // the product, and `out` is null where the product itself is not wanted. Backward `before` is that product: `activated`
 // is its activation again (null: not wanted), and `out` the gradient times its slope.
 struct ActivatedLinear : Linear {
-  Act act;
+  Activation act;
   void* activated;
   const void* before;  // null: forward
 };
@@ -20,7 +20,7 @@ struct Activate {
   void *out, *value;
   int64_t n;
   Type type;
-  Act act;
+  Activation act;
   bool stream;
 };
 
@@ -35,7 +35,7 @@ struct ChannelNorm {
   const float *of_grad, *of_x, *constant;  // backward: g * of_grad + (x - mean) * of_x + constant
   int64_t n;
   Type type;
-  Act act;  // silu, gelu, gelu_tanh, relu or identity
+  Activation act;  // silu, gelu, gelu_tanh, relu or identity
   bool stream;
 };
 

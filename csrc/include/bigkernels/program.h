@@ -45,8 +45,6 @@ enum class Op : int32_t {
   mix = 10,      // attention inside of the run's own sequences
 };
 
-using Act = Activation;
-
 struct NormRecord {
   Value x, out, residual;
   int32_t pad;
@@ -66,7 +64,7 @@ struct CombineRecord {
 
 struct ActivateRecord {
   Value x, up, out;  // up: none, or what the activation is multiplied with
-  Act act;
+  Activation act;
   int32_t x_column, up_column;  // where in x and up the operands begin, for halves of one value
   int32_t width;                // of out
   float scale, softcap;         // out = softcap * tanh(out / softcap) at the end; 0: none
@@ -85,7 +83,7 @@ struct ProductRecord {
   int32_t column[kMaxWeights];  // of out at which row 0 of a weight goes
   Weight weight[kMaxWeights];
   Vector bias[kMaxWeights];
-  Act act;
+  Activation act;
   int32_t gated;
   int32_t integers;  // as ProgramTable::product takes it
   Value residual;    // the width of out[0]
@@ -138,7 +136,7 @@ struct ExpertsRecord {
   int32_t renormalize;  // the chosen weights of a row to sum 1
   int32_t sigmoid;      // of the logits instead of softmax
   float scale;          // of the weights
-  Act act;
+  Activation act;
   int32_t integers;                // as in ProductRecord
   const Weight *gate, *up, *down;  // one an expert; up null: it is in gate, whose rows are gate's and up's in turn
   const Vector *gate_bias, *up_bias, *down_bias;  // likewise, or null
