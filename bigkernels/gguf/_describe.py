@@ -16,35 +16,64 @@ from ..quantization._ggml import BLOCK_TYPES
 from ._codes import blocks_of
 from ._file import STRING, Pair
 from ._source import Place, Source
-from ._state import _names
+from ._state import _names, expert_places
 
 _WHAT = "bigkernels.save_gguf"
 _UINT32, _FLOAT32, _BOOL = 4, 6, 7
 
+
+def _heads(config: Any, head: int) -> dict[str, Any]:
+    return {"attention.key_length": head, "attention.value_length": head}
+
+
+def _experts(config: Any, head: int) -> dict[str, Any]:
+    shared = getattr(config, "shared_expert_intermediate_size", None)
+    return {
+        "expert_count": config.num_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+    } | ({} if shared is None else {"expert_shared_feed_forward_length": shared})
+
+
+def _rotated(config: Any, head: int) -> dict[str, Any]:
+    return {"rope.dimension_count": head}
+
+
+def _partly(config: Any, head: int) -> dict[str, Any]:
+    return {"rope.dimension_count": int(head * config.rope_parameters["partial_rotary_factor"])}
+
+
+def _windowed(config: Any, head: int) -> dict[str, Any]:
+    return _heads(config, head) | {"attention.sliding_window": config.sliding_window}
+
+
+def _capped(config: Any, head: int) -> dict[str, Any]:
+    return _windowed(config, head) | {
+        "attn_logit_softcapping": float(config.attn_logit_softcapping),
+        "final_logit_softcapping": float(config.final_logit_softcapping),
+    }
+
+
 # Of a configuration's `model_type`: the file's architecture, and what its metadata has beyond what all have.
 _More = Callable[[Any, int], dict[str, Any]]
 _ARCHITECTURES: dict[str, tuple[str, _More]] = {
-    "llama": ("llama", lambda c, head: {"rope.dimension_count": head}),
-    "mistral": ("llama", lambda c, head: {"rope.dimension_count": head}),
-    "qwen2": ("qwen2", lambda c, head: {}),
-    "qwen3": ("qwen3", lambda c, head: {"attention.key_length": head, "attention.value_length": head}),
-    "gemma2": (
-        "gemma2",
-        lambda c, head: {
-            "attention.key_length": head,
-            "attention.value_length": head,
-            "attention.sliding_window": c.sliding_window,
-            "attn_logit_softcapping": float(c.attn_logit_softcapping),
-            "final_logit_softcapping": float(c.final_logit_softcapping),
-        },
-    ),
+    "llama": ("llama", _rotated),
+    "mistral": ("llama", _rotated),
+    "qwen2": ("qwen2", lambda config, head: {}),
+    "qwen3": ("qwen3", _heads),
+    "qwen2_moe": ("qwen2moe", _experts),
+    "qwen3_moe": ("qwen3moe", lambda config, head: _heads(config, head) | _experts(config, head)),
+    "gemma2": ("gemma2", _capped),
+    "gemma3_text": ("gemma3", _windowed),
+    "phi3": ("phi3", _rotated),
+    "starcoder2": ("starcoder2", lambda config, head: {}),
+    "stablelm": ("stablelm", _partly),
 }
 # What a file cannot say, by attributes of the configuration, and what they are where it need not.
 _UNSAID = {
     "attention_bias": False,
     "mlp_bias": False,
     "attention_dropout": 0.0,
-    "partial_rotary_factor": 1.0,
     "use_sliding_window": False,
 }
 
@@ -71,6 +100,7 @@ def described(model: Any, type: str | None) -> Source:
 def _metadata(model: nn.Module, config: Any, architecture: str, more: _More) -> dict[str, Pair]:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)  # readers have the other kind's from elsewhere
     _check(config, rope, head)
     values = {
         "context_length": config.max_position_embeddings,
@@ -79,9 +109,9 @@ def _metadata(model: nn.Module, config: Any, architecture: str, more: _More) -> 
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.freq_base": float(rope["rope_theta"]),
         "vocab_size": config.vocab_size,
+        **_epsilon(config),
     } | more(config, head)
     found = {
         "general.architecture": _pair(architecture),
@@ -91,13 +121,20 @@ def _metadata(model: nn.Module, config: Any, architecture: str, more: _More) -> 
     return found | {f"{architecture}.{key}": _pair(value) for key, value in values.items()}
 
 
+def _epsilon(config: Any) -> dict[str, float]:
+    if hasattr(config, "rms_norm_eps"):
+        return {"attention.layer_norm_rms_epsilon": float(config.rms_norm_eps)}
+    eps = next(getattr(config, name) for name in ("layer_norm_eps", "norm_epsilon") if hasattr(config, name))
+    return {"attention.layer_norm_epsilon": float(eps)}
+
+
 def _check(config: Any, rope: Any, head: int) -> None:
     for name, value in _UNSAID.items():
         if getattr(config, name, value) not in (value, None):
             raise ValueError(
                 f"{_WHAT}: {name} is {getattr(config, name)!r}, which no GGUF file of a {config.model_type} says"
             )
-    if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if rope.get("rope_type", "default") != "default":
         raise ValueError(f"{_WHAT}: the rotary embedding is {rope}; only the usual one is written")
     if config.model_type in ("llama", "mistral", "qwen2") and head * config.num_attention_heads != config.hidden_size:
         raise ValueError(
@@ -106,10 +143,6 @@ def _check(config: Any, rope: Any, head: int) -> None:
         )
     if config.model_type == "mistral" and config.sliding_window is not None:
         raise ValueError(f"{_WHAT}: sliding_window is {config.sliding_window}, which no GGUF file of a mistral says")
-    usual = {"gemma2": "gelu_pytorch_tanh"}.get(config.model_type, "silu")
-    act = getattr(config, "hidden_activation", None) or config.hidden_act
-    if act != usual:
-        raise ValueError(f"{_WHAT}: the activation is {act}, and readers take {usual}")
     scale = getattr(config, "query_pre_attn_scalar", 256)
     if config.model_type == "gemma2" and (scale, head) != (256, 256):
         raise ValueError(f"{_WHAT}: head_dim is {head} and query_pre_attn_scalar {scale}; readers take 256 for both")
@@ -121,8 +154,6 @@ def _check(config: Any, rope: Any, head: int) -> None:
                 f"{_WHAT}: the softcaps are {caps} and the layers {config.layer_types}; readers take 50 and 30, and "
                 "windows in every other layer"
             )
-    if config.model_type == "qwen3" and head != 128:
-        raise ValueError(f"{_WHAT}: head_dim is {head}; transformers takes 128, whatever the file says")
 
 
 def _pair(value: Any) -> Pair:
@@ -149,54 +180,74 @@ def _places(model: Any, architecture: str, type: str | None) -> Iterator[Place]:
     coded = {path: m for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, Quantized)}
     dense = dict(model.named_parameters(remove_duplicate=False))
     expected = [*dense, *(f"{path}.weight" for path in coded)]
-    file_names = {
-        target: name for name, target in _names(architecture, model.config.num_hidden_layers, expected).items()
-    }
+    layers = model.config.get_text_config().num_hidden_layers
+    file_names = {target: name for name, target in _names(architecture, layers, expected).items()}
+    experts = expert_places((*dense, *coded))
     tied = getattr(model.config, "tie_word_embeddings", False)
     if tied and not _share(model.get_input_embeddings(), model.get_output_embeddings()):
         raise ValueError(
             f"{_WHAT}: config.tie_word_embeddings is set, and lm_head has a weight of its own: readers would tie it to "
             "the embedding. Set it to False to write both"
         )
+    for target, places in experts.items():
+        held = coded.get(target, dense.get(target))
+        if getattr(held, "transposed", False):
+            raise ValueError(f"{_WHAT}: {target} is transposed, which is written of no architecture yet")
+        for name, part in places:
+            yield _of_experts(held, target, name, part, type)
     for target in expected:
-        if tied and target == "lm_head.weight":
+        path = target.removesuffix(".weight")
+        if tied and target == "lm_head.weight" or target in experts or path in experts:
             continue
         if target not in file_names:
             raise ValueError(f"{_WHAT}: a GGUF file of the architecture {architecture} has no place for {target}")
-        path = target.removesuffix(".weight")
         if path in coded and target not in dense:
-            yield from _of_codes(model, file_names[target], path, coded[path], type)
+            yield _of_codes(model, file_names[target], path, coded[path], type)
             continue
         p = dense[target]
-        kind = "F32" if p.dim() < 2 else type or _exact(p.dtype)
-        if kind not in ("F32", "F16", "BF16") and p.shape[-1] % BLOCK_TYPES[kind].block:
-            kind = "F16"
-        yield Place(file_names[target], tuple(p.shape), BLOCK_TYPES[kind].number, target, False)
+        kind = "F32" if p.dim() < 2 else _type_of_numbers(type, _exact(p.dtype), p.shape[-1])
+        shape = tuple(p.shape)
+        if file_names[target].endswith(".ffn_gate_inp_shexp.weight"):  # one row, a vector in files
+            shape, kind = shape[1:], "F32"
+        yield Place(file_names[target], shape, BLOCK_TYPES[kind].number, target, False)
 
 
 def _exact(dtype: torch.dtype) -> str:
     return {torch.float16: "F16", torch.bfloat16: "BF16"}.get(dtype, "F32")
 
 
-def _of_codes(model: nn.Module, name: str, path: str, module: Any, type: str | None) -> Iterator[Place]:
+def _type_of_numbers(type: str | None, exact: str, length: int) -> str:
+    kind = type or exact
+    return "F16" if kind not in ("F32", "F16", "BF16") and length % BLOCK_TYPES[kind].block else kind
+
+
+def _type_of_codes(module: Any) -> str | None:
+    """The type of blocks that holds a weight's codes as they are."""
+    config = module.weight_format
+    if getattr(module.qweight, "channel", None) is not None:
+        return None
+    if isinstance(config, GGUFBlocks):
+        return config.type
+    if config.name == "q4_1":
+        return "Q4_1" if blocks_of("Q4_0", module.qweight.tensors) is None else "Q4_0"
+    return {"q8_0": "Q8_0", "mxfp4": "MXFP4"}.get(config.name)
+
+
+def _of_codes(model: nn.Module, name: str, path: str, module: Any, type: str | None) -> Place:
     """A layer in codes: as they are where a type of blocks holds them, else as numbers."""
-    weight, config = module.qweight, module.weight_format
-    shape, kind = tuple(weight.shape), None
-    if getattr(weight, "channel", None) is None:
-        if isinstance(config, GGUFBlocks):
-            kind = config.type
-        elif config.name in ("q4_1", "q8_0", "mxfp4"):
-            kind = {"q8_0": "Q8_0", "mxfp4": "MXFP4"}.get(config.name)
-            if kind is None:
-                kind = "Q4_1" if blocks_of("Q4_0", weight.tensors) is None else "Q4_0"
-    if kind is not None:
-        order = _order(model, name, shape[0])
-        yield Place(name, shape, BLOCK_TYPES[kind].number, path, True, order)
-        return
-    kind = type or "F32"
-    if kind not in ("F32", "F16", "BF16") and shape[-1] % BLOCK_TYPES[kind].block:
-        kind = "F16"
-    yield Place(name, shape, BLOCK_TYPES[kind].number, f"{path}.weight", False)
+    shape = tuple(module.qweight.shape)
+    if (kind := _type_of_codes(module)) is not None:
+        return Place(name, shape, BLOCK_TYPES[kind].number, path, True, _order(model, name, shape[0]))
+    return Place(name, shape, BLOCK_TYPES[_type_of_numbers(type, "F32", shape[-1])].number, f"{path}.weight", False)
+
+
+def _of_experts(held: Any, target: str, name: str, part: tuple[int, int], type: str | None) -> Place:
+    """One of the matrices that lie one below the other in the weight of each expert."""
+    coded = isinstance(held, Quantized)
+    e, n, k = (held.num_experts, held.out_features // held.num_experts, held.in_features) if coded else held.shape
+    kind = _type_of_codes(held) if coded else None
+    number = BLOCK_TYPES[kind or _type_of_numbers(type, "F32" if coded else _exact(held.dtype), k)].number
+    return Place(name, (e, n // part[1], k), number, target, kind is not None, None, part)
 
 
 def _order(model: Any, name: str, rows: int) -> torch.Tensor | None:

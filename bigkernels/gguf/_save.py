@@ -25,7 +25,9 @@ def save_gguf(
     numbers as the model has them now, in the file's type. What was not changed is written bit for bit as it was read; a
     layer that holds no codes anymore (`dequantize`) is written in the model's dtype.
 
-    Others (Llama, Mistral, Qwen2, Qwen3 and Gemma 2, as transformers has them) get metadata from their configuration.
+    Others (Llama, Mistral, Qwen2, Qwen3 and their mixtures of experts, Gemma 2 and 3, Phi-3, Starcoder2, StableLM, as
+    transformers has them) get metadata from their configuration. What is read back of each written file must be the
+    model's: an option, or a number edited in a module, that readers would not see is an error.
     Layers in codes that a type of blocks holds bit for bit (`Q8_0`, `Q4_1`, `MXFP4`, `GGUFBlocks`) are written so;
     other formats as numbers.
 
@@ -36,18 +38,21 @@ def save_gguf(
             "Q4_1", "Q5_0" or "Q5_1", rounded as the `gguf` package does. Rows that are no whole blocks become F16,
             vectors stay F32. None takes the dtype they have.
         tokenizer: for a model that came from no file: a folder with a tokenizer.json of bytes merged in pairs (GPT-2,
-            SmolLM, Llama 3, Qwen), or another GGUF file, whose entries are copied. llama.cpp opens no file without a
-            vocabulary; transformers and `load_gguf` do.
+            SmolLM, Llama 3, Qwen) or a tokenizer.model of SentencePiece (Llama 2, Mistral, Gemma; `sentencepiece` reads
+            it), or another GGUF file, whose entries are copied. llama.cpp opens no file without a vocabulary;
+            transformers and `load_gguf` do.
 
     Raises:
         ImportError: gguf is not installed.
         ValueError: the model is of another kind, has an option that no such file can say, or holds something that its
-            file has no place for (its name is given); or the tokenizer is not one of those.
+            file has no place for (its name is given), a number that was edited in a module included; or the tokenizer
+            is not one of those.
     """
     try:
         import gguf
 
         from ._describe import described
+        from ._read_back import check_read_back
         from ._vocabulary import vocabulary
         from ._write import Writing, add
     except ImportError as error:
@@ -84,6 +89,7 @@ def save_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        check_read_back(model, begun)
         begun.replace(target)
     finally:
         begun.unlink(missing_ok=True)

@@ -47,15 +47,9 @@ class _Reading:
         self._halves: dict[str, dict[int, tuple[Format, dict[str, Tensor]] | Tensor]] = {}
 
     def _name_experts(self) -> None:
-        for parameter in self.expected:
-            if (m := _EXPERTS.fullmatch(parameter)) is None:
-                continue
-            if m[2] == "down_proj":
-                self.names[f"blk.{m[1]}.ffn_down_exps.weight"] = parameter
-                continue
-            for i, which in enumerate(("gate", "up")):
-                name = f"blk.{m[1]}.ffn_{which}_exps.weight"
-                self.names[name], self.parts[name] = parameter, (i, 2)
+        for parameter, places in expert_places(self.expected).items():
+            for name, part in places:
+                self.names[name], self.parts[name] = parameter, part
 
     def read(self) -> Contents:
         for tensor in self.file.tensors:
@@ -190,6 +184,18 @@ class _Reading:
         kept = raw.clone() if raw.nbytes <= SMALL else raw if self.mmap else None
         place = Place(tensor.name, tensor.shape, tensor.kind, target, False, raw=kept)
         self.made.source.places.append(place)
+
+
+def expert_places(parameters: Iterable[str]) -> dict[str, list[tuple[str, tuple[int, int]]]]:
+    """The tensors of a file that the weights of experts are, and which part of several each is, by parameter."""
+    places: dict[str, list[tuple[str, tuple[int, int]]]] = {}
+    for parameter in parameters:
+        if m := _EXPERTS.fullmatch(parameter):
+            kinds = ("down",) if m[2] == "down_proj" else ("gate", "up")
+            places[parameter] = [
+                (f"blk.{m[1]}.ffn_{kind}_exps.weight", (i, len(kinds))) for i, kind in enumerate(kinds)
+            ]
+    return places
 
 
 def _names(architecture: str, layers: int, parameters: Iterable[str]) -> dict[str, str]:

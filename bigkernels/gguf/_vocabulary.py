@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ._file import ARRAY, STRING, File, Pair
 
 _WHAT = "bigkernels.save_gguf"
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
-_INT32, _UINT32, _BOOL = 5, 4, 7
+_INT32, _UINT32, _FLOAT32, _BOOL = 5, 4, 6, 7
 _PREFIX = "tokenizer."
 
 # How text is cut before its bytes are merged, by the names that llama.cpp gives to it.
@@ -24,9 +25,11 @@ _CUTS = {_LLAMA_3: "llama-bpe", _LLAMA_3.replace("{1,3}", ""): "qwen2"}
 
 
 def vocabulary(source: str | os.PathLike, size: int, sizes: dict[int, tuple[int, int]]) -> dict[str, Pair]:
-    """From another GGUF file, whose entries are taken as they are, or from a folder with a tokenizer.json.
+    """From another GGUF file, whose entries are taken as they are, or from a folder with a tokenizer.json or a
+    tokenizer.model of SentencePiece.
 
     Raises:
+        ImportError: sentencepiece is not installed, and the folder has a tokenizer.model.
         ValueError: the vocabulary is of another size, or llama.cpp's name for its way to cut text is not known.
     """
     path = Path(source)
@@ -35,13 +38,14 @@ def vocabulary(source: str | os.PathLike, size: int, sizes: dict[int, tuple[int,
         found = {key: pair for key, pair in file.metadata.items() if key.startswith(_PREFIX)}
         count = found["tokenizer.ggml.tokens"].count if "tokenizer.ggml.tokens" in found else 0
     else:
-        found, count = _of_folder(path if path.is_dir() else path.parent, size)
+        folder = path if path.is_dir() else path.parent
+        found, count = (_of_pieces if (folder / "tokenizer.model").exists() else _of_merges)(folder, size)
     if count != size:
         raise ValueError(f"{_WHAT}: {source} has {count} tokens, and the model {size}")
     return found
 
 
-def _of_folder(folder: Path, size: int) -> tuple[dict[str, Pair], int]:
+def _of_merges(folder: Path, size: int) -> tuple[dict[str, Pair], int]:
     try:
         read = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -72,9 +76,40 @@ def _of_folder(folder: Path, size: int) -> tuple[dict[str, Pair], int]:
         "tokenizer.ggml.pre": _text(cut),
         "tokenizer.ggml.tokens": _texts(tokens),
         "tokenizer.ggml.merges": _texts(merges),
-        "tokenizer.ggml.token_type": _integers([kinds.get(i, _UNUSED) for i in range(count)]),
+        "tokenizer.ggml.token_type": _numbers(_INT32, "i", [kinds.get(i, _UNUSED) for i in range(count)]),
     }
     return found | _special(folder, {t: i for i, t in enumerate(tokens)}), count
+
+
+def _of_pieces(folder: Path, size: int) -> tuple[dict[str, Pair], int]:
+    try:
+        import sentencepiece  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{_WHAT}: a tokenizer.model is read by sentencepiece, which is not installed") from error
+    from gguf.vocab import SentencePieceVocab
+
+    try:
+        read = SentencePieceVocab(folder)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{_WHAT}: {folder} has no tokenizer.model that can be read ({error})") from error
+    pieces = [(text.decode(), score, int(kind)) for text, score, kind in read.all_tokens()]
+    special = _added(folder)
+    for i, text in special.items():  # of tokenizer_config.json, which files of pieces need not know
+        if i < len(pieces) and pieces[i][0] == text:
+            pieces[i] = text, pieces[i][1], _CONTROL
+    pieces += [(special.get(i, f"[PAD{i}]"), -1000.0, _CONTROL if i in special else _UNUSED)
+               for i in range(len(pieces), size)]  # fmt: skip
+    texts, scores, kinds = zip(*pieces, strict=True)
+    prefix = read.sentencepiece_tokenizer.EncodeAsPieces("a")[:1] != ["a"]
+    found = {
+        "tokenizer.ggml.model": _text("llama"),
+        "tokenizer.ggml.pre": _text("default"),
+        "tokenizer.ggml.tokens": _texts(list(texts)),
+        "tokenizer.ggml.scores": _numbers(_FLOAT32, "f", scores),
+        "tokenizer.ggml.token_type": _numbers(_INT32, "i", kinds),
+        "tokenizer.ggml.add_space_prefix": Pair(_BOOL, 1, b"", prefix),
+    }
+    return found | _special(folder, {t: i for i, t in enumerate(texts)}), len(texts)
 
 
 def _cut(found: Any) -> str | None:
@@ -93,12 +128,22 @@ def _cut(found: Any) -> str | None:
     return _CUTS.get(rest[0]["pattern"].get("Regex"))
 
 
+def _said(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _added(folder: Path) -> dict[int, str]:
+    """The special tokens that tokenizer_config.json names with their numbers."""
+    added = _said(folder).get("added_tokens_decoder", {})
+    return {int(i): token["content"] for i, token in added.items() if token.get("special")}
+
+
 def _special(folder: Path, numbers: dict[str, int]) -> dict[str, Pair]:
     """What tokenizer_config.json says of tokens with a meaning, and the template of chats."""
-    try:
-        said = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        said = {}
+    said = _said(folder)
     found = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token = said.get(f"{name}_token")
@@ -122,5 +167,5 @@ def _texts(values: list[str]) -> Pair:
     return Pair(ARRAY, len(encoded), raw, None)
 
 
-def _integers(values: list[int]) -> Pair:
-    return Pair(ARRAY, len(values), struct.pack(f"<IQ{len(values)}i", _INT32, len(values), *values), None)
+def _numbers(kind: int, code: str, values: Sequence[float]) -> Pair:
+    return Pair(ARRAY, len(values), struct.pack(f"<IQ{len(values)}{code}", kind, len(values), *values), None)

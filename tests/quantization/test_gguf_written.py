@@ -29,13 +29,20 @@ MODELS = {
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 128}),
     "gemma2": ("Gemma2", {"head_dim": 256, "attn_implementation": "eager"}),
+    "gemma3": ("Gemma3", {}),
+    "stablelm": ("StableLm", {}),
+    # Sizes that transformers reads from no file.
+    "phi3": ("Phi3", {"vocab_size": 32064, "sliding_window": None, "num_key_value_heads": 4, "hidden_size": 32}),
+    "qwen2_moe": ("Qwen2Moe", {"num_experts": 3, "num_experts_per_tok": 2, "hidden_size": 32}),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 3, "num_experts_per_tok": 2, "head_dim": 128, "norm_topk_prob": True}),
 }
 
 
 def make(name: str, **options):
     kind, more = MODELS[name]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SIZES | more | options)
+    config = getattr(transformers, f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config")
+    config = config(**SIZES | more | options)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2 if p.dim() > 1 else 0.3)
@@ -113,6 +120,95 @@ def test_codes_are_kept(format: str, head: bool, tmp_path):
     assert tensors[0] == tensors[1]
 
 
+@pytest.mark.parametrize("format", ["q8_0", "q4_1", "int4"])
+def test_codes_of_experts(format: str, tmp_path):
+    model = make("qwen3_moe")
+    bigkernels.quantize(model, format, skip=(), filter=lambda name, module: "expert" in name)
+    assert isinstance(model.model.layers[0].mlp.experts.down_proj, bigkernels.nn.QuantizedExperts)
+    bigkernels.save_gguf(model, tmp_path / "model.gguf")
+    ours, theirs = loaded(tmp_path / "model.gguf")
+    expected = logits(model)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4 * expected.abs().max().item()}
+    torch.testing.assert_close(logits(ours), expected, **tolerance)
+    torch.testing.assert_close(logits(theirs), expected, **tolerance)
+    for name in ("gate_up_proj", "down_proj"):
+        held, ours_held = (getattr(m.model.layers[1].mlp.experts, name) for m in (model, ours))
+        values = ours_held if format == "int4" else ours_held.dequantize()
+        assert torch.equal(values, held.dequantize())
+
+
+def scaling(model):
+    model.model.layers[1].self_attn.scaling *= 2
+
+
+def epsilon(model):
+    model.model.norm.variance_epsilon = 0.1
+
+
+def activation(model):
+    model.model.layers[0].mlp.act_fn = torch.nn.GELU()
+
+
+def angles(model):
+    model.model.rotary_emb.inv_freq *= 0.5
+
+
+def configuration(model):  # read when modules are made, so that the model computes as before
+    model.config.rms_norm_eps = 0.1
+
+
+@pytest.mark.parametrize("edit", [scaling, epsilon, activation, angles, configuration])
+@pytest.mark.parametrize("source", ["anew", "a file"])
+def test_edits_that_no_tensor_holds_are_refused(edit, source: str, tmp_path):
+    model, path = make("llama"), tmp_path / "model.gguf"
+    bigkernels.save_gguf(model, path)
+    if source == "a file":
+        model = bigkernels.load_gguf(path)
+        assert bigkernels.save_gguf(model, path) is None
+    bytes_before = path.read_bytes()
+    edit(model)
+    with pytest.raises(ValueError, match="readers of the file take"):
+        bigkernels.save_gguf(model, path)
+    assert path.read_bytes() == bytes_before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_patched_and_packed_model_is_written(tmp_path):
+    model, path = make("qwen3"), tmp_path / "model.gguf"
+    expected = logits(model)
+    bigkernels.patch(model)
+    bigkernels.pack(model)
+    logits(model)
+    bigkernels.save_gguf(model, path)
+    torch.testing.assert_close(logits(loaded(path)[0]), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_pieces_of_sentencepiece(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    words = ["the quick brown fox", "jumps over", "the lazy dogs of winter", "quickly brownish foxes", "überall"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words * 20), model_prefix=str(tmp_path / "tokenizer"), vocab_size=320, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    count = pieces.vocab_size()
+    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    config["added_tokens_decoder"] = {str(count): {"content": "<extra>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    path = tmp_path / "written" / "model.gguf"
+    path.parent.mkdir()
+    bigkernels.save_gguf(make("llama", vocab_size=count + 2), path, tokenizer=tmp_path)
+    fields = gguf.GGUFReader(path).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    assert tokens[:count] == [pieces.id_to_piece(i) for i in range(count)]
+    assert tokens[count:] == ["<extra>", f"[PAD{count + 1}]"]
+    assert fields["tokenizer.ggml.token_type"].contents()[-2:] == [3, 5]
+    assert fields["tokenizer.ggml.scores"].contents()[:count] == [pieces.get_score(i) for i in range(count)]
+    assert fields["tokenizer.ggml.add_space_prefix"].contents() and fields["tokenizer.ggml.model"].contents() == "llama"
+    read = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    text = "the brown fox jumps überquick ß"
+    assert read(text, add_special_tokens=False)["input_ids"] == pieces.encode(text)
+
+
 def tokenizer(folder, **changes):
     tokens = [chr(c) for c in range(33, 127)] + ["t0", "t0t", "Ġ"]
     cuts = [
@@ -163,7 +259,7 @@ def test_a_vocabulary_from_a_folder_and_from_a_file(tmp_path):
     [
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "the rotary embedding is"),
         ({"head_dim": 32}, "head_dim is 32"),
-        ({"hidden_act": "gelu"}, "the activation is gelu"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"attention_bias": True}, "attention_bias is True"),
     ],
