@@ -58,7 +58,9 @@ def _function(function: Any, known: dict[int, Any]) -> Any:
         check_effects(Source(function, [], node, []))
     space = dict(function.__globals__)
     cells = tuple(types.CellType(copied(content(cell), known)) for cell in function.__closure__ or ())
-    new = types.FunctionType(function.__code__, space, function.__name__, copied(function.__defaults__, known), cells)
+    new = types.FunctionType(
+        function.__code__.replace(), space, function.__name__, copied(function.__defaults__, known), cells
+    )
     known[id(function)] = new
     new.__kwdefaults__ = copied(function.__kwdefaults__, known)
     new.__dict__.update(function.__dict__)

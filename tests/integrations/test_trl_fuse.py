@@ -401,3 +401,19 @@ def test_trainers_that_keep_their_loss(kind, tmp_path):
         trainer = trl.RLOOTrainer(model, _reward, args=args, train_dataset=data, **common)
     assert fuse(trainer).loss is None and "_compute_loss" not in trainer.__dict__
     assert trainer.model.forward.__func__.__globals__[_head._THEIRS] is _head._Head
+
+
+def test_compiled_models(tmp_path):
+    """Compiled code is kept by the code of a function, of which the model, its reference and TRL have one each."""
+    histories = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        options = {"torch_compile_backend": "eager"} if compiled else {}
+        trainer = make("KTO", tmp_path, max_steps=1, torch_compile=compiled, **options)
+        assert fuse(trainer).heads == 2
+        trainer.train()
+        histories.append(trainer.state.log_history)
+    torch._dynamo.reset()
+    for plain, compiled in zip(*histories, strict=True):
+        for name in {"loss", "grad_norm"} & plain.keys():
+            assert compiled[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-4), (plain["step"], name)

@@ -70,7 +70,10 @@ def closure_of(model: nn.Module) -> dict[str, Any]:
 def _with_our_head(function: types.FunctionType) -> types.FunctionType:
     """The function, with another class under the name of TRL's."""
     names = {**function.__globals__, _THEIRS: _Head, "_use_triton": lambda device: True}
-    made = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    code = (
+        function.__code__.replace()
+    )  # of its own: compiled code is kept by it, and looks names up in one function's globals
+    made = types.FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)
     made.__kwdefaults__ = function.__kwdefaults__
     made.__dict__.update(function.__dict__)
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
