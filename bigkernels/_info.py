@@ -15,8 +15,8 @@ from ._load import Library, cpu_library, cuda_library, triton_unavailable
 from ._version import __version__
 from .memory import workspaces
 from .ops import OPERATORS
-from .ops._registry import KERNEL_DTYPES
-from .ops._routes import TABLE, routes
+from .ops.registry import KERNEL_DTYPES
+from .ops.routes import TABLE, routes
 
 _PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "numpy")
 # The features that each of the CPU kernels' ISA levels adds to the one before it, as /proc/cpuinfo names them.

@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from bigkernels.quantization._ggml import BLOCK_TYPES
+from bigkernels.quantization.ggml import BLOCK_TYPES
 
 CODED = [name for name, row in BLOCK_TYPES.items() if not row.is_numbers]
 SIZE, HIDDEN = 256, 512  # blocks of the K-quants are of 256

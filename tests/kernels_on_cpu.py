@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import torch
 
 from bigkernels.ops import OPERATORS
-from bigkernels.ops._registry import KERNEL_DTYPES, Implementation
 from bigkernels.ops.compress import OPERATOR as CODES
 from bigkernels.ops.grouped_linear import OPERATOR as EXPERTS
+from bigkernels.ops.registry import KERNEL_DTYPES, Implementation
 from bigkernels.triton import OPERATORS as KERNELS
 from bigkernels.triton import launchers, play_directly
 

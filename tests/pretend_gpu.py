@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from bigkernels.ops import _routes
+from bigkernels.ops import routes
 
 CUDA = torch.device("cuda", 0)
 _MARK = "_pretended_device"
@@ -139,7 +139,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capturing: bool = False) -> None:
     monkeypatch.setattr(torch.random, "fork_rng", lambda *args, **kwargs: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(_routes, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(routes, "_capability", lambda index: (9, 0))
     if importlib.util.find_spec("triton") is not None:
         from bigkernels.triton import _launch
 

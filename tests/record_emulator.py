@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bigkernels.ops._codes import KINDS, Operands
+from bigkernels.ops.codes import KINDS, Operands
 from bigkernels.program import _records as records
 
 _TYPES = [torch.float32, torch.bfloat16, torch.float16]

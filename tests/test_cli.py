@@ -11,7 +11,7 @@ import bigkernels
 from bigkernels import _cli, functional
 from bigkernels import _terminal as terminal
 from bigkernels._samples import SAMPLES
-from bigkernels.ops import OPERATORS, _registry
+from bigkernels.ops import OPERATORS, registry
 from bigkernels.ops import glu as glu_file
 
 
@@ -34,7 +34,7 @@ def test_info_is_json_and_complete():
 
 def test_info_tells_why_there_is_no_kernel(monkeypatch, capsys):
     lost = bigkernels._load.Library(None, "the library was lost")
-    for module in (bigkernels._info, _registry):
+    for module in (bigkernels._info, registry):
         monkeypatch.setattr(module, "cpu_library", lambda: lost)
     assert bigkernels.info()["libraries"]["cpu"] == {"loaded": False, "path": None, "reason": "the library was lost"}
     assert _cli.main(["info"]) == 0
@@ -85,7 +85,7 @@ def test_check_without_kernels_says_so(monkeypatch, capsys):
 def break_glu(monkeypatch, wrong):
     """Make `wrong(right, *args)` the CPU kernel of glu, and glu the only operator that is checked."""
     right = glu_file._fwd
-    kernel = _registry.Implementation("cpu", "cpu")
+    kernel = registry.Implementation("cpu", "cpu")
     monkeypatch.setattr(OPERATORS["glu"], "implementations", (kernel,))
     monkeypatch.setattr(OPERATORS["glu"], "_choices", {})
     monkeypatch.setattr(glu_file, "_fwd", lambda *args: wrong(right, *args))
@@ -148,7 +148,7 @@ def test_bench_fails_if_ours_is_wrong(monkeypatch, capsys):
     right = functional.glu
 
     def wrong(*args, **options):
-        return right(*args, **options) * (1.0 if _registry._forced == "reference" else 0.9)
+        return right(*args, **options) * (1.0 if registry._forced == "reference" else 0.9)
 
     monkeypatch.setattr(functional, "glu", wrong)
     assert _cli.main(["bench", "glu", "--quick"]) == 1

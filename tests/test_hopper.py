@@ -27,8 +27,8 @@ from test_triton_aot import compiled  # noqa: E402
 
 from bigkernels import functional, use  # noqa: E402
 from bigkernels._compare import compare  # noqa: E402
-from bigkernels.ops import _routes  # noqa: E402
 from bigkernels.ops import attention as op  # noqa: E402
+from bigkernels.ops import routes  # noqa: E402
 from bigkernels.ops import varlen_attention as varlen_op  # noqa: E402
 from bigkernels.triton import _hopper, _hopper_attention, _hopper_backward, attention, varlen_attention  # noqa: E402
 from bigkernels.triton._launch import as_if, recording  # noqa: E402
@@ -260,8 +260,8 @@ def test_off_until_somebody_says_otherwise(monkeypatch: pytest.MonkeyPatch):
     assert not _hopper.takes(*_call(dtype=torch.float32))  # left to the others without a word
     assert not _hopper.takes(*_call(capability=80))
     monkeypatch.setattr(_hopper, "_ENABLED", False)
-    row = _routes.find("attention", "ours on Hopper", (9, 0))
-    monkeypatch.setattr(_routes, "TABLE", (_routes.Route(**vars(row) | {"by": "gluon"}),))
+    row = routes.find("attention", "ours on Hopper", (9, 0))
+    monkeypatch.setattr(routes, "TABLE", (routes.Route(**vars(row) | {"by": "gluon"}),))
     assert _hopper.takes(call, q)
 
 

@@ -22,7 +22,7 @@ from driver_without_device import kernels, without_device  # noqa: E402
 from bigkernels import functional, use  # noqa: E402
 from bigkernels._samples import SAMPLES, Sample  # noqa: E402
 from bigkernels.ops import OPERATORS, compress  # noqa: E402
-from bigkernels.ops._registry import KERNEL_DTYPES  # noqa: E402
+from bigkernels.ops.registry import KERNEL_DTYPES  # noqa: E402
 from bigkernels.triton import OPERATORS as KERNELS  # noqa: E402
 
 SAMPLED = [name for name in KERNELS if name in SAMPLES]

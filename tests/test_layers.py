@@ -44,6 +44,27 @@ def test_imports_go_down():
     assert upward == UPWARD
 
 
+def inner_modules(file: Path) -> set[str]:
+    """Modules of another package whose names begin with an underscore that a file imports from."""
+    package, found = file.relative_to(PACKAGE).parent.parts, set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (*package[: len(package) + 1 - node.level], *filter(None, (node.module or "").split(".")))
+            for path in (base, *((*base, alias.name) for alias in node.names)):
+                if len(path) > 1 and path[:1] != package[:1]:
+                    ends = (i for i in range(1, len(path)) if path[i].startswith("_"))
+                    inner = PACKAGE.joinpath(*path[: next(ends, -1) + 1])
+                    if inner != PACKAGE and (inner.is_dir() or inner.with_suffix(".py").exists()):
+                        found.add(".".join(inner.relative_to(PACKAGE).parts))
+    return found
+
+
+def test_packages_keep_their_inside_to_themselves():
+    """What several packages need lies in a module without an underscore; these few are left, and become fewer."""
+    imports = [(str(file), name) for file in PACKAGE.rglob("*.py") for name in inner_modules(file)]
+    assert len(imports) <= 56, sorted(name for _, name in imports)
+
+
 def test_every_package_has_a_layer():
     packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert packages - {"_samples"} <= set(LAYERS)

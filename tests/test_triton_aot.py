@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from bigkernels.ops._codes import INT8
+from bigkernels.ops.codes import INT8
 from bigkernels.triton import OPERATORS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bigkernels.ops._codes import Kind, Operands, register
+from bigkernels.ops.codes import Kind, Operands, register
 from bigkernels.quantization import Format
-from bigkernels.quantization._format import in_groups, ratio
+from bigkernels.quantization.format import in_groups, ratio
 
 BLOCK = 32
 

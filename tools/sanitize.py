@@ -127,7 +127,9 @@ def main() -> int:
     failed = False
     for level in given.levels:
         if given.tests:
-            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *given.tests]
+            # pytest would keep what is written to file descriptors, and a finding ends the process.
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider"]
+            command += given.tests
             failed |= subprocess.run(command, cwd=TREE, env=environment(level)).returncode != 0
         if given.calls:
             command = [sys.executable, __file__, "--child", level, "--calls", str(given.calls)]

@@ -12,7 +12,7 @@ from .._compare import worst
 from .._samples import SAMPLES, Sample, widen
 from .._terminal import DEVICE_HELP, default_device, progress, table
 from ..ops import OPERATORS
-from ..ops._registry import KERNEL_DTYPES
+from ..ops.registry import KERNEL_DTYPES
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops._images import NUMBERS
+from ..ops.images import NUMBERS
 from ._sample import Draw, Sample, strided
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..ops._activations import ACTIVATIONS
+from ..ops.activations import ACTIVATIONS
 from ._sample import Draw, Sample, rows_strided, strided
 
 

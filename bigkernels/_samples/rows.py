@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..ops._activations import ACTIVATIONS
+from ..ops.activations import ACTIVATIONS
 from ._sample import Draw, Sample, rows_strided, strided
 
 _NORM_SHAPES = {

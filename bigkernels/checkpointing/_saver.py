@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .._torch_private import dispatch_modes, is_traceable_wrapper_subclass, without_dispatch_modes
-from ..ops._arguments import is_dense
+from ..ops.arguments import is_dense
 from ..ops.compress import decompress, encode
 from ._places import Place, Slot
 from ._policy import Code, Policy

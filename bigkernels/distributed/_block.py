@@ -17,7 +17,7 @@ from ..ops import attention as dense
 from ..ops import varlen_attention as packed
 from ..ops._derivatives import no_autocast
 from ..ops._dropout import dropout_threshold, philox
-from ..ops._registry import compute_dtype
+from ..ops.registry import compute_dtype
 from ._layout import Block
 
 _SCORES = 2**24  # elements that plain PyTorch holds at a time

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..ops import attention as dense
 from ..ops import varlen_attention as packed
-from ..ops._arguments import check_tensor, own
 from ..ops._dropout import draw_seed
-from ..ops._registry import needs_grad
+from ..ops.arguments import check_tensor, own
+from ..ops.registry import needs_grad
 from ._block import Options
 from ._group import Group, agree, resolve_group
 from ._layout import check_placement

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops._registry import compute_dtype
+from ..ops.registry import compute_dtype
 from ._group import count
 
 Spans = Sequence[tuple[int, int]]  # of heads, one a rank; they may overlap

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .._torch_private import disable_dynamo
-from ..ops._arguments import own
 from ..ops._derivatives import is_observed
-from ..ops._registry import compute_dtype
+from ..ops.arguments import own
 from ..ops.attention import like
+from ..ops.registry import compute_dtype
 from . import _block
 from ._block import Options
 from ._call import Call, prepare

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..quantization._ggml import BLOCK_TYPES, BlockType
+from ..quantization.ggml import BLOCK_TYPES, BlockType
 
 
 def planes(row: BlockType, raw: Tensor, shape: tuple[int, int]) -> dict[str, Tensor] | None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..nn._quantized import Quantized
+from ..nn.quantized import Quantized
 from ..quantization import Format, quantize
 from ._config import config_of, counting
 from ._file import File

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantization import Format, GGUFBlocks, resolve_format
-from ..quantization._layers import is_transposed
+from ..quantization.layers import is_transposed
 from ._codes import planes
 from ._file import File, Info
 from ._source import SMALL, Contents, Place, Source

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..nn._quantized import Quantized
+from ..nn.quantized import Quantized
 from ..quantization import GGUFBlocks
-from ..quantization._ggml import BLOCK_TYPES
+from ..quantization.ggml import BLOCK_TYPES
 from ._codes import blocks_of
 from ._file import ARRAY, SCALARS, STRING, Cursor, Pair
 from ._source import Place, Source

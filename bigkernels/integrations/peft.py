@@ -24,7 +24,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from torch import nn
 
 from ..nn.quantized_linear import QuantizedLinear
-from ..quantization._layers import is_transposed, rows
+from ..quantization.layers import is_transposed, rows
 
 
 class LoraQuantizedLinear(Linear):

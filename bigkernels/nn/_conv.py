@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .._torch_private import forward_ad
-from ..ops._registry import has_values, needs_grad
+from ..ops.registry import has_values, needs_grad
 
 
 @functools.cache

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..quantization._layers import is_transposed
 from ..quantization._owners import note
-from ..quantization._select import places, put
+from ..quantization.layers import is_transposed
+from ..quantization.select import places, put
 
 if TYPE_CHECKING:
     from .lora import LoRALinear

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .._deprecated import renamed_arguments
-from ..ops._registry import needs_grad
 from ..ops.attention import attention
 from ..ops.decode_attention import append_kv_, decode_attention
+from ..ops.registry import needs_grad
 
 _FEW = 16  # new tokens up to which splitting the work over the keys beats blocks of queries
 

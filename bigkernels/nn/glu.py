@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .._deprecated import renamed_arguments
-from ..ops._activations import ACTIVATIONS
+from ..ops.activations import ACTIVATIONS
 from ..ops.glu import glu
 
 

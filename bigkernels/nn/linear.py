@@ -11,9 +11,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._load import cpu_library
-from ..ops._arguments import autocast_dtype
-from ..ops._registry import has_values, needs_grad
+from ..ops.arguments import autocast_dtype
 from ..ops.linear import linear, pack_weight, packed_linear
+from ..ops.registry import has_values, needs_grad
 from ._conv import packs
 from ._steps import count_steps
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..quantization._layers import Shell, is_linear, is_transposed, rows
 from ..quantization._owners import note
-from ..quantization._select import as_names, never_called, places, put
+from ..quantization.layers import Shell, is_linear, is_transposed, rows
+from ..quantization.select import as_names, never_called, places, put
 from . import _lora_files
 from ._weight import LazyWeight
 from .quantized_linear import QuantizedLinear

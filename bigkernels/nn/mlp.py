@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops._activations import ACTIVATIONS
+from ..ops.activations import ACTIVATIONS
 from ..ops.mlp import mlp
 
 

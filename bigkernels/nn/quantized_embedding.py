@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .._deprecated import renamed_arguments
 from ..quantization import Format, QuantizedWeight, quantize_weight
-from ..quantization._layers import Shell, carry_hooks
-from ._quantized import Quantized, weight_of
+from ..quantization.layers import Shell, carry_hooks
+from .quantized import Quantized, weight_of
 
 
 class QuantizedEmbedding(Quantized):

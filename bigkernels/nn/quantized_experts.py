@@ -12,7 +12,7 @@ from .._deprecated import renamed_arguments, renamed_members
 from ..ops.grouped_linear import OPERATOR, grouped_linear
 from ..ops.quantized_linear import quantized_linear
 from ..quantization import Format, QuantizedWeight, quantize_weight
-from ._quantized import Quantized
+from .quantized import Quantized
 
 _linear = nn.functional.linear
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm}

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from .._deprecated import renamed_arguments
 from ..ops.quantized_linear import quantized_linear
 from ..quantization import Format, QuantizedWeight, quantize_weight
-from ..quantization._layers import Shell, carry_hooks, is_transposed, rows
-from ._quantized import Quantized, weight_of
+from ..quantization.layers import Shell, carry_hooks, is_transposed, rows
+from .quantized import Quantized, weight_of
 
 
 class QuantizedLinear(Quantized, nn.Linear):

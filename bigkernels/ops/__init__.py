@@ -23,7 +23,7 @@ from . import (
     rope,
     varlen_attention,
 )
-from ._registry import OPERATORS, allow_nondeterministic, use
+from .registry import OPERATORS, allow_nondeterministic, use
 
 torch.library.define("bigkernels::cpu_isa", "() -> str")
 # For tests: from how many bytes on CPU kernels use a second thread, and store past the caches. Returns those before.

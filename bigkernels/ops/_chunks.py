@@ -30,7 +30,7 @@ from .._torch_private import disable_dynamo
 from . import linear as _linear
 from . import quantized_linear as _quantized
 from ._derivatives import gradients, is_observed, no_autocast
-from ._registry import compute_dtype, has_values, is_capturing, is_readable
+from .registry import compute_dtype, has_values, is_capturing, is_readable
 
 if TYPE_CHECKING:
     from ..quantization import QuantizedWeight

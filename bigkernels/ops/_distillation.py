@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ._chunks import Head, Objective, Tokens
 from ._heads import logits_of
-from ._registry import compute_dtype
 from .linear_logprobs import LogProbs
+from .registry import compute_dtype
 
 if TYPE_CHECKING:
     from ..quantization import QuantizedWeight

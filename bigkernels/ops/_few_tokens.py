@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._load import cuda_unavailable
-from . import _registry, _routes
+from . import registry, routes
 from ._fragments import CODES, OFFSETS, Fragments, in_fragments, kind_of, power_of_two
-from ._registry import Implementation, is_capturing, log
+from .registry import Implementation, is_capturing, log
 
 MOST = 64
 CALL, BACKWARD = "few tokens, in fragments", "few tokens, in fragments, backward"
@@ -125,17 +125,17 @@ def _fragments(
 
 
 @functools.cache
-def _is_routed(call: str, capability: _routes.Capability) -> bool:
-    wanted = _ENABLED or _routes.find("quantized_linear", call, capability).by == "cuda"
+def _is_routed(call: str, capability: routes.Capability) -> bool:
+    wanted = _ENABLED or routes.find("quantized_linear", call, capability).by == "cuda"
     return wanted and unavailable() is None
 
 
 def is_chosen(x: Tensor, call: str = CALL) -> bool:
     """Whether these kernels come first, by the table of routes, a variable or `use`."""
-    forced = _registry._forced
+    forced = registry._forced
     if forced is not None:
         return forced == "cuda"
-    capability = _routes.capability_of(x)
+    capability = routes.capability_of(x)
     return capability is not None and _is_routed(call, capability)
 
 
@@ -153,7 +153,7 @@ def refusal(
         return "it takes rows of a multiple of 8 elements"
     if kind_of(kind, group) is None:
         return "no kernel for this format"
-    if bias is not None and bias.dtype not in _registry.KERNEL_DTYPES:
+    if bias is not None and bias.dtype not in registry.KERNEL_DTYPES:
         return f"no kernel for a bias of {str(bias.dtype).removeprefix('torch.')}"
     return None
 
@@ -249,7 +249,7 @@ def before(launcher: Callable) -> Callable:
 
     def call(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynamic, wide=False):
         if x.numel() and len(codes) and is_chosen(x):
-            forced = _registry._forced == "cuda"
+            forced = registry._forced == "cuda"
             why = refusal(x, bias, group, kind, k, dynamic)
             if why is None:
                 out = product(x, codes, scale, zero, row_scale, book, bias, group, kind, k, wide, forced)
@@ -268,7 +268,7 @@ def before_backward(launcher: Callable) -> Callable:
 
     def call(grad, codes, scale, zero, row_scale, book, group, kind, k):
         if grad.numel() and k and is_chosen(grad, BACKWARD):
-            forced = _registry._forced == "cuda"
+            forced = registry._forced == "cuda"
             why = refusal(grad, None, group, kind, k, depth=len(codes))
             if why is None:
                 found = gradient(grad, codes, scale, zero, row_scale, book, group, kind, k, forced)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._codes import AFFINE4, AFFINE4M, BOOK4, FP8, INT8, INT8G
+from .codes import AFFINE4, AFFINE4M, BOOK4, FP8, INT8, INT8G
 
 RUN = 128  # of the depth: what lies together
 _ROWS = 64

@@ -7,10 +7,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor, type_name
-from ._codes import CodedWeight
-from ._registry import compute_dtype, is_forced, is_readable, sees_plain_alone
+from .arguments import check_same_device, check_same_dtype, check_shape, check_tensor, type_name
+from .codes import CodedWeight
 from .linear import wide_product
+from .registry import compute_dtype, is_forced, is_readable, sees_plain_alone
 
 
 def as_reference(hidden: Tensor, weight: object, bias: Tensor | None) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _routes
-from ._arguments import autocast_dtype, check_same_device, check_same_dtype, check_tensor, own, type_name
+from . import routes
 from ._derivatives import gradients, is_observed, vjp
 from ._dropout import draw_seed, keep_mask
 from ._flops import attention_flops
-from ._registry import (
+from .arguments import autocast_dtype, check_same_device, check_same_dtype, check_tensor, own, type_name
+from .registry import (
     REFUSED,
     Operator,
     compute_dtype,
@@ -114,12 +114,12 @@ def attention(
 
 def _by_torch(q, k, v, bias, mask, alibi_slopes, sinks, prefix_lengths, left, right, scale, softcap, dropout_p):
     """The result of PyTorch's kernels, where the table of routes sends the call there."""
-    if _routes.capability_of(q) is None:
+    if routes.capability_of(q) is None:
         return None
     tensors = (bias, alibi_slopes, sinks, prefix_lengths)
     # Our mask of dropout is a function of a seed and a place, theirs is not.
     others = softcap > 0 or dropout_p > 0 or any(t is not None for t in tensors)
-    return _routes.by_torch(
+    return routes.by_torch(
         q,
         k,
         v,

@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor
 
-from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor
 from ._derivatives import gradients, is_observed
-from ._images import (
+from .arguments import check_same_device, check_same_dtype, check_shape, check_tensor
+from .images import (
     NAMES,
     NUMBERS,
     activate,
@@ -23,7 +23,7 @@ from ._images import (
     over,
     per_channel,
 )
-from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
+from .registry import REFUSED, Operator, compute_dtype, define, needs_grad
 
 
 def batch_norm(

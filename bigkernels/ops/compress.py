@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._arguments import check_tensor
-from ._registry import REFUSED, Operator, define
+from .arguments import check_tensor
+from .registry import REFUSED, Operator, define
 
 BLOCK = 128  # values that share a scale: 1.03 bytes a value
 # The largest number of a code. The codes above it say what no multiple of a scale can.

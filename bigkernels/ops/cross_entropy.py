@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .._deprecated import renamed_arguments
-from ._arguments import check_same_device, check_shape, check_tensor, own, type_name
 from ._derivatives import gradients, is_observed, vjp
-from ._registry import REFUSED, Operator, compute_dtype, define, is_readable, needs_grad
+from .arguments import check_same_device, check_shape, check_tensor, own, type_name
+from .registry import REFUSED, Operator, compute_dtype, define, is_readable, needs_grad
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DEFAULTS = (-100, "mean", 0.0, 0.0, None, 0.0)

@@ -11,9 +11,9 @@ from torch import Tensor
 from .._deprecated import warn
 from . import attention as shared
 from . import rope
-from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor, type_name
 from ._flops import attention_flops, values
-from ._registry import REFUSED, Operator, compute_dtype, define, is_readable, needs_grad
+from .arguments import check_same_device, check_same_dtype, check_shape, check_tensor, type_name
+from .registry import REFUSED, Operator, compute_dtype, define, is_readable, needs_grad
 
 _DECODE, _APPEND = "functional.decode_attention", "functional.append_kv_"
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._activations import ACTIVATIONS
-from ._activations import NAMES as _NAMES
-from ._activations import NUMBERS as _NUMBERS
-from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor, promote
 from ._derivatives import gradients, is_observed, vjp
-from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
+from .activations import ACTIVATIONS
+from .activations import NAMES as _NAMES
+from .activations import NUMBERS as _NUMBERS
+from .arguments import check_same_device, check_same_dtype, check_shape, check_tensor, promote
+from .registry import REFUSED, Operator, compute_dtype, define, needs_grad
 
 
 def glu(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:

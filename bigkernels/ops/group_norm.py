@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._derivatives import gradients, is_observed
-from ._images import (
+from .images import (
     NAMES,
     NUMBERS,
     activate,
@@ -17,7 +17,7 @@ from ._images import (
     has_rows,
     per_channel,
 )
-from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
+from .registry import REFUSED, Operator, compute_dtype, define, needs_grad
 
 
 def group_norm(

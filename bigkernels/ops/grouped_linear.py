@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from . import quantized_linear as _quantized
-from ._arguments import autocast_dtype, check_same_device, check_tensor
-from ._codes import FP8, NUMBERS, Operands, kernels_read
 from ._derivatives import is_observed, no_autocast
-from ._registry import Operator, compute_dtype, define, needs_grad, triton_kernel
+from .arguments import autocast_dtype, check_same_device, check_tensor
+from .codes import FP8, NUMBERS, Operands, kernels_read
+from .registry import Operator, compute_dtype, define, needs_grad, triton_kernel
 
 if TYPE_CHECKING:
     from ..quantization import QuantizedWeight

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._arguments import autocast_dtype, check_same_device, check_same_dtype, check_tensor
 from ._derivatives import is_observed, no_autocast
-from ._registry import REFUSED, Implementation, Operator, compute_dtype, cpu_kernel, define, needs_grad
+from .arguments import autocast_dtype, check_same_device, check_same_dtype, check_tensor
+from .registry import REFUSED, Implementation, Operator, compute_dtype, cpu_kernel, define, needs_grad
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from . import cross_entropy as _logits
-from ._arguments import autocast_dtype, check_shape, check_tensor, own
 from ._chunks import Call, Objective, Tokens, per_token, total
-from ._codes import NUMBERS, Operands, kernels_read
 from ._derivatives import gradients, is_observed, vjp
 from ._heads import as_reference, check_head, check_target, logits_of, targets_inside
-from ._registry import REFUSED, Implementation, Operator, cpu_kernel, define, needs_grad, triton_kernel
+from .arguments import autocast_dtype, check_shape, check_tensor, own
+from .codes import NUMBERS, Operands, kernels_read
+from .registry import REFUSED, Implementation, Operator, cpu_kernel, define, needs_grad, triton_kernel
 
 if TYPE_CHECKING:
     from ..quantization import QuantizedWeight

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .._torch_private import disable_dynamo
-from ._arguments import autocast_dtype, check_same_device, check_shape, check_tensor, own, type_name
 from ._chunks import Call, per_token, total
 from ._distillation import DIVERGENCES, Distillation, Teacher, count_tokens, reference
 from ._heads import as_reference, check_head, check_positive, check_target, targets_inside
-from ._registry import is_readable
+from .arguments import autocast_dtype, check_same_device, check_shape, check_tensor, own, type_name
+from .registry import is_readable
 
 if TYPE_CHECKING:
     from ..quantization import QuantizedWeight

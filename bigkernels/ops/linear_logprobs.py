@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .._deprecated import renamed_arguments
 from .._torch_private import disable_dynamo
-from ._arguments import autocast_dtype
 from ._chunks import Call, Objective, Tokens, per_token
 from ._heads import as_reference, check_head, check_positive, check_target, logits_of, targets_inside
+from .arguments import autocast_dtype
 
 if TYPE_CHECKING:
     from ..quantization import QuantizedWeight

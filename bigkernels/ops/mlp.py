@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._torch_private import surrounding_hooks
-from ._activations import ACTIVATIONS
-from ._activations import NAMES as _NAMES
-from ._activations import NUMBERS as _NUMBERS
-from ._arguments import autocast_dtype, check_same_device, check_same_dtype, check_tensor
 from ._derivatives import gradients, is_observed, no_autocast, vjp
-from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
+from .activations import ACTIVATIONS
+from .activations import NAMES as _NAMES
+from .activations import NUMBERS as _NUMBERS
+from .arguments import autocast_dtype, check_same_device, check_same_dtype, check_tensor
 from .linear import _bwd as _linear_bwd
 from .linear import _fwd as _linear_fwd
 from .linear import _reads, _rows, sum_rows
+from .registry import REFUSED, Operator, compute_dtype, define, needs_grad
 
 _FEW = 4  # tokens up to which our product of float32 is the faster one
 

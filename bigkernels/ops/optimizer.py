@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .._load import cpu_library, cuda_unavailable
-from ._registry import Implementation
+from .registry import Implementation
 
 STEP = (
     "optimizer_step(int algorithm, Tensor tensors, Tensor grads, Tensor chunks, Tensor groups, Tensor? grad_scale, "

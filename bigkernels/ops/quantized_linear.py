@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from .._torch_private import scaled_mm
-from . import _few_tokens, _routes
-from ._arguments import autocast_dtype, check_same_device, check_tensor
-from ._codes import FP8, INT8, CodedWeight, Operands, kernels_read
+from . import _few_tokens, routes
 from ._derivatives import is_observed, no_autocast
-from ._registry import (
+from .arguments import autocast_dtype, check_same_device, check_tensor
+from .codes import FP8, INT8, CodedWeight, Operands, kernels_read
+from .linear import sum_rows
+from .registry import (
     REFUSED,
     Operator,
     compute_dtype,
@@ -22,7 +23,6 @@ from ._registry import (
     sees_plain_alone,
     triton_kernel,
 )
-from .linear import sum_rows
 
 if TYPE_CHECKING:
     from ..quantization import QuantizedWeight
@@ -97,7 +97,7 @@ def _run(kernel, kind, dynamic):
 
 def _fwd_fp8(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynamic, wide=False):
     """Tokens in floats of 8 bits: by the units that multiply these, else as numbers that 16 bits hold exactly."""
-    if not wide and _routes.takes_scaled_mm(x, codes):
+    if not wide and routes.takes_scaled_mm(x, codes):
         return _fwd(x, codes, scale, zero, row_scale, book, bias, group, kind, k, True)
     tokens, factor = round_tokens(x.to(compute_dtype(x.dtype)), True)
     out = _fwd(tokens.to(x.dtype), codes, scale, zero, row_scale, book, None, group, kind, k, False, True) * factor
@@ -186,7 +186,7 @@ def _backward_fp8(grad, codes, scale):
     wide = compute_dtype(grad.dtype)
     tokens, factor = round_tokens(grad.to(wide) * scale.to(wide), True)
     codes = codes.view(torch.float8_e4m3fn)
-    if not _routes.takes_scaled_mm(grad, codes.t()):
+    if not routes.takes_scaled_mm(grad, codes.t()):
         return ((tokens @ codes.to(wide)) * factor).to(grad.dtype)
     rows = tokens.reshape(-1, tokens.shape[-1]).to(torch.float8_e4m3fn)
     ones = factor.new_ones(1, codes.shape[1])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor
 from ._derivatives import gradients, is_observed
-from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
+from .arguments import check_same_device, check_same_dtype, check_shape, check_tensor
+from .registry import REFUSED, Operator, compute_dtype, define, needs_grad
 
 
 def rms_norm(

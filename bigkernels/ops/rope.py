@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._arguments import check_same_device, check_same_dtype, check_shape, check_tensor, is_dense, promote
 from ._derivatives import is_observed
-from ._registry import REFUSED, Operator, compute_dtype, define, needs_grad
+from .arguments import check_same_device, check_same_dtype, check_shape, check_tensor, is_dense, promote
+from .registry import REFUSED, Operator, compute_dtype, define, needs_grad
 
 MAX_ROTARY = 1024  # the CPU kernel keeps one position's cos and sin on the stack
 

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import attention as shared
-from ._arguments import check_tensor
 from ._derivatives import gradients, is_observed, vjp
 from ._dropout import draw_seed, keep_mask
 from ._flops import attention_flops, values
-from ._registry import (
+from .arguments import check_tensor
+from .registry import (
     REFUSED,
     Operator,
     compute_dtype,

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._torch_private import foreach_mul_
-from ..ops import _registry
 from ..ops import optimizer as ops
+from ..ops import registry
 from . import _plan
 from ._plan import Plan, local
 
@@ -130,7 +130,7 @@ def _parts(tensors: list[Tensor], p: float) -> list[Tensor]:
     by_device: dict[torch.device, list[int]] = {}
     for i, t in enumerate(tensors):
         here = _values(t)
-        if p in (2.0, math.inf) and ops.why_not(here.device.type, here.dtype, _registry._forced) is None:
+        if p in (2.0, math.inf) and ops.why_not(here.device.type, here.dtype, registry._forced) is None:
             by_device.setdefault(here.device, []).append(i)
         else:
             values[i] = _power(here, p)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._exit import Running
 from .._torch_private import disable_dynamo
 from ..ops import optimizer as ops
-from ..ops._registry import compute_dtype
+from ..ops.registry import compute_dtype
 from . import _formats, _norm, _plan
 from ._plan import Entry, Plan, cut, dense, gathered, local, placed, shaped
 from ._reference import NOT_NEGATIVE, Rule, trust_ratio

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._load import cpu_library
 from ..ops import linear
-from ..ops._registry import compute_dtype
+from ..ops.registry import compute_dtype
 
 _STRIP = 128  # rows of a symmetric product that are made at once
 _MULTIPLY_BF16 = ("avx512", "amx")  # ISA levels

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..ops import _registry
 from ..ops import optimizer as ops
-from ..ops._registry import log
+from ..ops import registry
+from ..ops.registry import log
 from ._plan import Entry, dense, local
 from ._reference import RULES
 
@@ -66,13 +66,13 @@ class Schedule:
             for number, together in enumerate(_apart(found))
             for plan in optimizer._plans_of(RULES[name], together, follows=number > 0)
         ]
-        self._forced, self._options = _registry._forced, list(map(optimizer._decides, optimizer.param_groups))
+        self._forced, self._options = registry._forced, list(map(optimizer._decides, optimizer.param_groups))
         self._kinds = [_kind(p) for p, _ in self.without]
 
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether another would be the same, however groups, options, parameters and states were edited meanwhile."""
         return (
-            self._forced == _registry._forced
+            self._forced == registry._forced
             and (self._members is None or self._has(optimizer.param_groups))
             and self._options == list(map(optimizer._decides, optimizer.param_groups))
             and all(p.grad is None for p in self._waiting)
@@ -122,4 +122,4 @@ def _why_not(p: Tensor, device: torch.device) -> str | None:
         return f"{type(here).__name__} has no memory of its own"
     if here.is_neg() or here.layout != torch.strided:
         return "its numbers are not those in memory"
-    return ops.why_not(device.type, here.dtype, _registry._forced)
+    return ops.why_not(device.type, here.dtype, registry._forced)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._torch_private import disable_dynamo
-from ..ops._registry import compute_dtype
+from ..ops.registry import compute_dtype
 from . import _formats
 from ._plan import Entry, backed, dense, laid_out, local, placed, strides
 from ._reference import RULES, Rule

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from .._torch_private import LAZY, require
-from ..program._suspend import ABSENT as _ABSENT
-from ..program._suspend import RECORD as _RECORD
+from ..program.suspend import ABSENT as _ABSENT
+from ..program.suspend import RECORD as _RECORD
 from . import _decode, _encode
 from ._bound import Bound
 from ._device import device_of, probing_on

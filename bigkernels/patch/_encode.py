@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn._quantized import Quantized
+from ..nn.quantized import Quantized
 from ..program import _layers
 from ..program._encoder_call import Given, collects, form_of, resolve_arguments, same_others
 from ..program._encoder_masks import Scores

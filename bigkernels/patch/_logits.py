@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .. import functional
 from .._torch_private import FakeTensor
-from ..ops._arguments import autocast_dtype
+from ..ops.arguments import autocast_dtype
 from ._lazy import Kind, Lazy, Values
 from ._metrics import LossMetrics
 

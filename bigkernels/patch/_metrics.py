@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.linear_cross_entropy import CrossEntropyOutput
-from ..program._suspend import RECORD
+from ..program.suspend import RECORD
 
 WATCHED = "_bigkernels_loss_metrics"  # of the module whose forward has the loss
 _HELPER = "_bigkernels_logits"

@@ -19,8 +19,8 @@ from ._arguments import from_context
 from ._context import Context, FromContext, MaskOf
 from ._forms import close
 from ._ir import Attend, Call, Stored
-from ._suspend import suspended, wrapped
 from ._trace import ModuleCall, Recorder, Ref, Refused, leaves, mapped
+from .suspend import suspended, wrapped
 
 if TYPE_CHECKING:
     from ._identify import Builder

@@ -30,8 +30,8 @@ from ._products import Drawn
 from ._record import Trace, _wrap, stored_of
 from ._replay import replay
 from ._rows import as_heads, from_heads
-from ._suspend import disturbance, suspended, wrapped
 from ._trace import Recorder, Ref, Refused, _same, leaves
+from .suspend import disturbance, suspended, wrapped
 
 BATCH = 2
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantization._weight import QuantizedWeight
-from ._suspend import RECORD, suspended
+from .suspend import RECORD, suspended
 
 _ALSO = ("_bigkernels_encoder", "_bigkernels_program")
 

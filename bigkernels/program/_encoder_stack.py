@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._load import cpu_library
-from ..ops._registry import log
+from ..ops.registry import log
 from ._encoder_call import Form, Given, drawn, names_of
 from ._encoder_identify import find_layer
 from ._encoder_ir import LayerGraph
@@ -24,10 +24,10 @@ from ._encoder_reference import run as run_exactly
 from ._encoder_reference import scores_of
 from ._padding import Refusal
 from ._state import _random
-from ._suspend import disturbance, suspended
 from ._trace import Refused
 from ._verify import _ALLOWED, _MODULES, _ROUNDED
 from ._watch import Snapshot, Watch
+from .suspend import disturbance, suspended
 
 KEY = "_bigkernels_encoder"
 _KEPT = 8  # forms of calls

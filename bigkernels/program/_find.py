@@ -13,8 +13,8 @@ from ._ir import Graph
 from ._layers import products
 from ._products import Drawn
 from ._record import Trace, arguments, traced
-from ._suspend import disturbance
 from ._trace import ModuleCall, Refused
+from .suspend import disturbance
 
 
 def find(model: nn.Module) -> Graph | str:

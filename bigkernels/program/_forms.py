@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..ops._activations import ACTIVATIONS
+from ..ops.activations import ACTIVATIONS
 from ._ir import NormSpec, Stored
 from ._reference import norm
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as _hooks
 
 from .._torch_private import dispatch_modes, function_modes, is_jit_tracing, transforms
-from ..ops._registry import log
+from ..ops.registry import log
 from ._cache import Description, describe
 from ._padding import Refusal, starts_of
 from ._panels import TOKENS

@@ -11,10 +11,10 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-from ..nn._quantized import Quantized
 from ..nn.linear import Linear
+from ..nn.quantized import Quantized
 from ..nn.quantized_linear import QuantizedLinear
-from ..quantization._layers import conv1d, rows
+from ..quantization.layers import conv1d, rows
 from ._ir import StoredLinear
 
 _PART = 2**17

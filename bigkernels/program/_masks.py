@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ._record import arguments, new_cache
-from ._suspend import suspended
 from ._trace import Refused, leaves
+from .suspend import suspended
 
 _NAMES = ("window", "chunk", "local", "sliding", "block", "span", "stride")
 _MOST = 2**30  # bytes of a layer's keys, if they were copied

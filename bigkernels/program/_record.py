@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..nn.quantized_embedding import QuantizedEmbedding
 from . import _layers
 from ._ir import Stored
-from ._suspend import suspended, wrapped
 from ._trace import ModuleCall, Recorder, Ref, Refused, exact, leaves, mapped
+from .suspend import suspended, wrapped
 
 BATCH, PAST = 2, 3
 

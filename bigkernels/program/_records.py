@@ -9,7 +9,7 @@ from ctypes import Structure, Union, byref, c_bool, c_float, c_int32, c_int64, c
 import torch
 from torch import Tensor
 
-from ..ops._activations import NUMBERS
+from ..ops.activations import NUMBERS
 
 MAX_TERMS, MAX_WEIGHTS, MAX_ANGLES = 4, 4, 4
 

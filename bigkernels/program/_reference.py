@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops._activations import ACTIVATIONS
+from ..ops.activations import ACTIVATIONS
 from . import _layers
 from ._context import Context
 from ._ir import (

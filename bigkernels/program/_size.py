@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..nn._quantized import Quantized
+from ..nn.quantized import Quantized
 from . import _layers
 
 RUN = 256  # tokens of a run, as `_forward` cuts longer calls

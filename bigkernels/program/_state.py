@@ -20,10 +20,10 @@ from ._find import find
 from ._ir import Graph
 from ._program import Program
 from ._quick import Quick
-from ._suspend import disturbance
 from ._trace import Refused
 from ._verify import Output, verify
 from ._watch import Snapshot, Watch
+from .suspend import disturbance
 
 KEY = "_bigkernels_program"
 _KEPT = 3  # states of a model that are remembered: with and without adapters, say

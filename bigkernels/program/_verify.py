@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from . import _reference
 from ._cache import describe
 from ._program import Program
-from ._suspend import suspended
 from ._trace import Refused
+from .suspend import suspended
 
 _TOKENS = (9, 1)  # a prompt, and a token after it
 # Distances from what the graph gives in float32, relative to the largest logit. The program's may be at most twice that

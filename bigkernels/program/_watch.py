@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from .._look import Seen
-from ..nn._quantized import Quantized
 from ..nn._steps import count_steps
+from ..nn.quantized import Quantized
 from ..quantization._weight import QuantizedWeight
 from ._memory_words import Words, of_class, of_dict, of_list, of_set, of_tensor, of_type, same_bytes, same_words
-from ._suspend import idle
+from .suspend import idle
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 # What says nothing about the numbers of a step: `training` counts for what draws random numbers, which is asked apart.

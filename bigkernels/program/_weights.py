@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..nn._quantized import Quantized
+from ..nn.quantized import Quantized
 from ..nn.quantized_linear import QuantizedLinear
-from ..ops._codes import FP8, KINDS, Operands
+from ..ops.codes import FP8, KINDS, Operands
 from ..quantization import QuantizedWeight
-from ..quantization._layers import exact_weight, is_transposed
+from ..quantization.layers import exact_weight, is_transposed
 from . import _records as records
 from ._ir import Stored, StoredLinear
 from ._trace import Refused

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..quantization import Int4, Int8, Int8Dynamic
-from ..quantization._format import pack4
+from ..quantization.format import pack4
 from ..quantization.q8_0 import BLOCK, Q8_0
 from ._packed import Packed
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import LoRALinear, QuantizedLinear
-from ..nn._quantized import Quantized
+from ..nn.quantized import Quantized
 from ..quantization import FP8, Int4, Int8, Int8Dynamic, QuantizedWeight
-from ..quantization._layers import is_linear, is_transposed
+from ..quantization.layers import is_linear, is_transposed
 
 _WHAT = "bigkernels.save_quantized"
 Stored = tuple[dict[str, Tensor], dict[str, Any]]

@@ -6,12 +6,12 @@ is stored is the same on every device; nothing is packed for a kernel.
 
 from .._deprecated import renamed_functions
 from . import checkpoints
-from ._format import Format, resolve_format
 from ._model import dequantize, quantize, quantized, refresh
 from ._report import QuantizeReport
 from ._weight import QuantizedWeight, quantize_weight
 from .blocks import GGUFBlocks
 from .book4 import FP4, NF4
+from .format import Format, resolve_format
 from .fp8 import FP8, FP8Dynamic
 from .int4 import Int4
 from .int8 import Int8, Int8Dynamic

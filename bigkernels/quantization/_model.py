@@ -10,12 +10,12 @@ from torch import nn
 
 from .._deprecated import renamed_arguments
 from .._torch_private import LAZY, require
-from ._format import Format
 from ._owners import note
 from ._plan import Plan, set_parameter
 from ._report import QuantizeReport
-from ._select import places, put
 from ._ties import name_weights
+from .format import Format
+from .select import places, put
 
 
 @renamed_arguments("bigkernels.quantize", config="format")
@@ -55,7 +55,7 @@ def quantize(
         ValueError, TypeError: as `quantize_weight`, or a calibrated format without batches; the model is then as it
             was.
     """
-    from ..nn._quantized import Quantized
+    from ..nn.quantized import Quantized
 
     require(LAZY, "quantize")
     report = Plan.of(model, format, skip, filter, embeddings).write(calibration)
@@ -76,7 +76,7 @@ def dequantize(model: nn.Module) -> None:
     the model kept were frozen since.
     """
     from ..nn import QuantizedExperts
-    from ..nn._quantized import Quantized
+    from ..nn.quantized import Quantized
 
     restored: list[tuple[Quantized, nn.Parameter]] = []
     untrained = not any(p.requires_grad for p in model.parameters())
@@ -111,7 +111,7 @@ def quantized(
     `dequantize` keep one of them. What the block itself puts around or beside a
     layer stays, and moves and casts in the block are not the weights'.
     """
-    from ..nn._quantized import Quantized
+    from ..nn.quantized import Quantized
 
     modules = {(parent, name): child for parent in model.modules() for name, child in parent._modules.items()}
     weights = {(parent, name): p for parent in model.modules() for name, p in parent._parameters.items()}
@@ -143,8 +143,8 @@ def refresh(model: nn.Module) -> None:
     Writes that PyTorch counts, loading, casts and moves are seen without it. Call it after writing to such weights in a
     way that PyTorch does not count: through ``weight.data``, a numpy array or another process.
     """
-    from ..nn._quantized import Quantized
     from ..nn.linear import forget_packed
+    from ..nn.quantized import Quantized
 
     for module in model.modules():
         if isinstance(module, Quantized):

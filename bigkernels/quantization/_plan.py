@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ._calibration import groups, hessians
-from ._format import Format
-from ._layers import rows
 from ._report import QuantizeReport, Row
-from ._select import Chosen, put, select
 from ._ties import name_codes
 from ._weight import QuantizedWeight, quantize_weight
+from .format import Format
+from .layers import rows
 from .qat import plain_kind
+from .select import Chosen, put, select
 
 
 class Journal:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .._deprecated import renamed_arguments, renamed_members
-from ..ops._codes import CodedWeight
-from ..ops._registry import is_watched
-from ._format import Format, Operands, resolve_format
+from ..ops.codes import CodedWeight
+from ..ops.registry import is_watched
+from .format import Format, Operands, resolve_format
 
 _WHAT = "bigkernels.functional.quantize_weight"
 _AT_ONCE = 2**22  # elements: float32 copies and what the formats make of them stay small

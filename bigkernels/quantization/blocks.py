@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..ops._codes import Operands
-from ._format import Format
-from ._ggml import BLOCK_TYPES, BlockType
+from ..ops.codes import Operands
+from .format import Format
+from .ggml import BLOCK_TYPES, BlockType
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ops._codes import BOOK4, Operands
-from ..ops._registry import is_capturing, is_watched
-from ._format import Format, in_groups, pack4, ratio
+from ..ops.codes import BOOK4, Operands
+from ..ops.registry import is_capturing, is_watched
+from .format import Format, in_groups, pack4, ratio
 
 _SIZES = (32, 64, 128)
 _SCALES_A_BLOCK = 256

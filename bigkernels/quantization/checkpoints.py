@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ._format import pack4
 from ._weight import QuantizedWeight
 from .book4 import DYNAMIC_CODEBOOK, FP4, NF4
+from .format import pack4
 from .int4 import Int4
 
 _HERE = "bigkernels.quantization.checkpoints"

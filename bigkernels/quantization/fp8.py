@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ops import _codes
-from ..ops._codes import Operands
-from ._format import Format, ratio
+from ..ops import codes as kinds
+from ..ops.codes import Operands
+from .format import Format, ratio
 
 _LARGEST = 448.0
 
@@ -33,7 +33,7 @@ class FP8(Format):
         return {"codes": (shape, torch.uint8), "scale": (shape[:1], torch.float32)}
 
     def operands(self, tensors: dict[str, Tensor]) -> Operands:
-        return Operands.of(_codes.FP8, tensors["codes"], tensors["scale"])
+        return Operands.of(kinds.FP8, tensors["codes"], tensors["scale"])
 
 
 @dataclass(frozen=True)

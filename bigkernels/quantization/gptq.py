@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._format import ratio
+from .format import ratio
 
 _DAMP = 0.01  # of the mean second moment, added to all
 _BLOCK = 128  # elements between two updates of the rest

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._codes import AFFINE4, Operands
+from ..ops.codes import AFFINE4, Operands
 from . import awq, gptq
-from ._format import Format, in_groups, pack4, ratio
+from .format import Format, in_groups, pack4, ratio
 
 _ALGORITHMS = ("rtn", "hqq", "gptq", "awq")
 _SIZES = (32, 64, 128)

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ops._codes import INT8, Operands
-from ._format import Format, ratio
+from ..ops.codes import INT8, Operands
+from .format import Format, ratio
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ._format import in_groups, pack4, ratio
 from .book4 import NF4, _nearest
+from .format import in_groups, pack4, ratio
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BIAS, _LARGEST = 127, 252  # of a stored exponent; 6 times a larger power of two is none of float32's numbers

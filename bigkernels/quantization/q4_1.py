@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ops._codes import AFFINE4M, Operands
-from ._format import Format, in_groups, pack4
+from ..ops.codes import AFFINE4M, Operands
+from .format import Format, in_groups, pack4
 from .q8_0 import BLOCK, check_range, inverse
 
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ops._codes import INT8G, Operands
-from ._format import Format, in_groups
+from ..ops.codes import INT8G, Operands
+from .format import Format, in_groups
 
 BLOCK = 32  # elements, of GGUF's formats
 

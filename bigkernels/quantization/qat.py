@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from .._deprecated import renamed_arguments, renamed_members
 from ..ops.quantized_linear import round_tokens
-from ._format import Format, resolve_format
-from ._layers import become, is_transposed
 from ._report import QuantizeReport
 from ._weight import quantize_weight
+from .format import Format, resolve_format
 from .fp8 import FP8
+from .layers import become, is_transposed
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -152,7 +152,7 @@ def prepare_qat(
     Raises:
         ValueError: a format is calibrated.
     """
-    from ._select import put, select
+    from .select import put, select
 
     selection = select(model, format, skip, filter, embeddings, QuantizeReport())
     chosen = sorted(selection.alone + sum(selection.shared, []), key=lambda c: selection.order[c.path])

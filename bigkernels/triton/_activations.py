@@ -17,7 +17,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _value_and_slope(x, ACTIVATION: tl.constexpr):
-    """The activation and its derivative. Numbered as in bigkernels.ops._activations."""
+    """The activation and its derivative. Numbered as in bigkernels.ops.activations."""
     if ACTIVATION == 0:  # silu
         s, rest = _sigmoid(x)
         return x * s, s * (1.0 + x * rest)

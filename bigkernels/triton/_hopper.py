@@ -13,8 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops import _registry
-from ..ops._routes import find
+from ..ops import registry
+from ..ops.routes import find
 from ._launch import launch
 
 _SIZES = (64, 128)
@@ -58,8 +58,8 @@ def takes(call, *tensors: Tensor) -> bool:
     Raises:
         RuntimeError: they are forced and do not take it.
     """
-    forced = _registry.is_forced("gluon")
-    if not forced and (_registry.is_forced("triton") or not _is_on(call.capability)):
+    forced = registry.is_forced("gluon")
+    if not forced and (registry.is_forced("triton") or not _is_on(call.capability)):
         return False
     reason = refusal(call, *tensors)
     if forced and reason is not None:

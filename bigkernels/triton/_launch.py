@@ -12,8 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops._registry import KERNEL_DTYPES
-from ..ops._routes import capability_of
+from ..ops.registry import KERNEL_DTYPES
+from ..ops.routes import capability_of
 from ._prepared import note_launch
 
 

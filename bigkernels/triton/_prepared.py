@@ -38,7 +38,7 @@ from .._torch_private import (
     is_profiled,
     lacks,
 )
-from ..ops import _registry
+from ..ops import registry
 from ._tape import Call, Launched, New, Source, Tape, Value, reads, renumbered
 
 _MOST = 512  # layouts that a launcher remembers; then those that were noted first are forgotten
@@ -247,8 +247,8 @@ def _reader(kinds: tuple[type, ...], tapes: dict, missed: Callable, direct: bool
     named = source.named
     args = [f"a{i}" for i in range(len(kinds))]
     tensors = [i for i, kind in enumerate(kinds) if issubclass(kind, Tensor)]
-    registry, runtime = named(_registry), named(triton.knobs.runtime)
-    key = [f"{registry}._nondeterministic and not {named(_deterministic)}()", f"{registry}._forced"]
+    selection, runtime = named(registry), named(triton.knobs.runtime)
+    key = [f"{selection}._nondeterministic and not {named(_deterministic)}()", f"{selection}._forced"]
     for i, kind in enumerate(kinds):
         if i in tensors:  # one without memory, which stands for another, has no layout of a tape
             key += [f"a{i}.shape", f"a{i}.stride()", f"a{i}.dtype", f"a{i}.get_device()", f"p{i} & 15 if p{i} else -1"]

@@ -2,7 +2,7 @@
 
 With few tokens reading the weight is all the work, and each tile decodes what it multiplies. With many, every tile of
 tokens would decode the weight again: it is decoded once, into 16 bits, and multiplied by cuBLAS. Tokens that are
-rounded to 8 bits go to cuBLAS as integers or as floats of 8 bits. `bigkernels.ops._routes` says from how many on.
+rounded to 8 bits go to cuBLAS as integers or as floats of 8 bits. `bigkernels.ops.routes` says from how many on.
 """
 
 # mypy: ignore-errors
@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._torch_private import MATRIX_UNITS, int_mm, lacks, scaled_mm
-from ..ops import _routes
-from ..ops._codes import Operands
-from ..ops._registry import is_forced
+from ..ops import routes
+from ..ops.codes import Operands
+from ..ops.registry import is_forced
 from ._launch import launch, power_of_2
 from .quantized_linear import _decode, round_tokens
 
@@ -129,8 +129,8 @@ def decoded(
 
 def _goes(call: str, x: Tensor, to: str) -> bool:
     """Whether the table of routes sends a kind of call on tensors like x to a library."""
-    capability = None if is_forced("triton") else _routes.capability_of(x)
-    return capability is not None and _routes.find("quantized_linear", call, capability).by == to
+    capability = None if is_forced("triton") else routes.capability_of(x)
+    return capability is not None and routes.find("quantized_linear", call, capability).by == to
 
 
 def forward_by_cublas(tokens: Tensor, operands: Operands, bias: Tensor | None, k: int, out: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def forward_by_cublas(tokens: Tensor, operands: Operands, bias: Tensor | None, k
 
 
 def takes_cublas(tokens: Tensor, bias: Tensor | None, wide: bool) -> bool:
-    if tokens.shape[0] <= _routes.MANY_TOKENS or tokens.dtype == torch.float32 or wide:
+    if tokens.shape[0] <= routes.MANY_TOKENS or tokens.dtype == torch.float32 or wide:
         return False
     return (bias is None or bias.dtype == tokens.dtype) and _goes("many tokens", tokens, "cublas")
 
@@ -161,7 +161,7 @@ def takes_cublas_back(grad: Tensor, codes: Tensor, k: int) -> bool:
 
 def takes_int_mm(tokens: Tensor, codes: Tensor) -> bool:
     (m, k), n = tokens.shape, codes.shape[0]
-    if lacks(MATRIX_UNITS) or m <= _routes.INTEGER_TOKENS or k % 8 or n % 8 or codes.stride(0) != k:
+    if lacks(MATRIX_UNITS) or m <= routes.INTEGER_TOKENS or k % 8 or n % 8 or codes.stride(0) != k:
         return False
     return _goes("int8-dynamic, many tokens", tokens, "_int_mm")
 

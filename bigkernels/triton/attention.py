@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ops import attention as op
 from ..ops._dropout import dropout_threshold
-from ..ops._registry import KERNEL_DTYPES, is_forced, nondeterministic
+from ..ops.registry import KERNEL_DTYPES, is_forced, nondeterministic
 from . import _hopper
 from ._attention import attend
 from ._attention_backward import backward_bias, backward_keys, backward_queries

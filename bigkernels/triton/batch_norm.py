@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import batch_norm as op
-from ..ops._images import NAMES, NUMBERS, empty, lies
+from ..ops.images import NAMES, NUMBERS, empty, lies
 from ._channel_norm import Images, factors, joined, run_differentiate, run_moments, run_results, run_sums
 from ._launch import falls_back, require
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import compress as op
-from ..ops._registry import KERNEL_DTYPES
+from ..ops.registry import KERNEL_DTYPES
 from ._launch import falls_back, launch, require
 from .quantized_linear import _fp8
 

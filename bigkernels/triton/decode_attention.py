@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..ops import attention as shared
 from ..ops import decode_attention as op
-from ..ops._registry import KERNEL_DTYPES
+from ..ops.registry import KERNEL_DTYPES
 from ..ops.rope import _empty
 from ._append import append as append_kernel
 from ._decode import merge, split

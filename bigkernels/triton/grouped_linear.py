@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import _codes
+from ..ops import codes as kinds
 from ..ops import grouped_linear as op
 from ._launch import falls_back, launch, power_of_2, rows, since
 from .quantized_linear import _FP8, _INT8, _decode, _tile, _warps_back, round_tokens
 
-_NUMBERS = tl.constexpr(_codes.NUMBERS)
+_NUMBERS = tl.constexpr(kinds.NUMBERS)
 
 
 @triton.jit
@@ -384,14 +384,14 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
     codes, halves = (one.new_empty(experts * n, size, dtype=torch.uint8) for size in (k, k // 2))
     scale = one.new_empty(experts * n, k // 64)
     plain = one.new_empty(experts * n, k, dtype=dtype)
-    of, signed, half = _codes.Operands.of, codes.to(torch.int8), scale.half()
+    of, signed, half = kinds.Operands.of, codes.to(torch.int8), scale.half()
     for dynamic, weight in (
-        (False, _codes.Operands.plain(plain)),
-        (False, of(_codes.INT8, signed, one)),
-        (True, of(_codes.INT8, signed, one)),
-        (False, of(_codes.FP8, codes, one)),
-        (False, of(_codes.AFFINE4, halves, half, zero=half, row_scale=one, group=64)),
-        (False, of(_codes.BOOK4, halves, scale, book=one.new_empty(16), group=64)),
+        (False, kinds.Operands.plain(plain)),
+        (False, of(kinds.INT8, signed, one)),
+        (True, of(kinds.INT8, signed, one)),
+        (False, of(kinds.FP8, codes, one)),
+        (False, of(kinds.AFFINE4, halves, half, zero=half, row_scale=one, group=64)),
+        (False, of(kinds.BOOK4, halves, scale, book=one.new_empty(16), group=64)),
     ):
         for tokens in (8, 8192):
             x = torch.empty(tokens, k, dtype=dtype, device="meta")

@@ -17,13 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import _codes, _routes
+from ..ops import codes as kinds
 from ..ops import quantized_linear as op
+from ..ops import routes
 from ._launch import capability, falls_back, launch, power_of_2, processors, require, rows, since
 
-_INT8, _FP8 = tl.constexpr(_codes.INT8.number), tl.constexpr(_codes.FP8.number)
-_AFFINE4, _AFFINE4M = tl.constexpr(_codes.AFFINE4.number), tl.constexpr(_codes.AFFINE4M.number)
-_BOOK4, _INT8G = tl.constexpr(_codes.BOOK4.number), tl.constexpr(_codes.INT8G.number)
+_INT8, _FP8 = tl.constexpr(kinds.INT8.number), tl.constexpr(kinds.FP8.number)
+_AFFINE4, _AFFINE4M = tl.constexpr(kinds.AFFINE4.number), tl.constexpr(kinds.AFFINE4M.number)
+_BOOK4, _INT8G = tl.constexpr(kinds.BOOK4.number), tl.constexpr(kinds.INT8G.number)
 _FEW = 16  # tokens: the least that tensor cores multiply
 
 
@@ -300,7 +301,7 @@ def forward(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynami
     if dynamic:
         return _forward_rounded(tokens, codes, scale, bias, kind, out)
     if _many.takes_cublas(tokens, bias, wide):
-        operands = _codes.Operands(codes, scale, zero, row_scale, book, group, kind)
+        operands = kinds.Operands(codes, scale, zero, row_scale, book, group, kind)
         _many.forward_by_cublas(tokens, operands, bias, k, out.view(m, n))
         return out
     tile, warps = _tile(m, x.dtype)
@@ -311,7 +312,7 @@ def forward(x, codes, scale, zero, row_scale, book, bias, group, kind, k, dynami
     parts = x.new_empty(splits, m, n, dtype=torch.float32) if splits > 1 else None
     groups = scale.shape[1] if group else 0
     # Triton 3.8 spills 8 bytes of lookups on the newest GPUs, where the assembler may choose.
-    lookups = m <= _FEW and kind == _codes.BOOK4.number and x.dtype != torch.float32
+    lookups = m <= _FEW and kind == kinds.BOOK4.number and x.dtype != torch.float32
     registers = 192 if lookups and since(3, 8) and capability(x) >= 100 else None
     launch(
         multiply,
@@ -367,8 +368,8 @@ def _forward_rounded(
     out: Tensor,
 ) -> Tensor:
     (m, k), n = tokens.shape, codes.shape[0]
-    if kind == _codes.FP8.number:
-        require("quantized_linear_fwd", _routes.takes_scaled_mm(tokens, codes), "fp8 tokens are for torch._scaled_mm")
+    if kind == kinds.FP8.number:
+        require("quantized_linear_fwd", routes.takes_scaled_mm(tokens, codes), "fp8 tokens are for torch._scaled_mm")
         return _many.forward_by_scaled_mm(tokens, codes, scale, bias).view(out.shape)
     if _many.takes_int_mm(tokens, codes):
         return _many.forward_by_int_mm(tokens, codes, scale, bias, out)
@@ -447,16 +448,16 @@ def examples(dtype: torch.dtype) -> Iterator[tuple]:
     one = torch.empty(n, dtype=torch.float32, device="meta")
     bytes, halves = (torch.empty(n, size, dtype=torch.uint8, device="meta") for size in (k, k // 2))
     book = one.new_empty(16)
-    of, signed = _codes.Operands.of, bytes.to(torch.int8)
-    operands = [of(_codes.INT8, signed, one), of(_codes.FP8, bytes, one)]
+    of, signed = kinds.Operands.of, bytes.to(torch.int8)
+    operands = [of(kinds.INT8, signed, one), of(kinds.FP8, bytes, one)]
     for group in (32, 64, 128):
         scale = one.new_empty(n, k // group)
         half = scale.half()
-        operands.append(of(_codes.AFFINE4, halves, half, zero=half, row_scale=one, group=group))
-        operands.append(of(_codes.BOOK4, halves, scale, book=book, group=group))
+        operands.append(of(kinds.AFFINE4, halves, half, zero=half, row_scale=one, group=group))
+        operands.append(of(kinds.BOOK4, halves, scale, book=book, group=group))
         if group == 32:
-            operands.append(of(_codes.AFFINE4M, halves, half, zero=half, group=group))
-            operands.append(of(_codes.INT8G, signed, half, group=group))
+            operands.append(of(kinds.AFFINE4M, halves, half, zero=half, group=group))
+            operands.append(of(kinds.INT8G, signed, half, group=group))
     for weight in operands:
         typical = weight.group in (0, 64)  # the others differ in how many groups meet in a tile
         for m in (1, 64, 2048) if typical else (1, 2048):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import varlen_attention as op
-from ..ops._registry import nondeterministic
+from ..ops.registry import nondeterministic
 from .attention import _rows, _serves, prepare, run_backward, run_forward
 
 

@@ -9,7 +9,7 @@ import bigkernels
 from bigkernels import functional, use
 from bigkernels._samples import SAMPLES, Sample, widen
 from bigkernels._samples.attention import attention_sample, varlen_sample
-from bigkernels.ops._registry import KERNEL_DTYPES
+from bigkernels.ops.registry import KERNEL_DTYPES
 
 pytestmark = pytest.mark.gpu
 

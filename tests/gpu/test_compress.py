@@ -7,8 +7,8 @@ import torch
 from compress_values import SIZES, hard_values
 
 from bigkernels import use
-from bigkernels.ops._registry import KERNEL_DTYPES
 from bigkernels.ops.compress import BLOCK, _decode, _reference, decompress, encode
+from bigkernels.ops.registry import KERNEL_DTYPES
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bigkernels._compare import compare
 from bigkernels.ops import attention as shared
-from bigkernels.ops._registry import KERNEL_DTYPES
+from bigkernels.ops.registry import KERNEL_DTYPES
 
 pytestmark = pytest.mark.gpu
 

@@ -14,7 +14,7 @@ from bigkernels import functional, use
 from bigkernels._compare import compare, compare_all
 from bigkernels._samples import SAMPLES, Draw, Sample, widen
 from bigkernels._samples.quantized_linear import weight_sample
-from bigkernels.ops._registry import KERNEL_DTYPES
+from bigkernels.ops.registry import KERNEL_DTYPES
 from bigkernels.triton import OPERATORS as KERNELS
 
 pytestmark = pytest.mark.gpu

@@ -16,7 +16,7 @@ from raw_calls import recorded
 from torch import Tensor
 
 from bigkernels._samples import SAMPLES
-from bigkernels.ops._registry import KERNEL_DTYPES
+from bigkernels.ops.registry import KERNEL_DTYPES
 
 _DTYPES = (
     *KERNEL_DTYPES,

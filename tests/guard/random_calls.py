@@ -21,8 +21,8 @@ from bigkernels._samples import (
     rows,
     widen,
 )
-from bigkernels.ops._activations import ACTIVATIONS
-from bigkernels.ops._registry import KERNEL_DTYPES
+from bigkernels.ops.activations import ACTIVATIONS
+from bigkernels.ops.registry import KERNEL_DTYPES
 from bigkernels.quantization import NF4, Int4
 
 # Around every width that a kernel has: of vectors, tiles, blocks and groups.

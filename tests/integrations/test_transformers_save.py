@@ -14,7 +14,7 @@ import torch
 
 import bigkernels
 from bigkernels.nn import LoRALinear, QuantizedExperts, QuantizedLinear
-from bigkernels.nn._quantized import Quantized
+from bigkernels.nn.quantized import Quantized
 from bigkernels.quantization import Int4
 
 transformers = pytest.importorskip("transformers", minversion="5")

@@ -5,7 +5,7 @@ import torch
 
 from bigkernels import use
 from bigkernels.ops import grouped_linear as op
-from bigkernels.ops._codes import Operands
+from bigkernels.ops.codes import Operands
 from bigkernels.quantization import quantize_weight
 from bigkernels.triton import grouped_linear as launchers
 from bigkernels.triton._launch import recording

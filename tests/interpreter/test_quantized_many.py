@@ -12,7 +12,7 @@ from bigkernels._compare import worst
 from bigkernels._samples import widen
 from bigkernels._samples.quantized_linear import weight_sample
 from bigkernels.functional import quantize_weight, quantized_linear
-from bigkernels.ops import _routes
+from bigkernels.ops import routes
 from bigkernels.quantization import NF4, Int4
 from bigkernels.triton import _quantized_many as many
 
@@ -25,8 +25,8 @@ FORMATS = ("int8", "fp8", "int4", "nf4", "q4_1", "q8_0", Int4(32, "rtn"), NF4(12
 @pytest.fixture
 def gpu(monkeypatch):
     """CPU tensors that pass for those of a GPU of this generation; notes which libraries multiply."""
-    monkeypatch.setattr(_routes, "capability_of", lambda t: (9, 0))
-    monkeypatch.setattr(_routes, "MANY_TOKENS", 20)
+    monkeypatch.setattr(routes, "capability_of", lambda t: (9, 0))
+    monkeypatch.setattr(routes, "MANY_TOKENS", 20)
     called: list[str] = []
 
     def noting(name, original):
@@ -85,10 +85,10 @@ def test_the_rest_is_ours(gpu, what, monkeypatch):
     if what == "a bias of another dtype":
         inputs["bias"] = inputs["bias"].float()
     if what == "an older table":
-        rows = [r for r in _routes.TABLE if r.call != "many tokens"]
-        row = next(r for r in _routes.TABLE if r.call == "many tokens")
+        rows = [r for r in routes.TABLE if r.call != "many tokens"]
+        row = next(r for r in routes.TABLE if r.call == "many tokens")
         monkeypatch.setattr(
-            _routes,
+            routes,
             "TABLE",
             (*rows, type(row)(*(row.operator, row.call, row.since, row.before), "triton", "measured", "here")),
         )

@@ -11,7 +11,7 @@ from torch import nn
 
 import bigkernels.functional as B
 import bigkernels.nn as bnn
-from bigkernels.ops._activations import ACTIVATIONS
+from bigkernels.ops.activations import ACTIVATIONS
 
 MODULES = {
     "RMSNorm": (lambda **kw: bnn.RMSNorm(16, **kw), lambda: (torch.randn(3, 16),)),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bigkernels.quantization  # noqa: F401 - registers kinds
-from bigkernels.ops._codes import FIRST_WITHOUT_KERNELS, KINDS
+from bigkernels.ops.codes import FIRST_WITHOUT_KERNELS, KINDS
 
 native = pytest.importorskip("bigkernels._native")
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 import bigkernels
 import bigkernels.functional as B
-from bigkernels.ops._activations import ACTIVATIONS
-from bigkernels.ops._registry import KERNEL_DTYPES
+from bigkernels.ops.activations import ACTIVATIONS
+from bigkernels.ops.registry import KERNEL_DTYPES
 
 pytestmark = pytest.mark.usefixtures("library")
 INF, NAN = math.inf, math.nan

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import bigkernels
 from bigkernels import functional, use
-from bigkernels.ops import _few_tokens, _registry, _routes
-from bigkernels.ops._codes import AFFINE4, AFFINE4M, FIRST_WITHOUT_KERNELS, INT8G
+from bigkernels.ops import _few_tokens, registry, routes
 from bigkernels.ops._fragments import CODES, OFFSETS, Fragments, in_fragments, kind_of
+from bigkernels.ops.codes import AFFINE4, AFFINE4M, FIRST_WITHOUT_KERNELS, INT8G
 from bigkernels.quantization import FP4, NF4, Int4, QuantizedWeight
 
 FORMATS = {
@@ -260,7 +260,7 @@ def elsewhere(*_):
 @pytest.fixture
 def routed(monkeypatch: pytest.MonkeyPatch):
     """As if a GPU had measured these kernels to be the fastest."""
-    monkeypatch.setattr(_few_tokens, "is_chosen", lambda x, call=None: _registry._forced in (None, "cuda"))
+    monkeypatch.setattr(_few_tokens, "is_chosen", lambda x, call=None: registry._forced in (None, "cuda"))
     return _few_tokens.before(elsewhere)
 
 
@@ -341,15 +341,15 @@ def test_no_copy_is_made_while_a_graph_is_captured(on_host, routed, monkeypatch)
 def test_others_are_asked_unless_the_table_or_the_user_says_so(on_host, monkeypatch):
     launcher = _few_tokens.before(elsewhere)
     qweight, x = made("int4", 40, 256), tokens(3, 256, torch.bfloat16)
-    monkeypatch.setattr(_routes, "capability_of", lambda t: (9, 0))
+    monkeypatch.setattr(routes, "capability_of", lambda t: (9, 0))
     monkeypatch.setattr(_few_tokens, "unavailable", lambda: None)
     _few_tokens._is_routed.cache_clear()
     assert call(launcher, x, qweight) == "by Triton" and on_host == []
     with use("cuda"):
         check(call(launcher, x, qweight), x, qweight)
-    row = _routes.find("quantized_linear", _few_tokens.CALL, (9, 0))
+    row = routes.find("quantized_linear", _few_tokens.CALL, (9, 0))
     measured = dataclasses.replace(row, by="cuda", evidence="measured")
-    monkeypatch.setattr(_routes, "TABLE", tuple(measured if r is row else r for r in _routes.TABLE))
+    monkeypatch.setattr(routes, "TABLE", tuple(measured if r is row else r for r in routes.TABLE))
     _few_tokens._is_routed.cache_clear()
     try:
         check(call(launcher, x, qweight), x, qweight)
@@ -421,7 +421,7 @@ def test_gradients_from_the_same_copy(name: str, dtype: torch.dtype, on_host, ro
 def test_who_computes_gradients(on_host, monkeypatch):
     launcher = _few_tokens.before_backward(elsewhere)
     qweight, grad = made("int4", 40, 256), tokens(3, 40, torch.bfloat16)
-    monkeypatch.setattr(_routes, "capability_of", lambda t: (9, 0))
+    monkeypatch.setattr(routes, "capability_of", lambda t: (9, 0))
     monkeypatch.setattr(_few_tokens, "unavailable", lambda: None)
     _few_tokens._is_routed.cache_clear()
     try:
@@ -452,7 +452,7 @@ def test_the_variable_takes_whole_models_where_use_forces_one_operator(on_host, 
     """`use` raises at operators without a kernel of that name, whatever it is; the variable asks for what there is."""
     launcher = _few_tokens.before(elsewhere)
     qweight, x = made("int4", 40, 256), tokens(3, 256, torch.bfloat16)
-    monkeypatch.setattr(_routes, "capability_of", lambda t: (9, 0))
+    monkeypatch.setattr(routes, "capability_of", lambda t: (9, 0))
     monkeypatch.setattr(_few_tokens, "unavailable", lambda: None)
     monkeypatch.setattr(_few_tokens, "_ENABLED", True)
     _few_tokens._is_routed.cache_clear()

@@ -11,8 +11,8 @@ from torch import Tensor
 import bigkernels
 import bigkernels.functional as B
 from bigkernels._compare import compare
-from bigkernels.ops._activations import ACTIVATIONS
-from bigkernels.ops._registry import KERNEL_DTYPES
+from bigkernels.ops.activations import ACTIVATIONS
+from bigkernels.ops.registry import KERNEL_DTYPES
 
 pytestmark = pytest.mark.usefixtures("library")
 FEW = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigkernels.ops._codes import Operands
+from bigkernels.ops.codes import Operands
 from bigkernels.ops.grouped_linear import grouped_linear
 from bigkernels.quantization import quantize_weight
 

@@ -12,7 +12,7 @@ import bigkernels
 from bigkernels.functional import linear_cross_entropy, quantize_weight, quantized_linear
 from bigkernels.nn import LinearCrossEntropyLoss
 from bigkernels.ops import linear_cross_entropy as op
-from bigkernels.ops._codes import NUMBERS
+from bigkernels.ops.codes import NUMBERS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ALL = {"return_z_loss": True, "return_token_accuracy": True, "return_predicted_tokens": True}

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from products import check_product
 from torch import Tensor
 
-from bigkernels.ops import _codes
+from bigkernels.ops import codes as kinds
 from bigkernels.ops import quantized_linear as op
-from bigkernels.ops._codes import INT8, Operands
+from bigkernels.ops.codes import INT8, Operands
 
-KINDS = {row.name: row for row in _codes.KINDS.values() if row.has_kernels and not row.block}
+KINDS = {row.name: row for row in kinds.KINDS.values() if row.has_kernels and not row.block}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MANY = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 

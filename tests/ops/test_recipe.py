@@ -14,7 +14,7 @@ import bigkernels
 from bigkernels._compare import compare_all
 from bigkernels._samples import SAMPLES, Sample, widen
 from bigkernels.ops import OPERATORS
-from bigkernels.ops._registry import KERNEL_DTYPES
+from bigkernels.ops.registry import KERNEL_DTYPES
 
 ALL = [sample for samples in SAMPLES.values() for sample in samples]
 # One plain call of each operator, for what does not depend on shapes and options.

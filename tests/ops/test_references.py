@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import bigkernels.functional as B
-from bigkernels.ops._activations import ACTIVATIONS
+from bigkernels.ops.activations import ACTIVATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}

@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend
 import bigkernels
 from bigkernels import _cli, allow_nondeterministic, functional
 from bigkernels._compare import compare
-from bigkernels.ops import _registry, _routes
-from bigkernels.ops._registry import Implementation
+from bigkernels.ops import registry, routes
 from bigkernels.ops.attention import OPERATOR
+from bigkernels.ops.registry import Implementation
 
 CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 BF16 = torch.bfloat16
@@ -32,11 +32,11 @@ def device(monkeypatch):
         calls.append(options | {"shape": tuple(q.shape), "first": SDPBackend(order[0]) if order[0] >= 0 else None})
         return original(q, k, v, **options)
 
-    monkeypatch.setattr(_routes.F, "scaled_dot_product_attention", noted)
-    monkeypatch.setattr(_routes, "_logged", set())
+    monkeypatch.setattr(routes.F, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(routes, "_logged", set())
 
     def of(capability):
-        monkeypatch.setattr(_routes, "capability_of", lambda t: capability)
+        monkeypatch.setattr(routes, "capability_of", lambda t: capability)
         return calls
 
     return of
@@ -49,12 +49,12 @@ def heads(length=40, size=64, dtype=BF16, h=4, hk=4, keys=None, grad=False):
 
 
 def test_every_call_has_one_row_on_every_gpu():
-    calls = {(row.operator, row.call) for row in _routes.TABLE}
+    calls = {(row.operator, row.call) for row in routes.TABLE}
     for (operator, call), capability in itertools.product(calls, CAPABILITIES):
-        rows = [r for r in _routes.routes(capability) if (r.operator, r.call) == (operator, call)]
+        rows = [r for r in routes.routes(capability) if (r.operator, r.call) == (operator, call)]
         assert len(rows) == 1, (operator, call, capability)
-        assert _routes.find(operator, call, capability) is rows[0]
-    for row in _routes.TABLE:
+        assert routes.find(operator, call, capability) is rows[0]
+    for row in routes.TABLE:
         assert row.evidence in ("measured", "published", "predicted") and row.source
         if row.evidence == "measured":  # by whom it can be looked up
             assert "benchmarks/results" in row.source
@@ -138,7 +138,7 @@ def test_gradients_stay_deterministic_unless_that_is_given_up(device):
 
 
 def test_cudnn_comes_first_where_that_is_worth_setting(device, monkeypatch):
-    monkeypatch.setattr(_routes, "_MUCH", 80 * 80 * 8 * 64)
+    monkeypatch.setattr(routes, "_MUCH", 80 * 80 * 8 * 64)
     for capability, first in (((9, 0), SDPBackend.CUDNN_ATTENTION), ((8, 0), SDPBackend.FLASH_ATTENTION)):
         calls = device(capability)
         functional.attention(*heads(length=80))
@@ -241,4 +241,4 @@ def test_a_patched_model_keeps_what_it_had(device):
 
 
 def test_nothing_changes_without_a_gpu():
-    assert _routes.capability_of(torch.ones(1)) is None and _registry._forced is None
+    assert routes.capability_of(torch.ones(1)) is None and registry._forced is None

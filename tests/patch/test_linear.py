@@ -77,7 +77,7 @@ def test_nothing_is_written_where_it_pays_nowhere(monkeypatch):
 
 
 def test_the_table_names_levels_and_dtypes():
-    from bigkernels.ops._registry import KERNEL_DTYPES
+    from bigkernels.ops.registry import KERNEL_DTYPES
 
     assert set(table._TOKENS) <= {"avx2", "avx512", "amx"}
     for row in table._TOKENS.values():

@@ -18,7 +18,7 @@ import torch
 from conftest import Isa
 from torch import Tensor
 
-from bigkernels.quantization._ggml import BLOCK_TYPES
+from bigkernels.quantization.ggml import BLOCK_TYPES
 
 _native = pytest.importorskip("bigkernels._native", reason="development builds only")
 

@@ -11,7 +11,7 @@ from torch import nn
 import bigkernels
 from bigkernels import functional
 from bigkernels._compare import compare
-from bigkernels.ops import _routes, quantized_linear
+from bigkernels.ops import quantized_linear, routes
 from bigkernels.ops.grouped_linear import grouped_linear
 from bigkernels.ops.quantized_linear import _backward_fp8
 from bigkernels.quantization import FP8Dynamic, prepare_qat
@@ -74,7 +74,7 @@ def test_a_gradient_as_gpus_multiply_it(monkeypatch):
         return original(a, b, scale_a, scale_b, **options)
 
     monkeypatch.setattr(quantized_linear, "scaled_mm", noted)
-    monkeypatch.setattr(_routes, "takes_scaled_mm", lambda x, codes: True)
+    monkeypatch.setattr(routes, "takes_scaled_mm", lambda x, codes: True)
     operands = functional.quantize_weight(torch.randn(48, 160), FP8Dynamic(gradients=True)).operands()
     grad = torch.randn(2, 16, 48).bfloat16()
     try:
@@ -101,8 +101,8 @@ def test_a_gradient_as_gpus_multiply_it(monkeypatch):
 )
 def test_which_calls_go_to_the_units_of_8_bits(case, by, monkeypatch):
     dtype, n, k, capability = case
-    monkeypatch.setattr(_routes, "capability_of", lambda t: capability)
-    assert _routes.takes_scaled_mm(torch.ones(3, k, dtype=dtype), torch.ones(n, k, dtype=torch.uint8)) is by
+    monkeypatch.setattr(routes, "capability_of", lambda t: capability)
+    assert routes.takes_scaled_mm(torch.ones(3, k, dtype=dtype), torch.ones(n, k, dtype=torch.uint8)) is by
 
 
 def test_models(tmp_path):

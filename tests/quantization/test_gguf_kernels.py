@@ -12,9 +12,9 @@ from torch import Tensor
 
 from bigkernels.functional import linear_cross_entropy, quantized_linear
 from bigkernels.nn import QuantizedEmbedding
-from bigkernels.ops._codes import KINDS, kernels_read
+from bigkernels.ops.codes import KINDS, kernels_read
 from bigkernels.quantization import GGUFBlocks, QuantizedWeight
-from bigkernels.quantization._ggml import BLOCK_TYPES
+from bigkernels.quantization.ggml import BLOCK_TYPES
 
 READ = [name for name, row in BLOCK_TYPES.items() if row.kernels >= 0]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -15,7 +15,7 @@ from bigkernels.functional import quantize_weight, quantized_linear
 from bigkernels.nn import LoRALinear, QuantizedEmbedding, QuantizedLinear
 from bigkernels.program._state import KEY
 from bigkernels.quantization import GGUFBlocks, QuantizedWeight
-from bigkernels.quantization._ggml import BLOCK_TYPES
+from bigkernels.quantization.ggml import BLOCK_TYPES
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")

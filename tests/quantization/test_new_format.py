@@ -15,7 +15,7 @@ from toy_format import BLOCK, TOY3, Toy3
 import bigkernels
 from bigkernels.functional import linear_cross_entropy, quantize_weight, quantized_linear
 from bigkernels.nn import LoRALinear, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
-from bigkernels.ops._codes import INT8, KINDS, Kind, register
+from bigkernels.ops.codes import INT8, KINDS, Kind, register
 from bigkernels.ops.grouped_linear import grouped_linear
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import bigkernels
 from bigkernels.functional import quantize_weight
 from bigkernels.nn import LoRALinear, QuantizedEmbedding, QuantizedLinear
-from bigkernels.nn._quantized import Quantized
+from bigkernels.nn.quantized import Quantized
 from bigkernels.quantization import Int4, prepare_qat, resolve_format
 
 FORMATS = ("int8", "int8-dynamic", Int4(32, "rtn"), Int4(64), "nf4", "fp4", "fp8", "q4_1", "q8_0")

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bigkernels
 from bigkernels.nn import QuantizedEmbedding, QuantizedLinear
-from bigkernels.ops._registry import is_watched
+from bigkernels.ops.registry import is_watched
 from bigkernels.quantization import Int4
 
 IDS = torch.arange(24).reshape(2, 12) % 50

@@ -15,7 +15,7 @@ from ..._samples import Draw
 from ..._torch_private import int_mm, scaled_mm
 from ...ops.quantized_linear import round_tokens
 from ...quantization import FP8, NF4, Int4, Int8, QuantizedWeight, quantize_weight
-from ...quantization._format import Format
+from ...quantization.format import Format
 from ..case import Case, Missing, Settings
 from ..operators import operator_case, upstream
 from ..peers import INT_MM, MARLIN, SCALED_MM, TORCHAO, bitsandbytes, on_cuda

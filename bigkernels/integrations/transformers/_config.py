@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..._deprecated import renamed_members
 from ...quantization import Format, resolve_format
-from ...quantization._select import as_names
+from ...quantization.select import as_names
 
 METHOD = "bigkernels"
 VERSION = 1

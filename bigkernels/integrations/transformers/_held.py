@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ...nn import LoRALinear, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
-from ...nn._quantized import Quantized
+from ...nn.quantized import Quantized
 from ...quantization import Format, quantize_weight
-from ...quantization._layers import is_linear, rows
-from ...quantization._select import places, put
+from ...quantization.layers import is_linear, rows
 from ...quantization.qat import plain_kind
+from ...quantization.select import places, put
 from ._config import as_dict, from_dict
 
 

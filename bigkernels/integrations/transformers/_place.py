@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ...nn import QuantizedExperts
 from ...published._packed import Packed
-from ...quantization._layers import is_transposed
-from ...quantization._select import places, put
+from ...quantization.layers import is_transposed
 from ...quantization.qat import plain_kind
+from ...quantization.select import places, put
 from ._config import Config
 from ._held import candidates
 from ._read import ReadingBase

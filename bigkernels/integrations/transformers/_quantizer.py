@@ -16,13 +16,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from ...nn import LoRALinear, QuantizedLinear
-from ...nn._quantized import Quantized
 from ...nn._weight import LazyWeight
+from ...nn.quantized import Quantized
 from ...quantization import dequantize
-from ...quantization._layers import is_linear
-from ...quantization._select import places, put
 from ...quantization._ties import name_codes
+from ...quantization.layers import is_linear
 from ...quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear
+from ...quantization.select import places, put
 from ._config import METHOD, Config
 from ._files import check
 from ._held import adapters, build, describe, quantized

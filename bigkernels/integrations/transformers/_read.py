@@ -13,10 +13,10 @@ from transformers.core_model_loading import ConversionOps
 
 from ...nn import QuantizedExperts
 from ...quantization import QuantizedWeight, QuantizeReport, quantize_weight
-from ...quantization._layers import is_transposed
-from ...quantization._select import Chosen, put, select
 from ...quantization._ties import name_codes
+from ...quantization.layers import is_transposed
 from ...quantization.qat import plain_kind
+from ...quantization.select import Chosen, put, select
 from ._config import Config
 
 
@@ -100,7 +100,7 @@ class Reading(ReadingBase):
 
     def _layers(self, model: nn.Module, name: str, weight: Tensor) -> list[str]:
         from ...nn import QuantizedEmbedding, QuantizedLinear
-        from ...nn._quantized import Quantized
+        from ...nn.quantized import Quantized
 
         members = self.chosen[name]
         first = members[0]

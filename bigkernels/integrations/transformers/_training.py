@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ... import patch as patch_model
-from ...program._suspend import RECORD
+from ...program.suspend import RECORD
 from ._optimizers import NAMES, can_be_taught, is_ours
 
 _SPEED, _MEMORY = "tokens_per_second", "peak_memory_gib"

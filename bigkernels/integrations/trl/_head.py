@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from trl.trainer import utils
 
 from ...nn._weight import LazyWeight
-from ...ops._arguments import autocast_dtype
 from ...ops._chunks import Call, per_token
+from ...ops.arguments import autocast_dtype
 from ...ops.linear_logprobs import REPORTS, LogProbs, finished
 from ...patch._metrics import watcher_of
-from ...program._suspend import PASSES_ON
+from ...program.suspend import PASSES_ON
 from ...quantization import QuantizedWeight
 
 _THEIRS = "_ChunkedLogProbFunction"

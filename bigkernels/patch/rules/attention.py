@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..._torch_private import flash_sdp_enabled
 from ...functional import attention, varlen_attention
-from ...ops import _routes
-from ...ops._registry import KERNEL_DTYPES
+from ...ops import routes
 from ...ops.attention import OPERATOR
+from ...ops.registry import KERNEL_DTYPES
 from ...ops.varlen_attention import OPERATOR as PACKED
 from .._verify import plain
 from .attention_mask import Structure, StructuredMask, dense
@@ -111,7 +111,7 @@ def attend(
     if mask is not None and mask.dtype != torch.bool:
         mask, bias = None, mask if bias is None else bias + mask
     left, right = (-1, -1) if window is None else window
-    route = _routes.by_torch(
+    route = routes.by_torch(
         q,
         k,
         v,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...ops._registry import is_capturing, needs_grad
+from ...ops.registry import is_capturing, needs_grad
 from .._device import once_a_device, probe_device
 from .._isolated import isolated
 from .._rule import Fit, Plan, Site, Skip, SourceRule

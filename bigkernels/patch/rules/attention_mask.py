@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._torch_private import no_function, tree_map
-from ...ops._registry import has_values, is_capturing, is_readable
+from ...ops.registry import has_values, is_capturing, is_readable
 from .._rule import Fit, Plan, Site, Skip, SourceRule
 from .._source import Source, find_source
 

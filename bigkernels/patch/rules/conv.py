@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...nn._conv import packed_conv2d, packs
 from ...nn.linear import forget_packed, packed_copies
-from ...ops._registry import needs_grad
+from ...ops.registry import needs_grad
 from .._rule import Fit, ModuleRule, Plan, Write
 from .._verify import plain
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ... import functional
-from ...ops._activations import ACTIVATIONS
+from ...ops.activations import ACTIVATIONS
 from .._device import probe_device
 from .._isolated import sandbox
 from .._own import Known, in_both_modes

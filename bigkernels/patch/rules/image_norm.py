@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ...nn.batch_norm import normalise
 from ...nn.linear import may_pay
-from ...ops._images import NUMBERS
-from ...ops._registry import has_values
 from ...ops.batch_norm import batch_norm
 from ...ops.group_norm import group_norm
+from ...ops.images import NUMBERS
+from ...ops.registry import has_values
 from .._own import Known
 from .._rule import Fit, ModuleRule, Plan, Site, Skip, SourceRule, Write
 from .._source import Source, call, resolve

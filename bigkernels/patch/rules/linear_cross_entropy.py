@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from ..._torch_private import in_proxy_mode
 from ...nn.linear import Linear
 from ...nn.quantized_linear import QuantizedLinear
-from ...ops._arguments import autocast_dtype
-from ...ops._registry import _transforms
+from ...ops.arguments import autocast_dtype
+from ...ops.registry import _transforms
 from .._device import probe_device
 from .._isolated import Stand, check_effects, is_trusted, isolated
 from .._logits import Logits

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ...nn.linear import may_pay
-from ...ops._activations import ACTIVATIONS
-from ...ops._arguments import autocast_dtype
-from ...ops._registry import has_values
+from ...ops.activations import ACTIVATIONS
+from ...ops.arguments import autocast_dtype
 from ...ops.mlp import linear_activation, linear_of_activation, made_by_linear_activation
+from ...ops.registry import has_values
 from .._device import probe_device
 from .._isolated import sandbox
 from .._own import Known, in_both_modes

@@ -107,7 +107,7 @@ void encode8(const float* x, float scale, uint8_t* codes, int64_t n) {
     return (vi)_mm256_sign_epi32((__m256i)u, (__m256i)y);
 #else
     vi minus = (vi)y >> 31;
-    return (u ^ minus) - minus;
+    return (vi)((vu)(u ^ minus) - (vu)minus);  // of what is not finite the code is whatever it is, and may wrap
 #endif
   };
   for (int64_t i = 0; i < n; i += 4 * W) {

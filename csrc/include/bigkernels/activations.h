@@ -1,4 +1,4 @@
-// The activations that kernels know, in the order of their numbers (bigkernels/ops/_activations.py).
+// The activations that kernels know, in the order of their numbers (bigkernels/ops/activations.py).
 #pragma once
 #include <cstdint>
 

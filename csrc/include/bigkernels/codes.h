@@ -1,4 +1,4 @@
-// What weights are stored as: one row of traits a kind, the same as `KINDS` of bigkernels/ops/_codes.py.
+// What weights are stored as: one row of traits a kind, the same as `KINDS` of bigkernels/ops/codes.py.
 #pragma once
 #include <stdint.h>
 

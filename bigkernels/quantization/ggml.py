@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops._codes import Kind, Operands, register
+from ..ops.codes import Kind, Operands, register
 from .book4 import beside
 
 K = 256  # elements of a block of the K-quants
@@ -53,7 +53,7 @@ class BlockType:
 
     @property
     def kind(self) -> Kind:
-        """The row of `bigkernels.ops._codes`, under which rows of blocks are operands."""
+        """The row of `bigkernels.ops.codes`, under which rows of blocks are operands."""
         return _KINDS[self.name]
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ._format import Format, resolve_format
-from ._layers import exact_weight, has_own_forward, has_state_hooks, is_linear, is_transposed
 from ._report import QuantizeReport
+from .format import Format, resolve_format
+from .layers import exact_weight, has_own_forward, has_state_hooks, is_linear, is_transposed
 
 Filter = Callable[[str, nn.Module], bool]
 
@@ -101,7 +101,7 @@ def select(
     report: QuantizeReport,
 ) -> Selection:
     """The layers that options choose; the others go to the report."""
-    from ..nn._quantized import Quantized
+    from ..nn.quantized import Quantized
     from .qat import plain_kind
 
     patterns = {"*": format} if isinstance(format, (str, Format)) else dict(format)

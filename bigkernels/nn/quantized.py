@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._deprecated import renamed_members
 from ..ops import _few_tokens
 from ..quantization import QuantizedWeight
-from ..quantization._layers import Shell
+from ..quantization.layers import Shell
 from ._weight import LazyWeight
 
 _DESCRIPTION = "format"  # the buffer that says what the others are

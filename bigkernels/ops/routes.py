@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._torch_private import MATRIX_UNITS, constant_to_the_compiler, lacks
-from . import _registry
-from ._registry import log, needs_grad
+from . import registry
+from .registry import log, needs_grad
 
 FEW_ROWS = 64  # queries times heads on one head of keys: what decode attention takes
 MANY_TOKENS = 256  # of quantized layers: with more, decoding the weight once costs less than decoding it in each tile
@@ -197,7 +197,7 @@ def by_torch(
     Raises:
         RuntimeError: PyTorch's are forced and do not take this.
     """
-    forced = _registry._forced
+    forced = registry._forced
     capability = capability_of(q)
     if capability is None or (forced is not None and forced != "torch") or not _fits(q, k, v):
         return None
@@ -240,7 +240,7 @@ def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
         return False
     if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3] or not k.shape[1]:
         return False
-    inside = q.dtype in _registry.KERNEL_DTYPES and q.numel() > 0 and k.numel() > 0 and v.numel() > 0
+    inside = q.dtype in registry.KERNEL_DTYPES and q.numel() > 0 and k.numel() > 0 and v.numel() > 0
     return inside and q.shape[1] % k.shape[1] == 0
 
 
@@ -274,5 +274,5 @@ def takes_scaled_mm(x: Tensor, codes: Tensor) -> bool:
     n, k = codes.shape
     if lacks(MATRIX_UNITS) or x.dtype != torch.bfloat16 or k % 16 or n % 16 or not k or not n or not x.numel():
         return False
-    capability = None if _registry.is_forced("triton") else capability_of(x)
+    capability = None if registry.is_forced("triton") else capability_of(x)
     return capability is not None and find("quantized_linear", "fp8-dynamic", capability).by == "_scaled_mm"

@@ -7,9 +7,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._activations import ACTIVATIONS
-from ._activations import NUMBERS as _NUMBERS
-from ._arguments import check_same_device, check_shape, check_tensor
+from .activations import ACTIVATIONS
+from .activations import NUMBERS as _NUMBERS
+from .arguments import check_same_device, check_shape, check_tensor
 
 # By name, the number by which kernels know them; None is no activation.
 NUMBERS = {None: _NUMBERS["identity"]} | {name: _NUMBERS[name] for name in ("silu", "gelu", "gelu_tanh", "relu")}

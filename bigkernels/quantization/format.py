@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..ops._codes import Operands
+from ..ops.codes import Operands
 
 _FORMATS: dict[str, type[Format]] = {}
 
@@ -72,7 +72,7 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def operands(self, tensors: dict[str, Tensor]) -> Operands:
-        """What operators read of the stored tensors, by the kind of codes that they are (`bigkernels.ops._codes`)."""
+        """What operators read of the stored tensors, by the kind of codes that they are (`bigkernels.ops.codes`)."""
 
 
 def resolve_format(format: str | Format) -> Format:

@@ -92,7 +92,7 @@ def _not_hopper() -> str | None:
 
 
 def torch_kernel() -> Implementation:
-    """PyTorch's own kernels, for those calls that they take (`_routes`)."""
+    """PyTorch's own kernels, for those calls that they take (`routes`)."""
     return Implementation("torch", "cuda", unavailable=lambda: None if torch.cuda.is_available() else "no CUDA device")
 
 
