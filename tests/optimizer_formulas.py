@@ -77,6 +77,14 @@ class Adagrad(Formula):
         return lr * g / (total.sqrt() + self.o.get("eps", 1e-10))
 
 
+class Adamax(Formula):
+    def update(self, g: Tensor) -> Tensor:
+        b1, b2 = self.o.get("betas", (0.9, 0.999))
+        m = self.state["m"] = b1 * self.get("m") + (1 - b1) * g
+        most = self.state["most"] = torch.maximum(b2 * self.get("most"), g.abs() + self.o.get("eps", 1e-8))
+        return self.o["lr"] / (1 - b1**self.t) * m / most
+
+
 class Lion(Formula):
     def update(self, g: Tensor) -> Tensor:
         b1, b2 = self.o.get("betas", (0.9, 0.99))
@@ -125,6 +133,7 @@ FORMULAS = {
     "SGD": SGD,
     "RMSprop": RMSprop,
     "Adagrad": Adagrad,
+    "Adamax": Adamax,
     "Lion": Lion,
     "LAMB": LAMB,
     "Muon": Muon,
@@ -147,6 +156,8 @@ CASES = {
     "RMSprop": [{}, {"alpha": 0.9, "momentum": 0.9}, {"centered": True}, {"centered": True, "momentum": 0.5},
                 {"weight_decay": 0.1, "maximize": True}],
     "Adagrad": [{}, {"lr_decay": 0.1}, {"initial_accumulator_value": 0.5, "eps": 1e-6}, {"weight_decay": 0.1}],
+    "Adamax": [{}, {"betas": (0.8, 0.95), "eps": 1e-5, "weight_decay": 0.1}, {"maximize": True},
+               {"weight_decay": 0.3, "decoupled_weight_decay": True, "cautious": True}],
     "Lion": [{}, {"weight_decay": 0.5, "cautious": True}, {"betas": (0.95, 0.98), "maximize": True},
              {"weight_decay": 0.1, "decoupled_weight_decay": False}],
     "LAMB": [{}, {"weight_decay": 0.0, "maximize": True}, {"weight_decay": 0.3, "cautious": True}],

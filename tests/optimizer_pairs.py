@@ -24,6 +24,7 @@ CASES = [
     ("RMSprop", {"momentum": 0.9}),
     ("RMSprop", {"centered": True}),
     ("Adagrad", {"lr_decay": 0.1, "initial_accumulator_value": 0.1}),
+    ("Adamax", {"weight_decay": 0.1}),
     ("Lion", {"weight_decay": 0.1}),
     ("LAMB", {"weight_decay": 0.1}),
     ("LAMB", {"weight_decay": 0.1, "cautious": True}),

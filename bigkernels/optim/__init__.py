@@ -1,6 +1,6 @@
 """Optimizers whose step is one pass over memory, with states of 8 to 32 bits, on CPU and GPU."""
 
-from ._algorithms import LAMB, SGD, Adagrad, Adam, AdamW, Lion, RMSprop
+from ._algorithms import LAMB, SGD, Adagrad, Adam, Adamax, AdamW, Lion, RMSprop
 from ._backward import accumulate_in_float32, step_in_backward
 from ._muon import Muon, muon_groups
 from ._norm import clip_grad_norm_, clip_grad_value_, get_total_norm
@@ -12,6 +12,7 @@ __all__ = [
     "SGD",
     "Adagrad",
     "Adam",
+    "Adamax",
     "AdamW",
     "Lion",
     "Muon",

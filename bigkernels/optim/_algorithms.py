@@ -295,6 +295,61 @@ class Adagrad(Optimizer):
         super().__init__(params, options, max_grad_norm=max_grad_norm)
 
 
+class Adamax(Optimizer):
+    """Adamax (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980), as torch.optim.Adamax: the step is divided by the
+    largest gradient of late instead of a root of squares.
+
+    Args:
+        params: parameters, named parameters, or groups of them.
+        lr: learning rate.
+        betas: decays of the first moment and of the largest gradient.
+        eps: added to the gradient's magnitude.
+        weight_decay: added to the gradient times the parameter, or decoupled.
+        maximize: ascend.
+        foreach, differentiable, capturable: see `Adam`.
+
+    The other arguments: see `Optimizer`.
+    """
+
+    _rule = RULES["adamax"]
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 2e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        decoupled_weight_decay: bool = False,
+        cautious: bool = False,
+        state_dtype: torch.dtype | str = torch.float32,
+        rounding: str = "nearest",
+        max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+    ):
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "capturable": capturable,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "cautious": cautious,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
+            "ema_decay": ema_decay,
+        }
+        super().__init__(params, options, max_grad_norm=max_grad_norm)
+
+
 class Lion(Optimizer):
     """Lion (Chen et al. 2023, https://arxiv.org/abs/2302.06675): steps of one size, in the direction of a sign.
 

@@ -161,6 +161,16 @@ def lion(p: Tensor, g: Tensor, s: States, o: dict, step: int) -> Tensor:
     return decayed(p, u, o) - u
 
 
+def adamax(p: Tensor, g: Tensor, s: States, o: dict, step: int) -> Tensor:
+    """Kingma and Ba 2015 (https://arxiv.org/abs/1412.6980), section 7.1, with eps beside the gradient as torch has it."""
+    g = with_l2(p, g, o)
+    beta1, beta2 = o["betas"]
+    s["exp_avg"].lerp_(g, 1 - beta1)
+    s["exp_inf"].copy_(torch.maximum(s["exp_inf"] * beta2, g.abs() + o["eps"]))
+    u = s["exp_avg"] / s["exp_inf"] * (o["lr"] / (1 - beta1**step))
+    return decayed(p, u, o) - u
+
+
 def lamb_direction(p: Tensor, s: States, o: dict, step: int) -> Tensor:
     beta1, beta2 = o["betas"]
     first, second = s["exp_avg"] / (1 - beta1**step), s["exp_avg_sq"] / (1 - beta2**step)
@@ -272,6 +282,7 @@ _LIST = (
         counts=False,
         whole=True,
     ),
+    Rule("adamax", 7, adamax, kept=(State("exp_avg"), State("exp_inf", signed=False)), options=_BETAS),
     # What is left of SGD without momentum: a step along what it is given.
     Rule("descent", 1, sgd),
 )

@@ -101,7 +101,7 @@ def test_the_measured_bytes_and_operations_are_those_of_the_design():
     }
     for name, count in a_parameter.items():
         assert found.pop(name).bytes / 1e8 == pytest.approx(count, rel=1e-3)
-    (matrices,) = found.values()
+    (matrices,) = (case for case in found.values() if case.flops)
     squares, wide = 4 * 1024**3 + 2 * 1024**3, 4 * 1024**2 * 2816 + 2 * 1024**3
     assert matrices.flops == 12 * 5 * (squares + wide)
 

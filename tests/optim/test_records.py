@@ -12,6 +12,7 @@ from torch import nn
 
 from bigkernels import optim
 from bigkernels.ops import optimizer as ops
+from bigkernels.optim._reference import RULES
 
 N = 700
 # Where they are in an `OptimizerTensor`.
@@ -90,7 +91,7 @@ def test_lists_of_other_lengths_and_kinds() -> None:
         wrong[i] = change(arguments[i])
         with pytest.raises(RuntimeError):
             ops.step(0, *wrong, None)
-    for algorithm in (-1, 7):
+    for algorithm in (-1, 1 + max(rule.number for rule in RULES.values())):
         with pytest.raises(RuntimeError, match="algorithm"):
             ops.step(algorithm, *arguments, None)
     for trust in (torch.ones(2), torch.ones(1, dtype=torch.float64)):

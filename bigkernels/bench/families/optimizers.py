@@ -32,6 +32,7 @@ _TORCH = (
     ("SGD", {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.01}, ("momentum_buffer",), True),
     ("RMSprop", {"lr": 1e-2, "weight_decay": 0.01}, ("square_avg",), False),
     ("Adagrad", {"lr": 1e-2, "weight_decay": 0.01}, ("sum",), True),
+    ("Adamax", {"lr": 1e-2, "weight_decay": 0.01}, ("exp_avg", "exp_inf"), False),
 )
 _OTHERS = (
     ("Lion", {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.01}, ("exp_avg",), 20),
@@ -140,7 +141,7 @@ def by_torch(
         builtin=make(fused=True) if fused else None,
         others={FOREACH: make(foreach=True)},
         states=states,
-        bytes=20 * _elements(shapes),
+        bytes=(12 + 8 * len(states)) * _elements(shapes),
     )
 
 

@@ -6,8 +6,8 @@
 namespace bigkernels {
 
 // The update rules (update.h). `muon` makes the matrix that is orthogonalised afterwards, in the parameter's place.
-enum class Algorithm : int { adam = 0, sgd = 1, rmsprop = 2, adagrad = 3, lion = 4, lamb = 5, muon = 6 };
-constexpr Algorithm kLastAlgorithm = Algorithm::muon;
+enum class Algorithm : int { adam = 0, sgd = 1, rmsprop = 2, adagrad = 3, lion = 4, lamb = 5, muon = 6, adamax = 7 };
+constexpr Algorithm kLastAlgorithm = Algorithm::adamax;
 
 enum class StateType : int { f32 = 0, bf16 = 1, int8 = 2 };
 

@@ -204,6 +204,23 @@ struct Update<Algorithm::muon> : SameScalars {
   }
 };
 
+template <>
+struct Update<Algorithm::adamax> : SameScalars {
+  static constexpr Algorithm kAlgorithm = Algorithm::adamax;
+  static constexpr int kNeeded = 3, kKnown = 3, kUnsigned = 2;
+  BK_BOTH void scalars(const OptimizerGroup& g, double step, OptimizerScalars& s) {
+    s.step_size = (float)(lr_of(g) / (1.0 - power(g.beta1, step)));
+  }
+  template <class Math, class V>
+  BK_BOTH V apply(const OptimizerScalars& s, V p, V g, V& m, V& largest, V&) {
+    g = with_l2<Math>(s, p, g);
+    m = m + (g - m) * s.rest1;
+    largest = Math::max(largest * s.beta2, Math::max(g, -g) + s.eps);
+    V u = m * s.step_size / largest;
+    return decayed<Math>(s, p, u) - u;
+  }
+};
+
 template <Algorithm A>
 constexpr bool has_sign(int state) {
   return !(Update<A>::kUnsigned >> state & 1);
@@ -220,6 +237,7 @@ BK_BOTH void by_algorithm(Algorithm algorithm, Run run) {
     case Algorithm::lion: return run(Update<Algorithm::lion>());
     case Algorithm::lamb: return run(Update<Algorithm::lamb>());
     case Algorithm::muon: return run(Update<Algorithm::muon>());
+    case Algorithm::adamax: return run(Update<Algorithm::adamax>());
   }
 }
 
