@@ -7,6 +7,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -100,6 +101,7 @@ class LoRALinear(nn.Module):
         if not layers:
             raise ValueError(
                 f"bigkernels.nn.LoRALinear.add_to: no linear layer is named like {', '.join(targets)}"
+                + _hint(model, targets)
                 + "".join(f"; {reason}" for reason in reasons)
             )
         if reasons:
@@ -214,3 +216,10 @@ def _size(base: nn.Module) -> tuple[int, int]:
 def _is_transposed(base: nn.Module) -> bool:
     shell = getattr(base, "_shell", None)
     return is_transposed(type(base) if shell is None else shell.kind)
+
+
+def _hint(model: nn.Module, targets: Iterable[str]) -> str:
+    """Patterns are of whole names; other libraries take the last part of one."""
+    names = [name for name, module in model.named_modules() if _fits(module)]
+    ends = [t for t in targets if any(name.endswith(f".{t}") for name in names)]
+    return f"; patterns are of whole names: {', '.join(f'*.{t}' for t in ends)}" if ends else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 
 import pytest
@@ -117,3 +118,9 @@ def test_wrong_arguments():
             LoRALinear(nn.Linear(3, 4), **options)
     with pytest.raises(ValueError, match="no linear layer"):
         LoRALinear.add_to(nn.Sequential(nn.Linear(3, 4)), ("nothing",))
+
+
+def test_a_pattern_without_a_star_is_explained():
+    model = nn.Sequential(collections.OrderedDict(block=nn.ModuleDict({"q_proj": nn.Linear(4, 4)})))
+    with pytest.raises(ValueError, match=r"named like q_proj; patterns are of whole names: \*\.q_proj"):
+        LoRALinear.add_to(model, "q_proj")
