@@ -69,7 +69,8 @@ class Site:
 
 
 class ModuleRule(NamedTuple):
-    """`plan(module, plan)` returns (Write, Fit), None for a module that is no candidate, or raises Skip."""
+    """`plan(module, plan)` returns (Write, Fit), None for a module that is no candidate, or raises Skip. `flag` is the
+    argument of `patch` that switches the rule off."""
 
     flag: str
     plan: Callable[[nn.Module, Plan], tuple[Write, Fit] | None]

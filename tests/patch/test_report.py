@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -49,3 +50,10 @@ def test_errors_are_numbers_that_can_be_copied() -> None:
     for made in (copy.deepcopy(error), pickle.loads(pickle.dumps(error))):
         assert (made, made.dtype, made.eager) == (0.5, torch.float16, 0.25)
     assert max(0.0, error) is error and error + 1 == 1.5
+
+
+def test_each_rule_has_an_argument_that_switches_it_off():
+    from bigkernels.patch.rules import MODULE_RULES, SOURCE_RULES
+
+    arguments = inspect.signature(bigkernels.patch).parameters
+    assert {rule.flag for rule in (*MODULE_RULES, *SOURCE_RULES)} <= set(arguments)
