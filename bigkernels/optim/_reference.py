@@ -162,7 +162,7 @@ def lion(p: Tensor, g: Tensor, s: States, o: dict, step: int) -> Tensor:
 
 
 def adamax(p: Tensor, g: Tensor, s: States, o: dict, step: int) -> Tensor:
-    """Kingma and Ba 2015 (https://arxiv.org/abs/1412.6980), section 7.1, with eps beside the gradient as torch has it."""
+    """Kingma and Ba 2015 (https://arxiv.org/abs/1412.6980), section 7.1; eps is beside the gradient, as in torch."""
     g = with_l2(p, g, o)
     beta1, beta2 = o["betas"]
     s["exp_avg"].lerp_(g, 1 - beta1)
