@@ -44,8 +44,8 @@ class Order(NamedTuple):
         return cls(order, factor.float(), (moments / mean + _DAMP).float())
 
 
-def codes(rows: Tensor, step: Tensor, zero: Tensor, size: int, data: Order) -> Tensor:
-    """Codes (n, K) of rows whose groups of `size` have the given steps and zero points (n, G)."""
+def codes(rows: Tensor, step: Tensor, zero: Tensor, size: int, data: Order, least: int = 0, most: int = 15) -> Tensor:
+    """Codes (n, K), `least` to `most`, of rows whose groups of `size` have the given steps and zero points (n, G)."""
     order, factor, _ = data
     left = rows[:, order]
     steps, zeros = (t[:, order // size] for t in (step, zero))
@@ -56,7 +56,7 @@ def codes(rows: Tensor, step: Tensor, zero: Tensor, size: int, data: Order) -> T
         for i in range(end - begin):
             at, w = begin + i, block[:, i]
             s, z = steps[:, at], zeros[:, at]
-            code = (ratio(w, s) + z).round().clamp(0, 15)
+            code = (ratio(w, s) + z).round().clamp(least, most)
             error = (w - (code - z) * s) / factor[at, at]
             block[:, i + 1 :] -= error[:, None] * factor[at, at + 1 : end]
             rounded[:, at], errors[:, i] = code, error

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import bigkernels
 from bigkernels.functional import quantize_weight, quantized_linear
 from bigkernels.nn import LoRALinear, QuantizedLinear
-from bigkernels.quantization import Int4, _calibration, gptq
+from bigkernels.quantization import Int4, Int8, Int8Dynamic, _calibration, gptq
 from bigkernels.quantization.checkpoints import to_compressed_tensors
 
 ALGORITHMS = ("gptq", "awq")
@@ -38,6 +38,32 @@ def test_the_error_of_outputs_falls(algorithm: str, size: int):
     hqq = output_error(unseen, w, quantize_weight(w, Int4(size)).dequantize())
     assert output_error(unseen, w, found.dequantize()) < (0.75 if algorithm == "gptq" else 0.9) * hqq
     torch.testing.assert_close(quantized_linear(unseen, found), unseen @ found.dequantize().T, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [Int8, Int8Dynamic])
+def test_the_error_of_outputs_falls_in_8_bits(kind):
+    x, unseen = inputs(4000, 300).split(2000)
+    w = torch.randn(70, 300) * torch.exp(torch.randn(300) / 2)  # some columns are large
+    w[0] = 0
+    found = quantize_weight(w, kind("gptq"), x.T @ x)
+    codes, scale = found.tensors["codes"], found.tensors["scale"]
+    assert {n: (tuple(t.shape), t.dtype) for n, t in found.tensors.items()} == found.format.layout((70, 300))
+    assert codes.abs().max() == 127 and not codes[0].any()
+    largest = w.abs().amax(1) / 127
+    assert (scale <= largest * (1 + 1e-6)).all() and (scale >= 0.59 * largest).all()
+    nearest = output_error(unseen, w, quantize_weight(w, kind()).dequantize())
+    assert output_error(unseen, w, found.dequantize()) < 0.75 * nearest
+    torch.testing.assert_close(found.dequantize(), codes.float() * scale[:, None])
+    if not kind.dynamic:
+        torch.testing.assert_close(quantized_linear(unseen, found), unseen @ found.dequantize().T, rtol=1e-3, atol=1e-3)
+    assert found.format.exact() == Int8("gptq") and found.format.blind() == kind()
+    again = pickle.loads(pickle.dumps(found))
+    assert again.format == kind("gptq") and torch.equal(again.dequantize(), found.dequantize())
+    with pytest.raises(ValueError, match="hessian is missing|give hessian"):
+        quantize_weight(w, kind("gptq"))
+    with pytest.raises(ValueError, match=f"{kind.__name__}: algorithm is 'awq'; accepted are rtn, gptq"):
+        kind("awq")
+    assert quantize_weight(torch.empty(3, 0), kind("gptq"), torch.empty(0, 0)).dequantize().shape == (3, 0)
 
 
 def test_gptq_is_the_published_loop():
