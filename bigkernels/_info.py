@@ -22,7 +22,8 @@ _PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "numpy")
 # The features that each of the CPU kernels' ISA levels adds to the one before it, as /proc/cpuinfo names them.
 ISA_FEATURES = {
     "avx2": ("avx2", "fma", "f16c"),
-    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"),
+    "avx512_vnni": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"),
+    "avx512": ("avx512_bf16",),
     "amx": ("amx_tile", "amx_bf16", "amx_int8"),
 }
 _CPU_FEATURES = (*(f for features in ISA_FEATURES.values() for f in features), "avx512_fp16", "amx_fp16")

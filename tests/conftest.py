@@ -24,11 +24,12 @@ from bigkernels._load import cpu_library
 
 ROOT = Path(__file__).resolve().parent.parent
 # As BIGKERNELS_CPU_ISA names them, lowest first.
-ISA_LEVELS = ("base", "avx2", "avx512", "amx")
+ISA_LEVELS = ("base", "avx2", "avx512_vnni", "avx512", "amx")
 # What a processor needs for each, as /proc/cpuinfo names it.
 FEATURES = {
     "avx2": {"avx2", "fma", "f16c"},
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
+    "avx512_vnni": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+    "avx512": {"avx512_bf16"},
     "amx": {"amx_tile", "amx_bf16", "amx_int8"},
 }
 
@@ -83,9 +84,16 @@ def untested() -> Iterator[str]:
         yield f"kernels of all instruction-set levels: {reason}"
     else:
         for level in ISA_LEVELS[ISA_LEVELS.index(torch.ops.bigkernels.cpu_isa()) + 1 :]:
-            yield f"kernels of level {level}: {why_not(level)}"
+            instead = "; test_tiles.py runs it with tiles in plain C++" if emulates(level) else ""
+            yield f"kernels of level {level}: {why_not(level)}{instead}"
     if not GPU:
         yield "kernels on GPUs (tests/gpu): no CUDA device; the interpreter and the ahead-of-time tests stand for them"
+
+
+def emulates(level: str) -> bool:
+    """Whether this processor has all of a level but tiles."""
+    below = ISA_LEVELS[1 : ISA_LEVELS.index(level)]
+    return level == "amx" and set().union(*(FEATURES[name] for name in below)) <= flags()
 
 
 def why_not(level: str) -> str:
@@ -161,25 +169,26 @@ class Isa:
     """One instruction-set level; what runs through it runs in a process of its own, as the level is chosen at start."""
 
     name: str
+    root: Path = ROOT  # where the package and the tests are
 
     def run(self, snippet: str, *arguments: str) -> str:
         """What a Python snippet prints at this level; its failure is the test's."""
-        return _python(self.name, "-c", snippet, *arguments)
+        return _python(self, "-c", snippet, *arguments)
 
     def script(self, *arguments: str) -> str:
         """What a Python file prints at this level."""
-        return _python(self.name, *arguments)
+        return _python(self, *arguments)
 
     def pytest(self, *arguments: str) -> str:
         """Run tests, given as pytest names them, at this level."""
-        return _python(self.name, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
+        return _python(self, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
 
 
-def _python(level: str, *arguments: str) -> str:
-    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"BIGKERNELS_CPU_ISA": level, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, f"at level {level}:\n{done.stdout}\n{done.stderr}"
+def _python(isa: Isa, *arguments: str) -> str:
+    path = os.pathsep.join(filter(None, (str(isa.root), str(isa.root / "tests"), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"BIGKERNELS_CPU_ISA": isa.name, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, *arguments], env=environment, cwd=isa.root, capture_output=True, text=True)
+    assert done.returncode == 0, f"at level {isa.name}:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "sanitize"
 TREE = WORK / "tree"
-LEVELS = ("base", "avx2", "avx512", "amx")
+LEVELS = ("base", "avx2", "avx512_vnni", "avx512", "amx")
 # Each calls the kernels of its operators in all forms, at the level that is asked for.
 TESTS = (
     "tests/ops/test_recipe.py",
@@ -114,7 +114,7 @@ def fuzz(level: str, calls: int, seed: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--levels", nargs="+", default=["base", "avx2", "avx512"], choices=LEVELS)
+    parser.add_argument("--levels", nargs="+", default=["base", "avx2", "avx512_vnni", "avx512"], choices=LEVELS)
     parser.add_argument("--tests", nargs="*", default=list(TESTS), metavar="FILE", help="none: calls alone")
     parser.add_argument("--calls", type=int, default=10_000, help="random and hostile ones, at each level")
     parser.add_argument("--seed", type=int, default=0)

@@ -29,6 +29,7 @@ _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _TOKENS: dict[str, dict[torch.dtype, tuple[int, int]]] = {
     "amx": {torch.bfloat16: (1, 64)},
     "avx512": {torch.bfloat16: (1, 8), torch.float16: (4, sys.maxsize), torch.float32: (1, 5)},
+    "avx512_vnni": {torch.bfloat16: (2, sys.maxsize), torch.float16: (2, sys.maxsize), torch.float32: (2, 5)},
     "avx2": {torch.bfloat16: (4, sys.maxsize), torch.float16: (4, sys.maxsize), torch.float32: (1, 4)},
 }
 

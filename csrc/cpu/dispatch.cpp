@@ -1,5 +1,6 @@
 // Chooses the ISA level once, from what the machine has and what BIGKERNELS_CPU_ISA allows.
 #include <bigkernels/layers.h>
+#include <bigkernels/program.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -12,14 +13,49 @@
 #endif
 
 namespace bigkernels {
+
+// All levels, lowest first. Kernels know nothing of those beside their own: a new one leaves their objects as they are.
+#define BK_LEVELS(X) X(base) X(avx2) X(avx512_vnni) X(avx512) X(amx)
+
+#define BK_DECLARE(level)                  \
+  namespace level {                        \
+  extern const CpuTable table;             \
+  extern const LayerTable layer_table;     \
+  extern const ProgramTable program_table; \
+  }
+BK_LEVELS(BK_DECLARE)
+#undef BK_DECLARE
+
 namespace {
 
-const char* const kNames[] = {"base", "avx2", "avx512", "amx"};
+#define BK_ENTRY(level) level,
+enum class Isa : int { BK_LEVELS(BK_ENTRY) };
+#undef BK_ENTRY
+
+#define BK_NAME(level) #level,
+const char* const kNames[] = {BK_LEVELS(BK_NAME)};  // by Isa
+#undef BK_NAME
+
+struct Level {
+  Isa isa;
+  const CpuTable* table;
+  const LayerTable* layers;
+  const ProgramTable* program;
+};
+
+// Lowest first; BK_BUILT_LEVELS names those that this compiler could build.
+#define BK_LEVEL(level) {Isa::level, &level::table, &level::layer_table, &level::program_table},
+const Level kBuilt[] = {BK_BUILT_LEVELS(BK_LEVEL)};
+#undef BK_LEVEL
 
 #if defined(__x86_64__)
-// Linux gives the tile registers only to a process that asks (ARCH_REQ_XCOMP_PERM for XTILEDATA).
-bool amx_permitted() {
-#if defined(__linux__)
+bool has_tiles() {
+#if defined(BK_EMULATED_TILES)  // tests/tiles_on_host
+  return true;
+#elif defined(__linux__)
+  if (!(__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8")))
+    return false;
+  // Linux gives the tile registers only to a process that asks (ARCH_REQ_XCOMP_PERM for XTILEDATA).
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 #else
   return false;
@@ -30,10 +66,10 @@ Isa best() {
   __builtin_cpu_init();
 #define BK_HAS(feature) __builtin_cpu_supports(feature)
   if (!(BK_HAS("avx2") && BK_HAS("fma") && BK_HAS("f16c"))) return Isa::base;
-  if (!(BK_HAS("avx512f") && BK_HAS("avx512bw") && BK_HAS("avx512vl") && BK_HAS("avx512dq") && BK_HAS("avx512vnni") &&
-        BK_HAS("avx512bf16")))
+  if (!(BK_HAS("avx512f") && BK_HAS("avx512bw") && BK_HAS("avx512vl") && BK_HAS("avx512dq") && BK_HAS("avx512vnni")))
     return Isa::avx2;
-  if (!(BK_HAS("amx-tile") && BK_HAS("amx-bf16") && BK_HAS("amx-int8") && amx_permitted())) return Isa::avx512;
+  if (!BK_HAS("avx512bf16")) return Isa::avx512_vnni;
+  if (!has_tiles()) return Isa::avx512;
 #undef BK_HAS
   return Isa::amx;
 }
@@ -41,52 +77,36 @@ Isa best() {
 Isa best() { return Isa::base; }
 #endif
 
-Isa choose() {
-  Isa found = best();
-  if ((int)found > BK_MAX_ISA_LEVEL) found = (Isa)BK_MAX_ISA_LEVEL;  // what this compiler could build
+Isa allowed() {
+  const Isa found = best();
   const char* wish = std::getenv("BIGKERNELS_CPU_ISA");
   if (!wish || !*wish) return found;
-  for (int i = 0; i < (int)std::size(kNames); ++i)
+  std::string names;
+  for (int i = 0; i < (int)std::size(kNames); ++i) {
     if (!std::strcmp(wish, kNames[i])) return i < (int)found ? (Isa)i : found;  // only downwards
-  throw std::runtime_error(std::string("bigkernels: BIGKERNELS_CPU_ISA is '") + wish +
-                           "'; accepted are base, avx2, avx512 and amx");
+    names += (i == 0 ? "" : i + 1 == (int)std::size(kNames) ? " and " : ", ") + std::string(kNames[i]);
+  }
+  throw std::runtime_error(std::string("bigkernels: BIGKERNELS_CPU_ISA is '") + wish + "'; accepted are " + names);
+}
+
+const Level* choose() {
+  const Isa most = allowed();
+  const Level* chosen = kBuilt;
+  for (const Level& level : kBuilt)
+    if (level.isa <= most) chosen = &level;
+  return chosen;
+}
+
+const Level& chosen() {
+  static const Level* const level = choose();
+  return *level;
 }
 
 }  // namespace
 
-Isa isa() {
-  static const Isa chosen = choose();
-  return chosen;
-}
-
-const char* isa_name() { return kNames[(int)isa()]; }
-
-#if BK_MAX_ISA_LEVEL >= 3
-#define BK_ALL_LEVELS(name) {&base::name, &avx2::name, &avx512::name, &amx::name}
-#elif BK_MAX_ISA_LEVEL == 2
-#define BK_ALL_LEVELS(name) {&base::name, &avx2::name, &avx512::name}
-#elif BK_MAX_ISA_LEVEL == 1
-#define BK_ALL_LEVELS(name) {&base::name, &avx2::name}
-#else
-#define BK_ALL_LEVELS(name) {&base::name}
-#endif
-
-const CpuTable& table() {
-  static const CpuTable* const tables[] = BK_ALL_LEVELS(table);
-  static const CpuTable* const chosen = tables[(int)isa()];
-  return *chosen;
-}
-
-const LayerTable& layer_table() {
-  static const LayerTable* const tables[] = BK_ALL_LEVELS(layer_table);
-  static const LayerTable* const chosen = tables[(int)isa()];
-  return *chosen;
-}
-
-const ProgramTable& program_table() {
-  static const ProgramTable* const tables[] = BK_ALL_LEVELS(program_table);
-  static const ProgramTable* const chosen = tables[(int)isa()];
-  return *chosen;
-}
+const char* isa_name() { return kNames[(int)chosen().isa]; }
+const CpuTable& table() { return *chosen().table; }
+const LayerTable& layer_table() { return *chosen().layers; }
+const ProgramTable& program_table() { return *chosen().program; }
 
 }  // namespace bigkernels

@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-LEVELS = ("base", "avx2", "avx512", "amx")
+LEVELS = ("base", "avx2", "avx512_vnni", "avx512", "amx")
 
 
 def check(level: str, calls: int, seed: int, guard: Path) -> subprocess.CompletedProcess:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch._inductor.config
+from every_level import CHECK, EVERY_PATH
 from sizes import DEFAULTS, every_size
 from torch import Tensor
 
@@ -103,20 +104,11 @@ def test_kernel_at_every_level(isa):
 
 def test_check_at_every_level(lower_isa):
     """The quick form of the test above: every sample in every dtype, in one process a level."""
-    assert "WRONG" not in lower_isa.run(
-        "import sys; from bigkernels._cli import main; sys.exit(main(['check', '--device', 'cpu']))"
-    )
+    assert "WRONG" not in lower_isa.run(CHECK)
 
 
 def test_any_size_and_number_of_threads_at_every_level(lower_isa):
-    snippet = (
-        "import sys; sys.path.insert(0, 'tests'); sys.path.insert(0, 'tests/ops')\n"
-        "from test_recipe import ALL, KERNEL_DTYPES, every_path, named\n"
-        "for sample in ALL:\n"
-        "    for dtype in KERNEL_DTYPES:\n"
-        "        if wrong := every_path(sample, dtype, (1, 3)): print(named(sample), dtype, wrong)"
-    )
-    assert lower_isa.run(snippet) == ""
+    assert lower_isa.run(EVERY_PATH) == ""
 
 
 @pytest.mark.parametrize("sample", FEW, ids=named)

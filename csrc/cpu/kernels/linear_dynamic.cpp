@@ -9,7 +9,7 @@ namespace {
 // Left: 32 tokens by kDeep of the depth, token after token. Right: kDeep of the depth by 32 columns, in two tiles of 16
 // columns; a line of a tile holds kGroup neighbours of the depth for each column, in 32 bits.
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 struct Quads {
   typedef uint8_t Element;
   static constexpr int64_t kDeep = 64, kGroup = 4, kTile = 16 * 64, kBlock = 2 * kTile;
@@ -19,10 +19,19 @@ struct Quads {
   static constexpr uint8_t kZero = 128;  // the vector unit takes one operand without a sign
 #endif
 
+  typedef uint8_t Bytes __attribute__((vector_size(W * 4)));
+
   BK_INLINE void put(uint8_t* row, const int8_t* x) {
-    write(row, _mm512_xor_si512(read<__m512i>(x), _mm512_set1_epi8((char)kZero)));
+    for (int i = 0; i < kDeep; i += 4 * W) write(row + i, read<Bytes>(x + i) ^ kZero);
   }
   BK_INLINE void turn(const int8_t* codes, int64_t stride, uint8_t* to) { transpose16(codes, stride, to, 64); }
+  BK_INLINE vi multiply_add(vi acc, vi left, vi right) {
+#if defined(__AVX512VNNI__)
+    return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)left, (__m512i)right);
+#else
+    return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)left, (__m256i)right);
+#endif
+  }
 
 #if defined(__AMX_INT8__)
   static void multiply(int32_t* c, int64_t ldc, const uint8_t* a, const uint8_t* b, int64_t count, int64_t,
@@ -59,25 +68,27 @@ struct Quads {
 #else
   static void multiply(int32_t* c, int64_t ldc, const uint8_t* a, const uint8_t* b, int64_t count, int64_t rows,
                        bool accumulate) {
-    constexpr int R = 8;
-    for (int64_t r = 0; r < kSide && r < rows; r += R, a += R * kDeep, c += R * ldc) {
-      vi acc[R][2];  // of 32-bit lanes by type: the compiler copies accumulators whose type is not the instruction's
-      for (int i = 0; i < R; ++i)
-        for (int v = 0; v < 2; ++v) acc[i][v] = accumulate ? read<vi>(c + i * ldc + v * 16) : vi{};
-      const uint8_t *ak = a, *bk = b;
-      for (int64_t k = 0; k < count; ++k, ak += kBlock, bk += kBlock)
-        for (int e = 0; e < 16; ++e) {
-          vi right[2] = {read<vi>(bk + e * 64), read<vi>(bk + kTile + e * 64)};
+    constexpr int R = W / 2, V = 2;  // rows and vectors of columns whose sums are in registers
+    for (int64_t r = 0; r < kSide && r < rows; r += R, a += R * kDeep, c += R * ldc)
+      for (int64_t column = 0; column < kSide; column += V * W) {
+        int32_t* to = c + column;
+        vi acc[R][V];  // of 32-bit lanes by type: the compiler copies accumulators whose type is not the instruction's
+        for (int i = 0; i < R; ++i)
+          for (int v = 0; v < V; ++v) acc[i][v] = accumulate ? read<vi>(to + i * ldc + v * W) : vi{};
+        const uint8_t *ak = a, *bk = b + column / 16 * kTile;
+        for (int64_t k = 0; k < count; ++k, ak += kBlock, bk += kBlock)
+          for (int e = 0; e < 16; ++e) {
+            vi right[V];
+            for (int v = 0; v < V; ++v) right[v] = read<vi>(bk + v * W / 16 * kTile + v * W % 16 * 4 + e * 64);
 #pragma GCC unroll 8
-          for (int i = 0; i < R; ++i) {
-            vi left = vi{} + read<int32_t>(ak + i * kDeep + 4 * e);
-            for (int v = 0; v < 2; ++v)
-              acc[i][v] = (vi)_mm512_dpbusd_epi32((__m512i)acc[i][v], (__m512i)left, (__m512i)right[v]);
+            for (int i = 0; i < R; ++i) {
+              vi left = vi{} + read<int32_t>(ak + i * kDeep + 4 * e);
+              for (int v = 0; v < V; ++v) acc[i][v] = multiply_add(acc[i][v], left, right[v]);
+            }
           }
-        }
-      for (int i = 0; i < R; ++i)
-        for (int v = 0; v < 2; ++v) write(c + i * ldc + v * 16, acc[i][v]);
-    }
+        for (int i = 0; i < R; ++i)
+          for (int v = 0; v < V; ++v) write(to + i * ldc + v * W, acc[i][v]);
+      }
   }
   BK_INLINE void begin() {}
   BK_INLINE void end() {}
@@ -246,14 +257,14 @@ BK_INLINE void pack_half(const Linear& a, int64_t n, int64_t k, E* to, int32_t* 
   } else {
     __builtin_memset(to, 0, Integers::kTile * sizeof(E));
   }
-#if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
-  __m512i sum = read<__m512i>(sums);
-  for (int e = 0; e < 16; ++e)
-    sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8((char)Integers::kZero), read<__m512i>(to + e * 64));
-  write(sums, sum);
-#else
-  (void)sums;
-#endif
+  if constexpr (Integers::kZero != 0)
+    for (int v = 0; v < 16; v += W) {
+      vi sum = read<vi>(sums + v);
+      for (int e = 0; e < 16; ++e)
+        sum =
+            Integers::multiply_add(sum, vi{} + (int32_t)(Integers::kZero * 0x01010101u), read<vi>(to + e * 64 + v * 4));
+      write(sums + v, sum);
+    }
 }
 
 }  // namespace

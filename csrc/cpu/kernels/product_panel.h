@@ -336,14 +336,14 @@ BK_INLINE void add_pairs(Sixteen<T>& s, const Pairs& pairs, const Lines& lines, 
 }
 #endif
 
-// Four products for each row: of 4-bit codes, or of signed codes of 8 bits.
+// Four products for each row: of 4-bit codes, or of codes of 8 bits, which have a sign where no kOffset was added.
 template <bool kQuads>
 BK_INLINE void add_bytes(vi& acc, vu line, const uint32_t* x) {
 #if defined(__AVX512VNNI__)
-  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(line), "m"(*x));  // no code has a sign: kOffset was added
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(line), "m"(*x));
 #else
   vq tokens = (vq)(vu{} + *x);
-  acc = kQuads ? dot(acc, (vq)line, tokens) : dot_signed(acc, (vq)line, tokens);
+  acc = kQuads || kOffset ? dot(acc, (vq)line, tokens) : dot_signed(acc, (vq)line, tokens);
 #endif
 }
 

@@ -89,10 +89,16 @@ BK_INLINE void for_rows(int64_t begin, int64_t end, float* out, int64_t stride, 
 typedef uint8_t vq __attribute__((vector_size(W * 4)));
 typedef uint16_t vw __attribute__((vector_size(W * 4)));
 
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define BK_HAS_DPBUSD 1
+#endif
+
 // acc + the sums of four products a lane; u < 128 where there is no vpdpbusd.
 BK_INLINE vi dot(vi acc, vq u, vq s) {
 #if defined(__AVX512VNNI__)
   return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)u, (__m512i)s);
+#elif defined(__AVXVNNI__)
+  return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)u, (__m256i)s);
 #elif defined(__AVX2__)
   return acc + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)u, (__m256i)s), _mm256_set1_epi16(1));
 #elif defined(__x86_64__)
@@ -105,7 +111,7 @@ BK_INLINE vi dot(vi acc, vq u, vq s) {
 
 // The same for codes with a sign. The instruction takes one operand without: codes + kOffset, which the tokens' sums
 // make up for; others take their magnitude, and give the sign to the tokens.
-#if defined(__AVX512VNNI__)
+#if defined(BK_HAS_DPBUSD)
 constexpr int kOffset = 128;
 BK_INLINE vi dot_signed(vi acc, vq code, vq s) { return dot(acc, code ^ 0x80, s); }
 #else

@@ -94,7 +94,7 @@ void make_stored(const Weight& w, int64_t n, uint8_t* panel) {
 
 // The products of a block of 32 codes. Where there is no vpdpbusd, codes of 4 bits are summed in 16 bits, eight times
 // two products: 16 * 15 * 127 < 2^15.
-#if !defined(__AVX512VNNI__) && defined(__x86_64__)
+#if !defined(BK_HAS_DPBUSD) && defined(__x86_64__)
 template <bool kQuads>
 struct BlockSum {
   vi sum;

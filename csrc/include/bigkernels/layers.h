@@ -57,13 +57,6 @@ struct LayerTable {
   Kernel<ChannelNorm> norm_rows_bwd;
 };
 
-#define BIGKERNELS_DECLARE(level)      \
-  namespace level {                    \
-  extern const LayerTable layer_table; \
-  }
-BIGKERNELS_LEVELS(BIGKERNELS_DECLARE)
-#undef BIGKERNELS_DECLARE
-
 const LayerTable& layer_table();  // the chosen level's
 
 }  // namespace bigkernels

@@ -329,13 +329,6 @@ struct ProgramTable {
               void* workspace);
 };
 
-#define BIGKERNELS_DECLARE(level)          \
-  namespace level {                        \
-  extern const ProgramTable program_table; \
-  }
-BIGKERNELS_LEVELS(BIGKERNELS_DECLARE)
-#undef BIGKERNELS_DECLARE
-
 const ProgramTable& program_table();  // the chosen level's
 
 }  // namespace bigkernels

@@ -11,8 +11,6 @@
 
 namespace bigkernels {
 
-enum class Isa : int { base = 0, avx2 = 1, avx512 = 2, amx = 3 };
-
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 constexpr int64_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
@@ -350,17 +348,7 @@ struct CpuTable {
 
 constexpr int64_t kLossVocabulary = 256;  // in a block of linear_loss_*
 
-#define BIGKERNELS_LEVELS(X) X(base) X(avx2) X(avx512) X(amx)
-
-#define BIGKERNELS_DECLARE(level) \
-  namespace level {               \
-  extern const CpuTable table;    \
-  }
-BIGKERNELS_LEVELS(BIGKERNELS_DECLARE)
-#undef BIGKERNELS_DECLARE
-
-Isa isa();  // chosen once, from cpuid and BIGKERNELS_CPU_ISA
-const char* isa_name();
+const char* isa_name();   // of the level that is chosen once, from cpuid and BIGKERNELS_CPU_ISA
 const CpuTable& table();  // the chosen level's
 
 }  // namespace bigkernels
