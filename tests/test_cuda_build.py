@@ -206,7 +206,7 @@ def test_configures_without_cuda(setting: str, library: Path, tmp_path: Path) ->
     cmake, ninja = (shutil.which(n, path=Path(sys.executable).parent) or shutil.which(n) for n in ("cmake", "ninja"))
     if not cmake or not ninja:
         pytest.skip("cmake and ninja are not installed")
-    definitions = [f"-DBK_TORCH_DIR={torch_dir}", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DBK_ISA_LEVELS=base"]
+    definitions = [f"-DBK_TORCH_DIR={torch_dir}", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DBK_ONLY_LEVELS=base"]
     environment = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_PATH", "CUDA_HOME")}
     if setting == "no nvcc":
         tools = tmp_path / "bin"

@@ -54,7 +54,7 @@ def build(levels: tuple[str, ...], jobs: str) -> None:
         "-DBK_CUDA=OFF",
         "-DBK_SANITIZE=address,undefined",
         f"-DBK_TORCH_DIR={Path(torch.__file__).parent}",
-        f"-DBK_ISA_LEVELS={';'.join(levels)}",
+        f"-DBK_ONLY_LEVELS={';'.join(levels)}",
     ]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", WORK / "cmake", "--target", "bigkernels_cpu", "--parallel", jobs], check=True)

@@ -165,7 +165,7 @@ def build(mutants: list[Candidate]) -> None:
         "Ninja",
         f"-DBK_TORCH_DIR={torch}",
         "-DBK_CUDA=OFF",
-        f"-DBK_ISA_LEVELS={levels}",
+        f"-DBK_ONLY_LEVELS={levels}",
         f"-DCMAKE_CXX_FLAGS=-w -include {TREE}/csrc/bk_mutant.h",
     ]
     make_tree(mutants)
