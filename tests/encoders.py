@@ -48,6 +48,11 @@ def _wav2vec2() -> nn.Module:
     )
 
 
+def _t5(activation: str, **others: Any) -> nn.Module:
+    sizes = dict(d_model=48, d_kv=12, d_ff=80, num_layers=3, num_heads=4, vocab_size=99)
+    return t.T5EncoderModel(t.T5Config(**sizes, feed_forward_proj=activation, **others))
+
+
 TEXTS: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: t.BertModel(t.BertConfig(**_TEXT)),
     "bert-eager": lambda: t.BertModel(t.BertConfig(**_TEXT, attn_implementation="eager")),
@@ -66,6 +71,8 @@ TEXTS: dict[str, Callable[[], nn.Module]] = {
     ),
     "nomic": lambda: t.NomicBertModel(t.NomicBertConfig(**_TEXT)),
     "clip-text": lambda: t.CLIPTextModel(t.CLIPTextConfig(**_TEXT, bos_token_id=1, eos_token_id=2)),
+    "t5": lambda: _t5("relu"),
+    "t5-gated": lambda: _t5("gated-gelu", attn_implementation="eager"),
 }
 OTHERS: dict[str, Callable[[], nn.Module]] = {
     "clip-vision": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**_IMAGE)),

@@ -206,7 +206,9 @@ def _by_program(layer: nn.Module, below: Callable | None, place: Place, args: tu
                 made: Any = Lazy(values, Kind.of(call.hidden))
             else:
                 made = call.finish()
-            return made if graph.returns is None else (made,) + (None,) * (graph.returns - 1)
+            if graph.returns is None:
+                return made
+            return made, *(None if name is None else given.others[name] for name in graph.returns)
     except Refusal as refusal:
         stack.refused(refusal)
         return None
@@ -261,7 +263,14 @@ def candidates(model: nn.Module, decoders: set[nn.Module]) -> Iterator[tuple[str
         layers = list(module)
         if inside.isdisjoint(layers) and len(set(layers)) == len(layers) and all(map(_is_layer, layers)):
             inside.update(m for layer in layers for m in layer.modules())
-            yield path, layers
+            yield path, layers[1:] if _begins_with_positions(layers) else layers
+
+
+def _begins_with_positions(layers: list[nn.Module]) -> bool:
+    """Whether the first one alone has a table, as in T5: it makes a bias of positions, which the others are given. Its
+    own modules run."""
+    first, *others = ({type(m) for m in layer.modules()} for layer in layers)
+    return bool(others) and nn.Embedding in first and not any(nn.Embedding in kinds for kinds in others)
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -69,12 +69,14 @@ def record_layer(layer: nn.Module, given: Given, seeming: torch.dtype) -> tuple[
     return trace, out
 
 
-def returns_of(out: object, width: int) -> int | None:
+def returns_of(out: object, given: Given) -> tuple[str | None, ...] | None:
+    """As `LayerGraph.returns` says it."""
     if isinstance(out, Tensor):
         return None
-    if type(out) is not tuple or any(x is not None for x in out[1:]):
+    names = {id(t): name for name, t in given.others.items() if isinstance(t, Tensor)}
+    if type(out) is not tuple or any(x is not None and id(x) not in names for x in out[1:]):
         raise Refused("(layer): gives more than hidden states")
-    return len(out)
+    return tuple(names.get(id(x)) for x in out[1:])
 
 
 def find_layer(layer: nn.Module, form: Form, seen: Given) -> LayerGraph | str:
@@ -97,7 +99,7 @@ def find_layer(layer: nn.Module, form: Form, seen: Given) -> LayerGraph | str:
             trace, out = record_layer(copied, given, form.dtype)
             graph = LayerBuilder(trace, form, given).build()
         graph.operations = original(graph.operations, modules)
-        graph.returns = returns_of(out, form.width)
+        graph.returns = returns_of(out, given)
         check_layer(layer, graph, form, seen)
         return graph
     except Refused as refused:

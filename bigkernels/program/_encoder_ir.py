@@ -65,8 +65,8 @@ class LayerGraph:
         hidden, logits: the values that go in and come out.
         scores: names of the arguments that say which keys are seen, or are added to scores.
         angles: those that its heads are rotated by.
-        returns: how its result comes: None, alone; or the number of a tuple's elements, of which it is the first, and
-            the others are None.
+        returns: how its result comes: None, alone; or what a tuple has behind it: names of arguments, which are given
+            back as they came, and None for None.
     """
 
     widths: list[int] = field(default_factory=list)
@@ -75,7 +75,7 @@ class LayerGraph:
     hidden: int = 0
     logits: int = -1
     scores: tuple[str, ...] = ()
-    returns: int | None = None
+    returns: tuple[str | None, ...] | None = None
     embed: Any = None
 
     def value(self, width: int) -> int:
