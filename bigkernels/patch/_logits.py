@@ -19,6 +19,7 @@ from .._torch_private import FakeTensor
 from ..ops.arguments import autocast_dtype
 from ._lazy import Kind, Lazy, Values
 from ._metrics import LossMetrics
+from ._places import is_freed
 
 _aten = torch.ops.aten
 _ROWS_STAY = (
@@ -61,6 +62,12 @@ class Note:
         Raises:
             RuntimeError: they have changed since, so that these logits are lost.
         """
+        if is_freed(self.weight):
+            raise RuntimeError(
+                "bigkernels.patch: a model in training does not compute its logits, and the weight of its head is "
+                "spread over the ranks again: read `logits` where the model's forward has them, keep the weight by "
+                "fully_shard(model, reshard_after_forward=False), or patch(model, loss=False)"
+            )
         if any(t._version != version for t, version in self.sources) or not self._same_sample():
             raise RuntimeError(
                 "bigkernels.patch: a model in training does not compute its logits, and now its head"

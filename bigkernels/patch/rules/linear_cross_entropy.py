@@ -79,6 +79,13 @@ def _weight(head: Any) -> Any:
     return None
 
 
+def _is_spread(head: Any) -> bool:
+    """Whether a linear layer's weight is spread over ranks; `fully_shard` puts it together for each call. Where a call
+    sees the parts, `_weight` gives none.
+    """
+    return type(head) in (nn.Linear, Linear) and hasattr(head.weight, "to_local")
+
+
 def _fits(weight: Any, bias: Any, hidden: Any) -> bool:
     if not plain(hidden) or hidden.dtype not in _DTYPES or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
         return False
@@ -169,7 +176,7 @@ def _check(source: Source, place: _Place) -> Callable:
             return None
         if vocabulary <= size:
             return None  # logits that are no larger than the hidden states
-        if _weight(head) is None:
+        if _weight(head) is None and not _is_spread(head):
             kind = f"{type(head).__module__}.{type(head).__qualname__}"
             raise Skip(f"the logits come from {place.head}, a {kind} and no plain linear layer")
         function, shift = _loss_function(module, source, plan)
