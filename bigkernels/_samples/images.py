@@ -17,7 +17,7 @@ def _channels_last(t: Tensor) -> Tensor:
 
 def _inputs(names: str, shape: tuple[int, ...], arrange=lambda t: t, mean: float = 0.5, *, running: bool = False):
     def make(draw: Draw) -> dict[str, Tensor]:
-        made = {}
+        inputs = {}
         for name in names.split():
             image = name in ("x", "residual")
             t = draw.normal(
@@ -25,11 +25,11 @@ def _inputs(names: str, shape: tuple[int, ...], arrange=lambda t: t, mean: float
                 mean={"x": mean, "weight": 1.0}.get(name, 0.0),
                 scale=1.0 if image else 0.3,
             )
-            made[name] = arrange(t) if image else t
+            inputs[name] = arrange(t) if image else t
         if running:
-            made["running_mean"] = draw.normal(shape[1], mean=0.5, scale=0.2)
-            made["running_var"] = draw.positive(shape[1])
-        return made
+            inputs["running_mean"] = draw.normal(shape[1], mean=0.5, scale=0.2)
+            inputs["running_var"] = draw.positive(shape[1])
+        return inputs
 
     return make
 

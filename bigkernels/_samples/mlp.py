@@ -19,14 +19,14 @@ def _sample(
     arrange=lambda t: t,
 ) -> Sample:
     def make(draw: Draw) -> dict[str, Tensor]:
-        made = {
+        inputs = {
             "x": arrange(draw.normal(*shape)),
             "weight1": arrange(draw.normal(inner, shape[-1], scale=shape[-1] ** -0.5 if shape[-1] else 1.0)),
             "bias1": draw.normal(inner, scale=0.3),
             "weight2": arrange(draw.normal(out, inner, scale=inner**-0.5 if inner else 1.0)),
             "bias2": draw.normal(out, scale=0.3),
         }
-        return made if bias else {k: t for k, t in made.items() if "bias" not in k}
+        return inputs if bias else {k: t for k, t in inputs.items() if "bias" not in k}
 
     names = ("x", "weight1", "bias1", "weight2", "bias2") if bias else ("x", "weight1", "weight2")
     # Products are sums, and the first of them is rounded before the second.

@@ -71,86 +71,90 @@ def bars(rows: Sequence[Row], quick: bool = False) -> list[Bar]:
     """All of them, from the rows of a run; `quick` as in its settings, whose contexts are an eighth."""
     part = 8 if quick else 1
     short, middle, long = 64 // part, 512 // part, 4096 // part
-    found = _Rows(rows)
+    measured = _Rows(rows)
     prompt = f"prefill B 1, {middle} tokens"
-    made = []
-    for count in found.threads:
+    bars = []
+    for count in measured.threads:
         with_threads = f"{count} thread{'s' * (count > 1)}"
-        made += [
+        bars += [
             Bar(
                 f"the GGUF's codes against llama.cpp, {with_threads}",
-                _ratio(found.decode(GGUF, middle, count), found.decode(Q4_1, middle, count)),
+                _ratio(measured.decode(GGUF, middle, count), measured.decode(Q4_1, middle, count)),
                 1.8,
                 2.0,
             ),
             Bar(
                 f"int4 and head against llama.cpp's Q4_0 and 4-bit head, {with_threads}",
-                _ratio(found.decode(INT4, middle, count), found.decode(Q4_0_HEAD, middle, count)),
+                _ratio(measured.decode(INT4, middle, count), measured.decode(Q4_0_HEAD, middle, count)),
                 1.3,
                 1.5,
             ),
         ]
-    narrow, wide = found.decode(OURS, middle), found.decode(OURS32, middle)
-    made += [
-        Bar("bfloat16 decoding against eager", _ratio(narrow, found.decode(EAGER, middle)), 2.6, None),
+    narrow, wide = measured.decode(OURS, middle), measured.decode(OURS32, middle)
+    bars += [
+        Bar("bfloat16 decoding against eager", _ratio(narrow, measured.decode(EAGER, middle)), 2.6, None),
         Bar("bfloat16 decoding, of the byte limit", _limit(narrow), None, 80, " %"),
-        Bar("float32 decoding against eager", _ratio(wide, found.decode(EAGER32, middle)), 2.4, None),
+        Bar("float32 decoding against eager", _ratio(wide, measured.decode(EAGER32, middle)), 2.4, None),
         Bar("float32 decoding, of the byte limit", _limit(wide), 70, None, " %"),
     ]
     for name, bar in ((OURS, 1.2), (INT4, 1.4), (INT8, 1.4), (OURS32, 1.5)):
-        before = found.row(prompt, BEFORE[name])
-        made.append(
-            Bar(f"prefill, {_format(name)}, against the baseline", _ratio(found.row(prompt, name), before), bar, None)
+        before = measured.row(prompt, BEFORE[name])
+        bars.append(
+            Bar(
+                f"prefill, {_format(name)}, against the baseline", _ratio(measured.row(prompt, name), before), bar, None
+            )
         )
-    quantized, one = found.row(prompt, INT4), found.decode(INT4, short)
-    batched = _ratio(found.decode(INT4, short, batch=8), one)
-    made += [
+    quantized, one = measured.row(prompt, INT4), measured.decode(INT4, short)
+    batched = _ratio(measured.decode(INT4, short, batch=8), one)
+    bars += [
         Bar(
             "prefill, the GGUF's codes, against llama.cpp",
-            _ratio(found.row(prompt, GGUF), found.row(prompt, Q4_1)),
+            _ratio(measured.row(prompt, GGUF), measured.row(prompt, Q4_1)),
             7,
             None,
         ),
         Bar("prefill, int4", quantized.tokens_per_second if quantized else None, None, 5000, " tokens/s"),
         Bar("tokens a second of batch 8 against 1, int4", None if batched is None else 8 * batched, 4, 6),
-        Bar("context 3900 against 64, bfloat16", _more(found, OURS, short, long), 3.5, 2.8, " ms", most=True),
-        Bar("context 3900 against 64, int8 cache", _more(found, INT8_CACHE, short, long), None, 1.4, " ms", most=True),
+        Bar("context 3900 against 64, bfloat16", _more(measured, OURS, short, long), 3.5, 2.8, " ms", most=True),
+        Bar(
+            "context 3900 against 64, int8 cache", _more(measured, INT8_CACHE, short, long), None, 1.4, " ms", most=True
+        ),
     ]
     for name in (OURS, GGUF):
-        copying = (found.row("copying", name + suffix) for suffix in (LOOKUP, ""))
-        taken = (found.row("decode, one core taken", name + suffix) for suffix in ("", ALONE))
-        made += [
+        copying = (measured.row("copying", name + suffix) for suffix in (LOOKUP, ""))
+        taken = (measured.row("decode, one core taken", name + suffix) for suffix in ("", ALONE))
+        bars += [
             Bar(f"prompt lookup, {_format(name)}", _ratio(*copying), 1.5, 2.0),
             Bar(f"one core taken, against one thread alone, {_format(name)}", _ratio(*taken), 0.8, 0.95),
         ]
     few = {case: "operator alone, " + case for case in ("int4, 1 x", "int4, 16 x", "int8, 1 x", "16 x")}
-    made += [
-        Bar("a Llama of 1 B, int4, of the byte limit", _limit(found.row("Llama 1 B, decode", BIG)), 75, 90, " %"),
-        Bar("int4 linear, 1 token, of reading", _limit(found.row(few["int4, 1 x"], OURS)), 85, None, " %"),
+    bars += [
+        Bar("a Llama of 1 B, int4, of the byte limit", _limit(measured.row("Llama 1 B, decode", BIG)), 75, 90, " %"),
+        Bar("int4 linear, 1 token, of reading", _limit(measured.row(few["int4, 1 x"], OURS)), 85, None, " %"),
         Bar(
             "int4 linear, 16 tokens, against the baseline",
-            _ratio(found.row(few["int4, 16 x"], OURS), found.row(few["int4, 16 x"], BEFORE[OURS])),
+            _ratio(measured.row(few["int4, 16 x"], OURS), measured.row(few["int4, 16 x"], BEFORE[OURS])),
             2.5,
             None,
         ),
         Bar(
             "bfloat16 linear, 16 tokens, against F.linear",
-            _ratio(found.row(few["16 x"], OURS), found.row(few["16 x"], EAGER)),
+            _ratio(measured.row(few["16 x"], OURS), measured.row(few["16 x"], EAGER)),
             1.8,
             None,
         ),
-        Bar("int8 linear, 1 token, of reading", _limit(found.row(few["int8, 1 x"], OURS)), 80, None, " %"),
+        Bar("int8 linear, 1 token, of reading", _limit(measured.row(few["int8, 1 x"], OURS)), 80, None, " %"),
         Bar("perplexity added by the arithmetic, int4", _added(quantized), 0.5, 0.3, " %", most=True),
         Bar(
             "perplexity added by the arithmetic, the GGUF's codes",
-            _added(found.row(prompt, GGUF)),
+            _added(measured.row(prompt, GGUF)),
             0.5,
             0.3,
             " %",
             most=True,
         ),
     ]
-    return made
+    return bars
 
 
 def print_bars(rows: Sequence[Row], quick: bool = False) -> None:

@@ -66,15 +66,15 @@ class Limits:
 
 def measure(device: str, *, seconds: float = 1.0, threads: Collection[int] = ()) -> Limits:
     """Measure the limits of "cpu" or "cuda", about `seconds` for each figure, and on CPU by other `threads` too."""
-    found = _measure(device, seconds)
+    limits = _measure(device, seconds)
     before = torch.get_num_threads()
     try:
         for count in sorted({*threads} - {0, before}):
             torch.set_num_threads(count)
-            found.by_threads[count] = _measure(device, seconds)
+            limits.by_threads[count] = _measure(device, seconds)
     finally:
         torch.set_num_threads(before)
-    return found
+    return limits
 
 
 def _measure(device: str, seconds: float) -> Limits:

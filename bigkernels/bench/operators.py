@@ -42,13 +42,13 @@ class Call:
 
     def results(self) -> dict[str, Tensor]:
         outputs = self.outputs()
-        found = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
+        results = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
         if self.wanted:
             if self.upstream is None:
                 self.upstream = upstream(outputs)
             grads = torch.autograd.grad(outputs, self.leaves, self.upstream)
-            found |= {f"grad {name}": grad for name, grad in zip(self.wanted, grads, strict=True)}
-        return {name: self.part(result) for name, result in found.items()}
+            results |= {f"grad {name}": grad for name, grad in zip(self.wanted, grads, strict=True)}
+        return {name: self.part(result) for name, result in results.items()}
 
     def forward(self) -> object:
         return self.function(**self.inputs)
@@ -119,7 +119,7 @@ def operator_case(
     def prepare() -> Contest:
         if compiled:
             torch.compiler.reset()  # else the second shape of a function is compiled for any shape
-        made = inputs(Draw(dtype, settings.device))
+        sample = inputs(Draw(dtype, settings.device))
 
         def reference(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             with use("reference"):
@@ -128,7 +128,7 @@ def operator_case(
         candidates, missing = [], {}
         for name, make in functions.items():
             # Some peers write to their inputs, so they get copies.
-            call_inputs = {k: t.clone() for k, t in made.items()} if name in peers else made
+            call_inputs = {k: t.clone() for k, t in sample.items()} if name in peers else sample
             try:
                 call = Call(make(), call_inputs, differentiable, part)
             except Missing as reason:
@@ -137,8 +137,8 @@ def operator_case(
             candidates.append(Candidate(name, call.results, call.forward_backward if differentiable else call.forward))
         return Contest(
             candidates,
-            exact=lambda: exact(made) if exact else reference(widen(made)),
-            plain=lambda: plain(made) if plain else reference(made),
+            exact=lambda: exact(sample) if exact else reference(widen(sample)),
+            plain=lambda: plain(sample) if plain else reference(sample),
             missing=missing,
         )
 

@@ -120,10 +120,10 @@ class Training:
             (start[i], self.params[i].detach(), self.optimizer.state[self.params[i]]) for i in self.problem.checked
         ]
         if self.changes:
-            found = {"change": torch.cat([(p.double() - s.double()).flatten() for s, p, _ in checked])}
+            results = {"change": torch.cat([(p.double() - s.double()).flatten() for s, p, _ in checked])}
         else:
-            found = {"parameters": torch.cat([p.flatten() for _, p, _ in checked])}
-        return found | {key: torch.cat([state[key].flatten() for _, _, state in checked]) for key in self.states}
+            results = {"parameters": torch.cat([p.flatten() for _, p, _ in checked])}
+        return results | {key: torch.cat([state[key].flatten() for _, _, state in checked]) for key in self.states}
 
     def state_bytes(self) -> float:
         """What the optimizer keeps for a parameter, on average."""

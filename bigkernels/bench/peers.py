@@ -67,8 +67,8 @@ def flash_attention_4(make: Callable) -> dict[str, Callable[[str], Callable]]:
             raise Missing(f"not installed here: {error}") from error
 
         def first(*args, **options):
-            found = flash_attn_func(*args, **options)
-            return found[0] if isinstance(found, tuple) else found  # some versions return the log-sum-exps too
+            result = flash_attn_func(*args, **options)
+            return result[0] if isinstance(result, tuple) else result  # some versions return the log-sum-exps too
 
         return make(first)
 

@@ -169,13 +169,13 @@ def _settle(group: list[Any]) -> None:
 
 
 def _flat(values: Any) -> list[Tensor]:
-    found = []
+    functions = []
     for v in values:
         if isinstance(v, Tensor):
-            found.append(v)
+            functions.append(v)
         elif isinstance(v, (tuple, list)):
-            found += _flat(v)
-    return found
+            functions += _flat(v)
+    return functions
 
 
 def _made_of(tensors: list[Tensor]) -> list[Any]:

@@ -137,12 +137,12 @@ class Plan:
             for key, c in self.calls.items()
             if c.nbytes and key[1] < reached.get(key[0], 0) and (allowed is None or key[0] in allowed)
         ]
-        found = set()
+        paths = set()
         for _, key in sorted(worth, reverse=True):
             if self.calls[key].nbytes <= left:
-                found.add(key)
+                paths.add(key)
                 left -= self.calls[key].nbytes
-        return frozenset(found)
+        return frozenset(paths)
 
 
 # An operator on arguments of such shapes, and which of these calls: hooks that run in one run and not in the other, as

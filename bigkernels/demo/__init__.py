@@ -156,15 +156,15 @@ def demonstrate(given: Input, args: argparse.Namespace, started: float | None = 
         steps.begin("patching a copy of the model")
         models, report = _eager_and_patched(given.model, torch.float32, device)
         steps.begin("perplexity")
-        found = {name: perplexity(model, batches) for name, model in models.items()}
+        perplexities = {name: perplexity(model, batches) for name, model in models.items()}
         steps.begin("generating text")
         generation = generate(models, given.prompt, new_tokens)
     del models
-    checks = [_check_patched(report), _check_perplexity(found), _check_text(generation)]
+    checks = [_check_patched(report), _check_perplexity(perplexities), _check_text(generation)]
     print(f"What was patched\n{report}\n")
     print(
-        f"Perplexity on {batches.numel()} tokens of held-out text, float32: eager {found['eager']:.5f}, "
-        f"patched {found['patched']:.5f}\n"
+        f"Perplexity on {batches.numel()} tokens of held-out text, float32: eager {perplexities['eager']:.5f}, "
+        f"patched {perplexities['patched']:.5f}\n"
     )
     for name in VARIANTS[:1] if checks[-1].passed else VARIANTS:
         who = "by both" if checks[-1].passed else f"by {name}"
@@ -190,7 +190,9 @@ def demonstrate(given: Input, args: argparse.Namespace, started: float | None = 
 
     args.output.mkdir(parents=True, exist_ok=True)
     figure(args.output / "demo.png", trainings, generation)
-    (args.output / "demo.json").write_text(json.dumps(_figures(found, generation, trainings, checks), indent=2) + "\n")
+    (args.output / "demo.json").write_text(
+        json.dumps(_figures(perplexities, generation, trainings, checks), indent=2) + "\n"
+    )
     table("Checks", ("what", "seen", "result"), [(c.name, c.seen, "ok" if c.passed else "FAILED") for c in checks])
     print(
         f"Written: {args.output / 'demo.png'}, {args.output / 'demo.json'}; "

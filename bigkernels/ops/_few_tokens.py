@@ -208,26 +208,26 @@ def gradient(
     float16 that is divided by a power of two a token, which comes back last: its products with scales of groups would
     be too small.
     """
-    found = _fragments(codes, (scale, zero, row_scale, book), group, kind, k, at_once)
-    if isinstance(found, str):
-        return found
-    rows, power = grad.reshape(-1, found.n), None
-    if found.factor is not None or grad.dtype == torch.float16:
-        wide = rows.float() if found.factor is None else rows.float() * found.factor
+    fragments = _fragments(codes, (scale, zero, row_scale, book), group, kind, k, at_once)
+    if isinstance(fragments, str):
+        return fragments
+    rows, power = grad.reshape(-1, fragments.n), None
+    if fragments.factor is not None or grad.dtype == torch.float16:
+        wide = rows.float() if fragments.factor is None else rows.float() * fragments.factor
         if grad.dtype == torch.float16:
             power = power_of_two(wide.abs().amax(1, keepdim=True))
             wide = wide / power
         rows = wide.to(grad.dtype)
-    rows = _in_pieces(F.pad(rows, (0, -found.n % 8)) if found.n % 8 else rows)
+    rows = _in_pieces(F.pad(rows, (0, -fragments.n % 8)) if fragments.n % 8 else rows)
     out = grad.new_empty(*grad.shape[:-1], k, dtype=None if power is None else torch.float32)
     _run_back(
         rows,
-        found.units,
+        fragments.units,
         book,
-        found.top if power is not None else None,
-        CODES.index(found.code),
-        OFFSETS.index(found.offset),
-        found.group,
+        fragments.top if power is not None else None,
+        CODES.index(fragments.code),
+        OFFSETS.index(fragments.offset),
+        fragments.group,
         out.view(-1, k),
     )
     return out if power is None else out.view(-1, k).mul_(power).to(grad.dtype).view(*grad.shape[:-1], k)
@@ -271,10 +271,10 @@ def before_backward(launcher: Callable) -> Callable:
             forced = registry._forced == "cuda"
             why = refusal(grad, None, group, kind, k, depth=len(codes))
             if why is None:
-                found = gradient(grad, codes, scale, zero, row_scale, book, group, kind, k, forced)
-                if not isinstance(found, str):
-                    return found
-                why = found
+                grad_x = gradient(grad, codes, scale, zero, row_scale, book, group, kind, k, forced)
+                if not isinstance(grad_x, str):
+                    return grad_x
+                why = grad_x
             if forced:
                 raise _forced_refusal(why)
         return launcher(grad, codes, scale, zero, row_scale, book, group, kind, k)

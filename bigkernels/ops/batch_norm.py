@@ -214,9 +214,9 @@ class _BatchNorm(torch.autograd.Function):
         rows = has_rows(x)
         other = None if residual is None else arranged(residual, rows)
         training = mean is None
-        y, *made = _fwd(arranged(x, rows), weight, bias, other, mean, var, eps, activation, rows)
+        y, *statistics = _fwd(arranged(x, rows), weight, bias, other, mean, var, eps, activation, rows)
         if training:
-            mean, var = made
+            mean, var = statistics
             if running is not None:
                 _update(running[0], running[1], mean, var, x, running[2])
         elif x.requires_grad or weight is not None:
@@ -224,9 +224,9 @@ class _BatchNorm(torch.autograd.Function):
         masked = residual is not None and activation == NUMBERS["relu"]
         ctx.save_for_backward(x, weight, bias, mean, var, y if masked else None)
         ctx.options = eps, activation, training, residual is not None
-        ctx.mark_non_differentiable(*made)
+        ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
-        return y, *made
+        return y, *statistics
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -261,9 +261,9 @@ def _observed(grad, x, weight, bias, mean, var, result, options):
     moments = (None, None) if training else (mean, var)
     name = NAMES[activation]
     if not added:
-        found = gradients(lambda *t: _reference(*t, None, *moments, eps, name), (x, weight, bias), (grad,))
-        return *found, None
+        grads = gradients(lambda *t: _reference(*t, None, *moments, eps, name), (x, weight, bias), (grad,))
+        return *grads, None
     # The slope of ReLU is a constant to every derivative, and the residual behind it has the gradient in front.
     g = grad if result is None else torch.where(result.detach() <= 0, 0.0, grad)
-    found = gradients(lambda *t: _reference(*t, None, *moments, eps, None), (x, weight, bias), (g,))
-    return *found, g
+    grads = gradients(lambda *t: _reference(*t, None, *moments, eps, None), (x, weight, bias), (g,))
+    return *grads, g

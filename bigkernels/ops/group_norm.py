@@ -165,8 +165,8 @@ class _GroupNorm(torch.autograd.Function):
         groups, eps, activation = ctx.options
         if is_observed(grad):
             name = NAMES[activation]
-            found = gradients(lambda x, w, b: _reference(x, w, b, groups, eps, name), (x, weight, bias), (grad,))
-            return *found, None, None, None
+            grads = gradients(lambda x, w, b: _reference(x, w, b, groups, eps, name), (x, weight, bias), (grad,))
+            return *grads, None, None, None
         rows = has_rows(x)
         dx, dweight, dbias = _bwd(arranged(grad, rows), arranged(x, rows), weight, bias, mean, rstd, activation, rows)
         return (dx, dweight if weight is not None else None, dbias if bias is not None else None, None, None, None)

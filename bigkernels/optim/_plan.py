@@ -202,11 +202,11 @@ class Plan:
 
     def _all(self, states: MutableMapping) -> list[Tensor]:
         """The parameters, and what the kernel works on of their states; KeyError or TypeError where it is not there."""
-        found = list(self.params)
+        tensors = list(self.params)
         for get, many, params in self._kinds:
             values = map(get, map(states.get, params))
-            found += values if many == 1 else chain.from_iterable(values)
-        return [t.to_local() if hasattr(t, "to_local") else t for t in found] if self._distributed else found
+            tensors += values if many == 1 else chain.from_iterable(values)
+        return [t.to_local() if hasattr(t, "to_local") else t for t in tensors] if self._distributed else tensors
 
     def holds(self, states: MutableMapping) -> bool:
         """Whether parameters and states, as an optimizer has them now, are where they were, and lie as they did."""

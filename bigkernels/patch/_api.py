@@ -209,10 +209,10 @@ def _plan(model: nn.Module, flags: dict[str, bool | str | None], verify: bool) -
             if flags[rule.flag] is False:
                 continue
             with probing_on(device_of(module, model)):
-                found = _attempt(report, path, functools.partial(rule.plan, module, plan))
-            if found is None:
+                planned = _attempt(report, path, functools.partial(rule.plan, module, plan))
+            if planned is None:
                 continue
-            write, fit = found
+            write, fit = planned
             if _foreign(module, write.key):
                 report.skipped.append(Row(path, f"{write.key} was already replaced on this instance", None))
                 continue

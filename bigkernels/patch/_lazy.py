@@ -134,10 +134,10 @@ class Lazy(Tensor):
         aliases = any(argument.alias_info is not None for argument in function._schema.arguments)
 
         def elements(lazy: Lazy) -> Tensor:
-            found = lazy.dense()
-            dense[id(found)] = lazy
+            values = lazy.dense()
+            dense[id(values)] = lazy
             lazy.values.lent |= aliases  # written to, or a view that may be
-            return found
+            return values
 
         result = function(*tree_map_only(Lazy, elements, args), **tree_map_only(Lazy, elements, kwargs))
         return dense.get(id(result), result)

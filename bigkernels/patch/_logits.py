@@ -403,12 +403,12 @@ def _of_logits(z, target, class_weight, grad, ignore_index=-100, reduction="mean
         grad = grad / of_target.sum()
     grad = torch.where(kept, grad.reshape(-1, 1), 0)
     hot = torch.zeros_like(rows).scatter_(1, target, 1.0)
-    found = (1 - label_smoothing) * of_target * (p - hot)
+    grad_rows = (1 - label_smoothing) * of_target * (p - hot)
     if label_smoothing:
-        found = found + label_smoothing / len(weight) * (weight.sum() * p - weight)
+        grad_rows = grad_rows + label_smoothing / len(weight) * (weight.sum() * p - weight)
     if z_loss:
-        found = found + 2 * z_loss * torch.logsumexp(rows, -1, keepdim=True) * p
-    return (grad * found).reshape(z.shape).to(z.dtype)
+        grad_rows = grad_rows + 2 * z_loss * torch.logsumexp(rows, -1, keepdim=True) * p
+    return (grad * grad_rows).reshape(z.shape).to(z.dtype)
 
 
 def _quantized(weight: Any) -> Any:

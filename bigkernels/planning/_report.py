@@ -153,14 +153,14 @@ class MemoryPlan:
         Raises:
             ValueError: it is of another schema.
         """
-        found = json.loads(text)
-        if found.get("schema") != SCHEMA:
+        report = json.loads(text)
+        if report.get("schema") != SCHEMA:
             raise ValueError(
-                f"bigkernels.planning.MemoryPlan: schema {found.get('schema')!r}; this version reads {SCHEMA}"
+                f"bigkernels.planning.MemoryPlan: schema {report.get('schema')!r}; this version reads {SCHEMA}"
             )
-        found["phases"] = tuple(PhasePlan(**p) for p in found["phases"])
-        found["choices"] = tuple(Choice(**c) for c in found["choices"])
-        return cls(**{f.name: found[f.name] for f in fields(cls)})
+        report["phases"] = tuple(PhasePlan(**p) for p in report["phases"])
+        report["choices"] = tuple(Choice(**c) for c in report["choices"])
+        return cls(**{f.name: report[f.name] for f in fields(cls)})
 
     def plot(self, path: str | PathLike) -> None:
         """Write stacked bars of what is held, as a picture of the kind that the name of `path` ends in.

@@ -74,9 +74,9 @@ def _made(b: Builder, leaf: Ref) -> MadeOf:
         step = b.recorder.steps[ref.step]
         if step.depends or is_in_place(step) or len(numbers) > _LONGEST:
             raise Refused("numbers that are not made of positions")
-        found = _angles(b, ref)
-        if found is not None:
-            given[ref] = found
+        angles = _angles(b, ref)
+        if angles is not None:
+            given[ref] = angles
             continue
         numbers.add(ref.step)
         todo += refs_of(step)

@@ -205,17 +205,17 @@ def describe(
         dtype: of the model, which the cache has to have.
     """
     try:
-        found = known.get(cache)
+        description = known.get(cache)
     except TypeError:  # no weak references
         return f"the cache is a {type(cache).__name__}"
-    if found is not None:
-        if found.shapes is shapes and found.batch == batch and found.dtype is dtype:
-            if found.fits(cache, tokens) or (found.renew(cache) and found.fits(cache, tokens)):
-                return found
-    found = _look(cache, shapes, batch, tokens, dtype)
-    if isinstance(found, Description):
-        known[cache] = found
-    return found
+    if description is not None:
+        if description.shapes is shapes and description.batch == batch and description.dtype is dtype:
+            if description.fits(cache, tokens) or (description.renew(cache) and description.fits(cache, tokens)):
+                return description
+    description = _look(cache, shapes, batch, tokens, dtype)
+    if isinstance(description, Description):
+        known[cache] = description
+    return description
 
 
 def _look(
@@ -266,28 +266,28 @@ def _look(
     if len(pasts) > 1:
         return "the layers of the cache have different lengths"
     unknown = -1 if not all(map(counts, layers)) else 0  # where nobody counts
-    found = Description(shapes, batch, dtype, pasts.pop() if pasts else unknown)
+    description = Description(shapes, batch, dtype, pasts.pop() if pasts else unknown)
     pairs = [(layer, shape) for layer, shape in zip(layers, shapes, strict=False) if shape is not None]
     _make_room([p for p in pairs if isinstance(p[0], _cache_layers.BufferedLayer)], batch, tokens, dtype)
     for i, layer in enumerate(layers[: len(shapes)]):
         if shapes[i] is None:
-            found.dynamic.append(0)
-            found._places.append(())
-            found.skip(i)
-            found.others.append((i, layer, counts(layer)))
+            description.dynamic.append(0)
+            description._places.append(())
+            description.skip(i)
+            description.others.append((i, layer, counts(layer)))
             continue
         if isinstance(layer, _cache_layers.BufferedLayer):
-            found.dynamic.append(id(layer))
-            found.take(layer, i, layer._keeps())
-            found._places.append(layer._places())
+            description.dynamic.append(id(layer))
+            description.take(layer, i, layer._keeps())
+            description._places.append(layer._places())
             continue
-        found.dynamic.append(0)
-        found.add(i, layer, layer.keys, layer.values, 0, found.past)
-        found._slots[_SLOTS * i + 1] = found.past
+        description.dynamic.append(0)
+        description.add(i, layer, layer.keys, layer.values, 0, description.past)
+        description._slots[_SLOTS * i + 1] = description.past
         length = layer.cumulative_length
-        found._places.append(_places(layer))
-        found.static.append((i, layer, layer.keys, layer.values, length, c_int64.from_address(length.data_ptr())))
-    return found
+        description._places.append(_places(layer))
+        description.static.append((i, layer, layer.keys, layer.values, length, c_int64.from_address(length.data_ptr())))
+    return description
 
 
 def _places(layer: Any) -> tuple:

@@ -70,8 +70,8 @@ class ModuleCode:
                 out = in_float64(self.module, args, kwargs, seeming, None if context is None else context.cache)
             else:
                 out = self.module(*args, **kwargs)
-        found = [t for t in leaves(out) if isinstance(t, Tensor)]
-        return tuple(found[i].reshape(batch, length, -1).to(values[0].dtype) for i in self.outs)
+        tensors = [t for t in leaves(out) if isinstance(t, Tensor)]
+        return tuple(tensors[i].reshape(batch, length, -1).to(values[0].dtype) for i in self.outs)
 
 
 def in_float64(module: nn.Module, args: tuple, kwargs: dict, seeming: dict[int, torch.dtype], cache: Any = None) -> Any:
@@ -99,8 +99,8 @@ def enclosing(trace: Trace, step: int, opaque: list[ModuleCall], cached: bool = 
     Those that were tried before, and what lies in them, are not. `cached`: of those that are given the cache.
     """
     if cached:
-        found = [c for c in trace.recorder.calls if c.begin <= step < c.end and takes_cache(trace, c)]
-        call = min(found, key=lambda c: c.end - c.begin, default=None)
+        callers = [c for c in trace.recorder.calls if c.begin <= step < c.end and takes_cache(trace, c)]
+        call = min(callers, key=lambda c: c.end - c.begin, default=None)
         if call is not None and any(
             takes_cache(trace, c)
             for c in trace.recorder.calls
@@ -115,8 +115,8 @@ def enclosing(trace: Trace, step: int, opaque: list[ModuleCall], cached: bool = 
     stops |= {i for i, s in enumerate(trace.recorder.steps) if s.name == "scaled_dot_product_attention"}
     stops.add(0)
     tried = {_pattern(c.path) for c in opaque}
-    found = [c for c in trace.recorder.calls if c.begin <= step < c.end]
-    for call in sorted(found, key=lambda c: c.end - c.begin):
+    callers = [c for c in trace.recorder.calls if c.begin <= step < c.end]
+    for call in sorted(callers, key=lambda c: c.end - c.begin):
         if any(call.begin <= s < call.end for s in stops):
             return []
         if _pattern(call.path) not in tried and _reads(trace, call) and isinstance(call.outs[:1], tuple) and call.outs:

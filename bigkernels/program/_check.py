@@ -32,8 +32,8 @@ def check(model: nn.Module, graph: Graph) -> None:
 
     def tokens(batch, length):
         low = min(8, vocabulary // 2)
-        made = torch.randint(low, vocabulary, (batch, length), generator=generator, dtype=torch.int64, device="cpu")
-        return made.to(device)
+        ids = torch.randint(low, vocabulary, (batch, length), generator=generator, dtype=torch.int64, device="cpu")
+        return ids.to(device)
 
     drawn = Drawn()
     with torch.no_grad():
@@ -90,10 +90,10 @@ def _steps(
         with products(Once(seen) if given and piece is pieces[0] else drawn):
             theirs = _logits(record(model, piece, positions if given else None, cache, mask))
             hidden = graph.embed.exact(piece, positions)
-            made = _reference.run(graph, hidden, positions, ours, starts=starts)
+            computed = _reference.run(graph, hidden, positions, ours, starts=starts)
         past += length
-        error = (made - theirs.view_as(made)).abs()[seen].max().item()
-        scale = theirs.view_as(made)[seen].abs().max().item()
+        error = (computed - theirs.view_as(computed)).abs()[seen].max().item()
+        scale = theirs.view_as(computed)[seen].abs().max().item()
         if not error <= _ERROR * scale:
             what = "padded on the left" if starts is not None else f"{length} tokens after {past - length}"
             raise Refused(f"(model): what was found differs from the model by {error / scale:.1e}, {what}")

@@ -105,8 +105,8 @@ class MadeOf(FromContext):
             return context.positions if leaf is self.positions else values[leaf] if isinstance(leaf, Ref) else leaf
 
         for number, func, args, kwargs in self.lines:
-            made = func(*mapped(fill, args), **mapped(fill, kwargs))
-            values.update({Ref(number, i): t for i, t in enumerate(t for t in leaves(made) if isinstance(t, Tensor))})
+            result = func(*mapped(fill, args), **mapped(fill, kwargs))
+            values.update({Ref(number, i): t for i, t in enumerate(t for t in leaves(result) if isinstance(t, Tensor))})
         return values[self.out]
 
 

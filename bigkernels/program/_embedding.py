@@ -81,7 +81,7 @@ def embedding_of(b: Builder, needed: set[int]) -> tuple[Ref, Embed]:
         raise Refused("(model): its tokens are embedded in more than one place")
     first = Ref(readers[0], 0)
     # The outermost module that makes one tensor of the tokens alone.
-    found = None
+    embedding = None
     for call in recorder.calls:
         if (
             len(call.outs) == 1
@@ -89,17 +89,17 @@ def embedding_of(b: Builder, needed: set[int]) -> tuple[Ref, Embed]:
             and _only_tokens(b, call)
             and not any(_layers.is_linear(m) for m in call.module.modules())
         ):
-            found = call
+            embedding = call
             break
-    if found is None or not isinstance(found.outs[0], Ref):
+    if embedding is None or not isinstance(embedding.outs[0], Ref):
         raise Refused(f"{b.path(first)}: its tokens are embedded by no module")
-    token = found.outs[0]
+    token = embedding.outs[0]
     del first
     positions = _with_positions(b, token, needed)
     if positions is None:
-        return token, Embed(found.module)
+        return token, Embed(embedding.module)
     ref, scale, parts = positions
-    return ref, Embed(found.module, scale, parts)
+    return ref, Embed(embedding.module, scale, parts)
 
 
 def _whole(b: Builder, needed: set[int]) -> set[int]:
@@ -124,7 +124,7 @@ def _with_positions(b: Builder, token: Ref, needed: set[int]) -> tuple[Ref, floa
     """(the sum, the scale of the tokens' part, tables) where positions are embedded and added to the tokens."""
     recorder = b.recorder
     here, tables = token, []
-    found = None
+    embedding = None
     for number in sorted(needed):
         step = recorder.steps[number]
         if number <= token.step or here not in step.inputs:
@@ -148,8 +148,8 @@ def _with_positions(b: Builder, token: Ref, needed: set[int]) -> tuple[Ref, floa
         total = sum(t(b.trace.positions).double().expand_as(zero) for t in tables) if tables else None
         if total is None or not close(zero, total, 1e-6):
             break
-        found = ref, plain(scale), tuple(tables)
-    return found
+        embedding = ref, plain(scale), tuple(tables)
+    return embedding
 
 
 def _is_sum(b: Builder, ref: Ref, token: Ref, scale: float, rest: Tensor) -> bool:

@@ -40,10 +40,10 @@ def add_experts(b: Builder, number: int) -> None:
     key = ("experts", type(step.module), *_settings(step.module))
     if key not in b.memory:
         b.memory[key] = _identify(b, step, x, chosen, weights)
-    found = b.memory[key]
-    if found is None:
+    known = b.memory[key]
+    if known is None:
         raise Refused(f"{where}: what its experts compute is not known", number)
-    stacked, act, limit, alpha, offset = found
+    stacked, act, limit, alpha, offset = known
     stacked = ExpertWeights(step.module, *stacked)
     count = _shape(step.module, stacked.down)[0]
     value = b.value(x)
@@ -153,19 +153,19 @@ def _router(b: Builder, weights: Ref, chosen: Ref, count: int, top: int) -> dict
         rows = b.rows(b.tensor(source))
         if rows is None or rows.shape[1] != count or not b.tensor(source).dtype.is_floating_point:
             continue
-        found = _choice(b, source, weights, chosen, count, top)
-        if found is not None:
-            return {"logits": b.value(source), **found}
+        choice = _choice(b, source, weights, chosen, count, top)
+        if choice is not None:
+            return {"logits": b.value(source), **choice}
     raise Refused(f"{b.path(weights)}: what its router does is not known", weights.step)
 
 
 def _choice(b: Builder, source: Ref, weights: Ref, chosen: Ref, count: int, top: int) -> dict | None:
     logits = 2 * random(b.trace.rows, count, seed=9, device=b.device)
     try:
-        found = replay(b.recorder, [weights, chosen], {source: b.unrows(logits, b.tensor(source))})
+        replayed = replay(b.recorder, [weights, chosen], {source: b.unrows(logits, b.tensor(source))})
     except Refused:
         return None
-    got = _spread(*map(b.rows, found), count)
+    got = _spread(*map(b.rows, replayed), count)
     for sigmoid, renormalize in itertools.product((False, True), repeat=2):
         probability = logits.sigmoid() if sigmoid else logits.softmax(-1)
         best, index = probability.topk(top)

@@ -54,8 +54,8 @@ def reads(operation: Operation | Products) -> tuple[int, ...]:
     given = (
         getattr(operation, name, None) for name in ("x", "residual", "up", "q", "k", "v", "logits", "weights", "chosen")
     )
-    found = [g if isinstance(g, int) else g.x for g in given if g is not None]
-    return (*found, *getattr(operation, "xs", ()))
+    values = [g if isinstance(g, int) else g.x for g in given if g is not None]
+    return (*values, *getattr(operation, "xs", ()))
 
 
 def writes(operation: Operation | Products) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ def fuse(operations: list[Operation], widths: list[int], kept: int) -> list[Oper
     """The same values, `kept` among them, by fewer operations; those in between are not made any more. Values may be
     added to `widths`.
     """
-    found: list = []
+    fused: list = []
     for o in operations:
         if isinstance(o, Product):
             x = o.x
@@ -79,12 +79,12 @@ def fuse(operations: list[Operation], widths: list[int], kept: int) -> list[Oper
                     raise Refused("a layer with scaled inputs that reads a part of a value")
                 x = len(widths)
                 widths.append(widths[o.x])
-                found.append(Combine(x, ((o.x, 1.0, Stored(o.module, "channel")),)))
+                fused.append(Combine(x, ((o.x, 1.0, Stored(o.module, "channel")),)))
             o = Products(x, (o.out,), (Part(o.module),), o.x_column)
-        found.append(o)
+        fused.append(o)
     for step in (_activations, _flat_sums, _sums, _residual_norms):
-        found = step(found, widths, kept)
-    return list(_side_by_side(found))
+        fused = step(fused, widths, kept)
+    return list(_side_by_side(fused))
 
 
 class _Places:

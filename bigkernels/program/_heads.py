@@ -56,7 +56,7 @@ class Rotations:
     def _root(self, ref: Ref) -> Ref | None:
         """None for what does not differ between tokens."""
         b = self.builder
-        made = {out: None for call in b.recorder.calls for out in call.outs if isinstance(out, Ref)}
+        outputs = {out: None for call in b.recorder.calls for out in call.outs if isinstance(out, Ref)}
         length = b.trace.tokens.shape[1]
         best = None
         while True:
@@ -64,7 +64,7 @@ class Rotations:
             if not floating(t) or length not in t.shape:
                 return best
             best = ref
-            if ref in made and not b.recorder.steps[ref.step].depends:
+            if ref in outputs and not b.recorder.steps[ref.step].depends:
                 return ref
             others = [
                 r for r in refs_of(b.recorder.steps[ref.step]) if floating(b.tensor(r)) and length in b.tensor(r).shape
@@ -97,15 +97,15 @@ def heads_between(b: Builder, ref: Ref, plain: bool = False) -> Found:
     norm = late
     if norm is None and source not in b.values:
         for before in b._sources(source):
-            found = _norm(b, source, before, d)
-            if found is not None and found[1] == 1.0:
+            before_norm = _norm(b, source, before, d)
+            if before_norm is not None and before_norm[1] == 1.0:
                 try:
                     base, (own, width, factor, rotation) = _farthest(b, before)
                 except Refused:
                     break
                 order = tuple(c // d for c in columns)  # of the heads that are normed
                 if rotation is None and factor == 1.0 and width == d and all(c % d == 0 for c in columns):
-                    source, columns, norm = base, tuple(own[i] for i in order), found[0]
+                    source, columns, norm = base, tuple(own[i] for i in order), before_norm[0]
                 break
     x, before = b.part(source)
     if scale != 1.0 and plain:
@@ -120,12 +120,12 @@ def _farthest(b: Builder, ref: Ref) -> tuple[Ref, tuple]:
     """The first tensor that heads are columns of, and which."""
     best = None
     for source in [ref, *b._sources(ref)]:
-        found = _columns(b, ref, source)
-        if found is None:
+        columns = _columns(b, ref, source)
+        if columns is None:
             if best is not None:
                 break
             continue
-        best = source, found
+        best = source, columns
         if source in b.values:
             break
     if best is None:
@@ -150,9 +150,9 @@ def _late_norm(b: Builder, ref: Ref) -> tuple[NormSpec | None, Ref]:
     for source in b._sources(ref):
         if not b.rotations.sources(between(b.recorder, source, b.values)):
             break
-        found = _norm(b, ref, source, d)
-        if found is not None and found[1] == 1.0 and found[0].weight is None and found[0].kind == "rms":
-            return found[0], source
+        norm = _norm(b, ref, source, d)
+        if norm is not None and norm[1] == 1.0 and norm[0].weight is None and norm[0].kind == "rms":
+            return norm[0], source
     return None, ref
 
 
@@ -186,10 +186,10 @@ def _rotated_columns(b: Builder, ref: Ref, source: Ref) -> tuple | None:
     width = rows.shape[1]
     for order in (roots, roots[::-1]) if len(roots) == 2 else (roots,):
         still = _still(b, order)
-        found = _gather(compute, still, b, width, number, d)
-        if found is None:
+        gathered = _gather(compute, still, b, width, number, d)
+        if gathered is None:
             continue
-        columns, scale = found
+        columns, scale = gathered
         x = b.sample(width, 7)
         picked = torch.stack([x.view(batch, length, width)[..., c : c + d] for c in columns], 1) * scale
         if not roots:
@@ -219,9 +219,9 @@ def _gather(
     scale = constant(compute(ones, still))
     if not scale:
         return None
-    found = compute(numbers, still) / scale
-    index = found[0, :, 0].round().long()  # (H, D)
-    if not close(found, index[None, :, None].expand_as(found).double()):
+    coefficients = compute(numbers, still) / scale
+    index = coefficients[0, :, 0].round().long()  # (H, D)
+    if not close(coefficients, index[None, :, None].expand_as(coefficients).double()):
         return None
     columns = index[:, 0] - 1
     if not torch.equal(index, columns[:, None] + 1 + torch.arange(d, dtype=torch.int64, device=b.device)):

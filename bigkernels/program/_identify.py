@@ -135,19 +135,19 @@ class Builder:
         """
         if ref in self.values:
             return self.values[ref]
-        found = self._same(ref)
-        if found is None:
+        value = self._same(ref)
+        if value is None:
             attempts = (self._norm, self._activation, self._gated, self._combination)
             for attempt in (*attempts, *([functools.partial(add_steps, self)] if self.steps else [])):
-                found = self._tried(attempt, ref)
-                if found is not None:
+                value = self._tried(attempt, ref)
+                if value is not None:
                     break
-        if found is None:
+        if value is None:
             refused, self.refused = self.refused, None
             raise refused or Refused(f"{self.path(ref)}: what it computes is not known", ref.step)
         self.refused = None
-        self.values[ref] = found
-        return found
+        self.values[ref] = value
+        return value
 
     def _tried(self, attempt: Callable, ref: Ref) -> int | None:
         """What an attempt finds; one that fails on the way leaves nothing behind."""
@@ -179,12 +179,12 @@ class Builder:
     def _column(self, ref: Ref, source: Ref, wide: int, width: int) -> int | None:
         numbers = torch.arange(1, wide + 1, dtype=torch.float64, device=self.device).expand(self.trace.rows, -1)
         try:
-            found = self.function(ref, source)(numbers)
+            outputs = self.function(ref, source)(numbers)
         except Refused:
             return None
-        first = round(found[0, 0].item()) - 1
+        first = round(outputs[0, 0].item()) - 1
         expected = numbers[:, first : first + width]
-        if first < 0 or not torch.equal(found, expected) or not self._linear(ref, source, wide):
+        if first < 0 or not torch.equal(outputs, expected) or not self._linear(ref, source, wide):
             return None
         return first
 
@@ -194,12 +194,12 @@ class Builder:
         return close(function(x) + 2 * function(y), function(x + 2 * y))
 
     def _sources(self, ref: Ref) -> list[Ref]:
-        found = []
+        candidates = []
         for source in dominators(self.recorder, ref, self.values):
-            found.append(source)
-            if len(found) >= _FAR:
+            candidates.append(source)
+            if len(candidates) >= _FAR:
                 break
-        return found
+        return candidates
 
     def _same(self, ref: Ref) -> int | None:
         """A view, a copy, a cast, dropout in evaluation."""
@@ -225,9 +225,9 @@ class Builder:
             vectors = self.vectors(ref, {source})
             sizes = {last, self.tensor(source).shape[-1], rows.shape[1], *(v.get().numel() for v in vectors)}
             for size in sorted(s for s in sizes if rows.shape[1] % s == 0):
-                found = as_norm(self.function(ref, source), size, self.sample(rows.shape[1]), vectors)
-                if found is not None:
-                    best = source, found
+                norm = as_norm(self.function(ref, source), size, self.sample(rows.shape[1]), vectors)
+                if norm is not None:
+                    best = source, norm
                     break
             if best is not None:
                 break
@@ -239,10 +239,10 @@ class Builder:
         return self.add(Norm(x, out, spec, scale=scale), out)
 
     def _activation(self, ref: Ref) -> int | None:
-        found = self._act_of(ref, softcap=True)
-        if found is None:
+        activation = self._act_of(ref, softcap=True)
+        if activation is None:
             return None
-        source, (act, scale, alpha, cap) = found
+        source, (act, scale, alpha, cap) = activation
         if act == "identity" and not cap:
             return None
         width = self.rows(self.tensor(ref)).shape[1]
@@ -261,9 +261,9 @@ class Builder:
             if before is None or before.shape != rows.shape:
                 continue
             x = self.sample(rows.shape[1])
-            found = as_activation(self.function(ref, source), x)
-            if found is not None:
-                best = source, (*found, 0.0)
+            activation = as_activation(self.function(ref, source), x)
+            if activation is not None:
+                best = source, (*activation, 0.0)
             elif softcap:
                 cap = as_softcap(self.function(ref, source), x)
                 if cap is not None:
@@ -280,12 +280,12 @@ class Builder:
         if not width or not all(self._width(r) == width for r in inputs) or not self._is_product_of(step, inputs):
             return None
         for act_side, up_side in (inputs, inputs[::-1]):
-            found = self._act_of(act_side)
-            if found is None and act_side in self.values:
+            activation = self._act_of(act_side)
+            if activation is None and act_side in self.values:
                 continue
-            if found is None or found[1][0] == "identity":
+            if activation is None or activation[1][0] == "identity":
                 continue
-            source, (act, scale, alpha, _) = found
+            source, (act, scale, alpha, _) = activation
             x, column = self.part(source)
             up, up_column = self.part(up_side)
             out = self.new(width)
@@ -332,7 +332,7 @@ class Builder:
         (constant_part,) = replay(self.recorder, [ref], zero)
         if constant_part.abs().max() != 0:
             return None
-        found = []
+        products = []
         for r in terms:
             given = dict(zero)
             given[r] = torch.ones_like(self.tensor(r))
@@ -346,23 +346,23 @@ class Builder:
                 if matched is None:
                     return None
                 channel, number = matched
-            found.append((r, plain(number), channel))
+            products.append((r, plain(number), channel))
         given = {r: self.unrows(self.sample(width, i), self.tensor(r)) for i, r in enumerate(terms)}
         out = self.rows(replay(self.recorder, [ref], given)[0])
-        channels = [1 if c is None else c.get().detach().double().flatten() for *_, c in found]
-        total = sum(s * self.rows(given[r]) * c for (r, s, _), c in zip(found, channels, strict=True))
+        channels = [1 if c is None else c.get().detach().double().flatten() for *_, c in products]
+        total = sum(s * self.rows(given[r]) * c for (r, s, _), c in zip(products, channels, strict=True))
         if not close(out, total):
             return None
-        found = [term for term in found if term[1] != 0]
-        ops = tuple((self.value(r), s, c) for r, s, c in found)
+        products = [term for term in products if term[1] != 0]
+        ops = tuple((self.value(r), s, c) for r, s, c in products)
         if len(ops) == 1 and ops[0][1:] == (1.0, None):
             return ops[0][0]
         while len(ops) > 4:
             first = self.new(width)
             self.add(Combine(first, ops[:4]), first)
             ops = ((first, 1.0, None), *ops[4:])
-        made = self.new(width)
-        return self.add(Combine(made, ops), made)
+        value = self.new(width)
+        return self.add(Combine(value, ops), value)
 
     def _terms(self, ref: Ref, width: int) -> list[Ref] | None:
         """The nearest tensors that `ref` is a sum of, going back through steps that are linear."""
@@ -398,10 +398,10 @@ class Builder:
         gain = self.rows(replay(self.recorder, [here], {step.inputs[0]: ones})[0])
         if constant(gain[0]) is not None:
             return False
-        found = self._norm(here)
-        if found is not None:
-            self.values[here] = found
-        return found is not None
+        norm = self._norm(here)
+        if norm is not None:
+            self.values[here] = norm
+        return norm is not None
 
     def _is_linear(self, step: Step, out: Ref) -> bool:
         """Whether one step is linear in all that depends on the tokens, together."""
@@ -441,9 +441,9 @@ class Builder:
             elif step.name in ("softmax", "_softmax"):
                 self._softmax(number)
             elif step.name in _PRODUCTS:
-                found = self._stored_product(step)
-                if found is not None:
-                    self._product(number, *found)
+                product = self._stored_product(step)
+                if product is not None:
+                    self._product(number, *product)
         self.graph.logits = self.value(self.trace.logits)
         check_covered(self)
         self._windows()
@@ -455,12 +455,12 @@ class Builder:
         most = hints(self.trace.model)
         if most <= 1:
             return
-        found = far_windows(self.trace.model, self.trace.vocabulary, most + 5, self.trace.own_cache)
+        all_windows = far_windows(self.trace.model, self.trace.vocabulary, most + 5, self.trace.own_cache)
         attends = [(i, n) for i, op in enumerate(self.graph.operations) if (n := self._attentions(op))]
-        if len(found) != sum(n for _, n in attends):
+        if len(all_windows) != sum(n for _, n in attends):
             raise Refused("(model): its masks far into a text cannot be told apart")
         for i, n in attends:
-            op, windows, found = self.graph.operations[i], set(found[:n]), found[n:]
+            op, windows, all_windows = self.graph.operations[i], set(all_windows[:n]), all_windows[n:]
             if len(windows) > 1 or not window_in(op) <= {0, *windows}:
                 raise Refused("(model): a layer has two windows")
             self.graph.operations[i] = with_window(op, *windows)
@@ -550,9 +550,9 @@ class Builder:
     # ---- attention ---------------------------------------------------------------------------------------------------
 
     def _softmax(self, number: int) -> None:
-        found = spelled_out(self, number)
-        if found is not None:
-            query, out = found
+        attend = spelled_out(self, number)
+        if attend is not None:
+            query, out = attend
             self._attend(query, out)
 
     def _attention(self, number: int, q: Ref, k: Ref, v: Ref) -> None:
@@ -582,14 +582,14 @@ class Builder:
                 raise Refused(f"{where}: queries and keys are rotated in two ways", out.step)
             if (k_heads.angles is None) != (q_heads.angles is None):
                 raise Refused(f"{where}: only queries or only keys are rotated", out.step)
-        made = self.new(attend.heads * attend.d)
+        value = self.new(attend.heads * attend.d)
         of_keys = (k_heads.of, v_heads.of, k_heads.norm) if fresh else (None, None, None)
         rotation = q_heads.angles or (None, 0, False)
-        self.add(Heads(q_heads.of, *of_keys[:2], made, layer, q_heads.norm, of_keys[2], *rotation), made)
+        self.add(Heads(q_heads.of, *of_keys[:2], value, layer, q_heads.norm, of_keys[2], *rotation), value)
         result = self.new(attend.heads * attend.dv)
         self.values[out] = self.add(
             Attend(
-                made,
+                value,
                 result,
                 layer,
                 attend.heads,

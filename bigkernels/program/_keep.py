@@ -46,8 +46,8 @@ def renamed(op: Operation, old: int, new: int) -> Operation:
             return tuple((new if x == old else x, *rest) for x, *rest in value)
         return new if name not in _NUMBERS and type(value) is int and value == old else value
 
-    made = {f.name: put(f.name, getattr(op, f.name)) for f in fields(op) if f.name not in _WRITES}
-    return replace(op, **made)
+    changes = {f.name: put(f.name, getattr(op, f.name)) for f in fields(op) if f.name not in _WRITES}
+    return replace(op, **changes)
 
 
 def keep_last(graph: Graph) -> None:

@@ -68,9 +68,9 @@ class Lowered:
         if lower is None:
             where = getattr(operation, "path", "")
             raise Refused(f"{type(operation).__name__.lower()} {where}".strip() + " has no records")
-        name, made = lower(self, operation)
+        name, lowered = lower(self, operation)
         record = records.Record(op=OPS[name])
-        setattr(record, name, made)
+        setattr(record, name, lowered)
         self.records.append(record)
 
     # ---- one kind each
@@ -91,11 +91,11 @@ class Lowered:
     def _combine(self, o: Combine) -> tuple[str, records.CombineRecord]:
         if len(o.terms) > records.MAX_TERMS:
             raise Refused(f"a sum of {len(o.terms)} terms")
-        made = records.CombineRecord(o.out, len(o.terms))
+        record = records.CombineRecord(o.out, len(o.terms))
         for i, (x, scale, channel) in enumerate(o.terms):
-            made.x[i], made.scale[i] = x, scale
-            made.channel[i] = self.reads.vector(channel, self._widths[o.out], "a channel scale")
-        return "combine", made
+            record.x[i], record.scale[i] = x, scale
+            record.channel[i] = self.reads.vector(channel, self._widths[o.out], "a channel scale")
+        return "combine", record
 
     def _activate(self, o: Activate) -> tuple[str, records.ActivateRecord]:
         return "activate", records.ActivateRecord(
@@ -116,7 +116,7 @@ class Lowered:
     def _product(self, o: Products) -> tuple[str, records.ProductRecord]:
         operands = [self.reads.weight(part.module) for part in o.parts]
         self.products += len(operands)
-        made = records.ProductRecord(
+        record = records.ProductRecord(
             x=o.x,
             count=len(operands),
             act=records.ACTS[o.act],
@@ -127,25 +127,27 @@ class Lowered:
             x_column=o.x_column,
             integers=self._rounding(all(operand.rounds for operand in operands)),
         )
-        self.rounds |= made.integers == 1 and any(w.weight.kind not in TYPES.values() for w in operands)
+        self.rounds |= record.integers == 1 and any(w.weight.kind not in TYPES.values() for w in operands)
         for i in range(records.MAX_WEIGHTS):
-            made.out[i] = -1
+            record.out[i] = -1
         for i, (part, operand) in enumerate(zip(o.parts, operands, strict=True)):
             begin, end = part.begin, operand.weight.n if part.end is None else part.end
-            made.out[i] = o.outs[min(i, len(o.outs) - 1)]
-            made.weight[i] = operand.weight if end - begin == operand.weight.n else rows_of(operand.weight, begin, end)
-            made.bias[i] = self._bias(operand, begin, end)
-        return "product", made
+            record.out[i] = o.outs[min(i, len(o.outs) - 1)]
+            record.weight[i] = (
+                operand.weight if end - begin == operand.weight.n else rows_of(operand.weight, begin, end)
+            )
+            record.bias[i] = self._bias(operand, begin, end)
+        return "product", record
 
     def _rounding(self, dynamic: bool) -> int:
         """What becomes of tokens that meet codes; `dynamic`: the format rounds them by itself."""
         return 1 if dynamic or self._integers else 2 if self._dtype == torch.bfloat16 else 0
 
     def _bias(self, operand: Operand, begin: int, end: int) -> records.Vector:
-        made = self.reads.vector(operand.bias, operand.weight.n, "a bias")
-        if made.data and begin:
-            made.data += begin * operand.bias.itemsize
-        return made
+        vector = self.reads.vector(operand.bias, operand.weight.n, "a bias")
+        if vector.data and begin:
+            vector.data += begin * operand.bias.itemsize
+        return vector
 
     def _heads_of(self, of: HeadsOf | None) -> records.HeadsOf:
         if of is None:
@@ -192,11 +194,11 @@ class Lowered:
         )
 
     def _experts(self, o: Experts) -> tuple[str, records.ExpertsRecord]:
-        made = experts_record(o, self.reads, self._new, self._rounding(False))
+        record = experts_record(o, self.reads, self._new, self._rounding(False))
         self.products += 3
         held = (getattr(o.stacked.module, name) for name in (o.stacked.gate_up, o.stacked.down))
-        self.rounds |= made.integers == 1 and any(isinstance(weights, QuantizedExperts) for weights in held)
-        return "experts", made
+        self.rounds |= record.integers == 1 and any(isinstance(weights, QuantizedExperts) for weights in held)
+        return "experts", record
 
     def _new(self, width: int) -> int:
         self._widths.append(width)

@@ -39,7 +39,7 @@ def experts_record(o: Experts, reads: Reads, new: Callable[[int], int], integers
     if place.up_first:
         first, second = second, first
     gate, up = (first, second) if halves else ((both, both_bias), (None, None))
-    made = records.ExpertsRecord(
+    record = records.ExpertsRecord(
         x=o.x,
         out=o.out,
         residual=-1,
@@ -55,13 +55,13 @@ def experts_record(o: Experts, reads: Reads, new: Callable[[int], int], integers
         alpha=o.alpha,
         up_offset=o.up_offset,
     )
-    made.hidden = new(o.top * inner)
+    record.hidden = new(o.top * inner)
     if o.logits is None:
         if o.scale != 1.0:
             raise Refused("experts whose given weights are scaled")
-        made.logits, made.weights, made.chosen = -1, o.weights, o.chosen
+        record.logits, record.weights, record.chosen = -1, o.weights, o.chosen
     else:
-        made.logits, made.weights, made.chosen = o.logits, new(o.top), new(o.top)
+        record.logits, record.weights, record.chosen = o.logits, new(o.top), new(o.top)
     for name, kind, several in (
         ("gate", records.Weight, gate[0]),
         ("up", records.Weight, up[0]),
@@ -73,8 +73,8 @@ def experts_record(o: Experts, reads: Reads, new: Callable[[int], int], integers
         if several is not None:
             listed = (kind * len(several))(*several)
             reads.made.append(listed)
-            setattr(made, name, ctypes.addressof(listed))
-    return made
+            setattr(record, name, ctypes.addressof(listed))
+    return record
 
 
 def _weights(held: Tensor | QuantizedExperts, transposed: bool, reads: Reads) -> tuple[list[records.Weight], bool]:
@@ -91,7 +91,7 @@ def _weights(held: Tensor | QuantizedExperts, transposed: bool, reads: Reads) ->
     n, k = (held.shape[2], held.shape[1]) if transposed else held.shape[1:]
     begin, item = reads.address(held), held.itemsize
     row = held.stride(1) if held.shape[1] > 1 else held.shape[2]
-    made = [
+    projections = [
         records.Weight(
             n=n,
             k=k,
@@ -102,7 +102,7 @@ def _weights(held: Tensor | QuantizedExperts, transposed: bool, reads: Reads) ->
         )
         for i in range(held.shape[0])
     ]
-    return made, False
+    return projections, False
 
 
 def _biases(module: torch.nn.Module, name: str | None, n: int, reads: Reads) -> list[records.Vector] | None:

@@ -38,14 +38,14 @@ def hints(model: nn.Module) -> int:
 
 
 def _numbers(held: dict, named: bool = False) -> list[int]:
-    found = []
+    masks = []
     for key, value in held.items():
         if isinstance(value, dict):
-            found += _numbers(value)
+            masks += _numbers(value)
         elif named or any(part in str(key).lower() for part in _NAMES):
             values = list(leaves(value)) if isinstance(value, (list, tuple)) else [value]
-            found += [v for v in values if type(v) is int and v < 2**24]
-    return found
+            masks += [v for v in values if type(v) is int and v < 2**24]
+    return masks
 
 
 def far_windows(model: nn.Module, vocabulary: int, past: int, own_cache: bool = False) -> list[int]:

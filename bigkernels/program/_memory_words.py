@@ -218,8 +218,8 @@ def knows_versions() -> bool:
 
 @_once
 def knows_tensors() -> bool:
-    made = {"dtype": torch.float32, "device": "cpu"}
-    t = nn.Parameter(torch.zeros(13, 7, **made), requires_grad=False)
+    options = {"dtype": torch.float32, "device": "cpu"}
+    t = nn.Parameter(torch.zeros(13, 7, **options), requires_grad=False)
     if not hasattr(t, "_cdata") or word(t._cdata + _STORAGE) != t.untyped_storage()._cdata:
         return False
 
@@ -229,7 +229,7 @@ def knows_tensors() -> bool:
     def put(data: Tensor) -> Callable[[], None]:
         return lambda: setattr(t, "data", data)
 
-    other = torch.zeros(13, 7, **made)
+    other = torch.zeros(13, 7, **options)
     others = (
         other,
         other.t(),

@@ -71,10 +71,10 @@ class Panels:
         """
         if self._memory is None:
             return [], []
-        found = [of_version(t) for t in self._codes]
-        if None in found or same_words() is None:
+        versions = [of_version(t) for t in self._codes]
+        if None in versions or same_words() is None:
             return None
-        first, second = ([w for part in found for w in part[i]] for i in range(2))
+        first, second = ([w for part in versions for w in part[i]] for i in range(2))
         return first, second + list(zip(*self._samples[0], strict=True))
 
     def hold(self, whole: bool) -> bool:
@@ -124,10 +124,10 @@ def _same(native, words: tuple[array, array]) -> bool:
 
 def _words(tensors: Sequence[Tensor]) -> tuple[array, array] | None:
     """Where tensors count their versions, and these; None where that is not known."""
-    found = [of_version(t) for t in tensors]
-    if None in found:
+    versions = [of_version(t) for t in tensors]
+    if None in versions:
         return None
-    words = sorted(w for first, _ in found for w in first) + sorted(w for _, second in found for w in second)
+    words = sorted(w for first, _ in versions for w in first) + sorted(w for _, second in versions for w in second)
     return array("q", [a for a, _ in words]), array("q", [v for _, v in words])
 
 

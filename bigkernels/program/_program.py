@@ -164,9 +164,9 @@ class Program:
         given = [like.new_empty(*like.shape[:2], self.lowered.widths[x]) for x in call.xs]
         for x, t in zip(call.xs, given, strict=True):
             ops.read(number, x, t)
-        made = call.function(*given, context=context) if call.cached else call.function(*given)
-        made = made if isinstance(made, (tuple, list)) else (made,)
-        for value, t in zip(call.outs, made, strict=True):
+        outs = call.function(*given, context=context) if call.cached else call.function(*given)
+        outs = outs if isinstance(outs, (tuple, list)) else (outs,)
+        for value, t in zip(call.outs, outs, strict=True):
             ops.write(number, value, t)
 
     def describe(self) -> str:
@@ -184,9 +184,9 @@ class Program:
     @property
     def nbytes(self) -> int:
         """Records, tables, what was made of weights, and the copy of their codes."""
-        made = sum(t.nbytes for t in self.lowered.reads.made if isinstance(t, Tensor))
+        nbytes = sum(t.nbytes for t in self.lowered.reads.made if isinstance(t, Tensor))
         panels = 0 if self.panels is None else self.panels.nbytes
-        return self.lowered.packed.nbytes + self._tables.nbytes + made + panels
+        return self.lowered.packed.nbytes + self._tables.nbytes + nbytes + panels
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # Threads that lost their core may still read what goes away now. At the end of the process modules are gone.

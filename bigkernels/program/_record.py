@@ -145,15 +145,15 @@ def _linear(recorder: Recorder, module: nn.Module, original: Callable, *args: An
 
 def _rows(recorder: Recorder, original: Callable, *args: Any, **kwargs: Any) -> Any:
     """Codes that are decoded are one step from tokens to numbers."""
-    made = []
+    tensors = []
 
     def decode(*args: Any, **kwargs: Any) -> Tensor:
-        made.append(original(*args, **kwargs))
-        return exact(made[-1])
+        tensors.append(original(*args, **kwargs))
+        return exact(tensors[-1])
 
     out = recorder.leaf(decode, args, kwargs, None, quiet=True)
     if recorder._depends(out):
-        recorder.seeming[id(out)] = made[-1].dtype
+        recorder.seeming[id(out)] = tensors[-1].dtype
     return out
 
 
@@ -246,13 +246,13 @@ def traced(model: nn.Module) -> Trace:
         cache = new_cache(model if own else None)
         try:
             record(model, tokens[:, :PAST].clone(), every[:, :PAST], cache)
-            found = record(model, tokens[:, PAST:].clone(), every[:, PAST:].clone(), cache)
+            recorder = record(model, tokens[:, PAST:].clone(), every[:, PAST:].clone(), cache)
             break
         except Refused:
             if own:
                 raise
-    found.past, found.vocabulary, found.own_cache = PAST, vocabulary, own
-    return found
+    recorder.past, recorder.vocabulary, recorder.own_cache = PAST, vocabulary, own
+    return recorder
 
 
 def new_cache(model: nn.Module | None = None) -> Any:

@@ -212,8 +212,8 @@ def experts(op: Experts, values: dict[int, Tensor]) -> Tensor:
             gate, up = up, gate
         limits = Activate(0, 2, op.act, gate.shape[-1], up=1, limit=op.limit, alpha=op.alpha, up_offset=op.up_offset)
         inner = activate(limits, {0: gate, 1: up})
-        made = _part(stacked, stacked.down, stacked.down_bias, expert, inner)
-        out.index_put_(rows, weights[(*rows, slot)].unsqueeze(-1) * made, accumulate=True)
+        y = _part(stacked, stacked.down, stacked.down_bias, expert, inner)
+        out.index_put_(rows, weights[(*rows, slot)].unsqueeze(-1) * y, accumulate=True)
     return out
 
 

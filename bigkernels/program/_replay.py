@@ -71,8 +71,8 @@ def replay(recorder: Recorder, outs: Collection[Ref], given: Mapping[Ref, Tensor
             except Exception as error:
                 where = f"{step.path}: {step.name} does not run on other numbers"
                 raise Refused(f"{where} ({type(error).__name__})", number) from error
-            made = [args[0]] if step.name == "__setitem__" else [t for t in leaves(out) if isinstance(t, Tensor)]
-            for i, t in enumerate(made):
+            tensors = [args[0]] if step.name == "__setitem__" else [t for t in leaves(out) if isinstance(t, Tensor)]
+            for i, t in enumerate(tensors):
                 if Ref(number, i) not in given:
                     values[Ref(number, i)] = t
         return [values[ref] if ref in values else exact(recorder.steps[ref.step].outs[ref.number]) for ref in outs]

@@ -42,8 +42,8 @@ class Rotary:
             return given[value] if isinstance(value, str) and value in given else value
 
         out = self.module(*map(fill, self.args), **{k: fill(v) for k, v in self.kwargs})
-        found = [t for t in leaves(out) if isinstance(t, Tensor)]
-        picked = [found[i] for i in self.outs]
+        tensors = [t for t in leaves(out) if isinstance(t, Tensor)]
+        picked = [tensors[i] for i in self.outs]
         cos, sin = (picked[0].real, picked[0].imag) if picked[0].is_complex() else picked
         length = position_ids.shape[-1]
         return self._shaped(cos, length), self._shaped(self.sign * sin, length)
@@ -66,7 +66,7 @@ class Rotary:
         outs = tuple(refs.index(root) for root in roots)
         args = tuple(resolve_value(b, a) for a in call.args)
         kwargs = tuple((k, resolve_value(b, v)) for k, v in call.kwargs.items())
-        made = cls(call.module, args, kwargs, outs, layout, sign, interleaved)
+        angles = cls(call.module, args, kwargs, outs, layout, sign, interleaved)
         dtype = b.trace.dtype
         plain = (
             layout == ("pairs" if interleaved else "halves")
@@ -76,8 +76,8 @@ class Rotary:
             and len(args) + len(kwargs) == 2
             and all(k == "position_ids" for k, _ in kwargs)
         )
-        table = _by_position(made, b, dtype)
-        return Angles(call.module if plain else made, (), rotary, table, dtype)
+        table = _by_position(angles, b, dtype)
+        return Angles(call.module if plain else angles, (), rotary, table, dtype)
 
 
 def _call_of(b: Builder, roots: tuple[Ref, ...]) -> ModuleCall:

@@ -79,8 +79,8 @@ class StepsCode:
                 if line.in_place:
                     args = (args[0].clone(), *args[1:])
                 out = line.func(*args, **kwargs)
-                made = [args[0]] if line.name == "__setitem__" else [t for t in leaves(out) if isinstance(t, Tensor)]
-                values.update({Ref(line.number, i): t for i, t in enumerate(made)})
+                tensors = [args[0]] if line.name == "__setitem__" else [t for t in leaves(out) if isinstance(t, Tensor)]
+                values.update({Ref(line.number, i): t for i, t in enumerate(tensors)})
         return as_rows(values[self.out], *self.tokens)
 
 

@@ -89,10 +89,10 @@ def mapped(function: Callable, value: Any) -> Any:
     if type(value) in _LEAVES:
         return function(value)
     if isinstance(value, (tuple, list)):
-        made = [mapped(function, v) for v in value]
+        items = [mapped(function, v) for v in value]
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*made)
-        return type(value)(made) if type(value) in (tuple, list, torch.Size) else tuple(made)
+            return type(value)(*items)
+        return type(value)(items) if type(value) in (tuple, list, torch.Size) else tuple(items)
     if isinstance(value, dict):
         return {k: mapped(function, v) for k, v in value.items()}
     if isinstance(value, slice):
@@ -294,10 +294,10 @@ class Recorder(TorchFunctionMode):
                 if kinds:
                     self.seeming[id(t)] = kinds[0]
                 elif seeming:
-                    made = seeming[0]
+                    dtype = seeming[0]
                     for s in seeming[1:]:
-                        made = torch.promote_types(made, s)
-                    self.seeming[id(t)] = made
+                        dtype = torch.promote_types(dtype, s)
+                    self.seeming[id(t)] = dtype
         return out
 
     # ---- notes -------------------------------------------------------------------------------------------------------
@@ -311,8 +311,8 @@ class Recorder(TorchFunctionMode):
         return ref is not None and self.steps[ref.step].depends
 
     def _refs(self, value: Any) -> tuple[Ref, ...]:
-        found = {self.where[id(t)]: None for t in leaves(value) if isinstance(t, Tensor) and self._depends(t)}
-        return tuple(found)
+        refs = {self.where[id(t)]: None for t in leaves(value) if isinstance(t, Tensor) and self._depends(t)}
+        return tuple(refs)
 
     def ref(self, t: Any) -> Any:
         return self.where.get(id(t), t) if isinstance(t, Tensor) else t

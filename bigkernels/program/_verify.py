@@ -138,8 +138,8 @@ def _exactly(module: nn.Module, program: Program, ids: Tensor, mask: Tensor, pos
     graph = program.graph
     hidden = graph.embed(ids, positions).float()
     starts = ids.shape[1] - mask.sum(1)
-    made = _reference.run(graph, hidden, positions, _reference.Cache(graph.layers, new_cache(module)), starts=starts)
-    return made.view(*ids.shape, -1)
+    ours = _reference.run(graph, hidden, positions, _reference.Cache(graph.layers, new_cache(module)), starts=starts)
+    return ours.view(*ids.shape, -1)
 
 
 def _ours(

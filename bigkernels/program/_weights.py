@@ -64,14 +64,14 @@ class Reads:
         """The weight of a linear layer, plain or quantized."""
         if isinstance(module, QuantizedLinear):
             weight, rounds = self.quantized(module.qweight)
-            made = Operand(weight, module.bias, rounds)
+            operand = Operand(weight, module.bias, rounds)
         elif isinstance(module, Quantized):
             raise Refused(f"{type(module).__name__} in the place of a linear layer")
         else:
-            made = self._dense(module)
+            operand = self._dense(module)
         name = module.weight_format.name if isinstance(module, Quantized) else _name(module.weight.dtype)
         self.formats[name] = self.formats.get(name, 0) + 1
-        return made
+        return operand
 
     def _dense(self, module: nn.Module | StoredLinear) -> Operand:
         weight = module.weight

@@ -77,9 +77,9 @@ def wrapped(model: nn.Module, wrap: Callable[[nn.Module, str], Callable | None])
     taken = []
     try:
         for path, module in model.named_modules():
-            made = wrap(module, path)
-            if made is not None:
-                module.__dict__["forward"] = made
+            wrapper = wrap(module, path)
+            if wrapper is not None:
+                module.__dict__["forward"] = wrapper
                 taken.append(module.__dict__)
         yield
     finally:

@@ -23,17 +23,17 @@ def name_codes(model: nn.Module, tied: Mapping[str, Iterable[str]]) -> None:
         mapping = getattr(module, _NAMES, None)
         if not isinstance(mapping, Mapping) or _PLAIN in module.__dict__:
             continue
-        made = {}
+        copies = {}
         for target, source in mapping.items():
             codes = [tied.get(f"{prefix}.{name}".lstrip(".").removesuffix(".weight")) for name in (target, source)]
             if codes[0] is None or None in codes:
-                made[target] = source
+                copies[target] = source
             else:
-                made |= {
+                copies |= {
                     target.removesuffix("weight") + name: source.removesuffix("weight") + name for name in codes[0]
                 }
-        if made != mapping:
-            module.__dict__[_PLAIN], module.__dict__[_NAMES] = module.__dict__.get(_NAMES), made
+        if copies != mapping:
+            module.__dict__[_PLAIN], module.__dict__[_NAMES] = module.__dict__.get(_NAMES), copies
 
 
 def name_weights(model: nn.Module) -> None:

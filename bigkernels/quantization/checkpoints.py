@@ -106,9 +106,9 @@ def from_gptq(
             ):
                 raise ValueError(f"{_HERE}.from_gptq: g_idx has groups that are not of {config.group_size} elements")
             order = g_idx.long().argsort(stable=True)
-            made = _integers(replace(config, act_order=True), codes[:, order], zero, scales)
-            made.tensors["order"] = order.to(torch.int32)
-            return made
+            tensors = _integers(replace(config, act_order=True), codes[:, order], zero, scales)
+            tensors.tensors["order"] = order.to(torch.int32)
+            return tensors
     return _integers(config, codes, zero, scales)
 
 

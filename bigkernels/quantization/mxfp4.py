@@ -42,15 +42,15 @@ class MXFP4(NF4):
         best, codes, least = first, None, None
         for exponent in (first, (first + 1).clamp_max(_LARGEST)):
             scaled = ratio(blocks, self._scale(exponent).unsqueeze(-1))
-            found = _nearest(scaled, self.values)
+            nearest = _nearest(scaled, self.values)
             book = torch.tensor(self.values, dtype=torch.float32, device=rows.device)
             # In units that do not over- or underflow: of the first power of two.
-            error = (scaled - book[found]).square().sum(-1) * torch.where(exponent > first, 4.0, 1.0)
+            error = (scaled - book[nearest]).square().sum(-1) * torch.where(exponent > first, 4.0, 1.0)
             if codes is None or least is None:
-                codes, least = found, error
+                codes, least = nearest, error
             else:
                 better = error < least
-                best, codes = torch.where(better, exponent, best), torch.where(better.unsqueeze(-1), found, codes)
+                best, codes = torch.where(better, exponent, best), torch.where(better.unsqueeze(-1), nearest, codes)
         assert codes is not None
         best = torch.where(most > 0, best, 0)
         return {"codes": pack4(codes.flatten(1), rows.shape[1]), "exponent": best.to(torch.uint8)}

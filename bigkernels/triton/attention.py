@@ -56,8 +56,8 @@ class Call:
     scale: float
 
     def tiles(self, kernel: str) -> dict[str, int | None] | None:
-        found = tiles(kernel, self.head, self.wide, self.heavy, self.capability)
-        return None if found is None else found.constants()
+        sizes = tiles(kernel, self.head, self.wide, self.heavy, self.capability)
+        return None if sizes is None else sizes.constants()
 
 
 def strides(name: str, t: Tensor | None, *, packed: bool) -> dict[str, int]:

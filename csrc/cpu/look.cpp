@@ -69,10 +69,10 @@ BK_EXPORT int64_t bk_look(void* list, int64_t count, int (*describe)(void*, DLTe
   return compare ? words == room ? moved ? 1 : 3 : 0 : words;
 }
 
-// Whether memory holds what copies of it do: `count` pieces, each an address, that of its copy and a number of bytes.
-BK_EXPORT int bk_same_bytes(const int64_t* pieces, int64_t count) {
+// Whether memory holds what copies of it do: `count` ranges, each an address, that of its copy and a number of bytes.
+BK_EXPORT int bk_same_bytes(const int64_t* ranges, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
-    if (__builtin_memcmp((const void*)pieces[3 * i], (const void*)pieces[3 * i + 1], (unsigned long)pieces[3 * i + 2]))
+    if (__builtin_memcmp((const void*)ranges[3 * i], (const void*)ranges[3 * i + 1], (unsigned long)ranges[3 * i + 2]))
       return 0;
   return 1;
 }

@@ -1,7 +1,7 @@
 // The pool: best fit over neighbouring blocks of one reserved range of addresses, whose free blocks keep their pages.
 //
 // A block is used, warm (free, with pages) or cold (free, without). Free neighbours of one kind are always one block,
-// so that what was cut up for small tensors serves a large one again; a request that no warm block holds takes
+// so that what was cut up for small tensors can be given to a large one; a request that no warm block holds takes
 // neighbours of both kinds, then new addresses. Records of blocks lie outside of them: a cold block has no page of its
 // own.
 #include <bigkernels/pool.h>
@@ -307,8 +307,8 @@ class Pool {
 
 // Never destroyed: tensors are freed until the process has ended.
 Pool& pool() {
-  static Pool* const made = new Pool;
-  return *made;
+  static Pool* const instance = new Pool;
+  return *instance;
 }
 
 int pool_posix_memalign(void** out, size_t alignment, size_t size) {

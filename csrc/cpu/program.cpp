@@ -22,17 +22,17 @@ struct Places {
 
   Place* take(const RunShape& shape) {
     std::lock_guard<std::mutex> lock(mutex);
-    auto found = all.end();
+    auto chosen = all.end();
     for (auto p = all.begin(); p != all.end(); ++p) {
       if ((*p)->held || is_occupied(p->get())) continue;
       if ((*p)->run.matches(shape)) {
-        found = p;
+        chosen = p;
         break;
       }
-      if (all.size() >= kPlaces) found = p;  // the one that has not been used for longest
+      if (all.size() >= kPlaces) chosen = p;  // the one that has not been used for longest
     }
-    if (found == all.end()) found = all.insert(all.begin(), std::make_unique<Place>());
-    std::rotate(all.begin(), found, found + 1);
+    if (chosen == all.end()) chosen = all.insert(all.begin(), std::make_unique<Place>());
+    std::rotate(all.begin(), chosen, chosen + 1);
     Place* place = all.front().get();
     place->held = true, place->number = ++number, place->stop = -1;
     return place;
@@ -41,14 +41,14 @@ struct Places {
 
 // Never destroyed: threads end with the process, after it would be.
 Places& places() {
-  static Places* const made = [] {
+  static Places* const instance = [] {
     auto p = new Places;
 #if defined(__unix__) || defined(__APPLE__)
     pthread_atfork([] { places().mutex.lock(); }, [] { places().mutex.unlock(); }, [] { places().mutex.unlock(); });
 #endif
     return p;
   }();
-  return *made;
+  return *instance;
 }
 
 }  // namespace

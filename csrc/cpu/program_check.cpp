@@ -15,9 +15,9 @@ bool act_ok(Activation a) { return (int)a >= 0 && (int)a <= (int)Activation::qui
 
 class Checker {
  public:
-  Checker(const ProgramHeader& h, int64_t rows, int64_t kept, std::vector<int64_t>* made)
-      : h_(h), rows_(rows), kept_(kept), made_(*made) {
-    made_.assign(std::max(h.values, 0), -1);
+  Checker(const ProgramHeader& h, int64_t rows, int64_t kept, std::vector<int64_t>* rows_of)
+      : h_(h), rows_(rows), kept_(kept), rows_of_(*rows_of) {
+    rows_of_.assign(std::max(h.values, 0), -1);
   }
 
   std::string run() {
@@ -26,11 +26,11 @@ class Checker {
     for (int i = 0; i < h_.values; ++i)
       if (h_.width[i] < 1) return "value " + std::to_string(i) + " has no columns";
     if (!exists(h_.hidden)) return "it has no hidden states";
-    made_[h_.hidden] = rows_;
+    rows_of_[h_.hidden] = rows_;
     for (int i = 0; i < h_.records; ++i)
       if (!check(h_.record[i])) return "record " + std::to_string(i) + ": " + why_;
     if (!has(h_.logits)) return "it makes no logits";
-    for (int64_t& rows : made_) rows = std::max<int64_t>(rows, 0);
+    for (int64_t& rows : rows_of_) rows = std::max<int64_t>(rows, 0);
     return "";
   }
 
@@ -40,16 +40,16 @@ class Checker {
     return false;
   }
   bool exists(Value v) const { return v >= 0 && v < h_.values; }
-  bool has(Value v) const { return exists(v) && made_[v] >= 0; }
+  bool has(Value v) const { return exists(v) && rows_of_[v] >= 0; }
   int64_t width(Value v) const { return h_.width[v]; }
   bool make(Value v, int64_t rows) {
-    if (!exists(v) || made_[v] >= 0) return no("its output is not a value of its own");
-    made_[v] = rows;
+    if (!exists(v) || rows_of_[v] >= 0) return no("its output is not a value of its own");
+    rows_of_[v] = rows;
     return true;
   }
   // A value of the same rows with columns [begin, end).
   bool fits(Value v, int64_t rows, int64_t begin, int64_t end) const {
-    return has(v) && made_[v] == rows && begin >= 0 && begin <= end && end <= width(v);
+    return has(v) && rows_of_[v] == rows && begin >= 0 && begin <= end && end <= width(v);
   }
   bool norm_ok(const NormOf& n) const {
     return (int)n.kind >= 0 && (int)n.kind <= (int)NormKind::layer && vector_ok(n.weight) && vector_ok(n.bias);
@@ -85,20 +85,21 @@ class Checker {
 
   bool check(const NormRecord& a) {
     if (!has(a.x) || a.size < 1 || width(a.x) % a.size || !norm_ok(a.norm)) return no("no such norm");
-    if (a.residual >= 0 && (!fits(a.residual, made_[a.x], 0, width(a.x)) || width(a.residual) != width(a.x)))
+    if (a.residual >= 0 && (!fits(a.residual, rows_of_[a.x], 0, width(a.x)) || width(a.residual) != width(a.x)))
       return no("the residual does not fit");
-    return make(a.out, made_[a.x]) && (width(a.out) == width(a.x) || no("the output does not fit"));
+    return make(a.out, rows_of_[a.x]) && (width(a.out) == width(a.x) || no("the output does not fit"));
   }
   bool check(const CombineRecord& a) {
     if (a.count < 1 || a.count > kMaxTerms || !exists(a.out)) return no("no such sum");
     for (int i = 0; i < a.count; ++i)
-      if (!has(a.x[i]) || width(a.x[i]) != width(a.out) || made_[a.x[i]] != made_[a.x[0]] || !vector_ok(a.channel[i]))
+      if (!has(a.x[i]) || width(a.x[i]) != width(a.out) || rows_of_[a.x[i]] != rows_of_[a.x[0]] ||
+          !vector_ok(a.channel[i]))
         return no("a term does not fit");
-    return make(a.out, made_[a.x[0]]);
+    return make(a.out, rows_of_[a.x[0]]);
   }
   bool check(const ActivateRecord& a) {
     if (!has(a.x) || !act_ok(a.act) || !exists(a.out) || width(a.out) != a.width) return no("no such activation");
-    const int64_t rows = made_[a.x];
+    const int64_t rows = rows_of_[a.x];
     if (!fits(a.x, rows, a.x_column, (int64_t)a.x_column + a.width) ||
         (a.up >= 0 && !fits(a.up, rows, a.up_column, (int64_t)a.up_column + a.width)))
       return no("an operand does not fit");
@@ -106,7 +107,7 @@ class Checker {
   }
   bool check(const ProductRecord& a) {
     if (!has(a.x) || a.count < 1 || a.count > kMaxWeights || !act_ok(a.act)) return no("no such product");
-    const int64_t rows = made_[a.x];
+    const int64_t rows = rows_of_[a.x];
     if (a.gated && (a.count != 2 || a.weight[0].n != a.weight[1].n)) return no("gate and up differ");
     for (int i = 0; i < a.count; ++i) {
       const Weight& w = a.weight[i];
@@ -140,7 +141,7 @@ class Checker {
   bool check(const HeadsRecord& a) {
     if (a.q.count < 1 || !has(a.q.x) || a.d < 1 || a.dv < 1 || a.d > kMostElements || a.dv > kMostElements)
       return no("no such heads");
-    const int64_t rows = made_[a.q.x];
+    const int64_t rows = rows_of_[a.q.x];
     if (rows != rows_) return no("heads of some of the rows");
     if (!heads_ok(a.q, rows, a.d) || !heads_ok(a.k, rows, a.d) || !heads_ok(a.v, rows, a.dv) || a.k.count != a.v.count)
       return no("the heads do not fit");
@@ -154,7 +155,7 @@ class Checker {
   bool check(const AttendRecord& a) {
     if (!has(a.q) || a.heads < 1 || a.groups < 1 || a.heads % a.groups || a.d < 1 || a.dv < 1)
       return no("no such attention");
-    if (made_[a.q] != rows_ || width(a.q) != (int64_t)a.heads * a.d) return no("the queries do not fit");
+    if (rows_of_[a.q] != rows_ || width(a.q) != (int64_t)a.heads * a.d) return no("the queries do not fit");
     if (a.layer < 0 || a.layer >= h_.layers) return no("no such cache");
     if (a.window < 0 || !vector_ok(a.sinks) || (a.sinks.data && a.heads > kMostSinks))
       return no("no such window or sinks");
@@ -178,7 +179,7 @@ class Checker {
     if (!has(a.x) || a.experts < 1 || a.top < 1 || a.top > a.experts || a.inner < 1 || !act_ok(a.act) || !a.gate ||
         !a.down || !exists(a.out) || (a.plain && a.up))
       return no("no such experts");
-    const int64_t rows = made_[a.x], d = width(a.x);
+    const int64_t rows = rows_of_[a.x], d = width(a.x);
     if (rows * a.top > INT32_MAX || (int64_t)a.top * a.inner > INT32_MAX || a.experts > 1 << 24)
       return no("too many experts");
     if (!experts_ok(a, a.gate, a.gate_bias, (a.up || a.plain ? 1 : 2) * (int64_t)a.inner, d) ||
@@ -197,7 +198,8 @@ class Checker {
            make(a.out, rows);
   }
   bool check(const KeepRecord& a) {
-    if (!has(a.x) || made_[a.x] != rows_ || !exists(a.out) || width(a.out) != width(a.x)) return no("nothing to keep");
+    if (!has(a.x) || rows_of_[a.x] != rows_ || !exists(a.out) || width(a.out) != width(a.x))
+      return no("nothing to keep");
     return make(a.out, kept_);
   }
   bool check(const CallRecord& a) {
@@ -205,12 +207,12 @@ class Checker {
     for (int i = 0; i < a.reads; ++i)
       if (!has(a.x[i])) return no("it reads what is not there");
     for (int i = 0; i < a.writes; ++i)
-      if (!make(a.out[i], made_[a.x[0]])) return false;
+      if (!make(a.out[i], rows_of_[a.x[0]])) return false;
     return true;
   }
 
   bool check(const TurnRecord& a) {
-    if (a.x.count < 1 || !has(a.x.x) || made_[a.x.x] != rows_ || a.d < 1 || a.d > kMostElements ||
+    if (a.x.count < 1 || !has(a.x.x) || rows_of_[a.x.x] != rows_ || a.d < 1 || a.d > kMostElements ||
         !heads_ok(a.x, rows_, a.d))
       return no("no such heads");
     if (a.angles >= 0 &&
@@ -220,7 +222,7 @@ class Checker {
     return make(a.out, rows_) && (width(a.out) == (int64_t)a.x.count * a.d || no("the output does not fit"));
   }
   bool at_equal_distances(const HeadsOf& a, int64_t count, int64_t d) {
-    if (a.count != count || !has(a.x) || made_[a.x] != rows_ || !heads_ok(a, rows_, d)) return false;
+    if (a.count != count || !has(a.x) || rows_of_[a.x] != rows_ || !heads_ok(a, rows_, d)) return false;
     for (int h = 2; h < a.count; ++h)
       if (a.column[h] - a.column[h - 1] != a.column[1] - a.column[0]) return false;
     return true;
@@ -239,7 +241,7 @@ class Checker {
 
   const ProgramHeader& h_;
   int64_t rows_, kept_;
-  std::vector<int64_t>& made_;  // rows of each value; -1: it is not there yet
+  std::vector<int64_t>& rows_of_;  // rows of each value; -1: it is not there yet
   const char* why_ = "";
 };
 

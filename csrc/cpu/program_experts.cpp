@@ -9,9 +9,9 @@ namespace {
 constexpr int64_t kTokens = 128;                         // of one expert that are multiplied at once
 constexpr int64_t kRows = 16;                            // of a weight, at least
 constexpr int64_t kColumns = 128;                        // of outputs
-constexpr int64_t kFloats = 256 << 10;                   // of sums that a piece of outputs makes
+constexpr int64_t kFloats = 256 << 10;                   // of sums that a range of outputs makes
 constexpr int64_t kReady = 512 << 10;                    // bytes of rows that every thread makes ready, once a step
-constexpr int64_t kLeast = 16 << 10, kMost = 256 << 10;  // bytes of weights that a piece reads
+constexpr int64_t kLeast = 16 << 10, kMost = 256 << 10;  // bytes of weights that a range reads
 
 // A router of the model's own may send a row to an expert twice.
 int64_t most_tokens(const ExpertsRecord& a, int64_t rows) { return std::min(rows * a.top, kTokens); }
@@ -45,11 +45,11 @@ void make_ready(const ExpertsRecord& a, const Weight& w, const Pairs& p, const f
   }
 }
 
-void make_in(const Step& s, int64_t piece, float* const* v, const int32_t* width, const ExpertsMemory& memory) {
+void make_in(const Step& s, int64_t range, float* const* v, const int32_t* width, const ExpertsMemory& memory) {
   const ExpertsRecord& a = s.record->experts;
   const ProgramTable& table = program_table();
   Routes& routes = *memory.routes;
-  const int64_t which = piece / s.pieces[0], begin = piece % s.pieces[0] * s.cut[0];
+  const int64_t which = range / s.ranges[0], begin = range % s.ranges[0] * s.cut[0];
   if (which >= (int64_t)routes.expert.size()) return;
   const int64_t expert = routes.expert[which], end = std::min<int64_t>(begin + s.cut[0], a.inner);
   const int64_t each = in_turn(a) ? 2 : 1, stride = each * s.cut[0];
@@ -57,7 +57,7 @@ void make_in(const Step& s, int64_t piece, float* const* v, const int32_t* width
   float *y = (float*)memory.scratch, *up = y + round_up(most_tokens(a, s.m) * stride, 16);
   for (int64_t first = routes.begin[which]; first < routes.begin[which + 1]; first += kTokens) {
     const Pairs p{routes.pair.data() + first, std::min(kTokens, routes.begin[which + 1] - first)};
-    // All experts of one row have the same; else the pieces of one expert come one after the other.
+    // All experts of one row have the same; else the ranges of one expert come one after the other.
     const int64_t key = s.m == 1 && p.count == 1 ? 0 : first + 1;
     if (routes.ready[0] != key) make_ready(a, gate, p, v[a.x], width[a.x], false, memory.ready);
     routes.ready[0] = key;
@@ -69,11 +69,11 @@ void make_in(const Step& s, int64_t piece, float* const* v, const int32_t* width
   }
 }
 
-void make_out(const Step& s, int64_t piece, float* const* v, const int32_t* width, const ExpertsMemory& memory) {
+void make_out(const Step& s, int64_t range, float* const* v, const int32_t* width, const ExpertsMemory& memory) {
   const ExpertsRecord& a = s.record->experts;
   const ProgramTable& table = program_table();
   Routes& routes = *memory.routes;
-  const int64_t all = width[a.out], begin = piece * s.cut[0], end = std::min<int64_t>(begin + s.cut[0], all);
+  const int64_t all = width[a.out], begin = range * s.cut[0], end = std::min<int64_t>(begin + s.cut[0], all);
   const int64_t columns = end - begin, stride = s.cut[0];
   float *sums = (float*)memory.scratch, *y = sums + round_up(s.m * stride, 16);
   for (int64_t row = 0; row < s.m; ++row) {
@@ -135,33 +135,34 @@ ExpertsBytes cut_experts(const ExpertsRecord& a, int64_t width, int64_t threads,
   // What reading a row of outputs takes, and all of them.
   const int64_t row = row_bytes(w) * (in ? (a.plain ? 1 : 2) : active), bytes = row * n * (in ? active : 1);
   const int64_t tokens = most_tokens(a, s->m), ready = ready_bytes(w, a.integers, tokens);
-  ExpertsBytes made{};
-  made.ready = tokens * ready;
+  ExpertsBytes needed{};
+  needed.ready = tokens * ready;
   if (!in) {
     const int64_t together = active * 64 + s->m * a.top * ready;
     s->prepares = s->m * a.top <= kTokens && together <= kReady;
-    if (s->prepares) made.ready = together;
+    if (s->prepares) needed.ready = together;
   }
   int64_t target = threads == 1 ? kMost : std::clamp(bytes / (4 * threads), kLeast, kMost);
   int64_t rows = std::max(target / row / kRows * kRows, kRows);
   if (!in) {
-    // Where each piece makes rows ready anew, it is to have as much work with them as that takes.
+    // Where each range makes rows ready anew, it is to have as much work with them as that takes.
     if (!s->prepares) rows = std::max(rows, std::clamp(n / (2 * threads), kRows, kColumns) / kRows * kRows);
     rows = std::min(rows, std::max(kFloats / s->m / kRows * kRows, kRows));
   }
   rows = std::min(rows, round_up(n, kRows));
-  const int64_t pieces = (n + rows - 1) / rows;
-  s->cut[0] = (int32_t)round_up((n + pieces - 1) / pieces, kRows);
-  s->pieces[0] = (int32_t)((n + s->cut[0] - 1) / s->cut[0]);
-  s->count = (in ? active : 1) * s->pieces[0];
+  const int64_t ranges = (n + rows - 1) / rows;
+  s->cut[0] = (int32_t)round_up((n + ranges - 1) / ranges, kRows);
+  s->ranges[0] = (int32_t)((n + s->cut[0] - 1) / s->cut[0]);
+  s->count = (in ? active : 1) * s->ranges[0];
   s->size = std::max<int64_t>((s->count + kMaxChunks * threads - 1) / (kMaxChunks * threads), 1);
   s->chunks = (int32_t)((s->count + s->size - 1) / s->size);
 
   const int64_t y = round_up(tokens * each * s->cut[0], 16), sums = round_up(s->m * s->cut[0], 16);
-  made.scratch = 4 * (in ? 2 * y : y + sums);
+  needed.scratch = 4 * (in ? 2 * y : y + sums);
   for (int64_t m = 1; m <= tokens; ++m)
-    made.workspace = std::max(made.workspace, program_table().product_workspace(w, a.integers, m, each * s->cut[0]));
-  return made;
+    needed.workspace =
+        std::max(needed.workspace, program_table().product_workspace(w, a.integers, m, each * s->cut[0]));
+  return needed;
 }
 
 void prepare_experts(const Step& s, float* const* v, const int32_t*, const ExpertsMemory& memory) {
@@ -179,8 +180,8 @@ void prepare_experts(const Step& s, float* const* v, const int32_t*, const Exper
   }
 }
 
-void make_experts(const Step& s, int64_t piece, float* const* v, const int32_t* width, const ExpertsMemory& memory) {
-  s.work == Work::expert_in ? make_in(s, piece, v, width, memory) : make_out(s, piece, v, width, memory);
+void make_experts(const Step& s, int64_t range, float* const* v, const int32_t* width, const ExpertsMemory& memory) {
+  s.work == Work::expert_in ? make_in(s, range, v, width, memory) : make_out(s, range, v, width, memory);
 }
 
 }  // namespace bigkernels

@@ -31,6 +31,6 @@ struct ExpertsBytes {
 ExpertsBytes cut_experts(const ExpertsRecord&, int64_t width, int64_t threads, Step*);
 
 void prepare_experts(const Step&, float* const* v, const int32_t* width, const ExpertsMemory&);
-void make_experts(const Step&, int64_t piece, float* const* v, const int32_t* width, const ExpertsMemory&);
+void make_experts(const Step&, int64_t range, float* const* v, const int32_t* width, const ExpertsMemory&);
 
 }  // namespace bigkernels

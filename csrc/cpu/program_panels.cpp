@@ -37,9 +37,9 @@ class Placer {
 
   // A weight that the program has twice.
   bool known(Weight* w) {
-    auto found = places_.find(key(*w));
-    if (found == places_.end()) return false;
-    if (memory_) w->panels = memory_ + found->second.first, w->panel_step = found->second.second;
+    auto entry = places_.find(key(*w));
+    if (entry == places_.end()) return false;
+    if (memory_) w->panels = memory_ + entry->second.first, w->panel_step = entry->second.second;
     return true;
   }
   void take(Weight* w, int64_t at, int64_t step) {

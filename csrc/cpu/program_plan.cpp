@@ -235,11 +235,11 @@ class Planner {
       const Weight& w = a.weight[i];
       int64_t rows = std::min(target / (row_bytes(w) * (a.gated ? 2 : 1)), kFloats / s->m);
       rows = std::min(std::max(round_up(rows, kRows), kRows), round_up(w.n, kRows));
-      const int64_t pieces = (w.n + rows - 1) / rows;  // of about the same size
-      rows = round_up((w.n + pieces - 1) / pieces, kRows);
+      const int64_t ranges = (w.n + rows - 1) / rows;  // of about the same size
+      rows = round_up((w.n + ranges - 1) / ranges, kRows);
       s->cut[i] = (int32_t)rows;
-      s->pieces[i] = (int32_t)((w.n + rows - 1) / rows);
-      s->count += s->pieces[i];
+      s->ranges[i] = (int32_t)((w.n + rows - 1) / rows);
+      s->count += s->ranges[i];
       p_.scratch = std::max(p_.scratch, round_up(s->m * rows * 4, kLine) * (a.gated ? 2 : 1));
       for (int j = i; j < (a.gated ? 2 : i + 1); ++j)
         p_.workspace = std::max(p_.workspace, program_table().product_workspace(a.weight[j], a.integers, s->m, rows));
@@ -309,18 +309,19 @@ class Planner {
 
   void find_places() {
     const int steps = (int)p_.steps.size();
-    std::vector<int> made(h_.values, -1), last(h_.values, -1);
+    std::vector<int> first_write(h_.values, -1), last(h_.values, -1);
     for (int i = 0; i < steps; ++i) {
       const Step& s = p_.steps[i];
       if (s.work == Work::merge) {
-        made[s.record->attend.out] = i - 1;  // its chunks write it, where keys are not cut
+        first_write[s.record->attend.out] = i - 1;  // its chunks write it, where keys are not cut
         continue;
       }
-      if (s.work != Work::prepare) for_writes(s, [&](Value v) { made[v] = made[v] < 0 ? i : made[v]; });
+      if (s.work != Work::prepare)
+        for_writes(s, [&](Value v) { first_write[v] = first_write[v] < 0 ? i : first_write[v]; });
       for_reads(s, [&](Value v) { last[v] = i; });
     }
     last[h_.logits] = last[h_.hidden] = steps;
-    const bool* mine = find_owned(made, last);
+    const bool* mine = find_owned(first_write, last);
     if (threads_ > 1) {
       // A thread may come to an own step while others are in the next divided one, and is not to read what they write.
       const std::vector<int> next = barriers();
@@ -333,7 +334,7 @@ class Planner {
     int64_t owned = 0;
     for (int i = 0; i < steps; ++i) {
       for (int v = 0; v < h_.values; ++v) {
-        if (made[v] != i || p_.place[v] != kNowhere) continue;
+        if (first_write[v] != i || p_.place[v] != kNowhere) continue;
         if (mine[v]) {
           p_.place[v] = ~owned;
           owned += round_up(bytes_of(v), kLine);
@@ -345,7 +346,7 @@ class Planner {
       if (!p_.steps[i].own) owned = 0;
       if (p_.help) continue;
       for (int v = 0; v < h_.values; ++v)
-        if (std::max(last[v], made[v]) == i && p_.place[v] >= 0) give(p_.place[v], bytes_of(v));
+        if (std::max(last[v], first_write[v]) == i && p_.place[v] >= 0) give(p_.place[v], bytes_of(v));
     }
     if (p_.help) return;
     for (Step& s : p_.steps)
@@ -356,7 +357,7 @@ class Planner {
 
   // Values that each thread makes for itself and reads before the next barrier's end. Where places are used again, only
   // these are made so: a thread that comes late would write to what has become another value.
-  const bool* find_owned(const std::vector<int>& made, const std::vector<int>& last) {
+  const bool* find_owned(const std::vector<int>& first_write, const std::vector<int>& last) {
     owned_.reset(new bool[h_.values]());
     if (threads_ == 1) return owned_.get();
     for (Step& s : p_.steps)
@@ -372,9 +373,9 @@ class Planner {
       changed = false;
       const std::vector<int> next = barriers();
       for (int v = 0; v < h_.values; ++v) {
-        if (made[v] < 0) continue;
-        Step& s = p_.steps[made[v]];
-        owned_[v] = s.own && !outside[v] && last[v] >= 0 && last[v] <= next[made[v]];
+        if (first_write[v] < 0) continue;
+        Step& s = p_.steps[first_write[v]];
+        owned_[v] = s.own && !outside[v] && last[v] >= 0 && last[v] <= next[first_write[v]];
         if (!owned_[v] && s.own && !p_.help) {
           s.own = false, changed = true;
           divide(s, s.work == Work::elements ? kLine : 1);

@@ -36,12 +36,12 @@ struct Step {
   bool prepares;                                  // a product of few tokens: every thread makes them ready for itself
   int32_t index;                                  // of the record in its program; attend, merge: of its AttendPlan
   int64_t m;                                      // rows
-  int64_t count;                                  // rows, elements or pieces that there are
+  int64_t count;                                  // rows, elements or ranges of rows that there are
   int64_t size;                                   // of a chunk
   int32_t chunks;                                 // 0 for attend and mix, which every run cuts anew
   int32_t barrier;                                // its number among the divided steps
   int32_t product;                                // the step of the product that comes next; -1: none
-  int32_t cut[kMaxWeights], pieces[kMaxWeights];  // product: rows of a chunk, and chunks, of each weight
+  int32_t cut[kMaxWeights], ranges[kMaxWeights];  // product: rows of a range, and ranges, of each weight
   int64_t ready[kMaxWeights];                     // where tokens lie made ready for a weight; the same for one form
   bool first[kMaxWeights];                        // of its form
 };

@@ -130,18 +130,18 @@ void ProgramRun::copy_input(const RunInput& in) {
 
 float* ProgramRun::value(int64_t value, bool write, int64_t* rows, int64_t* width) {
   if (value < 0 || value >= header_->values || plan_.place[value] < 0) return nullptr;
-  bool found = false;
+  bool accessible = false;
   const int64_t now = at.load(std::memory_order_acquire);
   if (now < (int64_t)plan_.steps.size()) {
     const Step& s = plan_.steps[now];
     if (s.work != Work::call) return nullptr;
     const CallRecord& c = s.record->call;
     const Value* list = write ? c.out : c.x;
-    for (int i = 0; i < (write ? c.writes : c.reads); ++i) found = found || list[i] == value;
+    for (int i = 0; i < (write ? c.writes : c.reads); ++i) accessible = accessible || list[i] == value;
   } else {
-    found = !write && value == header_->logits;
+    accessible = !write && value == header_->logits;
   }
-  if (!found) return nullptr;
+  if (!accessible) return nullptr;
   *rows = plan_.rows[value], *width = width_[value];
   return values_[value];
 }
@@ -175,12 +175,12 @@ void ProgramRun::prepare(const Step& s, Worker& w) const {
     prepare_experts(s, w.values.data() + 1, width_.data(), w.experts());
 }
 
-void ProgramRun::make_product(const Step& s, int64_t piece, Worker& w) const {
+void ProgramRun::make_product(const Step& s, int64_t range, Worker& w) const {
   const ProductRecord& a = s.record->product;
   const ProgramTable& table = program_table();
   int i = 0;
-  while (piece >= s.pieces[i]) piece -= s.pieces[i++];
-  const int64_t begin = piece * s.cut[i], end = std::min(begin + s.cut[i], a.weight[i].n), stride = s.cut[i];
+  while (range >= s.ranges[i]) range -= s.ranges[i++];
+  const int64_t begin = range * s.cut[i], end = std::min(begin + s.cut[i], a.weight[i].n), stride = s.cut[i];
   const char* ready = s.prepares ? w.ready : block_.data();
   float *y = (float*)w.scratch, *up = (float*)(w.scratch + round_up(s.m * stride * 4, 64));
   // Panels of gate and up lie in turn.
@@ -200,12 +200,12 @@ void ProgramRun::ask_ahead(const Step& s, int64_t thread) const {
   if (s.product < 0) return;
   const Step& next = plan_.steps[s.product];
   const ProductRecord& a = next.record->product;
-  int64_t piece = next.chunks * thread / plan_.shape.threads * next.size;
+  int64_t range = next.chunks * thread / plan_.shape.threads * next.size;
   int i = 0;
-  while (i < kMaxWeights - 1 && piece >= next.pieces[i] && next.pieces[i + 1]) piece -= next.pieces[i++];
+  while (i < kMaxWeights - 1 && range >= next.ranges[i] && next.ranges[i + 1]) range -= next.ranges[i++];
   const Weight& w = a.weight[i];
   if (w.transposed) return;
-  const int64_t row = std::min(piece * next.cut[i], w.n - 1);
+  const int64_t row = std::min(range * next.cut[i], w.n - 1);
   const bool panels = w.panels;
   const uint8_t* p = panels ? w.panels + row / 16 * w.panel_step : w.codes + row * w.code_row;
   const int64_t bytes = panels ? kAskedPanels : std::min<int64_t>(2048, w.code_row);
@@ -240,12 +240,12 @@ void ProgramRun::make(const Step& s, int64_t chunk, Worker& w) const {
       break;
     case Work::prepare: make_ready(s, v, width, begin, end, block_.data()); break;
     case Work::product:
-      for (int64_t piece = begin; piece < end; ++piece) make_product(s, piece, w);
+      for (int64_t range = begin; range < end; ++range) make_product(s, range, w);
       break;
     case Work::attend:
       v[r.attend.state] = (float*)(block_.data() + states_[s.index]);
-      for (int64_t piece = begin; piece < end; ++piece)
-        table.attend(r.attend, run_, attends_[s.index], piece, v, width, w.workspace);
+      for (int64_t range = begin; range < end; ++range)
+        table.attend(r.attend, run_, attends_[s.index], range, v, width, w.workspace);
       break;
     case Work::merge:
       v[r.attend.state] = (float*)(block_.data() + states_[s.index]);
@@ -255,7 +255,7 @@ void ProgramRun::make(const Step& s, int64_t chunk, Worker& w) const {
     case Work::route: table.route(r.experts, v, begin, end); break;
     case Work::expert_in:
     case Work::expert_out:
-      for (int64_t piece = begin; piece < end; ++piece) make_experts(s, piece, v, width, w.experts());
+      for (int64_t range = begin; range < end; ++range) make_experts(s, range, v, width, w.experts());
       break;
     default: break;
   }

@@ -82,7 +82,7 @@ class ProgramRun {
     return s.work == Work::attend || s.work == Work::mix ? (units(s) + most - 1) / most : s.size;
   }
   void copy_input(const RunInput&);
-  void make_product(const Step&, int64_t piece, Worker&) const;
+  void make_product(const Step&, int64_t range, Worker&) const;
 
   Plan plan_;
   Block block_;

@@ -132,11 +132,11 @@ class Walk {
     ProgramRun::Share* shares = run_.shares(s);
     std::atomic<int32_t>& typical = run_.typical(s);
     const int64_t start = now();
-    int64_t made = 0;
+    int64_t computed = 0;
     for (int64_t k = 0; k < threads_; ++k) {  // the thread's own share first
       const int64_t owner = me_ + k < threads_ ? me_ + k : me_ + k - threads_;
       const int64_t begin = n * owner / threads_, count = n * (owner + 1) / threads_ - begin;
-      for (int64_t c; (c = take(shares[owner], count, k > 0)) >= 0; ++made) {
+      for (int64_t c; (c = take(shares[owner], count, k > 0)) >= 0; ++computed) {
         maybe_delay();
         run_.make(s, begin + c, worker_);
         maybe_delay();
@@ -147,7 +147,7 @@ class Walk {
     }
     run_.ask_ahead(s, me_);
     const int64_t time = now();
-    if (made) learn(typical, (time - start) / made);
+    if (computed) learn(typical, (time - start) / computed);
     const int64_t known = typical.load(std::memory_order_relaxed);
     wait(s, i, n, shares, time + (known ? std::max(kLeast, 2 * known) : kFirst));
   }
@@ -298,7 +298,7 @@ class Team {
     for (; count < threads; ++count) {
       members_[count] = new Member;
       if (!start_own_thread(
-              [this, count, member = members_[count]] { serve(member, count); })) {  // as many as there are
+              [this, count, member = members_[count]] { work(member, count); })) {  // as many as there are
         delete members_[count];
         members_[count] = nullptr;
         break;
@@ -319,7 +319,7 @@ class Team {
     }
   }
 
-  void serve(Member* m, int thread) {
+  void work(Member* m, int thread) {
 #if defined(__linux__)
     pthread_setname_np(pthread_self(), "bigkernels");
 #endif
@@ -378,14 +378,14 @@ class Team {
 
 // Never destroyed: threads end with the process, after it would be.
 Team& team() {
-  static Team* const made = [] {
+  static Team* const instance = [] {
     auto t = new Team;
 #if defined(__unix__) || defined(__APPLE__)
     pthread_atfork([] { team().before_fork(); }, [] { team().after_fork(false); }, [] { team().after_fork(true); });
 #endif
     return t;
   }();
-  return *made;
+  return *instance;
 }
 
 }  // namespace

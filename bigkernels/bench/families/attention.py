@@ -75,8 +75,8 @@ def one_sequence(q: Tensor, k: Tensor, v: Tensor, grad: Tensor | None, left: int
             some = functional.attention(*leaves, causal=True, window=(left, 0))
         out[:, :, begin:end] = some.detach()
         if grad is not None:
-            found = torch.autograd.grad(some, leaves, grad[:, :, begin:end])
-            for total, a, g in zip(grads, spans, found, strict=True):
+            added = torch.autograd.grad(some, leaves, grad[:, :, begin:end])
+            for total, a, g in zip(grads, spans, added, strict=True):
                 total[:, :, a:end] += g
     return (out, *grads) if grad is not None else (out,)
 
@@ -89,15 +89,15 @@ def _checked(
     grad = first_head(upstream((made["q"],))[0]).to(wide) if backward else None
     q, k, v = (first_head(made[name].detach()).to(wide) for name in "qkv")
     if ends is None:
-        found = one_sequence(q, k, v, grad, left)
+        results = one_sequence(q, k, v, grad, left)
     else:
         parts = [
             one_sequence(*(t if t is None else t[a:b].transpose(0, 1)[None] for t in (q, k, v, grad)))
             for a, b in zip(ends, ends[1:], strict=False)
         ]
-        found = tuple(torch.cat([t[0].transpose(0, 1) for t in same]) for same in zip(*parts, strict=True))
+        results = tuple(torch.cat([t[0].transpose(0, 1) for t in same]) for same in zip(*parts, strict=True))
     names = ("out0", "grad q", "grad k", "grad v")
-    return {name: t if wide == torch.float64 else t.to(dtype) for name, t in zip(names, found, strict=False)}
+    return {name: t if wide == torch.float64 else t.to(dtype) for name, t in zip(names, results, strict=False)}
 
 
 def _case(
@@ -269,24 +269,24 @@ def cases(settings: Settings) -> list[Case]:
     bf16 = torch.bfloat16
     ways = (False, True)
     if settings.quick:
-        made = [
+        cases = [
             causal(settings, 64, size, dtype, backward=b)
             for size, dtype in ((32, bf16), (40, torch.float32))
             for b in ways
         ]
-        made += [windowed(settings, 640, 16, bf16, window=100, backward=b) for b in ways]
-        return made + [packed(settings, _PACKED_QUICK, 32, bf16, backward=b) for b in ways]
-    made = [
+        cases += [windowed(settings, 640, 16, bf16, window=100, backward=b) for b in ways]
+        return cases + [packed(settings, _PACKED_QUICK, 32, bf16, backward=b) for b in ways]
+    cases = [
         causal(settings, length, size, bf16, backward=b, with_flex=length == 2048 and not b)
         for size in (64, 128)
         for length in (512, 2048, 8192)
         for b in ways
     ]
-    made += [causal(settings, 2048, size, torch.float32, backward=b) for size in (64, 128) for b in ways]
-    made += [causal(settings, 2048, size, bf16, backward=b) for size in (72, 80, 96) for b in ways]
-    made += [
+    cases += [causal(settings, 2048, size, torch.float32, backward=b) for size in (64, 128) for b in ways]
+    cases += [causal(settings, 2048, size, bf16, backward=b) for size in (72, 80, 96) for b in ways]
+    cases += [
         windowed(settings, length, 128, bf16, window=512, backward=b, with_flex=length == 8192 and not b)
         for length in (2048, 4096, 8192, 16384)
         for b in ways
     ]
-    return made + [packed(settings, _PACKED, 128, bf16, backward=b) for b in ways]
+    return cases + [packed(settings, _PACKED, 128, bf16, backward=b) for b in ways]

@@ -34,12 +34,12 @@ def case(
             t = draw.normal(*shape, mean=0.5)
             return t.contiguous(memory_format=torch.channels_last) if rows else t
 
-        made = {
+        inputs = {
             "x": image(),
             "weight": draw.normal(shape[1], mean=1.0, scale=0.1),
             "bias": draw.normal(shape[1], scale=0.1),
         }
-        return made | {"residual": image()} if residual else made
+        return inputs | {"residual": image()} if residual else inputs
 
     size = torch.Size(shape).numel() * dtype.itemsize
     # Forward x, a residual and y; backward x and two gradients, with a residual y and a third one.

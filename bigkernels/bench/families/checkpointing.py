@@ -88,11 +88,11 @@ def _variants(model: nn.Module) -> dict[str, nn.Module]:
     patch(patched)
     theirs = copy.deepcopy(patched)
     cast(Any, theirs).gradient_checkpointing_enable({"use_reentrant": False})
-    found = {EAGER: model, OURS: patched, _TORCHS: theirs}
+    models = {EAGER: model, OURS: patched, _TORCHS: theirs}
     for policy in _POLICIES:
-        found[f"{OURS} {policy}"] = copy.deepcopy(patched)
-        apply_checkpointing(found[f"{OURS} {policy}"], policy)
-    return found
+        models[f"{OURS} {policy}"] = copy.deepcopy(patched)
+        apply_checkpointing(models[f"{OURS} {policy}"], policy)
+    return models
 
 
 def _stack(settings: Settings) -> Case:

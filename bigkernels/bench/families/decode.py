@@ -84,8 +84,8 @@ def case(settings: Settings, batch: int, length: int, kind: str = "", *, with_fl
     layers = 2 if settings.quick else max(1, _BYTES // a_layer)
 
     def inputs(draw: Draw) -> dict[str, Tensor]:
-        made = {"q": draw.normal(layers, batch, HEADS, 1, SIZE)}
-        made["cache_seqlens"] = torch.full((batch,), length, dtype=torch.int32, device=draw.device)
+        inputs = {"q": draw.normal(layers, batch, HEADS, 1, SIZE)}
+        inputs["cache_seqlens"] = torch.full((batch,), length, dtype=torch.int32, device=draw.device)
         pages = batch * length // _PAGE
         for name in "kv":
             if read is _paged:
@@ -93,13 +93,13 @@ def case(settings: Settings, batch: int, length: int, kind: str = "", *, with_fl
             else:  # heads outside of tokens in memory: SDPA is twice as fast so, and ours as fast
                 cache = draw.normal(layers, batch, KEY_HEADS, length, SIZE).transpose(2, 3)
             if read is _int8:
-                cache, made[f"{name}_scale"] = quantize(cache)
-            made[f"{name}_cache"] = cache
+                cache, inputs[f"{name}_scale"] = quantize(cache)
+            inputs[f"{name}_cache"] = cache
         if read is _paged:
             # As after many requests.
             order = torch.randperm(pages, generator=draw.generator, dtype=torch.int64, device="cpu")
-            made["block_table"] = order.view(batch, -1).to(draw.device, torch.int32)
-        return made
+            inputs["block_table"] = order.view(batch, -1).to(draw.device, torch.int32)
+        return inputs
 
     def all_layers(attend: Function) -> Function:
         return lambda **made: tuple(attend(q, *read(made, layer)) for layer, q in enumerate(made["q"]))
@@ -124,8 +124,8 @@ def case(settings: Settings, batch: int, length: int, kind: str = "", *, with_fl
         one = {name: t[:1, :, :, :1] for name, t in made.items() if name[:2] in ("k_", "v_")}
         one["q"] = first_heads(made["q"][0])
         one = {name: t.to(wide) if t.is_floating_point() else t for name, t in one.items()}
-        found = eager(one["q"], *read(made | one, 0))
-        return {"out0": found if wide == torch.float64 else found.to(made["q"].dtype)}
+        expected = eager(one["q"], *read(made | one, 0))
+        return {"out0": expected if wide == torch.float64 else expected.to(made["q"].dtype)}
 
     def flash(peer) -> Function:
         def call(q, k_cache, v_cache, cache_seqlens, block_table=None):

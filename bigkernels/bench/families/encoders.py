@@ -47,7 +47,7 @@ _CALIBRATION = 64  # texts of another play
 
 
 def cases(settings: Settings) -> list[Case]:
-    made = []
+    cases = []
     for threads in sorted({1, cores()}):
         quick = settings.quick
         mixed = sum(map(_quick_length, range(_BATCH))) if quick else _REAL
@@ -61,8 +61,8 @@ def cases(settings: Settings) -> list[Case]:
             if settings.candidates:
                 names = [n for n in names if n in settings.candidates]
             if names:
-                made.append(_case(settings, name, model, tokens, names, threads))
-    return made
+                cases.append(_case(settings, name, model, tokens, names, threads))
+    return cases
 
 
 def _quick_length(i: int) -> int:
@@ -211,7 +211,7 @@ def _by_openvino(work: _Work, name: str, threads: int) -> Callable[[], Tensor]:
         if name == OPENVINO8
         else openvino.convert_model(copy.deepcopy(work.model), example_input=dict(work.given))
     )
-    made = core.compile_model(
+    compiled = core.compile_model(
         model,
         "CPU",
         {
@@ -220,8 +220,8 @@ def _by_openvino(work: _Work, name: str, threads: int) -> Callable[[], Tensor]:
             "INFERENCE_PRECISION_HINT": "f32" if name == OPENVINO32 else "bf16",
         },
     )
-    given = {i.get_any_name(): work.given[i.get_any_name()].numpy() for i in made.inputs}
-    return lambda: work.embed(torch.from_numpy(made(given)[0]))
+    given = {i.get_any_name(): work.given[i.get_any_name()].numpy() for i in compiled.inputs}
+    return lambda: work.embed(torch.from_numpy(compiled(given)[0]))
 
 
 def _onnx() -> Any:

@@ -63,22 +63,22 @@ _ANEW = 2.0  # and where another package rounds the weights once more, which a s
 def cases(settings: Settings) -> list[Case]:
     most = cores()
     some = sorted({1, min(2, most), most})
-    made = []
+    cases = []
     for threads in some:
-        made += [_prefill(settings, 512, threads, _ALL), _decode(settings, 64, threads, _ALL)]
-        made += [_decode(settings, 512, threads, _ALL)]
-    made += [_prefill(settings, length, most, _LONG) for length in (64, 4096)]
-    made += [_decode(settings, 4096, threads, _LONG) for threads in some]
-    made += [_decode(settings, 64, most, _ALL, batch=8), _decode(settings, 512, most, _LONG, batch=8)]
-    made += [_decode(settings, 512, threads, (EAGER, *_OURS), way="decode") for threads in some]
-    made += [_decode(settings, 64, threads, (BIG,), what="Llama 1 B, ") for threads in some]
-    made += [_lookup(settings, most), _disturbed(settings, most)]
+        cases += [_prefill(settings, 512, threads, _ALL), _decode(settings, 64, threads, _ALL)]
+        cases += [_decode(settings, 512, threads, _ALL)]
+    cases += [_prefill(settings, length, most, _LONG) for length in (64, 4096)]
+    cases += [_decode(settings, 4096, threads, _LONG) for threads in some]
+    cases += [_decode(settings, 64, most, _ALL, batch=8), _decode(settings, 512, most, _LONG, batch=8)]
+    cases += [_decode(settings, 512, threads, (EAGER, *_OURS), way="decode") for threads in some]
+    cases += [_decode(settings, 64, threads, (BIG,), what="Llama 1 B, ") for threads in some]
+    cases += [_lookup(settings, most), _disturbed(settings, most)]
     size = 128 if settings.quick else 4096
     few = [(1, Int4(64)), (16, Int4(64)), (1, Int8())]
     alone = [quantized.case(settings, tokens, size, size, config) for tokens, config in few]
     alone += [linear.case(settings, 16, size, size, torch.bfloat16)]
-    made += [_beside(settings, case, most) for case in alone]
-    return [case for case in made if case.candidates]
+    cases += [_beside(settings, case, most) for case in alone]
+    return [case for case in cases if case.candidates]
 
 
 def _case(
@@ -174,9 +174,9 @@ def _decode(
         ours = name.startswith((OURS, EAGER))
 
         def results() -> dict[str, Tensor]:
-            found = _checked(models, name)
+            checked = _checked(models, name)
             model.ask("prefill", ids=_prompts(models, context, batch), threads=cores())
-            return found
+            return checked
 
         def step() -> float:
             answer = model.ask(way if ours else "decode", steps=steps, threads=threads)
@@ -215,10 +215,10 @@ def _prefill(settings: Settings, length: int, threads: int, names: Sequence[str]
                 for window in models.windows
                 if names is _ALL and threads == cores() and not model.other
             ]
-            found = {"peak": peak} | ({"perplexity": _perplexity(losses)} if losses else {})
+            figures = {"peak": peak} | ({"perplexity": _perplexity(losses)} if losses else {})
             if losses and (expected := models.losses_of_modules(name)):
-                found["perplexity of the modules in float32"] = _perplexity(expected)
-            return found
+                figures["perplexity of the modules in float32"] = _perplexity(expected)
+            return figures
 
         return Candidate(
             name,
@@ -249,9 +249,9 @@ def _lookup(settings: Settings, threads: int) -> Case:
         passage = models.given.text[:length]
 
         def results() -> dict[str, Tensor]:
-            found = _checked(models, name.removesuffix(LOOKUP))
+            checked = _checked(models, name.removesuffix(LOOKUP))
             model.ask("prefill", ids=[passage * 3 + passage[: length // 8]], threads=threads)
-            return found
+            return checked
 
         ask = partial(model.ask, "generate", steps=steps, threads=threads, **options)
         return Candidate(name, results, lambda: ask()["whole"], timed=True, remark=model.remark)
@@ -300,9 +300,9 @@ def _disturbed(settings: Settings, threads: int) -> Case:
         ours = name.startswith((OURS, EAGER))
 
         def results() -> dict[str, Tensor]:
-            found = _checked(models, name.removesuffix(ALONE))
+            checked = _checked(models, name.removesuffix(ALONE))
             model.ask("prefill", ids=_prompts(models, context, 1), threads=threads)
-            return found
+            return checked
 
         def step() -> float:
             ask = partial(model.ask, "generate" if ours else "decode", steps=steps)

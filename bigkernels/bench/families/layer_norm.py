@@ -56,12 +56,12 @@ def case(
     **options,
 ) -> Case:
     def inputs(draw: Draw):
-        made = {
+        inputs = {
             "x": draw.normal(rows, size, mean=0.5),
             "weight": draw.normal(size, mean=1.0, scale=0.1),
             "bias": draw.normal(size, scale=0.1),
         }
-        return made | {"residual": draw.normal(rows, size)} if residual else made
+        return inputs | {"residual": draw.normal(rows, size)} if residual else inputs
 
     tensors = (4 if residual else 2) + (backward and (4 if residual else 3))  # as for rms_norm
     parameters = ("x", "weight", "bias")

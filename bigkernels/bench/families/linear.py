@@ -38,12 +38,12 @@ def cases(settings: Settings) -> list[Case]:
     if settings.quick:
         return [case(settings, tokens, 96, 128, torch.bfloat16, backward=tokens > 16) for tokens in (1, 40)]
     bf16, wide, half = torch.bfloat16, torch.float32, torch.float16
-    made = [case(settings, tokens, 4096, 4096, bf16) for tokens in (1, 16, 64)]
-    made += [case(settings, tokens, n, k, bf16) for tokens in (512, 2048) for n, k in ((1024, 1024), (4096, 4096))]
-    made += [case(settings, 512, 32000, 1024, bf16)]
+    cases = [case(settings, tokens, 4096, 4096, bf16) for tokens in (1, 16, 64)]
+    cases += [case(settings, tokens, n, k, bf16) for tokens in (512, 2048) for n, k in ((1024, 1024), (4096, 4096))]
+    cases += [case(settings, 512, 32000, 1024, bf16)]
     trained = ((512, 1024, 1024), (2048, 1024, 1024), (512, 4096, 4096), (512, 32000, 1024))
-    made += [case(settings, tokens, n, k, bf16, backward=True) for tokens, n, k in trained]
+    cases += [case(settings, tokens, n, k, bf16, backward=True) for tokens, n, k in trained]
     for dtype in (wide, half):
-        made += [case(settings, tokens, 4096, 4096, dtype) for tokens in (1, 512)]
-        made += [case(settings, 512, 2048, 2048, dtype, backward=True)]
-    return made
+        cases += [case(settings, tokens, 4096, 4096, dtype) for tokens in (1, 512)]
+        cases += [case(settings, 512, 2048, 2048, dtype, backward=True)]
+    return cases

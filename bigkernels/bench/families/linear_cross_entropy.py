@@ -95,8 +95,8 @@ def case(settings: Settings, tokens: int, hidden: int, vocabulary: int, dtype: t
 def cases(settings: Settings) -> list[Case]:
     if settings.quick:
         return [case(settings, 96, 64, 1000, torch.bfloat16, ignored) for ignored in (0.0, 0.3)]
-    found = [case(settings, 2048, _HIDDEN, vocabulary, torch.bfloat16, 0.0) for vocabulary in (32000, 128256)]
-    found.append(case(settings, 2048, _HIDDEN, 32000, torch.bfloat16, 0.3))
+    cases = [case(settings, 2048, _HIDDEN, vocabulary, torch.bfloat16, 0.0) for vocabulary in (32000, 128256)]
+    cases.append(case(settings, 2048, _HIDDEN, 32000, torch.bfloat16, 0.3))
     if settings.device == "cuda":
-        found.append(case(settings, 8192, 4096, 128256, torch.bfloat16, 0.0))
-    return found
+        cases.append(case(settings, 8192, 4096, 128256, torch.bfloat16, 0.0))
+    return cases

@@ -64,11 +64,11 @@ def cases(settings: Settings) -> list[Case]:
         return [case(settings, 40, 64, 96, torch.bfloat16, backward=backward) for backward in (False, True)]
     bf16, wide, half = torch.bfloat16, torch.float32, torch.float16
     sizes = ((512, 384, 1536), (2048, 768, 3072))
-    made = [
+    cases = [
         case(settings, *size, dtype, backward=backward)
         for size in sizes
         for dtype in (bf16, wide)
         for backward in (False, True)
     ]
-    made += [case(settings, 2048, 768, 3072, bf16, backward=True, activation=name) for name in ("gelu_tanh", "relu")]
-    return [*made, case(settings, 512, 384, 1536, half, backward=True)]
+    cases += [case(settings, 2048, 768, 3072, bf16, backward=True, activation=name) for name in ("gelu_tanh", "relu")]
+    return [*cases, case(settings, 512, 384, 1536, half, backward=True)]

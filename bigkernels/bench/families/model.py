@@ -99,9 +99,9 @@ def gradients(model: nn.Module, ids: Tensor, dtype: torch.dtype) -> dict[str, Te
     for name, parameter in model.named_parameters():
         kind = re.sub(r"^_orig_mod\.|\.\d+", "", name)
         kinds.setdefault(f"grad {kind}", []).append(parameter.grad.flatten())
-    found = {"loss": loss.detach().to(dtype)} | {kind: torch.cat(parts) for kind, parts in kinds.items()}
+    results = {"loss": loss.detach().to(dtype)} | {kind: torch.cat(parts) for kind, parts in kinds.items()}
     model.zero_grad(set_to_none=True)
-    return found
+    return results
 
 
 def _training_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:

@@ -31,9 +31,9 @@ def case(settings: Settings, tokens: int, n: int, k: int, config: Format, *, bac
     held: list[QuantizedWeight] = []  # a layer keeps what it derives from its tensors
 
     def inputs(draw: Draw) -> dict[str, Tensor]:
-        made = quantize_weight(draw.normal(n, k, scale=0.02).float(), config)
-        held[:] = [made]
-        return {"x": draw.normal(tokens, k), "dense": made.dequantize(torch.bfloat16), **made.tensors}
+        quantized = quantize_weight(draw.normal(n, k, scale=0.02).float(), config)
+        held[:] = [quantized]
+        return {"x": draw.normal(tokens, k), "dense": quantized.dequantize(torch.bfloat16), **quantized.tensors}
 
     def ours(x: Tensor, **rest: Tensor) -> Tensor:
         return functional.quantized_linear(x, held[0])
@@ -151,7 +151,7 @@ def cases(settings: Settings) -> list[Case]:
         return [
             case(settings, tokens, 96, 128, config, backward=tokens > 16) for config in _FORMATS for tokens in (1, 40)
         ]
-    made = [case(settings, 1, n, 4096, config) for n in (4096, 11008) for config in _FORMATS]
-    made += [case(settings, 16, 4096, 4096, config) for config in _FORMATS]
-    made += [case(settings, 512, 4096, 4096, config, backward=b) for config in _FORMATS for b in (False, True)]
-    return made
+    cases = [case(settings, 1, n, 4096, config) for n in (4096, 11008) for config in _FORMATS]
+    cases += [case(settings, 16, 4096, 4096, config) for config in _FORMATS]
+    cases += [case(settings, 512, 4096, 4096, config, backward=b) for config in _FORMATS for b in (False, True)]
+    return cases

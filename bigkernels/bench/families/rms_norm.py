@@ -54,8 +54,8 @@ def case(
     **options,
 ) -> Case:
     def inputs(draw: Draw):
-        made = {"x": draw.normal(rows, size), "weight": draw.normal(size, mean=1.0, scale=0.1)}
-        return made | {"residual": draw.normal(rows, size)} if residual else made
+        inputs = {"x": draw.normal(rows, size), "weight": draw.normal(size, mean=1.0, scale=0.1)}
+        return inputs | {"residual": draw.normal(rows, size)} if residual else inputs
 
     # Each way reads its inputs and writes its outputs once; backward reads the saved rows and the upstream gradients.
     tensors = (4 if residual else 2) + (backward and (4 if residual else 3))

@@ -197,12 +197,12 @@ def held(model: nn.Module) -> int:
 
 def bytes_of_a_step(model: nn.Module) -> int:
     """Those that one token reads: all but an embedding table of its own, of which it reads a row."""
-    found = _storages(model)
+    storages = _storages(model)
     head = _storages(model.get_output_embeddings())
     for address in _storages(model.get_input_embeddings()):
         if address not in head:
-            found.pop(address, None)
-    return sum(found.values())
+            storages.pop(address, None)
+    return sum(storages.values())
 
 
 def _storages(module: nn.Module) -> dict[int, int]:

@@ -261,10 +261,10 @@ def _read(function: Any) -> tuple[int, int, Tensor | None] | None:
         case "remap_positions_for_packed_sequence", _ if "mask_function" in held:
             return _read(held["mask_function"])  # within a sequence positions are as far apart as their indices
         case "and_masks", [tuple(parts)]:
-            found = [_read(part) for part in parts]
-            if None in found:
+            terms = [_read(part) for part in parts]
+            if None in terms:
                 return None
-            lefts, rights, sequences = zip(*found, strict=True)
+            lefts, rights, sequences = zip(*terms, strict=True)
             ids = [s for s in sequences if s is not None]
             return (_least(lefts), _least(rights), ids[0] if ids else None) if len(ids) < 2 else None
     return None

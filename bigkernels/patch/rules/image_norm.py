@@ -195,11 +195,11 @@ def activation_name(act: Any, approximate: str | None, plan: Plan) -> tuple[str,
 
 def _sites(source: Source) -> Iterator[Site]:
     for node in source.body():
-        found = activation_of(source, node)
-        if found is not None:
-            match found[2]:
+        activation = activation_of(source, node)
+        if activation is not None:
+            match activation[2]:
                 case ast.Call(norm, [x], []) if source.attribute(norm) and not isinstance(x, ast.Starred):
-                    yield _site(source, found, node, norm, x, {})
+                    yield _site(source, activation, node, norm, x, {})
     for owner in (source.tree, *source.body()):
         for field in ("body", "orelse", "finalbody"):
             block = getattr(owner, field, None)
@@ -208,9 +208,9 @@ def _sites(source: Source) -> Iterator[Site]:
                     case ast.Assign([ast.Name(name)], ast.Call(norm, [x], [])), ast.Assign([ast.Name(again)], value):
                         if name != again or not source.attribute(norm) or isinstance(x, ast.Starred):
                             continue
-                        found = activation_of(source, value)
-                        if found and isinstance(found[2], ast.Name) and found[2].id == name:
-                            yield _site(source, found, value, norm, x, {first: ast.Pass()})
+                        activation = activation_of(source, value)
+                        if activation and isinstance(activation[2], ast.Name) and activation[2].id == name:
+                            yield _site(source, activation, value, norm, x, {first: ast.Pass()})
 
 
 def _site(source, found, node, norm, x, more) -> Site:

@@ -115,10 +115,10 @@ def _sites(source: Source) -> Iterator[Site]:
         # A gated unit has a rule of its own.
         if any(node is side for side in factors) or assigned.get(id(node)) in gates:
             continue
-        found = _activation(source, node)
-        if found is None:
+        activation = _activation(source, node)
+        if activation is None:
             continue
-        target, approximate, inner = found
+        target, approximate, inner = activation
         match inner:
             case ast.Call(linear, [x], []) if source.attribute(linear) and not isinstance(x, ast.Starred):
                 yield _site(source, target, approximate, node, linear, x, {})
@@ -136,10 +136,10 @@ def _statements(source: Source, block: list[ast.stmt], gates: set[str]) -> Itera
             case ast.Assign([ast.Name(name)], ast.Call(linear, [x], [])), ast.Assign([ast.Name(again)], value):
                 if name != again or again in gates or not source.attribute(linear) or isinstance(x, ast.Starred):
                     continue
-                found = _activation(source, value)
-                if found and isinstance(found[2], ast.Name) and found[2].id == name:
+                activation = _activation(source, value)
+                if activation and isinstance(activation[2], ast.Name) and activation[2].id == name:
                     # The first statement keeps its place for those who count lines.
-                    yield _site(source, found[0], found[1], value, linear, x, {first: ast.Pass()})
+                    yield _site(source, activation[0], activation[1], value, linear, x, {first: ast.Pass()})
 
 
 def _site(source, target, approximate, node, linear, x, more) -> Site:

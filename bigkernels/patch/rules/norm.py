@@ -100,10 +100,10 @@ def _plan(module: nn.Module, plan: Plan) -> tuple[Write, Fit] | None:
             plan.memory[key] = _identify(module, plan.verify)
         except Skip as skip:
             plan.memory[key] = skip
-    found = plan.memory[key]
-    if isinstance(found, Skip):
-        raise found
-    norm, error = found
+    known = plan.memory[key]
+    if isinstance(known, Skip):
+        raise known
+    norm, error = known
     norm = plan.norms[module] = norm._replace(copies=module in plan.written and type(module) is not nn.LayerNorm)
     return Write(module, "forward", functools.partial(forward, module, norm)), Fit(norm.kernel, error)
 

@@ -23,7 +23,7 @@ struct QueryRows {
 };
 
 // The query heads that read one key head of one sequence. Row r is query r / G of head r % G among them, so that a
-// strip of rows has few positions, and few queries still fill it.
+// row block has few positions, and few queries still fill it.
 template <class T>
 struct Unit {
   const Attention& a;
@@ -113,9 +113,9 @@ Columns seen_by(const Unit<T>& u, int64_t begin, int64_t end, int64_t from, int6
   return {low, high};
 }
 
-// What one strip of 32 rows needs to know of its rows.
+// What is known of the 32 rows of a row block.
 template <class T>
-struct Strip {
+struct RowBlock {
   const Unit<T>& u;
   int64_t row;         // the first
   int64_t key;         // of column 0
@@ -133,14 +133,14 @@ BK_INLINE bool plain(const Attention& a) {
 
 // Whether all 32 rows see all columns in use, but for what a mask hides.
 template <class T>
-BK_INLINE bool sees_all(const Strip<T>& s) {
+BK_INLINE bool sees_all(const RowBlock<T>& s) {
   if (s.row + kSide > s.u.rows) return false;
   return seen(s.u, s.row + kSide - 1).low <= s.key + s.begin && seen(s.u, s.row).high >= s.key + s.end;
 }
 
 // Hides from a row what it does not see, in columns [begin, end) of which column 0 is `key`.
 template <class T>
-BK_INLINE void hide(const Strip<T>& s, int r, float* x) {
+BK_INLINE void hide(const RowBlock<T>& s, int r, float* x) {
   Seen n = seen(s.u, s.row + r);
   int64_t low = n.low - s.key, high = n.high - s.key, prefix = n.prefix - s.key;
   if (prefix <= s.begin && low <= s.begin && high >= s.end) return;
@@ -163,7 +163,7 @@ BK_INLINE vf scores_at(const B* row, int64_t step, int64_t j, int64_t n) {
 // Turns the products of a row into scores in base 2, in place, by every option but the window. `slope` gets the
 // derivative of the softcap, where backward needs it.
 template <class T>
-void adjust(const Strip<T>& s, int r, float* x, float* slope) {
+void adjust(const RowBlock<T>& s, int r, float* x, float* slope) {
   const Unit<T>& u = s.u;
   const Attention& a = u.a;
   int64_t row = s.row + r, query = row / u.group_size, head = u.head + row % u.group_size;
@@ -259,7 +259,7 @@ BK_INLINE void philox16(uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2,
 
 // 1 where dropout keeps a column of the row, 0 where it drops it; bigkernels/ops/_attention.py has the definition.
 template <class T>
-void kept(const Strip<T>& s, int r, float* keep) {
+void kept(const RowBlock<T>& s, int r, float* keep) {
   const Unit<T>& u = s.u;
   int64_t row = s.row + r, head = u.head + row % u.group_size;
   uint32_t words[4][16];
@@ -294,7 +294,7 @@ BK_INLINE void prefetch_rows(const StridedRows<T>& rows, int64_t from, int64_t t
   }
 }
 
-// Packs 32-row strips as a left operand whose depth is the columns: block (j, i) at j * blocks(columns) + i.
+// Packs row blocks as a left operand whose depth is the columns: block (j, i) at j * blocks(columns) + i.
 template <class F, class T, class Row>
 BK_INLINE void pack_left(const Row& rows, int64_t from, int64_t count, int64_t columns, typename F::Element* to) {
   for (int64_t j = 0; j < count; ++j)

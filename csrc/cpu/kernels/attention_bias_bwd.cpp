@@ -38,40 +38,40 @@ void add_head(const Unit<T>& u, int64_t begin, int64_t end, const Buffers<F>& w)
   typedef typename F::Element E;
   const Attention& a = u.a;
   if (u.keys == 1 && !a.sinks && !a.grad_lse) return;  // whatever its score is, the only key's weight is 1
-  int64_t depth = blocks(a.d), values = blocks(a.dv), strips = blocks(end - begin), width = padded(a.keys);
+  int64_t depth = blocks(a.d), values = blocks(a.dv), row_blocks = blocks(end - begin), width = padded(a.keys);
   float keep_scale = 1 / (1 - a.dropout_p);
-  pack_left<F, T>(u.query_rows(a.q), begin, strips, a.d, w.q);
-  pack_left<F, T>(u.query_rows(a.grad), begin, strips, a.dv, w.g);
-  row_sums(u, begin, begin + strips * kSide, w.lse, w.lse_rest, w.delta);
+  pack_left<F, T>(u.query_rows(a.q), begin, row_blocks, a.d, w.q);
+  pack_left<F, T>(u.query_rows(a.grad), begin, row_blocks, a.dv, w.g);
+  row_sums(u, begin, begin + row_blocks * kSide, w.lse, w.lse_rest, w.delta);
   Columns all = seen_by(u, begin, end, 0, u.keys);
   for (int64_t key = all.begin / kKeys * kKeys; key < all.end; key += kKeys) {
     int64_t last = key + kKeys < all.end ? key + kKeys : all.end, count = blocks(last - key);
     each_block<F, T>(u.key_rows(a.k), key, count, a.d, [&](int64_t j, int64_t i, const E* staged) {
-      F::right_turned(w.k + (j * depth + i) * F::kBlock, staged);
+      F::right_transposed(w.k + (j * depth + i) * F::kBlock, staged);
     });
     each_block<F, T>(u.key_rows(a.v), key, count, a.dv, [&](int64_t j, int64_t i, const E* staged) {
-      F::right_turned(w.v + (j * values + i) * F::kBlock, staged);
+      F::right_transposed(w.v + (j * values + i) * F::kBlock, staged);
     });
-    for (int64_t s = 0; s < strips; ++s) {
+    for (int64_t s = 0; s < row_blocks; ++s) {
       int64_t row = begin + s * kSide;
       Columns c = seen_by(u, row, row + kSide, key, last);
       if (c.begin == c.end) continue;
-      Strip<T> strip{u, row, key, (c.begin - key) / kSide * kSide, padded(c.end - key)};
-      for (int64_t j = strip.begin / kSide; j < strip.end / kSide; ++j) {
+      RowBlock<T> row_block{u, row, key, (c.begin - key) / kSide * kSide, padded(c.end - key)};
+      for (int64_t j = row_block.begin / kSide; j < row_block.end / kSide; ++j) {
         F::multiply(w.s + j * kSide, kKeys, w.q + s * depth * F::kBlock, w.k + j * depth * F::kBlock, a.d, kSide, kSide,
                     false);
         F::multiply(w.dp + j * kSide, kKeys, w.g + s * values * F::kBlock, w.v + j * values * F::kBlock, a.dv, kSide,
                     kSide, false);
       }
-      bool sees = sees_all(strip);
+      bool sees = sees_all(row_block);
       for (int r = 0; r < kSide && row + r < end; ++r) {
         float *x = w.s + r * kKeys, lse = w.lse[s * kSide + r], rest = w.lse_rest[s * kSide + r],
               delta = w.delta[s * kSide + r];
-        adjust(strip, r, x, nullptr);
-        if (!sees) hide(strip, r, x);
-        if (a.threshold) kept(strip, r, w.keep);
+        adjust(row_block, r, x, nullptr);
+        if (!sees) hide(row_block, r, x);
+        if (a.threshold) kept(row_block, r, w.keep);
         float* to = w.sum + (a.bias_size[2] == 1 ? 0 : s * kSide + r) * width + key;
-        for (int64_t i = strip.begin; i < strip.end; i += W) {
+        for (int64_t i = row_block.begin; i < row_block.end; i += W) {
           vf g = load(w.dp + r * kKeys + i);
           if (a.threshold) g = g * load(w.keep + i) * keep_scale;
           store(to + i, load(to + i) + vexp2(load(x + i) - lse - rest) * (g - delta));

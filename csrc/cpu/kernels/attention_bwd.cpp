@@ -17,22 +17,22 @@ constexpr int64_t kKeyBlocks = kKeys / kSide, kRowBlocks = kRows / kSide;
 template <class F>
 struct Rows {
   typedef typename F::Element E;
-  int64_t strips, depth, values, width, splits;
-  E *q, *q_turned, *g, *g_turned;
+  int64_t row_blocks, depth, values, width, splits;
+  E *q, *q_transposed, *g, *g_transposed;
   float *lse, *lse_rest, *delta, *grad_q;
   float* exact;  // delta of the sinks' gradient without grad_lse, from weights; null where outputs were not rounded
   Rows(const Attention& a, int64_t rows, int64_t splits, void* memory)
-      : strips(blocks(rows)), depth(blocks(a.d)), values(blocks(a.dv)), width(depth * kSide), splits(splits) {
+      : row_blocks(blocks(rows)), depth(blocks(a.d)), values(blocks(a.dv)), width(depth * kSide), splits(splits) {
     Workspace w{(char*)memory};
-    q = w.take<E>(strips * depth * F::kBlock);
-    q_turned = w.take<E>(strips * depth * F::kBlock);
-    g = w.take<E>(strips * values * F::kBlock);
-    g_turned = w.take<E>(strips * values * F::kBlock);
-    lse = w.take<float>(strips * kSide);
-    lse_rest = w.take<float>(strips * kSide);
-    delta = w.take<float>(strips * kSide);
-    exact = a.grad_sinks && a.type != Type::f32 ? w.take<float>(splits * strips * kSide) : nullptr;
-    grad_q = w.take<float>(splits * strips * kSide * width);
+    q = w.take<E>(row_blocks * depth * F::kBlock);
+    q_transposed = w.take<E>(row_blocks * depth * F::kBlock);
+    g = w.take<E>(row_blocks * values * F::kBlock);
+    g_transposed = w.take<E>(row_blocks * values * F::kBlock);
+    lse = w.take<float>(row_blocks * kSide);
+    lse_rest = w.take<float>(row_blocks * kSide);
+    delta = w.take<float>(row_blocks * kSide);
+    exact = a.grad_sinks && a.type != Type::f32 ? w.take<float>(splits * row_blocks * kSide) : nullptr;
+    grad_q = w.take<float>(splits * row_blocks * kSide * width);
     end = w.next;
   }
   char* end;
@@ -41,14 +41,14 @@ struct Rows {
 template <class F>
 struct Buffers {
   typedef typename F::Element E;
-  E *k_turned, *k, *v_turned, *p, *ds_left, *ds;
+  E *k_transposed, *k, *v_transposed, *p, *ds_left, *ds;
   float *s, *dp, *grad_k, *grad_v, *slope, *keep, *transposed;
   Buffers(const Attention& a, void* memory) {
     int64_t depth = blocks(a.d), values = blocks(a.dv), wider = depth > values ? depth : values;
     Workspace w{(char*)memory};
-    k_turned = w.take<E>(kKeyBlocks * depth * F::kBlock);
+    k_transposed = w.take<E>(kKeyBlocks * depth * F::kBlock);
     k = w.take<E>(kKeyBlocks * depth * F::kBlock);
-    v_turned = w.take<E>(kKeyBlocks * values * F::kBlock);
+    v_transposed = w.take<E>(kKeyBlocks * values * F::kBlock);
     p = w.take<E>(kKeyBlocks * kRowBlocks * F::kBlock);
     ds = w.take<E>(kKeyBlocks * kRowBlocks * F::kBlock);
     ds_left = w.take<E>(kKeyBlocks * kRowBlocks * F::kBlock);
@@ -75,37 +75,37 @@ void prepare(const Attention& a, const AttentionTask& task, int64_t splits, void
   pack_left<F, T>(queries, task.begin, count, a.d, n.q + first * n.depth * F::kBlock);
   pack_left<F, T>(grads, task.begin, count, a.dv, n.g + first * n.values * F::kBlock);
   each_block<F, T>(queries, task.begin, count, a.d, [&](int64_t j, int64_t i, const E* staged) {
-    F::left_turned(n.q_turned + (i * n.strips + first + j) * F::kBlock, staged);
+    F::left_transposed(n.q_transposed + (i * n.row_blocks + first + j) * F::kBlock, staged);
   });
   each_block<F, T>(grads, task.begin, count, a.dv, [&](int64_t j, int64_t i, const E* staged) {
-    F::left_turned(n.g_turned + (i * n.strips + first + j) * F::kBlock, staged);
+    F::left_transposed(n.g_transposed + (i * n.row_blocks + first + j) * F::kBlock, staged);
   });
   row_sums(u, task.begin, padded(task.end), n.lse + task.begin, n.lse_rest + task.begin, n.delta + task.begin);
   int64_t rows = count * kSide;
   for (int64_t s = 0; s < splits; ++s) {
-    fill(n.grad_q + (s * n.strips * kSide + task.begin) * n.width, 0, rows * n.width, 0.0f);
-    if (n.exact) fill(n.exact + s * n.strips * kSide + task.begin, 0, rows, 0.0f);
+    fill(n.grad_q + (s * n.row_blocks * kSide + task.begin) * n.width, 0, rows * n.width, 0.0f);
+    if (n.exact) fill(n.exact + s * n.row_blocks * kSide + task.begin, 0, rows, 0.0f);
   }
 }
 
 // Weights and the gradients of scores, of two rows (r and r + 16) from their products.
 template <class F, class T>
 struct Differentiate {
-  const Strip<T>& strip;
+  const RowBlock<T>& row_block;
   const Rows<F>& n;
   const Buffers<F>& w;
-  float* exact;   // of the strip's rows, or null
-  int64_t block;  // of the strip among the rows that pass at once
+  float* exact;   // of the row block's rows, or null
+  int64_t block;  // number of the row block among those that pass at once
   float factor, keep_scale;
   bool is_plain, all;
 
   template <bool kSlope, bool kDropout, bool kExact>
   inline __attribute__((always_inline)) void rows(int r) const {
-    int64_t row = strip.row + r;
+    int64_t row = row_block.row + r;
     float lse[2] = {n.lse[row], n.lse[row + 16]}, delta[2] = {n.delta[row], n.delta[row + 16]};
     float rest[2] = {n.lse_rest[row], n.lse_rest[row + 16]};
     vf sum[2] = {};
-    for (int64_t c = strip.begin; c < strip.end; c += kSide) {
+    for (int64_t c = row_block.begin; c < row_block.end; c += kSide) {
       int64_t j = c / kSide;
       vf p[2][kVectors], ds[2][kVectors];
 #pragma GCC unroll 2
@@ -141,14 +141,14 @@ struct Differentiate {
   }
 
   void operator()() const {
-    const Attention& a = strip.u.a;
+    const Attention& a = row_block.u.a;
     bool slope = a.softcap > 0;
     for (int r = 0; r < 16; ++r) {
       for (int half = 0; half < 2; ++half) {
         int i = r + 16 * half;
-        if (!is_plain) adjust(strip, i, w.s + i * kKeys, slope ? w.slope + half * kKeys : nullptr);
-        if (!all) hide(strip, i, w.s + i * kKeys);
-        if (a.threshold) kept(strip, i, w.keep + half * kKeys);
+        if (!is_plain) adjust(row_block, i, w.s + i * kKeys, slope ? w.slope + half * kKeys : nullptr);
+        if (!all) hide(row_block, i, w.s + i * kKeys);
+        if (a.threshold) kept(row_block, i, w.keep + half * kKeys);
       }
       if (slope)
         a.threshold ? rows<true, true>(r) : rows<true, false>(r);
@@ -183,7 +183,7 @@ void keys_of(const Attention& a, const AttentionTask& task, int64_t split, int64
   Unit<T> u(a, task.batch, task.group);
   Rows<F> n(a, u.rows, splits, memory);
   Buffers<F> w(a, workspace);
-  float* grad_q = n.grad_q + split * n.strips * kSide * n.width;
+  float* grad_q = n.grad_q + split * n.row_blocks * kSide * n.width;
   bool is_plain = plain(a);
   float factor = is_plain ? a.scale * kLog2e : 1.0f, keep_scale = 1 / (1 - a.dropout_p);
   // The weight of the only key is 1 whatever its score is. By sums of rounded products it would be nearly so.
@@ -194,33 +194,33 @@ void keys_of(const Attention& a, const AttentionTask& task, int64_t split, int64
   for (int64_t key = task.begin; key < task.end; key += kKeys) {
     int64_t last = key + kKeys < task.end ? key + kKeys : task.end, count = blocks(last - key);
     each_block<F, T>(keys, key, count, a.d, [&](int64_t j, int64_t i, const E* staged) {
-      F::right_turned(w.k_turned + (j * n.depth + i) * F::kBlock, staged);
+      F::right_transposed(w.k_transposed + (j * n.depth + i) * F::kBlock, staged);
       F::right(w.k + (i * kKeyBlocks + j) * F::kBlock, staged);
     });
     each_block<F, T>(values, key, count, a.dv, [&](int64_t j, int64_t i, const E* staged) {
-      F::right_turned(w.v_turned + (j * n.values + i) * F::kBlock, staged);
+      F::right_transposed(w.v_transposed + (j * n.values + i) * F::kBlock, staged);
     });
     fill(w.grad_k, 0, n.depth * kSide * kKeys, 0.0f);
     fill(w.grad_v, 0, n.values * kSide * kKeys, 0.0f);
-    for (int64_t first = 0; first < n.strips; first += kRowBlocks) {
-      int64_t passing = n.strips - first < kRowBlocks ? n.strips - first : kRowBlocks;
-      // For each strip the blocks of keys that it sees; for each block of keys the strips that see it.
-      Columns of_strip[kRowBlocks], of_keys[kKeyBlocks];
+    for (int64_t first = 0; first < n.row_blocks; first += kRowBlocks) {
+      int64_t passing = n.row_blocks - first < kRowBlocks ? n.row_blocks - first : kRowBlocks;
+      // For each row block the blocks of keys that it sees; for each block of keys the row blocks that see it.
+      Columns of_row_block[kRowBlocks], of_keys[kKeyBlocks];
       for (int64_t j = 0; j < count; ++j) of_keys[j] = {kRowBlocks, 0};
       bool any = false;
       for (int64_t s = 0; s < passing; ++s) {
         int64_t row = (first + s) * kSide;
         Columns c = seen_by(u, row, row + kSide, key, last);
-        of_strip[s] = c.begin == c.end ? Columns{0, 0} : Columns{(c.begin - key) / kSide, blocks(c.end - key)};
+        of_row_block[s] = c.begin == c.end ? Columns{0, 0} : Columns{(c.begin - key) / kSide, blocks(c.end - key)};
         any |= c.begin != c.end;
-        for (int64_t j = of_strip[s].begin; j < of_strip[s].end; ++j) {
+        for (int64_t j = of_row_block[s].begin; j < of_row_block[s].end; ++j) {
           if (s < of_keys[j].begin) of_keys[j].begin = s;
           of_keys[j].end = s + 1;
         }
       }
       if (!any) continue;
       for (int64_t s = 0; s < passing; ++s) {
-        Columns c = of_strip[s];
+        Columns c = of_row_block[s];
         for (int64_t j = 0; j < count; ++j) {
           if (j < c.begin || j >= c.end) {
             if (s < of_keys[j].begin || s >= of_keys[j].end) continue;
@@ -229,14 +229,14 @@ void keys_of(const Attention& a, const AttentionTask& task, int64_t split, int64
             continue;
           }
           F::multiply(w.s + j * kSide, kKeys, n.q + (first + s) * n.depth * F::kBlock,
-                      w.k_turned + j * n.depth * F::kBlock, a.d, kSide, kSide, false);
+                      w.k_transposed + j * n.depth * F::kBlock, a.d, kSide, kSide, false);
           F::multiply(w.dp + j * kSide, kKeys, n.g + (first + s) * n.values * F::kBlock,
-                      w.v_turned + j * n.values * F::kBlock, a.dv, kSide, kSide, false);
+                      w.v_transposed + j * n.values * F::kBlock, a.dv, kSide, kSide, false);
         }
         if (c.begin == c.end) continue;
-        Strip<T> strip{u, (first + s) * kSide, key, c.begin * kSide, c.end * kSide};
-        float* exact = n.exact ? n.exact + (split * n.strips + first + s) * kSide : nullptr;
-        Differentiate<F, T>{strip, n, w, exact, s, factor, keep_scale, is_plain, sees_all(strip)}();
+        RowBlock<T> row_block{u, (first + s) * kSide, key, c.begin * kSide, c.end * kSide};
+        float* exact = n.exact ? n.exact + (split * n.row_blocks + first + s) * kSide : nullptr;
+        Differentiate<F, T>{row_block, n, w, exact, s, factor, keep_scale, is_plain, sees_all(row_block)}();
         for (int64_t i = 0; i < n.depth && !alone; ++i)
           F::multiply(grad_q + (first + s) * kSide * n.width + i * kSide, n.width,
                       w.ds_left + (s * kKeyBlocks + c.begin) * F::kBlock, w.k + (i * kKeyBlocks + c.begin) * F::kBlock,
@@ -247,12 +247,12 @@ void keys_of(const Attention& a, const AttentionTask& task, int64_t split, int64
         if (depth <= 0) continue;
         for (int64_t i = 0; i < n.values; ++i)
           F::multiply(w.grad_v + i * kSide * kKeys + j * kSide, kKeys,
-                      n.g_turned + (i * n.strips + first + s) * F::kBlock, w.p + (j * kRowBlocks + s) * F::kBlock,
-                      depth, a.dv - i * kSide, kSide, true);
+                      n.g_transposed + (i * n.row_blocks + first + s) * F::kBlock,
+                      w.p + (j * kRowBlocks + s) * F::kBlock, depth, a.dv - i * kSide, kSide, true);
         for (int64_t i = 0; i < n.depth && !alone; ++i)
           F::multiply(w.grad_k + i * kSide * kKeys + j * kSide, kKeys,
-                      n.q_turned + (i * n.strips + first + s) * F::kBlock, w.ds + (j * kRowBlocks + s) * F::kBlock,
-                      depth, a.d - i * kSide, kSide, true);
+                      n.q_transposed + (i * n.row_blocks + first + s) * F::kBlock,
+                      w.ds + (j * kRowBlocks + s) * F::kBlock, depth, a.d - i * kSide, kSide, true);
       }
     }
     for (int64_t j = 0; j < count; ++j) {
@@ -270,7 +270,7 @@ void finish(const Attention& a, const AttentionTask& task, int64_t splits, void*
   Unit<T> u(a, task.batch, task.group);
   Rows<F> n(a, u.rows, splits, memory);
   auto out = u.query_rows(a.grad_q);
-  int64_t slab = n.strips * kSide * n.width;
+  int64_t slab = n.row_blocks * kSide * n.width;
   for (int64_t r = task.begin; r < task.end; ++r) {
     const float* from = n.grad_q + r * n.width;
     T* to = out.get(out, r);
@@ -289,7 +289,7 @@ void finish(const Attention& a, const AttentionTask& task, int64_t splits, void*
       double delta = n.delta[r];
       if (n.exact) {
         delta = a.grad_lse ? -(double)a.grad_lse[u.lse_at(r)] : 0;
-        for (int64_t s = 0; s < splits; ++s) delta += n.exact[s * n.strips * kSide + r];
+        for (int64_t s = 0; s < splits; ++s) delta += n.exact[s * n.row_blocks * kSide + r];
       }
       a.grad_sinks[u.batch * a.heads + head] -= weight * delta;
     }

@@ -1,4 +1,4 @@
-// Attention, forward: a task's queries stay, blocks of keys pass by. Keys and values are packed once a block and serve
+// Attention, forward: a task's queries stay, blocks of keys pass by. Keys and values are packed once a block for
 // all rows of the task; the softmax reads the scores of 32 rows while they are in the first-level cache.
 #include "attention.h"
 
@@ -14,8 +14,9 @@ constexpr float kMost = 0x1p60f;
 
 template <class F>
 struct Sizes {
-  int64_t rows, strips, depth, values;  // in blocks but for rows
-  Sizes(const Attention& a, int64_t n) : rows(padded(n)), strips(blocks(n)), depth(blocks(a.d)), values(blocks(a.dv)) {}
+  int64_t rows, row_blocks, depth, values;  // in blocks but for rows
+  Sizes(const Attention& a, int64_t n)
+      : rows(padded(n)), row_blocks(blocks(n)), depth(blocks(a.d)), values(blocks(a.dv)) {}
 };
 
 template <class F>
@@ -24,7 +25,7 @@ struct Buffers {
   float *s[2], *o, *m, *l, *keep;
   char *k_values, *v_values;  // a block of an int8 cache
   Buffers(Workspace w, const Attention& a, const Sizes<F>& n) {
-    q = w.take<typename F::Element>(n.strips * n.depth * F::kBlock);
+    q = w.take<typename F::Element>(n.row_blocks * n.depth * F::kBlock);
     k = w.take<typename F::Element>(kKeys / kSide * n.depth * F::kBlock);
     v = w.take<typename F::Element>(kKeys / kSide * n.values * F::kBlock);
     for (auto& one : p) one = w.take<typename F::Element>(kKeys / kSide * F::kBlock);
@@ -40,7 +41,7 @@ struct Buffers {
   char* end;
 };
 
-// How many of a strip's vector steps there are for each product that waits.
+// How many of a row block's vector steps there are for each product that waits.
 template <class F>
 struct Pace {
   Queue<F>& queue;
@@ -108,28 +109,28 @@ BK_INLINE void rescale(float* m, float* l, float* o, int64_t width, float highes
 }
 
 template <class F, class T>
-void softmax(const Strip<T>& strip, const Buffers<F>& w, float* scores, typename F::Element* p, int64_t at,
+void softmax(const RowBlock<T>& row_block, const Buffers<F>& w, float* scores, typename F::Element* p, int64_t at,
              int64_t width, Queue<F>& queue) {
-  const Attention& a = strip.u.a;
+  const Attention& a = row_block.u.a;
   bool is_plain = plain(a);
   float factor = is_plain ? a.scale * kLog2e : 1.0f;
-  bool all = sees_all(strip);
-  Pace<F> pace(queue, kSide * ((strip.end - strip.begin) / kStep));
+  bool all = sees_all(row_block);
+  Pace<F> pace(queue, kSide * ((row_block.end - row_block.begin) / kStep));
   for (int r = 0; r < kSide; ++r) {
     float* x = scores + r * kKeys;
     float *m = w.m + at + r, *l = w.l + at + r, *o = w.o + (at + r) * width;
-    if (!is_plain) adjust(strip, r, x, nullptr);
-    if (!all) hide(strip, r, x);
-    if (a.threshold) kept(strip, r, w.keep);
+    if (!is_plain) adjust(row_block, r, x, nullptr);
+    if (!all) hide(row_block, r, x);
+    if (a.threshold) kept(row_block, r, w.keep);
     auto weighed = [&] {
       float shift = *m == -kInfinity ? 0.0f : *m;
-      return a.threshold ? weigh<F, true>(x, strip.begin, strip.end, factor, shift, r, w.keep, p, pace)
-                         : weigh<F, false>(x, strip.begin, strip.end, factor, shift, r, w.keep, p, pace);
+      return a.threshold ? weigh<F, true>(x, row_block.begin, row_block.end, factor, shift, r, w.keep, p, pace)
+                         : weigh<F, false>(x, row_block.begin, row_block.end, factor, shift, r, w.keep, p, pace);
     };
-    if (*m == -kInfinity) rescale(m, l, o, width, largest(x, strip.begin, strip.end) * factor);
+    if (*m == -kInfinity) rescale(m, l, o, width, largest(x, row_block.begin, row_block.end) * factor);
     float sum = weighed();
     if (!(sum < kMost)) {
-      float highest = largest(x, strip.begin, strip.end) * factor;
+      float highest = largest(x, row_block.begin, row_block.end) * factor;
       if (highest > *m) rescale(m, l, o, width, highest);
       sum = weighed();
     }
@@ -195,9 +196,9 @@ void run(const Attention& a, const AttentionTask& task, void* workspace) {
   Queue<F> queue;
   F::begin();
   if (a.floats)
-    pack_left<F, float>(u.template query_rows<float>(a.q), task.begin, n.strips, a.d, w.q);
+    pack_left<F, float>(u.template query_rows<float>(a.q), task.begin, n.row_blocks, a.d, w.q);
   else
-    pack_left<F, T>(u.query_rows(a.q), task.begin, n.strips, a.d, w.q);
+    pack_left<F, T>(u.query_rows(a.q), task.begin, n.row_blocks, a.d, w.q);
   auto keys = u.key_rows(a.k), values = u.key_rows(a.v);
   Columns all = seen_by(u, task.begin, task.end, 0, u.keys);
   for (int64_t key = all.begin / kKeys * kKeys; key < all.end; key += kKeys) {
@@ -210,13 +211,13 @@ void run(const Attention& a, const AttentionTask& task, void* workspace) {
     }
     each_block<F, T>(keys, key + first * kSide, count - first, a.d,
                      [&](int64_t j, int64_t i, const typename F::Element* staged) {
-                       F::right_turned(w.k + ((first + j) * n.depth + i) * F::kBlock, staged);
+                       F::right_transposed(w.k + ((first + j) * n.depth + i) * F::kBlock, staged);
                      });
     each_block<F, T>(values, key + first * kSide, count - first, a.dv,
                      [&](int64_t j, int64_t i, const typename F::Element* staged) {
                        F::right(w.v + (i * (kKeys / kSide) + first + j) * F::kBlock, staged);
                      });
-    // A strip's scores are made, and the one before it is multiplied by the values, while this one's weights are.
+    // A row block's scores are made, and the one before it is multiplied by the values, while this one's weights are.
     auto columns = [&](int64_t s) {
       int64_t row = task.begin + s * kSide;
       Columns c = seen_by(u, row, row + kSide, key, block.end);
@@ -239,14 +240,14 @@ void run(const Attention& a, const AttentionTask& task, void* workspace) {
     queue.clear();
     score(0, now);
     queue.finish();
-    for (int64_t s = 0; s < n.strips; ++s) {
-      // The next block of keys, a few with each strip.
-      int64_t next = key + kKeys + kKeys * s / n.strips, last = key + kKeys + kKeys * (s + 1) / n.strips;
+    for (int64_t s = 0; s < n.row_blocks; ++s) {
+      // The next block of keys, a few with each row block.
+      int64_t next = key + kKeys + kKeys * s / n.row_blocks, last = key + kKeys + kKeys * (s + 1) / n.row_blocks;
       if (next < all.end && !a.int8) {
         prefetch_rows(keys, next, last, a.d);
         prefetch_rows(values, next, last, a.dv);
       }
-      Columns after = s + 1 < n.strips ? columns(s + 1) : Columns{0, 0};
+      Columns after = s + 1 < n.row_blocks ? columns(s + 1) : Columns{0, 0};
       queue.clear();
       add(s - 1, before);
       score(s + 1, after);
@@ -257,7 +258,7 @@ void run(const Attention& a, const AttentionTask& task, void* workspace) {
       before = now, now = after;
     }
     queue.clear();
-    add(n.strips - 1, before);
+    add(n.row_blocks - 1, before);
     queue.finish();
   }
   F::end();

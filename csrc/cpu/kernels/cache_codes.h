@@ -30,7 +30,7 @@ BK_INLINE void quantize(const T* x, int64_t n, float scale, int8_t* out) {
   if (i < n) store(out + i, one(load(x + i, n - i)), n - i);
 }
 
-// A head in two pieces: the rotated one is in float32.
+// A head in two parts: the rotated one is in float32.
 template <class T>
 BK_INLINE void quantize_head(const float* rotated, int64_t rotary, const T* rest, int64_t n, int8_t* out,
                              float* scale) {

@@ -30,13 +30,13 @@ BK_INLINE vf of(const float* p, int64_t j, int64_t n) {
 // ---- planes: sums of a run ------------------------------------------------------------------------------------------
 
 // In float32 no more than this many elements are added up.
-constexpr int64_t kPiece = 1024;
+constexpr int64_t kChunk = 1024;
 
 // take(i, n, one, two) adds to both vectors what elements [i, i + n) give.
 template <class F>
 BK_INLINE void sum_run(int64_t begin, int64_t end, double* sums, F take) {
   while (begin < end) {
-    int64_t last = end - begin < kPiece ? end : begin + kPiece, i = begin;
+    int64_t last = end - begin < kChunk ? end : begin + kChunk, i = begin;
     vf one[2] = {}, two[2] = {};
     for (; i + 2 * W <= last; i += 2 * W) {
       take(i, (int64_t)W, one[0], two[0]);

@@ -48,8 +48,8 @@ BK_INLINE BlockSums block_sums(const T* p, int64_t n, float shift, float cap) {
   return {max(vmax(maxima[0], maxima[1])), sum(sums[0] + sums[1])};
 }
 
-// The shift of a block's exponentials is a logit that came before, so that one pass serves; a block that exceeds it by
-// much is summed again. It is never above the maximum, so the sum cannot vanish.
+// The shift of a block's exponentials is a logit that came before, so that one pass is enough; a block that exceeds it
+// by much is summed again. It is never above the maximum, so the sum cannot vanish.
 template <class T, bool kCap>
 BK_INLINE RowSums row_sums(const T* row, const CrossEntropy& a, bool smooth) {
   constexpr float kMuch = 8.0f;
@@ -95,11 +95,11 @@ template <class T>
 int64_t largest(const T* row, const CrossEntropy& a) {
   const float minus_inf = -__builtin_inff();
   constexpr int64_t kLook = 8 * W;
-  int64_t found = 0;
+  int64_t best_index = 0;
   float best = minus_inf;
   auto look = [&](int64_t i) {  // true where nothing can be larger
     float z = logit(row, i, a.softcap);
-    if (z > best || z != z) best = z, found = i;
+    if (z > best || z != z) best = z, best_index = i;
     return z != z;
   };
   int64_t i = 0;
@@ -114,11 +114,11 @@ int64_t largest(const T* row, const CrossEntropy& a) {
     float odd = sum(unordered);
     if (!(m > best) && odd == odd) continue;
     for (int64_t l = 0; l < kLook; ++l)
-      if (look(i + l)) return found;
+      if (look(i + l)) return best_index;
   }
   for (; i < a.vocabulary; ++i)
-    if (look(i)) return found;
-  return found;
+    if (look(i)) return best_index;
+  return best_index;
 }
 
 template <class T>

@@ -1,5 +1,5 @@
 // Attention of few queries over many keys. Keys and values come from memory once: for a block of keys, head by head,
-// all rows that read the head are served, while the next block is asked for in the order of its addresses.
+// all rows that read the head use it, while the next block is asked for in the order of its addresses.
 #include "decode_bytes.h"
 #include "decode_tiles.h"
 

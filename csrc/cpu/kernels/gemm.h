@@ -25,7 +25,7 @@ constexpr int kVectors = kSide / W;  // a row of a block
 constexpr int64_t blocks(int64_t n) { return (n + kSide - 1) / kSide; }
 constexpr int64_t padded(int64_t n) { return blocks(n) * kSide; }
 
-// Hands out the workspace in pieces that start on a cache line.
+// Hands out parts of the workspace, each from a cache line on.
 struct Workspace {
   char* next;
   template <class E>
@@ -44,7 +44,7 @@ struct StridedRows {
   BK_INLINE const T* get(const StridedRows& s, int64_t r) { return r < s.count ? s.first + r * s.stride : nullptr; }
 };
 
-// Turns 16 rows of 16 32-bit lanes.
+// Transposes 16 rows of 16 32-bit lanes.
 #if defined(__AVX512F__)
 BK_INLINE void transpose16(const void* from, int64_t from_bytes, void* to, int64_t to_bytes) {
   __m512i a[16], b[16];
@@ -107,17 +107,17 @@ struct Floats {
   static constexpr bool holds() {
     return sizeof(T) == sizeof(float);
   }
-  BK_INLINE void turn(float* to, const float* from, int64_t line) {
+  BK_INLINE void transpose(float* to, const float* from, int64_t line) {
     for (int i = 0; i < kSide; i += 16)
       for (int j = 0; j < kSide; j += 16) transpose16(from + i * line + j, line * 4, to + j * kSide + i, kSide * 4);
   }
   // From a staged block X (32 tokens, 32 elements): X^T on the right (depth: elements), X on the right, X^T on the left
   // (depth: tokens, split order). `line` is from row to row: a format that holds a type takes blocks where they are.
-  BK_INLINE void right_turned(float* to, const float* staged, int64_t line = kSide) { turn(to, staged, line); }
+  BK_INLINE void right_transposed(float* to, const float* staged, int64_t line = kSide) { transpose(to, staged, line); }
   BK_INLINE void right(float* to, const float* staged, int64_t line = kSide) {
     for (int r = 0; r < kSide; ++r) __builtin_memcpy(to + r * kSide, staged + r * line, kSide * 4);
   }
-  BK_INLINE void left_turned(float* to, const float* staged) { turn(to, staged, kSide); }
+  BK_INLINE void left_transposed(float* to, const float* staged) { transpose(to, staged, kSide); }
 
   // Row r of a block on the left, depth in split order.
   BK_INLINE void put_left(float* block, int r, const vf* x) {
@@ -172,7 +172,7 @@ struct Floats {
   }
   BK_INLINE void begin() {}
   BK_INLINE void end() {}
-  static constexpr bool kInPieces = false;
+  static constexpr bool kInSteps = false;
 };
 
 // ---- bfloat16 pairs -------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ struct Pairs {
   static constexpr bool holds() {
     return P == 1;
   }
-  BK_INLINE void right_turned(uint16_t* to, const uint16_t* staged, int64_t line = kSide) {
+  BK_INLINE void right_transposed(uint16_t* to, const uint16_t* staged, int64_t line = kSide) {
     for (int t = 0; t < 2 * P; ++t) transpose16(staged + t * 16 * line, line * 2, to + t * kTile, 64);
   }
   BK_INLINE void right(uint16_t* to, const uint16_t* staged, int64_t line = kSide) {
@@ -247,7 +247,7 @@ struct Pairs {
           write(to + p * kPlane + t * kTile + i * 32, _mm512_or_epi32(x, _mm512_slli_epi32(y, 16)));
         }
   }
-  BK_INLINE void left_turned(uint16_t* to, const uint16_t* staged) {
+  BK_INLINE void left_transposed(uint16_t* to, const uint16_t* staged) {
     alignas(64) uint16_t lines[kBlock];
     right(lines, staged);
     for (int t = 0; t < 2 * P; ++t) transpose16(lines + t * kTile, 64, to + t * kTile, 64);
@@ -269,7 +269,7 @@ struct Pairs {
   }
 
 #if defined(__AMX_BF16__)
-  // One product in pieces: `start`, `add` for each block of the depth, `put`. In between, vector code may run.
+  // One product in steps: `start`, `add` for each block of the depth, `put`. In between, vector code may run.
   BK_INLINE void start(const float* c, int64_t ldc, int columns, bool accumulate) {
     if (!accumulate) {
       _tile_zero(0);
@@ -359,7 +359,7 @@ struct Pairs {
     for (int r = 0; r < kSide; ++r, c += ldc)
       for (int v = 0; v < n; v += W) store(c + v, load(c + v) + load(sums + r * kSide + v));
   }
-  static constexpr bool kInPieces = true;
+  static constexpr bool kInSteps = true;
   // The tile registers' shape belongs to the thread: set before the first product and given back after the last.
   BK_INLINE void begin() {
     struct alignas(64) {
@@ -405,7 +405,7 @@ struct Pairs {
   }
   BK_INLINE void begin() {}
   BK_INLINE void end() {}
-  static constexpr bool kInPieces = false;
+  static constexpr bool kInSteps = false;
 #endif
 };
 #endif
@@ -417,7 +417,7 @@ template <class F>
 class Queue {
  public:
   typedef typename F::Element E;
-  static constexpr bool kMixes = F::kInPieces;
+  static constexpr bool kMixes = F::kInSteps;
 
   void clear() { count_ = at_ = 0, left_ = 0, k_ = 0; }
   void push(float* c, int64_t ldc, const E* a, const E* b, int64_t depth, int64_t columns, bool accumulate) {
@@ -474,7 +474,7 @@ class Queue {
   int64_t left_ = 0, k_ = 0;
 };
 
-// The format that serves a storage type best at this level.
+// The fastest format for a storage type at this ISA level.
 template <class T>
 struct FormatOf {
   typedef Floats type;

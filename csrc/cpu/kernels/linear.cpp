@@ -13,8 +13,8 @@ void linear_many(const Linear& a, bool backward, const void* left, int64_t begin
   with_many(a,
             [&](auto many) { many.columns(a, backward, (const typename decltype(many)::E*)left, begin, end, memory); });
 }
-int64_t linear_strip(const Linear& a, bool backward) {
-  return with_many(a, [&](auto many) { return many.strip(a, backward); });
+int64_t linear_row_block_bytes(const Linear& a, bool backward) {
+  return with_many(a, [&](auto many) { return many.row_block_bytes(a, backward); });
 }
 int64_t linear_workspace(const Linear& a, int64_t columns) {
   return with_many(a, [&](auto many) { return many.workspace(a, columns); });
@@ -22,8 +22,8 @@ int64_t linear_workspace(const Linear& a, int64_t columns) {
 void linear_pack_right(const Linear& a, int64_t begin, int64_t end, void* packed) {
   with_many(a, [&](auto many) { many.pack_right(a, begin, end, (typename decltype(many)::E*)packed); });
 }
-int64_t linear_packed_strip(const Linear& a) {
-  return with_many(a, [&](auto many) { return many.strip(a, false); });
+int64_t linear_packed_row_block_bytes(const Linear& a) {
+  return with_many(a, [&](auto many) { return many.row_block_bytes(a, false); });
 }
 
 }  // namespace BK_ISA

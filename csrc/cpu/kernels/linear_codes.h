@@ -89,7 +89,7 @@ BK_INLINE void convert32(const S* from, int64_t count, T* to) {
     store(to + i, count - i >= W ? load(from + i) : count > i ? load(from + i, count - i) : vf{});
 }
 
-// The 16 numbers that codes of 4 bits stand for, as T, and 32 codes turned into them.
+// The 16 numbers that codes of 4 bits stand for, as T, and 32 codes decoded to them.
 template <class T>
 struct Values {
 #if defined(__AVX512BF16__)

@@ -1,6 +1,6 @@
 // Cross entropy of logits that are made and used a block at a time, 32 tokens by 32 of the vocabulary.
 //
-// Forward, over tokens: the logits of a piece of the tokens and a block of the vocabulary become e = exp(z - shift),
+// Forward, over tokens: the logits of a chunk of the tokens and a block of the vocabulary become e = exp(z - shift),
 // which are summed for the loss and multiplied with the block of the weight at once, as attention does with its values:
 // the gradient of x needs no second look at the logits. Backward, over the vocabulary: e^T times the tokens, added up
 // in float32. Its e come from forward as far as the gradient's own memory has room for them, which is all of them where
@@ -59,9 +59,10 @@ struct Loss {
   typedef typename F::Element E;
   typedef typename Scaled<F>::type S;
 
-  // Everything is in blocks of 32 by 32, operands in the format F of the GEMM micro-kernel, sums in float32. A piece is
-  // args.piece tokens, in strips of 32; the vocabulary comes in blocks of kLossVocabulary = 32 kWide classes. Indices:
-  // s of a strip of tokens, j of 32 classes in a block of the vocabulary, i of 32 features, r of a row in a strip.
+  // Everything is in blocks of 32 by 32, operands in the format F of the GEMM micro-kernel, sums in float32. A chunk is
+  // args.chunk tokens, in row blocks of 32; the vocabulary comes in blocks of kLossVocabulary = 32 kWide classes.
+  // Indices: s of a row block of tokens, j of 32 classes in a block of the vocabulary, i of 32 features, r of a row in
+  // a row block.
   const LinearCrossEntropy& args;
   const Linear& head;  // the weight (V, K) as it is stored, x (T, K), the bias (V,)
   int64_t depth;       // blocks of the features: K / 32, rounded up
@@ -69,7 +70,7 @@ struct Loss {
   explicit Loss(const LinearCrossEntropy& given) : args(given), head(given.head), depth(blocks(given.head.k)) {}
 
   IndexedRows<T> tokens() const { return {(const T*)head.in.data, head.in.stride, args.tokens, args.row}; }
-  int64_t most_strips() const { return blocks(least(args.piece, args.tokens)); }
+  int64_t most_row_blocks() const { return blocks(least(args.chunk, args.tokens)); }
 
   // A block of the vocabulary: its first class, how many there are, and how many blocks of 32 these take.
   struct Block {
@@ -79,45 +80,48 @@ struct Loss {
     int64_t count = least(kLossVocabulary, args.vocabulary - column);
     return {column, count, blocks(count)};
   }
-  // e of strip s and block j of the vocabulary, where the gradient of the weight will be; the next strip's follows.
+  // e of row block s and block j of the vocabulary, where the gradient of the weight will be; the next row block's
+  // follows.
   E* saved(const Block& b, int64_t j, int64_t s) const {
     char* rows = (char*)args.dw + b.column * head.k * size_of(args.dw_type);
     return (E*)rows + (j * args.saved + s) * F::kBlock;
   }
-  bool has_room(const Block& b, int64_t piece) const {
-    int64_t end = least((piece + 1) * args.piece, args.tokens);
+  bool has_room(const Block& b, int64_t chunk) const {
+    int64_t end = least((chunk + 1) * args.chunk, args.tokens);
     return args.dw && b.count == kLossVocabulary && blocks(end) <= args.saved;
   }
 
-  // The products of a piece of the tokens with a block of the weight, as blocks (j, s), and the block itself as a right
+  // The products of a chunk of the tokens with a block of the weight, as blocks (j, s), and the block itself as a right
   // operand whose depth is the vocabulary, as blocks (i, j), unless `untransposed` is null.
-  struct Piece {
-    int64_t first, end, strips;  // tokens [first, end)
-    E* left;                     // the tokens as left operands: (strips, depth) blocks, placed by `left_at`
-    float* logits;               // (kWide, strips) blocks of 32 tokens by 32 classes; later e's argument, z - shift
-    E* right;                    // 32 classes of the weight as right operands: kDeep blocks
-    T* decoded;                  // the same before that: (32, kDepth)
+  struct Chunk {
+    int64_t first, end, row_blocks;  // tokens [first, end)
+    E* left;                         // the tokens as left operands: (row blocks, depth) blocks, placed by `left_at`
+    float* logits;  // (kWide, row blocks) blocks of 32 tokens by 32 classes; later e's argument, z - shift
+    E* right;       // 32 classes of the weight as right operands: kDeep blocks
+    T* decoded;     // the same before that: (32, kDepth)
 
-    Piece(const Loss& loss, Workspace& memory) {
-      int64_t most = loss.most_strips();
+    Chunk(const Loss& loss, Workspace& memory) {
+      int64_t most = loss.most_row_blocks();
       left = memory.take<E>(most * loss.depth * F::kBlock);
       logits = memory.take<float>(most * kWide * kArea);
       right = memory.take<E>(kDeep * F::kBlock);
       decoded = memory.take<T>(kSide * kDepth);
     }
-    float* row(int64_t j, int64_t s, int64_t r) const { return logits + (j * strips + s) * kArea + r * kSide; }
+    float* row(int64_t j, int64_t s, int64_t r) const { return logits + (j * row_blocks + s) * kArea + r * kSide; }
   };
 
-  void stage(Piece& p, int64_t piece) const {
-    p.first = piece * args.piece, p.end = least(p.first + args.piece, args.tokens), p.strips = blocks(p.end - p.first);
+  void stage(Chunk& p, int64_t chunk) const {
+    p.first = chunk * args.chunk, p.end = least(p.first + args.chunk, args.tokens),
+    p.row_blocks = blocks(p.end - p.first);
     IndexedRows<T> rows = tokens();
     rows.count = p.end;
-    for (int64_t s = 0; s < p.strips; ++s)
+    for (int64_t s = 0; s < p.row_blocks; ++s)
       for (int64_t i = 0; i < depth; ++i)
-        F::template stage<T>(p.left + left_at<F>(s, i, p.strips, depth), rows, p.first + s * kSide, i * kSide, head.k);
+        F::template stage<T>(p.left + left_at<F>(s, i, p.row_blocks, depth), rows, p.first + s * kSide, i * kSide,
+                             head.k);
   }
 
-  void products(const Piece& p, const Block& b, E* untransposed) const {
+  void products(const Chunk& p, const Block& b, E* untransposed) const {
     WeightPart<T> part;
     for (int64_t d = 0; d < depth; d += kDeep) {
       int64_t deep = least(depth - d, kDeep), elements = least(head.k - d * kSide, kDepth);
@@ -129,9 +133,9 @@ struct Loss {
           if (untransposed)
             part.put(head, true, row, (d + i) * kSide, untransposed + ((d + i) * kWide + j) * F::kBlock);
         }
-        for (int64_t s = 0; s < p.strips; ++s) {
-          ask_for(b, j + 1 < b.wide ? d : d + kDeep, j + 1 < b.wide ? j + 1 : 0, s, p.strips);
-          F::multiply(p.row(j, s, 0), kSide, p.left + left_at<F>(s, d, p.strips, depth), p.right, elements,
+        for (int64_t s = 0; s < p.row_blocks; ++s) {
+          ask_for(b, j + 1 < b.wide ? d : d + kDeep, j + 1 < b.wide ? j + 1 : 0, s, p.row_blocks);
+          F::multiply(p.row(j, s, 0), kSide, p.left + left_at<F>(s, d, p.row_blocks, depth), p.right, elements,
                       p.end - p.first - s * kSide, b.count - j * kSide, d > 0);
         }
       }
@@ -155,7 +159,7 @@ struct Loss {
     float weighted;  // sum of the logits by class weight, for label smoothing
   };
   template <bool kCap>
-  Row finish_row(const Piece& p, const Block& b, int64_t s, int64_t r, bool smooth) const {
+  Row finish_row(const Chunk& p, const Block& b, int64_t s, int64_t r, bool smooth) const {
     vf largest = splat(-__builtin_inff()), weighted = {};
     for (int64_t j = 0; j < b.wide; ++j) {
       float* z = p.row(j, s, r);
@@ -183,7 +187,7 @@ struct Loss {
     return {max(largest), 0, sum(weighted)};
   }
   // The target's logit is returned, and left out of what is made of the row.
-  Row finish_row(const Piece& p, const Block& b, int64_t s, int64_t r, int64_t target, bool smooth) const {
+  Row finish_row(const Chunk& p, const Block& b, int64_t s, int64_t r, int64_t target, bool smooth) const {
     Row row;
     if (args.softcap > 0) {
       row = finish_row<true>(p, b, s, r, smooth);
@@ -205,9 +209,9 @@ struct Loss {
     return row;
   }
 
-  // e of rows r and r + 16 of a strip as operands, times the slope of the softcap; their sums are added to `sums`.
+  // e of rows r and r + 16 of a row block as operands, times the slope of the softcap; their sums are added to `sums`.
   template <bool kCap>
-  void exponentials(const Piece& p, const Block& b, int64_t s, int r, const float* shift, double* sums, E* left,
+  void exponentials(const Chunk& p, const Block& b, int64_t s, int r, const float* shift, double* sums, E* left,
                     E* const* right) const {
     int64_t at = p.first + s * kSide + r;
     vf total[2] = {};
@@ -239,7 +243,7 @@ struct Loss {
       for (int half = 0; half < 2; ++half)
         if (at + 16 * half < p.end) sums[16 * half] += sum(total[half]);
   }
-  void exponentials(const Piece& p, const Block& b, int64_t s, const float* shift, double* sums, E* left,
+  void exponentials(const Chunk& p, const Block& b, int64_t s, const float* shift, double* sums, E* left,
                     E* const* right) const {
     for (int r = 0; r < 16; ++r)
       if (args.softcap > 0)
@@ -252,46 +256,46 @@ struct Loss {
 
   struct Forward {
     Workspace memory;
-    Piece piece;
+    Chunk chunk;
     E* untransposed;  // the block of the weight with the vocabulary as depth: (depth, kWide) blocks; null without dx
-    E* exps;          // e as left operands, (strips, kWide) blocks; null without dx
-    float* out;       // sums of e times the weight, (depth, strips) blocks of 32 by 32 floats; null without dx
-    // One value a token of the piece, (strips * 32,):
+    E* exps;          // e as left operands, (row blocks, kWide) blocks; null without dx
+    float* out;       // sums of e times the weight, (depth, row blocks) blocks of 32 by 32 floats; null without dx
+    // One value a token of the chunk, (row blocks * 32,):
     float* targets;    // the target's logit
     float* shift;      // what is subtracted before the exponential
     double* sums;      // of e: thousands of blocks are added up, most of them far below the largest
     double* weighted;  // of the logits by class weight
     float* best;       // the largest logit so far, where it is asked for; NaN once one was met
     T* row;            // the target's row of the weight, decoded: (depth * 32,)
-    Forward(const Loss& loss, void* workspace) : memory{(char*)workspace}, piece(loss, memory) {
-      int64_t strips = loss.most_strips();
+    Forward(const Loss& loss, void* workspace) : memory{(char*)workspace}, chunk(loss, memory) {
+      int64_t row_blocks = loss.most_row_blocks();
       bool dx = loss.args.dx;
       untransposed = dx ? memory.take<E>(loss.depth * kWide * F::kBlock) : nullptr;
-      exps = dx ? memory.take<E>(strips * kWide * F::kBlock) : nullptr;
-      out = dx ? memory.take<float>(loss.depth * strips * kArea) : nullptr;
-      sums = memory.take<double>(strips * kSide);
-      weighted = memory.take<double>(strips * kSide);
-      targets = memory.take<float>(strips * kSide);
-      shift = memory.take<float>(strips * kSide);
-      best = loss.args.predicted ? memory.take<float>(strips * kSide) : nullptr;
+      exps = dx ? memory.take<E>(row_blocks * kWide * F::kBlock) : nullptr;
+      out = dx ? memory.take<float>(loss.depth * row_blocks * kArea) : nullptr;
+      sums = memory.take<double>(row_blocks * kSide);
+      weighted = memory.take<double>(row_blocks * kSide);
+      targets = memory.take<float>(row_blocks * kSide);
+      shift = memory.take<float>(row_blocks * kSide);
+      best = loss.args.predicted ? memory.take<float>(row_blocks * kSide) : nullptr;
       row = memory.take<T>(loss.depth * kSide);
     }
   };
 
-  void forward(int64_t piece, void* workspace) const {
+  void forward(int64_t chunk, void* workspace) const {
     Forward m(*this, workspace);
-    Piece& p = m.piece;
+    Chunk& p = m.chunk;
     F::begin();
-    stage(p, piece);
+    stage(p, chunk);
     int64_t count = p.end - p.first;
     bool keep = true, smooth = args.label_smoothing > 0;
-    for (int64_t i = 0; i < p.strips * kSide; ++i) m.sums[i] = m.weighted[i] = m.targets[i] = m.shift[i] = 0;
+    for (int64_t i = 0; i < p.row_blocks * kSide; ++i) m.sums[i] = m.weighted[i] = m.targets[i] = m.shift[i] = 0;
     for (int64_t i = 0; i < count && m.best; ++i) m.best[i] = -__builtin_inff(), args.predicted[p.first + i] = 0;
     for (int64_t column = 0; column < args.vocabulary; column += kLossVocabulary) {
       Block b = block_at(column);
       products(p, b, m.untransposed);
-      bool room = has_room(b, piece);
-      for (int64_t s = 0; s < p.strips; ++s) {
+      bool room = has_room(b, chunk);
+      for (int64_t s = 0; s < p.row_blocks; ++s) {
         for (int64_t r = 0; r < kSide && s * kSide + r < count; ++r) {
           int64_t i = s * kSide + r, y = args.target[p.first + i];
           Row row = finish_row(p, b, s, r, y, smooth);
@@ -313,13 +317,13 @@ struct Loss {
           for (int64_t r = 0; r < kSide && s * kSide + r < count; ++r) find_nan(m, b, s, r);
       }
       for (int64_t i = 0; i < depth && args.dx; ++i)
-        for (int64_t s = 0; s < p.strips; ++s)
-          F::multiply(m.out + (i * p.strips + s) * kArea, kSide, m.exps + s * kWide * F::kBlock,
+        for (int64_t s = 0; s < p.row_blocks; ++s)
+          F::multiply(m.out + (i * p.row_blocks + s) * kArea, kSide, m.exps + s * kWide * F::kBlock,
                       m.untransposed + i * kWide * F::kBlock, b.wide * kSide, count - s * kSide, head.k - i * kSide,
                       column > 0);
     }
     F::end();
-    if (args.kept) args.kept[piece] = keep;
+    if (args.kept) args.kept[chunk] = keep;
     for (int64_t i = 0; i < count; ++i) finish_token(m, i);
   }
 
@@ -328,7 +332,7 @@ struct Loss {
     int64_t i = s * kSide + r;
     m.best[i] = row.largest;
     for (int64_t j = 0; j < b.wide; ++j) {
-      const float* z = m.piece.row(j, s, r);
+      const float* z = m.chunk.row(j, s, r);
       int64_t at = y - b.column - j * kSide;
       bool has_target = at >= 0 && at < kSide && row.target == row.largest;
       vf most = load(z);
@@ -336,12 +340,12 @@ struct Loss {
       if (!has_target && max(most) < row.largest) continue;
       for (int64_t l = 0; l < kSide; ++l)
         if (z[l] == row.largest || (has_target && l == at)) {
-          args.predicted[m.piece.first + i] = b.column + j * kSide + l;
+          args.predicted[m.chunk.first + i] = b.column + j * kSide + l;
           return;
         }
     }
   }
-  // Whether a strip's sums or targets may hold what is not a number.
+  // Whether a row block's sums or targets may hold what is not a number.
   bool has_odd(const Forward& m, int64_t s) const {
     double zero = 0;
     for (int64_t i = s * kSide; i < (s + 1) * kSide; ++i) zero += m.sums[i] * 0 + m.targets[i] * 0;
@@ -349,13 +353,13 @@ struct Loss {
   }
   // The first logit of a row that is not a number, which its sum has told of, or its target's.
   void find_nan(Forward& m, const Block& b, int64_t s, int64_t r) const {
-    int64_t i = s * kSide + r, y = args.target[m.piece.first + i] - b.column;
+    int64_t i = s * kSide + r, y = args.target[m.chunk.first + i] - b.column;
     bool has_target = y >= 0 && y < b.count && m.targets[i] != m.targets[i];
     if (m.best[i] != m.best[i] || (m.sums[i] == m.sums[i] && !has_target)) return;
     for (int64_t c = 0; c < b.count; ++c) {
-      float z = m.piece.row(c / kSide, s, r)[c % kSide];
+      float z = m.chunk.row(c / kSide, s, r)[c % kSide];
       if (z == z && !(has_target && c == y)) continue;
-      m.best[i] = __builtin_nanf(""), args.predicted[m.piece.first + i] = b.column + c;
+      m.best[i] = __builtin_nanf(""), args.predicted[m.chunk.first + i] = b.column + c;
       return;
     }
   }
@@ -367,13 +371,13 @@ struct Loss {
     m.shift[i] = shift;
     m.sums[i] *= factor;
     for (int64_t k = 0; k < depth && args.dx; ++k) {
-      float* out = m.out + (k * m.piece.strips + s) * kArea + r * kSide;
+      float* out = m.out + (k * m.chunk.row_blocks + s) * kArea + r * kSide;
       for (int64_t v = 0; v < kSide; v += W) store(out + v, load(out + v) * factor);
     }
   }
 
   void finish_token(const Forward& m, int64_t i) const {
-    const Piece& p = m.piece;
+    const Chunk& p = m.chunk;
     int64_t t = p.first + i, y = args.target[t];
     float shift = m.shift[i], z = m.targets[i];
     float others = (float)m.sums[i], own = vexp(splat(z - shift))[0], all = others + own;
@@ -391,7 +395,7 @@ struct Loss {
     T* to = (T*)args.dx + args.row[t] * head.k;
     int64_t s = i / kSide, r = i % kSide;
     auto gradient = [&](int64_t k) __attribute__((always_inline)) {
-      const float* out = m.out + (k / kSide * p.strips + s) * kArea + r * kSide + k % kSide;
+      const float* out = m.out + (k / kSide * p.row_blocks + s) * kArea + r * kSide + k % kSide;
       int64_t count = head.k - k;
       vf g = load(out) * args.coefficient[t] + load(m.row + k) * args.pull[t];
       if (args.smoothed) g -= (count >= W ? load(args.smoothed + k) : load(args.smoothed + k, count)) * args.beta[t];
@@ -422,7 +426,7 @@ struct Loss {
   int64_t features() const { return (args.dw ? head.k : 0) + (args.dbias ? 1 : 0); }
 
   void transpose_tokens(int64_t begin, int64_t end, E* transposed) const {
-    int64_t n = features(), wide = blocks(n), strips = blocks(args.tokens);
+    int64_t n = features(), wide = blocks(n), row_blocks = blocks(args.tokens);
     IndexedRows<T> rows = tokens();
     alignas(64) S scaled[kSide * kSide];
     alignas(64) E staged[F::kBlock];
@@ -444,19 +448,19 @@ struct Loss {
           }
         }
         F::template stage<S>(staged, StridedRows<S>{scaled, kSide, kSide}, 0, 0, kSide);
-        F::left_turned(transposed + (i * strips + s) * F::kBlock, staged);
+        F::left_transposed(transposed + (i * row_blocks + s) * F::kBlock, staged);
       }
   }
 
   struct Backward {
     Workspace memory;
-    Piece piece;
-    E* exps;      // e of a piece as right operands, made again: (kWide, strips) blocks
+    Chunk chunk;
+    E* exps;      // e of a chunk as right operands, made again: (kWide, row blocks) blocks
     float* sums;  // the gradient of the block of the weight, transposed: (features, kWide) blocks of 32 by 32 floats
     float* rows;  // 32 rows of it: (32, features rounded up to blocks)
-    Backward(const Loss& loss, void* workspace) : memory{(char*)workspace}, piece(loss, memory) {
+    Backward(const Loss& loss, void* workspace) : memory{(char*)workspace}, chunk(loss, memory) {
       int64_t wide = blocks(loss.features());
-      exps = memory.take<E>(loss.most_strips() * kWide * F::kBlock);
+      exps = memory.take<E>(loss.most_row_blocks() * kWide * F::kBlock);
       sums = memory.take<float>(wide * kWide * kArea);
       rows = memory.take<float>(kSide * wide * kSide);
     }
@@ -466,36 +470,37 @@ struct Loss {
     Backward m(*this, workspace);
     Block b = block_at(block * kLossVocabulary);
     int64_t n = features(), wide = blocks(n), all = blocks(args.tokens);
-    const E* transposed = (const E*)args.turned;
+    const E* transposed = (const E*)args.transposed;
     F::begin();
-    for (int64_t piece = 0; piece * args.piece < args.tokens; ++piece) {
-      int64_t first = piece * args.piece / kSide, strips = blocks(least(args.tokens, (piece + 1) * args.piece)) - first;
+    for (int64_t chunk = 0; chunk * args.chunk < args.tokens; ++chunk) {
+      int64_t first = chunk * args.chunk / kSide,
+              row_blocks = blocks(least(args.tokens, (chunk + 1) * args.chunk)) - first;
       const E* e[kWide];
-      if (has_room(b, piece) && args.kept[piece]) {
+      if (has_room(b, chunk) && args.kept[chunk]) {
         for (int64_t j = 0; j < b.wide; ++j) e[j] = saved(b, j, first);
       } else {
-        recompute(m, b, piece);
-        for (int64_t j = 0; j < b.wide; ++j) e[j] = m.exps + j * strips * F::kBlock;
+        recompute(m, b, chunk);
+        for (int64_t j = 0; j < b.wide; ++j) e[j] = m.exps + j * row_blocks * F::kBlock;
       }
       for (int64_t j = 0; j < b.wide; ++j)
         for (int64_t i = 0; i < wide; ++i)
           F::multiply(m.sums + (i * kWide + j) * kArea, kSide, transposed + (i * all + first) * F::kBlock, e[j],
-                      strips * kSide, n - i * kSide, kSide, piece > 0);
+                      row_blocks * kSide, n - i * kSide, kSide, chunk > 0);
     }
     F::end();
     for (int64_t j = 0; j < b.wide; ++j) put_rows(m, b, block, j);
   }
 
-  // e of a piece, once more.
-  void recompute(Backward& m, const Block& b, int64_t piece) const {
-    Piece& p = m.piece;
-    stage(p, piece);
+  // e of a chunk, once more.
+  void recompute(Backward& m, const Block& b, int64_t chunk) const {
+    Chunk& p = m.chunk;
+    stage(p, chunk);
     products(p, b, nullptr);
-    for (int64_t s = 0; s < p.strips; ++s) {
+    for (int64_t s = 0; s < p.row_blocks; ++s) {
       for (int64_t r = 0; r < kSide && p.first + s * kSide + r < p.end; ++r)
         finish_row(p, b, s, r, args.target[p.first + s * kSide + r], false);
       E* right[kWide];
-      for (int64_t j = 0; j < b.wide; ++j) right[j] = m.exps + (j * p.strips + s) * F::kBlock;
+      for (int64_t j = 0; j < b.wide; ++j) right[j] = m.exps + (j * p.row_blocks + s) * F::kBlock;
       exponentials(p, b, s, args.shift + p.first, nullptr, nullptr, right);
     }
   }
@@ -565,7 +570,7 @@ struct Loss {
   int64_t forward_size() const { return (char*)Forward(*this, nullptr).memory.next - (char*)nullptr; }
   int64_t backward_size() const { return (char*)Backward(*this, nullptr).memory.next - (char*)nullptr; }
   static int64_t block_size() { return F::kBlock * sizeof(E); }
-  int64_t transposed_strip() const { return blocks(features()) * F::kBlock * (int64_t)sizeof(E); }
+  int64_t transposed_row_block_bytes() const { return blocks(features()) * F::kBlock * (int64_t)sizeof(E); }
 };
 
 template <class Run>
@@ -575,11 +580,12 @@ BK_INLINE auto with_loss(const LinearCrossEntropy& a, Run run) {
 
 }  // namespace
 
-void linear_loss_tokens(const LinearCrossEntropy& a, int64_t piece, void* workspace) {
-  with_loss(a, [&](const auto& loss) { loss.forward(piece, workspace); });
+void linear_loss_tokens(const LinearCrossEntropy& a, int64_t chunk, void* workspace) {
+  with_loss(a, [&](const auto& loss) { loss.forward(chunk, workspace); });
 }
-void linear_loss_turn(const LinearCrossEntropy& a, int64_t begin, int64_t end, void* turned) {
-  with_loss(a, [&](const auto& loss) { loss.transpose_tokens(begin, end, (decltype(loss.saved({}, 0, 0)))turned); });
+void linear_loss_transpose(const LinearCrossEntropy& a, int64_t begin, int64_t end, void* transposed) {
+  with_loss(a,
+            [&](const auto& loss) { loss.transpose_tokens(begin, end, (decltype(loss.saved({}, 0, 0)))transposed); });
 }
 void linear_loss_weight(const LinearCrossEntropy& a, int64_t block, void* workspace) {
   with_loss(a, [&](const auto& loss) { loss.weight(block, workspace); });
@@ -590,8 +596,8 @@ void linear_loss_scale(const LinearCrossEntropy& a, int64_t begin, int64_t end) 
 int64_t linear_loss_tokens_size(const LinearCrossEntropy& a) {
   return with_loss(a, [](const auto& loss) { return loss.forward_size(); });
 }
-int64_t linear_loss_turned_strip(const LinearCrossEntropy& a) {
-  return with_loss(a, [](const auto& loss) { return loss.transposed_strip(); });
+int64_t linear_loss_row_block_bytes(const LinearCrossEntropy& a) {
+  return with_loss(a, [](const auto& loss) { return loss.transposed_row_block_bytes(); });
 }
 int64_t linear_loss_weight_size(const LinearCrossEntropy& a) {
   return with_loss(a, [](const auto& loss) { return loss.backward_size(); });

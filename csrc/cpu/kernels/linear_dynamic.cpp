@@ -24,7 +24,7 @@ struct Quads {
   BK_INLINE void put(uint8_t* row, const int8_t* x) {
     for (int i = 0; i < kDeep; i += 4 * W) write(row + i, read<Bytes>(x + i) ^ kZero);
   }
-  BK_INLINE void turn(const int8_t* codes, int64_t stride, uint8_t* to) { transpose16(codes, stride, to, 64); }
+  BK_INLINE void transpose(const int8_t* codes, int64_t stride, uint8_t* to) { transpose16(codes, stride, to, 64); }
   BK_INLINE vi multiply_add(vi acc, vi left, vi right) {
 #if defined(__AVX512VNNI__)
     return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)left, (__m512i)right);
@@ -105,7 +105,7 @@ struct Words {
   BK_INLINE void put(int16_t* row, const int8_t* x) {
     for (int i = 0; i < kDeep; ++i) row[i] = x[i];
   }
-  BK_INLINE void turn(const int8_t* codes, int64_t stride, int16_t* to) {
+  BK_INLINE void transpose(const int8_t* codes, int64_t stride, int16_t* to) {
     int16_t wide[16][32];
     for (int r = 0; r < 16; ++r) put(wide[r], codes + r * stride);
     transpose16(wide, 64, to, 64);
@@ -152,10 +152,10 @@ typedef Words Integers;
 #endif
 
 typedef Integers::Element E;
-constexpr int64_t kPiece = 512 / Integers::kDeep;  // blocks of the depth that are packed at once
+constexpr int64_t kChunk = 512 / Integers::kDeep;  // blocks of the depth that are packed at once
 
 constexpr int64_t deep_blocks(int64_t k) { return (k + Integers::kDeep - 1) / Integers::kDeep; }
-constexpr int64_t strip_bytes(int64_t k) { return deep_blocks(k) * Integers::kBlock * (int64_t)sizeof(E); }
+constexpr int64_t row_block_bytes(int64_t k) { return deep_blocks(k) * Integers::kBlock * (int64_t)sizeof(E); }
 
 // A token rounded to 8 bits: returns its scale, and zeros and NaN where a value is not finite.
 template <class T>
@@ -188,15 +188,15 @@ float round_token(const T* x, int64_t k, int8_t* to) {
   return scale;
 }
 
-// Where block i of strip s is on the left: a piece of the depth after the other, as in linear.cpp.
-BK_INLINE int64_t left_at(int64_t s, int64_t i, int64_t strips, int64_t all) {
-  int64_t piece = i / kPiece * kPiece, deep = all - piece < kPiece ? all - piece : kPiece;
-  return (piece * strips + s * deep + i - piece) * Integers::kBlock;
+// Where block i of row block s is on the left: a chunk of the depth after the other, as in linear.cpp.
+BK_INLINE int64_t left_at(int64_t s, int64_t i, int64_t row_blocks, int64_t all) {
+  int64_t chunk = i / kChunk * kChunk, deep = all - chunk < kChunk ? all - chunk : kChunk;
+  return (chunk * row_blocks + s * deep + i - chunk) * Integers::kBlock;
 }
 
 template <class T>
 void pack(const Linear& a, int64_t begin, int64_t end, E* left, float* scales, int8_t* token) {
-  int64_t all = deep_blocks(a.k), strips = blocks(a.m);
+  int64_t all = deep_blocks(a.k), row_blocks = blocks(a.m);
   __builtin_memset(token, 0, all * Integers::kDeep);
   for (int64_t row = begin * kSide; row < end * kSide; ++row) {
     if (row < a.m) {
@@ -205,7 +205,7 @@ void pack(const Linear& a, int64_t begin, int64_t end, E* left, float* scales, i
       __builtin_memset(token, 0, all * Integers::kDeep);
     }
     for (int64_t i = 0; i < all; ++i)
-      Integers::put(left + left_at(row / kSide, i, strips, all) + row % kSide * Integers::kDeep,
+      Integers::put(left + left_at(row / kSide, i, row_blocks, all) + row % kSide * Integers::kDeep,
                     token + i * Integers::kDeep);
   }
 }
@@ -214,10 +214,10 @@ void pack(const Linear& a, int64_t begin, int64_t end, E* left, float* scales, i
 void pack_right(const Linear& a, int64_t n, int64_t k, E* to) {
   int64_t rows = a.n - n < 16 ? a.n - n : 16, count = a.k - k < Integers::kDeep ? a.k - k : Integers::kDeep;
   const int8_t* from = (const int8_t*)a.codes + n * a.code_row + k;
-  if (rows == 16 && count == Integers::kDeep) return Integers::turn(from, a.code_row, to);
+  if (rows == 16 && count == Integers::kDeep) return Integers::transpose(from, a.code_row, to);
   alignas(64) int8_t part[16][Integers::kDeep] = {};
   for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(part[r], from + r * a.code_row, count);
-  Integers::turn(part[0], Integers::kDeep, to);
+  Integers::transpose(part[0], Integers::kDeep, to);
 }
 
 // The block of the result at (row, column), whose columns are too large by `sums`, to where it belongs.
@@ -269,11 +269,11 @@ BK_INLINE void pack_half(const Linear& a, int64_t n, int64_t k, E* to, int32_t* 
 
 }  // namespace
 
-int64_t linear_dynamic_strip(const Linear& a) { return strip_bytes(a.k); }
+int64_t linear_dynamic_row_block_bytes(const Linear& a) { return row_block_bytes(a.k); }
 int64_t linear_dynamic_token(const Linear& a) { return deep_blocks(a.k) * Integers::kDeep; }
 int64_t linear_dynamic_workspace(const Linear& a, int64_t columns) {
   int64_t width = padded(columns);
-  return padded(a.m) * width * 4 + width * 4 + kPiece * Integers::kBlock * (int64_t)sizeof(E);
+  return padded(a.m) * width * 4 + width * 4 + kChunk * Integers::kBlock * (int64_t)sizeof(E);
 }
 
 void linear_dynamic_pack(const Linear& a, int64_t begin, int64_t end, void* left, float* scales, void* token) {
@@ -281,30 +281,31 @@ void linear_dynamic_pack(const Linear& a, int64_t begin, int64_t end, void* left
 }
 
 void linear_dynamic(const Linear& a, const void* left, const float* scales, int64_t begin, int64_t end, void* memory) {
-  int64_t wide = blocks(end - begin), all = deep_blocks(a.k), strips = blocks(a.m);
+  int64_t wide = blocks(end - begin), all = deep_blocks(a.k), row_blocks = blocks(a.m);
   int32_t* c = (int32_t*)memory;
-  int32_t* sums = c + strips * wide * kSide * kSide;  // what the missing sign adds to each column
+  int32_t* sums = c + row_blocks * wide * kSide * kSide;  // what the missing sign adds to each column
   E* right = (E*)(sums + wide * kSide);
   __builtin_memset(sums, 0, wide * kSide * 4);
   Integers::begin();
-  for (int64_t d = 0; d < all; d += kPiece) {
-    int64_t deep = all - d < kPiece ? all - d : kPiece;
+  for (int64_t d = 0; d < all; d += kChunk) {
+    int64_t deep = all - d < kChunk ? all - d : kChunk;
     for (int64_t j = 0; j < wide; ++j) {
       int64_t column = begin + j * kSide;
       for (int64_t i = 0; i < deep; ++i)
         for (int half = 0; half < 2; ++half)
           pack_half(a, column + half * 16, (d + i) * Integers::kDeep,
                     right + i * Integers::kBlock + half * Integers::kTile, sums + j * kSide + half * 16);
-      for (int64_t s = 0; s < strips; ++s) {
+      for (int64_t s = 0; s < row_blocks; ++s) {
         int32_t* block = c + (s * wide + j) * kSide * kSide;
-        for (int64_t r = kSide * s / strips; r < kSide * (s + 1) / strips; ++r) {  // the next piece is on its way
+        for (int64_t r = kSide * s / row_blocks; r < kSide * (s + 1) / row_blocks;
+             ++r) {  // the next chunk is on its way
           const uint8_t* row = a.codes + (column + kSide + r) * a.code_row + d * Integers::kDeep;
           if (j + 1 < wide && column + kSide + r < a.n)
             for (int64_t i = 0; i < deep * Integers::kDeep; i += 64) __builtin_prefetch(row + i, 0, 2);
         }
-        Integers::multiply(block, kSide, (const E*)left + left_at(s, d, strips, all), right, deep, a.m - s * kSide,
+        Integers::multiply(block, kSide, (const E*)left + left_at(s, d, row_blocks, all), right, deep, a.m - s * kSide,
                            d > 0);
-        if (d + kPiece < all) continue;
+        if (d + kChunk < all) continue;
         by_type(a.out_type,
                 [&](auto t) { write_out<decltype(t)>(a, block, sums + j * kSide, scales, s * kSide, column); });
       }

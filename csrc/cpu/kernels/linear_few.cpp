@@ -48,7 +48,7 @@ void write_columns(const Linear& a, const float* y, int64_t n, int64_t count) {
 
 int64_t linear_few_most(const Linear& a) {
 #if defined(__AMX_BF16__)
-  if (tiles::serves(a)) return tiles::kMost;
+  if (tiles::supports(a)) return tiles::kMost;
 #endif
   (void)a;
   return kMostFew;
@@ -56,21 +56,21 @@ int64_t linear_few_most(const Linear& a) {
 
 int64_t linear_few_size(const Linear& a) {
 #if defined(__AMX_BF16__)
-  if (tiles::serves(a)) return tiles::ready_bytes(a);
+  if (tiles::supports(a)) return tiles::ready_bytes(a);
 #endif
   return product_ready(a, integers_of(a), a.m) + a.m * a.k * (int64_t)sizeof(float);
 }
 
 void linear_few_prepare(const Linear& a, void* ready) {
 #if defined(__AMX_BF16__)
-  if (tiles::serves(a)) return tiles::prepare(a, (uint16_t*)ready);
+  if (tiles::supports(a)) return tiles::prepare(a, (uint16_t*)ready);
 #endif
   by_type(a.type, [&](auto t) { product_tokens<decltype(t)>(a, ready); });
 }
 
 void linear_few(const Linear& a, const void* ready, int64_t begin, int64_t end) {
 #if defined(__AMX_BF16__)
-  if (tiles::serves(a)) return tiles::run(a, (const uint16_t*)ready, begin, end);
+  if (tiles::supports(a)) return tiles::run(a, (const uint16_t*)ready, begin, end);
 #endif
   alignas(64) float y[kMostFew][kColumns];
   alignas(64) char workspace[kProductWorkspace];

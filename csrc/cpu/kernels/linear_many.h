@@ -19,19 +19,19 @@ struct Many {
   typedef typename FormatOf<T>::type F;
   typedef typename F::Element E;
 
-  // Strips [begin, end) of `in` as left operands. Where the rows of the weight are the depth, as in backward, it is in
-  // the split order, in which straight blocks on the right come.
+  // Row blocks [begin, end) of `in` as left operands. Where the rows of the weight are the depth, as in backward, it is
+  // in the split order, in which untransposed blocks on the right come.
   static void pack_left(const Linear& a, bool backward, int64_t begin, int64_t end, E* left) {
     Sizes n(a, backward);
-    int64_t strips = blocks(a.m), all = blocks(n.depth);
-    StridedRows<T> rows{(const T*)a.in.data, a.in.stride, a.in_turned ? n.depth : a.m};
+    int64_t row_blocks = blocks(a.m), all = blocks(n.depth);
+    StridedRows<T> rows{(const T*)a.in.data, a.in.stride, a.in_transposed ? n.depth : a.m};
     alignas(64) E staged[F::kBlock];
     for (int64_t s = begin; s < end; ++s)
       for (int64_t i = 0; i < all; ++i) {
-        E* to = left + left_at<F>(s, i, strips, all);
-        if (a.in_turned) {
+        E* to = left + left_at<F>(s, i, row_blocks, all);
+        if (a.in_transposed) {
           F::template stage<T>(staged, rows, i * kSide, s * kSide, a.m);
-          F::left_turned(to, staged);
+          F::left_transposed(to, staged);
         } else if (!backward) {
           for (int r = 0; r < kSide; ++r) {  // the rows lie pages apart
             const T* row = rows.get(rows, s * kSide + r);
@@ -54,7 +54,7 @@ struct Many {
     }
   }
 
-  // What is decoded at once: forward the rows of a block and a piece of the depth, backward a piece of the depth and
+  // What is decoded at once: forward the rows of a block and a chunk of the depth, backward a chunk of the depth and
   // kWide columns, so that a group's numbers are made once for many of its codes.
   static constexpr int64_t kWide = 4 * kSide;
 
@@ -71,16 +71,16 @@ struct Many {
   }
 
   // Columns [begin, end) of the result, in contiguous blocks of their own until they are written. A column of blocks
-  // meets one piece of the weight, which stays in the first-level cache while the strips pass by; the next piece is on
-  // its way to the second level meanwhile. (The strips are not asked for: into the first level, it costs more than it
-  // gives wherever the tile unit has its core to itself.)
+  // meets one chunk of the weight, which stays in the first-level cache while the row blocks pass by; the next chunk is
+  // on its way to the second level meanwhile. (The row blocks are not asked for: into the first level, it costs more
+  // than it gives wherever the tile unit has its core to itself.)
   template <class Call>
   static void columns(const Call& a, bool backward, const E* left, int64_t begin, int64_t end, void* memory) {
     Sizes n(a, backward);
-    int64_t wide = blocks(end - begin), all = blocks(n.depth), strips = blocks(a.m);
+    int64_t wide = blocks(end - begin), all = blocks(n.depth), row_blocks = blocks(a.m);
     const float* bias = backward ? nullptr : a.bias;
     float* c = (float*)memory;
-    E* right = (E*)(c + strips * wide * kSide * kSide);
+    E* right = (E*)(c + row_blocks * wide * kSide * kSide);
     T* decoded = (T*)(right + kDeep * F::kBlock);
     WeightPart<T> part;
     F::begin();
@@ -105,10 +105,10 @@ struct Many {
           }
         }
         Coming next(a, backward, j + 1 < wide ? d : d + kDeep, j + 1 < wide ? column + kSide : begin);
-        for (int64_t s = 0; s < strips; ++s) {
-          next.prefetch(s, strips);
-          float* block = c + (j * strips + s) * kSide * kSide;
-          F::multiply(block, kSide, left + left_at<F>(s, d, strips, all), operand, elements, a.m - s * kSide,
+        for (int64_t s = 0; s < row_blocks; ++s) {
+          next.prefetch(s, row_blocks);
+          float* block = c + (j * row_blocks + s) * kSide * kSide;
+          F::multiply(block, kSide, left + left_at<F>(s, d, row_blocks, all), operand, elements, a.m - s * kSide,
                       end - column, d > 0);
           if (d + kDeep < all) continue;
           write_block(a, block, bias, n.columns, s * kSide, column);
@@ -119,7 +119,7 @@ struct Many {
     if (a.stream) fence();
   }
 
-  // A piece of the weight that is needed soon: `lines` runs of bytes.
+  // A chunk of the weight that is needed soon: `lines` runs of bytes.
   struct Coming {
     const char* first = nullptr;
     int64_t lines = 0, stride = 0, bytes = 0;
@@ -185,7 +185,7 @@ struct Many {
     }
   }
 
-  static int64_t strip(const Linear& a, bool backward) {
+  static int64_t row_block_bytes(const Linear& a, bool backward) {
     return blocks(Sizes(a, backward).depth) * F::kBlock * sizeof(E);
   }
   static int64_t workspace(const Linear& a, int64_t columns) {

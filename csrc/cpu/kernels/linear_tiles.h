@@ -1,5 +1,5 @@
 // Linear layers, a few tokens, on tile units: rows of the weight stand on the left as they are stored, or decoded a
-// piece at a time, and sums stay in the tile registers for the whole depth. What is left is to read the weight once.
+// chunk at a time, and sums stay in the tile registers for the whole depth. What is left is to read the weight once.
 #pragma once
 #include "gemm.h"
 #include "linear_codes.h"
@@ -10,12 +10,12 @@ namespace BK_ISA {
 namespace {
 namespace tiles {
 
-constexpr int64_t kPiece = 128;  // elements of a row that are decoded at once: 64 bytes of 4-bit codes
-constexpr int64_t kBlocks = kPiece / kSide;
+constexpr int64_t kChunk = 128;  // elements of a row that are decoded at once: 64 bytes of 4-bit codes
+constexpr int64_t kBlocks = kChunk / kSide;
 constexpr int64_t kTile = 16 * kSide;  // elements
 constexpr int64_t kMost = 64;          // tokens
 
-constexpr int64_t pieces(int64_t k) { return (k + kPiece - 1) / kPiece; }
+constexpr int64_t chunks(int64_t k) { return (k + kChunk - 1) / kChunk; }
 BK_INLINE int64_t token_groups(const Linear& a) { return (a.m + 15) / 16; }
 
 // Numbers of bfloat16, and codes whose scales are float32, of a row or of a group, or affine ones of 4 bits.
@@ -23,14 +23,14 @@ constexpr bool has_decoder(Codes kind) {
   const CodesRow& row = traits(kind);
   return kind == Codes::bf16 || row.scale_bytes == 4 || row.row_scale;
 }
-BK_INLINE bool serves(const Linear& a) {
+BK_INLINE bool supports(const Linear& a) {
   return a.type == Type::bf16 && has_decoder(a.kind) && a.m > 1 && a.m <= kMost;
 }
 BK_INLINE int64_t ready_bytes(const Linear& a) {
-  return token_groups(a) * pieces(a.k) * kBlocks * kTile * (int64_t)sizeof(uint16_t);
+  return token_groups(a) * chunks(a.k) * kBlocks * kTile * (int64_t)sizeof(uint16_t);
 }
 
-// Element 4 w + j of a piece at j * 32 + w: the order in which the nibbles of 32 words give 4-bit codes.
+// Element 4 w + j of a chunk at j * 32 + w: the order in which the nibbles of 32 words give 4-bit codes.
 BK_INLINE void to_nibble_order(const __m512i* quarter, uint16_t* to) {
   for (int j = 0; j < 4; ++j)
     for (int i = 0; i < 4; ++i)
@@ -41,9 +41,9 @@ BK_INLINE __mmask32 first_of(int64_t n) { return n >= 32 ? ~__mmask32{0} : n > 0
 
 // Tokens as right operands: for each 16 of them and each block of 32 elements a tile.
 void prepare(const Linear& a, uint16_t* to) {
-  alignas(64) uint16_t rows[16][kPiece];
+  alignas(64) uint16_t rows[16][kChunk];
   for (int64_t m = 0; m < a.m; m += 16)
-    for (int64_t k = 0; k < a.k; k += kPiece, to += kBlocks * kTile) {
+    for (int64_t k = 0; k < a.k; k += kChunk, to += kBlocks * kTile) {
       for (int64_t r = 0; r < 16; ++r) {
         __m512i quarter[4] = {};
         for (int i = 0; i < 4 && m + r < a.m; ++i) {
@@ -55,11 +55,11 @@ void prepare(const Linear& a, uint16_t* to) {
         else
           __builtin_memcpy(rows[r], quarter, sizeof quarter);
       }
-      for (int b = 0; b < kBlocks; ++b) transpose16(rows[0] + b * kSide, kPiece * 2, to + b * kTile, 64);
+      for (int b = 0; b < kBlocks; ++b) transpose16(rows[0] + b * kSide, kChunk * 2, to + b * kTile, 64);
     }
 }
 
-// ---- rows of codes to rows of bfloat16, a piece at a time. 8-bit codes stay without their scale, which is the row's.
+// ---- rows of codes to rows of bfloat16, a chunk at a time. 8-bit codes stay without their scale, which is the row's.
 // ---
 
 BK_INLINE __m512i load_codes(const uint8_t* p, int64_t bytes) {
@@ -86,9 +86,9 @@ struct Bytes {
   explicit Bytes(const Linear&) {}
   BK_INLINE void reach(Bytes&, const Linear&, int64_t, int64_t, int64_t) {}
   BK_INLINE void decode(const uint8_t* row, int64_t k, int64_t count, const Bytes&, int64_t, uint16_t* to) {
-    for (int i = 0; i < kPiece; i += 32) {
+    for (int i = 0; i < kChunk; i += 32) {
       const uint8_t* from = row + k + i;  // a mask only where the row ends
-      Codes::widen(count >= kPiece ? read<__m256i>(from) : _mm256_maskz_loadu_epi8(first_of(count - i), from), to + i);
+      Codes::widen(count >= kChunk ? read<__m256i>(from) : _mm256_maskz_loadu_epi8(first_of(count - i), from), to + i);
     }
   }
 };
@@ -113,7 +113,7 @@ struct Fp8 {
   }
 };
 
-// 16 values for each group of a row: what its codes stand for. kGroups groups meet in a piece; their values lie in one
+// 16 values for each group of a row: what its codes stand for. kGroups groups meet in a chunk; their values lie in one
 // or two registers, from which a word picks by its nibble and by the group it falls into.
 template <bool kAffine, int kGroups, int kRows>
 struct Nibbles {
@@ -125,7 +125,7 @@ struct Nibbles {
   int64_t first = 0;
 
   explicit Nibbles(const Linear& a) : book(a.book) {}
-  // Called for every piece in turn.
+  // Called for every chunk in turn.
   BK_INLINE void reach(Nibbles& s, const Linear& a, int64_t n, int64_t rows, int64_t k) {
     int64_t group = k / a.group;
     s.first = group & 15;
@@ -183,11 +183,11 @@ struct Product {
     _tile_zero(2);
     _tile_zero(3);
   }
-  // A quarter of a block of 32 elements: rows from `left`, kPiece elements apart, and tokens from `right`.
+  // A quarter of a block of 32 elements: rows from `left`, kChunk elements apart, and tokens from `right`.
   template <int kQuarter>
   BK_INLINE void add(const uint16_t* left, const uint16_t* right, int64_t right_pitch) {
-    constexpr int64_t line = kPiece * 2;
-    const uint16_t* rows = left + kQuarter * 16 * kPiece;
+    constexpr int64_t line = kChunk * 2;
+    const uint16_t* rows = left + kQuarter * 16 * kChunk;
     if constexpr (R == 4) {
       if (kQuarter == 0) {
         _tile_loadd(7, right, 64);
@@ -233,7 +233,7 @@ struct Product {
     }
   }
   BK_INLINE void put(const Linear& a, int64_t n, int64_t end, bool row_scale, float unit) {
-    alignas(64) float sums[4][16][16], turned[16][16];
+    alignas(64) float sums[4][16][16], transposed[16][16];
     _tile_stored(0, sums[0], 64);
     _tile_stored(1, sums[1], 64);
     _tile_stored(2, sums[2], 64);
@@ -245,9 +245,9 @@ struct Product {
       vf scale = row_scale ? load((const float*)a.scale + row, count) * unit : splat(1.0f);
       vf bias = a.bias ? load(a.bias + row, count) : vf{};
       for (int t = 0; t < T; ++t) {
-        transpose16(sums[r * T + t], 64, turned, 64);
+        transpose16(sums[r * T + t], 64, transposed, 64);
         for (int64_t m = t * 16; m < a.m && m < t * 16 + 16; ++m) {
-          vf y = load(turned[m % 16]) * scale + bias;
+          vf y = load(transposed[m % 16]) * scale + bias;
           int64_t at = m * a.n + row;
           if (a.out_type == Type::f32) {
             store((float*)a.out + at, y, count);
@@ -260,21 +260,21 @@ struct Product {
   }
 };
 
-// A piece is decoded while the one before is multiplied: the tile unit works beside the vector units where its
+// A chunk is decoded while the one before is multiplied: the tile unit works beside the vector units where its
 // instructions stand among theirs.
 template <class Decoder, int R, int T>
 void coded(const Linear& a, const uint16_t* ready, int64_t begin, int64_t end) {
-  alignas(64) uint16_t staged[2][16 * R][kPiece];
-  int64_t all = pieces(a.k), pitch = all * kBlocks * kTile;
+  alignas(64) uint16_t staged[2][16 * R][kChunk];
+  int64_t all = chunks(a.k), pitch = all * kBlocks * kTile;
   Decoder with(a);
   for (int64_t n = begin; n < end; n += 16 * R) {
     int64_t rows = end - n < 16 * R ? end - n : 16 * R;
     const uint8_t* first = a.codes + n * a.code_row;
     auto decode = [&](int64_t p, int64_t r) __attribute__((always_inline)) {
-      int64_t k = p * kPiece, count = a.k - k < kPiece ? a.k - k : kPiece;
+      int64_t k = p * kChunk, count = a.k - k < kChunk ? a.k - k : kChunk;
       const uint8_t* row = first + (r < rows ? r : rows - 1) * a.code_row;
-      for (int64_t i = 0; i < code_bytes(a.kind, kPiece); i += 64)
-        prefetch(row + code_bytes(a.kind, k + 4 * kPiece) + i);
+      for (int64_t i = 0; i < code_bytes(a.kind, kChunk); i += 64)
+        prefetch(row + code_bytes(a.kind, k + 4 * kChunk) + i);
       Decoder::decode(row, k, count, with, r, staged[p & 1][r]);
     };
     Decoder::reach(with, a, n, rows, 0);
@@ -292,7 +292,7 @@ void coded(const Linear& a, const uint16_t* ready, int64_t begin, int64_t end) {
         }
         break;
       }
-      Decoder::reach(with, a, n, rows, (p + 1) * kPiece);
+      Decoder::reach(with, a, n, rows, (p + 1) * kChunk);
       auto some = [&](int64_t r) __attribute__((always_inline)) {
         for (int i = 0; i < R; ++i) decode(p + 1, r + i);
       };

@@ -153,7 +153,8 @@ BK_INLINE vu nearest_bf16(vf v) {
   return where((vi)(v != v), (u >> 16) | 0x40, rounded);
 }
 
-// Random words: `half` of the word of element e. Elements e and e + 16 share a word, so that one hash serves two.
+// Random words: `half` of the word of element e. Elements e and e + 16 share a word, so that one hash is enough for
+// both.
 struct Random {
   uint32_t key;
   Random(uint32_t key, int64_t element) : key(key ^ mix((uint32_t)(element >> 32))) {}

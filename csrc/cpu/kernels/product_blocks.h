@@ -1,7 +1,7 @@
 // Products with blocks of GGUF files.
 //
 // As they are stored: blocks of some rows are decoded to float32, and multiplied with all tokens while they are in the
-// first-level cache. In a step program from panels, tokens rounded to 8 bits. A panel is 16 rows, in pieces of kPiece
+// first-level cache. In a step program from panels, tokens rounded to 8 bits. A panel is 16 rows, in chunks of kChunk
 // elements (blocks, or pairs of those of 32 elements, the last with zeros where there is no second):
 //   the scales of the 16 rows: of each group of 16 or 32 its integer scale (int8), then its integer minimum (Q2_K: both
 //   in a byte), then those of blocks (float16), each 16 side by side; up to a multiple of 64 bytes;
@@ -26,16 +26,16 @@ template <Codes kKind>
 struct BlockPanel {
   static constexpr BlockShape s = shape_of<kKind>();
   static constexpr int64_t kSize = traits(kKind).block, kBytes = traits(kKind).block_bytes;
-  static constexpr int64_t kPiece = kSize < 64 ? 64 : kSize, kBlocks = kPiece / kSize, kGroups = kPiece / s.group;
+  static constexpr int64_t kChunk = kSize < 64 ? 64 : kSize, kBlocks = kChunk / kSize, kGroups = kChunk / s.group;
   static constexpr bool kShared = kKind == Codes::q2_k;  // a byte for scale and minimum of a group
   static constexpr int64_t kGroup = s.scaled ? (s.minimum && !kShared ? 32 : 16) : 0;  // bytes of a group of 16 rows
   static constexpr int64_t kOwn = (s.minimum ? 64 : 32) * kBlocks;                     // and of the blocks
   static constexpr int64_t kScales = (kGroups * kGroup + kOwn + 63) / 64 * 64;
   static constexpr int64_t kLow = s.low, kLines = s.low + s.high;  // of 32 elements
-  static constexpr int64_t kStep = kScales + kPiece / 32 * kLines * 64;
+  static constexpr int64_t kStep = kScales + kChunk / 32 * kLines * 64;
   static constexpr int kLess = s.book ? kOffset : s.offset;  // what codes are too large by, as they are multiplied
 
-  static int64_t bytes(const Weight& w) { return (w.k + kPiece - 1) / kPiece * kStep; }
+  static int64_t bytes(const Weight& w) { return (w.k + kChunk - 1) / kChunk * kStep; }
 };
 
 // 16 bytes as floats.
@@ -66,14 +66,14 @@ BK_INLINE vu look_up_bytes(vu codes) {
 #endif
 }
 
-// A piece's scales, and each group's in turn.
+// A chunk's scales, and each group's in turn.
 template <Codes kKind>
-struct PieceScales {
+struct ChunkScales {
   typedef BlockPanel<kKind> P;
   const uint8_t* at;
   vf d[V], m[V];
 
-  BK_INLINE void block(PieceScales& s, int64_t b) {
+  BK_INLINE void block(ChunkScales& s, int64_t b) {
     const uint8_t* own = s.at + P::kGroups * P::kGroup + b * (P::s.minimum ? 64 : 32);
     for (int v = 0; v < V; ++v) {
       s.d[v] = load((const f16*)own + v * W);
@@ -81,7 +81,7 @@ struct PieceScales {
     }
   }
   // What is multiplied with a group's products, and with the sum of its tokens.
-  BK_INLINE void group(const PieceScales& s, int64_t g, vf* scale, vf* minimum) {
+  BK_INLINE void group(const ChunkScales& s, int64_t g, vf* scale, vf* minimum) {
     const uint8_t* from = s.at + g * P::kGroup;
     if constexpr (!P::s.scaled) {
       for (int v = 0; v < V; ++v) scale[v] = s.d[v], minimum[v] = s.m[v];

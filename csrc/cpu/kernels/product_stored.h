@@ -56,18 +56,18 @@ void make_stored(const Weight& w, int64_t n, uint8_t* panel) {
   const int64_t rows = w.n - n < kRows ? w.n - n : kRows, bytes = S::kPacked ? (w.k + 1) / 2 : w.k;
   const int64_t lines = S::blocks(w) * S::kLines, each = S::kScales ? w.group / 32 * S::kLines : lines;
   for (int64_t line = 0; line < lines; line += 16) {
-    alignas(64) uint32_t turned[16][kRows];
+    alignas(64) uint32_t transposed[16][kRows];
     const int64_t left = bytes - line * 4;
     if (rows == kRows && left >= 64) {
-      transpose_lines(w.codes + n * w.code_row + line * 4, w.code_row, turned, 64);
+      transpose_lines(w.codes + n * w.code_row + line * 4, w.code_row, transposed, 64);
     } else {
       alignas(64) uint8_t part[kRows][64] = {};
       for (int64_t r = 0; r < rows; ++r)
         __builtin_memcpy(part[r], w.codes + (n + r) * w.code_row + line * 4, left < 64 ? left : 64);
-      transpose_lines(part, 64, turned, 64);
+      transpose_lines(part, 64, transposed, 64);
     }
     for (int64_t i = line; i < line + 16 && i < lines; ++i)
-      __builtin_memcpy(panel + i * 64 + i / each * S::kScales, turned[i - line], 64);
+      __builtin_memcpy(panel + i * 64 + i / each * S::kScales, transposed[i - line], 64);
   }
   for (int64_t g = 0; S::kScales && g < w.groups; ++g) {
     const int64_t end = (g + 1) * each < lines ? (g + 1) * each : lines;

@@ -20,7 +20,7 @@ constexpr int64_t kRowsOfHead = 128;      // that share one pass over the keys o
 constexpr int64_t kBlock = 64;            // keys: where they may be cut
 constexpr int64_t kPartBytes = 64 << 10;  // of keys and values, at least
 constexpr int64_t kTasks = 16;            // that are enough: each begins a stream of its own, 1.4 us later
-constexpr int64_t kMostRows = 512;        // of a piece of many: their sums stay in a core's own cache
+constexpr int64_t kMostRows = 512;        // of a range of many: their sums stay in a core's own cache
 
 int64_t ceiling(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -66,10 +66,10 @@ AttendPlan plan_of(const Cut& c, int64_t threads) {
     plan.parts = ceiling(keys, plan.keys);
     plan.chunks = units * plan.parts;
   } else {
-    // Keys are packed for each piece of the rows: some pieces a thread, because they do not take the same time.
-    int64_t rows = c.run.tokens * c.group_size, pieces = threads > 1 ? 6 * threads : 1;
+    // Keys are packed for each range of the rows: some ranges a thread, because they do not take the same time.
+    int64_t rows = c.run.tokens * c.group_size, ranges = threads > 1 ? 6 * threads : 1;
     int64_t most = larger((int64_t{1} << 17) / larger(c.record.d, c.record.dv) / 32 * 32, 256);
-    plan.rows = larger(ceiling(ceiling(rows * units, pieces), 32) * 32, 64);
+    plan.rows = larger(ceiling(ceiling(rows * units, ranges), 32) * 32, 64);
     plan.rows = smaller(plan.rows, smaller(most, kMostRows));
     plan.keys = c.cache.held + c.run.tokens;
     plan.parts = 1;
@@ -163,10 +163,10 @@ void program_attend(const AttendRecord& r, const Run& run, const AttendPlan& pla
     return decode_attention(a, &p, 1, workspace);
   }
   // The last rows first: they see the most keys.
-  int64_t rows = run.tokens * c.group_size, pieces = ceiling(rows, plan.rows), units = run.batch * r.groups;
-  int64_t piece = pieces - 1 - chunk / units, unit = chunk % units, batch = unit / r.groups;
+  int64_t rows = run.tokens * c.group_size, ranges = ceiling(rows, plan.rows), units = run.batch * r.groups;
+  int64_t range = ranges - 1 - chunk / units, unit = chunk % units, batch = unit / r.groups;
   Arguments a(c, v, width, batch, c.first_slot(batch, 0));
-  attention_fwd(a, {0, unit % r.groups, piece * plan.rows, smaller((piece + 1) * plan.rows, rows)}, workspace);
+  attention_fwd(a, {0, unit % r.groups, range * plan.rows, smaller((range + 1) * plan.rows, rows)}, workspace);
 }
 
 void program_attend_merge(const AttendRecord& r, const Run& run, const AttendPlan& plan, float* const* v,

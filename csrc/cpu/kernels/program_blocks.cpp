@@ -35,20 +35,20 @@ void make_block_panel(const Weight& w, int64_t n, uint8_t* panel) {
     const uint8_t* row = w.codes + (n + r) * w.code_row;
     for (int64_t b = 0; b < blocks; ++b) {
       take_apart<kKind>(row + b * P::kBytes, p);
-      uint8_t* piece = panel + b / P::kBlocks * P::kStep;
+      uint8_t* chunk = panel + b / P::kBlocks * P::kStep;
       const int64_t inside = b % P::kBlocks;
       for (int64_t g = 0; P::kGroup && g < P::kGroups; ++g) {
-        uint8_t* to = piece + g * P::kGroup;
+        uint8_t* to = chunk + g * P::kGroup;
         to[r] = (uint8_t)p.scale[g];
         if constexpr (P::kShared)
           to[r] |= (uint8_t)(p.minimum[g] << 4);
         else if constexpr (P::s.minimum)
           to[kRows + r] = (uint8_t)p.minimum[g];
       }
-      uint8_t* own = piece + P::kGroups * P::kGroup + inside * (P::s.minimum ? 64 : 32);
+      uint8_t* own = chunk + P::kGroups * P::kGroup + inside * (P::s.minimum ? 64 : 32);
       write(own + 2 * r, p.d);
       if (P::s.minimum) write(own + 32 + 2 * r, p.m);
-      uint8_t* lines = piece + P::kScales + inside * (P::kSize / 32) * P::kLines * 64;
+      uint8_t* lines = chunk + P::kScales + inside * (P::kSize / 32) * P::kLines * 64;
       for (int64_t k = 0; k < P::kSize; k += 32, lines += P::kLines * 64) put_codes<kKind>(p.code + k, lines + 4 * r);
     }
   }
@@ -62,13 +62,13 @@ struct BlockIntegers {
     constexpr int kParts = 32 / P::s.group, kFields = 8 / kParts;  // groups of 32 elements, and fields of each
     const uint32_t* x = (const uint32_t*)block;
     const float *scales = a.scales(block), *sums = a.sums_of(block);
-    for (int64_t k = 0; k < w.k; k += P::kPiece, p += P::kStep) {
-      PieceScales<kKind> of;
+    for (int64_t k = 0; k < w.k; k += P::kChunk, p += P::kStep) {
+      ChunkScales<kKind> of;
       of.at = p;
-      if constexpr (P::kBlocks == 1) PieceScales<kKind>::block(of, 0);
+      if constexpr (P::kBlocks == 1) ChunkScales<kKind>::block(of, 0);
       const uint8_t* lines = p + P::kScales;
-      for (int64_t b = 0; b < P::kPiece / 32; ++b, lines += P::kLines * 64, scales += T) {
-        if constexpr (P::kBlocks > 1) PieceScales<kKind>::block(of, b);
+      for (int64_t b = 0; b < P::kChunk / 32; ++b, lines += P::kLines * 64, scales += T) {
+        if constexpr (P::kBlocks > 1) ChunkScales<kKind>::block(of, b);
         if (T > 2)
 #pragma GCC unroll 8
           for (int i = 0; i < P::kLines; ++i) __builtin_prefetch(lines + 64 * i + kAheadOfStream);
@@ -76,7 +76,7 @@ struct BlockIntegers {
 #pragma GCC unroll 2
         for (int g = 0; g < kParts; ++g, sums += T) {
           vf scale[V], minimum[V];
-          PieceScales<kKind>::group(of, b * kParts + g, scale, minimum);
+          ChunkScales<kKind>::group(of, b * kParts + g, scale, minimum);
           vi sum[T][V];
           for (int t = 0; t < T; ++t)
             for (int v = 0; v < V; ++v) sum[t][v] = vi{};

@@ -60,17 +60,17 @@ struct BlockFloats {
   static void run(const Weight& w, const Tokens&, const uint8_t* p, const char* block, Sixteen<T>& s) {
     constexpr int kParts = 32 / P::s.group, kFields = 8 / kParts;
     const float* x = (const float*)block;
-    for (int64_t k = 0; k < w.k; k += P::kPiece, p += P::kStep) {
-      PieceScales<kKind> of;
+    for (int64_t k = 0; k < w.k; k += P::kChunk, p += P::kStep) {
+      ChunkScales<kKind> of;
       of.at = p;
-      if constexpr (P::kBlocks == 1) PieceScales<kKind>::block(of, 0);
+      if constexpr (P::kBlocks == 1) ChunkScales<kKind>::block(of, 0);
       const uint8_t* lines = p + P::kScales;
-      for (int64_t b = 0; b < P::kPiece / 32; ++b, lines += P::kLines * 64) {
-        if constexpr (P::kBlocks > 1) PieceScales<kKind>::block(of, b);
+      for (int64_t b = 0; b < P::kChunk / 32; ++b, lines += P::kLines * 64) {
+        if constexpr (P::kBlocks > 1) ChunkScales<kKind>::block(of, b);
 #pragma GCC unroll 2
         for (int g = 0; g < kParts; ++g) {
           vf scale[V], minimum[V], acc[T][V];
-          PieceScales<kKind>::group(of, b * kParts + g, scale, minimum);
+          ChunkScales<kKind>::group(of, b * kParts + g, scale, minimum);
           for (int t = 0; t < T; ++t)
             for (int v = 0; v < V; ++v) acc[t][v] = vf{};
 #pragma GCC unroll 8

@@ -33,21 +33,21 @@ int64_t linear_few_size(const Linear&);
 int64_t linear_few_most(const Linear&);
 void linear_pack_left(const Linear&, bool, int64_t, int64_t, void*);
 void linear_many(const Linear&, bool, const void*, int64_t, int64_t, void*);
-int64_t linear_strip(const Linear&, bool);
+int64_t linear_row_block_bytes(const Linear&, bool);
 int64_t linear_workspace(const Linear&, int64_t);
 void linear_pack_right(const Linear&, int64_t, int64_t, void*);
-int64_t linear_packed_strip(const Linear&);
+int64_t linear_packed_row_block_bytes(const Linear&);
 void linear_loss_tokens(const LinearCrossEntropy&, int64_t, void*);
-void linear_loss_turn(const LinearCrossEntropy&, int64_t, int64_t, void*);
+void linear_loss_transpose(const LinearCrossEntropy&, int64_t, int64_t, void*);
 void linear_loss_weight(const LinearCrossEntropy&, int64_t, void*);
 void linear_loss_scale(const LinearCrossEntropy&, int64_t, int64_t);
 int64_t linear_loss_tokens_size(const LinearCrossEntropy&);
-int64_t linear_loss_turned_strip(const LinearCrossEntropy&);
+int64_t linear_loss_row_block_bytes(const LinearCrossEntropy&);
 int64_t linear_loss_weight_size(const LinearCrossEntropy&);
 int64_t linear_loss_block(const LinearCrossEntropy&);
 void linear_dynamic_pack(const Linear&, int64_t, int64_t, void*, float*, void*);
 void linear_dynamic(const Linear&, const void*, const float*, int64_t, int64_t, void*);
-int64_t linear_dynamic_strip(const Linear&);
+int64_t linear_dynamic_row_block_bytes(const Linear&);
 int64_t linear_dynamic_token(const Linear&);
 int64_t linear_dynamic_workspace(const Linear&, int64_t);
 void compress(const Compress&, int64_t, int64_t);
@@ -171,21 +171,21 @@ extern const CpuTable table = {
     linear_few_most,
     linear_pack_left,
     linear_many,
-    linear_strip,
+    linear_row_block_bytes,
     linear_workspace,
     linear_pack_right,
-    linear_packed_strip,
+    linear_packed_row_block_bytes,
     linear_loss_tokens,
-    linear_loss_turn,
+    linear_loss_transpose,
     linear_loss_weight,
     linear_loss_scale,
     linear_loss_tokens_size,
-    linear_loss_turned_strip,
+    linear_loss_row_block_bytes,
     linear_loss_weight_size,
     linear_loss_block,
     linear_dynamic_pack,
     linear_dynamic,
-    linear_dynamic_strip,
+    linear_dynamic_row_block_bytes,
     linear_dynamic_token,
     linear_dynamic_workspace,
     compress,

@@ -10,12 +10,12 @@ namespace {
 constexpr int64_t kDepth = 256;  // of the weight, decoded at once
 constexpr int64_t kDeep = kDepth / kSide;
 
-// Where block i of strip s is on the left. What is read together lies together, a piece of the depth after the other:
-// strips as wide as the depth, often a power of two apart, would fall into the same few sets of the cache.
+// Where block i of row block s is on the left. What is read together lies together, a chunk of the depth after the
+// other: row blocks as wide as the depth, often a power of two apart, would fall into the same few sets of the cache.
 template <class F>
-BK_INLINE int64_t left_at(int64_t s, int64_t i, int64_t strips, int64_t all) {
-  int64_t piece = i / kDeep * kDeep, deep = all - piece < kDeep ? all - piece : kDeep;
-  return (piece * strips + s * deep + i - piece) * F::kBlock;
+BK_INLINE int64_t left_at(int64_t s, int64_t i, int64_t row_blocks, int64_t all) {
+  int64_t chunk = i / kDeep * kDeep, deep = all - chunk < kDeep ? all - chunk : kDeep;
+  return (chunk * row_blocks + s * deep + i - chunk) * F::kBlock;
 }
 
 // Rows [n, n + rows) and elements [k, k + span) of a weight as T, decoded or where they are.
@@ -50,7 +50,7 @@ struct WeightPart {
     if (backward) {
       F::right(to, block, line);
     } else {
-      F::right_turned(to, block, line);
+      F::right_transposed(to, block, line);
     }
   }
 };

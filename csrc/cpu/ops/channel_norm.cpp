@@ -74,7 +74,7 @@ Moments moments_of(double guess, const double* sums, double count) {
   double left = sums[0] / count;
   return {guess + left, std::max(sums[1] / count - left * left, 0.0)};
 }
-// A guess so far from the mean that the square cost digits: the sums are made again about the mean.
+// A guess so far from the mean that the square cost digits: the sums are taken once more, about the mean.
 bool is_poor(double guess, const Moments& m) {
   double left = m.mean - guess;
   return left * left > 64 * m.variance;
@@ -90,11 +90,11 @@ Moments moments_of_runs(ChannelNorm a, int64_t count, int64_t length, const Begi
   int64_t few = std::min<int64_t>(length, 64);
   kernel(a, begin(0), begin(0) + few, sums);
   guess = (float)(sums[0] / few);
-  for (int again = 0;; ++again) {
+  for (int pass = 0;; ++pass) {
     sums[0] = sums[1] = 0;
     for (int64_t i = 0; i < count; ++i) kernel(a, begin(i), begin(i) + length, sums);
     Moments m = moments_of(guess, sums, all);
-    if (again || !is_poor(guess, m)) return m;
+    if (pass > 0 || !is_poor(guess, m)) return m;
     guess = (float)m.mean;
   }
 }

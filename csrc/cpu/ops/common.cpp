@@ -71,14 +71,14 @@ void after_fork(Threads& t);
 
 // Never destroyed: threads end after it would be.
 Threads& threads() {
-  static Threads* const made = [] {
+  static Threads* const instance = [] {
     auto t = new Threads;
 #if defined(__unix__) || defined(__APPLE__)
     pthread_atfork([] { threads().mutex.lock(); }, [] { threads().mutex.unlock(); }, [] { after_fork(threads()); });
 #endif
     return t;
   }();
-  return *made;
+  return *instance;
 }
 
 // The other threads are not in the child, and their memory there may become that of new ones.

@@ -3,7 +3,7 @@
 namespace bigkernels {
 namespace {
 
-constexpr int64_t kPiece = 4096;  // contiguous tensors are one long row; it is cut into pieces of this many elements
+constexpr int64_t kChunk = 4096;  // contiguous tensors are one long row; it is cut into chunks of this many elements
 
 struct Views {
   RowView gate, up;
@@ -16,7 +16,7 @@ struct Views {
     bool flat = gate.rows.stride == n && up.rows.stride == n && (!grad || grad->rows.stride == n);
     if (!flat) return;
     int64_t all = rows * n;
-    n = kPiece, rows = all / n, tail = all % n;
+    n = kChunk, rows = all / n, tail = all % n;
     gate.rows.stride = up.rows.stride = n;
     if (grad) grad->rows.stride = n;
   }

@@ -27,7 +27,7 @@ void linear_few(const Linear& a) {
 void linear_many(const Linear& a, bool backward) {
   const CpuTable& kernels = table();
   for_groups(
-      a, backward ? a.k : a.n, kernels.linear_strip(a, backward),
+      a, backward ? a.k : a.n, kernels.linear_row_block_bytes(a, backward),
       [&](const Linear& part, int64_t begin, int64_t end, char* left, float*) {
         kernels.linear_pack_left(part, backward, begin, end, left);
       },
@@ -63,7 +63,7 @@ void check_rows(const char* name, const Tensor& t, int64_t elements) {
 }
 
 // The bytes of a weight (N, K) packed for x.
-int64_t packed_bytes(const Linear& a) { return (a.n + 31) / 32 * table().linear_packed_strip(a); }
+int64_t packed_bytes(const Linear& a) { return (a.n + 31) / 32 * table().linear_packed_row_block_bytes(a); }
 
 Tensor forward(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor packed, bool wide) {
   check_cpu(kOp, "weight", weight);
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, MaybeTensor x, Tensor weight, b
     int64_t m = grad.numel() / std::max<int64_t>(n, 1);
     STD_TORCH_CHECK(n == 0 || k == 0 || m == tokens.count, "bigkernels::", kOp, ": x and grad differ in tokens");
     set_weight(a, tokens.rows, *x, m, k);
-    a.in_turned = true, a.m = n;
+    a.in_transposed = true, a.m = n;
     a.out = dw.mutable_data_ptr(), a.out_type = type_of(weight);
     if (m == 0) {
       torch::stable::zero_(dw);

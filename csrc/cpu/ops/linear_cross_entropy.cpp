@@ -55,7 +55,7 @@ class Call {
   }
   Call(const Call&) = delete;
 
-  int64_t pieces() const { return (a.tokens + a.piece - 1) / a.piece; }
+  int64_t chunks() const { return (a.tokens + a.chunk - 1) / a.chunk; }
   // Of the loss, and so of its gradient.
   float token_weight(int64_t t) const { return of_token.data() ? of_token.data()[rows_[t]] : 1.0f; }
 
@@ -107,7 +107,7 @@ class Call {
     }
     a.row = rows_.data(), a.target = targets_.data(), a.tokens = (int64_t)rows_.size();
     int64_t share = a.tokens / std::max<int64_t>(torch::stable::get_num_threads(), 1);
-    a.piece = (std::clamp(share, kLeastTokens, kMostTokens) + 31) / 32 * 32;
+    a.chunk = (std::clamp(share, kLeastTokens, kMostTokens) + 31) / 32 * 32;
   }
 };
 
@@ -149,14 +149,14 @@ std::vector<float> sum_rows(const Rows& rows, Type type, int64_t count, int64_t 
 
 Rows weight_rows(const Linear& head, Type type) { return {head.codes, head.code_row / size_of(type)}; }
 
-// How many strips of 32 tokens have room in the rows of the gradient of the weight.
+// How many row blocks of 32 tokens have room in the rows of the gradient of the weight.
 int64_t room(const LinearCrossEntropy& a) {
   int64_t bytes = kLossVocabulary * a.head.k * size_of(a.dw_type);
   return bytes / (kLossVocabulary / 32 * table().linear_loss_block(a));
 }
 
-// What forward leaves to backward: the size of a piece, how many tokens count, five numbers for each of them, and which
-// pieces have been kept. Its size is that for all tokens, which sizes alone tell.
+// What forward leaves to backward: the size of a chunk, how many tokens count, five numbers for each of them, and which
+// chunks have been kept. Its size is that for all tokens, which sizes alone tell.
 struct State {
   float* data;
 
@@ -169,15 +169,15 @@ struct State {
     a.shift = of_token, a.coefficient = of_token + a.tokens, a.pull = of_token + 2 * a.tokens;
     a.beta = of_token + 3 * a.tokens, a.unit = of_token + 4 * a.tokens;
   }
-  void describe(const LinearCrossEntropy& a) const { data[0] = (float)a.piece, data[1] = (float)(a.tokens % kExact); }
-  // The threads, and so the size of a piece, may be others than in forward; the tokens may not.
-  void read_pieces(LinearCrossEntropy& a) const {
-    float piece = data[0];
+  void describe(const LinearCrossEntropy& a) const { data[0] = (float)a.chunk, data[1] = (float)(a.tokens % kExact); }
+  // The threads, and so the size of a chunk, may be others than in forward; the tokens may not.
+  void read_chunks(LinearCrossEntropy& a) const {
+    float chunk = data[0];
     STD_TORCH_CHECK(data[1] == (float)(a.tokens % kExact), "bigkernels::", kOp,
                     ": other tokens count than in forward: target was written in between");
-    STD_TORCH_CHECK(piece >= 32 && piece <= kMostTokens && (int64_t)piece % 32 == 0, "bigkernels::", kOp,
+    STD_TORCH_CHECK(chunk >= 32 && chunk <= kMostTokens && (int64_t)chunk % 32 == 0, "bigkernels::", kOp,
                     ": state is not what forward returned");
-    a.piece = (int64_t)piece;
+    a.chunk = (int64_t)chunk;
   }
 };
 
@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   Call call(hidden, {weight, scale, zero, row_scale, book, group, kind}, bias, target, class_weight, token_weight, o);
   LinearCrossEntropy& a = call.a;
   std::vector<float> losses(a.tokens), lses(a.tokens), smoothed;
-  std::vector<uint8_t> kept(call.pieces());
+  std::vector<uint8_t> kept(call.chunks());
   std::vector<int64_t> predicted(report ? a.tokens : 0);
   a.loss = losses.data(), a.lse = lses.data(), a.kept = kept.data();
   if (report) a.predicted = predicted.data();
@@ -215,9 +215,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     a.dw = dw.mutable_data_ptr(), a.dw_type = type_of(weight), a.saved = room(a);
   }
   int64_t size = table().linear_loss_tokens_size(a);
-  parallel_tasks(call.pieces(), [&](int64_t piece) {
+  parallel_tasks(call.chunks(), [&](int64_t chunk) {
     Scratch memory(size);
-    table().linear_loss_tokens(a, piece, memory.data());
+    table().linear_loss_tokens(a, chunk, memory.data());
   });
   if (backward) {
     State{floats(state)}.describe(a);
@@ -268,9 +268,9 @@ Tensor backward(Tensor grad, Tensor hidden, Tensor weight, MaybeTensor scale, Ma
                   "bigkernels::", kOp, ": state, dx and dw must be as forward returned them");
   State before{floats(state)};
   before.hand_to(a);
-  before.read_pieces(a);
-  std::vector<uint8_t> kept(call.pieces());
-  for (int64_t p = 0; p < call.pieces(); ++p) kept[p] = before.kept(a)[p] != 0;
+  before.read_chunks(a);
+  std::vector<uint8_t> kept(call.chunks());
+  for (int64_t p = 0; p < call.chunks(); ++p) kept[p] = before.kept(a)[p] != 0;
   a.kept = kept.data();
   const float* upstream = (const float*)grad.const_data_ptr();
   int64_t stride = one ? 0 : grad.stride(0);
@@ -315,11 +315,11 @@ Tensor backward(Tensor grad, Tensor hidden, Tensor weight, MaybeTensor scale, Ma
   for (int64_t t = 0; t < a.tokens; ++t) ++first[a.target[t] / kLossVocabulary + 1];
   std::partial_sum(first.begin(), first.end(), first.begin());
   a.sorted = sorted.data(), a.first = first.data();
-  int64_t strips = (a.tokens + 31) / 32, strip = table().linear_loss_turned_strip(a);
-  Scratch turned(strips * strip);
-  parallel_rows(strips, strip,
-                [&](int64_t begin, int64_t end) { table().linear_loss_turn(a, begin, end, turned.data()); });
-  a.turned = turned.data();
+  int64_t row_blocks = (a.tokens + 31) / 32, row_block_bytes = table().linear_loss_row_block_bytes(a);
+  Scratch transposed(row_blocks * row_block_bytes);
+  parallel_rows(row_blocks, row_block_bytes,
+                [&](int64_t begin, int64_t end) { table().linear_loss_transpose(a, begin, end, transposed.data()); });
+  a.transposed = transposed.data();
   int64_t size = table().linear_loss_weight_size(a);
   parallel_tasks(blocks, [&](int64_t block) {
     Scratch memory(size);

@@ -21,7 +21,7 @@ static void move_on(ActivatedLinear& a, int64_t bytes) {
 namespace {
 
 constexpr const char* kOp = "mlp";
-constexpr int64_t kPiece = 1024;  // elements of a row, where an activation is made by itself
+constexpr int64_t kChunk = 1024;  // elements of a row, where an activation is made by itself
 
 Activation activation_of(int64_t number) {
   STD_TORCH_CHECK(number >= 0 && number < kActivations, "bigkernels::mlp: no activation number ", number);
@@ -31,7 +31,7 @@ Activation activation_of(int64_t number) {
 void activated_many(const ActivatedLinear& a, bool backward) {
   const CpuTable& kernels = table();
   for_groups(
-      a, backward ? a.k : a.n, kernels.linear_strip(a, backward),
+      a, backward ? a.k : a.n, kernels.linear_row_block_bytes(a, backward),
       [&](const ActivatedLinear& part, int64_t begin, int64_t end, char* left, float*) {
         kernels.linear_pack_left(part, backward, begin, end, left);
       },
@@ -44,11 +44,11 @@ void activated_many(const ActivatedLinear& a, bool backward) {
 // The activation of `count` contiguous elements by itself, or its gradient.
 void activate(Kernel<Activate> kernel, Activate a, int64_t count) {
   int64_t bytes = size_of(a.type);
-  a.n = kPiece;
-  auto streams = [&](const void* to) { return !to || worth_streaming(to, kPiece * bytes, count * bytes); };
+  a.n = kChunk;
+  auto streams = [&](const void* to) { return !to || worth_streaming(to, kChunk * bytes, count * bytes); };
   a.stream = a.out != a.in && a.out != a.grad && streams(a.out) && streams(a.value);
-  parallel_rows(count / kPiece, 4 * kPiece * bytes, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
-  int64_t done = count / kPiece * kPiece;
+  parallel_rows(count / kChunk, 4 * kChunk * bytes, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  int64_t done = count / kChunk * kChunk;
   if (done == count) return;
   auto past = [&](auto* p) { return p ? (decltype(p))((char*)p + done * bytes) : p; };
   a.in = (const char*)a.in + done * bytes, a.out = (char*)a.out + done * bytes;
@@ -111,14 +111,15 @@ std::tuple<Tensor, Tensor> forward(Tensor x, MaybeTensor weight, MaybeTensor bia
   return {activated, before};
 }
 
-std::tuple<Tensor, Tensor> backward(Tensor grad, MaybeTensor weight, Tensor before, int64_t activation, bool again) {
+std::tuple<Tensor, Tensor> backward(Tensor grad, MaybeTensor weight, Tensor before, int64_t activation,
+                                    bool recompute) {
   check_cpu(kOp, "grad", grad);
   check_cpu(kOp, "before", before);
   STD_TORCH_CHECK(grad.scalar_type() == before.scalar_type(), "bigkernels::mlp: grad and before differ in dtype");
   Activation act = activation_of(activation);
   Tensor kept = as_run(before), out = empty_contiguous_like(before);
-  Tensor value = again ? empty_contiguous_like(before) : none(before);
-  void* value_to = again ? value.mutable_data_ptr() : nullptr;
+  Tensor value = recompute ? empty_contiguous_like(before) : none(before);
+  void* value_to = recompute ? value.mutable_data_ptr() : nullptr;
   if (!weight) {
     check_like(kOp, "grad", grad, before);
     Tensor upstream = as_run(grad);

@@ -41,10 +41,10 @@ Place* start_run(const Tensor& program, const Tensor& hidden, const Tensor& posi
   BK_CHECK(layers == h->layers && tables == h->angles && tables <= kMaxAngles, "it has ", h->layers, " caches and ",
            h->angles, " rotary tables");
   std::copy(table, table + tables, run.angles);
-  Place* made = nullptr;
-  std::string why = program_start(in, &made);
+  Place* place = nullptr;
+  std::string why = program_start(in, &place);
   BK_CHECK(why.empty(), why);
-  return made;
+  return place;
 }
 
 void run(Tensor program, Tensor hidden, Tensor positions, MaybeTensor starts, Tensor caches, Tensor angles,
@@ -60,9 +60,9 @@ void run(Tensor program, Tensor hidden, Tensor positions, MaybeTensor starts, Te
   program_step(held.run);
   if (!logits.numel()) return;
   int64_t rows, width;
-  const float* made = program_value(held.run, h->logits, false, &rows, &width);
-  BK_CHECK(made && rows * width == logits.numel(), "logits are of all rows");
-  copy_out(made, rows * width, logits);
+  const float* values = program_value(held.run, h->logits, false, &rows, &width);
+  BK_CHECK(values && rows * width == logits.numel(), "logits are of all rows");
+  copy_out(values, rows * width, logits);
 }
 
 int64_t start(Tensor program, Tensor hidden, Tensor positions, MaybeTensor starts, Tensor caches, Tensor angles,
@@ -71,9 +71,9 @@ int64_t start(Tensor program, Tensor hidden, Tensor positions, MaybeTensor start
 }
 
 Place* find(int64_t number) {
-  Place* found = program_find(number);
-  BK_CHECK(found, "no run ", number);
-  return found;
+  Place* place = program_find(number);
+  BK_CHECK(place, "no run ", number);
+  return place;
 }
 
 int64_t step(int64_t number) { return program_step(find(number)); }
@@ -139,20 +139,20 @@ uint64_t checksum(const char* p, int64_t bytes) {
   return all;
 }
 
-Tensor checksums(Tensor pieces) {
-  BK_CHECK(pieces.is_cpu() && pieces.is_contiguous() && pieces.scalar_type() == ScalarType::Long && pieces.dim() == 2 &&
-               pieces.size(1) == 2,
-           "no list of pieces of memory");
-  const int64_t count = pieces.size(0), one = 1;
-  const auto* piece = (const int64_t*)pieces.const_data_ptr();
+Tensor checksums(Tensor ranges) {
+  BK_CHECK(ranges.is_cpu() && ranges.is_contiguous() && ranges.scalar_type() == ScalarType::Long && ranges.dim() == 2 &&
+               ranges.size(1) == 2,
+           "no list of ranges of memory");
+  const int64_t count = ranges.size(0), one = 1;
+  const auto* range = (const int64_t*)ranges.const_data_ptr();
   Tensor out = empty_strided(&count, &one, 1, ScalarType::Long, count * 8);
   auto* to = (int64_t*)out.mutable_data_ptr();
-  parallel_tasks(count, [&](int64_t i) { to[i] = (int64_t)checksum((const char*)piece[2 * i], piece[2 * i + 1]); });
+  parallel_tasks(count, [&](int64_t i) { to[i] = (int64_t)checksum((const char*)range[2 * i], range[2 * i + 1]); });
   return out;
 }
 
 void finish(int64_t number) {
-  if (Place* found = program_find(number)) program_finish(found);
+  if (Place* place = program_find(number)) program_finish(place);
 }
 
 std::vector<int64_t> sizes() {

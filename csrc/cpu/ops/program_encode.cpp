@@ -104,15 +104,15 @@ void encode(Tensor program, Tensor hidden, Tensor sequences, Tensor scores, Tens
     {
       Held held{place};
       program_step(place);
-      int64_t made_rows, made_width;
-      const float* made = program_value(place, h->logits, false, &made_rows, &made_width);
-      BK_CHECK(made && made_rows == rows && made_width == width, "it made other rows");
-      for (const Sequence* s = sequence + begin; s < sequence + end; made += s->rows * width, ++s) {
+      int64_t value_rows, value_width;
+      const float* values = program_value(place, h->logits, false, &value_rows, &value_width);
+      BK_CHECK(values && value_rows == rows && value_width == width, "it made other rows");
+      for (const Sequence* s = sequence + begin; s < sequence + end; values += s->rows * width, ++s) {
         char* to = (char*)out.mutable_data_ptr() + (s->number * out.size(1) + s->first) * row;
         if (type == Type::f32)
-          std::memcpy(to, made, s->rows * row);
+          std::memcpy(to, values, s->rows * row);
         else
-          table().convert(type, true, made, to, s->rows * width);
+          table().convert(type, true, values, to, s->rows * width);
       }
     }
     if (lent) program_settle();  // threads that lost their core may still read them

@@ -49,7 +49,7 @@ struct Neighbours {
 
 // Never destroyed: its thread ends with the process, after it would be.
 Neighbours& neighbours() {
-  static Neighbours* const made = [] {
+  static Neighbours* const instance = [] {
     auto n = new Neighbours;
 #if defined(__unix__) || defined(__APPLE__)
     pthread_atfork([] { neighbours().mutex.lock(); }, [] { neighbours().mutex.unlock(); },
@@ -60,7 +60,7 @@ Neighbours& neighbours() {
 #endif
     return n;
   }();
-  return *made;
+  return *instance;
 }
 
 }  // namespace

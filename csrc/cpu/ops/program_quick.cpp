@@ -16,7 +16,7 @@
 #include "program_neighbours.h"
 
 extern "C" int64_t bk_same_words(const int64_t* const* addresses, const int64_t* words, int64_t begin, int64_t count);
-extern "C" int bk_same_bytes(const int64_t* pieces, int64_t count);
+extern "C" int bk_same_bytes(const int64_t* ranges, int64_t count);
 
 namespace bigkernels {
 namespace {
@@ -68,8 +68,8 @@ struct Quick {
   const int64_t* const* addresses;
   const int64_t* words;
   int64_t word_count;
-  const int64_t *pieces, *sources;  // bytes that are compared with copies
-  int64_t piece_count, source_count;
+  const int64_t *ranges, *sources;  // bytes that are compared with copies
+  int64_t range_count, source_count;
   CacheLease* lease;
   const ProgramHeader* program;
   const AngleTable* angles;
@@ -208,22 +208,22 @@ Object* embedded(const Quick& q, const Call& c, const void** data) {
   Object* positions = c.given[kPositions] ? c.given[kPositions] : q.none;
   Object* given = python.tuple(3, c.given[kIds], positions, q.none);
   if (!given) return nullptr;
-  Object* made = python.call(q.embed, given, nullptr);
+  Object* tensor = python.call(q.embed, given, nullptr);
   python.drop(given);
-  if (!made) return nullptr;
+  if (!tensor) return nullptr;
   DLTensor t;
   const Type type = (Type)q.hidden_type;
   const int64_t width = q.program->width[q.program->hidden];
-  const bool fits = type_of_object(made) == q.tensor && !python.describe(made, &t) && t.device_type == 1 &&
+  const bool fits = type_of_object(tensor) == q.tensor && !python.describe(tensor, &t) && t.device_type == 1 &&
                     t.dimensions == 3 && t.shape[0] == q.batch && t.shape[1] == c.tokens && t.shape[2] == width &&
                     t.code == (type == Type::bf16 ? 4 : 2) && t.bits == 8 * size_of(type) && t.lanes == 1 &&
                     t.strides[2] == 1 && t.strides[1] == width && t.strides[0] == width * c.tokens;
   if (!fits) {
-    python.drop(made);
+    python.drop(tensor);
     return nullptr;
   }
   *data = t.at();
-  return made;
+  return tensor;
 }
 
 // Nothing around the call looks at its operators or changes them.
@@ -240,7 +240,7 @@ bool nobody_looks(const Quick& q) {
 bool nothing_changed(const Quick& q) {
   for (int64_t i = 0; i < q.line_count; ++i) __builtin_prefetch(q.lines[i], 0, 2);
   return bk_same_words(q.addresses, q.words, 0, q.word_count) == q.word_count &&
-         (!q.piece_count || bk_same_bytes(q.pieces, q.piece_count)) &&
+         (!q.range_count || bk_same_bytes(q.ranges, q.range_count)) &&
          (!q.source_count || bk_same_bytes(q.sources, q.source_count));
 }
 
@@ -251,15 +251,15 @@ Object* new_logits(const Quick& q, int64_t keep, char** data) {
   Object* shape = python.tuple(3, q.batch_of, kept, q.vocabulary_of);
   python.drop(kept);
   if (!shape) return nullptr;
-  Object* made = python.call(q.empty, shape, q.options);
+  Object* tensor = python.call(q.empty, shape, q.options);
   python.drop(shape);
   DLTensor t;
-  if (made && (python.describe(made, &t) || !t.data)) {
-    python.drop(made);
+  if (tensor && (python.describe(tensor, &t) || !t.data)) {
+    python.drop(tensor);
     return nullptr;
   }
-  if (made) *data = t.at();
-  return made;
+  if (tensor) *data = t.at();
+  return tensor;
 }
 
 struct Held {
@@ -298,12 +298,12 @@ Object* answer(const Quick& q, Object* kwargs) {
     if (program_start(in, &place).empty()) {
       program_step(place);
       int64_t rows, width;
-      const float* made = program_value(place, q.program->logits, false, &rows, &width);
-      if (made && rows == q.batch * c.keep && width == q.vocabulary) {
+      const float* values = program_value(place, q.program->logits, false, &rows, &width);
+      if (values && rows == q.batch * c.keep && width == q.vocabulary) {
         if ((Type)q.logits_type == Type::f32)
-          std::memcpy(data, made, rows * width * 4);
+          std::memcpy(data, values, rows * width * 4);
         else
-          table().convert((Type)q.logits_type, true, made, data, rows * width);
+          table().convert((Type)q.logits_type, true, values, data, rows * width);
         done = true;
       }
     }

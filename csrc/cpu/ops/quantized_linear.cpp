@@ -11,9 +11,9 @@ constexpr int64_t kMostExact = 1 << 17;  // products of 8-bit integers whose sum
 
 void run_dynamic(const Linear& a) {
   const CpuTable& kernels = table();
-  int64_t strip = kernels.linear_dynamic_strip(a);
+  int64_t row_block_bytes = kernels.linear_dynamic_row_block_bytes(a);
   for_groups(
-      a, a.n, strip,
+      a, a.n, row_block_bytes,
       [&](const Linear& part, int64_t begin, int64_t end, char* left, float* scales) {
         Scratch token(kernels.linear_dynamic_token(part));
         kernels.linear_dynamic_pack(part, begin, end, left, scales, token.data());

@@ -17,14 +17,14 @@ const char* find(const FewProduct& p, int device, FewLaunch* launch) {
   cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (e) return message(e);
   if (major < 8) return "it needs a GPU of compute capability 8.0 or newer";
-  bool found = false;
+  bool launched = false;
   switch (p.code) {
-    case FewCode::int4: found = few_int4(p, device, launch, &e); break;
-    case FewCode::book4: found = few_book4(p, device, launch, &e); break;
-    case FewCode::int8: found = few_int8(p, device, launch, &e); break;
-    case FewCode::fp8: found = few_fp8(p, device, launch, &e); break;
+    case FewCode::int4: launched = few_int4(p, device, launch, &e); break;
+    case FewCode::book4: launched = few_book4(p, device, launch, &e); break;
+    case FewCode::int8: launched = few_int8(p, device, launch, &e); break;
+    case FewCode::fp8: launched = few_fp8(p, device, launch, &e); break;
   }
-  return found ? message(e) : "there is no kernel for this format, dtype and number of tokens";
+  return launched ? message(e) : "there is no kernel for this format, dtype and number of tokens";
 }
 
 // A kernel may use more shared memory than all GPUs have once it was told so, on each device.

@@ -1,5 +1,5 @@
-// What an optimizer step works on, as plain memory: the same records serve the CPU kernels and, copied to a device, the
-// CUDA kernels. Includes neither torch nor the C++ library.
+// What an optimizer step works on, as plain memory: the same records are read by the CPU kernels and, copied to a
+// device, the CUDA kernels. Includes neither torch nor the C++ library.
 #pragma once
 #include <stdint.h>
 

@@ -10,7 +10,7 @@ struct PoolStats {
   int64_t cached;      // bytes of free blocks whose pages the process still has
   int64_t reserved;    // bytes of addresses opened so far, with pages or without
   int64_t peak;        // the most that in_use has been
-  int64_t hits;        // blocks served from cached bytes alone
+  int64_t hits;        // blocks taken from cached bytes alone
   int64_t misses;      // blocks that needed new pages
   int64_t given_back;  // bytes whose pages went back to the system
 };

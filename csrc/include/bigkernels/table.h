@@ -201,10 +201,10 @@ struct Weight {
 // y = x w^T + bias, (M, N), or backward the gradient of x, (M, K), from that of y. The gradient of a weight is such a
 // backward pass too: of the transposed gradient of y, with x for a weight.
 struct Linear : Weight {
-  Rows in;         // x, or the gradient of y
-  bool in_turned;  // element i of row m is element m of row i
-  void* out;       // contiguous
-  Type type;       // of in
+  Rows in;             // x, or the gradient of y
+  bool in_transposed;  // element i of row m is element m of row i
+  void* out;           // contiguous
+  Type type;           // of in
   Type out_type;
   int64_t m;
   const float* bias;   // (N,) or null
@@ -218,7 +218,7 @@ struct LinearCrossEntropy {
   Linear head;  // the weight; in: x; type; bias
   const int64_t *row, *target;
   const float* weight;  // (V,) of the classes, or null
-  int64_t tokens, piece, vocabulary;
+  int64_t tokens, chunk, vocabulary;
   float label_smoothing, z_loss, softcap, focal_gamma, logit_scale, weight_sum;  // no softcap with label smoothing
   float *loss, *lse;
   int64_t* predicted;  // (T,) or null: the first class of the largest logit; NaN counts as larger than all, as in torch
@@ -229,14 +229,14 @@ struct LinearCrossEntropy {
   void* dx;
   float* unit;
   const float* smoothed;  // (K,) sum of weight[j] w[j], with label smoothing
-  // The gradient of the weight, (V, K). Until it is written, its rows hold e of the first `saved` strips of 32 tokens,
-  // where they have room for it: pieces whose `kept` is set.
+  // The gradient of the weight, (V, K). Until it is written, its rows hold e of the first `saved` row blocks of 32
+  // tokens, where they have room for it: chunks whose `kept` is set.
   void* dw;
   Type dw_type;
   int64_t saved;
   uint8_t* kept;
-  // Backward: `turned` holds factor * coefficient / top * x, and `factor` the gradient of each token's loss.
-  const void* turned;
+  // Backward: `transposed` holds factor * coefficient / top * x, and `factor` the gradient of each token's loss.
+  const void* transposed;
   const float* factor;
   float top, beta_sum;    // sum of factor * beta
   const float* beta_x;    // (K,) sum of factor * beta * x
@@ -299,31 +299,31 @@ struct CpuTable {
   void (*linear_few)(const Linear&, const void* ready, int64_t begin, int64_t end);
   int64_t (*linear_few_size)(const Linear&);
   int64_t (*linear_few_most)(const Linear&);  // tokens up to which this is the faster way
-  // Many tokens, forward or backward: strips [begin, end) of 32 tokens packed into `left`, then columns [begin, end) of
-  // the result for all of them. Bytes of `left` a strip, and of workspace for so many columns.
+  // Many tokens, forward or backward: row blocks [begin, end) of 32 tokens packed into `left`, then columns [begin,
+  // end) of the result for all of them. Bytes of `left` a row block, and of workspace for so many columns.
   void (*linear_pack_left)(const Linear&, bool backward, int64_t begin, int64_t end, void* left);
   void (*linear_many)(const Linear&, bool backward, const void* left, int64_t begin, int64_t end, void* workspace);
-  int64_t (*linear_strip)(const Linear&, bool backward);
+  int64_t (*linear_row_block_bytes)(const Linear&, bool backward);
   int64_t (*linear_workspace)(const Linear&, int64_t columns);
-  // Strips [begin, end) of 32 rows of the weight, packed for forward; bytes a strip.
+  // Row blocks [begin, end) of 32 rows of the weight, packed for forward; bytes a row block.
   void (*linear_pack_right)(const Linear&, int64_t begin, int64_t end, void* packed);
-  int64_t (*linear_packed_strip)(const Linear&);
-  // Forward of piece `piece` of the tokens; what backward needs of strips [begin, end); the gradients of block `block`
-  // of the vocabulary; dx of tokens [begin, end) times their factors. Sizes in bytes; the vocabulary in a block, and
-  // the bytes that 32 by 32 values of e take.
-  void (*linear_loss_tokens)(const LinearCrossEntropy&, int64_t piece, void* workspace);
-  void (*linear_loss_turn)(const LinearCrossEntropy&, int64_t begin, int64_t end, void* turned);
+  int64_t (*linear_packed_row_block_bytes)(const Linear&);
+  // Forward of chunk `chunk` of the tokens; what backward needs of row blocks [begin, end); the gradients of block
+  // `block` of the vocabulary; dx of tokens [begin, end) times their factors. Sizes in bytes; the vocabulary in a
+  // block, and the bytes that 32 by 32 values of e take.
+  void (*linear_loss_tokens)(const LinearCrossEntropy&, int64_t chunk, void* workspace);
+  void (*linear_loss_transpose)(const LinearCrossEntropy&, int64_t begin, int64_t end, void* transposed);
   void (*linear_loss_weight)(const LinearCrossEntropy&, int64_t block, void* workspace);
   void (*linear_loss_scale)(const LinearCrossEntropy&, int64_t begin, int64_t end);
   int64_t (*linear_loss_tokens_size)(const LinearCrossEntropy&);
-  int64_t (*linear_loss_turned_strip)(const LinearCrossEntropy&);
+  int64_t (*linear_loss_row_block_bytes)(const LinearCrossEntropy&);
   int64_t (*linear_loss_weight_size)(const LinearCrossEntropy&);
   int64_t (*linear_loss_block)(const LinearCrossEntropy&);
   // linear_many forward with tokens rounded to 8 bits, and int8 codes; `token` is room for one.
   void (*linear_dynamic_pack)(const Linear&, int64_t begin, int64_t end, void* left, float* scales, void* token);
   void (*linear_dynamic)(const Linear&, const void* left, const float* scales, int64_t begin, int64_t end,
                          void* workspace);
-  int64_t (*linear_dynamic_strip)(const Linear&);
+  int64_t (*linear_dynamic_row_block_bytes)(const Linear&);
   int64_t (*linear_dynamic_token)(const Linear&);
   int64_t (*linear_dynamic_workspace)(const Linear&, int64_t columns);
   Kernel<Compress> compress;

@@ -306,7 +306,7 @@ BK_INLINE void stream2(T* p, vf a, vf b) {
 }
 
 // Asks for the cache line at p: the next row's, while this row's results are written, or this row's further on. The
-// machine's own prefetcher starts anew at each page and serves fewer streams.
+// machine's own prefetcher starts anew at each page and follows fewer streams.
 BK_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 constexpr int64_t kAhead = 1024;  // bytes
 template <class T>
