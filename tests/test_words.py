@@ -22,6 +22,8 @@ WORDS = [
     (r"\b(ref_|old_)?logps\b", ("bigkernels/losses", "docs", "*.md"), "logprobs",
      ("losses/_linear.py", "losses/_unpaired.py")),
     (r"\binstruction-set levels?\b", ("bigkernels", "csrc", "docs", "*.md"), "ISA level", ()),
+    (r"\b(turned|strips?)\b", ("csrc",), "transposed; row block (the glossary of CONTRIBUTING.md)", ()),
+    (r"\bpieces?\b", ("csrc/cpu", "csrc/include"), "chunk, block or range (the glossary of CONTRIBUTING.md)", ()),
     (r"(?<![.\w])named\(", ("bigkernels/quantization", "bigkernels/checkpointing", "bigkernels/program"),
      "resolve_...", ()),
 ]  # fmt: skip
