@@ -20,12 +20,14 @@ from .ops.routes import TABLE, routes
 
 _PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "numpy")
 # The features that each of the CPU kernels' ISA levels adds to the one before it, as /proc/cpuinfo names them.
-ISA_FEATURES = {
+_X86_FEATURES = {
     "avx2": ("avx2", "fma", "f16c"),
     "avx512_vnni": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"),
     "avx512": ("avx512_bf16",),
     "amx": ("amx_tile", "amx_bf16", "amx_int8"),
 }
+_ARM_FEATURES = {"dotprod": ("asimddp",)}
+ISA_FEATURES = _ARM_FEATURES if platform.machine() == "aarch64" else _X86_FEATURES
 _CPU_FEATURES = (*(f for features in ISA_FEATURES.values() for f in features), "avx512_fp16", "amx_fp16")
 
 
@@ -68,7 +70,7 @@ def _versions() -> dict[str, str | None]:
 
 def _cpu() -> dict:
     fields = _cpuinfo()
-    flags = fields.get("flags", "").split()
+    flags = fields.get("flags", fields.get("Features", "")).split()
     return {
         "model": fields.get("model name") or platform.processor() or platform.machine(),
         "cores": cores(),

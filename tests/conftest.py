@@ -23,14 +23,16 @@ from bigkernels._info import cores, info
 from bigkernels._load import cpu_library
 
 ROOT = Path(__file__).resolve().parent.parent
+ARM = platform.machine() == "aarch64"
 # As BIGKERNELS_CPU_ISA names them, lowest first.
-ISA_LEVELS = ("base", "avx2", "avx512_vnni", "avx512", "amx")
+ISA_LEVELS = ("base", "dotprod") if ARM else ("base", "avx2", "avx512_vnni", "avx512", "amx")
 # What a processor needs for each, as /proc/cpuinfo names it.
 FEATURES = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512_vnni": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
     "avx512": {"avx512_bf16"},
     "amx": {"amx_tile", "amx_bf16", "amx_int8"},
+    "dotprod": {"asimddp"},
 }
 
 torch.set_num_threads(2)  # some results depend on their number
@@ -92,14 +94,14 @@ def untested() -> Iterator[str]:
 
 def emulates(level: str) -> bool:
     """Whether this processor has all of a level but tiles."""
-    below = ISA_LEVELS[1 : ISA_LEVELS.index(level)]
-    return level == "amx" and set().union(*(FEATURES[name] for name in below)) <= flags()
+    below = ISA_LEVELS[1 : ISA_LEVELS.index(level)] if level in ISA_LEVELS else ()
+    return level == "amx" and not ARM and set().union(*(FEATURES[name] for name in below)) <= flags()
 
 
 def why_not(level: str) -> str:
     """Why this process does not run a level."""
     cpu = info()["cpu"]
-    if platform.machine() != "x86_64":
+    if platform.machine() not in ("x86_64", "aarch64"):
         return f"it is for x86-64, not {platform.machine()}"
     if cpu["BIGKERNELS_CPU_ISA"]:
         return f"BIGKERNELS_CPU_ISA is {cpu['BIGKERNELS_CPU_ISA']}"
@@ -113,7 +115,7 @@ def flags() -> set[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return set()
-    return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
+    return set(next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), ()))
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ISA_LEVELS
 
 ROOT = Path(__file__).resolve().parent.parent
-LEVELS = ("base", "avx2", "avx512_vnni", "avx512", "amx")
 
 # What a library may need besides torch: the C++ runtime, and nothing of Python, OpenMP or CUDA.
 NEEDED = {"libtorch.so", "libtorch_cpu.so", "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"}
@@ -49,7 +49,7 @@ def kernel_objects(level: str) -> list[Path]:
     return [path for path in objects if path.name.removesuffix(".o") in sources]
 
 
-@pytest.mark.parametrize("level", ["base", *(pytest.param(level, marks=x86_only) for level in LEVELS[1:])])
+@pytest.mark.parametrize("level", ["base", *(pytest.param(level, marks=x86_only) for level in ISA_LEVELS[1:])])
 class TestKernelObjects:
     def test_no_weak_symbols(self, level: str) -> None:
         # The linker keeps one copy of a weak symbol for all callers: it could be AVX-512 code on an AVX2 machine.
@@ -69,7 +69,7 @@ class TestKernelObjects:
     def test_no_instructions_of_higher_levels(self, level: str) -> None:
         code = "".join(tool("objdump", "-d", "--no-show-raw-insn", path) for path in kernel_objects(level))
         assert re.search(OWN[level], code), "the level does not use what it has beyond those below it"
-        for higher in LEVELS[LEVELS.index(level) + 1 :]:
+        for higher in ISA_LEVELS[ISA_LEVELS.index(level) + 1 :]:
             found = re.search(f".*{OWN[higher]}.*", code)
             assert found is None, f"{higher} code at level {level}: {found[0]}"
 
@@ -90,7 +90,8 @@ def test_the_variable_only_lowers_the_level(library: Path) -> None:
 def test_an_unknown_level_is_an_error_that_lists_the_levels(library: Path, wish: str) -> None:
     done = _with_level(wish)
     assert done.returncode != 0
-    assert f"BIGKERNELS_CPU_ISA is '{wish}'; accepted are base, avx2, avx512_vnni, avx512 and amx" in done.stderr
+    accepted = f"{', '.join(ISA_LEVELS[:-1])} and {ISA_LEVELS[-1]}"
+    assert f"BIGKERNELS_CPU_ISA is '{wish}'; accepted are {accepted}" in done.stderr
 
 
 def _with_level(wish: str) -> subprocess.CompletedProcess:

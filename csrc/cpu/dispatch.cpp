@@ -10,12 +10,20 @@
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace bigkernels {
 
 // All levels, lowest first. Kernels know nothing of those beside their own: a new one leaves their objects as they are.
+#if defined(__x86_64__)
 #define BK_LEVELS(X) X(base) X(avx2) X(avx512_vnni) X(avx512) X(amx)
+#elif defined(__aarch64__)
+#define BK_LEVELS(X) X(base) X(dotprod)
+#else
+#define BK_LEVELS(X) X(base)
+#endif
 
 #define BK_DECLARE(level)                  \
   namespace level {                        \
@@ -73,6 +81,8 @@ Isa best() {
 #undef BK_HAS
   return Isa::amx;
 }
+#elif defined(__aarch64__) && defined(__linux__)
+Isa best() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? Isa::dotprod : Isa::base; }
 #else
 Isa best() { return Isa::base; }
 #endif

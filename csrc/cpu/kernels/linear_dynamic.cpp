@@ -1,6 +1,9 @@
 // Linear layers of 8-bit weights whose tokens are rounded to 8 bits as well: products of integers, exact, in the matrix
 // unit's or the vector unit's own format.
 #include "gemm.h"
+#if defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
 
 namespace bigkernels {
 namespace BK_ISA {
@@ -9,11 +12,11 @@ namespace {
 // Left: 32 tokens by kDeep of the depth, token after token. Right: kDeep of the depth by 32 columns, in two tiles of 16
 // columns; a line of a tile holds kGroup neighbours of the depth for each column, in 32 bits.
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
 struct Quads {
   typedef uint8_t Element;
   static constexpr int64_t kDeep = 64, kGroup = 4, kTile = 16 * 64, kBlock = 2 * kTile;
-#if defined(__AMX_INT8__)
+#if defined(__AMX_INT8__) || defined(__ARM_FEATURE_DOTPROD)
   static constexpr uint8_t kZero = 0;
 #else
   static constexpr uint8_t kZero = 128;  // the vector unit takes one operand without a sign
@@ -28,6 +31,8 @@ struct Quads {
   BK_INLINE vi multiply_add(vi acc, vi left, vi right) {
 #if defined(__AVX512VNNI__)
     return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)left, (__m512i)right);
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)left, (int8x16_t)right);
 #else
     return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)left, (__m256i)right);
 #endif
@@ -68,7 +73,7 @@ struct Quads {
 #else
   static void multiply(int32_t* c, int64_t ldc, const uint8_t* a, const uint8_t* b, int64_t count, int64_t rows,
                        bool accumulate) {
-    constexpr int R = W / 2, V = 2;  // rows and vectors of columns whose sums are in registers
+    constexpr int R = W == 16 ? 8 : 4, V = W == 4 ? 4 : 2;  // rows and vectors of columns whose sums are in registers
     for (int64_t r = 0; r < kSide && r < rows; r += R, a += R * kDeep, c += R * ldc)
       for (int64_t column = 0; column < kSide; column += V * W) {
         int32_t* to = c + column;

@@ -5,6 +5,9 @@
 #pragma once
 #include "product_pairs.h"
 #include "product_tokens.h"
+#if defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
 
 namespace bigkernels {
 namespace BK_ISA {
@@ -103,6 +106,8 @@ BK_INLINE vi dot(vi acc, vq u, vq s) {
   return acc + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)u, (__m256i)s), _mm256_set1_epi16(1));
 #elif defined(__x86_64__)
   return acc + (vi)_mm_madd_epi16(_mm_maddubs_epi16((__m128i)u, (__m128i)s), _mm_set1_epi16(1));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)u, (int8x16_t)s);
 #else
   for (int i = 0; i < 4 * W; ++i) acc[i / 4] += (int)u[i] * (int8_t)s[i];
   return acc;
@@ -121,6 +126,8 @@ BK_INLINE vi dot_signed(vi acc, vq code, vq s) {
   return dot(acc, (vq)_mm256_abs_epi8((__m256i)code), (vq)_mm256_sign_epi8((__m256i)s, (__m256i)code));
 #elif defined(__x86_64__)
   return dot(acc, (vq)_mm_abs_epi8((__m128i)code), (vq)_mm_sign_epi8((__m128i)s, (__m128i)code));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return dot(acc, code, s);  // which takes signs of both
 #else
   for (int i = 0; i < 4 * W; ++i) acc[i / 4] += (int)(int8_t)code[i] * (int8_t)s[i];
   return acc;
