@@ -1,17 +1,20 @@
 """Whether a module's class still computes what a kernel was compared with.
 
 A forward that is written into an instance hides its class's. Where somebody replaces a method of the class later, as
-libraries that patch classes do, that method is what the model's owner wants to run.
+libraries that patch classes do, that method is what the model's owner wants to run. The same goes for functions of
+PyTorch that the methods call by their names.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ._source import methods
 
@@ -22,12 +25,14 @@ class Own:
     A copy knows the same functions. A pickle holds the class alone: whoever reads it trusts the class that is there.
     """
 
-    __slots__ = ("cls", "forward", "others")
+    __slots__ = ("cls", "forward", "others", "called")
 
     def __init__(self, cls: type) -> None:
         self.cls, self.forward = cls, cast(Any, cls).forward
-        names = (source.function.__name__ for source in methods(cls, "forward"))
+        functions = [source.function for source in methods(cls, "forward")]
+        names = (function.__name__ for function in functions)
         self.others = tuple((name, getattr(cls, name)) for name in names if name != "forward" and hasattr(cls, name))
+        self.called = _called([self.forward, *functions])
 
     def holds(self, module: Any) -> bool:
         """Whether the module's class has these methods now."""
@@ -36,6 +41,11 @@ class Own:
             return False
         for name, function in self.others:  # noqa: SIM110  a loop costs half of what `all` does
             if getattr(cls, name, None) is not function:
+                return False
+        if torch.compiler.is_compiling():
+            return True
+        for names, name, function in self.called:  # noqa: SIM110
+            if names[name] is not function:
                 return False
         return True
 
@@ -47,6 +57,25 @@ class Own:
 
     def __reduce__(self) -> tuple:
         return Own, (self.cls,)
+
+
+def _called(functions: Iterable[Callable]) -> tuple[tuple[dict[str, Any], str, Any], ...]:
+    """Those of PyTorch's functions whose names the code of `functions` has, and what these call in turn."""
+    spaces = vars(F), vars(torch)
+    found = {}
+    for function in functions:
+        for name in _names(function):
+            for i, space in enumerate(spaces):
+                if callable(space.get(name)):
+                    found[i, name] = space[name]
+                    for inner in _names(space[name]) if i == 0 else ():
+                        if callable(vars(torch).get(inner)):
+                            found[1, inner] = vars(torch)[inner]
+    return tuple((spaces[i], name, function) for (i, name), function in found.items())
+
+
+def _names(function: Any) -> tuple[str, ...]:
+    return getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ())
 
 
 def followed(new: Callable, cls: type) -> Callable:

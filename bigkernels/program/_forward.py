@@ -218,7 +218,16 @@ class _Call:
         return given, last
 
 
-_LINEAR = (nn.Linear.forward, F.linear)
+# What programs stand for without calling it.
+_TORCH = [
+    (owner, name, getattr(owner, name))
+    for owner, names in (
+        (nn.Linear, ("forward",)),
+        (F, ("linear", "layer_norm", "rms_norm", "dropout", "softmax", "gelu", "silu", "relu")),
+        (torch, ("layer_norm", "rms_norm", "rsqrt", "matmul", "softmax")),
+    )
+    for name in names
+]
 
 
 def _check_surroundings() -> None:
@@ -231,5 +240,6 @@ def _check_surroundings() -> None:
         raise Refusal("a transform of torch.func is around it")
     if any(_GLOBAL_HOOKS):
         raise Refusal("there are hooks on all modules")
-    if nn.Linear.forward is not _LINEAR[0] or F.linear is not _LINEAR[1]:
-        raise Refusal("torch's linear layers are others")
+    for owner, name, function in _TORCH:
+        if getattr(owner, name) is not function:
+            raise Refusal(f"{owner.__name__}.{name} is another function than torch's")

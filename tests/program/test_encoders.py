@@ -401,6 +401,38 @@ def test_replaced_linear_layers(name, where, monkeypatch):
     torch.testing.assert_close(states(ours, given), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "name, owner, key",
+    [
+        ("bert", torch.nn.functional, "layer_norm"),
+        ("bert", torch, "layer_norm"),
+        ("bert", torch.nn.functional, "scaled_dot_product_attention"),
+        ("bert-eager", torch.nn.functional, "dropout"),
+        ("bert-eager", torch.nn.functional, "softmax"),
+        ("bert-eager", torch, "matmul"),
+        ("t5", torch, "rsqrt"),
+        ("t5", torch.nn.functional, "relu"),
+        ("t5", torch.nn.functional, "scaled_dot_product_attention"),
+    ],
+)
+def test_replaced_functions_of_torch(name, owner, key, monkeypatch):
+    """By whoever wants to see or change what they do: nobody is given the old function's numbers."""
+    model, ours = patched(name)
+    given = encoders.inputs(name)
+    seen = given["attention_mask"].bool()
+    before = states(ours, given)[seen]
+    original = getattr(owner, key)
+    with monkeypatch.context() as patching:
+        patching.setattr(owner, key, lambda *args, **kwargs: original(*args, **kwargs) * 1.25)
+        expected = states(model, given)[seen]
+        made = states(ours, given)[seen]
+    assert not torch.allclose(before, expected, atol=5e-3)
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+    count = stack(ours).taken
+    torch.testing.assert_close(states(ours, given)[seen], before, rtol=0, atol=0)
+    assert stack(ours).taken == count + 1
+
+
 def test_quick_gelu_without_verification():
     from transformers.activations import QuickGELUActivation
 
