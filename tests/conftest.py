@@ -46,7 +46,9 @@ TOGETHER = (
     "test_cuda_source.py",
     "test_demo.py",
     "test_plan.py",
+    "test_sharded.py",
     "test_training.py",
+    "test_trl_ranks.py",
 )
 # What takes longest begins first, so that no worker is left with it at the end.
 LONG = ("test_interpreter.py", "test_distributed.py", "test_packaging.py", "test_training.py", "test_triton_aot.py")

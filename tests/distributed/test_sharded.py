@@ -12,7 +12,6 @@ import bigkernels
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
-pytestmark = pytest.mark.xdist_group("sharded")
 checks = Checks(__file__, ranks=2)
 STEPS = 6
 

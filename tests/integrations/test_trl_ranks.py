@@ -16,7 +16,6 @@ pytest.importorskip("peft")
 
 from ranks import Checks  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("trl ranks")
 checks = Checks(__file__, ranks=2)
 FSDP = {"fsdp": "full_shard", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 CASES = {
