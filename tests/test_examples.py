@@ -16,6 +16,8 @@ PRINTS = {
     "accelerate_loop": "loaded bit by bit: True",
     "custom_model": "In the forests of the night;",
     "fsdp2": "sharded",
+    "long_sequences": "MiB sent a step and rank",
+    "restarts": "restarted 1 times",
     "less_memory": "recompute: ",
     "optimize": "resumed bit by bit: True",
     "patch_llm": "step 9: loss",
@@ -28,6 +30,7 @@ PRINTS = {
 NEEDS = {
     "accelerate_loop": ("accelerate", "transformers"),
     "fsdp2": ("transformers",),
+    "long_sequences": ("transformers",),
     "patch_llm": ("transformers",),
     "qlora": ("transformers",),
     "trainer": ("accelerate", "transformers.trainer_optimizer"),
