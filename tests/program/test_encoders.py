@@ -281,6 +281,23 @@ def test_a_state_between_layers_is_read_late():
         kept[0].sum()
 
 
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_between_two_layers_and_writes_that_nobody_counts(edited, dtype):
+    model, ours = patched("bert", dtype)
+    with torch.no_grad():
+        x = torch.randn(2, 5, 48).to(dtype)
+        first = ours.encoder.layer[0](x)
+        ours.encoder.layer[1](first)
+        assert stack(ours).taken == 1
+        if edited:
+            ours.encoder.layer[0].output.dense.weight.data.mul_(-40)
+            with pytest.raises(RuntimeError, match="have changed"):
+                first.sum()
+        else:
+            torch.testing.assert_close(first + 0, model.encoder.layer[0](x), rtol=2e-2, atol=2e-2)
+
+
 def test_classes_that_wrap_an_encoder():
     import transformers as t
 
