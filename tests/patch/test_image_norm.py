@@ -157,6 +157,15 @@ class Subclass(nn.BatchNorm2d):
         return super().forward(x) * 2
 
 
+def test_one_value_in_each_group_is_the_classes_own_error(library):
+    model = nn.Sequential(nn.GroupNorm(4, 4))
+    bigkernels.patch(model)
+    assert model(torch.randn(2, 4, 3, 3)).shape == (2, 4, 3, 3)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        model(torch.randn(1, 4, 1, 1))
+    assert model(torch.randn(2, 4, 1, 1)).abs().max() == 0
+
+
 def test_subclasses_are_left_alone(library):
     model, x = nn.Sequential(Subclass(4), nn.ReLU()), torch.randn(2, 4, 3, 3)
     assert not bigkernels.patch(model).patched

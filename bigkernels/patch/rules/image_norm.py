@@ -46,6 +46,8 @@ def _fits(module: nn.Module, x: Any) -> bool:
     if cls is nn.GroupNorm:
         if x.dim() < 2 or x.shape[1] != module.num_channels or not x.numel():
             return False
+        if x.numel() == module.num_groups:
+            return False  # the class's own error
     elif cls not in _BATCH or x.dim() not in _BATCH[cls] or x.shape[1] != module.num_features or not x.numel():
         return False
     elif module.training and x.numel() == x.shape[1]:
