@@ -46,7 +46,7 @@ TOGETHER = (
     "test_cuda_source.py",
     "test_demo.py",
     "test_plan.py",
-    "test_sharded.py",
+    "test_tiles.py",
     "test_training.py",
     "test_trl_ranks.py",
 )
@@ -64,7 +64,7 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
-        if item.path.name in TOGETHER:
+        if item.path.name in TOGETHER or item.path.parent.name == "distributed":  # whose processes start once a file
             item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
     if not GPU:
         left_out = [item for item in items if item.get_closest_marker("gpu")]

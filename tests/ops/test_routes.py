@@ -206,8 +206,11 @@ def test_info_prints_the_table(capsys):
     assert "Routes on GPUs" in printed and "FlashAttention 3" in printed
 
 
-def test_a_patched_model_keeps_what_it_had(device):
+def test_a_patched_model_keeps_what_it_had(device, monkeypatch):
     """Its own attention is PyTorch's: plain calls stay there, and those with padding come to our kernels."""
+    from bigkernels.patch.rules import attention
+
+    monkeypatch.setattr(attention, "_TORCH", [])  # what notes the calls is no replacement of a user's
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         hidden_size=32,
