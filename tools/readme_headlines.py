@@ -40,11 +40,11 @@ HEADLINES = (
     Headline("the same from a GGUF file, Q4_1", GENERATION, "generation", TOKEN, "llama.cpp Q4_1", "bigkernels gguf"),
     Headline("the same in 4 bits, head too", GENERATION, "generation", TOKEN, "llama.cpp Q4_0, 4-bit head",
              "bigkernels int4"),
+    Headline("32 paragraphs embedded by MiniLM-L6", "cpu-encoders-avx512", "encoders",
+             "MiniLM, 32 x mixed lengths, 2 threads", "openvino"),
     Headline("a step of fine-tuning 135 M parameters", MEMORY, "checkpointing", TUNING, "eager", backward=True),
     Headline("attention, 2048 tokens, D 128, forward and backward", "cpu-attention-amx", "attention", "S 2048, D 128",
              "builtin", backward=True),
-    Headline("attention, window 512 of 8192 tokens, the same", "cpu-attention-amx", "attention",
-             "window 512, S 8192, D 128", "builtin", backward=True),
     Headline("rms_norm, 4096 x 4096, forward and backward", "cpu-operators", "rms_norm", "4096x4096", "compile",
              backward=True),
     Headline("rope, 2048 tokens, forward and backward", "cpu-operators", "rope", "S 2048, heads 32/8, D 128", "compile",
@@ -55,7 +55,8 @@ HEADLINES = (
              "builtin", backward=None, dtype="float32"),
 )  # fmt: skip
 
-NAMES = {"builtin": "PyTorch's fused function", "compile": "torch.compile", "eager": "PyTorch eager"}
+NAMES = {"builtin": "PyTorch's fused function", "compile": "torch.compile", "eager": "PyTorch eager",
+         "openvino": "OpenVINO, bf16"}  # fmt: skip
 
 
 def content(file: str) -> dict[str, Any]:
