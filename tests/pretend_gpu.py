@@ -37,10 +37,25 @@ _FACTORIES = {
     torch.empty_strided,
 }
 _READS = {
-    Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.numpy,
-    Tensor.cpu, Tensor.nonzero, torch.nonzero, torch.equal, Tensor.equal, Tensor.masked_select, torch.masked_select,
-    Tensor.unique, torch.unique, torch.allclose, Tensor.is_nonzero,
-}  # fmt: skip
+    Tensor.item,
+    Tensor.tolist,
+    Tensor.__bool__,
+    Tensor.__int__,
+    Tensor.__float__,
+    Tensor.__index__,
+    Tensor.numpy,
+    Tensor.cpu,
+    Tensor.nonzero,
+    torch.nonzero,
+    torch.equal,
+    Tensor.equal,
+    Tensor.masked_select,
+    torch.masked_select,
+    Tensor.unique,
+    torch.unique,
+    torch.allclose,
+    Tensor.is_nonzero,
+}
 _DEVICE = {Tensor.device.__get__: CUDA, Tensor.is_cuda.__get__: True, Tensor.is_cpu.__get__: False}
 
 

@@ -8,8 +8,25 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "bigkernels"
 
 # From the lowest: a package imports from those before it. `_load` and the like, single files, are below all of them.
-LAYERS = ("ops", "triton", "quantization", "nn", "losses", "distributed", "program", "published", "gguf", "patch",
-          "checkpointing", "optim", "integrations", "bench", "planning", "demo", "_cli")  # fmt: skip
+LAYERS = (
+    "ops",
+    "triton",
+    "quantization",
+    "nn",
+    "losses",
+    "distributed",
+    "program",
+    "published",
+    "gguf",
+    "patch",
+    "checkpointing",
+    "optim",
+    "integrations",
+    "bench",
+    "planning",
+    "demo",
+    "_cli",
+)
 
 # What goes up all the same: `quantize` makes modules.
 UPWARD = {("quantization", "nn")}

@@ -67,10 +67,25 @@ def all_to_all_attention(
         RuntimeError: there is no process group, or a rank did not answer within the group's time-out.
     """
     call = prepare(
-        _OP, q, k, v, group=group, placement=placement, lengths=lengths, causal=causal, scale=scale, window=window,
-        softcap=softcap, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks, prefix_lengths=prefix_lengths,
-        dropout_p=dropout_p, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+        _OP,
+        q,
+        k,
+        v,
+        group=group,
+        placement=placement,
+        lengths=lengths,
+        causal=causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        prefix_lengths=prefix_lengths,
+        dropout_p=dropout_p,
+        cu_seqlens=cu_seqlens,
+    )
     heads, groups = call.q.shape[1], call.k.shape[1]
     if heads < call.ranks:
         raise ValueError(
@@ -141,8 +156,14 @@ def _for_heads(t: Tensor, mine: tuple[int, int], of_keys: tuple[int, int], each:
 def _attend(call, q, k, v, bias, mask, alibi_slopes, sinks, first_head, return_lse):
     """(out, lse or None) of all tokens for the heads of this rank."""
     left, right, scale, softcap, dropout_p = call.options
-    options: dict[str, Any] = {"scale": scale, "window": (left, right), "softcap": softcap or None,
-               "alibi_slopes": alibi_slopes, "sinks": sinks, "prefix_lengths": call.prefix_lengths}  # fmt: skip
+    options: dict[str, Any] = {
+        "scale": scale,
+        "window": (left, right),
+        "softcap": softcap or None,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "prefix_lengths": call.prefix_lengths,
+    }
     if dropout_p:
         given = {"q": q, "k": k, "v": v, "bias": bias, "mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks}
         return attend_alone(call._replace(**given), first_head, call.q.shape[1])

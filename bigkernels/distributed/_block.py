@@ -71,9 +71,17 @@ def forward(block: Block, q: Tensor, k: Tensor, v: Tensor, o: Options) -> tuple[
 
 
 def backward(
-    block: Block, grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    o: Options, bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    block: Block,
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    o: Options,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What a block adds to the gradients of its queries, keys, values and its part of the bias.
 
     grad, out, grad_lse and lse are this rank's, of all keys.

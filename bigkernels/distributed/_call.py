@@ -19,8 +19,18 @@ from ._group import Group, agree, resolve_group
 from ._layout import check_placement
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_AGREED = ("the batch", "the heads of q", "the heads of k", "the size of a head", "the size of a value", "the dtype",
-           "causal or window: left", "causal or window: right", "packing", "the need of gradients")  # fmt: skip
+_AGREED = (
+    "the batch",
+    "the heads of q",
+    "the heads of k",
+    "the size of a head",
+    "the size of a value",
+    "the dtype",
+    "causal or window: left",
+    "causal or window: right",
+    "packing",
+    "the need of gradients",
+)
 
 
 class Call(NamedTuple):
@@ -56,18 +66,43 @@ class Call(NamedTuple):
         operator = packed.OPERATOR if self.is_packed else dense.OPERATOR
         kernel = not dropout_p and operator.uses_kernel(*tensors) and dense.OPERATOR.uses_kernel(*tensors)
         return Options(
-            left, right, scale, softcap, dropout_p, self.q.shape[1], bias=self.bias, mask=self.mask,
-            alibi_slopes=self.alibi_slopes, prefix_lengths=self.prefix_lengths, seed=self.seed, kernel=kernel,
+            left,
+            right,
+            scale,
+            softcap,
+            dropout_p,
+            self.q.shape[1],
+            bias=self.bias,
+            mask=self.mask,
+            alibi_slopes=self.alibi_slopes,
+            prefix_lengths=self.prefix_lengths,
+            seed=self.seed,
+            kernel=kernel,
             packed=self.is_packed,
-        )  # fmt: skip
+        )
 
 
 def prepare(
-    op: str, q: Tensor, k: Tensor, v: Tensor, *, group: Group, placement: str, lengths: Sequence[int] | None,
-    causal: bool, scale: float | None, window: tuple[int, int] | None, softcap: float | None, bias: Tensor | None,
-    mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, prefix_lengths: Tensor | None,
-    dropout_p: float, cu_seqlens: Tensor | None,
-) -> Call:  # fmt: skip
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Group,
+    placement: str,
+    lengths: Sequence[int] | None,
+    causal: bool,
+    scale: float | None,
+    window: tuple[int, int] | None,
+    softcap: float | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    prefix_lengths: Tensor | None,
+    dropout_p: float,
+    cu_seqlens: Tensor | None,
+) -> Call:
     """Check what this rank gives, then whether the ranks give what goes together; their lengths, and dropout's seed."""
     members = resolve_group(op, group)
     rank, ranks = dist.get_rank(members), dist.get_world_size(members)
@@ -82,8 +117,17 @@ def prepare(
     gradient = needs_grad(q, k, v, bias, sinks)
     length = q.shape[2]
     if lengths is None:
-        values = (q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3], _DTYPES.index(q.dtype), *options[:2],
-                  cu_seqlens is not None, gradient)  # fmt: skip
+        values = (
+            q.shape[0],
+            q.shape[1],
+            k.shape[1],
+            q.shape[3],
+            v.shape[3],
+            _DTYPES.index(q.dtype),
+            *options[:2],
+            cu_seqlens is not None,
+            gradient,
+        )
         seeds = 0 if seed is None else int(seed)
         said = agree(op, members, _AGREED, tuple(map(int, values)), q.device, (length, seeds))
         lengths = [n for n, _ in said]
@@ -113,8 +157,9 @@ def prepare(
         count = q.shape[0] if ends is None else len(ends) - 1
         dense.check_integers(op, "prefix_lengths", prefix_lengths, (count,))
         prefix_lengths = own(prefix_lengths)
-    return Call(members, rank, ranks, lengths, q, k, v, ends, bias, mask, alibi_slopes, sinks, prefix_lengths, seed,
-                options)  # fmt: skip
+    return Call(
+        members, rank, ranks, lengths, q, k, v, ends, bias, mask, alibi_slopes, sinks, prefix_lengths, seed, options
+    )
 
 
 def _checked(op, q, k, v, is_packed):

@@ -13,8 +13,9 @@ from ._group import Group, resolve_group
 _STEP, _PART = "step-", ".part"
 
 
-def save_checkpoint(state: dict[str, Any], folder: str | os.PathLike, step: int, *, group: Group = None,
-                    keep: int = 2) -> str:  # fmt: skip
+def save_checkpoint(
+    state: dict[str, Any], folder: str | os.PathLike, step: int, *, group: Group = None, keep: int = 2
+) -> str:
     """Write a checkpoint of all ranks, under a name that it gets when all of it is there.
 
     `torch.distributed.checkpoint` writes it.

@@ -112,8 +112,14 @@ class Exchange:
         self._works, self._ops = [], []
 
 
-def agree(op: str, group: dist.ProcessGroup, names: tuple[str, ...], values: tuple[int, ...], device: torch.device,
-          own: tuple[int, ...]) -> list[tuple[int, ...]]:  # fmt: skip
+def agree(
+    op: str,
+    group: dist.ProcessGroup,
+    names: tuple[str, ...],
+    values: tuple[int, ...],
+    device: torch.device,
+    own: tuple[int, ...],
+) -> list[tuple[int, ...]]:
     """What every rank says of a call: `own` of each. `values`, which go by `names`, must be the same on all.
 
     Raises:

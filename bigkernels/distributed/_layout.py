@@ -142,9 +142,13 @@ def _shared(q: Run, k: Run, cu_seqlens: Sequence[int]) -> Block | None:
             q0, q1 = max(q.at, begin), min(q.at + q.length, end)
             k0, k1 = max(k.at, begin), min(k.at + k.length, end)
             return Block(
-                (q.begin + q0 - q.at, q.begin + q1 - q.at), (k.begin + k0 - k.at, k.begin + k1 - k.at),
-                q0 - begin, k0 - begin, begin, n,
-            )  # fmt: skip
+                (q.begin + q0 - q.at, q.begin + q1 - q.at),
+                (k.begin + k0 - k.at, k.begin + k1 - k.at),
+                q0 - begin,
+                k0 - begin,
+                begin,
+                n,
+            )
     return None
 
 
@@ -160,6 +164,8 @@ def _trimmed(block: Block, left: int, right: int) -> Block | None:
     if k0 >= k1:
         return None
     return block._replace(
-        q=(block.q[0] + q0, block.q[0] + q1), k=(block.k[0] + k0, block.k[0] + k1),
-        q_at=block.q_at + q0, k_at=block.k_at + k0,
-    )  # fmt: skip
+        q=(block.q[0] + q0, block.q[0] + q1),
+        k=(block.k[0] + k0, block.k[0] + k1),
+        q_at=block.q_at + q0,
+        k_at=block.k_at + k0,
+    )

@@ -85,10 +85,25 @@ def ring_attention(
             gradient is asked for.
     """
     call = prepare(
-        _OP, q, k, v, group=group, placement=placement, lengths=lengths, causal=causal, scale=scale, window=window,
-        softcap=softcap, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks, prefix_lengths=prefix_lengths,
-        dropout_p=dropout_p, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+        _OP,
+        q,
+        k,
+        v,
+        group=group,
+        placement=placement,
+        lengths=lengths,
+        causal=causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        prefix_lengths=prefix_lengths,
+        dropout_p=dropout_p,
+        cu_seqlens=cu_seqlens,
+    )
     if call.needs_grad:
         call = call._replace(mask=own(call.mask))
     plan = _Plan(call, placement)

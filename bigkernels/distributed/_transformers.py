@@ -104,9 +104,16 @@ def attend(
     else:
         raise ValueError(f"bigkernels.{_OP}: {type(module).__name__} makes a mask of its own")
     out = state.attend(
-        query, key, value, number, window=window, scale=scaling, softcap=softcap, dropout_p=dropout,
+        query,
+        key,
+        value,
+        number,
+        window=window,
+        scale=scaling,
+        softcap=softcap,
+        dropout_p=dropout,
         sinks=s_aux if s_aux is not None else getattr(module, "sinks", None),
-    )  # fmt: skip
+    )
     return out.transpose(1, 2).contiguous(), None
 
 

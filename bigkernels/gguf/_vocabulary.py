@@ -97,8 +97,9 @@ def _of_pieces(folder: Path, size: int) -> tuple[dict[str, Pair], int]:
     for i, text in special.items():  # of tokenizer_config.json, which files of pieces need not know
         if i < len(pieces) and pieces[i][0] == text:
             pieces[i] = text, pieces[i][1], _CONTROL
-    pieces += [(special.get(i, f"[PAD{i}]"), -1000.0, _CONTROL if i in special else _UNUSED)
-               for i in range(len(pieces), size)]  # fmt: skip
+    pieces += [
+        (special.get(i, f"[PAD{i}]"), -1000.0, _CONTROL if i in special else _UNUSED) for i in range(len(pieces), size)
+    ]
     texts, scores, kinds = zip(*pieces, strict=True)
     prefix = read.sentencepiece_tokenizer.EncodeAsPieces("a")[:1] != ["a"]
     found = {

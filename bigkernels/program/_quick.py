@@ -38,8 +38,21 @@ if TYPE_CHECKING:
     from ._state import Steps
 
 # The keywords that it knows, in the order of `Name` in C.
-_NAMES = tuple(map(sys.intern, ("input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache",
-                                "return_dict", "logits_to_keep")))  # fmt: skip
+_NAMES = tuple(
+    map(
+        sys.intern,
+        (
+            "input_ids",
+            "attention_mask",
+            "position_ids",
+            "cache",
+            "past_key_values",
+            "use_cache",
+            "return_dict",
+            "logits_to_keep",
+        ),
+    )
+)
 # What has to be said around a call: no autocast, no modes, no tracing, no transform, no gradients.
 _ASKED = (
     (autocast_anywhere, False),
@@ -120,20 +133,64 @@ class Quick:
         hidden = torch.empty(_ROWS, source.width, dtype=program.dtype, device="cpu")
         options = {"dtype": steps.output.dtype, "device": torch.device("cpu")}
         asked = [id(f) for f, _ in _ASKED] + [id(said) for _, said in _ASKED]
-        state = array("q", [
-            *map(id, _NAMES), id(None), id(True), id(False), id(Tensor), id(int), id(cache), id(()),
-            0 if source.embed is None else id(source.embed), id(torch.empty), id(options), id(batch), id(vocabulary),
-            *asked,
-            *_array(lines), addresses.buffer_info()[0], words.buffer_info()[0], len(words),
-            pieces.buffer_info()[0], sources.buffer_info()[0], len(pieces) // 3, len(sources) // 3,
-            described.lease.buffer_info()[0], program.lowered.packed.data_ptr(), tables.rows.data_ptr(), tables.length,
-            source.codes, source.address, source.rows, hidden.nbytes // _ROWS,
-            TYPES[program.dtype], TYPES[steps.output.dtype], batch, vocabulary, steps.defaults.as_tuple,
-            *program.graph.counted,
-            hidden.data_ptr()])  # fmt: skip
+        state = array(
+            "q",
+            [
+                *map(id, _NAMES),
+                id(None),
+                id(True),
+                id(False),
+                id(Tensor),
+                id(int),
+                id(cache),
+                id(()),
+                0 if source.embed is None else id(source.embed),
+                id(torch.empty),
+                id(options),
+                id(batch),
+                id(vocabulary),
+                *asked,
+                *_array(lines),
+                addresses.buffer_info()[0],
+                words.buffer_info()[0],
+                len(words),
+                pieces.buffer_info()[0],
+                sources.buffer_info()[0],
+                len(pieces) // 3,
+                len(sources) // 3,
+                described.lease.buffer_info()[0],
+                program.lowered.packed.data_ptr(),
+                tables.rows.data_ptr(),
+                tables.length,
+                source.codes,
+                source.address,
+                source.rows,
+                hidden.nbytes // _ROWS,
+                TYPES[program.dtype],
+                TYPES[steps.output.dtype],
+                batch,
+                vocabulary,
+                steps.defaults.as_tuple,
+                *program.graph.counted,
+                hidden.data_ptr(),
+            ],
+        )
         known = _known(described, watch, program)
-        held = (state.buffer_info()[0], state, lines, addresses, words, pieces, sources, options, batch, vocabulary,
-                hidden, source, known)  # fmt: skip
+        held = (
+            state.buffer_info()[0],
+            state,
+            lines,
+            addresses,
+            words,
+            pieces,
+            sources,
+            options,
+            batch,
+            vocabulary,
+            hidden,
+            source,
+            known,
+        )
         program.hold()
         mine = weakref.ref(steps)
         return cls(_function(held), known, weakref.ref(cache, lambda _: _forget(mine, described)))

@@ -118,8 +118,9 @@ class Case:
             t = given.get(name)
             if t is not None and t.shape[-2] > 1:
                 given[name] = part(t, t.dim() - 2)
-        mine = self._run(function, dtype, *(part(t, 2) for t in (self.q, self.k, self.v, self.grad, self.grad_lse)),
-                         given)  # fmt: skip
+        mine = self._run(
+            function, dtype, *(part(t, 2) for t in (self.q, self.k, self.v, self.grad, self.grad_lse)), given
+        )
         found = [gather_sequence(t, dim=2, **at) for t in mine[:5]]
         for name, grad in zip([n for n in ("bias", "sinks") if n in self.given], mine[5:], strict=True):
             if name == "bias" and grad.shape[-2] > 1:

@@ -28,9 +28,16 @@ def build(kind: str) -> nn.Module:
 
     torch.manual_seed(0)
     options = dict(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        attn_implementation="sdpa",
+    )
     match kind:
         case "llama":
             return transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
@@ -89,8 +96,7 @@ def mine(batch: dict, mesh) -> dict:
     return {n: t.chunk(2)[rank] if isinstance(t, torch.Tensor) else t for n, t in batch.items()}
 
 
-@checks("llama, packed", "llama, padded", "mistral, whole", "mistral, packed", "gemma2, padded",
-        "gpt_oss, whole")  # fmt: skip
+@checks("llama, packed", "llama, padded", "mistral, whole", "mistral, packed", "gemma2, padded", "gpt_oss, whole")
 def losses_of_one_process(case: str) -> None:
     kind, inputs = case.split(", ")
     data = batches(inputs)

@@ -31,8 +31,21 @@ def environment(**others: object) -> dict[str, str]:
 def launched(folder: Path, backend: str, fault: str, at: float, **given: object) -> list[str]:
     """The losses of a run under torchrun."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "--max-restarts", "3", str(PROGRAM), str(folder), backend, fault, str(at)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "3",
+        str(PROGRAM),
+        str(folder),
+        backend,
+        fault,
+        str(at),
+    ]
     done = subprocess.run(command, env=environment(**given), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not [p for p in (folder / "checkpoints").rglob("*") if p.name.endswith(".tmp")]
@@ -73,8 +86,13 @@ def test_the_others_get_an_error_in_time(fault: str, backend: str, tmp_path: Pat
     """Without anybody who would end them."""
     if (fault, backend) in (("raise", "gloo"), ("kill", "gloo")):
         pytest.skip("gloo notices a closed connection by itself")
-    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port(), "WORLD_SIZE": 2, "FAULTY_TIMEOUT": 3,
-             "FAULTY_STOPPED": 8}  # fmt: skip
+    given = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": _port(),
+        "WORLD_SIZE": 2,
+        "FAULTY_TIMEOUT": 3,
+        "FAULTY_STOPPED": 8,
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, str(PROGRAM), str(tmp_path), backend, fault, "0.1"],

@@ -316,10 +316,25 @@ def test_four_processes(name: str, outcomes: dict) -> None:
 def test_no_collective_is_left_to_the_base():
     """Whose methods keep the interpreter's lock while they wait."""
     own = {
-        "_allgather_base", "_reduce_scatter_base", "allgather", "allgather_coalesced", "allreduce",
-        "allreduce_coalesced", "alltoall", "alltoall_base", "barrier", "broadcast", "gather",
-        "monitored_barrier", "recv", "recv_anysource", "reduce", "reduce_scatter", "scatter", "send",
-    }  # fmt: skip
+        "_allgather_base",
+        "_reduce_scatter_base",
+        "allgather",
+        "allgather_coalesced",
+        "allreduce",
+        "allreduce_coalesced",
+        "alltoall",
+        "alltoall_base",
+        "barrier",
+        "broadcast",
+        "gather",
+        "monitored_barrier",
+        "recv",
+        "recv_anysource",
+        "reduce",
+        "reduce_scatter",
+        "scatter",
+        "send",
+    }
     waits = {name for name in own if hasattr(dist.ProcessGroup, name)}
     assert waits <= set(vars(SharedMemoryGroup)) and len(waits) > 15
 

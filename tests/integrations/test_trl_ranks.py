@@ -62,6 +62,12 @@ def test_ranks(name, outcomes):
 
 if __name__ == "__main__":
     rank = sys.argv[1]
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    os.environ |= {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
     checks.main()

@@ -17,11 +17,24 @@ from bigkernels.ops.codes import NUMBERS
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ALL = {"return_z_loss": True, "return_token_accuracy": True, "return_predicted_tokens": True}
 OPTIONS = {
-    "plain": {}, "smoothing": {"label_smoothing": 0.2}, "z_loss": {"z_loss": 0.03}, "softcap": {"softcap": 2.5},
-    "focal": {"focal_gamma": 1.5}, "scale": {"logit_scale": -0.6}, "class": {"class_weight": True},
-    "token": {"token_weight": True}, "everything": {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 4.0,
-    "focal_gamma": 1.0, "logit_scale": 0.7, "class_weight": True, "token_weight": True},
-}  # fmt: skip
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.2},
+    "z_loss": {"z_loss": 0.03},
+    "softcap": {"softcap": 2.5},
+    "focal": {"focal_gamma": 1.5},
+    "scale": {"logit_scale": -0.6},
+    "class": {"class_weight": True},
+    "token": {"token_weight": True},
+    "everything": {
+        "label_smoothing": 0.1,
+        "z_loss": 0.1,
+        "softcap": 4.0,
+        "focal_gamma": 1.0,
+        "logit_scale": 0.7,
+        "class_weight": True,
+        "token_weight": True,
+    },
+}
 
 
 @pytest.fixture(params=["kernel", "chunks", "chunks without kernels", "reference"])
@@ -141,10 +154,23 @@ def test_what_is_not_a_number(dtype, way):
     """As torch.argmax: the first NaN is the largest, then the first infinity; where all are -inf, the first."""
     nan, inf = torch.nan, torch.inf
     hidden, weight = torch.zeros(1, 4, dtype=dtype), torch.zeros(600, 4, dtype=dtype)
-    for at in ({300: nan}, {0: nan}, {599: nan}, {20: nan, 300: nan}, {300: nan, 400: nan}, {300: nan, 310: nan},
-               {290: nan, 300: nan}, {5: inf, 300: nan}, {5: inf}, {300: inf}, {5: inf, 300: inf, 599: inf},
-               {5: inf, 310: nan}, {i: -inf for i in range(600)}, {i: -inf for i in range(600)} | {77: nan},
-               {i: -inf for i in range(599)}):  # fmt: skip
+    for at in (
+        {300: nan},
+        {0: nan},
+        {599: nan},
+        {20: nan, 300: nan},
+        {300: nan, 400: nan},
+        {300: nan, 310: nan},
+        {290: nan, 300: nan},
+        {5: inf, 300: nan},
+        {5: inf},
+        {300: inf},
+        {5: inf, 300: inf, 599: inf},
+        {5: inf, 310: nan},
+        {i: -inf for i in range(600)},
+        {i: -inf for i in range(600)} | {77: nan},
+        {i: -inf for i in range(599)},
+    ):
         bias = torch.zeros(600, dtype=dtype)
         bias[list(at)] = torch.tensor(list(at.values()), dtype=dtype)
         for target in (300, 3):
@@ -287,8 +313,31 @@ def test_transforms_graphs_and_checkpoints():
 def test_raw_operator(report, library):
     hidden, weight, bias = integers(9, 300, 4, torch.bfloat16)
     target = targets(9, 300)
-    args = (hidden, weight, None, None, None, None, 0, NUMBERS, bias.float(), target, None, None, -100, 1, 0.0, 0.1,
-            0.0, 0.0, 1.0, False, False, False, report)  # fmt: skip
+    args = (
+        hidden,
+        weight,
+        None,
+        None,
+        None,
+        None,
+        0,
+        NUMBERS,
+        bias.float(),
+        target,
+        None,
+        None,
+        -100,
+        1,
+        0.0,
+        0.1,
+        0.0,
+        0.0,
+        1.0,
+        False,
+        False,
+        False,
+        report,
+    )
     raw = torch.ops.bigkernels.linear_cross_entropy_fwd.default
     torch.library.opcheck(raw, args)
     *_, predicted, lse = raw(*args)

@@ -32,19 +32,46 @@ MODELS = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
     "llama, tied": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": True}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {}),
-    "gemma2 (softcap)": ("Gemma2ForCausalLM", "Gemma2Config",
-                         {"final_logit_softcapping": 0.5, "query_pre_attn_scalar": 16}),
+    "gemma2 (softcap)": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {"final_logit_softcapping": 0.5, "query_pre_attn_scalar": 16},
+    ),
     "cohere (scale)": ("CohereForCausalLM", "CohereConfig", {"logit_scale": 0.37}),
     "granite (scaling)": ("GraniteForCausalLM", "GraniteConfig", {"logits_scaling": 4.0}),
     "phi (bias)": ("PhiForCausalLM", "PhiConfig", {"resid_pdrop": 0.0, "embd_pdrop": 0.0}),
-    "recurrent_gemma (cap in one line)": ("RecurrentGemmaForCausalLM", "RecurrentGemmaConfig",
-                                          {"logits_soft_cap": 0.7, "lru_width": 64, "num_hidden_layers": 3}),
-    "bart (a loss of its own)": ("BartForCausalLM", "BartConfig",
-                                 {"d_model": 64, "decoder_layers": 1, "decoder_attention_heads": 4, "dropout": 0.0,
-                                  "decoder_ffn_dim": 96, "attention_dropout": 0.0, "activation_dropout": 0.0}),
-    "gpt2 (tied)": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 64,
-                                                      "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
-}  # fmt: skip
+    "recurrent_gemma (cap in one line)": (
+        "RecurrentGemmaForCausalLM",
+        "RecurrentGemmaConfig",
+        {"logits_soft_cap": 0.7, "lru_width": 64, "num_hidden_layers": 3},
+    ),
+    "bart (a loss of its own)": (
+        "BartForCausalLM",
+        "BartConfig",
+        {
+            "d_model": 64,
+            "decoder_layers": 1,
+            "decoder_attention_heads": 4,
+            "dropout": 0.0,
+            "decoder_ffn_dim": 96,
+            "attention_dropout": 0.0,
+            "activation_dropout": 0.0,
+        },
+    ),
+    "gpt2 (tied)": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {
+            "n_embd": 64,
+            "n_layer": 1,
+            "n_head": 4,
+            "n_positions": 64,
+            "attn_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+        },
+    ),
+}
 
 
 def build(name: str, **options) -> nn.Module:
@@ -195,11 +222,26 @@ def test_logits_can_be_used_like_a_tensor():
         return model(**batch()).logits
 
     assert "not computed" in repr(fresh()) and fresh().dim() == 3 and fresh().size(-1) == 199 and len(fresh()) == 2
-    for use in (lambda z: z.argmax(-1), lambda z: torch.softmax(z, -1), lambda z: z[..., :-1, :], lambda z: z + 1,
-                lambda z: 1 - z, lambda z: -z, lambda z: z > 0, lambda z: z.view(-1, 199) * 2.0, lambda z: z.float(),
-                lambda z: torch.cat([z, z]), lambda z: z / torch.tensor(2.0), lambda z: z @ torch.ones(199, 1),
-                lambda z: z.tanh(), lambda z: 2 * z / 3, lambda z: nn.functional.cross_entropy(z[0], torch.arange(12)),
-                lambda z: torch.stack(list(z)), lambda z: z.reshape(24, 199).cpu(), copy.copy):  # fmt: skip
+    for use in (
+        lambda z: z.argmax(-1),
+        lambda z: torch.softmax(z, -1),
+        lambda z: z[..., :-1, :],
+        lambda z: z + 1,
+        lambda z: 1 - z,
+        lambda z: -z,
+        lambda z: z > 0,
+        lambda z: z.view(-1, 199) * 2.0,
+        lambda z: z.float(),
+        lambda z: torch.cat([z, z]),
+        lambda z: z / torch.tensor(2.0),
+        lambda z: z @ torch.ones(199, 1),
+        lambda z: z.tanh(),
+        lambda z: 2 * z / 3,
+        lambda z: nn.functional.cross_entropy(z[0], torch.arange(12)),
+        lambda z: torch.stack(list(z)),
+        lambda z: z.reshape(24, 199).cpu(),
+        copy.copy,
+    ):
         assert torch.equal(use(fresh()), use(before))
     assert torch.equal(pickle.loads(pickle.dumps(fresh().detach())), before.detach())
 

@@ -239,8 +239,23 @@ class Pair:
             assert [self.theirs.get_mask_sizes(n, i) == self.ours.get_mask_sizes(n, i) for i in range(2)]
 
 
-OPERATIONS = ("append", "step", "step", "step", "crop", "reorder", "repeat", "select", "reset", "copy", "pickle", "set",
-              "write", "offload", "record")  # fmt: skip
+OPERATIONS = (
+    "append",
+    "step",
+    "step",
+    "step",
+    "crop",
+    "reorder",
+    "repeat",
+    "select",
+    "reset",
+    "copy",
+    "pickle",
+    "set",
+    "write",
+    "offload",
+    "record",
+)
 
 
 @pytest.mark.parametrize("bits", [0, 8, torch.bfloat16, torch.float16])

@@ -214,12 +214,39 @@ def _window(model):
 
 
 EDITS = [
-    _in_place, _through_data, _by_numpy, _new_data, _new_parameter, _loaded, _assigned, _norm_weight, _eps, _scaling,
-    _another_activation, _another_layer, _another_block, _fewer_blocks, _blocks_in_another_order, _another_head, _tied,
-    _a_bias, _resized, _another_class_of_forward, _a_forward_of_a_leaf, _a_hook, _a_pre_hook, _a_hook_of_the_head,
-    _a_hook_of_the_embedding, _a_hook_of_the_model, _a_parametrization, _to_bfloat16, _to_bfloat16_and_back,
-    _one_layer_in_bfloat16, _rope, _frozen_and_trained,
-]  # fmt: skip
+    _in_place,
+    _through_data,
+    _by_numpy,
+    _new_data,
+    _new_parameter,
+    _loaded,
+    _assigned,
+    _norm_weight,
+    _eps,
+    _scaling,
+    _another_activation,
+    _another_layer,
+    _another_block,
+    _fewer_blocks,
+    _blocks_in_another_order,
+    _another_head,
+    _tied,
+    _a_bias,
+    _resized,
+    _another_class_of_forward,
+    _a_forward_of_a_leaf,
+    _a_hook,
+    _a_pre_hook,
+    _a_hook_of_the_head,
+    _a_hook_of_the_embedding,
+    _a_hook_of_the_model,
+    _a_parametrization,
+    _to_bfloat16,
+    _to_bfloat16_and_back,
+    _one_layer_in_bfloat16,
+    _rope,
+    _frozen_and_trained,
+]
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__.strip("_"))

@@ -186,9 +186,14 @@ def test_pieces_of_sentencepiece(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     words = ["the quick brown fox", "jumps over", "the lazy dogs of winter", "quickly brownish foxes", "überall"]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words * 20), model_prefix=str(tmp_path / "tokenizer"), vocab_size=320, model_type="bpe",
-        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(words * 20),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     count = pieces.vocab_size()
     config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
