@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from bigkernels import optim
 from bigkernels.distributed import load_checkpoint, save_checkpoint
 
-STEPS, EVERY = 24, 3
+STEPS = 24
+EVERY = int(os.environ.get("FAULTY_EVERY", "3"))  # steps between checkpoints
 TIMEOUT = float(os.environ.get("FAULTY_TIMEOUT", "20"))  # seconds
 STOPPED = float(os.environ.get("FAULTY_STOPPED", "10"))
 
