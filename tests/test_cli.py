@@ -144,6 +144,33 @@ def test_bench_writes_json_and_plots(tmp_path, capsys):
     assert "[1/5] limits of the machine" in captured.err
 
 
+def test_bench_sweeps_threads(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out, threads = tmp_path / "rows.json", torch.get_num_threads()
+    arguments = ["bench", "glu", "--quick", "--threads", "3,1", "--json", str(out), "--plot", str(tmp_path)]
+    assert _cli.main(arguments) == 0
+    assert torch.get_num_threads() == threads
+    written = json.loads(out.read_text())
+    assert set(written["limits"]["by_threads"]) == {"1"} and written["machine"]["cpu"]["threads"] == 3
+    rows = [row for row in written["rows"] if row["candidate"] == "bigkernels"]
+    assert {row["threads"] for row in rows} == {1, 3}
+    for one in (row for row in rows if row["threads"] == 1):
+        same = [row for row in rows if all(row[k] == one[k] for k in ("case", "dtype", "backward"))]
+        three = next(row for row in same if row["threads"] == 3)
+        assert one["speedup"] == 1.0
+        assert three["speedup"] == pytest.approx(one["seconds"]["median"] / three["seconds"]["median"])
+        assert one["limit_gbps"] > 0 and one["limit_gbps"] != three["limit_gbps"]
+    assert (tmp_path / "glu-threads.png").exists()
+    assert "3 threads" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("threads", ["0", "1,,2", "two"])
+def test_bench_refuses_wrong_threads(threads, capsys):
+    with pytest.raises(SystemExit):
+        _cli.main(["bench", "glu", "--threads", threads])
+    assert "numbers of threads such as 2 or 1,2,4" in capsys.readouterr().err
+
+
 def test_bench_fails_if_ours_is_wrong(monkeypatch, capsys):
     right = functional.glu
 

@@ -14,7 +14,7 @@ from .._info import cores
 from .._memory import reuse_memory
 from .._terminal import DEVICE_HELP, default_device, progress, table
 from ..bench import engine, limits, report
-from ..bench.case import Settings
+from ..bench.case import Case, Settings
 from ..bench.families import FAMILIES, cases
 from ..bench.generation_bars import bars, print_bars
 
@@ -26,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write a PNG for each family (needs matplotlib)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, without torch.compile: shows that it runs")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument(
+        "--threads",
+        type=_counts,
+        metavar="N[,N...]",
+        help="CPU threads (default: all cores); of several numbers, cases run with each",
+    )
     parser.add_argument("--seconds", type=float, help="time the candidates of a case at least so long (default 3)")
     parser.add_argument("--rounds", type=int, help="time each candidate at least so often (default 5)")
     parser.add_argument("--batch", type=int, help="batch of the model family (default 1)")
@@ -48,6 +53,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
 
 
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        counts = {int(part) for part in text.split(",")}
+    except ValueError:
+        counts = {0}
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers of threads such as 2 or 1,2,4")
+    return tuple(sorted(counts))
+
+
+def _swept(listed: list[Case], counts: tuple[int, ...]) -> list[Case]:
+    """Each case with each number of threads, but for those that are about a number of their own."""
+    return [c for case in listed for c in ([case] if case.threads else [replace(case, threads=n) for n in counts])]
+
+
 def run(args: argparse.Namespace) -> int:
     if unknown := [f for f in args.families if f not in FAMILIES]:
         return _refuse(f"there is no family {unknown[0]!r}; there are {', '.join(FAMILIES)}")
@@ -59,6 +79,9 @@ def run(args: argparse.Namespace) -> int:
         family: [case for case in cases(family, settings) if all(word in str(case) for word in args.only or ())]
         for family in args.families or FAMILIES
     }
+    counts = args.threads or (cores(),)
+    if len(counts) > 1:
+        line_up = {family: _swept(listed, counts) for family, listed in line_up.items()}
     if args.list:
         listed = [[c.family, c, ", ".join(c.candidates)] for some in line_up.values() for c in some]
         table("Cases", ["family", "case", "candidates"], listed)
@@ -73,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         settings = replace(settings, fresh_memory=True)
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(args.threads or cores())
+        torch.set_num_threads(counts[-1])
         rows, measured = _measure(line_up, settings)
         content = report.document(rows, measured, settings, shlex.join(("bigkernels", *sys.argv[1:])))
         if "generation" in line_up:
@@ -96,7 +119,7 @@ def _measure(line_up: dict, settings: Settings) -> tuple[list[engine.Row], limit
     rows = []
     with progress(1 + sum(map(len, line_up.values()))) as steps:
         steps.begin("limits of the machine")
-        threads = {case.threads for listed in line_up.values() for case in listed}
+        threads = {case.threads for listed in line_up.values() for case in listed} - {0}
         measured = limits.measure(settings.device, seconds=0.05 if settings.quick else 1.0, threads=threads)
         report.print_limits(measured)
         for family, listed in line_up.items():
@@ -104,6 +127,7 @@ def _measure(line_up: dict, settings: Settings) -> tuple[list[engine.Row], limit
             for case in listed:
                 steps.begin(f"{case.family} {case}")
                 of_family += engine.run(case, measured, settings, steps.note)
+            engine.compare_threads(of_family)
             report.print_rows(f"{family}: {FAMILIES[family]}", of_family)
             if family == "generation":
                 print_bars(of_family, settings.quick)

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -32,6 +33,8 @@ class Row:
         host_seconds: on GPUs, that the host takes to queue a step, at least; `seconds` do not hold them.
         gbps: these bytes by the median time. A candidate that moves more bytes than needed gets a low figure.
         limit_percent: the least time on this machine's measured limits by the median time.
+        limit_gbps: the bandwidth among these limits: of as many bytes, in caches or memory, and as many threads.
+        speedup: in a sweep of threads, how many times faster than with the fewest of them.
         extra_bytes: the peak of the memory allocated during a step.
         state_bytes: for optimizers, what is kept from one step to the next, in bytes a parameter.
         kept_bytes: for checkpoints, what is kept between forward and backward.
@@ -63,6 +66,8 @@ class Row:
     tflops: float | None = None
     tokens_per_second: float | None = None
     limit_percent: float | None = None
+    limit_gbps: float | None = None
+    speedup: float | None = None
     extra_bytes: int | None = None
     state_bytes: float | None = None
     kept_bytes: int | None = None
@@ -74,9 +79,9 @@ class Row:
     vs_best_other: float | None = None
 
     @property
-    def key(self) -> tuple[str, str, str, bool | None]:
+    def key(self) -> tuple[str, str, str, bool | None, int]:
         """The same for all candidates of a case."""
-        return self.family, self.case, self.dtype, self.backward
+        return self.family, self.case, self.dtype, self.backward, self.threads
 
     @property
     def direction(self) -> str:
@@ -92,7 +97,7 @@ def run(case: Case, limits: Limits, settings: Settings, announce: Announce = lam
     Args:
         announce: is told what is being done, for a progress bar.
     """
-    with torch.set_grad_enabled(bool(case.backward)):
+    with torch.set_grad_enabled(bool(case.backward)), _threads(case.threads):
         candidates, rows = _check(case, announce)
         steps = {name: candidate.step for name, candidate in candidates.items()}
         by_name = {row.candidate: row for row in rows}
@@ -117,6 +122,16 @@ def run(case: Case, limits: Limits, settings: Settings, announce: Announce = lam
             row.extra_bytes = None if row.slow or candidate.timed else extra_peak(candidate.step, case.device)
     _judge(case, limits.at(case.threads), by_name)
     return rows
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check(case: Case, announce: Announce = lambda what: None) -> tuple[dict[str, Step], list[Row]]:
@@ -172,6 +187,15 @@ def _check(case: Case, announce: Announce) -> tuple[dict[str, Candidate], list[R
     return right, rows
 
 
+def compare_threads(rows: list[Row]) -> None:
+    """Set `speedup` of rows that differ in their number of threads alone."""
+    fewest: dict[tuple, Row] = {}
+    for row in sorted((r for r in rows if r.seconds), key=lambda r: r.threads):
+        first = fewest.setdefault((*row.key[:-1], row.candidate), row)
+        if first is not row:
+            first.speedup, row.speedup = 1.0, first.seconds.median / row.seconds.median
+
+
 def failed(rows: list[Row]) -> list[Row]:
     """The rows of ours that are wrong or raised: what makes a run fail. What the compiler adds up is its own."""
     return [r for r in rows if r.ours and (r.status == "failed" or (r.status == "wrong" and r.candidate == OURS))]
@@ -203,14 +227,11 @@ def _judge(case: Case, limits: Limits, rows: dict[str, Row]) -> None:
     timed = [row for row in rows.values() if row.seconds is not None]
     others = [row.seconds.median for row in timed if not row.ours]
     eager = rows[EAGER].seconds if EAGER in rows else None
+    kind = {"only_read": case.only_read, "in_place": case.in_place}
     for row in timed:
-        least = limits.least_seconds(
-            bytes=row.bytes,
-            flops=case.flops,
-            dtype=case.products or case.dtype,
-            only_read=case.only_read,
-            in_place=case.in_place,
-        )
+        products = case.products or case.dtype
+        least = limits.least_seconds(bytes=row.bytes, flops=case.flops, dtype=products, **kind)
+        row.limit_gbps = limits.bandwidth(row.bytes, **kind) / 1e9 if row.bytes else None
         median = row.seconds.median
         row.gbps = row.bytes / median / 1e9 if row.bytes else None
         row.tflops = case.flops / median / 1e12 if case.flops else None

@@ -31,7 +31,9 @@ _BAR = 0.24  # inches
 
 
 def write(document: dict, folder: Path) -> list[Path]:
-    """Write `<family>.png` for each family of the document into `folder`; returns the paths."""
+    """Write `<family>.png` for each family of the document into `folder`, and of a sweep of threads
+    `<family>-threads.png`; returns the paths.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for family in dict.fromkeys(row["family"] for row in document["rows"]):
@@ -39,6 +41,9 @@ def write(document: dict, folder: Path) -> list[Path]:
         if rows:
             paths.append(folder / f"{family}.png")
             _figure(family, rows, document).savefig(paths[-1], dpi=110)
+        if any(row.get("speedup") for row in rows):
+            paths.append(folder / f"{family}-threads.png")
+            _sweep(family, [row for row in rows if row["speedup"]], document).savefig(paths[-1], dpi=110)
     return paths
 
 
@@ -120,7 +125,8 @@ def _panel(axes: Axes, rows: Sequence[dict], scale: _Scale) -> None:
             axes.bar_label(bar, [_label(row)], padding=4, **text)
             position += 1
         ticks.append((top + position - 1) / 2)
-        labels.append(f"{group[0]['case']}\n{group[0]['dtype']}")
+        threads = f", threads: {group[0]['threads']}" if group[0].get("speedup") else ""
+        labels.append(f"{group[0]['case']}\n{group[0]['dtype']}{threads}")
         limit = _limit(group[0])
         if limit and limit < scale.most:
             unit = group[0]["metric"]
@@ -139,8 +145,35 @@ def _panel(axes: Axes, rows: Sequence[dict], scale: _Scale) -> None:
     axes.set_axisbelow(True)
 
 
-def _case(row: dict) -> tuple[str, str]:
-    return row["case"], row["dtype"]
+def _sweep(family: str, rows: list[dict], document: dict) -> Figure:
+    """A panel for each candidate: the speed-up of each case over the fewest threads, beside the ideal."""
+    counts = sorted({row["threads"] for row in rows})
+    candidates = list(dict.fromkeys(row["candidate"] for row in rows))
+    figure = Figure(figsize=(5 * len(candidates), 5.5), layout="constrained")
+    cpu = document["machine"]["cpu"]
+    figure.suptitle(f"{FAMILIES.get(family, family)}, {cpu['model']}, ISA {cpu['isa']}", fontsize=10)
+    panels = figure.subplots(1, len(candidates), squeeze=False, sharey=True)[0]
+    for axes, candidate in zip(panels, candidates, strict=True):
+        axes.plot(counts, [n / counts[0] for n in counts], color="#555555", linestyle="--", label="ideal")
+        lines: dict[str, dict[int, float]] = {}
+        for row in rows:
+            if row["candidate"] == candidate:
+                name = f"{row['case']}, {row['dtype']}, {direction(row['backward'])}"
+                lines.setdefault(name, {})[row["threads"]] = row["speedup"]
+        for name, line in lines.items():
+            axes.plot(list(line), list(line.values()), marker="o", markersize=3, label=name)
+        axes.set_xticks(counts)
+        axes.set_xlabel("threads")
+        axes.set_title(candidate, fontsize=10, loc="left")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"times as fast as with {counts[0]}")
+    handles, labels = panels[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", fontsize=7, frameon=False, ncols=2)
+    return figure
+
+
+def _case(row: dict) -> tuple[str, str, int]:
+    return row["case"], row["dtype"], row.get("threads", 0)
 
 
 def _limit(row: dict) -> float | None:

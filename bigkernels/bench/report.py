@@ -68,16 +68,20 @@ def print_limits(limits: Limits) -> None:
     for dtype, peak in limits.matrix.items():
         rows.append([f"matrix product, {dtype}", f"{peak / 1e12:.2f} TFLOP/s", limits.matrix_method])
     table(f"Limits of this machine ({limits.device})", ["what", "measured", "by"], rows, right=("measured",))
+    if limits.by_bytes:
+        cells = [[size(n), *(f"{v / 1e9:.0f}" for v in (b.copy, b.read, b.update))] for n, b in limits.by_bytes.items()]
+        heads = ["bytes moved at a time", "copy", "read", "update"]
+        table("GB/s of what caches may hold", heads, cells, right=heads)
 
 
 def print_rows(title: str, rows: Sequence[Row]) -> None:
     """One table of a family's rows, and below it what is missing or wrong.
 
-    "limit" is the part of the measured limit that was reached, "host" the time in which the host queues a step for a
-    GPU, "memory" the peak during a step, "peak" that of all that a model holds, "cpu" the processor time of a step by
-    all threads, "kept" what is held between forward and backward, "state" the bytes a parameter that an optimizer
-    keeps, "vs best" how many times faster than the best candidate that is not ours, and "error" the part of the
-    allowed error that was used.
+    "limit" is the part of the measured limit that was reached, "speed-up" that over the fewest threads of a sweep,
+    "host" the time in which the host queues a step for a GPU, "memory" the peak during a step, "peak" that of all that
+    a model holds, "cpu" the processor time of a step by all threads, "kept" what is held between forward and backward,
+    "state" the bytes a parameter that an optimizer keeps, "vs best" how many times faster than the best candidate that
+    is not ours, and "error" the part of the allowed error that was used.
     """
     shown = [row for row in rows if row.status != "missing"]
     # Latencies of small calls are not bounded by bandwidth.
@@ -86,12 +90,15 @@ def print_rows(title: str, rows: Sequence[Row]) -> None:
         for name, text in _COLUMNS.items()
         if any(text(r) for r in shown) and not (name in ("GB/s", "limit") and all(r.metric == "us" for r in shown))
     }
+    swept = any(row.speedup for row in shown)
     cells: list[list[str]] = []
     for _, group in groupby(shown, key=lambda row: row.key):
         same_case = list(group)
         if cells:
             cells.append([""] * (1 + len(columns)))
-        cells.append([f"{same_case[0].case}, {same_case[0].dtype}, {same_case[0].direction}", *[""] * len(columns)])
+        first = same_case[0]
+        threads = f", {first.threads} thread{'s' * (first.threads != 1)}" if swept else ""
+        cells.append([f"{first.case}, {first.dtype}, {first.direction}{threads}", *[""] * len(columns)])
         cells += [[f"  {row.candidate}", *(text(row) for text in columns.values())] for row in same_case]
     if cells:
         table(title, ["case", *columns], cells, right=list(columns))
@@ -153,6 +160,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "perplexity": lambda r: f"{r.figures['perplexity']:.2f}" if r.figures.get("perplexity") else "",
     "kept": lambda r: size(r.kept_bytes) if r.kept_bytes is not None else "",
     "state": lambda r: f"{r.state_bytes:.2f} B" if r.state_bytes is not None else "",
+    "speed-up": lambda r: _times(r.speedup),
     "vs eager": lambda r: _times(r.vs_eager),
     "vs best": lambda r: _times(r.vs_best_other),
     "error": lambda r: f"{r.error_ratio:.2f}" if r.error_ratio is not None else "",

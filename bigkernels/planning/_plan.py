@@ -216,7 +216,7 @@ def _limits(limits: Limits | Mapping[str, Any] | None, device: torch.device) -> 
 def _measured(device: str, threads: int) -> Limits:
     from ..bench.limits import measure
 
-    return measure(device, seconds=0.1)
+    return measure(device, seconds=0.1, caches=False)
 
 
 def _short(dtype: torch.dtype | str) -> str:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,22 @@ def test_every_candidate_is_checked_and_timed(make_case, limits, settings, backw
     assert by_name[OURS].vs_best_other == pytest.approx(fastest / by_name[OURS].seconds.median)
     assert by_name[EAGER].vs_best_other is None
     assert engine.failed(rows) == []
+
+
+def test_threads_of_a_case_are_those_of_its_steps(make_case, limits, settings):
+    seen = set()
+
+    def eager(gate, up):
+        seen.add(torch.get_num_threads())
+        return F.silu(gate) * up
+
+    before = torch.get_num_threads()
+    case = make_case(eager=eager)
+    rows = [row for n in (2, 5) for row in engine.run(replace(case, threads=n), limits, settings)]
+    assert seen == {2, 5} and torch.get_num_threads() == before
+    engine.compare_threads(rows)
+    two, five = (row for row in rows if row.candidate == EAGER)
+    assert two.speedup == 1 and five.speedup == two.seconds.median / five.seconds.median
 
 
 def test_a_missing_peer_is_named_with_the_reason(make_case, limits, settings):

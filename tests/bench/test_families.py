@@ -167,8 +167,11 @@ def test_limits_by_torch_and_natively(monkeypatch):
         assert 1e8 < native.copy < 1e13
         assert 1e8 < native.read < 1e13
         assert 1e8 < native.update < 1e13
+        for few in native.by_bytes.values():  # which caches hold
+            assert few.read > 0.5 * native.read and few.copy > 0.5 * native.copy and few.update > 0.5 * native.update
     monkeypatch.setattr(limits, "_native", lambda: None)
-    monkeypatch.setattr(limits, "_COPY_BYTES", 2**22)
+    monkeypatch.setattr(limits, "_LARGE", 2**22)
+    monkeypatch.setattr(limits, "_SMALLER", (2**18,))
     monkeypatch.setattr(limits, "_MATRIX", {"cpu": 256})  # float16 products take half a minute on some machines
     found = limits.measure("cpu", seconds=0.01)
     assert found.matrix_method == "torch.matmul, achieved and not a peak"
@@ -176,6 +179,8 @@ def test_limits_by_torch_and_natively(monkeypatch):
     assert 1e8 < found.read < 1e13
     assert 1e8 < found.update < 1e13
     assert found.update_method == "torch.Tensor.add_"
+    assert set(found.by_bytes) == {2**18}
+    assert all(1e8 < b < 1e13 for b in vars(found.by_bytes[2**18]).values())
     assert set(found.matrix) == {"float32", "bfloat16", "float16"}
     assert all(math.isfinite(peak) and peak > 1e6 for peak in found.matrix.values())
 
@@ -183,6 +188,12 @@ def test_limits_by_torch_and_natively(monkeypatch):
 def test_the_slower_of_two_limits_counts():
     given = limits.Limits("cpu", 1e9, {"float32": 1e12}, "given", "given")
     assert given.least_seconds(bytes=2 * 10**9, flops=10**12, dtype="float32") == 2.0
+    small = replace(given, by_bytes={2**20: limits.Bandwidth(9e9, read=16e9)}, read=1e9)
+    assert small.bandwidth(1) == small.bandwidth(2**20) == 9e9
+    assert small.bandwidth(2**24) == pytest.approx(3e9)  # half of the way, both by logarithms
+    assert small.bandwidth(2**24, only_read=True) == pytest.approx(4e9)
+    assert small.bandwidth(2**24, in_place=True) == pytest.approx(3e9)  # not measured
+    assert small.bandwidth(2**28) == small.bandwidth(2**40) == 1e9
     assert given.least_seconds(bytes=10**9, flops=3 * 10**12, dtype="float32") == 3.0
     assert given.least_seconds(bytes=0, flops=10**12, dtype="float16") == 0.0  # nobody measured float16
     # What only reads is held to the read bandwidth, where that was measured.
