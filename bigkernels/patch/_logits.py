@@ -65,7 +65,7 @@ class Note:
         if is_freed(self.weight):
             raise RuntimeError(
                 "bigkernels.patch: a model in training does not compute its logits, and the weight of its head is "
-                "spread over the ranks again: read `logits` where the model's forward has them, keep the weight by "
+                "spread over the ranks again: read `logits` before `backward`, keep the weight by "
                 "fully_shard(model, reshard_after_forward=False), or patch(model, loss=False)"
             )
         if any(t._version != version for t, version in self.sources) or not self._same_sample():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as _hooks
 
+from .._replaced import Watched
 from .._torch_private import dispatch_modes, function_modes, is_jit_tracing, transforms
 from ..ops.registry import log
 from ._cache import Description, describe
@@ -218,16 +219,11 @@ class _Call:
         return given, last
 
 
-# What programs stand for without calling it.
-_TORCH = [
-    (owner, name, getattr(owner, name))
-    for owner, names in (
-        (nn.Linear, ("forward",)),
-        (F, ("linear", "layer_norm", "rms_norm", "dropout", "softmax", "gelu", "silu", "relu")),
-        (torch, ("layer_norm", "rms_norm", "rsqrt", "matmul", "softmax")),
-    )
-    for name in names
-]
+_WATCHED = Watched(
+    (nn.Linear, ("forward",)),
+    (F, ("linear", "layer_norm", "rms_norm", "dropout", "softmax", "gelu", "silu", "relu")),
+    (torch, ("layer_norm", "rms_norm", "rsqrt", "matmul", "softmax")),
+)
 
 
 def _check_surroundings() -> None:
@@ -240,6 +236,5 @@ def _check_surroundings() -> None:
         raise Refusal("a transform of torch.func is around it")
     if any(_GLOBAL_HOOKS):
         raise Refusal("there are hooks on all modules")
-    for owner, name, function in _TORCH:
-        if getattr(owner, name) is not function:
-            raise Refusal(f"{owner.__name__}.{name} is another function than torch's")
+    if reason := _WATCHED.replaced():
+        raise Refusal(reason)

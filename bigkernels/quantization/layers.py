@@ -101,6 +101,17 @@ def become(module: nn.Module, other: type, /, **attributes: object) -> nn.Module
     return replacement
 
 
+def is_spread(weight: Tensor) -> bool:
+    """Whether a weight lies in parts on several ranks."""
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(weight, DTensor)
+
+
 def exact_weight(weight: Tensor) -> bool:
     """Whether a weight is a tensor of numbers as they are: no subclass that holds something else, no 8-bit floats."""
     plain = isinstance(weight, nn.Parameter) or type(weight) is Tensor

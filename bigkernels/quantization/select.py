@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ._report import QuantizeReport
 from .format import Format, resolve_format
-from .layers import exact_weight, has_own_forward, has_state_hooks, is_linear, is_transposed
+from .layers import exact_weight, has_own_forward, has_state_hooks, is_linear, is_spread, is_transposed
 
 Filter = Callable[[str, nn.Module], bool]
 
@@ -196,8 +196,9 @@ def _weights(module, path: str, rules: _Rules, owners, made: Selection) -> Itera
             reason = "calibration measures the inputs of linear layers alone"
         if not reason and len(owners[id(p)]) > 1:
             reason = "it is shared with another module"
-        if not reason and not exact_weight(p):
-            reason = _kind_of(p)
+        if not reason:
+            _check_whole(p)
+            reason = None if exact_weight(p) else _kind_of(p)
         if reason or config is None:
             yield key, reason or "no format is named for it", p.nbytes
         else:
@@ -208,6 +209,7 @@ def _refusal(module: nn.Module) -> str | None:
     if "weight" not in module._parameters:
         return "its weight is computed, no parameter"
     weight: Any = module.weight
+    _check_whole(weight)
     if not exact_weight(weight):
         return _kind_of(weight)
     if getattr(module, "max_norm", None) is not None:
@@ -217,6 +219,14 @@ def _refusal(module: nn.Module) -> str | None:
     if has_state_hooks(module):
         return "it has hooks on its state dict"
     return None
+
+
+def _check_whole(weight: Tensor) -> None:
+    if is_spread(weight):
+        raise ValueError(
+            "bigkernels.quantize: weights of this model are spread over ranks (DTensor); quantize it before "
+            "fully_shard or parallelize_module"
+        )
 
 
 def _kind_of(weight) -> str:

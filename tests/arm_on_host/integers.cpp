@@ -17,7 +17,7 @@ namespace bigkernels {
   int64_t product_workspace(const Weight&, int32_t, int64_t, int64_t);                                   \
   void product_prepare(const Weight&, int32_t, const float*, int64_t, int64_t, int64_t, int64_t, void*); \
   void product(const Weight&, int32_t, const void*, int64_t, int64_t, int64_t, float*, int64_t, void*);  \
-  int64_t linear_dynamic_strip(const Linear&);                                                           \
+  int64_t linear_dynamic_row_block_bytes(const Linear&);                                                 \
   int64_t linear_dynamic_token(const Linear&);                                                           \
   int64_t linear_dynamic_workspace(const Linear&, int64_t);                                              \
   void linear_dynamic_pack(const Linear&, int64_t, int64_t, void*, float*, void*);                       \
@@ -29,7 +29,7 @@ namespace bigkernels {
     static constexpr auto workspace = product_workspace;                                                 \
     static constexpr auto prepare = product_prepare;                                                     \
     static constexpr auto multiply = product;                                                            \
-    static constexpr auto dynamic_strip = linear_dynamic_strip;                                          \
+    static constexpr auto dynamic_row_block_bytes = linear_dynamic_row_block_bytes;                      \
     static constexpr auto dynamic_token = linear_dynamic_token;                                          \
     static constexpr auto dynamic_workspace = linear_dynamic_workspace;                                  \
     static constexpr auto dynamic_pack = linear_dynamic_pack;                                            \
@@ -74,7 +74,8 @@ std::vector<float> product(Weight w, const std::vector<float>& x, int64_t m, boo
 template <class L>
 std::vector<float> dynamic(Linear a) {
   const int64_t strips = (a.m + 31) / 32;
-  Memory left(strips * L::dynamic_strip(a)), token(L::dynamic_token(a)), workspace(L::dynamic_workspace(a, a.n));
+  Memory left(strips * L::dynamic_row_block_bytes(a)), token(L::dynamic_token(a)),
+      workspace(L::dynamic_workspace(a, a.n));
   std::vector<float> out(a.m * a.n, NAN), scales(strips * 32);
   a.out = out.data();
   L::dynamic_pack(a, 0, strips, left.data, scales.data(), token.data);

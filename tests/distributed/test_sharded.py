@@ -113,6 +113,25 @@ def weights_that_are_freed_keep_their_logits() -> None:
 
 
 @checks()
+def logits_that_are_read_too_late_are_refused() -> None:
+    ids = data(0)[dist.get_rank()]
+    model = llama()
+    bigkernels.patch(model, verify=False)
+    output = shard(model)(input_ids=ids, labels=ids)
+    output.loss.backward()
+    with pytest.raises(RuntimeError, match="read `logits` before `backward`"):
+        output.logits.float().sum()
+
+
+@checks()
+def quantize_refuses_sharded_weights() -> None:
+    model = shard(llama())
+    with pytest.raises(ValueError, match="quantize it before fully_shard"):
+        bigkernels.quantize(model, "int8")
+    assert not any(isinstance(m, bigkernels.nn.QuantizedLinear) for m in model.modules())
+
+
+@checks()
 def gradients_of_several_batches_and_of_a_loss_of_ones_own() -> None:
     for own in (False, True):
         sharded, plain = llama(), llama()

@@ -116,6 +116,16 @@ def same(theirs, ours, close=2e-5):
         assert ours[2][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
+def same_history(theirs, ours):
+    """What two trainers logged, but for times and memory."""
+    assert len(theirs) == len(ours) > 3
+    for expected, got in zip(theirs, ours, strict=True):
+        assert expected.keys() == got.keys()
+        for name, value in expected.items():
+            if isinstance(value, float) and not name.endswith(UNLIKE):
+                assert got[name] == pytest.approx(value, rel=3e-3, abs=3e-4), (expected["step"], name)
+
+
 @pytest.mark.parametrize(
     "kind, options",
     [
@@ -144,12 +154,7 @@ def test_training_is_the_same(kind, options, tmp_path):
             assert done.heads == (1 if options.get("adapters") or kind in ("CPO", "ORPO") else 2)
         trainer.train()
         histories.append(trainer.state.log_history)
-    assert len(histories[0]) == len(histories[1]) > 3
-    for theirs, ours in zip(*histories, strict=True):
-        assert theirs.keys() == ours.keys()
-        for name, value in theirs.items():
-            if isinstance(value, float) and not name.endswith(UNLIKE):
-                assert ours[name] == pytest.approx(value, rel=3e-3, abs=3e-4), (theirs["step"], name)
+    same_history(*histories)
 
 
 @pytest.fixture(scope="module")

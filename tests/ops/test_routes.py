@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend
 import bigkernels
 from bigkernels import _cli, allow_nondeterministic, functional
 from bigkernels._compare import compare
+from bigkernels._replaced import Watched
 from bigkernels.ops import registry, routes
 from bigkernels.ops.attention import OPERATOR
 from bigkernels.ops.registry import Implementation
@@ -210,7 +211,7 @@ def test_a_patched_model_keeps_what_it_had(device, monkeypatch):
     """Its own attention is PyTorch's: plain calls stay there, and those with padding come to our kernels."""
     from bigkernels.patch.rules import attention
 
-    monkeypatch.setattr(attention, "_TORCH", [])  # what notes the calls is no replacement of a user's
+    monkeypatch.setattr(attention, "_WATCHED", Watched())  # what notes the calls is no replacement of a user's
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         hidden_size=32,

@@ -182,6 +182,21 @@ def test_a_patched_and_packed_model_is_written(tmp_path):
     torch.testing.assert_close(logits(loaded(path)[0]), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_model_is_written(dtype, tmp_path):
+    """Whose angles the cast has rounded; a file has the exact ones."""
+    model, path = make("qwen3").to(dtype), tmp_path / "model.gguf"
+    assert model.model.rotary_emb.inv_freq.dtype == dtype
+    bigkernels.save_gguf(model, path)
+    read = loaded(path)[0]
+    for (name, ours), theirs in zip(model.named_parameters(), read.parameters(), strict=True):
+        assert torch.equal(ours.float(), theirs.float()), name
+    bigkernels.save_gguf(model.float(), path)
+    model.model.rotary_emb.inv_freq *= 1.01
+    with pytest.raises(ValueError, match="inv_freq"):
+        bigkernels.save_gguf(model, path)
+
+
 def test_pieces_of_sentencepiece(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     words = ["the quick brown fox", "jumps over", "the lazy dogs of winter", "quickly brownish foxes", "überall"]

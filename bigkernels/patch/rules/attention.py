@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..._replaced import Watched
 from ..._torch_private import flash_sdp_enabled
 from ...functional import attention, varlen_attention
 from ...ops import routes
@@ -22,15 +23,7 @@ from .attention_mask import Structure, StructuredMask, dense
 
 log = logging.getLogger("bigkernels")
 _logged: set[tuple[str, str]] = set()
-# What the kernels stand for without calling it.
-_TORCH = [
-    (space, name, space[name])
-    for space, names in (
-        (vars(F), ("scaled_dot_product_attention", "softmax", "dropout")),
-        (vars(torch), ("softmax", "matmul")),
-    )
-    for name in names
-]
+_WATCHED = Watched((F, ("scaled_dot_product_attention", "softmax", "dropout")), (torch, ("softmax", "matmul")))
 
 
 def refusal(q: Any, k: Any, v: Any, mask: Any = None, dropout_p: Any = 0.0, *others: Any) -> str | None:
@@ -77,10 +70,8 @@ def unserved(dropout_p: Any, q: Tensor, *others: Tensor) -> str | None:
     # Whoever chooses torch's kernels by `torch.nn.attention.sdpa_kernel` wants theirs, for second derivatives say.
     if not flash_sdp_enabled():
         return "fused attention is switched off in torch"
-    if not torch.compiler.is_compiling():
-        for names, name, function in _TORCH:
-            if names[name] is not function:
-                return f"{name} is another function than torch's"
+    if not torch.compiler.is_compiling() and (reason := _WATCHED.replaced()):
+        return reason
     if not OPERATOR.uses_kernel(q, *others):
         return f"no kernel supports {q.dtype} on {q.device.type} here"
     return None
