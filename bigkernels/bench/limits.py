@@ -124,11 +124,11 @@ def _measure(device: str, seconds: float, caches: bool) -> Limits:
     if native is not None:
         threads = torch.get_num_threads()
         matrix = {dtype: native.matrix_peak(dtype, seconds, threads) for dtype in native.matrix_dtypes()}
-        by = dict.fromkeys(("copy_method", "read_method", "update_method", "matrix_method"), _METHODS["native"])
+        copy = products = read = update = _METHODS["native"]
     else:
         matrix = {name: _matmul(device, dtype, seconds) for name, dtype in _DTYPES.items()}
-        by = {"copy_method": _METHODS["copy"], "matrix_method": _METHODS["matmul"]}
-    return Limits(device, large.copy, matrix, read=large.read, update=large.update, by_bytes=smaller, **by)
+        copy, products, read, update = (_METHODS[name] for name in ("copy", "matmul", "mv", "add"))
+    return Limits(device, large.copy, matrix, copy, products, large.read, read, large.update, update, smaller)
 
 
 def _by_native(moved: int, seconds: float) -> Bandwidth:
